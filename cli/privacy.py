@@ -14,7 +14,7 @@ from rich.table import Table
 from cotune.cli.screen import screen
 from cotune.errors import DataError
 from cotune.privacy.accounting.rounding import round_up
-from cotune.storage.files import json_of
+from cotune.storage.documents import parse_json
 
 app = typer.Typer(no_args_is_help=True, help="What an exported privacy ledger proves.")
 
@@ -33,7 +33,7 @@ def verify(
     from cotune.privacy.ledger import verification
 
     try:
-        content = json_of(export.expanduser().read_bytes())
+        content = parse_json(export.expanduser().read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{export} cannot be read ({error}): expected an exported ledger") from None
     if not isinstance(content, dict):

@@ -23,8 +23,8 @@ def verify_trail(
     """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
     from cotune.client.audit_log import AuditLog
     from cotune.protocol.trail import compare, of_coordinator, of_organization
+    from cotune.server.deployment.trail import keys_of, read_trail
     from cotune.server.runs.run_folder import RunFolder
-    from cotune.server.runs.trail import keys_of, read_trail
 
     folder = RunFolder(run.expanduser().resolve())
     entries = AuditLog.at(site_log.expanduser()).entries()
@@ -47,7 +47,7 @@ def verify_sent(site: Site, trail: Path | None) -> None:
     from cotune.client.node.keys import public_keys
     from cotune.client.node.trust import Trust
     from cotune.protocol.trail import compare, of_coordinator, of_organization
-    from cotune.server.runs.trail import read_trail
+    from cotune.server.deployment.trail import read_trail
 
     server = [each.signing_key for each in Trust.read(site.folder).generations]
     node = public_keys(site.folder)

@@ -55,7 +55,8 @@ from cotune.protocol.messages import (
 )
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, content_digest
 from cotune.reporting.model_card import CARD, model_card, promised
-from cotune.storage.files import atomic_write, json_of, sync
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write, sync
 from cotune.strategies.types import find_not_finite
 
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
@@ -115,7 +116,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 def _read(file: Path) -> object:
     try:
-        return json_of(file.read_bytes())
+        return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return None
 

@@ -22,7 +22,7 @@ from flwr.app import RecordDict
 
 from cotune.errors import RunError
 from cotune.protocol.messages import payload_bytes
-from cotune.storage.files import json_of
+from cotune.storage.documents import parse_json
 
 _START = "0" * 64  # the hash before the first line
 _LONGEST_LINE = 64 * 1024  # bytes; what is read to find the last line
@@ -82,7 +82,7 @@ class AuditLog:
         before = b""
         for number, line in enumerate(self._lines(), start=1):
             try:
-                entry = dict(json_of(line))
+                entry = dict(parse_json(line))
             except (ValueError, TypeError):
                 entry = {"what": "unfinished", "before": _hash(before)}
             if entry.get("before") != _hash(before):
@@ -104,7 +104,7 @@ class AuditLog:
         """The last line, unchecked; empty where there is none."""
         try:
             with self.file.open("rb") as file:
-                return dict(json_of(_last_line(file.fileno())))
+                return dict(parse_json(_last_line(file.fileno())))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -112,7 +112,7 @@ class AuditLog:
         """The lines from the last to the first, unchecked; what is no line of the log is left out."""
         for line in reversed(self._lines()):
             try:
-                entry = json_of(line)
+                entry = parse_json(line)
             except ValueError:
                 continue
             if isinstance(entry, dict):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from cotune.client.site import Site
 from cotune.errors import Declined, RunError
@@ -25,7 +24,8 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.policy import Policy
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write, exclusive_lock
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Approvals:
 
     def approve(self, plan: Plan, how: str) -> None:
         """Durable when this returns. how: the command that approves. An approved plan is not approved again."""
-        with FileLock(self.site.folder / ".approved.lock", mode=0o600):
+        with exclusive_lock(self.site.folder / ".approved.lock"):
             if plan.plan_id in self.ids():
                 return
             atomic_write(self._file(plan.plan_id), plan.canonical().encode())
@@ -272,7 +272,7 @@ class Approvals:
         """Of the plans that were approved, in that order. Raises RunError for a damaged file."""
         try:
             lines = self._approved.read_text(encoding="utf-8").splitlines()
-            return [str(json_of(line)["plan_id"]) for line in lines]
+            return [str(parse_json(line)["plan_id"]) for line in lines]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -316,7 +316,7 @@ class Approvals:
 
     def _read(self, file: Path) -> Plan:
         try:
-            plan = parse_plan(json_of(file.read_bytes()))
+            plan = parse_plan(parse_json(file.read_bytes()))
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again") from None
         if plan.plan_id != file.stem:

@@ -36,6 +36,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from cotune.errors import RunError
+from cotune.flower.nodes import RegisteredNode
 
 HOME = "COTUNE_FEDERATION"  # the federation's folder, in the environment of what `cotune server start` has started
 
@@ -78,17 +79,6 @@ _Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
-class Node:
-    """An organization's node as the SuperLink knows it. key: PEM."""
-
-    id: int
-    key: bytes
-    online: bool
-    last_online: str = ""
-    until: float = 0.0  # when it is, or was, offline without another heartbeat, in seconds since 1970
-
-
-@dataclass(frozen=True)
 class RunState:
     """Of a run on the SuperLink. status: pending, starting, running or finished; outcome: then completed, failed or stopped."""
 
@@ -103,11 +93,10 @@ class Control:
     def __init__(self, client: ControlHttpClient) -> None:
         self._client = client
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[RegisteredNode, ...]:
         """Those whose keys are registered."""
         found = _call(self._client.ListNodes, ListNodesRequest()).nodes_info
-        present = [node for node in found if node.status != "unregistered"]
-        return tuple(Node(n.node_id, n.public_key, n.status == "online", n.last_activated_at, n.online_until) for n in present)
+        return tuple(RegisteredNode.from_info(node) for node in found if node.status != "unregistered")
 
     def register(self, key: bytes, name: str) -> int:
         """Lets the node with this public key (PEM) in. Returns its id."""

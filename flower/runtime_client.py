@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
-from flwr.proto.node_pb2 import Node, NodeInfo
+from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest, PushAppMessagesRequest
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
@@ -32,16 +32,19 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from cotune.flower.chunks import NotThere, fetched, gather
+from cotune.flower.nodes import RegisteredNode
 
 _SILENCE_SECONDS = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
+
+RunStopped = RunNotRunningException  # raised by every call once the run was stopped
 
 _Answer = TypeVar("_Answer")
 
 
 class Line(Protocol):
-    """Every call raises what goes wrong with it, RunNotRunningException where the run was stopped; several threads make them."""
+    """Every call raises what goes wrong with it, RunStopped where the run was stopped; several threads make them."""
 
-    def get_nodes(self) -> Iterable[NodeInfo]: ...
+    def get_nodes(self) -> tuple[RegisteredNode, ...]: ...
 
     def push(self, message: Message) -> str:
         """Hands a request over. Returns its number; "" where it was not taken."""
@@ -71,8 +74,8 @@ class _GridLine:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        return self._grid.get_nodes()
+    def get_nodes(self) -> tuple[RegisteredNode, ...]:
+        return tuple(RegisteredNode.from_info(node) for node in self._grid.get_nodes())
 
     def push(self, message: Message) -> str:
         numbers = list(self._grid.push_messages([message]))
@@ -102,9 +105,9 @@ class _RuntimeLine:
             ],
         )
 
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        nodes: Iterable[NodeInfo] = self._call(self._client.GetNodes, GetNodesRequest()).nodes
-        return nodes
+    def get_nodes(self) -> tuple[RegisteredNode, ...]:
+        nodes = self._call(self._client.GetNodes, GetNodesRequest()).nodes
+        return tuple(RegisteredNode.from_info(node) for node in nodes)
 
     def push(self, message: Message) -> str:
         with no_object_id_recompute():
@@ -141,7 +144,7 @@ class _RuntimeLine:
             return method(request)
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.FORBIDDEN:
-                raise RunNotRunningException from None
+                raise RunStopped from None
             if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has begun anew, without its memory
                 self._end_process()
             raise

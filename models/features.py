@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -32,11 +31,12 @@ from cotune.data.tasks.batching import FINE_LENGTHS, fixed_batches
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import IGNORED, Batch, Example
 from cotune.data.types import Input, answer_count, content_of
+from cotune.errors import RunError
 from cotune.models.architecture import AlignedRows, encoder_name
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.trainable import State, TrainableModel
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
@@ -121,15 +121,19 @@ def features_of(
     assert reading is not None, "feature_head said that there are none"
     dtype = arithmetic(model, precision)
     file = _file_of(model, inputs, state, reading, dtype)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # several processes of one run want the same features: one computes
-            found = _read(file, sum(map(answer_count, inputs)))
-            if found is None:
-                found = _compute(model, inputs, dtype, progress)
+    with contextlib.ExitStack() as held:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # several processes of one run want the same features: one computes
+            held.enter_context(exclusive_lock(file.with_name(f"{file.name}.lock")))
+        except (OSError, RunError):
+            return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
+        found = _read(file, sum(map(answer_count, inputs)))
+        if found is None:
+            found = _compute(model, inputs, dtype, progress)
+            with contextlib.suppress(OSError):  # a full disk: the next process computes them again
                 _write(file, found)
-            return found
-    return _compute(model, inputs, dtype, progress)  # nowhere to write: compute every time
+        return found
 
 
 def are_kept(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:
@@ -202,8 +206,9 @@ def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: 
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
-        "2",
+        "3",
         loaded.folder.content_hash,
+        transformers.__version__,  # whose tokenizers and image processors decide what the encoder gets
         str(loaded.frozen),
         reading,
         str(dtype),

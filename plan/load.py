@@ -22,7 +22,7 @@ from cotune.errors import PlanError, nearest
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PlanTables
 from cotune.storage.config_table import check_path, format_validation_error
-from cotune.storage.files import toml_of
+from cotune.storage.documents import parse_toml
 from cotune.strategies.compatibility import find_problem
 from cotune.strategies.config import expand
 from cotune.strategies.own_names import check_own_names
@@ -59,7 +59,7 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
         text = preset_text(str(source))
         name = str(source)
     try:
-        table = toml_of(text)
+        table = parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it") from None
     table.setdefault("name", name)
@@ -124,7 +124,7 @@ def _item(items: list[Any], part: str, text: str) -> Any:
 def value_of(text: str) -> Any:
     """A TOML value where it reads as one, else the text itself."""
     try:
-        return toml_of(f"v = {text.strip()}")["v"]
+        return parse_toml(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         return text.strip()
 

@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from cotune.errors import PrivacyError
@@ -42,7 +41,8 @@ from cotune.privacy.accounting.filters import epsilon_over_runs
 from cotune.privacy.config import ClientPrivacy
 from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid
 from cotune.privacy.mechanisms.random import private_generator
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write, exclusive_lock
 from cotune.strategies.types import Delta, Update
 
 _BITS = 20  # σ_b = K/20 (Andrew et al., section 3)
@@ -227,7 +227,7 @@ class ClientLevelAccount:
         Raises:
             PrivacyError: When ε would be exceeded, or see `check`; nothing is charged then.
         """
-        with FileLock(f"{self.path}.lock"):  # two runs of a federation are two processes
+        with exclusive_lock(self.path.with_name(f"{self.path.name}.lock")):  # two runs of a federation are two processes
             self.check()
             if not self.allows(steps):
                 raise PrivacyError(
@@ -253,7 +253,7 @@ class ClientLevelAccount:
     def _read(self) -> tuple[tuple[float, float] | None, dict[str, list[tuple[int, Steps]]]]:
         """What the first line fixes, where there is one, and the charges of each run."""
         try:
-            rows = [json_of(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            rows = [parse_json(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
             fixed = (float(rows[0]["epsilon_total"]), float(rows[0]["delta"])) if self.run and rows else None
             found: dict[str, list[tuple[int, Steps]]] = {}
             for row in rows[1:] if fixed else rows:

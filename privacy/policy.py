@@ -18,7 +18,7 @@ from cotune.data.config import TaskName
 from cotune.errors import PlanError, nearest
 from cotune.privacy.config import check_delta
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.files import toml_of
+from cotune.storage.documents import parse_toml
 
 _EVERYTHING = ("*",)
 
@@ -174,7 +174,7 @@ class Policy(ConfigTable):
 def read_policy(file: Path) -> Policy:
     """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
     try:
-        return Policy.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
+        return Policy.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
         raise PlanError(
             f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)", code="plan.invalid_policy"

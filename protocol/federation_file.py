@@ -23,7 +23,7 @@ from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import PROTOCOL
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.files import toml_of
+from cotune.storage.documents import parse_toml
 
 _FORMAT = 1
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})", re.ASCII)
@@ -124,7 +124,7 @@ class Invitation:
     def from_toml(cls, text: str) -> Self:
         """Raises PlanError, in one sentence."""
         try:
-            table = toml_of(text)
+            table = parse_toml(text)
         except tomllib.TOMLDecodeError as error:
             raise PlanError(f"the federation.toml is not valid TOML ({error}): get it from the coordinator again") from None
         plan = table.pop("plan", None)

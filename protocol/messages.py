@@ -22,7 +22,6 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.common.constant import SType
 from torch import Tensor
 
 from cotune.errors import RunError
@@ -36,6 +35,7 @@ _IN_EVERY_HEADER = {"protocol", "salt", "own"}
 _MOST_TOLD = 10_000  # values beside an update: a number per class and a few more
 _MOST_ARRAY_HEAD = 16_384  # bytes before the values of an array, in NumPy's format
 _FLOATS = {"float32": torch.float32}
+_NUMPY = Array(np.zeros(0, np.float32)).stype  # how Flower says that an array is in NumPy's format
 
 
 @dataclass(frozen=True)
@@ -255,11 +255,11 @@ def _tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
 
 def _plain(array: Array, key: bytes) -> Array:
     """An array that its sender has not salted is taken too: only its own message suffers."""
-    return Array(array.dtype, array.shape, SType.NUMPY, _masked(array.data, key)) if array.stype == SALTED else array
+    return Array(array.dtype, array.shape, _NUMPY, _masked(array.data, key)) if array.stype == SALTED else array
 
 
 def _tensor(name: str, array: Array) -> Tensor:
-    if array.dtype not in _FLOATS or array.stype != SType.NUMPY:
+    if array.dtype not in _FLOATS or array.stype != _NUMPY:
         raise RunError(f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray")
     try:
         values = np.asarray(array.numpy())  # numpy.load with allow_pickle=False; an archive is not an array

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cotune.models.trainable import named_under
-from cotune.storage.files import json_of
+from cotune.storage.documents import parse_json
 from cotune.strategies.types import Update
 
 
@@ -56,7 +56,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     """The tensors of an update's file, and what it says of itself; raises as `read_update` does, also in the block."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            yield tensors, json_of(tensors.metadata()["update"])
+            yield tensors, parse_json(tensors.metadata()["update"])
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

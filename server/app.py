@@ -13,16 +13,24 @@ from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import Metrics
 from cotune.errors import CotuneError
 from cotune.flower.control_client import place_of
-from cotune.models.trainable import State
+from cotune.flower.runtime_client import line_of
+from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import Watch
+from cotune.server.deployment.trail import SignedTrail
 from cotune.server.rounds.evaluation import evaluate, present_judge
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.rounds.loop import Evaluate, Score, run_rounds
 from cotune.server.rounds.model_delivery import deliver
-from cotune.server.runs.base_model import model_here
+from cotune.server.rounds.session import NoTrail, Session
 from cotune.server.runs.events import listening, read_events
 from cotune.server.runs.results import conclude
-from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_model import model_here
+from cotune.server.transport.base import InProcessTransport
+from cotune.server.transport.node_registry import RegisteredNodes, Roster, SimulatedNodes
+from cotune.server.transport.superlink import SuperLinkTransport
 
 app = ServerApp()
 
@@ -34,13 +42,13 @@ def main(grid: Grid, context: Context) -> None:
     """
     folder = RunFolder(place_of(str(context.run_config.get("run") or "")))
     if not folder.file.federation:
-        return play(grid, folder)  # anyone who simulates holds the folder's lock
+        return train(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
     watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
     with folder.locked(), _failures_told(folder), listening(watch):
         if not folder.finished:
-            play(grid, folder)
-        deliver(grid, folder)
+            train(grid, folder)
+        deliver_model(grid, folder)
         conclude(folder)
 
 
@@ -64,7 +72,7 @@ def _tell_failure(folder: RunFolder, reason: str) -> None:
         folder.events.tell("run_failed", round=min(folder.last_round + 1, folder.plan.rounds), reason=reason)
 
 
-def play(grid: Grid, folder: RunFolder) -> None:
+def train(grid: Grid, folder: RunFolder) -> None:
     """Runs the rounds, with the test set that the folder holds as judge (baselines and real runs may have none)."""
     plan = folder.plan
     model = model_here(folder)
@@ -81,4 +89,46 @@ def play(grid: Grid, folder: RunFolder) -> None:
         assert validation is not None, "asked only where there are records"
         return evaluate(model, state, validation, plan.model.precision).accuracy
 
-    run_rounds(grid, folder, model, present_judge() if plan.keeps_personal else judge, score if validation else None)
+    train_rounds(grid, folder, model, present_judge() if plan.keeps_personal else judge, score if validation else None)
+
+
+def train_rounds(
+    grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: Evaluate, score: Score | None = None
+) -> Progress:
+    """Train the unfinished rounds of a run over a grid (see `rounds.loop.run_rounds`)."""
+    return run_rounds(open_session(grid, folder), model, evaluate, score)
+
+
+def deliver_model(grid: Grid, folder: RunFolder) -> list[str]:
+    """Hand the finished model of a real run out over a grid (see `rounds.model_delivery.deliver`)."""
+    return deliver(open_session(grid, folder))
+
+
+def open_session(grid: Grid, folder: RunFolder) -> Session:
+    """Wire what rounds need: nodes in process for a simulation; a SuperLink, members and signatures for a real run."""
+    names = [participant.name for participant in folder.file.participants]
+    if not folder.file.federation:
+        return Session(
+            folder,
+            open_transport=lambda: InProcessTransport(grid, SimulatedNodes(grid, names)),
+            read_members=lambda: dict.fromkeys(names),
+            trail=NoTrail(),
+        )
+    members = FederationFolder(Path(folder.file.federation)).members
+    return Session(
+        folder,
+        open_transport=lambda: _open_superlink(grid, folder, members),
+        read_members=lambda: {member.name: member.examples for member in members.active()},
+        trail=SignedTrail(folder),
+    )
+
+
+def _open_superlink(grid: Grid, folder: RunFolder, members: Members) -> SuperLinkTransport:
+    line = line_of(grid)
+    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.tell)
+
+
+def _read_roster(members: Members) -> Roster:
+    found = members.all()
+    names = {member.key: member.name for member in found if member.revoked is None}
+    return Roster(names, frozenset(member.name for member in found) - set(names.values()))

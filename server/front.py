@@ -14,18 +14,31 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from cotune.errors import CotuneError, RunError
+from cotune.flower import fleet_format
 from cotune.printable import clean_output, printable
 from cotune.server.deployment import certificates
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import Refusals
+from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.guard import unnoted
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
 from cotune.server.proxy.server import Setup, serve
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.files import toml_of
+from cotune.storage.documents import parse_toml
 
 log = logging.getLogger("cotune.front")
+
+FLEET_FORMAT = FleetFormat(
+    key_header=fleet_format.KEY_HEADER,
+    signature_header=fleet_format.SIGNATURE_HEADER,
+    time_header=fleet_format.TIME_HEADER,
+    max_age=fleet_format.MAX_AGE,
+    clock_tolerance=fleet_format.CLOCK_TOLERANCE,
+    server_node=fleet_format.SERVER_NODE,
+    parse_push=fleet_format.parse_push,
+    parse_pull=fleet_format.parse_pull,
+)
 
 
 class FrontConfig(ConfigTable):
@@ -45,7 +58,7 @@ class FrontConfig(ConfigTable):
 def read_config(path: Path) -> FrontConfig:
     """Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
     try:
-        config = FrontConfig.model_validate(toml_of(path.read_text(encoding="utf-8")))
+        config = FrontConfig.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
     except ValueError as error:
@@ -101,6 +114,7 @@ def setup(config: FrontConfig) -> Setup:
         config.superlink_port,
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
         Keys(config.members),
+        FLEET_FORMAT,
         refusals.note if refusals else unnoted,
         config.limits,
         config.quotas,

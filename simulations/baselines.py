@@ -40,10 +40,10 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.plan.tables import Stage
 from cotune.reporting.model_card import CARD, model_card, promised
-from cotune.server.app import play
+from cotune.server.app import train
 from cotune.server.rounds.evaluation import Judge, evaluate, predict
-from cotune.server.rounds.loop import final_params
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, Share, make_site
 from cotune.strategies.config import StrategyConfig
 
@@ -73,7 +73,7 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Judged]:
         if not baseline.finished:
             folder.events.tell("baseline_started", baseline=name)
             try:
-                play(InProcessGrid(client_app), baseline)
+                train(InProcessGrid(client_app), baseline)
             except RunError as error:  # a comparison that cannot be made must not cost the run itself
                 folder.events.tell("baseline_failed", baseline=name, reason=str(error))
                 continue

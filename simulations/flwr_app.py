@@ -16,9 +16,8 @@ from cotune.plan.load import load_plan
 from cotune.printable import clean_output
 from cotune.server.app import app as server_app
 from cotune.server.rounds.evaluation import judged_by
-from cotune.server.runs.create import new_folder
 from cotune.server.runs.events import listening
-from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.run_folder import RunFolder, new_folder
 from cotune.simulations.baselines import each_judge
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import complete, start

@@ -36,8 +36,8 @@ from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.privacy.policy import Policy, dump_policy
+from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import check_feasible
 from cotune.storage.files import atomic_write
 
 LeftOut = Mapping[Path | None, Mapping[str, int]]

@@ -27,10 +27,9 @@ from cotune.reporting.model_card import CARD
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.reporting.run_report import write_report
 from cotune.server.rounds.evaluation import predict
-from cotune.server.rounds.loop import final_params
-from cotune.server.runs.create import empty_folder, new_folder
 from cotune.server.runs.results import dumps, identity, performance, run_card
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Progress, RunFolder, empty_folder, new_folder
+from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,

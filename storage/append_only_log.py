@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import PrivacyError
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 VERSION = 3
 START = "0" * 64  # the hash before the first entry
@@ -72,7 +73,7 @@ class Log:
         id = len(self.entries) + 1
         at = at or datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-        entry = Entry(id, at, kind, json_of(text), entry_hash(self.head, id, at, kind, text))
+        entry = Entry(id, at, kind, parse_json(text), entry_hash(self.head, id, at, kind, text))
         self.db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (id, at, kind, text, entry.hash))
         self.entries.append(entry)
         return entry
@@ -183,7 +184,7 @@ class Chain:
         for expected, (id, at, kind, body, hash) in enumerate(db.execute("SELECT * FROM entries ORDER BY id"), start=1):
             if id != expected or hash != entry_hash(previous, id, at, kind, body):
                 raise self._unusable(f"entry {expected} is not as it was written: somebody or something changed the file")
-            entries.append(Entry(id, at, kind, json_of(body), hash))
+            entries.append(Entry(id, at, kind, parse_json(body), hash))
             previous = hash
         count, anchored = self._anchored()
         if count is None:
@@ -195,7 +196,7 @@ class Chain:
     def _anchored(self) -> tuple[int | None, str]:
         """How many entries the anchor knows, and the hash of the last: the database may be ahead of it, never behind."""
         try:
-            found = json_of(self.anchor.read_bytes())
+            found = parse_json(self.anchor.read_bytes())
             return int(found["entries"]), str(found["hash"])
         except FileNotFoundError:
             return None, ""

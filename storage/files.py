@@ -1,32 +1,31 @@
-"""Documents on disk: written atomically, locked for one process, and read with a limit to their depth.
+"""Files that survive crashes: written atomically, and locked for one process at a time.
 
-One process at a time, also where one is killed: the system lets go of a lock when its process ends, however it ends.
-
-JSON and TOML that somebody else has written: what is nested too deep for Python's readers is malformed like anything else.
-
-Python's reader of TOML notes every beginning of a key with dots: one of 100,000 parts, 200 kB, takes 40 GB of memory.
+The operating system releases a lock when its process ends, however that ends: nothing has to be cleaned up after `kill -9`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import glob
-import json
 import os
-import re
 import tempfile
-import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+
+from filelock import FileLock, SoftFileLock, Timeout
 
 from cotune.errors import RunError
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Writes, fsyncs and renames; when this returns, the file survives a power cut."""
+    """Write a file as a whole; when this returns, it survives a power cut.
+
+    The content is written to a temporary file (mode 0600) in the same folder, synchronized to the disk, and renamed: other
+    processes see the former file or the new one, never a part. Folders that are missing are created.
+
+    Raises:
+        OSError: The file cannot be written; a former one is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
@@ -42,13 +41,16 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def remove_parts(path: Path) -> None:
-    """What killed processes have left of a file that they were writing; for a file that no other process writes now."""
+    """Remove the temporary files that killed processes left behind while they wrote `path`.
+
+    Only for a file that no other process is writing at the moment.
+    """
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         part.unlink(missing_ok=True)
 
 
 def sync(path: Path | str) -> None:
-    """Fsyncs a file or a folder that is there."""
+    """Synchronize an existing file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,61 +58,49 @@ def sync(path: Path | str) -> None:
         os.close(descriptor)
 
 
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 
 
 @contextmanager
-def acquire_lock(file: Path, taken: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Keeps others out of the block. taken: the sentence for them. patience: seconds, where some hold it for a moment only.
+def exclusive_lock(file: Path, holder: str = "", *, timeout: float = 0.0) -> Iterator[None]:
+    """Keep other processes and threads out of the block.
 
-    Raises RunError, also where the file cannot be written.
+    Args:
+        file: The lock file, which is created (mode 0600) and left in place. It holds nothing.
+        holder: What the error says when the lock is held: who holds it, and what to do. Without it, wait as long as it takes.
+        timeout: Seconds to wait before the error, for a lock that others hold for a moment only.
+
+    Raises:
+        RunError: The lock is held (`run.locked`), or the file cannot be written (`run.not_writable`).
     """
+    lock = FileLock(file, mode=0o600)
     try:
-        lock = open(file, "a")  # noqa: SIM115
-    except OSError as error:
-        raise RunError(f"{file.parent} cannot be written ({error.strerror}): make room for it, or mend its permissions") from None
-    with lock:
-        until = time.monotonic() + patience
-        while not _take(lock):
-            if time.monotonic() >= until:
-                raise RunError(taken)
-            time.sleep(_LOOK_SECONDS)
+        file.parent.stat()  # filelock would create the folder
+        lock.acquire(timeout=timeout if holder else -1, poll_interval=_POLL_SECONDS)
+    except Timeout:
+        raise RunError(holder, code="run.locked") from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or "its file system has no locks"
+        raise RunError(
+            f"{file.parent} cannot be written ({reason}): make room for it, or mend its permissions", code="run.not_writable"
+        ) from None
+    try:
+        if isinstance(lock, SoftFileLock):  # what filelock falls back to; it would outlive a process that is killed
+            raise RunError(
+                f"the file system of {file.parent} has no locks: expected one with them; choose another folder",
+                code="run.no_locks",
+            )
         yield
+    finally:
+        lock.release()
 
 
-def _take(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+def is_locked(file: Path) -> bool:
+    """Return whether somebody holds the lock of a file; one that is not there is held by nobody, and is not created."""
+    if not file.exists():
         return False
-    return True
-
-
-_MOST_CHARACTERS = 4 * 2**20  # of a document
-_MOST_PARTS = 16  # of a key with dots; those of a plan have 6
-_PART = r"""(?:[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
-_LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_PART}[ \t]*+\.[ \t]*+){{{_MOST_PARTS}}}")
-
-
-def json_of(content: str | bytes) -> Any:
-    """The value. Raises ValueError for whatever is none."""
     try:
-        return json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def toml_of(text: str) -> dict[str, Any]:
-    """The table. Raises tomllib.TOMLDecodeError, a ValueError, for whatever is none, and for what no document of ours is like."""
-    if len(text) > _MOST_CHARACTERS:
-        raise tomllib.TOMLDecodeError(f"it has {len(text):,} characters, expected at most {_MOST_CHARACTERS:,}")
-    if found := _LONG_KEY.search(text):
-        raise tomllib.TOMLDecodeError(f"{found[0][:40]}… is a key of more than {_MOST_PARTS} parts")
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise tomllib.TOMLDecodeError("it is nested too deep") from None
-    except tomllib.TOMLDecodeError:
-        raise
-    except ValueError as error:  # a number of more digits than Python reads
-        raise tomllib.TOMLDecodeError(str(error)[:100]) from None
+        with exclusive_lock(file, "held"):
+            return False
+    except RunError:
+        return True

@@ -18,7 +18,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import load_plan
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import duration, size
-from cotune.storage.files import toml_of
+from cotune.storage.documents import parse_toml
 
 if TYPE_CHECKING:
     from cotune.client.node.connection import Tried
@@ -95,7 +95,7 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
         raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
     document = path / "plan.toml" if (path / "plan.toml").exists() else path
     try:
-        is_invitation = {"protocol", "server"} <= toml_of(document.read_text(encoding="utf-8-sig")).keys()
+        is_invitation = {"protocol", "server"} <= parse_toml(document.read_text(encoding="utf-8-sig")).keys()
     except (OSError, ValueError):
         is_invitation = document.name == "federation.toml"
     if not is_invitation:

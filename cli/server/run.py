@@ -22,7 +22,7 @@ from cotune.cli.screen import beginning, screen
 from cotune.plan.load import check_tables, overrides_alone, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import instant, percent, size
-from cotune.storage.files import json_of
+from cotune.storage.documents import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.deployment.federation import FederationFolder
@@ -90,8 +90,8 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
+    from cotune.server.deployment.new_run import real_run
     from cotune.server.deployment.run_controller import check_none_unfinished
-    from cotune.server.runs.create import real_run
 
     check_none_unfinished(federation, executor, leave=leave)
     begun = real_run(federation, override, name)
@@ -104,7 +104,7 @@ def _begin(
 
 
 def _show_result(console: Console, played: RunFolder) -> None:
-    summary: dict[str, Any] = json_of((played.path / "summary.json").read_bytes())
+    summary: dict[str, Any] = parse_json((played.path / "summary.json").read_bytes())
     if summary["privacy"]["mode"] == "none":
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:

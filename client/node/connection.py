@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,6 +17,7 @@ from cotune.client.site_setup import read_certificates, read_private_key
 from cotune.errors import RunError
 from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, connected
 from cotune.protocol.connectivity import reach
+from cotune.storage.files import is_locked
 
 
 class Entrance:
@@ -104,7 +104,7 @@ def try_connection(site: Site, address: str, certificates: bytes | None) -> Trie
     except RunError as error:
         return Tried(address, str(error))
     tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
-    if _is_served(site.folder / "node" / "lock"):
+    if is_locked(site.folder / "node" / "lock"):
         return Tried(**{**vars(tried), "served": True})
     try:
         with connected(address, certificates, key) as fleet:
@@ -112,17 +112,6 @@ def try_connection(site: Site, address: str, certificates: bytes | None) -> Trie
     except FleetError as error:
         return Tried(**{**vars(tried), "problem": str(error)})
     return tried
-
-
-def _is_served(lock: Path) -> bool:
-    try:
-        with open(lock, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def versions() -> dict[str, str]:

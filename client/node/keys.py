@@ -12,6 +12,7 @@ An organization renews the key by which servers know its node: a statement for t
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -24,14 +25,13 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_ssh_public_key,
 )
-from filelock import FileLock
 
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.client.site_setup import read_private_key
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import NodeRenewal, fingerprint
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 FORMER = "former.pub"  # in node/
 
@@ -105,9 +105,9 @@ def _lines(file: Path) -> list[bytes]:
     return file.read_bytes().splitlines() if file.exists() else []
 
 
-def _changing(site: Path) -> FileLock:
+def _changing(site: Path) -> AbstractContextManager[None]:
     (site / "node").mkdir(mode=0o700, exist_ok=True)
-    return FileLock(site / "node" / ".keys.lock", mode=0o600)
+    return exclusive_lock(site / "node" / ".keys.lock")
 
 
 def renew_key(site: Site) -> tuple[Path, str]:

@@ -35,7 +35,7 @@ from cotune.client.training.observe import tell
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import CutOff, Parcel
 from cotune.flower.fleet_client import Fleet, FleetError, Request, RequestOver
-from cotune.storage.files import acquire_lock, atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 _CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
 _PLAIN = {".info/CONTENT", "LICENSE"}
@@ -368,7 +368,7 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
-    with acquire_lock(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
+    with exclusive_lock(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
         yield
 
 

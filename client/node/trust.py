@@ -10,18 +10,18 @@ former signs nothing any more, and its authority is believed for another month, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Self
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.client.audit_log import AuditLog
 from cotune.errors import RunError
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 _MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
@@ -178,6 +178,6 @@ def _file(site: Path) -> Path:
     return site / "node" / "trust.json"
 
 
-def _changing(site: Path) -> FileLock:
+def _changing(site: Path) -> AbstractContextManager[None]:
     (site / "node").mkdir(mode=0o700, exist_ok=True)
-    return FileLock(site / "node" / ".trust.lock", mode=0o600)
+    return exclusive_lock(site / "node" / ".trust.lock")

@@ -38,7 +38,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PersonalizeConfig
 from cotune.reporting.model_card import CARD, model_card
-from cotune.storage.files import json_of
+from cotune.storage.documents import parse_json
 
 COLUMNS = ("majority", "alone", "received", "adapted")  # from the floor up
 STAYS = (
@@ -121,7 +121,7 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
 
 def _about(file: Path) -> dict[str, Any]:
     try:
-        found = json_of(file.read_bytes())
+        found = parse_json(file.read_bytes())
         return {**found, "plan_id": str(found["plan_id"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{file} is damaged: expected the plan of a finished model; remove its folder") from None

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageClassification
 
 from cotune.data.class_names import class_name
 from cotune.data.readers.formats import DataFile, is_unicode, word_of
-from cotune.data.readers.images import Image, ImageReader, opened
+from cotune.data.readers.images import Image, opened
+from cotune.data.tasks.image_processor import CONFIG_FILE, ImageProcessor
 from cotune.data.tasks.text import IGNORED, Collate, each_or_none
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
@@ -25,7 +26,7 @@ class ImageClassification:
 
     key = "image"
     described = "image classifier"
-    needs = "its preprocessor_config.json"
+    needs = f"its {CONFIG_FILE}"
     pipeline = "image-classification"
     problem_type: str | None = "single_label_classification"
     pools = True
@@ -50,51 +51,51 @@ class ImageClassification:
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
         return self.record(file, number, given, "-")
 
-    def reader(self, folder: Path) -> ImageReader:
-        return ImageReader(folder)
+    def reader(self, folder: Path) -> ImageProcessor:
+        return ImageProcessor(folder)
 
-    def fit(self, reader: ImageReader, module: Any) -> None:
+    def fit(self, reader: ImageProcessor, module: Any) -> None:
         settings = getattr(module.config, "vision_config", module.config)  # CLIP and SigLIP have a configuration for each half
-        shape = reader.shape()
+        shape = reader.shape
         wanted = getattr(settings, "image_size", None)
         wanted = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted or shape)
         if shape != wanted:
             raise ModelError(
-                f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its preprocessor_config.json makes them"
+                f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its {CONFIG_FILE} makes them"
                 f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files"
             )
         channels = getattr(settings, "num_channels", 3)
         if channels != 3:
             raise ModelError(f"the base model reads {channels} channels: expected 3 (RGB); use another base model")
 
-    def longest(self, reader: ImageReader, module: Any, wanted: int) -> int:
+    def longest(self, reader: ImageProcessor, module: Any, wanted: int) -> int:
         """An image is no row of tokens."""
         return wanted
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         return [{"image": image, "labels": target} for image, target in zip(inputs, targets, strict=True)]
 
-    def cut(self, reader: ImageReader, max_length: int, inputs: Sequence[Any]) -> int:
+    def cut(self, reader: ImageProcessor, max_length: int, inputs: Sequence[Any]) -> int:
         """An image is scaled as a whole."""
         return 0
 
-    def samples(self, reader: ImageReader) -> list[Example]:
+    def samples(self, reader: ImageProcessor) -> list[Example]:
         """Gradients from dark to light, across, down and both."""
-        height, width = reader.shape()
+        height, width = reader.shape
         across = torch.linspace(-1, 1, width).expand(height, width)
         down = torch.linspace(-1, 1, height)[:, None]
         planes = (across, down.expand(height, width), across * down)
         return [{"image": plane.expand(3, height, width), "labels": k % 2} for k, plane in enumerate(planes)]
 
-    def blank(self, reader: ImageReader, length: int) -> Example:
+    def blank(self, reader: ImageProcessor, length: int) -> Example:
         """A black image, without a label."""
-        return {"image": torch.zeros(3, *reader.shape()), "labels": IGNORED}
+        return {"image": torch.zeros(3, *reader.shape), "labels": IGNORED}
 
     def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = ()) -> int:
         """All images are of one size."""
         return 1
 
-    def collator(self, module: nn.Module, reader: ImageReader, to: torch.device) -> Collate:
+    def collator(self, module: nn.Module, reader: ImageProcessor, to: torch.device) -> Collate:
         def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> dict[str, Tensor]:
             if slots is None:
                 rows = [_row(reader, example) for example in examples]
@@ -120,7 +121,7 @@ class ImageClassification:
         return {"pixel_values": features}
 
 
-def _row(reader: ImageReader, example: Example) -> tuple[Tensor, int]:
+def _row(reader: ImageProcessor, example: Example) -> tuple[Tensor, int]:
     """(3, h, w) and the class. Raises DataError for an image that is not as it was."""
     image = example["image"]
     return (reader(image.pixels()) if isinstance(image, Image) else image), example["labels"]

@@ -28,7 +28,7 @@ Target = int | tuple[int, ...]  # the number of a record's class, or of each wor
 class Task(Protocol):
     """What the rest of the program asks a task for.
 
-    A reader is what turns inputs into numbers: a tokenizer, or an `ImageReader`.
+    A reader is what turns inputs into numbers: a tokenizer, or an `ImageProcessor`.
     """
 
     key: str  # the entry of [data] that names the column of the inputs

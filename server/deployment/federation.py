@@ -41,12 +41,13 @@ from cotune.protocol.federation_file import Invitation, read_invitation
 from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
 from cotune.server.deployment.members import Members
+from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.server.proxy.quotas import Quotas
-from cotune.server.runs.base_model import without_place
-from cotune.server.runs.suitability import with_robust_default
+from cotune.server.runs.run_model import without_place
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.files import atomic_write, toml_of
+from cotune.storage.documents import parse_toml
+from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import get_content
 
 
@@ -75,7 +76,7 @@ class FederationFolder:
         self.path = path.expanduser().resolve()
         file = self.path / "server.toml"
         try:
-            self.config = ServerConfig.model_validate(toml_of(file.read_text(encoding="utf-8-sig")))
+            self.config = ServerConfig.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
         except ValidationError as error:
             raise RunError(f"{format_validation_error(error, ServerConfig, 'server.toml')} ({file})") from None
         except (OSError, ValueError) as error:

@@ -17,13 +17,12 @@ from pathlib import Path
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, SSHPublicKeyTypes, load_ssh_public_key
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from cotune.errors import PlanError, RunError
 from cotune.protocol.federation_file import check_name
 from cotune.protocol.key_renewal import NodeRenewal
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 
 class Member(BaseModel):
@@ -171,7 +170,7 @@ class Members:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        with FileLock(self._file.with_suffix(".lock"), mode=0o600):
+        with exclusive_lock(self._file.with_suffix(".lock")):
             yield
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
 from cotune.errors import RunError
-from cotune.flower.control_client import Node
+from cotune.flower.nodes import RegisteredNode
 from cotune.server.deployment.members import Member
 from cotune.server.transport.node_registry import Presence, Seen
 
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 class Registry(Protocol):
     """Where keys are registered: a Control."""
 
-    def nodes(self) -> tuple[Node, ...]: ...
+    def nodes(self) -> tuple[RegisteredNode, ...]: ...
     def register(self, key: bytes, name: str) -> int: ...
     def unregister(self, node: int) -> None: ...
 

@@ -21,7 +21,8 @@ import psutil
 
 from cotune.errors import RunError
 from cotune.printable import printable
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 Identity = tuple[int, float]  # number, and when it was started
 
@@ -53,7 +54,7 @@ class Record:
     def left(self) -> list[psutil.Process]:
         """Those of the file that still run, with all that they have started. A damaged file names none."""
         try:
-            kept = json_of(self._file.read_bytes())
+            kept = parse_json(self._file.read_bytes())
             known = {(int(number), float(started)) for number, started in kept["processes"]} if kept["boot"] == _boot() else set()
         except (OSError, ValueError, KeyError, TypeError):
             return []

@@ -28,8 +28,8 @@ from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkAway
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import Listener, follow
-from cotune.server.runs.run_folder import RunFolder, exclusive_lock
-from cotune.storage.files import atomic_write
+from cotune.server.runs.run_folder import RunFolder, lock_folder
+from cotune.storage.files import atomic_write, is_locked
 
 
 class Submission(BaseModel):
@@ -70,13 +70,7 @@ _LOOK_SECONDS = 0.1
 
 def is_running(run: Path) -> bool:
     """Whether a process holds the lock of the run's folder."""
-    if not (run / ".lock").exists():
-        return False
-    try:
-        with exclusive_lock(run, patience=0.0):
-            return False
-    except RunError:
-        return True
+    return is_locked(run / ".lock")
 
 
 def wait_until_stopped(run: Path, grace: float) -> None:
@@ -169,7 +163,7 @@ def only_follower(federation: FederationFolder) -> Iterator[None]:
         (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise RunError(f"{federation.path} cannot be written ({error.strerror}): mend its permissions") from None
-    with exclusive_lock(federation.path / "runs"):
+    with lock_folder(federation.path / "runs"):
         yield
 
 

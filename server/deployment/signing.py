@@ -13,10 +13,9 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from filelock import FileLock
 
 from cotune.errors import RunError
-from cotune.storage.files import atomic_write
+from cotune.storage.files import atomic_write, exclusive_lock
 
 SIGNING_KEY = "signing.key"
 FORMER = "signing-former.pub"
@@ -94,7 +93,7 @@ def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
     A folder that was restored from a backup goes on beyond what the backup has seen. Raises RunError for a damaged file.
     """
     file = folder / _SERIAL
-    with FileLock(folder / f".{_SERIAL}.lock", mode=0o600):
+    with exclusive_lock(folder / f".{_SERIAL}.lock"):
         try:
             last = int(file.read_bytes()) if file.exists() else 0
             serial = max(last + 1, int(now() * 1000))

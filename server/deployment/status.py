@@ -13,9 +13,9 @@ from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
-from cotune.server.rounds.exclusions import left_out, strikes_of
-from cotune.server.rounds.model_delivery import confirmed
+from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.events import read_events
+from cotune.server.runs.exclusions import left_out, strikes_of
 from cotune.server.runs.results import bytes_of, epsilon_stated, weight_of
 from cotune.server.runs.run_folder import RunFolder
 

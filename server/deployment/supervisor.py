@@ -30,7 +30,7 @@ from cotune.server.deployment.federation import FederationFolder, ServerConfig, 
 from cotune.server.deployment.node_registration import Enrolment
 from cotune.server.deployment.processes import Child, Record, end, running, stop
 from cotune.server.proxy.server import listen
-from cotune.server.runs.run_folder import exclusive_lock
+from cotune.server.runs.run_folder import lock_folder
 from cotune.storage.files import atomic_write
 
 LEFT_DAYS = 30  # of the certificate, from which on there is a warning
@@ -60,7 +60,7 @@ def supervise(folder: FederationFolder, say: Say) -> None:
 
     try:
         folder.superlink.mkdir(mode=0o700, exist_ok=True)
-        with exclusive_lock(folder.superlink), _stop_signals() as stopped:
+        with lock_folder(folder.superlink), _stop_signals() as stopped:
             _supervise(folder, told, stopped)
     except OSError as error:
         raise RunError(

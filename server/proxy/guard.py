@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import h11
 
+from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.identity import Known, signer
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.quotas import Quotas, Usage
@@ -43,9 +44,11 @@ class Guard:
     log: Sparing
 
     @classmethod
-    def of(cls, limits: Limits, quotas: Quotas, known: Known, refused: Noted, turned_away: Noted = unnoted) -> Guard:
+    def of(
+        cls, limits: Limits, quotas: Quotas, known: Known, fleet: FleetFormat, refused: Noted, turned_away: Noted = unnoted
+    ) -> Guard:
         return cls(
-            limits, known, refused, turned_away, Slots(limits), Traffic(limits), Sent(), Usage(quotas), Sparing(log.warning)
+            limits, known, refused, turned_away, Slots(limits), Traffic(limits), Sent(fleet), Usage(quotas), Sparing(log.warning)
         )
 
     def admit(self, request: h11.Request, slot: Slot, client: str = "") -> str | Refusal:
@@ -56,7 +59,7 @@ class Guard:
             if refusal.status in _TOO_LARGE:
                 self._note_too_large(request, slot.address or group_of(client), refusal.reason)
             return refusal
-        member = signer(request.headers, call_of(request), self.known)
+        member = signer(request.headers, call_of(request), self.known, self.sent.fleet)
         if isinstance(member, Refusal):
             return member
         if full := self.slots.recognize(slot, member):
@@ -64,7 +67,7 @@ class Guard:
         return self._beyond_quota(member, call_of(request), content_length(request)) or member
 
     def _note_too_large(self, request: h11.Request, address: str, reason: str) -> None:
-        member = signer(request.headers, call_of(request), self.known)
+        member = signer(request.headers, call_of(request), self.known, self.sent.fleet)
         if isinstance(member, Refusal):
             self.turned_away(address, reason)
         else:

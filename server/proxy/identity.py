@@ -16,9 +16,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 
+from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.rules import Refusal
 
 Known = Callable[[bytes], str | None]  # public key (PEM) -> the member that it belongs to
@@ -28,34 +27,35 @@ _STRANGER = "the key is not that of a member: expected one that the coordinator 
 _UNSIGNED = "Invalid SuperNode authentication"  # as the SuperLink says it
 
 
-def signer(headers: Iterable[tuple[bytes, bytes]], call: str, known: Known, now: datetime | None = None) -> str | Refusal:
+def signer(
+    headers: Iterable[tuple[bytes, bytes]], call: str, known: Known, fleet: FleetFormat, now: datetime | None = None
+) -> str | Refusal:
     """The member that has signed a request, or why nobody has.
 
     Args:
         headers: of the request, names in lower case.
         call: its name. Anyone who wants to join is answered as the SuperLink answers a key that is not registered.
         known: asked for the key that the request shows.
+        fleet: of the API that is called.
         now: the time by the server's clock.
     """
-    found = [(name, value) for name, value in headers if name in _NAMES]
-    if len(found) != len(_NAMES):  # of two keys the SuperLink might take the other one
+    names = fleet.authentication_headers
+    found = [(name, value) for name, value in headers if name in names]
+    if len(found) != len(names):  # of two keys the SuperLink might take the other one
         return Refusal(401, _UNSIGNED)
     try:
         shown = dict(found)
-        key, signature = (b64decode(shown[name], validate=True) for name in _NAMES[:2])
-        timestamp = shown[_NAMES[2]]
+        key, signature = (b64decode(shown[name], validate=True) for name in names[:2])
+        timestamp = shown[fleet.time_header]
         age = ((now or datetime.now(UTC)) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
     except (KeyError, ValueError, TypeError, OverflowError, binascii.Error):
         return Refusal(401, _UNSIGNED)
     member = known(key)
     if member is None:
         return Refusal(412, _STRANGER, _NOT_REGISTERED) if call == "activate-node" else Refusal(401, _STRANGER)
-    if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+    if not -fleet.clock_tolerance < age < fleet.max_age + fleet.clock_tolerance:
         return Refusal(401, f"the request was signed {age:.0f} seconds ago by this server's clock: set the clock")
     return member if _holds(key, timestamp, signature) else Refusal(401, _UNSIGNED)
-
-
-_NAMES = tuple(name.encode() for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TIMESTAMP_HEADER))
 
 
 def _holds(key: bytes, signed: bytes, signature: bytes) -> bool:

@@ -12,11 +12,9 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest
-from flwr.proto.message_pb2 import Metadata, ObjectTree
 from google.protobuf.message import DecodeError
 
+from cotune.server.proxy.fleet_format import FleetFormat, Metadata, ObjectTree
 from cotune.server.proxy.wire_format import Damaged, TooMany, fields, length_of
 
 MOST_DEPTH = 5  # message, its content, a record, an array, a chunk of it
@@ -39,7 +37,8 @@ class Sent:
     All that it knows is forgotten with the process, and the oldest earlier: it only ever adds a reason to refuse.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fleet: FleetFormat) -> None:
+        self.fleet = fleet
         self._known: dict[bytes, None] = {}
         self._largest = 0
 
@@ -49,7 +48,7 @@ class Sent:
         Returns how many messages it holds.
         """
         try:
-            trees = PullMessagesResponse.FromString(content).message_object_trees
+            trees = self.fleet.parse_pull(content).message_object_trees
         except DecodeError:
             return 0
         for tree in trees:
@@ -80,13 +79,13 @@ def reason_to_refuse_push(content: bytes, limit: int, sent: Sent) -> str | None:
     try:
         if reason := _wrong_outline(content, most):
             return reason
-        request = PushMessagesRequest.FromString(content)
+        request = sent.fleet.parse_push(content)
     except (Damaged, DecodeError):
         return "it is no announcement of a reply as Flower writes it"
     [message] = request.messages_list
     [tree] = request.message_object_trees
     return (
-        _wrong_sender(message.metadata, request.node.node_id)
+        _wrong_sender(message.metadata, request.node.node_id, sent.fleet.server_node)
         or _wrong_times(message.metadata, request.clientapp_runtime_list)
         or _wrong_tree(tree, message.metadata.message_id, sent)
     )
@@ -124,13 +123,13 @@ def _count(tree: bytes, most: int) -> int:
     return count
 
 
-def _wrong_sender(about: Metadata, node: int) -> str | None:
-    """node: the SuperLink compares it with the key."""
+def _wrong_sender(about: Metadata, node: int, server: int) -> str | None:
+    """node: the SuperLink compares it with the key. server: the SuperLink's own node."""
     if not about.reply_to_message_id:
         return "it replies to nothing: only the server sends requests"
-    if about.src_node_id != node or node == SUPERLINK_NODE_ID:
+    if about.src_node_id != node or node == server:
         return "its source is another node than the one that sends it"
-    if about.dst_node_id != SUPERLINK_NODE_ID:
+    if about.dst_node_id != server:
         return "its destination is another node: replies go to the server"
     return None
 

@@ -18,6 +18,7 @@ from typing import Self
 
 from cotune.errors import RunError
 from cotune.server.proxy.connection import PIECE, Exchange
+from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.guard import Guard, unnoted
 from cotune.server.proxy.identity import Known
 from cotune.server.proxy.quotas import Quotas
@@ -32,12 +33,21 @@ log = logging.getLogger("cotune.front")
 
 @dataclass(frozen=True)
 class Setup:
-    """What a front is made of.
+    """What the proxy is made of.
 
-    host, port: where it listens; port 0: any that is free. context: of the certificate that it shows. superlink_port, trusted: of
-    the SuperLink on 127.0.0.1, and whose certificate is believed there. known: whose keys are members'. refused: told of the
-    member whose announcement was refused, or whose quota is used up, and why; turned_away: of the address of somebody else that
-    sends too much at once. proxied: all connections come from a proxy of the server's own, which counts them.
+    Attributes:
+        host: The address to listen at.
+        port: The port to listen at; 0: any that is free.
+        context: Holds the certificate that the proxy shows.
+        superlink_port: Of the SuperLink on 127.0.0.1.
+        trusted: Verifies the SuperLink's certificate.
+        known: Returns the member that a public key belongs to.
+        fleet: Names, numbers and parsers of the API that is passed on.
+        refused: Called with the member whose announcement was refused, or whose quota is used up, and the reason.
+        limits: What one client may take.
+        quotas: What one member may take.
+        proxied: Whether all connections come from a proxy of the server's own, which counts them.
+        turned_away: Called with the address of a stranger that sends too much at once, and the reason.
     """
 
     host: str
@@ -46,6 +56,7 @@ class Setup:
     superlink_port: int
     trusted: ssl.SSLContext
     known: Known
+    fleet: FleetFormat
     refused: Callable[[str, str], None] = lambda member, reason: None
     limits: Limits = field(default_factory=Limits)
     quotas: Quotas = field(default_factory=Quotas)
@@ -78,7 +89,7 @@ class Front:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.limits = setup.limits
-        self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.refused, setup.turned_away)
+        self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.fleet, setup.refused, setup.turned_away)
         self._exchanges: dict[asyncio.Task[None], Exchange | None] = {}  # None: the handshake is not over
 
     async def __aenter__(self) -> Self:

@@ -13,9 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from cotune.data.tasks.task import Metrics
@@ -25,19 +23,19 @@ from cotune.plan.parameters import rewritten_names, shared_names, statistic_shap
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
 from cotune.protocol.signatures import TRAIN
-from cotune.server.deployment.members import Member
 from cotune.server.rounds.accuracy_guard import AccuracyGuard, seen, summarize_updates, suspects
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
-from cotune.server.rounds.exclusions import fates_of, left_out, remember
 from cotune.server.rounds.replies import Gathering
 from cotune.server.rounds.requests import RequestTracker
 from cotune.server.rounds.round_result import RoundResult
 from cotune.server.rounds.selection import cohort_of, enough, remember_waiting, select
+from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.update_validation import Verify
+from cotune.server.runs.exclusions import fates_of, left_out, remember
 from cotune.server.runs.run_folder import Participant, Progress, RunFolder
+from cotune.server.runs.run_model import served
 from cotune.server.transport.base import Transport
-from cotune.server.transport.node_registry import REVOKED, members_of
-from cotune.server.transport.superlink import post_of
+from cotune.server.transport.node_registry import REVOKED
 from cotune.strategies.aggregator import build_aggregator, build_client_term, build_server_optimizer
 from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext, apply_delta
 
@@ -88,16 +86,6 @@ def move(plan: Plan, before: Progress, state: State, fused: Delta | Aggregate, c
     return moved, {**_named("fusion", fused.memory), **_named("term", term), **_named("optimizer", memory)}
 
 
-def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
-    """The model to judge and to hand out: θ, or what the server optimizer makes of it."""
-    return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
-
-
-def final_params(plan: Plan, progress: Progress) -> State:
-    """The served model of a run after its last finished round."""
-    return served(plan, progress.state, progress.memory)
-
-
 def _remembered(before: Progress, part: str) -> dict[str, Tensor]:
     return named_under(f"{part}/", before.memory)
 
@@ -114,7 +102,7 @@ Evaluate = Callable[[State], Metrics | None]
 class _Run:
     """What all rounds of a run have in common."""
 
-    folder: RunFolder
+    session: Session
     post: Transport
     model: TrainableModel
     evaluate: Evaluate
@@ -123,8 +111,12 @@ class _Run:
     gathering: Gathering
     guard: AccuracyGuard
 
+    @property
+    def folder(self) -> RunFolder:
+        return self.session.folder
 
-def run_rounds(grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
+
+def run_rounds(session: Session, model: TrainableModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
     """Plays the rounds that are not finished yet, and returns the run after its last.
 
     evaluate: a state on the common test set. score: its accuracy on the server's own validation records, for rules that judge
@@ -132,6 +124,7 @@ def run_rounds(grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: E
 
     Raises RunError when a round does not reach its quorum; all rounds before are kept.
     """
+    folder = session.folder
     plan = folder.plan
     progress = folder.load()
     client_level = ClientLevelPrivacy.of(folder)
@@ -143,9 +136,9 @@ def run_rounds(grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: E
         rounds=plan.rounds,
         resumed_after=progress.round,
     )
-    guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=bool(folder.file.federation))
-    with closing(post_of(grid, folder)) as post:
-        return _rounds(_Run(folder, post, model, evaluate, score, client_level, Gathering(folder, post), guard), progress)
+    guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=session.is_real)
+    with closing(session.open_transport()) as post:
+        return _rounds(_Run(session, post, model, evaluate, score, client_level, Gathering(session, post), guard), progress)
 
 
 def _rounds(run: _Run, progress: Progress) -> Progress:
@@ -184,7 +177,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     folder = run.folder
     plan = run.folder.plan
     client_level = run.client_level
-    members = members_of(Path(folder.file.federation)) if folder.file.federation else {}
+    members = run.session.read_members()
     people, round_result = _people(run, before, round, members)
     stage = plan.stage_of(round)
     state, names = begin_round(run.model, plan, before.state, round)
@@ -199,17 +192,16 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
     received = received_digest(state, sent)
     cohort = cohort_of(folder, before.history, round_result.people)
     fates = fates_of(folder, before.history)
-    run.gathering.trail.sign(TRAIN, round, contents, recipients, received, cohort, fates)
+    run.session.trail.sign(TRAIN, round, contents, recipients, received, cohort, fates)
     verify = Verify(
         plan,
         context,
         shapes,
         statistic_shapes(plan, run.model, names),
         received=received,
-        members=members,
+        bounds=members,
     )
     closing = enough(plan, len(people))
-    real = bool(folder.file.federation)
     asking = RequestTracker(
         run.post,
         plan.server,
@@ -219,7 +211,7 @@ def _play(run: _Run, before: Progress, round: int) -> Progress:
         closing,
         round_result,
         folder.events.tell,
-        real=real,
+        real=run.session.is_real,
         fuses=_fuses(folder),
     )
     del contents
@@ -270,7 +262,9 @@ def _tell_of_small_weights(folder: RunFolder, before: Progress, round: int, weig
             folder.events.tell("weight_is_small", round=round, organization=name, weight=share)
 
 
-def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Member]) -> tuple[list[Participant], RoundResult]:
+def _people(
+    run: _Run, before: Progress, round: int, members: Mapping[str, ExampleBounds | None]
+) -> tuple[list[Participant], RoundResult]:
     """Who is asked. The quorum is a fraction of them: anyone who may not take part any more does not count.
 
     Raises RunError when nobody is left.
@@ -278,7 +272,7 @@ def _people(run: _Run, before: Progress, round: int, members: Mapping[str, Membe
     folder = run.folder
     plan = run.folder.plan
     struck = left_out(folder, before.history)
-    revoked = [p.name for p in folder.file.participants if folder.file.federation and p.name not in members]
+    revoked = [p.name for p in folder.file.participants if p.name not in members]
     known = before.history[-1].get("left_out", []) if before.history else []
     for names, reason in (
         (struck, f"{plan.server.strikes} of its updates were refused, or did not come in time"),

@@ -8,31 +8,25 @@ and at least `server.least_seconds`, as in a round; it gets it when the run is c
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median_high
 
 from flwr.app import Message, MessageType, RecordDict
-from flwr.serverapp import Grid
 
 from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import Recipient, decode_receipt, encode_requests, received_digest
 from cotune.protocol.signatures import FINISHED, RECEIPT
-from cotune.server.deployment.members import Member
-from cotune.server.rounds.exclusions import fates_of, left_out
-from cotune.server.rounds.loop import final_params
+from cotune.server.rounds.session import ExampleBounds, Session, Trail
 from cotune.server.rounds.update_validation import one_line
+from cotune.server.runs.deliveries import confirmed, record_delivery
+from cotune.server.runs.exclusions import fates_of, left_out
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.trail import Trail
+from cotune.server.runs.run_model import final_params
 from cotune.server.transport.base import Reply, Transport
-from cotune.server.transport.node_registry import Node, members_of
-from cotune.server.transport.superlink import post_of
-from cotune.storage.files import atomic_write, json_of
+from cotune.server.transport.node_registry import Node
 
 _POLL_SECONDS = 0.1
 _EXPORT_SECONDS = 600.0  # how long an organization may take to write its model
@@ -43,32 +37,21 @@ _AGAIN_SECONDS = 2.0
 _LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 
 
-def confirmed(folder: RunFolder) -> dict[str, str]:
-    """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
-    file = folder.path / "delivered.json"
-    try:
-        found = json_of(file.read_bytes())
-        return {str(name): str(at) for name, at in found.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{file} is damaged: expected organizations with times; remove it to hand the model out again") from None
-
-
-def deliver(grid: Grid, folder: RunFolder) -> list[str]:
+def deliver(session: Session) -> list[str]:
     """Hands the served model to the members who lack it, and returns who still does.
 
     Those who are not connected are waited for `server.absent_seconds` long. Anyone who was left out or revoked gets none; who was
     left out, and is connected, is told so, and why.
     """
-    progress = folder.load()
-    members = members_of(Path(folder.file.federation))
-    lacking = _hand_out(grid, folder, progress, members)
-    _tell_left_out(grid, folder, progress, members)
+    progress = session.folder.load()
+    members = session.read_members()
+    lacking = _hand_out(session, progress, members)
+    _tell_left_out(session, progress, members)
     return lacking
 
 
-def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> list[str]:
+def _hand_out(session: Session, progress: Progress, members: Mapping[str, ExampleBounds | None]) -> list[str]:
+    folder = session.folder
     without = {*left_out(folder, progress.history), *confirmed(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
     folder.events.tell("delivery_started", organizations=lacking)
@@ -78,26 +61,27 @@ def _hand_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mappin
     last = progress.admitted
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
-    trail = Trail(folder)
     received = received_digest(state)
-    trail.sign(FINISHED, progress.round, contents, recipients, received, progress.history[-1]["participants"])
-    with closing(post_of(grid, folder)) as post:
-        return _Delivery(post, folder, progress.round, contents, received, trail).play()
+    session.trail.sign(FINISHED, progress.round, contents, recipients, received, progress.history[-1]["participants"])
+    with closing(session.open_transport()) as post:
+        return _Delivery(post, folder, progress.round, contents, received, session.trail).play()
 
 
-def _tell_left_out(grid: Grid, folder: RunFolder, progress: Progress, members: Mapping[str, Member]) -> None:
+def _tell_left_out(session: Session, progress: Progress, members: Mapping[str, ExampleBounds | None]) -> None:
     """A request of this kind without a model: an organization answers it with a refusal, and enters it in its log."""
+    folder = session.folder
     out = left_out(folder, progress.history)
     fates = fates_of(folder, progress.history)
     fates = {p.name: fates[p.name] for p in folder.file.participants if p.name in out and p.name in members}
     if not progress.round or not fates:
         return
     recipients = [Recipient(name) for name in fates]
-    trail = Trail(folder)
     contents = dict(zip(fates, encode_requests(folder.plan.canonical(), progress.round, {}, recipients), strict=True))
-    trail.sign(FINISHED, progress.round, contents, recipients, received_digest({}), progress.history[-1]["participants"], fates)
-    with closing(post_of(grid, folder)) as post:
-        _Notices(post, folder, progress.round, contents, received_digest({}), trail).play()
+    session.trail.sign(
+        FINISHED, progress.round, contents, recipients, received_digest({}), progress.history[-1]["participants"], fates
+    )
+    with closing(session.open_transport()) as post:
+        _Notices(post, folder, progress.round, contents, received_digest({}), session.trail).play()
 
 
 class _Delivery:
@@ -208,9 +192,7 @@ class _Delivery:
         if reason:
             self._undelivered(name, reason)
             return False
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        document = json.dumps({**confirmed(self._folder), name: now}, ensure_ascii=False, indent=1)
-        atomic_write(self._folder.path / "delivered.json", document.encode())
+        record_delivery(self._folder, name)
         self._took.append(time.monotonic() - self._asked_at[name])
         self._folder.events.tell("delivered", organization=name)
         return True

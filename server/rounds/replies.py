@@ -10,9 +10,8 @@ from cotune.protocol.signatures import UPDATE
 from cotune.server.rounds.buffers import Late, Lateness, Quarantine, ReorderBuffer, SpillBuffer
 from cotune.server.rounds.requests import RequestTracker
 from cotune.server.rounds.round_result import RoundResult
+from cotune.server.rounds.session import Session
 from cotune.server.rounds.update_validation import Opened, Verify, one_line
-from cotune.server.runs.run_folder import RunFolder
-from cotune.server.runs.trail import Trail
 from cotune.server.transport.base import Reply, Transport
 from cotune.strategies.aggregator import Aggregator, Combination
 from cotune.strategies.types import Update
@@ -21,14 +20,15 @@ from cotune.strategies.types import Update
 class Gathering:
     """Of one run."""
 
-    def __init__(self, folder: RunFolder, post: Transport) -> None:
+    def __init__(self, session: Session, post: Transport) -> None:
+        folder = session.folder
         self._post = post
         self._events = folder.events
         self._names = [participant.name for participant in folder.file.participants]
         self._inbox = SpillBuffer(folder.path / "inbox")
         self._quarantine = Quarantine(folder.path / "quarantine")
         self._lateness = Lateness(folder.plan.server, SpillBuffer(folder.path / "inbox" / "late"))
-        self.trail = Trail(folder)
+        self._trail = session.trail
         self._answered: set[Late] = set()
 
     def gather(
@@ -99,7 +99,7 @@ class Gathering:
         reply = letter.reply
         letter.reply = None
         if reply is not None:
-            self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)
+            self._trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)
 
     def _kept(self, content: RecordDict, name: str, round: int, reason: str) -> str:
         """The file in quarantine; what cannot even be written there is described by its reason alone."""
@@ -122,8 +122,8 @@ class Gathering:
     def _verified(self, reply: Message, letter: Reply, verify: Verify) -> Opened:
         """An answer is held to its organization's signature first, and to the plan then."""
         if reply.has_error():
-            return Opened(None, one_line(self.trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)))
-        wrong = self.trail.accept(reply, UPDATE, letter.round, letter.organization) if reply.has_content() else ""
+            return Opened(None, one_line(self._trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)))
+        wrong = self._trail.accept(reply, UPDATE, letter.round, letter.organization) if reply.has_content() else ""
         return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organization)
 
     def _receive_late(self, letter: Reply, round: int, round_result: RoundResult) -> None:

@@ -24,7 +24,8 @@ from cotune.errors import PlanError, RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random import keyed_generator, seeded_generator
 from cotune.server.runs.run_folder import Participant, RunFolder
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 
 def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
@@ -119,7 +120,7 @@ def advice(dropped: Mapping[str, str]) -> str:
 def _waiting_before(folder: RunFolder, round: int) -> list[str]:
     """A damaged file is none: the roster is then as short as it was."""
     try:
-        found = json_of((folder.path / "cohort.json").read_bytes())
+        found = parse_json((folder.path / "cohort.json").read_bytes())
         return [str(name) for name in found["waiting"]] if found["round"] == round else []
     except (OSError, ValueError, KeyError, TypeError):
         return []

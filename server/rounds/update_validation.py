@@ -21,7 +21,7 @@ from cotune.plan.update_norm import longest_update
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import decode_update, payload_bytes
-from cotune.server.deployment.members import Member
+from cotune.server.rounds.session import ExampleBounds
 from cotune.strategies.sums import norm
 from cotune.strategies.types import RoundContext, Update, find_not_finite
 
@@ -186,8 +186,8 @@ class Opened:
 class Verify:
     """What answers of one round are held to. max_bytes: of one.
 
-    shapes: what the round shares. received: digest of what a request holds. members: in a real run, those that
-    may take part, with the numbers of records that they may declare.
+    shapes: what the round shares. received: digest of what a request holds. bounds: organization -> between which
+    numbers its declared number of records must be.
     """
 
     def __init__(
@@ -198,11 +198,11 @@ class Verify:
         statistics: Mapping[str, tuple[int, ...]],
         *,
         received: str,
-        members: Mapping[str, Member],
+        bounds: Mapping[str, ExampleBounds | None],
     ) -> None:
         self._plan = plan
         self._round = context.round
-        self._members = members
+        self._bounds = bounds
         stage = plan.stage_of(context.round)
         local = stage.local
         entries = sum(tensor.numel() for tensor in shapes.values())
@@ -244,8 +244,7 @@ class Verify:
 
     def _examples(self, organization: str) -> tuple[int, int]:
         most = self._plan.server.max_examples
-        member = self._members.get(organization)
-        least, own = (member.examples if member else None) or (1, most)
+        least, own = self._bounds.get(organization) or (1, most)
         return max(1, least), min(most, own)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import RunError
-from cotune.storage.files import json_of
+from cotune.storage.documents import parse_json
 
 Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
 _listeners: list[Listener] = []
@@ -78,7 +78,7 @@ def _parsed(content: bytes) -> list[dict[str, Any]]:
     found = list[dict[str, Any]]()
     for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
-            event = json_of(line)
+            event = parse_json(line)
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
         if isinstance(event, dict) and "event" in event:

@@ -26,13 +26,12 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.privacy_statement import client_statement, stated
 from cotune.reporting.run_report import write_report
-from cotune.server.rounds.client_dp import account_of, client_level_noise
-from cotune.server.rounds.exclusions import left_out
-from cotune.server.rounds.loop import final_params
-from cotune.server.rounds.model_delivery import confirmed
-from cotune.server.runs.base_model import model_here
+from cotune.server.runs.client_privacy import account_of, client_level_noise
+from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.events import read_events
+from cotune.server.runs.exclusions import left_out
 from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_model import final_params, model_here
 from cotune.storage.files import atomic_write
 
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with

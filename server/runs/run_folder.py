@@ -7,7 +7,7 @@ checkpoints/            one file per finished round: model, server optimizer, hi
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
-trail.jsonl             of a real run: requests and answers with their signatures (trail.py)
+trail.jsonl             of a real run: requests and answers with their signatures (deployment/trail.py)
 inbox/                  during a round: updates that came before their turn
 quarantine/             updates that were refused, as they came (rounds/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
@@ -19,10 +19,12 @@ model/ summary.json report.html    at the end
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from cotune.models.trainable import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
-from cotune.storage.files import acquire_lock, atomic_write, json_of, remove_parts, toml_of
+from cotune.storage.documents import parse_json, parse_toml
+from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import get_content, register_file
 
 
@@ -87,7 +90,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.plan: Plan = parse_plan(toml_of((path / "plan.toml").read_text(encoding="utf-8")))
+            self.plan: Plan = parse_plan(parse_toml((path / "plan.toml").read_text(encoding="utf-8")))
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
         except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
@@ -115,7 +118,7 @@ class RunFolder:
     def stopped(self) -> str | None:
         """Why the run ended before its last round; None if it did not."""
         try:
-            return str(json_of((self.path / "stopped.json").read_bytes())["reason"])
+            return str(parse_json((self.path / "stopped.json").read_bytes())["reason"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -159,7 +162,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                about = json_of(file.metadata()["checkpoint"])
+                about = parse_json(file.metadata()["checkpoint"])
                 round = about["round"]
                 plan_id = about["plan_id"]
                 history = tuple(about["history"])
@@ -182,7 +185,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                return tuple(json_of(file.metadata()["checkpoint"])["history"])
+                return tuple(parse_json(file.metadata()["checkpoint"])["history"])
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -191,15 +194,34 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process off the same run during the block. Raises RunError."""
-        with exclusive_lock(self.path):
+        with lock_folder(self.path):
             yield
 
 
+def new_folder(name: str, runs: Path = Path("runs")) -> Path:
+    """runs/<time>-<plan>, not yet taken."""
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
+    candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def empty_folder(path: Path) -> Path:
+    """The folder itself, as an absolute path. Raises RunError where something is in it already."""
+    path = path.expanduser().resolve()
+    if (path / "run.json").exists():
+        raise RunError(
+            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+    return path
+
+
 @contextmanager
-def exclusive_lock(path: Path, patience: float = 0.5) -> Iterator[None]:
+def lock_folder(path: Path, patience: float = 0.5) -> Iterator[None]:
     """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
 
     Raises RunError, also where the folder cannot be written.
     """
-    with acquire_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", patience=patience):
+    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=patience):
         yield

@@ -11,16 +11,13 @@ beforehand; anyone who leaves is offline before that time, which the SuperLink t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.members import Member
+from cotune.flower.nodes import RegisteredNode
 
 LEFT = "it has left the federation; it is asked again once it rejoins"
 _LOOKS = 2  # a node that connects anew may be offline for a moment
@@ -78,10 +75,16 @@ class NodeRegistry(Protocol):
         ...
 
 
-class Simulated:
-    """names: the organizations of the run, in their order."""
+class SimulatedNodes:
+    """The nodes of a simulation: the i-th organization is at the i-th node."""
 
     def __init__(self, grid: Grid, names: Iterable[str]) -> None:
+        """Create the registry.
+
+        Args:
+            grid: The grid of the simulation.
+            names: The organizations of the run, in their order.
+        """
         self._grid = grid
         self._names = tuple(names)
 
@@ -97,38 +100,48 @@ class Simulated:
 
 
 class Nodes(Protocol):
-    def get_nodes(self) -> Iterable[NodeInfo]: ...
+    def get_nodes(self) -> Iterable[RegisteredNode]: ...
 
 
-class Registered:
-    """By the keys in the federation's list of members. line: to a SuperLink with authentication of its nodes."""
+@dataclass(frozen=True)
+class Roster:
+    """The organizations of a federation at one moment.
 
-    def __init__(self, line: Nodes, federation: Path) -> None:
+    Attributes:
+        names: Public key, as Flower keeps it -> the organization that may take part with it.
+        revoked: Names of the organizations whose invitation was revoked.
+    """
+
+    names: Mapping[bytes, str]
+    revoked: frozenset[str]
+
+
+class RegisteredNodes:
+    """The nodes of a real run: organizations are known by their keys in the federation's list of members."""
+
+    def __init__(self, line: Nodes, read_roster: Callable[[], Roster]) -> None:
+        """Create the registry.
+
+        Args:
+            line: A connection to a SuperLink that authenticates its nodes.
+            read_roster: Reads the members anew, as an invitation may be revoked during a run.
+        """
         self._line = line
-        self._federation = federation
+        self._read_roster = read_roster
         self._presence = Presence()
         self._revoked: frozenset[str] = frozenset()
 
     def connected(self) -> dict[str, Node]:
         """Raises RunError for a damaged list of members."""
-        members = FederationFolder(self._federation).members.all()
-        names = {member.key: member.name for member in members if member.revoked is None}
-        self._revoked = frozenset(member.name for member in members) - set(names.values())
-        nodes = [node for node in self._line.get_nodes() if node.public_key in names]
-        self._presence.look(Seen(names[node.public_key], _is_online(node), node.online_until) for node in nodes)
-        return {names[node.public_key]: Node(node.node_id, node.last_activated_at) for node in nodes if _is_online(node)}
+        roster = self._read_roster()
+        names = roster.names
+        self._revoked = roster.revoked
+        nodes = [node for node in self._line.get_nodes() if node.key in names]
+        self._presence.look(Seen(names[node.key], node.online, node.until) for node in nodes)
+        return {names[node.key]: Node(node.id, node.last_online) for node in nodes if node.online}
 
     def left(self) -> frozenset[str]:
         return self._presence.left
 
     def revoked(self) -> frozenset[str]:
         return self._revoked
-
-
-def _is_online(node: NodeInfo) -> bool:
-    return node.status in ("", "online")
-
-
-def members_of(federation: Path) -> dict[str, Member]:
-    """Those that may take part, by name. Read anew every time: an invitation may be revoked during a run."""
-    return {member.name: member for member in FederationFolder(federation).members.active()}

@@ -14,21 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import httpx
 from flwr.app import Message
-from flwr.serverapp import Grid
-from flwr.supercore.run import RunNotRunningException
 
 from cotune.errors import RunError
 from cotune.flower.chunks import CutOff, Malformed, TooMuch
-from cotune.flower.runtime_client import Line, line_of
-from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport.base import InProcessTransport, Reply, Transport
-from cotune.server.transport.node_registry import Node, NodeRegistry, Registered, Simulated
+from cotune.flower.runtime_client import Line, RunStopped
+from cotune.server.transport.base import Reply
+from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
 _SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
@@ -44,13 +40,6 @@ _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
 Tell = Callable[..., None]
-
-
-def post_of(grid: Grid, folder: RunFolder) -> Transport:
-    if not folder.file.federation:
-        return InProcessTransport(grid, Simulated(grid, [participant.name for participant in folder.file.participants]))
-    line = line_of(grid)
-    return SuperLinkTransport(line, Registered(line, Path(folder.file.federation)), folder.events.tell)
 
 
 @dataclass(eq=False)
@@ -131,7 +120,7 @@ class SuperLinkTransport:
     def _until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
             work(*arguments)
-        except RunNotRunningException:
+        except RunStopped:
             self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
@@ -161,7 +150,7 @@ class SuperLinkTransport:
                 self._failure = ""
                 refused = False
                 self._doubt_the_slow()
-            except RunNotRunningException:
+            except RunStopped:
                 raise
             except Exception as error:
                 self._failure = _words(error)
@@ -205,7 +194,7 @@ class SuperLinkTransport:
                 if self._closed.is_set():
                     return
                 number = self._line.push(message)
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except Exception as error:
             return self._lose(asked, f"its request could not be handed over: {_words(error)}")
@@ -235,7 +224,7 @@ class SuperLinkTransport:
         """
         try:
             found = self._line.announced(list(waiting))
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
@@ -274,7 +263,7 @@ class SuperLinkTransport:
             if not reply.has_error() or reply.error.code not in _LOST:
                 return Reply(asked.round, asked.organization, reply)
             lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
-        except RunNotRunningException:
+        except RunStopped:
             raise
         except (TooMuch, Malformed) as error:
             refused = str(error)

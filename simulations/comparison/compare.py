@@ -14,7 +14,7 @@ from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
 from cotune.server.runs.events import Listener
 from cotune.server.runs.results import dumps
-from cotune.server.runs.run_folder import exclusive_lock
+from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
 from cotune.simulations.comparison.workers import Room, import_all, make_folder, play_all, summary_of, task_of
 from cotune.simulations.released_models import epsilon_of_runs, steps_of_folder
@@ -61,7 +61,7 @@ def compare(
     cells = cells_of(source, varied, seeds, overrides, device, listener)
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
-    with exclusive_lock(folder):
+    with lock_folder(folder):
         _check_no_selection(folder)
         places = {cell.name: place_of(folder, cell) for cell in cells}
         todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]

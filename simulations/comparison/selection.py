@@ -26,7 +26,7 @@ from cotune.privacy.accounting.selection import draw_repetitions
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.reporting.comparison_statistics import Variation
 from cotune.server.runs.events import Listener, read_events
-from cotune.server.runs.run_folder import exclusive_lock
+from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import baseline_of, cells_of
 from cotune.simulations.comparison.selected import Selected, read_released, release
@@ -73,7 +73,7 @@ def select(
     candidates = Candidates.of(cells_of(source, variations, 1, overrides, device, listener), expected_runs)
     folder = (out or Path("selected") / candidates.cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
-    with exclusive_lock(folder):
+    with lock_folder(folder):
         _check_folder(folder)
         found = read_released(folder / "released")
         if found is None:

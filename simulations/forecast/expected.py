@@ -21,7 +21,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
-from cotune.server.runs.suitability import check_feasible
+from cotune.server.rounds.feasibility import check_feasible
 from cotune.simulations.prepare import Prepared
 
 _TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are

@@ -19,8 +19,8 @@ from cotune.privacy.claim import Figures, compute_figures, worst
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
-from cotune.server.rounds.client_dp import client_level_noise
 from cotune.server.rounds.loop import begin_round
+from cotune.server.runs.client_privacy import client_level_noise
 from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, members_of, new_policy, stated_members
 from cotune.simulations.forecast.timing import Seconds, estimate
 from cotune.simulations.prepare import prepare

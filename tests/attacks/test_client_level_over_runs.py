@@ -18,7 +18,8 @@ import pytest
 
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.server.rounds.client_dp import ClientLevelPrivacy, account_of
+from cotune.server.rounds.client_dp import ClientLevelPrivacy
+from cotune.server.runs.client_privacy import account_of
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from tests.server.conftest import NewRun
 

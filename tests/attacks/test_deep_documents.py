@@ -25,7 +25,7 @@ from cotune.plan.load import dump_plan, load_plan
 from cotune.privacy.policy import read_policy
 from cotune.protocol.federation_file import read_invitation
 from cotune.server.runs.events import Events, read_events
-from cotune.storage.files import json_of, toml_of
+from cotune.storage.documents import parse_json, parse_toml
 from tests.cli.conftest import Cotune
 
 DOCUMENTS = {
@@ -71,7 +71,7 @@ def test_a_log_of_an_organization_and_events_are_read_past_it(tmp_path: Path, li
     events.tell("run_started")
     assert [event["event"] for event in read_events(events.path)] == ["run_started"]
     with pytest.raises(ValueError, match="too deep"):
-        json_of(line)
+        parse_json(line)
 
 
 @given(
@@ -84,7 +84,7 @@ def test_a_log_of_an_organization_and_events_are_read_past_it(tmp_path: Path, li
 def test_what_is_written_is_read(value: Any) -> None:
     table = {"value": {"none": 1} if value is None else value}
     table = json.loads(json.dumps(table), object_hook=lambda found: {k: v for k, v in found.items() if v is not None})
-    assert toml_of(tomli_w.dumps(table)) == tomllib.loads(tomli_w.dumps(table))
+    assert parse_toml(tomli_w.dumps(table)) == tomllib.loads(tomli_w.dumps(table))
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_what_is_written_is_read(value: Any) -> None:
 def test_looking_for_long_keys_takes_no_longer_than_the_text(text: str) -> None:
     """Were it quadratic, this would take hours."""
     with suppress(ValueError):
-        toml_of(text)
+        parse_toml(text)
 
 
 def test_a_plan_is_read_as_before() -> None:
     plan = load_plan("tweets")
-    assert toml_of(dump_plan(plan)) == tomllib.loads(dump_plan(plan))
+    assert parse_toml(dump_plan(plan)) == tomllib.loads(dump_plan(plan))

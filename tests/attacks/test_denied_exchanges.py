@@ -37,13 +37,13 @@ from cotune.protocol.signatures import (
     signed_words,
     words_digest,
 )
+from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
+from cotune.server.deployment.trail import read_trail
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.loop import run_rounds
-from cotune.server.rounds.model_delivery import confirmed, deliver
+from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.trail import read_trail
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import PRIVATE, WildGrid, real, told, wild
@@ -108,7 +108,7 @@ def test_an_answer_that_its_organization_has_not_signed_does_not_enter_the_model
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]
-    progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    progress = train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert progress.history[0]["participants"] == ["org-2"]
     assert progress.history[0]["quarantined"] == ["org-1"]
     assert "sign" in told(folder, "update_quarantined")[0]["reason"]
@@ -127,8 +127,8 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
     folder = real(RunFolder.create(tmp_path / "run", make_plan(rounds=2, server={"absent_seconds": 5.0}), file))
     sites = {name: make_site(name) for name in NAMES}
     grid = joined(folder, sites)
-    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
-    assert deliver(grid, folder) == []
+    train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    assert deliver_model(grid, folder) == []
     assert sorted(confirmed(folder)) == list(NAMES)
     return folder, sites
 
@@ -270,7 +270,7 @@ def declined(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp
     folder = real(RunFolder.create(tmp_path / "run", plan, file))
     strict = change_policy(Policy.permissive(), {"training.min_cohort": 5})
     sites = {"bank": make_site("bank"), "clinic": make_site("clinic", policy=strict)}
-    run_rounds(joined(folder, sites), folder, model_of(folder.plan), lambda state: None)
+    train_rounds(joined(folder, sites), folder, model_of(folder.plan), lambda state: None)
     return folder, sites
 
 
@@ -330,7 +330,7 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]
-    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     [dropped] = told(folder, "update_dropped")
     assert "max_rounds" not in dropped["reason"]
     assert replies_of(folder, "org-1") == []

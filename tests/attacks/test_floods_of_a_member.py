@@ -13,6 +13,7 @@ import h11
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from cotune.server.front import FLEET_FORMAT
 from cotune.server.proxy.guard import Guard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
@@ -31,7 +32,9 @@ class Front:
     def __init__(self) -> None:
         self.named = Counter[str]()
         known = {public(MALLORY): "mallory", public(NORTH): "north"}.get
-        self.guard = Guard.of(Limits(), Quotas(reply=64 * 2**20), known, lambda member, reason: self.named.update([member]))
+        self.guard = Guard.of(
+            Limits(), Quotas(reply=64 * 2**20), known, FLEET_FORMAT, lambda member, reason: self.named.update([member])
+        )
         self.slots = {key: Slot(None, lambda: None) for key in (MALLORY, NORTH)}
         self._heads = {key: [(name.encode(), value.encode()) for name, value in signed(key).items()] for key in (MALLORY, NORTH)}
 

@@ -15,6 +15,7 @@ import pytest
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.refusals import Refusals
 from cotune.server.deployment.status import look
+from cotune.server.front import FLEET_FORMAT
 from cotune.server.proxy.guard import Guard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
@@ -31,7 +32,7 @@ TOO_LARGE = 2**30
 def refused(
     keys: list[object], noted: tuple[object, object], slot: Slot, client: str = "198.51.100.1", headers: int = 0
 ) -> list[int]:
-    guard = Guard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, *noted)  # type: ignore[arg-type]
+    guard = Guard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, *noted)  # type: ignore[arg-type]
     found = list[int]()
     for key in keys:
         shown = [(name.encode(), value.encode()) for name, value in signed(key).items()] if key else []  # type: ignore[arg-type]
@@ -58,7 +59,7 @@ def test_what_is_no_request_of_flowers_names_nobody() -> None:
     """As of those that look for open ports all day."""
     named = list[str]()
     note = lambda who, reason: named.append(who)  # noqa: E731
-    guard = Guard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, note, note)
+    guard = Guard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, note, note)
     request = h11.Request(method="GET", target="/", headers=[(b"host", b"x")])
     assert isinstance(guard.admit(request, Slot("203.0.113.7", lambda: None)), Refusal)
     assert named == []

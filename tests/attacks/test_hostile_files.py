@@ -27,8 +27,8 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site_setup import make_site
 from cotune.printable import Clean
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.processes import meaningful_line
-from cotune.server.runs.create import real_run
 from tests.cli.conftest import Cotune, Outcome
 from tests.server.coordinators import founded
 

@@ -18,10 +18,10 @@ import torch
 from cotune.data.tasks.task import Metrics
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.protocol.messages import Request
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
+from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.runs.suitability import with_robust_default
 from cotune.strategies.config import StrategyConfig
 from tests.server.conftest import Answer, NewRun, federation, model_of, update
 
@@ -141,7 +141,7 @@ def played(new_run: NewRun, attack: str | None, *, guarded: bool, seed: int = 1,
         folder = RunFolder.create(folder.path.parent / f"{folder.path.name}-guarded", plan, folder.file)
     grid = federation(folder.plan, world.answers(attack))
     judge = world.accuracy if guarded else None
-    return world.accuracy(run_rounds(grid, folder, model_of(folder.plan), lambda state: None, judge).state), folder
+    return world.accuracy(train_rounds(grid, folder, model_of(folder.plan), lambda state: None, judge).state), folder
 
 
 def ended(new_run: NewRun, attack: str | None, *, guarded: bool) -> tuple[float, Any]:
@@ -191,7 +191,7 @@ def test_a_round_that_ruins_the_accuracy_is_not_applied_and_the_suspect_is_shown
     hostile = world.hostile("norm 9,999")
     answers[ATTACKER] = lambda request: (hostile if request.round == 3 else world.honest(ATTACKER))(request)
     grid = federation(folder.plan, answers)
-    history = run_rounds(grid, folder, model_of(folder.plan), world.metrics, world.accuracy).history
+    history = train_rounds(grid, folder, model_of(folder.plan), world.metrics, world.accuracy).history
     assert [entry["applied"] for entry in history] == [True, True, False, True]
     assert history[2]["suspects"][0]["organization"] == ATTACKER
     assert history[3]["metrics"]["accuracy"] > history[1]["metrics"]["accuracy"] - 0.02
@@ -204,7 +204,7 @@ def test_a_simulation_is_not_judged_by_the_records_that_its_figures_are_told_of(
     world = World(2)
     folder = new_run(*NAMES, rounds=2, strategy="fedavg")
     answers = {**world.answers(None), ATTACKER: world.hostile("norm 9,999")}
-    history = run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics).history
+    history = train_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics).history
     assert [entry["applied"] for entry in history] == [True, True]
 
 
@@ -228,10 +228,10 @@ def test_a_run_that_is_killed_after_such_a_round_goes_on_from_the_state_before_i
     answers = {**world.answers(None), "org-1": watching}
     answers[ATTACKER] = lambda request: (hostile if request.round == 2 else world.honest(ATTACKER))(request)
     with pytest.raises(_Killed):
-        run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics, world.accuracy)
+        train_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), world.metrics, world.accuracy)
     kept = RunFolder(folder.path).load()
     assert [entry["applied"] for entry in kept.history] == [True, False]
-    progress = run_rounds(
+    progress = train_rounds(
         federation(folder.plan, answers), RunFolder(folder.path), model_of(folder.plan), world.metrics, world.accuracy
     )
     assert [entry["applied"] for entry in progress.history] == [True, False, True]

@@ -24,7 +24,7 @@ from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import WildGrid, real, told, wild
 from tests.support.signing import sign_request
@@ -147,7 +147,7 @@ def test_the_round_goes_on_and_the_sender_gets_a_strike(new_run: NewRun) -> None
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(1.0)})
     grid.__class__ = _Bombs
-    [entry] = run_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
+    [entry] = train_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
     assert entry["participants"] == ["org-1"]
     assert entry["quarantined"] == ["org-2"]
     [event] = told(folder, "update_quarantined")

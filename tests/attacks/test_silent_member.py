@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import pytest
 
 from cotune.plan.tables import RoundsConfig
+from cotune.server.app import train_rounds
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.exclusions import left_out, strikes_of
-from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.requests import RequestTracker
 from cotune.server.rounds.round_result import RoundResult
+from cotune.server.runs.exclusions import left_out, strikes_of
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
 from tests.server.wild import real, told, wild
@@ -33,7 +33,7 @@ def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRu
     folder = real(new_run("org-1", "org-2", "org-3", rounds=5, server={"least_seconds": 0.2, "patience": 0.001}))
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0}
-    progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    progress = train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert [entry["timed_out"] for entry in progress.history] == [["org-2"]] * 3 + [[]] * 2
     assert [entry["left_out"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
     assert [d["organization"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
@@ -77,6 +77,6 @@ def test_an_outage_of_the_coordinator_is_nobodys_strike(new_run: NewRun) -> None
     folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"deadline_seconds": 0.3, "quorum": 0.1}))
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0, "org-3": 3600.0}
-    [entry] = run_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
+    [entry] = train_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
     assert [d["organization"] for d in entry["dropped"]] == ["org-2", "org-3"]
     assert entry["timed_out"] == []

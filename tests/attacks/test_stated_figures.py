@@ -17,7 +17,7 @@ from cotune.cli.progress import _round_line, remote_line
 from cotune.privacy.accounting.rounding import round_up, round_up_number
 from cotune.reporting.formatting import duration, percent, scientific, signed, size
 from cotune.reporting.run_report import render_report
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
 from cotune.server.runs.results import summarize
 from tests.server.conftest import NewRun, adding, federation, model_of, update
 from tests.server.wild import real, wild
@@ -57,7 +57,7 @@ def test_it_is_refused(new_run: NewRun, figures: dict[str, Any]) -> None:
 
     folder = new_run("org-1", "org-2", rounds=1, privacy=PRIVACY, tell={"local_metrics": True})
     grid = federation(folder.plan, {"org-1": stating(epsilon=8.0, told={"correct": 3.0}), "org-2": hostile})
-    [entry] = run_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
+    [entry] = train_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
     assert entry["participants"] == ["org-1"]
     assert entry["quarantined"] == ["org-2"]
 
@@ -65,14 +65,14 @@ def test_it_is_refused(new_run: NewRun, figures: dict[str, Any]) -> None:
 def test_without_privacy_there_is_no_epsilon_to_state(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=1)
     grid = federation(folder.plan, {"org-1": adding(1.0), "org-2": stating(epsilon=1.0)})
-    assert run_rounds(grid, folder, model_of(folder.plan), lambda state: None).history[0]["quarantined"] == ["org-2"]
+    assert train_rounds(grid, folder, model_of(folder.plan), lambda state: None).history[0]["quarantined"] == ["org-2"]
 
 
 @pytest.mark.parametrize("value", [1e308, math.inf, math.nan, -1e308, 10**400])
 def test_a_run_that_holds_one_already_is_shown(new_run: NewRun, value: float) -> None:
     folder = real(new_run("org-1", "org-2", rounds=1, privacy=PRIVACY))
     grid = wild(folder, {"org-1": stating(epsilon=8.0), "org-2": stating(epsilon=8.0)})
-    progress = run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    progress = train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     progress.history[0]["epsilon"]["org-2"] = value
     summary = json.loads(json.dumps(summarize(folder, progress)))
     assert "org-2" in render_report(summary)

@@ -24,6 +24,7 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from cotune.flower.chunks import TooMuch
 from cotune.flower.runtime_client import Line
+from cotune.server.front import FLEET_FORMAT
 from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
 from cotune.server.proxy.rules import Limits
 from cotune.server.transport import superlink as superlink_transport
@@ -66,7 +67,7 @@ def test_flower_stores_a_time_that_is_no_number_and_fails_at_it() -> None:
 @pytest.mark.parametrize("field", ["ttl", "created_at"])
 def test_the_front_refuses_it(field: str, value: float) -> None:
     request = announcement(**{field: value})
-    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent()) is not None
+    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent(FLEET_FORMAT)) is not None
 
 
 @pytest.mark.parametrize("value", NO_TIMES)
@@ -74,12 +75,12 @@ def test_and_a_working_time_that_is_none(value: float) -> None:
     """It is added to that of the run, whose sum would be NULL for good."""
     request = announcement()
     request.clientapp_runtime_list[:] = [1.0, value]
-    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent()) is not None
+    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent(FLEET_FORMAT)) is not None
 
 
 def test_an_honest_one_passes() -> None:
     request = announcement(ttl=3600.0, created_at=time.time())
-    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent()) is None
+    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent(FLEET_FORMAT)) is None
 
 
 class Poisoned:

@@ -17,7 +17,7 @@ from cotune.simulations.comparison.grid import parse_variation
 from cotune.simulations.comparison.workers import import_all
 from cotune.simulations.prepare import prepare
 
-MODULE = str(Path(__file__).parents[2] / "benchmarks" / "digits.py")
+MODULE = str(Path(__file__).parents[2] / "benchmarks" / "experiments" / "digits.py")
 
 
 @pytest.fixture(scope="module")

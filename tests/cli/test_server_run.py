@@ -11,7 +11,7 @@ from rich.console import Console
 from cotune.cli.progress import remote_line, showing_remote_progress
 from cotune.cli.server.run import _show_result
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.runs.create import real_run
+from cotune.server.deployment.new_run import real_run
 from cotune.server.runs.run_folder import Progress
 from tests.cli.conftest import Cotune
 from tests.server.coordinators import founded

@@ -17,7 +17,7 @@ import pytest
 from cotune.client.audit_log import AuditLog
 from cotune.client.ledger_report import overview
 from cotune.client.site import Site
-from cotune.server.rounds.exclusions import left_out
+from cotune.server.runs.exclusions import left_out
 from tests.deployment.attackers import (
     ADDRESSES,
     IDLE,

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cotune.flower.fleet_client import Fleet, Request
-from cotune.server.rounds.exclusions import left_out
+from cotune.server.runs.exclusions import left_out
 from tests.deployment.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
 from tests.deployment.deployment import Deployment, deployment, weights
 

@@ -21,7 +21,7 @@ from cotune.plan.load import parse_plan
 from cotune.protocol.messages import decode_header
 from cotune.protocol.signatures import SIGNED, detach
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
-from cotune.server.runs.create import real_run
+from cotune.server.deployment.new_run import real_run
 from tests.deployment.test_supervisor import free_port, serving, until
 
 pytestmark = pytest.mark.long

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image as Pillow
-from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
-from cotune.data.readers.images import ImageReader, opened
+from cotune.data.readers.images import opened
+from cotune.data.tasks.image_processor import ImageProcessor
 from cotune.errors import DataError, ModelError
 from tests.conftest import PROCESSOR
 
@@ -109,68 +110,91 @@ def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path: Path) -> None
 # --- how it is prepared
 
 
-def reader(folder: Path, **changes: Any) -> ImageReader:
+def processor(folder: Path, **changes: Any) -> ImageProcessor:
     config = {key: value for key, value in {**PROCESSOR, **changes}.items() if value is not None}
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    return ImageReader(folder)
+    return ImageProcessor(folder)
+
+
+def reference(image: Pillow.Image, size: tuple[int, int], resample: int, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Pillow and the definitions alone: (values / 255 - mean) / std of the resized image; size: (height, width)."""
+    pixels = np.asarray(image.resize(size[::-1], Pillow.Resampling(resample)), dtype=np.float64)
+    return torch.from_numpy((pixels / 255 - mean) / std).permute(2, 0, 1).float()
 
 
 @pytest.mark.parametrize("resample", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [(40, 30), (8, 9), (16, 16)])
-def test_as_the_processor_of_a_vit_does(tmp_path: Path, size: tuple[int, int], resample: int) -> None:
-    changes = {
-        "resample": resample,
-        "image_mean": [0.4, 0.5, 0.6],
-        "image_std": [0.2, 0.3, 0.25],
-        "size": {"height": 16, "width": 12},
-    }
-    expected = ViTImageProcessorPil(**{**PROCESSOR, **changes})(images=noise(*size), return_tensors="pt")["pixel_values"][0]
-    made = reader(tmp_path, **changes)
-    torch.testing.assert_close(made(noise(*size)), expected, atol=1e-5, rtol=1e-5)
-    assert made.shape() == (16, 12)
+def test_pixels_are_resized_and_normalized_as_defined(tmp_path: Path, size: tuple[int, int], resample: int) -> None:
+    mean = [0.4, 0.5, 0.6]
+    std = [0.2, 0.3, 0.25]
+    made = processor(tmp_path, resample=resample, image_mean=mean, image_std=std, size={"height": 16, "width": 12})
+    expected = reference(noise(*size), (16, 12), resample, mean, std)
+    torch.testing.assert_close(made(noise(*size)), expected, atol=5e-7, rtol=0)
+    assert made.shape == (16, 12)
 
 
+CROPPING = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "resample": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("ViT", {}),
+        ("Bit", CROPPING),
+        ("CLIP", CROPPING),
+        ("ConvNext", {"size": {"shortest_edge": 16}, "crop_pct": 0.875}),
+        ("EfficientNet", {}),
+    ],
+)
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (25, 25)])
-def test_as_a_processor_that_crops_does(tmp_path: Path, size: tuple[int, int]) -> None:
-    changes = {"size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": {"height": 16, "width": 16}, "resample": 3}
-    expected = BitImageProcessorPil(**{**PROCESSOR, **changes})(images=noise(*size), return_tensors="pt")["pixel_values"][0]
-    made = reader(tmp_path, **changes)
-    torch.testing.assert_close(made(noise(*size)), expected, atol=1e-5, rtol=1e-5)
-    assert made.shape() == (16, 16)
+def test_pixels_are_those_of_the_library(tmp_path: Path, kind: str, changes: dict[str, Any], size: tuple[int, int]) -> None:
+    config = {**PROCESSOR, "image_processor_type": f"{kind}ImageProcessor", **changes}
+    library = getattr(transformers, f"{kind}ImageProcessorPil")(**config)
+    expected = library(images=noise(*size), return_tensors="pt")["pixel_values"][0]
+    made = processor(tmp_path, **config)
+    assert torch.equal(made(noise(*size)), expected)
+    assert made.shape == (16, 16)
 
 
-def test_without_normalizing(tmp_path: Path) -> None:
-    made = reader(tmp_path, do_normalize=False)(noise(16, 16))
+def test_pixels_without_normalizing_are_scaled_to_one(tmp_path: Path) -> None:
+    made = processor(tmp_path, do_normalize=False)(noise(16, 16))
     torch.testing.assert_close(made, torch.from_numpy(np.asarray(noise(16, 16)).copy()).permute(2, 0, 1) / 255)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"do_pad": True}, "asks for do_pad, which is not supported"),
-        ({"crop_pct": 0.875}, "asks for crop_pct, which is not supported"),
-        ({"image_std": [0.5, 0.0, 0.5]}, "no finite pixels"),
-        ({"image_mean": [0.5, float("nan"), 0.5]}, "no finite pixels"),
-        ({"image_mean": [0.5] * 4}, "a value that cannot be used"),
-        ({"image_mean": "x"}, "a value that cannot be used"),
-        ({"resample": 99}, "a value that cannot be used"),
-        ({"size": {"height": 16, "width": "x"}}, "a value that cannot be used"),
-        ({"size": {"longest_edge": 10}}, "has size {'longest_edge': 10}: expected height and width"),
+        {"image_std": [0.5, 0.0, 0.5]},
+        {"image_mean": [0.5, float("nan"), 0.5]},
+        {"image_mean": [0.5] * 4},
+        {"image_mean": "x"},
+        {"resample": 99},
+        {"size": {"height": 16, "width": "x"}},
+        {"size": {"height": 16, "width": 9000}},
+        {"size": {"shortest_edge": 20}},
+        {"image_processor_type": "NoImageProcessor"},
+        {"image_processor_type": None, "auto_map": {"AutoImageProcessor": "code.Processor"}},
     ],
 )
-def test_what_is_not_done_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        reader(tmp_path, **changes)
+def test_unusable_configuration_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ModelError) as error:
+        processor(tmp_path, **changes)
+    assert error.value.code == "model.unsupported_image_processor"
 
 
-def test_images_of_unlike_sizes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="lets the size of an image stand as it is"):
-        reader(tmp_path, size={"shortest_edge": 20}).shape()
+def test_image_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """Every batch has one shape, whatever an image is like."""
+    made = processor(tmp_path)
+    made.shape = (16, 17)
+    with pytest.raises(DataError) as error:
+        made(noise(16, 16))
+    assert error.value.code == "data.unusable_image"
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\ufeff{}", "[" * 100_000])
-def test_a_folder_that_does_not_say_how(tmp_path: Path, content: str | None) -> None:
+def test_missing_configuration_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"no readable preprocessor_config\.json"):
-        ImageReader(tmp_path)
+    with pytest.raises(ModelError) as error:
+        ImageProcessor(tmp_path)
+    assert error.value.code == "model.missing_image_processor"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cotune.flower.control_client import Node, RunState, SuperLinkAway
+from cotune.flower.control_client import RunState, SuperLinkAway
+from cotune.flower.nodes import RegisteredNode
 from cotune.plan.load import parse_plan
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
 from tests.server.wild import LINES
@@ -62,8 +63,8 @@ class FakeSuperLink:
     def running(self) -> tuple[int, ...]:
         return self.known
 
-    def nodes(self) -> tuple[Node, ...]:
-        return tuple(Node(i, key, True) for i, key in enumerate(self.online, start=1))
+    def nodes(self) -> tuple[RegisteredNode, ...]:
+        return tuple(RegisteredNode(i, key, True) for i, key in enumerate(self.online, start=1))
 
 
 def away(run_id: int) -> RunState | None:

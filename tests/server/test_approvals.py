@@ -17,8 +17,8 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.status import look
 from cotune.server.rounds import requests as approvals
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.exclusions import strikes_of
 from cotune.server.rounds.requests import Approvals, awaits_approval
+from cotune.server.runs.exclusions import strikes_of
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
             grid.get_nodes = stops  # type: ignore[method-assign]
 
     def stops() -> Any:
-        raise superlink_transport.RunNotRunningException
+        raise superlink_transport.RunStopped
 
     grid.on_push = killed
     with pytest.raises(RunError, match="--resume"):

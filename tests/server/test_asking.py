@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
-from flwr.supercore.run import RunNotRunningException
 
 from cotune.errors import RunError
 from cotune.flower.chunks import Malformed, TooMuch
+from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
+from cotune.server.app import train_rounds
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.loop import run_rounds
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import Answer, NewRun, adding, model_of, update
@@ -41,7 +41,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play(folder: RunFolder, grid: WildGrid) -> Progress:
-    return run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
 
 
 def everybody(*values: float) -> dict[str, Answer]:
@@ -288,7 +288,7 @@ def test_a_run_that_is_stopped_at_the_superlink_ends_and_can_be_resumed(
     grid = wild(folder, everybody(1.0))
 
     def refuses(*_: Any) -> Any:
-        raise RunNotRunningException
+        raise RunStopped
 
     monkeypatch.setattr(grid, method, refuses)
     with pytest.raises(RunError, match="the run was stopped at the SuperLink.*continue it with --resume"):

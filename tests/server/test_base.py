@@ -13,8 +13,8 @@ from cotune.errors import ModelError
 from cotune.models.base_model import find_base
 from cotune.models.config import ModelConfig
 from cotune.server.deployment.federation import FederationFolder, write_config
-from cotune.server.runs.base_model import model_here
-from cotune.server.runs.create import real_run
+from cotune.server.deployment.new_run import real_run
+from cotune.server.runs.run_model import model_here
 from tests.server.coordinators import founded
 
 

@@ -17,9 +17,10 @@ from cotune.models.trainable import State
 from cotune.privacy import client_dp as private_mean
 from cotune.privacy.accounting.composition import Steps
 from cotune.protocol.messages import Request
-from cotune.server.rounds.client_dp import ClientLevelPrivacy, account_of
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
+from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.selection import select
+from cotune.server.runs.client_privacy import account_of
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.privacy.test_private_mean import SILENT
@@ -29,7 +30,7 @@ UNIFORM = {"weighting": "uniform"}
 
 
 def play(folder: RunFolder, answers: Mapping[str, Answer]) -> Progress:
-    return run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
+    return train_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
 
 
 def private_run(new_run: NewRun, *names: str, client_privacy: dict[str, Any] | None = None, **changes: Any) -> RunFolder:
@@ -150,7 +151,9 @@ def interrupted(folder: RunFolder, round: int) -> None:
         return None
 
     with pytest.raises(Killed):
-        run_rounds(federation(folder.plan, dict.fromkeys(("org-1", "org-2"), adding(1.0))), folder, model_of(folder.plan), judge)
+        train_rounds(
+            federation(folder.plan, dict.fromkeys(("org-1", "org-2"), adding(1.0))), folder, model_of(folder.plan), judge
+        )
 
 
 def test_a_crash_between_charge_and_checkpoint_is_charged_again_and_the_run_ends_within_its_budget(new_run: NewRun) -> None:

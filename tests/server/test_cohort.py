@@ -12,8 +12,8 @@ from flwr.app import Error, Message
 
 from cotune.errors import RunError
 from cotune.protocol.signatures import RequestStatement, detach
+from cotune.server.app import train_rounds
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.loop import run_rounds
 from cotune.server.rounds.selection import cohort_of, remember_waiting
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -47,7 +47,7 @@ def play(folder: RunFolder, declines: Callable[[str, RequestStatement], str]) ->
         return Message(Error(1001, reason), reply_to=message) if reason else answered(message)
 
     grid._answer = answer  # type: ignore[method-assign]
-    return run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
 
 
 def wanting(least: int) -> Callable[[str, RequestStatement], str]:

@@ -13,13 +13,13 @@ from transformers import pipeline
 
 from cotune.data.dataset import DatasetManifest
 from cotune.protocol.messages import Request
+from cotune.server.app import train_rounds
+from cotune.server.deployment.new_run import real_run
 from cotune.server.rounds.evaluation import evaluate
-from cotune.server.rounds.loop import final_params, run_rounds
-from cotune.server.runs.base_model import model_here
-from cotune.server.runs.create import real_run
 from cotune.server.runs.events import read_events
 from cotune.server.runs.results import conclude
 from cotune.server.runs.run_folder import RunFolder
+from cotune.server.runs.run_model import final_params, model_here
 from tests.conftest import sentences, write_csv
 from tests.server.conftest import Answer, update
 from tests.server.coordinators import founded
@@ -68,7 +68,7 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
         document = folder.path / "test" / "data.json"
         held = DatasetManifest.read(document, folder.plan.labels) if records else None
         judge = lambda state: evaluate(model, state, held, "float32") if held else None  # noqa: E731
-        run_rounds(wild(folder, answers), folder, model, judge)
+        train_rounds(wild(folder, answers), folder, model, judge)
         return folder
 
     return play

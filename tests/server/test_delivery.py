@@ -15,12 +15,11 @@ from cotune.flower.chunks import TooMuch
 from cotune.protocol.messages import Receipt, Request, decode_request, encode_receipt, received_digest
 from cotune.protocol.signatures import RECEIPT, detach
 from cotune.server import app as server_app
-from cotune.server.app import main
+from cotune.server.app import deliver_model, main, train_rounds
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.loop import run_rounds
-from cotune.server.rounds.model_delivery import confirmed, deliver
+from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of
@@ -71,14 +70,14 @@ def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Requ
 
 def finished(new_run: NewRun, **changes: Any) -> RunFolder:
     folder = real(new_run(*NAMES, **{"rounds": 2, "server": {"absent_seconds": 0.2, "quorum": 0.5}, **changes}))
-    run_rounds(receiving(folder), folder, model_of(folder.plan), lambda state: None)
+    train_rounds(receiving(folder), folder, model_of(folder.plan), lambda state: None)
     return folder
 
 
 def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun) -> None:
     folder = finished(new_run)
     seen = list[Request]()
-    assert deliver(receiving(folder, seen), folder) == []
+    assert deliver_model(receiving(folder, seen), folder) == []
     assert sorted(request.organization for request in seen) == list(NAMES)
     for request in seen:
         assert (request.round, request.plan, request.admitted) == (2, folder.plan.canonical(), 2)
@@ -86,7 +85,7 @@ def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun)
     assert sorted(confirmed(folder)) == list(NAMES)
     assert sorted(event["organization"] for event in told(folder, "delivered")) == list(NAMES)
     seen.clear()
-    assert deliver(receiving(folder, seen), folder) == []
+    assert deliver_model(receiving(folder, seen), folder) == []
     assert seen == []
 
 
@@ -95,11 +94,11 @@ def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) 
     seen = list[Request]()
     grid = receiving(folder)
     grid.offline = {"org-2"}
-    assert deliver(grid, folder) == ["org-2"]
+    assert deliver_model(grid, folder) == ["org-2"]
     assert told(folder, "delivery_failed") == [
         {"event": "delivery_failed", "organization": "org-2", "reason": "it was not connected"}
     ]
-    assert deliver(receiving(folder, seen), folder) == []
+    assert deliver_model(receiving(folder, seen), folder) == []
     assert [request.organization for request in seen] == ["org-2"]
     assert sorted(confirmed(folder)) == list(NAMES)
 
@@ -108,7 +107,7 @@ def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     folder = finished(new_run)
     grid = receiving(folder)
     grid.unfit["org-2"] = TooMuch("it has more than 1,048,576 bytes, the most that were expected")
-    assert deliver(grid, folder) == ["org-2"]
+    assert deliver_model(grid, folder) == ["org-2"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
 
@@ -125,7 +124,7 @@ def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatc
 
     grid.on_push = connects_anew
     grid.delay["org-2"] = 0.5
-    assert deliver(grid, folder) == []
+    assert deliver_model(grid, folder) == []
     assert grid.pushed["org-2"] > 1
     assert max(grid.pushed.values()) <= 3
 
@@ -141,12 +140,12 @@ def silent(new_run: NewRun, **server: Any) -> tuple[RunFolder, WildGrid]:
 def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: NewRun) -> None:
     """Without the rule this test takes ten minutes."""
     folder, grid = silent(new_run)
-    assert deliver(grid, folder) == ["org-2"]
+    assert deliver_model(grid, folder) == ["org-2"]
     assert told(folder, "delivery_failed") == [
         {"event": "delivery_failed", "organization": "org-2", "reason": "it did not confirm in time"}
     ]
-    assert deliver(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
-    assert deliver(receiving(folder), folder) == []
+    assert deliver_model(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
+    assert deliver_model(receiving(folder), folder) == []
     assert sorted(confirmed(folder)) == list(NAMES)
 
 
@@ -154,7 +153,7 @@ def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
     folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 30.0, "quorum": 0.5})
     grid = receiving(folder)
     grid.delay["org-2"] = 0.6
-    assert deliver(grid, folder) == []
+    assert deliver_model(grid, folder) == []
 
 
 @pytest.mark.parametrize("change", [{"patience": 0.0}, {}])
@@ -168,7 +167,7 @@ def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
     grid.swallowed["org-2"] = 0
     if not change:
         grid.swallowed["org-3"] = grid.swallowed["org-1"] = 1000
-    assert "org-2" not in deliver(grid, folder)
+    assert "org-2" not in deliver_model(grid, folder)
 
 
 def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,17 +179,17 @@ def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: Ne
         raise OSError("connection refused")
 
     monkeypatch.setattr(grid, "get_nodes", away)
-    assert deliver(grid, folder) == list(NAMES)
+    assert deliver_model(grid, folder) == list(NAMES)
     assert told(folder, "delivery_started") == [{"event": "delivery_started", "organizations": list(NAMES)}]
 
 
 def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"strikes": 1, "quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(1.0), "org-3": wrong_shape})
-    run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     FederationFolder(folder.path.parent.parent).members.revoke("org-2")
     seen = list[Request]()
-    assert deliver(receiving(folder, seen), folder) == []
+    assert deliver_model(receiving(folder, seen), folder) == []
     assert {request.organization: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
     assert set(confirmed(folder)) == {"org-1"}
 
@@ -198,7 +197,7 @@ def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
 @pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organization": "org-2"}, {"plan_id": "0" * 64}])
 def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str, str]) -> None:
     folder = finished(new_run)
-    assert deliver(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
+    assert deliver_model(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
     assert sorted(confirmed(folder)) == ["org-2", "org-3"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "its receipt is for another model or organization"
@@ -211,7 +210,7 @@ def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: 
     folder = finished(new_run)
     grid = receiving(folder, org_1=fails)
     grid.lost["org-2"] = 1
-    assert deliver(grid, folder) == ["org-1"]
+    assert deliver_model(grid, folder) == ["org-1"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "OSError: disk full"
 
@@ -259,7 +258,7 @@ def test_what_nobody_thought_of_becomes_an_event_and_what_was_told_is_told_once(
     with pytest.raises(RunError):
         main(grid, context(folder))
     assert len(told(folder, "run_failed")) == 1
-    monkeypatch.setattr(server_app, "play", lambda grid, folder: 1 // 0)
+    monkeypatch.setattr(server_app, "train", lambda grid, folder: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         main(receiving(folder), context(folder))
     [_, failed] = told(folder, "run_failed")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.flower.control_client import Node
+from cotune.flower.nodes import RegisteredNode
 from cotune.server.deployment import node_registration as module
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.node_registration import Enrolment, reconcile
@@ -35,10 +35,10 @@ class SuperLink:
         self.online: set[bytes] = set()
         self.down = False
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[RegisteredNode, ...]:
         if self.down:
             raise RunError("the SuperLink cannot be reached")
-        return tuple(Node(number, key, key in self.online) for key, number in self.known.items())
+        return tuple(RegisteredNode(number, key, key in self.online) for key, number in self.known.items())
 
     def register(self, key: bytes, name: str) -> int:
         assert key not in self.known, "Flower refuses that"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
 from cotune.server.runs.events import Events, follow, listening, read_events
 from cotune.server.runs.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding, federation, model_of
@@ -156,9 +156,9 @@ def test_every_event_of_a_run_has_the_documented_fields(new_run: NewRun) -> None
 
     answers = {"a": adding(1.0), "b": fails_later, "c": fails}
     with pytest.raises(RunError):
-        run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
+        train_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
     again = {**answers, "b": adding(1.0)}
-    run_rounds(federation(folder.plan, again), folder, model_of(folder.plan), lambda state: None)
+    train_rounds(federation(folder.plan, again), folder, model_of(folder.plan), lambda state: None)
     events = told(folder.path / "events.jsonl")
     assert [event["event"] for event in events] == [
         *("run_started", "round_started", "update_received", "update_received", "update_dropped", "round_finished"),

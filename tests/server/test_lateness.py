@@ -12,8 +12,8 @@ import torch
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import Request
+from cotune.server.app import train_rounds
 from cotune.server.rounds import requests as asking
-from cotune.server.rounds.loop import run_rounds
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.server.conftest import NewRun, adding, model_of, update
@@ -34,7 +34,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play(folder: RunFolder, grid: WildGrid) -> Progress:
-    return run_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
 
 
 def by_round(first: float, later: float, examples: int) -> Any:

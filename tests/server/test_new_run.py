@@ -8,7 +8,8 @@ import pytest
 
 from cotune.data.dataset import DatasetManifest
 from cotune.errors import CotuneError
-from cotune.server.runs.create import new_folder, real_run
+from cotune.server.deployment.new_run import real_run
+from cotune.server.runs.run_folder import new_folder
 from tests.conftest import sentences, write_csv
 from tests.server.coordinators import founded
 

@@ -9,10 +9,10 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.flower.control_client import Node
+from cotune.flower.nodes import RegisteredNode
+from cotune.server.app import deliver_model
 from cotune.server.deployment.node_registration import reconcile
 from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds.model_delivery import deliver
 from cotune.server.transport import node_registry as presence
 from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import LEFT, Presence, Seen
@@ -104,7 +104,7 @@ def test_anyone_who_has_left_when_the_model_is_handed_out_is_named(new_run: NewR
     grid = receiving(folder)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None
     grid.swallowed["org-2"] = 1
-    assert deliver(grid, folder) == ["org-2"]
+    assert deliver_model(grid, folder) == ["org-2"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has left the federation"
 
@@ -115,7 +115,7 @@ def test_the_server_says_that_a_member_has_left() -> None:
     said = list[str]()
     until = time.time() + 60
     for online, end in ((True, until), (False, until - 50), (False, until - 50)):
-        nodes = (Node(1, MEMBERS[0].key, online, "", end),)
+        nodes = (RegisteredNode(1, MEMBERS[0].key, online, "", end),)
         superlink.nodes = lambda nodes=nodes: nodes  # type: ignore[method-assign,misc]
         reconcile(superlink, MEMBERS[:1], said.append, seen)
     assert seen.left == {"a"}

@@ -9,9 +9,9 @@ import pytest
 from cotune.errors import RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
-from cotune.server.runs.create import real_run
+from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.runs.events import read_events
-from cotune.server.runs.suitability import with_robust_default
 from tests.server.coordinators import founded
 from tests.server.wild import LINES
 

@@ -30,8 +30,8 @@ from cotune.server.deployment.federation import FederationFolder, ServerConfig, 
 from cotune.server.deployment.federation import renew as renew_certificate
 from cotune.server.deployment.members import read_public_key
 from cotune.server.deployment.signing import public_hex, public_keys, read_signing_key
+from cotune.server.deployment.trail import SignedTrail, keys_of, read_trail
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.trail import Trail, keys_of, read_trail
 from tests.support.kills import killed_before_each_change
 
 
@@ -174,7 +174,7 @@ def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: Federatio
     people = (Participant(name="north"),)
     file = RunFile(run="1" * 32, created="now", engine="superlink", device="cpu", participants=people, federation=str(fed.path))
     folder = RunFolder.create(fed.path / "runs" / "1", fed.plan, file)
-    trail = Trail(folder)
+    trail = SignedTrail(folder)
     log = AuditLog(site.folder)
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = 1

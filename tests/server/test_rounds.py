@@ -19,7 +19,7 @@ from cotune.errors import RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.trainable import State
 from cotune.protocol.messages import Request, encode_update
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from cotune.server.transport import base as post
@@ -29,7 +29,7 @@ from tests.server.conftest import Answer, NewRun, adding, federation, model_of, 
 
 
 def play(folder: RunFolder, answers: Mapping[str, Answer], grid: type[InProcessGrid] = InProcessGrid) -> Progress:
-    return run_rounds(federation(folder.plan, answers, grid), folder, model_of(folder.plan), lambda state: None)
+    return train_rounds(federation(folder.plan, answers, grid), folder, model_of(folder.plan), lambda state: None)
 
 
 def initial(folder: RunFolder) -> State:
@@ -134,7 +134,7 @@ def test_the_history_holds_what_happened(new_run: NewRun) -> None:
         return update(request, delta, epsilon=float(request.round))
 
     grid = federation(folder.plan, {"org-1": spends, "org-2": adding(1.0)})
-    first, second = run_rounds(grid, folder, model_of(folder.plan), lambda state: next(metrics)).history
+    first, second = train_rounds(grid, folder, model_of(folder.plan), lambda state: next(metrics)).history
     assert first["metrics"] == {"accuracy": 0.25, "precision": 0.5, "recall": 0.75, "f1": 1.0}
     assert (first["round"], first["stage"], first["dropped"]) == (1, "head", [])
     assert first["participants"] == ["org-1", "org-2"]
@@ -152,7 +152,7 @@ def test_fewer_nodes_serve_several_organizations_each(new_run: NewRun) -> None:
     answers = {"org-1": adding(1.0), "org-2": adding(2.0), "org-3": adding(6.0)}
     several = federation(folder.plan, answers)
     two = InProcessGrid(several._app, 2)
-    assert_moved(run_rounds(two, folder, model_of(folder.plan), lambda state: None).state, start, by=3.0)
+    assert_moved(train_rounds(two, folder, model_of(folder.plan), lambda state: None).state, start, by=3.0)
 
 
 def test_organizations_that_are_not_simulated_have_no_site_in_their_requests(new_run: NewRun) -> None:

@@ -17,6 +17,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.run_controller import (
     PollInterval,
     check_none_unfinished,
@@ -27,9 +28,8 @@ from cotune.server.deployment.run_controller import (
     only_follower,
     run_to_completion,
 )
-from cotune.server.runs.create import real_run
 from cotune.server.runs.events import Events
-from cotune.server.runs.run_folder import RunFolder, exclusive_lock
+from cotune.server.runs.run_folder import RunFolder, lock_folder
 from tests.server.coordinators import FakeSuperLink, Step, away, founded
 from tests.server.wild import full_disk
 
@@ -201,7 +201,7 @@ def test_a_superlink_that_is_brought_back_is_waited_for_at_first(run: RunFolder)
 def test_a_server_that_runs_is_known_by_its_lock(federation: FederationFolder) -> None:
     federation.superlink.mkdir(exist_ok=True)
     assert not is_served(federation)
-    with exclusive_lock(federation.superlink):
+    with lock_folder(federation.superlink):
         assert is_served(federation)
     assert not is_served(federation)
 

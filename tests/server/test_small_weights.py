@@ -8,7 +8,7 @@ import pytest
 from flwr.app import RecordDict
 
 from cotune.protocol.messages import Request
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
 from cotune.server.runs.run_folder import RunFolder
 from cotune.strategies.types import Update
 from tests.server.conftest import Answer, NewRun, adding, federation, model_of
@@ -17,7 +17,7 @@ from tests.server.wild import told
 
 def played(folder: RunFolder, answers: Mapping[str, Answer]) -> list[tuple[int, str, float]]:
     """(round, organization, weight) of what was told."""
-    run_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
+    train_rounds(federation(folder.plan, answers), folder, model_of(folder.plan), lambda state: None)
     return [(event["round"], event["organization"], event["weight"]) for event in told(folder, "weight_is_small")]
 
 

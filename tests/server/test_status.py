@@ -15,8 +15,8 @@ from cotune.errors import RunError
 from cotune.flower.control_client import Control
 from cotune.server.deployment.certificates import check
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
-from cotune.server.runs.create import real_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.server.coordinators import FakeSuperLink, founded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cotune.errors import RunError
-from cotune.server.rounds.exclusions import left_out, remember
+from cotune.server.runs.exclusions import left_out, remember
 from cotune.server.runs.run_folder import RunFolder
 from tests.server.conftest import NewRun, adding
 from tests.server.test_asking import play, wrong_shape

@@ -11,7 +11,7 @@ import pytest
 from cotune.client.training.observe import observing
 from cotune.errors import PlanError, RunError
 from cotune.reporting.comparison_statistics import Comparison, Variation
-from cotune.server.runs.run_folder import exclusive_lock
+from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
 from tests.conftest import sentences, write_csv
@@ -179,7 +179,7 @@ def test_what_cannot_be_had_is_refused_before_anything_runs(
 
 
 def test_two_comparisons_in_one_folder_at_a_time(plan_file: Path, tmp_path: Path) -> None:
-    with exclusive_lock(tmp_path), pytest.raises(RunError, match="another process is working on"):
+    with lock_folder(tmp_path), pytest.raises(RunError, match="another process is working on"):
         compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path, jobs=1, device="cpu")
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file cannot be written \(File exists\): choose another with --out"):

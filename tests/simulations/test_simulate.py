@@ -26,8 +26,8 @@ from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.server.runs.create import new_folder
 from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.run_folder import new_folder
 from cotune.simulations.run import Run, simulate
 from tests.conftest import sentences, write_csv
 from tests.simulations.conftest import NewPlan, final_model, same

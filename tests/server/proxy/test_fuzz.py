@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.server import proxy
+from cotune.server.front import FLEET_FORMAT
 from cotune.server.proxy.connection import Exchange
 from cotune.server.proxy.guard import Guard
 from cotune.server.proxy.identity import signer
@@ -80,7 +81,9 @@ def converse(pieces: Iterable[bytes]) -> tuple[bytes, Upstream]:
     upstream = Upstream()
 
     async def play() -> None:
-        guard = Guard.of(Limits(linger=0.01, patience=5.0), Quotas(), {public(NORTH): "north"}.get, lambda member, reason: None)
+        guard = Guard.of(
+            Limits(linger=0.01, patience=5.0), Quotas(), {public(NORTH): "north"}.get, FLEET_FORMAT, lambda member, reason: None
+        )
         reader = asyncio.StreamReader()
         slot = Slot("10.0.0.1", lambda: None)
         guard.slots._held[slot] = None
@@ -136,12 +139,12 @@ NAMES = [b"flwr-public-key", b"flwr-signature", b"flwr-timestamp", b"host"]
     st.sampled_from(["pull-messages", "activate-node"]),
 )
 def test_any_headers_are_a_members_or_a_refusal(headers: list[tuple[bytes, bytes]], call: str) -> None:
-    assert isinstance(signer(headers, call, lambda key: "north"), Refusal)  # also where every key were a member's
+    assert isinstance(signer(headers, call, lambda key: "north", FLEET_FORMAT), Refusal)  # also where every key were a member's
 
 
 FOLDER = Path(str(proxy.__file__)).parent
 OF_THE_REST = {"cotune.errors"}  # one class of exception, which the command line shows as a sentence
-LIBRARIES = {"cryptography", "flwr", "google", "h11", "httpx", "pydantic"}
+LIBRARIES = {"cryptography", "google", "h11", "httpx", "pydantic"}
 
 
 def test_it_imports_nothing_of_the_rest_but_the_errors() -> None:
@@ -162,7 +165,7 @@ def test_neither_does_what_it_imports() -> None:
     packages = {"cotune", "cotune.server", "cotune.server.proxy", "cotune.models"}
     theirs = {name for name in loaded if name.partition(".")[0] == "cotune" and not name.startswith("cotune.server.proxy.")}
     assert theirs <= packages | OF_THE_REST
-    assert not {"torch", "transformers", "opacus"} & set(loaded)
+    assert not {"flwr", "torch", "transformers", "opacus"} & set(loaded)
 
 
 def test_it_stays_small() -> None:

@@ -11,6 +11,7 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.server.front import FLEET_FORMAT
 from cotune.server.proxy.identity import signer
 from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, forwarded_headers, reason_to_refuse
 
@@ -136,4 +137,4 @@ def read_head(content: bytes) -> None:
     if isinstance(event, h11.Request) and reason_to_refuse(event, LIMITS) is None:
         assert call_of(event)
         assert 0 <= content_length(event) <= LIMITS.body_of(call_of(event))[1]
-        assert isinstance(signer(event.headers, call_of(event), lambda key: None), Refusal)
+        assert isinstance(signer(event.headers, call_of(event), lambda key: None, FLEET_FORMAT), Refusal)

@@ -40,18 +40,18 @@ from cotune.protocol.signatures import (
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.key_rotation import renewals
 from cotune.server.deployment.signing import next_serial, public_keys, read_signing_key
-from cotune.server.rounds.exclusions import Fate
 from cotune.server.runs.events import Events, read_events
+from cotune.server.runs.exclusions import Fate
 from cotune.server.runs.run_folder import RunFolder
 
 
-class Trail:
-    """Of one run. A simulation has none: nothing is signed there, and nothing verified."""
+class SignedTrail:
+    """The trail of one run of a federation (see `rounds.session.Trail`)."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._run = folder.file.id
         self._plan_id = folder.plan.plan_id
-        self._federation = FederationFolder(Path(folder.file.federation)) if folder.file.federation else None
+        self._federation = FederationFolder(Path(folder.file.federation))
         self._log = Events(folder.path / "trail.jsonl", silent=True)
         self._requests: dict[tuple[str, int, str], str] = {}  # kind of the reply, round, organization -> digest of the request
 
@@ -70,8 +70,6 @@ class Trail:
 
         Raises RunError without a signing key, and where the trail cannot be written.
         """
-        if self._federation is None:
-            return
         folder = self._federation.certificates
         key = read_signing_key(folder)
         serial = next_serial(folder)
@@ -112,8 +110,6 @@ class Trail:
 
         kind: `UPDATE` or `RECEIPT`.
         """
-        if self._federation is None:
-            return ""
         try:
             reply.content, signed = detach(reply.content)
         except RunError as error:
@@ -129,7 +125,7 @@ class Trail:
         Anyone who cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
         """
         words, signed = words_of(reply.error.reason or "")
-        if signed is not None and self._federation is not None:
+        if signed is not None:
             request = self._requests.get((kind, round, organization))
             if wrong := self._enter(signed, (request, organization, REFUSAL, words_digest(words)), round, words=words):
                 return f"it refused, under a signature that is none ({wrong})"
@@ -151,7 +147,6 @@ class Trail:
         return ""
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
-        assert self._federation is not None
         keys = _node_keys(self._federation).get(organization, [])
         return any(signed_by_node(statement, signed.signature, key) for key in keys)
 

@@ -1,6 +1,6 @@
 """Does `weighting = "noise_aware"` pay off where every organization chooses its own ε? Measured on real tweets.
 
-    python benchmarks/noise_aware.py --out docs/results/noise-aware.md
+    python benchmarks/experiments/noise_aware.py --out docs/results/noise-aware.md
 
 Six organizations train the head of one frozen encoder; their ε, from 0.5 to 8, are dealt out to them by seed, so that small and
 large ones draw strict and loose ones alike. Each seed has one partition and one deal, on which every weighting is run.
@@ -33,7 +33,6 @@ from cotune.plan.load import load_plan
 from cotune.plan.parameters import model_of
 from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.protocol.messages import decode_request, encode_update
-from cotune.server.app import play
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, make_site, prepare
 from cotune.strategies.registry import Needs, weighting
@@ -43,7 +42,7 @@ from cotune.strategies.weightings.noise_aware import random_effects
 WEIGHTINGS = ("examples", "uniform", "noise_aware", "persistent")
 LOCAL = ("local.learning_rate=2.0", "local.batch_size=0.05")  # what docs/results/noise-aware.md was measured with
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0)
-MEASURED = "<!-- below: written by benchmarks/noise_aware.py -->"
+MEASURED = "<!-- below: written by benchmarks/experiments/noise_aware.py -->"
 
 
 @dataclass
@@ -76,7 +75,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     sections = [section(name, given.seeds, given.epsilons, given.overrides) for name in given.partitions]
-    command = " ".join(["python", "benchmarks/noise_aware.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/experiments/noise_aware.py", *sys.argv[1:]])
     text = "\n\n".join([MEASURED, f"Measured by `{command}`.", *sections, prediction(given.repetitions)]) + "\n"
     given.out.parent.mkdir(parents=True, exist_ok=True)
     reading = given.out.read_text(encoding="utf-8").split(MEASURED)[0] if given.out.exists() else ""  # by people, kept
@@ -169,7 +168,7 @@ def run(folder: RunFolder) -> Seen:
         seen.rounds.setdefault(request.round, []).append(update)
         return Message(encode_update(update, folder.plan.plan_id), reply_to=message)
 
-    play(InProcessGrid(app, len(folder.file.participants)), folder)
+    train(InProcessGrid(app, len(folder.file.participants)), folder)
     seen.accuracy = folder.load().history[-1]["metrics"]["accuracy"]
     return seen
 

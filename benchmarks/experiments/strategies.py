@@ -1,6 +1,6 @@
 """All strategies side by side: a small MLP on digits without privacy, and adapters on tweets with and without it.
 
-    python benchmarks/strategies.py --out docs/results/strategies.md
+    python benchmarks/experiments/strategies.py --out docs/results/strategies.md
 
 Digits: ten organizations, labels by Dirichlet 0.1 and 0.5, all of them or three in a round, five seeds. A knob that decides over
 success or failure is chosen from a few candidates on other seeds, with all ten at Dirichlet 0.1, and kept for all that is
@@ -25,7 +25,7 @@ from cotune.simulations.comparison.compare import compare
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from digits import write_digits  # its architecture is registered by this import, and by the workers'
 
-MEASURED = "<!-- below: written by benchmarks/strategies.py -->"
+MEASURED = "<!-- below: written by benchmarks/experiments/strategies.py -->"
 DIGITS = str(Path(__file__).resolve().parent / "digits.py")
 TUNING = ("seed=1001", 2)  # the first seed, and how many: none of those that are reported
 SERVER_DATA = "validation_fraction=0.1"  # for all strategies alike, as a few judge updates by it
@@ -107,7 +107,7 @@ def main() -> None:
     sections = list(digits(given.runs, given.strategies, given.seeds, given.jobs)) if given.seeds else []
     if given.adapter_seeds:
         sections.append(tweets(given.runs, given.adapter_seeds, given.jobs))
-    command = f"python benchmarks/strategies.py --seeds {given.seeds} --adapter-seeds {given.adapter_seeds}"
+    command = f"python benchmarks/experiments/strategies.py --seeds {given.seeds} --adapter-seeds {given.adapter_seeds}"
     text = "\n\n".join([MEASURED, f"Measured by `{command}`.", *sections]) + "\n"
     reading = given.out.read_text(encoding="utf-8").split(MEASURED)[0] if given.out.exists() else ""  # by people, kept
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """A federation whose rounds cost milliseconds: scikit-learn's 1,797 handwritten digits, and a small MLP to tell them apart.
 
-    python benchmarks/digits.py FOLDER     # writes model/, digits.parquet and digits.toml
+    python benchmarks/experiments/digits.py FOLDER     # writes model/, digits.parquet and digits.toml
 
 The model is an architecture of its own, registered with transformers by importing this module: nothing is loaded from the folder
 but configuration and safetensors. Its encoder only flattens the pixels and its head is the MLP, so that `train = "head"` trains
@@ -137,5 +137,5 @@ def _png(image: np.ndarray[Any, Any]) -> bytes:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/digits.py FOLDER")
+        sys.exit("usage: python benchmarks/experiments/digits.py FOLDER")
     print(write_digits(Path(sys.argv[1])))

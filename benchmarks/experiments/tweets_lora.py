@@ -1,6 +1,6 @@
 """Do adapters beat the head alone under privacy? Measured on real tweets with the preset `tweets-lora`.
 
-    python benchmarks/tweets_lora.py --out docs/results/tweets-lora.md
+    python benchmarks/experiments/tweets_lora.py --out docs/results/tweets-lora.md
 
 Every row is trained with the same total ε per organization, on the same partition for each seed. What was trained is kept under
 --runs, and not trained again: the command can be stopped and started again. The table has what is finished.
@@ -34,7 +34,7 @@ WITHOUT_PRIVACY = {  # unclipped gradients want other rates; the bound is traine
         "train.1.local.learning_rate=0.002", "train.1.local.head_learning_rate=0.002"),
     "LoRA from a fresh head": ("local.optimizer=adam", "local.learning_rate=0.002", "local.head_learning_rate=0.02"),
 }  # fmt: skip
-MEASURED = "<!-- below: written by benchmarks/tweets_lora.py -->"
+MEASURED = "<!-- below: written by benchmarks/experiments/tweets_lora.py -->"
 
 
 def accuracy(runs: Path, recipe: str, epsilon: str, seed: int) -> float:
@@ -88,7 +88,7 @@ def main() -> None:
 def _write(out: Path | None, text: str) -> None:
     if out is not None:
         above = out.read_text(encoding="utf-8").split(MEASURED)[0] if out.exists() else ""
-        note = "Test accuracy, mean ± sd (number of seeds), by `python benchmarks/tweets_lora.py`."
+        note = "Test accuracy, mean ± sd (number of seeds), by `python benchmarks/experiments/tweets_lora.py`."
         out.write_text(f"{above}{MEASURED}\n\n{note}\n\n{text}\n", encoding="utf-8")
 
 

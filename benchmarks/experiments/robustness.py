@@ -1,6 +1,6 @@
 """Poisoning: what one of four members does to the accuracy, by attack and by rule.
 
-    python benchmarks/robustness.py --out docs/results/robustness.md
+    python benchmarks/experiments/robustness.py --out docs/results/robustness.md
 
 Tweets, ε = 8, the head on kept features, four organizations with 61, 20, 11 and 8 % of the records, labels alike; the attacker
 has 20 %. Every round goes through the product's loop: admission with its bounds, weighting, fusion, step, and for `default` the
@@ -38,14 +38,14 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.config import compute_delta
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
-from cotune.server.rounds.loop import run_rounds
+from cotune.server.app import train_rounds
+from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import with_robust_default
 from cotune.simulations.prepare import prepare
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.types import Update
 
-MEASURED = "<!-- below: written by benchmarks/robustness.py -->"
+MEASURED = "<!-- below: written by benchmarks/experiments/robustness.py -->"
 SIZES = (0.608, 0.2, 0.113, 0.079)
 ATTACKER = 1  # org-2
 PLAN = (
@@ -174,7 +174,7 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     people = tuple(Participant(name=f"org-{i + 1}") for i in range(len(SIZES)))
     file = RunFile(run="robustness", created="2026-01-01T00:00:00+00:00", engine="in-process", participants=people, silent=True)
     run = RunFolder.create(folder, plan, file)
-    progress = run_rounds(
+    progress = train_rounds(
         grid_of(plan, answer), run, model_of(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
     )
     final = matrix(progress.state)
@@ -270,7 +270,7 @@ def keep(file: Path, key: Key, result: Result) -> None:
 def write(out: Path, found: Found, seeds: int) -> None:
     """The page after so many seeds."""
     page = out.read_text(encoding="utf-8").split(MEASURED)[0] if out.exists() else ""  # by people, kept
-    measured = f"Measured by `python benchmarks/robustness.py --seeds {seeds}`: mean ± standard deviation."
+    measured = f"Measured by `python benchmarks/experiments/robustness.py --seeds {seeds}`: mean ± standard deviation."
     out.write_text(page + "\n\n".join([MEASURED, measured, table(found)]) + "\n", encoding="utf-8")
 
 

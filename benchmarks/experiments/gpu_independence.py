@@ -1,6 +1,6 @@
 """Whether a record's feature, logits and gradient have the same bits in every slot of a batch and beside any records.
 
-    python benchmarks/gpu_independence.py [--device cuda] [--seconds 110] [--small]
+    python benchmarks/experiments/gpu_independence.py [--device cuda] [--seconds 110] [--small]
 
 Needs torch, transformers and opacus only; models are made from configurations. One probe stands in every slot, once beside long
 rows with loud embeddings and once beside short and blank ones, in batches of one shape. A line for each model, arithmetic and

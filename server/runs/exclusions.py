@@ -13,7 +13,8 @@ from typing import Any
 
 from cotune.errors import RunError
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.files import atomic_write, json_of
+from cotune.storage.documents import parse_json
+from cotune.storage.files import atomic_write
 
 _LONGEST = 300  # characters of a reason, as it is signed
 
@@ -58,7 +59,7 @@ def remember(folder: RunFolder, names: Iterable[str]) -> None:
 def _of_failed_rounds(folder: RunFolder) -> Counter[str]:
     file = folder.path / "strikes.json"
     try:
-        return Counter({str(name): int(count) for name, count in json_of(file.read_bytes()).items()})
+        return Counter({str(name): int(count) for name, count in parse_json(file.read_bytes()).items()})
     except FileNotFoundError:
         return Counter()
     except (OSError, ValueError, TypeError, AttributeError):

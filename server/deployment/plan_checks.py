@@ -1,45 +1,14 @@
-"""Whether a plan suits the organizations that are to run it, as far as their number decides it.
-
-What a federation uses where its plan does not say: the robust fusion, as members may err or attack; and whose counts weigh.
-"""
+"""What a federation makes of a plan: the robust fusion where the plan names none, and whose numbers of records weigh."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from scipy.stats import binom
-
-from cotune.errors import PlanError, RunError
+from cotune.errors import RunError
 from cotune.plan.schema import Plan
 from cotune.server.deployment.members import Member
-from cotune.server.rounds.client_dp import client_level_noise
-from cotune.server.rounds.selection import check_sample_size
 from cotune.strategies.compatibility import find_problem
 from cotune.strategies.fusions.robust.robust import FEWEST
-
-_RARELY = 1e-3  # how often a run may end because too few organizations were drawn in one of its rounds
-
-
-def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None:
-    """Whether so many organizations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file.
-
-    server_data: whether the server has validation records. Raises PlanError, or PrivacyError where client-level privacy cannot
-    be given.
-    """
-    check_sample_size(plan, organizations)
-    size = plan.server.sample_size
-    rate = plan.server.sample_rate
-    participation = size / organizations if size else rate
-    asked = size or max(1, int(binom.ppf(_RARELY / plan.rounds, organizations, rate)))
-    infos = {kind: part.info(kind) for kind, part in plan.strategy.components()}
-    facts = replace(plan.facts, organizations=asked, participation=participation, server_data=server_data)
-    problem = find_problem(plan.strategy, facts, infos)
-    if problem:
-        raise PlanError(f"the plan is not valid: {problem}")
-    if plan.client_privacy is not None:
-        client_level_noise(plan, organizations)
-
 
 _BY_COUNT = {"examples", "tilted"}  # weightings that believe the stated number of records
 

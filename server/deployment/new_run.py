@@ -14,29 +14,11 @@ from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.runs.base_model import without_place
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.runs.suitability import check_counts, check_feasible, notes_of
+from cotune.server.deployment.plan_checks import check_counts, notes_of
+from cotune.server.rounds.feasibility import check_feasible
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, empty_folder, new_folder
+from cotune.server.runs.run_model import without_place
 from cotune.storage.files import atomic_write
-
-
-def new_folder(name: str, runs: Path = Path("runs")) -> Path:
-    """runs/<time>-<plan>, not yet taken."""
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
-    candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
-
-
-def empty_folder(path: Path) -> Path:
-    """The folder itself, as an absolute path. Raises RunError where something is in it already."""
-    path = path.expanduser().resolve()
-    if (path / "run.json").exists():
-        raise RunError(
-            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
-        )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
-    return path
 
 
 def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
