@@ -21,7 +21,7 @@ from cotune.models.export import export_model
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.claim import Claim, build_claim, compute_figures, worst
+from cotune.privacy.claim import Claim, build_claim, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.model_card import CARD
 from cotune.reporting.privacy_statement import all_models_statement, statement
@@ -197,7 +197,7 @@ def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Cla
         delta = privacy.delta_for(share.public_examples(folder.plan))
         figures[share.name] = compute_figures(spent, delta)
     clear = ("the local metrics, which organizations told as they are",) if _in_clear(folder) else ()
-    return build_claim(privacy, worst(figures), not_covered=(*clear, *_EXACT))
+    return build_claim(privacy, max_figures(figures), not_covered=(*clear, *_EXACT))
 
 
 def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> float:

@@ -1,24 +1,22 @@
-"""Noise on a grid: the Gaussian mechanism for sums of quantized contributions, the geometric mechanism for whole numbers.
+"""Noise on a grid: the Gaussian mechanism for sums of quantized contributions, the geometric mechanism for integers.
 
-Continuous noise in floating point tells in its low bits which sum it was added to (Mironov, "On Significance of the Least
-Significant Bits for Differential Privacy", CCS 2012). Here nothing has low bits: every contribution is rounded to a whole number
-of grid steps, whole numbers are added without any rounding, and the noise, drawn in float64, is rounded to whole steps before it
-is added. What is released is round(S + z) = S + round(z) for a sum S of whole numbers: a function of the exact Gaussian
-mechanism S + z, which therefore is as private as that. The sensitivity is that of the quantized contributions; `choose_grid` says
-how it stays within C.
+The low bits of continuous noise in floating point reveal which sum it was added to (Mironov, "On Significance of the Least
+Significant Bits for Differential Privacy", CCS 2012). Here nothing has low bits: every contribution is rounded to an integer
+number of grid steps, integers are added exactly, and the noise, drawn in float64, is rounded to whole steps before it is added.
+Released is round(S + z) = S + round(z) for a sum S of integers: post-processing of the exact Gaussian mechanism S + z. The
+sensitivity is that of the quantized contributions; `choose_grid` keeps it within C.
 
 What remains of floating point: z is a float64 and not a real number. A grid step is 2⁻²¹ to 2⁻²⁰ of the noise's standard
 deviation, so that each step is hit by about 2³² of the sampler's values, whatever the sum. A discrete Gaussian (Canonne, Kamath,
 Steinke, NeurIPS 2020) would remove that rest too, at the price of a rejection sampler in exact arithmetic for every coordinate
 of every step.
 
-The geometric mechanism: a whole number with noise of the discrete Laplace distribution, ε-private without any δ.
-
-For the number of records, from which a run's sample rate, noise, steps and δ follow. What follows from an answer cannot be
+The geometric mechanism adds noise of the discrete Laplace distribution to an integer; it is ε-private without any δ. It releases
+the number of records, from which a run's sample rate, noise, steps and δ follow. A run that follows from an answer cannot be
 composed with it as if it had been fixed before: where the answer makes a neighbor likelier, the noise that it leads to may be
-smaller too. But every run that can follow is (ε₂, δ)-private on its own, and the answer is ε₁-private, whatever it is; so both
+smaller too. But every run that can follow is (ε₂, δ)-private by itself, and the answer is ε₁-private, whatever it is; so both
 together are (ε₁ + ε₂, δ)-private (Dwork & Roth, "The Algorithmic Foundations of Differential Privacy", 2014, theorem B.1). A
-Gaussian answer of the same spread would have needed an ε₁ four times as large, and a δ of its own.
+Gaussian answer with the same standard deviation would need an ε₁ four times as large, and a δ of its own.
 
 The mechanism is Ghosh, Roughgarden, Sundararajan, "Universally Utility-Maximizing Privacy Mechanisms", STOC 2009, section 2. Its
 privacy loss is ε₁ or -ε₁ and nothing else, like that of randomized response, whose curves are used here.
@@ -44,7 +42,7 @@ _MARGIN = 1 - 2.0**-20  # of float32 arithmetic on contributions, whose relative
 
 @dataclass(frozen=True)
 class Grid:
-    """What contributions are rounded to.
+    """The grid that contributions are rounded to.
 
     Attributes:
         step: Distance of neighboring grid points, a power of two, in units of the gradient.

@@ -1,13 +1,9 @@
-"""The gradient of each row of a batch by itself, by Opacus' hooks, and the sum of the gradients of each unit.
+"""Gradients of single rows and of units (Opacus), and what a unit contributes to a sum: its gradient, clipped and quantized.
 
-Nothing here decides what a row contributes: see `clipping`.
-
-What one unit contributes to a sum: its gradient, clipped to the norm C and rounded to a grid.
-
-Contract: whatever finite gradient a unit has, its contribution is a vector of whole grid steps with an L2 norm of at most C over
-all trained parameters, and a function of that gradient alone; the sum of contributions is exact. A unit more or less therefore
-changes the sum by exactly its contribution. Flat clipping: Abadi et al., CCS 2016, algorithm 1. Per layer: each parameter tensor
-by itself to C/√L, so that all L together stay within C (McMahan et al., ICLR 2018, section 3.2).
+Contract: for any finite gradient of a unit, its contribution is a vector of whole grid steps with an L2 norm of at most C over
+all trained parameters, and a function of that gradient alone; the sum of contributions is exact. Adding or removing a unit
+therefore changes the sum by exactly its contribution. Flat clipping: Abadi et al., CCS 2016, algorithm 1. Per-layer clipping:
+each parameter tensor by itself to C/√L, so that all L together stay within C (McMahan et al., ICLR 2018, section 3.2).
 """
 
 from __future__ import annotations
@@ -56,9 +52,13 @@ class PerExample:
 
 @contextmanager
 def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]:
-    """Give gradients of single rows inside the block, and leave nothing on the module after it.
+    """Provide gradients of single rows inside the block, and remove everything from the module after it.
 
-    The losses of a batch are summed for the backward pass, so that nothing is scaled by the number of slots.
+    The losses of a batch are summed for the backward pass, so that no gradient is scaled by the number of slots.
+
+    Args:
+        module: Its parameters with requires_grad are differentiated.
+        loss: A batch of b slots -> (b,) losses, each of one row alone.
 
     Raises:
         NotImplementedError: For a module that cannot have gradients of single rows, such as batch normalization.
@@ -68,13 +68,13 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
     hooks = GradSampleHooks(module, loss_reduction="sum", strict=True)
 
     def gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        _forget(parameters)
+        _clear_gradients(parameters)
         with warnings.catch_warnings():  # no input of the first hooked layer needs a gradient; the hooks do not mind
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses = loss(batch)
             losses.sum().backward()  # type: ignore[no-untyped-call]
-        found = [_of(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse to find a norm from
-        _forget(parameters)
+        found = [_get_grad_sample(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse for a norm
+        _clear_gradients(parameters)
         return losses.detach(), found
 
     try:
@@ -87,7 +87,7 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
 
 @register_grad_sampler(nn.LayerNorm)  # type: ignore[untyped-decorator]
 def _layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Opacus' rule, and the same for a layer without a bias (as in ModernBERT), for which it has none."""
+    """Apply Opacus' rule; the same rule for a layer without a bias (as in ModernBERT), which Opacus lacks."""
     if layer.bias is not None:
         return dict(compute_layer_norm_grad_sample(layer, activations, backprops))
     if not layer.weight.requires_grad:
@@ -98,20 +98,20 @@ def _layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tenso
 
 
 def kinds_without_rule(module: nn.Module) -> list[str]:
-    """Return the kinds of layers with trained parameters of their own that Opacus has no rule for, and can only try."""
+    """Return the class names of layers with trained parameters of their own for which Opacus has no rule."""
     known = GradSampleModule.GRAD_SAMPLERS
     layers = (m for m in module.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
 
 
-def _of(parameter: nn.Parameter) -> Tensor:
+def _get_grad_sample(parameter: nn.Parameter) -> Tensor:
     found = parameter.grad_sample  # type: ignore[attr-defined]
     if not isinstance(found, Tensor):
         raise RuntimeError("a trained parameter takes no part in the forward pass, or a part in two")
     return found
 
 
-def _forget(parameters: Sequence[nn.Parameter]) -> None:
+def _clear_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for p in parameters:
         p.grad = None
         p.grad_sample = None  # type: ignore[attr-defined]
@@ -154,15 +154,15 @@ def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> UnitGrad
     for positions, batch in batches(rows):
         gradients, loss = _finite_rows(of, len(positions), batch)
         losses.append((len(positions), loss))
-        for slots, number in _in_turn(owners[torch.as_tensor(positions)]):
+        for slots, number in _rounds_of_slots(owners[torch.as_tensor(positions)]):
             for total, gradient in zip(sums, gradients, strict=True):
                 total[number.to(total.device)] += gradient[slots.to(total.device)]
     _zero_unless_finite(sums)  # finite rows may add up to more than float32 holds
     return sums, losses
 
 
-def _in_turn(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The slots of a batch and their units: first the first row of each unit, then the second, …, no unit twice at a time."""
+def _rounds_of_slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield slots of a batch with their units: the first row of each unit, then the second, …; no unit twice at a time."""
     seen: dict[int, int] = {}
     turn = []
     for owner in owners.tolist():
@@ -175,7 +175,7 @@ def _in_turn(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor], float]:
-    """The gradients of the filled slots, zero for a row that has no finite one, and the sum of the rows' losses."""
+    """Return the gradients of the filled slots, zero for a row without a finite one, and the sum of the rows' losses."""
     losses, whole = of.gradients(batch)
     gradients = [g[:rows] for g in whole]
     _zero_unless_finite(gradients)
@@ -183,7 +183,7 @@ def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor],
 
 
 def _zero_unless_finite(gradients: Sequence[Tensor]) -> None:
-    """Sets those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry."""
+    """Set those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry."""
     if all(bool(g.sum().isfinite()) for g in gradients):  # one pass; a sum that overflows only costs a second look
         return
     finite = torch.stack([g.reshape(len(g), -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
@@ -214,11 +214,12 @@ def _factor(norms: Tensor, bound: float) -> Tensor:
 
 
 class ExactSum:
-    """Σ_i round(c_i / step), where c_i is the clipped gradient of unit i: whole numbers, in float64.
+    """The sum Σ_i round(c_i / step), where c_i is the clipped gradient of unit i: integers, in float64.
 
     Args:
         like: The trained parameters: their shapes and device.
         grid: Of `noise.choose_grid`, for as many entries as `like` has.
+        clipping_mode: What is clipped to the norm: the gradient as a whole, or each parameter tensor to its share.
     """
 
     def __init__(self, like: Sequence[Tensor], grid: Grid, clipping_mode: ClippingMode) -> None:
@@ -227,7 +228,7 @@ class ExactSum:
         self._steps = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in like]
 
     def add(self, gradients: Sequence[Tensor]) -> None:
-        """Add the contributions of k units, given (k, *shape) for each parameter; what is given may be overwritten."""
+        """Add the contributions of k units, (k, *shape) for each parameter. The gradients may be overwritten."""
         factors = clip_factors(gradients, self._grid.max_norm, self._clipping_mode)
         for total, gradient, factor in zip(self._steps, gradients, factors, strict=True):
             scale = (factor / self._grid.step).to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))

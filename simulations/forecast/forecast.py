@@ -15,7 +15,7 @@ from cotune.client.budget import planned_charges, planned_steps
 from cotune.plan.parameters import model_of, statistic_shapes
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.claim import Figures, compute_figures, worst
+from cotune.privacy.claim import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
@@ -91,7 +91,7 @@ class Forecast:
     @property
     def figures(self) -> Figures | None:
         """Of record-level privacy, the largest of any organization's; None without it."""
-        return worst({o.name: o.figures for o in self.organizations if o.figures is not None})
+        return max_figures({o.name: o.figures for o in self.organizations if o.figures is not None})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values; of the plan, what identifies it."""

@@ -52,7 +52,7 @@ def test_the_order_of_updates_does_not_count(fuse: Any, rng: np.random.Generator
         assert again[key] == pytest.approx(found[key], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if get_builtin_components("fusion")[name].scales])
+@pytest.mark.parametrize("name", [name for name in NAMES if get_builtin_components("fusion")[name].homogeneous])
 @pytest.mark.parametrize("factor", [1e-3, 7.0])
 def test_who_says_so_scales(fuse: Any, rng: np.random.Generator, name: str, factor: float) -> None:
     deltas = deltas_of(rng)
@@ -64,7 +64,7 @@ def test_who_says_so_scales(fuse: Any, rng: np.random.Generator, name: str, fact
         assert scaled[key] == pytest.approx(factor * found[key], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if get_builtin_components("fusion")[name].keeps])
+@pytest.mark.parametrize("name", [name for name in NAMES if get_builtin_components("fusion")[name].idempotent])
 def test_who_says_so_keeps_what_all_agree_on(fuse: Any, rng: np.random.Generator, name: str) -> None:
     one = deltas_of(rng, 1)[0]
     found = fuse(name, [one] * COUNT, weights_of(get_builtin_components("fusion")[name], rng), context=CONTEXT, changes=changes())
