@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.privacy.accounting.filters import composition, epsilon_over_runs, epsilon_spent, true_positive_rate_over_runs
+from cotune.privacy.accounting.filters import describe_composition, epsilon_over_runs, epsilon_spent, true_positive_rate_over_runs
 from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
 from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import (
@@ -71,7 +71,7 @@ def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list
         "epsilon": epsilon_spent(history.runs, rules.epsilon_total, delta),
         "epsilon_at_small_delta": epsilon_spent(history.runs, rules.epsilon_total, delta, at=SMALL_DELTA),
         "true_positive_rate": true_positive_rate_over_runs(history.runs, rules.epsilon_total, delta, FALSE_POSITIVE_RATE),
-        "composition": composition(history.runs, rules.epsilon_total, delta),
+        "composition": describe_composition(history.runs, rules.epsilon_total, delta),
         "epsilon_total": rules.epsilon_total,
         "epsilon_left": max(0.0, rules.epsilon_total - counted_as),
         "unprotected": [_left(e) for e in entries if e.kind == "unprotected" and e.body.get("collection", "") in ("", name)],

@@ -186,7 +186,7 @@ class Ledger:
         what no mechanism can be, where two accountants contradict each other, where anything was charged before under another
         unit of privacy, and for records of another collection.
         """
-        if not steps.possible:
+        if not steps.is_possible:
             raise PrivacyError(
                 f"{steps} cannot be charged: expected noise above 0, a sample rate in (0, 1] and 0 steps or more",
                 code="privacy.impossible_charge",

@@ -15,7 +15,7 @@ from cotune.errors import DataError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.filters import (
     check_accountants,
-    composition,
+    describe_composition,
     epsilon_over_runs,
     epsilon_renyi,
     epsilon_spent,
@@ -86,7 +86,7 @@ def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
     for e in entries:
         if e.kind == "reserve":
             steps = reserved_steps(e.body)
-            if not steps.possible:
+            if not steps.is_possible:
                 yield f"entry {e.id} charges {steps}, which no mechanism can be"
             open_charges[e.id] = steps.count
         elif e.kind == "settle":
@@ -123,7 +123,7 @@ def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str
         *_differing_runs(stated, runs),
         *_contradictions(history, delta),
     ]
-    if (words := composition(history.runs, limit, delta)) != stated["composition"]:
+    if (words := describe_composition(history.runs, limit, delta)) != stated["composition"]:
         problems.append(f'it is composed by "{stated["composition"]}", expected "{words}"')
     if total > limit * (1 + _TOLERANCE):
         problems.append(f"ε = {total:.4g} is above the limit {limit:g}")
