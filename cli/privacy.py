@@ -38,7 +38,7 @@ def verify(
         raise DataError(f"{export} cannot be read ({error}): expected an exported ledger") from None
     if not isinstance(content, dict):
         raise DataError(f"{export} holds no table: expected an exported ledger")
-    found = verification.verify(content)
+    found = verification.verify_export(content)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:

@@ -128,7 +128,7 @@ class Account:
     def data(self) -> str:
         """The fingerprint of the data set; the ledger knows it from now on."""
         held = self.holdings
-        return self.ledger.know(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
+        return self.ledger.register_data_set(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
 
     @property
     def collection(self) -> str:
@@ -151,7 +151,7 @@ class Account:
         Raises:
             PrivacyError: For a round up to the last one that was answered.
         """
-        last = self.ledger.last_answered(self.plan.plan_id)
+        last = self.ledger.last_answered_round(self.plan.plan_id)
         kept = self.site.kept_round(self.plan.plan_id) or 0
         if kept > last:  # a process was killed right after it had kept the update
             self.answered(kept)
@@ -165,7 +165,7 @@ class Account:
 
     def answered(self, round: int) -> None:
         """Enters that a round's update is whole and may leave."""
-        self.ledger.answer(self.plan.plan_id, round, data=self.data)
+        self.ledger.record_answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
         """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""
@@ -206,7 +206,7 @@ class Account:
     def _drawn(self, what: str, steps: Steps, limits: Sequence[Limit], draw: Callable[[], list[float]]) -> list[float]:
         charge = self._reserve(self.round, steps, what, limits)
         drawn = draw()
-        self.ledger.tell(self.plan.plan_id, self.data, what, drawn)
+        self.ledger.record_disclosure(self.plan.plan_id, self.data, what, drawn)
         self.ledger.settle(charge, 1)
         return drawn
 
@@ -223,7 +223,7 @@ class Account:
     def leave_unprotected(self, round: int, what: str) -> None:
         """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
         plan = self.plan
-        self.ledger.unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
+        self.ledger.record_unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
 
     def epsilon(self) -> float:
         """ε of this run's charges at the run's δ."""
@@ -240,7 +240,7 @@ class Account:
         return math.ceil(epsilon(charged, self.budget.delta) * 100 - 1e-9) / 100
 
     def _told(self, what: str) -> list[float] | None:
-        return self.ledger.told(self.plan.plan_id, what)
+        return self.ledger.get_disclosure(self.plan.plan_id, what)
 
     def _reserve(self, round: int, steps: Steps, purpose: str, limits: Sequence[Limit]) -> int:
         plan = self.plan

@@ -1,7 +1,8 @@
-"""An exported ledger, computed anew from its log alone: nothing that it states beside the log is believed.
+"""Verify an exported ledger: recompute everything from its log alone, and compare.
 
 The hash chain shows whether an entry was changed; the charges of the log are composed by the PLD accountant within a run and by
-the Rényi filter over several, and each run is held against a second accountant. All of it is compared with what is stated.
+the Rényi filter over several, and each run is checked against a second accountant. All of it is compared with what the export
+states.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ _OF_A_RUN = ("epsilon", "epsilon_at_small_delta", "gaussian_mu", "true_positive_
 _TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round otherwise
 
 
-def verify(export: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from the log, and in `problems` each way in which the export disagrees with it; empty: it holds.
+def verify_export(export: Mapping[str, Any]) -> dict[str, Any]:
+    """Recompute what an exported ledger states.
 
-    Returns plain values: head, entries (their number), collections (ε by each accountant, and as stated; none where the log holds
-    charges that cannot be), problems, valid.
-    Raises DataError for what is no exported ledger.
+    Returns:
+        Plain values: `valid`, `head`, `entries` (their number), `collections` (ε by each accountant, and as stated; none where
+        the log holds charges that cannot be) and `problems`, one sentence for each disagreement.
+
+    Raises:
+        DataError: For anything but an exported ledger.
     """
     try:
         entries = [Entry(**entry) for entry in export["entries"]]
@@ -81,7 +85,7 @@ def _chain_problems(entries: Sequence[Entry], head: str | None) -> Iterator[str]
 
 
 def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
-    """Charges that no mechanism has, and reservations that are lowered twice, to more than they were, or below nothing."""
+    """Yield charges that no mechanism has, and reservations that are lowered twice, raised, or lowered below 0."""
     open_charges: dict[int, int] = {}
     for e in entries:
         if e.kind == "reserve":
@@ -96,7 +100,7 @@ def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the log knows, and no table states."""
+    """Yield what the log holds and no table states."""
     names = [table["collection"] for table in stated]
     if sorted(names) != sorted(list_collections(entries) if entries else []):
         yield f"the collections are stated as {names}, which are not those of the log"
@@ -107,7 +111,8 @@ def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> I
 
 
 def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """One collection, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
+    """Recompute one collection from the log. Stated values are only compared, except for the limit, and δ where no charge has
+    one."""
     name = stated["collection"]
     limit = float(stated["epsilon_total"])
     history = build_histories(entries, name, "budget.epsilon_total")[0]
@@ -142,7 +147,7 @@ def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str
 
 
 def _figures(history: History, limit: float, delta: float) -> dict[str, float]:
-    """What is stated of all runs beside ε at δ."""
+    """Return the figures of all runs other than ε at δ."""
     return {
         "epsilon_at_small_delta": epsilon_spent(history.runs, limit, delta, at=SMALL_DELTA),
         "true_positive_rate": true_positive_rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
@@ -159,7 +164,7 @@ def _run(plan_id: str, steps: Sequence[Steps], delta: float) -> dict[str, Any]:
 
 
 def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iterator[str]:
-    """Data sets, records, links and events are stated as the log has them."""
+    """Yield data sets, records, links and events that differ from those of the log."""
     known = list_data_sets(entries)
     for data in stated["data_sets"]:
         found = known.get(data["fingerprint"], DataSet("", 0, "", {}))
@@ -172,7 +177,7 @@ def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iter
 
 
 def _event(charge: Charge) -> dict[str, Any]:
-    """What an event states of a charge, as far as ε follows from it."""
+    """Return the values of a charge that ε follows from, as an event states them."""
     steps = charge.steps
     values = (charge.id, charge.plan_id, steps.name, steps.noise_multiplier, steps.sample_rate, steps.count)
     return dict(zip(_EVENT, values, strict=True))

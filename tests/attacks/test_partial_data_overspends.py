@@ -59,8 +59,8 @@ def exhaust(ledger: Ledger, plan_id: str, data: str, limit: Limit, collection: s
 @pytest.mark.parametrize("plans", [("a",), ("a", "b")])
 def test_a_part_of_the_data_does_not_get_a_larger_budget(tmp_path: Path, plans: tuple[str, ...]) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    whole = ledger.know(records(range(WHOLE)))
-    part = ledger.know(records(range(PART)))
+    whole = ledger.register_data_set(records(range(WHOLE)))
+    part = ledger.register_data_set(records(range(PART)))
     promised, own = (Limit(RULE, LIMIT, compute_delta("1/n^1.1", n)) for n in (WHOLE, PART))
     ledger.reserve(plans[0], 1, ROUND, data=whole, limits=[promised])
     assert exhaust(ledger, plans[-1], part, own) > 1
@@ -71,9 +71,9 @@ def test_a_part_of_the_data_does_not_get_a_larger_budget(tmp_path: Path, plans: 
 def test_what_is_left_of_the_whole_holds_for_every_part(tmp_path: Path) -> None:
     """A part is exhausted first, then the whole is asked: the part's records are in it."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    part = ledger.know(records(range(PART)))
-    whole = ledger.know(records(range(WHOLE)))
-    other = ledger.know(records(range(WHOLE, WHOLE + PART)))
+    part = ledger.register_data_set(records(range(PART)))
+    whole = ledger.register_data_set(records(range(WHOLE)))
+    other = ledger.register_data_set(records(range(WHOLE, WHOLE + PART)))
     limit = Limit(RULE, LIMIT, compute_delta("1/n^1.1", WHOLE))
     exhaust(ledger, "a", part, limit, "wards")
     assert exhaust(ledger, "a", whole, limit, "wards") == 0

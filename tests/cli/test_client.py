@@ -70,7 +70,7 @@ def test_an_export_is_verified(cotune: Cotune, site: Path, folder: Path) -> None
 
 def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) -> None:
     shutil.copy(site / "ledger.sqlite", site / "ledger.old")
-    Ledger(site / "ledger.sqlite").know([b"0" * 16])
+    Ledger(site / "ledger.sqlite").register_data_set([b"0" * 16])
     for side in ("-wal", "-shm"):
         (site / f"ledger.sqlite{side}").unlink(missing_ok=True)
     shutil.move(site / "ledger.old", site / "ledger.sqlite")
