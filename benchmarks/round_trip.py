@@ -12,7 +12,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from loopback import federation, prepare_run, until
+from cotune.simulations.comparison.workers import import_all
+
+import_all([str(Path(__file__).resolve().parents[1] / "tests" / "support" / "loopback.py")])
+from loopback import federation, prepare_run, until  # noqa: E402
 
 
 def measure(folder: Path, organizations: int, rounds: int, stock: bool) -> list[float]:

@@ -24,7 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
-from loopback import free_port, until, write_model, write_sentences
+
+from cotune.simulations.comparison.workers import import_all
+
+import_all([str(Path(__file__).resolve().parents[1] / "tests" / "support" / "loopback.py")])
+from loopback import free_port, until, write_model, write_sentences  # noqa: E402
 
 WARM = 2  # rounds in which models are loaded
 PORT = "public port"

@@ -25,10 +25,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cotune.client.training.observe import observing
+from cotune.client.training.observe import observe_client
+from cotune.observers import Observer
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import duration, size
-from cotune.server.runs.events import Listener, listening
+from cotune.server.runs.events import observe_run
 
 
 def remote_line(event: str, fields: dict[str, Any]) -> str | None:
@@ -121,12 +122,12 @@ _FEATURE_SECONDS = 5.0  # between two plain lines about encoding
 def showing_progress(console: Console) -> Iterator[None]:
     """Shows the events and steps of this process during the block."""
     display = _Live(console) if console.is_terminal else _Lines(console)
-    with display, listening(display.event), observing(display.step):
+    with display, observe_run(display.event), observe_client(display.step):
         yield
 
 
 @contextmanager
-def showing_remote_progress(console: Console) -> Iterator[Listener]:
+def showing_remote_progress(console: Console) -> Iterator[Observer]:
     """Gives what shows the events of a run that another process plays."""
     with _Live(console, timing=()) if console.is_terminal else _Lines(console) as display:
 

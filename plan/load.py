@@ -24,7 +24,7 @@ from cotune.plan.tables import PlanTables
 from cotune.storage.config_table import check_path, format_validation_error
 from cotune.storage.documents import parse_toml
 from cotune.strategies.compatibility import find_problem
-from cotune.strategies.config import expand
+from cotune.strategies.config import COMPLETE, expand
 from cotune.strategies.own_names import check_own_names
 from cotune.strategies.plugins import pin_code
 
@@ -165,10 +165,19 @@ def check_key(key: str) -> None:
     check_path(key, Plan, "plan", anything_below=("strategy", "class_weights"))
 
 
-def parse_plan(table: Mapping[str, Any]) -> Plan:
-    """A plan from plain values. Raises PlanError with one sentence for the first mistake."""
+def parse_plan(table: Mapping[str, Any], *, complete: bool = False) -> Plan:
+    """Build a plan from plain values.
+
+    Args:
+        table: The plan's keys and values.
+        complete: Whether `dump_plan` wrote it: then its strategy is taken as it stands, and the parts' modules, which load
+            PyTorch, are not imported.
+
+    Raises:
+        PlanError: With one sentence for the first mistake.
+    """
     try:
-        return Plan.model_validate(dict(table))
+        return Plan.model_validate(dict(table), context=COMPLETE if complete else None)
     except ValidationError as error:
         raise PlanError(format_validation_error(error, Plan, "plan")) from None
 

@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
 from cotune.errors import nearest
 from cotune.plan.tables import PlanTables, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.compatibility import PlanFacts, find_problem
-from cotune.strategies.config import StrategyConfig, expand
+from cotune.strategies.config import StrategyConfig, expand, is_complete
 
 
 class Plan(PlanTables):
@@ -74,7 +74,9 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
-    def _strategy_fits(self) -> Self:
+    def _strategy_fits(self, info: ValidationInfo) -> Self:
+        if is_complete(info):
+            return self
         problem = find_problem(self.strategy, self.facts)
         if problem:
             raise ValueError(problem)

@@ -25,9 +25,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from cotune.errors import RunError
+from cotune.protocol.version import PROTOCOL
 from cotune.strategies.types import Update
 
-PROTOCOL = 5
 SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
 _SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told
 _SALT_BYTES = 32

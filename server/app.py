@@ -24,7 +24,7 @@ from cotune.server.rounds.evaluation import evaluate, present_judge
 from cotune.server.rounds.loop import Evaluate, Score, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session
-from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import conclude
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import model_here
@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         return train(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
     watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
-    with folder.locked(), _failures_told(folder), listening(watch):
+    with folder.locked(), _failures_told(folder), observe_run(watch):
         if not folder.finished:
             train(grid, folder)
         deliver_model(grid, folder)

@@ -16,7 +16,7 @@ from cotune.plan.load import load_plan
 from cotune.printable import clean_output
 from cotune.server.app import app as server_app
 from cotune.server.rounds.evaluation import judged_by
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder, new_folder
 from cotune.simulations.baselines import each_judge
 from cotune.simulations.prepare import prepare
@@ -40,7 +40,7 @@ def simulation(context: Context) -> Iterator[None]:
     out = Path(config["out"]) if config.get("out") else root / new_folder(prepared.plan.name)
     folder = start(prepared, out, "flower", "auto")
     context.run_config["run"] = str(folder.path)
-    with folder.locked(), listening(_print), judged_by(each_judge(folder)):
+    with folder.locked(), observe_run(_print), judged_by(each_judge(folder)):
         yield
         if RunFolder(folder.path).finished:
             result = complete(folder, prepared, time.monotonic() - began)

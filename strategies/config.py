@@ -11,11 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cotune.errors import nearest
 from cotune.strategies.plugins import CLIENT_TERM_ADVICE, get_component, is_code, is_file, load_code
 from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, get_builtin_components
+
+COMPLETE = {"complete": True}  # validation context: the strategy was dumped from a valid plan, and its parts are not imported
+
+
+def is_complete(info: ValidationInfo) -> bool:
+    """Return whether a plan is read that was dumped from a valid one."""
+    return bool(info.context and info.context.get("complete"))
 
 
 class Component(BaseModel):
@@ -82,6 +89,8 @@ class StrategyConfig(BaseModel):
     @field_validator(*FOLDERS, mode="before")
     @classmethod
     def _parts(cls, part: Any, info: Any) -> Any:
+        if is_complete(info):
+            return part
         return None if part is None and info.field_name == "client_term" else _complete(info.field_name, part)
 
     @model_validator(mode="before")
@@ -96,11 +105,13 @@ class StrategyConfig(BaseModel):
         return table
 
     @model_validator(mode="after")
-    def _sends(self) -> Self:
+    def _sends(self, info: ValidationInfo) -> Self:
         """Those of known parts; those of code are in the plan, which was made where the code could be run.
 
         The default parts send nothing; to skip them spares a process that only reads tables the import of all parts.
         """
+        if is_complete(info):
+            return self
         others = [
             (kind, part) for kind, part in self.components() if part != _DEFAULT_COMPONENTS.get(kind) and not is_code(part.name)
         ]

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import cotune
 from cotune.client.site_folder import SiteFile
+from cotune.server.deployment.new_run import real_run
+from cotune.server.runs.run_folder import Progress
+from tests.support.federations import founded
 
 HEAVY = {"torch", "transformers", "opacus", "flwr", "pandas", "scipy", "numpy"}
+SLOW = HEAVY - {"numpy"}
 ROOMS = ("cli", "client", "models", "plan", "privacy", "server", "simulations", "strategies")
+
+
+def calling(*words: str) -> str:
+    """Return code that runs `cotune WORDS`, which must succeed."""
+    return f"""
+import sys
+from cotune.cli.main import run
+sys.argv = ["cotune", *{list(words)!r}]
+try:
+    run()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
 
 
 def loaded_by(code: str, folder: Path | None = None) -> set[str]:
@@ -66,18 +85,18 @@ def test_a_room_cannot_be_imported_under_another_name(room: str) -> None:
         ("client", "policy", "SITE", "--set", "training.max_rounds=7"),
     ],
 )
-def test_commands_that_compute_nothing_do_not_load_pytorch(words: tuple[str, ...], tmp_path: Path) -> None:
+def test_light_commands_do_not_load_pytorch(words: tuple[str, ...], tmp_path: Path) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "site.json").write_text(SiteFile(organization="hospital-a").model_dump_json())
     given = [str(site) if word == "SITE" else word for word in words]
-    code = f"""
-import sys
-from cotune.cli.main import run
-sys.argv = ["cotune", *{given!r}]
-try:
-    run()
-except SystemExit as end:
-    assert not end.code, end.code
-"""
-    assert not {"torch", "transformers", "opacus", "flwr", "pandas", "scipy"} & loaded_by(code, tmp_path)
+    assert not SLOW & loaded_by(calling(*given), tmp_path)
+
+
+def test_server_status_loads_only_the_client_of_the_superlink(tmp_path: Path, base_model: Callable[[str], Path]) -> None:
+    """Also with a run and a checkpoint; flwr is needed to ask the SuperLink who is connected."""
+    federation = founded(tmp_path / "fed", base_model("bert"), "hospital-a")
+    run = real_run(federation)
+    entry = {"round": 1, "stage": "head", "metrics": None, "epsilon": {}, "participants": [], "dropped": []}
+    run.save(Progress(1, {"weight": torch.zeros(2)}, {}, (entry,)))
+    assert SLOW & loaded_by(calling("server", "status", str(federation.path)), tmp_path) == {"flwr"}

@@ -13,7 +13,6 @@ stays.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,12 +20,13 @@ import torch
 
 from cotune.reporting.comparison_statistics import Combination, Variation
 from cotune.simulations.comparison.compare import compare
+from cotune.simulations.comparison.workers import import_all
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from digits import write_digits  # its architecture is registered by this import, and by the workers'
+DIGITS = str(Path(__file__).resolve().parents[2] / "examples" / "digits.py")
+import_all([DIGITS])  # its architecture is registered by this import, and by the workers'
+from digits import write_digits  # noqa: E402
 
 MEASURED = "<!-- below: written by benchmarks/experiments/strategies.py -->"
-DIGITS = str(Path(__file__).resolve().parent / "digits.py")
 TUNING = ("seed=1001", 2)  # the first seed, and how many: none of those that are reported
 SERVER_DATA = "validation_fraction=0.1"  # for all strategies alike, as a few judge updates by it
 

@@ -130,7 +130,7 @@ def allowing(site: Site, broken: Broken) -> str | None:
 
 
 def _about(invitation: Invitation) -> dict[str, Any]:
-    from cotune.protocol.messages import PROTOCOL
+    from cotune.protocol.version import PROTOCOL
 
     return {
         "name": invitation.name,

@@ -16,7 +16,7 @@ from rich.markup import escape
 from cotune.cli.client.check import Collection, Data, Label, Model, SiteFolder, Text, Unit, keep_what_is_named, show_broken
 from cotune.cli.screen import beginning, screen
 from cotune.cli.trail import verify_sent
-from cotune.client.training.observe import observing
+from cotune.client.training.observe import observe_client
 from cotune.data.readers.sources import check_source
 from cotune.errors import CotuneError
 from cotune.privacy.accounting.rounding import round_up
@@ -85,7 +85,7 @@ def join(
     atomic_write(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
     console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
-    with observing(Shown(console)):
+    with observe_client(Shown(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
 

@@ -51,7 +51,8 @@ def init(
     check_source(None if test is None else str(test))
     check_new(folder)
     beginning(f"making {folder}: loading PyTorch, then base model and test records")
-    from cotune.server.deployment.federation import ServerConfig, found
+    from cotune.server.deployment.creation import found
+    from cotune.server.deployment.federation import ServerConfig
 
     loaded = load_plan(plan, override or [])
     config = ServerConfig(
@@ -172,7 +173,7 @@ def _table(found: tuple[Member, ...]) -> Table:
 def renew(folder: Federation, host: Host = None) -> None:
     """Make a fresh certificate for the same key. Organizations need to do nothing, unless the first host is another."""
     from cotune.server.deployment import certificates
-    from cotune.server.deployment import federation as founding
+    from cotune.server.deployment import creation as founding
     from cotune.server.deployment import key_rotation as rotation
     from cotune.server.deployment.federation import FederationFolder
 

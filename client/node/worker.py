@@ -6,13 +6,10 @@ It is started afresh (spawn), ends with the node however that ends, and may itse
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict, UserConfig
@@ -21,6 +18,7 @@ from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.errors import RunError
 from cotune.flower.chunks import Malformed, Parcel, TooMuch
 from cotune.printable import clean_output
+from cotune.worker_process import WorkerProcess, receive_all
 
 _log = logging.getLogger(__name__)
 
@@ -39,18 +37,11 @@ class TrainerProcess:
         self._folder = folder
         self._server = server
         self._busy = False
-        self._process, self._pipe = self._start()
+        self._process = self._start()
 
-    def _start(self) -> tuple[BaseProcess, Connection]:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        level = logging.getLogger("cotune").getEffectiveLevel()
-        process = context.Process(
-            target=_work, args=(theirs, self._folder, self._server, level), name="cotune-resident", daemon=True
-        )
-        process.start()
-        theirs.close()
-        return process, ours
+    def _start(self) -> WorkerProcess:
+        # a terminal or a service sends both signals to all processes: the node answers for both
+        return WorkerProcess(_work, self._folder, self._server, name="cotune-resident", ignored=(signal.SIGINT, signal.SIGTERM))
 
     @property
     def pid(self) -> int | None:
@@ -63,19 +54,19 @@ class TrainerProcess:
         """
         if self._busy or not self._process.is_alive():
             self.stop()
-            self._process, self._pipe = self._start()
+            self._process = self._start()
         self._busy = True
         try:
-            self._pipe.send(parcel)
+            self._process.pipe.send(parcel)
         except OSError:
             raise self._died() from None
 
     def answer(self, seconds: float) -> Message | None:
         """The reply, when it comes within so many seconds. Raises ResidentDied."""
         try:
-            if not self._pipe.poll(seconds):
+            if not self._process.pipe.poll(seconds):
                 return None
-            reply: Message = self._pipe.recv()
+            reply: Message = self._process.pipe.recv()
             self._busy = False
             return reply
         except (EOFError, OSError):
@@ -84,29 +75,18 @@ class TrainerProcess:
     def stop(self) -> None:
         """What it was at is lost, except for what the site keeps."""
         self._process.kill()
-        self._process.join()
-        self._pipe.close()
 
     def _died(self) -> ResidentDied:
-        self._process.join()
-        return ResidentDied(f"the training process ended with {self._process.exitcode}: perhaps memory ran out")
+        return ResidentDied(f"the training process ended with {self._process.wait()}: perhaps memory ran out")
 
 
-def _work(pipe: Connection, folder: Path, server: str, level: int) -> None:
+def _work(pipe: Connection, folder: Path, server: str) -> None:
     """What the process does until the node ends."""
     clean_output()
     os.umask(0o077)  # what it keeps is the organization's own
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service sends them to all: the node answers for both
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.getLogger("cotune").setLevel(level)
-    import cotune.client.app  # noqa: F401  # not above: it watches its parent before it imports torch
+    import cotune.client.app  # noqa: F401  # not above: the process watches its parent before it imports torch
 
-    while True:
-        try:
-            parcel = pipe.recv()
-        except EOFError:
-            return
+    for parcel in receive_all(pipe):
         pipe.send(_answer(parcel, folder, server))
 
 
@@ -128,10 +108,3 @@ def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
         with suppress(RunError):  # what is refused without it says nothing of the records
             AuditLog(folder).append("refusal", server=server, said=GENERIC_REFUSAL, reason=f"{type(error).__name__}: {error}")
         return refusal(header, GENERIC_REFUSAL)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-Observer = Callable[[str, dict[str, Any]], None]
-"""Called with what happened, and its details: "features" and "step" in training; "connected", "disconnected", "begun", "answered"
-and "dropped" at a node."""
-_observers: list[Observer] = []
+from cotune.observers import Observer, Registry
+
+_observers = Registry[Observer]()
 
 
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Calls the observer for everything that happens in this process during the block."""
-    _observers.append(observer)
-    try:
-        yield
-    finally:
-        _observers.remove(observer)
+def observe_client(observer: Observer) -> AbstractContextManager[None]:
+    """Call the observer for everything that an organization does in this process, during the block.
+
+    Args:
+        observer: Called with the event and its fields: "features" and "step" in training; "connected", "disconnected", "begun",
+            "answered" and "dropped" at a node.
+    """
+    return _observers.register(observer)
 
 
 def tell(what: str, **details: Any) -> None:
-    for observer in tuple(_observers):
-        observer(what, details)
+    _observers.notify(what, details)

@@ -7,48 +7,25 @@ members.json       who was invited (members.py)
 certificates/      the authority, and what the server shows (certificates.py)
 superlink/         what Flower's processes keep, their logs, and which of them run
 runs/<run>/        one folder per run (server/runs/run_folder.py)
-
-A federation is made: the coordinator's folder, whole or not at all, with a plan that leaves nothing open.
-
-JOIN.md: what an organization types to join, and what leaves its machine under the plan (templates/join.md.j2).
 """
 
 from __future__ import annotations
 
-import math
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 
 import tomli_w
 from pydantic import Field, ValidationError
-from safetensors import safe_open
 
-from cotune.data.readers.sources import check_new, path_of_base
-from cotune.data.records import check_labels, read_records
-from cotune.errors import PlanError, RunError
-from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
-from cotune.models.device import pick_device
-from cotune.plan.load import dump_plan, load_plan
+from cotune.errors import RunError
+from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation, read_invitation
-from cotune.reporting.pages import render_text
-from cotune.server.deployment import certificates
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.plan_checks import with_robust_default
-from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
 from cotune.server.proxy.quotas import Quotas
-from cotune.server.runs.run_model import without_place
 from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.documents import parse_toml
 from cotune.storage.files import atomic_write
-from cotune.strategies.plugins import get_content
 
 
 class ServerConfig(ConfigTable):
@@ -119,169 +96,7 @@ def write_config(path: Path, config: ServerConfig) -> None:
     atomic_write(path / "server.toml", tomli_w.dumps(table).encode())
 
 
-_TRAINED = {
-    "head": "the classification head",
-    "lora": "the adapters and the classification head",
-    "full": "the whole model",
-}
-_SENT = {
-    "noise": "how much privacy noise is in the update",
-    "loss": "the received model's mean loss on your records",
-    "fisher": "squared gradients of your records, summed, **without noise**",
-    "gram": "products of the layers' inputs, summed over your records, **without noise**",
-}
-
-
-def instructions(invitation: Invitation) -> str:
-    """The page, as Markdown."""
-    return render_text(
-        "join.md.j2",
-        invitation=invitation,
-        plan=invitation.plan,
-        version=version("cotune"),
-        leaves=list(what_leaves(invitation.plan)),
-    )
-
-
-def what_leaves(plan: Plan) -> Iterator[str]:
-    """One phrase for everything that a plan asks organizations to send."""
-    trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
-    if plan.keeps_personal:
-        trained = "one half of the adapters (the other half and the head stay with you)"
-    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
-    yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
-    yield from (_SENT[payload] for payload in plan.strategy.sends)
-    if plan.tell.local_metrics:
-        yield "how many of your records the received model classifies rightly, every round"
-    if plan.tell.label_histogram:
-        yield "how many of your records each class has, once"
-
-
-def _protection(plan: Plan) -> str:
-    if not isinstance(plan.privacy, RecordPrivacy):
-        return "**without differential privacy**, so that single records may show in it"
-    return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
-
-
-# of a reply, at most
-_BYTES_PER_PARAMETER = 16
-_BYTES_BESIDE = 256 * 2**20
-
-
-def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
-    """Makes the folder `path`, which must not be there, and its missing parents.
-
-    Raises RunError for a folder that is there or cannot be written and for what is no host; what else is wrong with plan, base
-    model, test records or device raises PlanError, ModelError, DataError or DeviceError.
-    """
-    path = path.expanduser().absolute()
-    check_new(path)
-    pick_device(config.device)
-    resolved = with_robust_default(_resolved(plan, config))
-    config = _with_quotas(config.model_copy(update={"base": path_of_base(plan.model.base)}), plan)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
-        try:
-            _fill(part, resolved, config)
-            os.rename(part, path)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be made ({error.strerror}): check the permissions and the space of {path.parent}"
-        ) from None
-    return FederationFolder(path)
-
-
-def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
-    """A fresh certificate for the same key; hosts: other ones than before, if any are given. A federation that has no key to sign
-    requests with, as it is of an older cotune, gets one.
-
-    Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
-    """
-    certificates.renew(folder.certificates, hosts or None)
-    before = folder.config
-    signs = (folder.certificates / SIGNING_KEY).exists()
-    folder.config = with_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
-    write_config(folder.path, folder.config)
-    if signs and before.id and address_of(before) == address_of(folder.config):
-        return False
-    new_signing_key(folder.certificates)
-    write_handout(folder.path, folder.plan, folder.config)
-    return True
-
-
-def with_id(config: ServerConfig) -> ServerConfig:
-    """The same with an id, where it has none."""
-    return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
-
-
-def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
-    """With the largest reply that a plan on this base model can have, where the coordinator has not set it: a change and a
-    statistic of all its parameters, in float32, and some to spare.
-    """
-    if "reply" in config.quotas.model_fields_set:
-        return config
-    reply = _BYTES_PER_PARAMETER * _parameters(find_base(plan.model).path) + _BYTES_BESIDE
-    return config.model_copy(update={"quotas": config.quotas.model_copy(update={"reply": reply})})
-
-
-def _parameters(base: Path) -> int:
-    """By the heads of its files: nothing is loaded."""
-    count = 0
-    for file in base.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
-
-
 def address_of(config: ServerConfig) -> str:
     """host:port that organizations join."""
     host = config.hosts[0]
     return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
-
-
-def _resolved(plan: Plan, config: ServerConfig) -> Plan:
-    """The plan with the base model's hash and the class names, and without the place of the base model."""
-    base = find_base(plan.model)
-    labels = _labels(plan, config.test, base_labels(base.path))
-    model = plan.model.model_copy(update=base.pins)
-    return without_place(plan.model_copy(update={"labels": labels, "model": model}))
-
-
-def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
-    """The plan's; else those of the test records, in the base model's order where it has the same."""
-    if test is None and not plan.labels:
-        raise PlanError(
-            "the plan does not list the class names, and nobody sees the records of all organizations: expected labels ="
-            ' ["no", "yes"] in the plan, or --test with records of every class'
-        )
-    if test is None:
-        return plan.labels
-    found = check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels or None)
-    return plan.labels or (of_base if set(of_base) == set(found) else found)
-
-
-def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    config = with_id(config)
-    certificates.new_authority(folder / "certificates", config.hosts)
-    new_signing_key(folder / "certificates")
-    for name, sha256 in plan.strategy.files.items():
-        atomic_write(folder / name.rpartition(":")[0], get_content(name, sha256))
-    atomic_write(folder / "plan.toml", dump_plan(plan).encode())
-    write_handout(folder, plan, config)
-    write_config(folder, config)
-    for name in ("certificates", "superlink", "runs"):
-        (folder / name).mkdir(mode=0o700, exist_ok=True)
-        (folder / name).chmod(0o700)
-
-
-def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    """federation.toml and JOIN.md, by the keys that are in use."""
-    authority = certificates.authority_pem(folder / "certificates")
-    key = public_hex(read_signing_key(folder / "certificates"))
-    invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
-    atomic_write(folder / "federation.toml", invitation.to_toml().encode())
-    atomic_write(folder / "JOIN.md", instructions(invitation).encode())

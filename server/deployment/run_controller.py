@@ -26,8 +26,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkAway
+from cotune.observers import Observer
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.runs.events import Listener, follow
+from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
 from cotune.storage.files import atomic_write, is_locked
 
@@ -187,7 +188,7 @@ def is_served(federation: FederationFolder) -> bool:
 
 
 def when_served(
-    call: Callable[[], _Answer], served: Callable[[], bool], tell: Listener, pace: PollInterval | None = None
+    call: Callable[[], _Answer], served: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
 ) -> _Answer:
     """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
 
@@ -220,7 +221,7 @@ def when_served(
 def run_to_completion(
     folder: RunFolder,
     executor: Executor,
-    tell: Listener,
+    tell: Observer,
     pace: PollInterval | None = None,
     served: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -271,7 +272,7 @@ class _Ending:
     progress: bool = False
 
 
-def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Listener, pace: PollInterval) -> _Ending:
+def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Observer, pace: PollInterval) -> _Ending:
     """Tells what happens until the attempt ends."""
     offset = ticket.offset
     begun = False
@@ -295,7 +296,7 @@ def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: List
         time.sleep(pace.poll)
 
 
-def _told(fields: dict[str, Any], tell: Listener) -> str:
+def _told(fields: dict[str, Any], tell: Observer) -> str:
     event = str(fields.get("event", ""))
     tell(event, {key: value for key, value in fields.items() if key not in ("at", "event")})
     return event
@@ -316,29 +317,13 @@ def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None,
     return f"its process ended ({state.outcome}){how}", True
 
 
-def _again(folder: RunFolder, executor: Executor, tell: Listener, pace: PollInterval) -> _Ending:
+def _again(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _Ending:
     """Another attempt, once the SuperLink answers."""
     try:
-        _await_superlink(executor, tell, pace)
+        when_served(executor.running, lambda: True, tell, pace)
         return _watch(folder, executor, hand_over(folder, executor, pace), tell, pace)
     except RunError as error:
         return _Ending(None, str(error))
-
-
-def _await_superlink(executor: Executor, tell: Listener, pace: PollInterval) -> None:
-    away = False
-    while True:
-        try:
-            executor.running()
-        except RunError:
-            if not away:
-                tell("superlink_lost", {})
-            away = True
-            time.sleep(pace.poll)
-        else:
-            if away:
-                tell("superlink_back", {})
-            return
 
 
 def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:

@@ -16,7 +16,7 @@ from cotune.server.deployment.refusals import read_refusals, read_strangers
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import left_out, strikes_of
-from cotune.server.runs.results import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
 from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {
@@ -136,7 +136,7 @@ def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, li
     paths = list(federation.runs())
     if not paths:
         return None, (), []
-    run = RunFolder(paths[-1])
+    run = RunFolder(paths[-1], imports_parts=False)
     return run, run.history(), read_events(run.events.path) if run.events.path.exists() else []
 
 

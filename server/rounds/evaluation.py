@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -13,25 +13,21 @@ from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features import feature_head
 from cotune.models.head_fit import told_by
 from cotune.models.trainable import State, TrainableModel
+from cotune.observers import Registry
 
 _BATCH = 64
 Judge = Callable[[State], Metrics | None]
-_judges: list[Judge] = []
+_judges = Registry[Judge]()
 
 
-@contextmanager
-def judged_by(judge: Judge) -> Iterator[None]:
+def judged_by(judge: Judge) -> AbstractContextManager[None]:
     """During the block, runs of this process whose organizations have models of their own are judged by it."""
-    _judges.append(judge)
-    try:
-        yield
-    finally:
-        _judges.remove(judge)
+    return _judges.register(judge)
 
 
 def present_judge() -> Judge:
     """The judge of such a run; without one, as in a real federation, nobody sees these models."""
-    return _judges[-1] if _judges else lambda _: None
+    return _judges.newest or (lambda _: None)
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cotune.errors import RunError
+from cotune.observers import Observer, Registry
 from cotune.storage.documents import parse_json
 
-Listener = Callable[[str, dict[str, Any]], None]  # (event, its fields)
-_listeners: list[Listener] = []
+_observers = Registry[Observer]()
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Calls the listener for every event of this process during the block."""
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
+def observe_run(observer: Observer) -> AbstractContextManager[None]:
+    """Call the observer for every event of a run that this process plays, during the block."""
+    return _observers.register(observer)
 
 
 class Events:
@@ -56,8 +50,7 @@ class Events:
                     " with --resume"
                 ) from None
         if not self.silent:
-            for listener in tuple(_listeners):
-                listener(event, fields)
+            _observers.notify(event, fields)
 
     def _begin(self) -> None:
         if self._begun:

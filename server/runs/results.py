@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from cotune.server.runs.client_privacy import account_of, client_level_noise
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import left_out
+from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params, model_here
 from cotune.storage.files import atomic_write
@@ -219,19 +219,6 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     return {**nothing, "examples": len(test), "majority": constant.as_dict()}
 
 
-def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Organization -> ε as it stated it last."""
-    return {name: _number(value) for entry in history for name, value in entry["epsilon"].items()}
-
-
-def _number(value: float) -> float:
-    """Older runs admitted whatever was stated; an integer in JSON may be larger than any float."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     privacy = folder.plan.privacy
     return {
@@ -247,15 +234,3 @@ def _organization(folder: RunFolder, name: str, progress: Progress, events: Iter
         "left_out": name in left_out(folder, progress.history),
         "delivered": name in confirmed(folder),
     }
-
-
-def weight_of(history: Iterable[Mapping[str, Any]], name: str) -> float | None:
-    """The share of an organization in the last round that it took part in, of 1; None where it took part in none."""
-    shares = [entry["weights"][name] for entry in history if name in entry.get("weights", {})]
-    return float(shares[-1]) if shares else None
-
-
-def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:
-    """Of the updates of an organization that were received, interrupted rounds included."""
-    own = (event for event in events if event.get("organization") == name)
-    return sum(int(event["bytes"]) for event in own if event["event"] in ("update_received", "late_update_received"))

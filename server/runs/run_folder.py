@@ -26,21 +26,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from cotune.errors import RunError
-from cotune.models.trainable import State, named_under
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
 from cotune.storage.documents import parse_json, parse_toml
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import get_content, register_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cotune.models.trainable import State
 
 
 class Participant(BaseModel):
@@ -85,12 +87,22 @@ class Progress:
 
 
 class RunFolder:
-    """The folder, with its plan. Raises RunError when it is not the folder of a run."""
+    """The folder, with its plan.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The folder.
+        imports_parts: Whether the plan's strategy is checked against the parts that it names, which loads PyTorch. False where
+            the folder is only looked at.
+
+    Raises:
+        RunError: When it is not the folder of a run.
+    """
+
+    def __init__(self, path: Path, *, imports_parts: bool = True) -> None:
         self.path = path
         try:
-            self.plan: Plan = parse_plan(parse_toml((path / "plan.toml").read_text(encoding="utf-8")))
+            table = parse_toml((path / "plan.toml").read_text(encoding="utf-8"))
+            self.plan: Plan = parse_plan(table, complete=not imports_parts)
             self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
         except (OSError, ValueError):
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
@@ -140,9 +152,11 @@ class RunFolder:
 
     def save(self, progress: Progress) -> None:
         """Makes the round durable: after this returns, it is never repeated."""
+        from safetensors.torch import save  # loads PyTorch, which `cotune server status` does without
+
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
         tensors |= {  # copies: a rule may remember a tensor of the state, and safetensors writes none twice
-            f"memory/{n}": t.clone(memory_format=torch.contiguous_format) for n, t in progress.memory.items()
+            f"memory/{n}": t.contiguous().clone() for n, t in progress.memory.items()
         }
         about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
         about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
@@ -156,6 +170,8 @@ class RunFolder:
 
     def load(self) -> Progress:
         """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
+        from cotune.models.trainable import named_under  # loads PyTorch, which `cotune server status` does without
+
         checkpoints = self._checkpoints()
         if not checkpoints:
             return Progress()
@@ -167,7 +183,7 @@ class RunFolder:
                 plan_id = about["plan_id"]
                 history = tuple(about["history"])
                 clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
-                tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
         if plan_id != self.plan.plan_id:
@@ -184,7 +200,7 @@ class RunFolder:
             return ()
         path = checkpoints[max(checkpoints)]
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 return tuple(parse_json(file.metadata()["checkpoint"])["history"])
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place

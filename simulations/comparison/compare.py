@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import RunError
+from cotune.observers import Observer
 from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
-from cotune.server.runs.events import Listener
 from cotune.server.runs.results import dumps
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
@@ -32,7 +32,7 @@ def compare(
     jobs: int | None = None,
     device: str = "auto",
     imports: Sequence[str] = (),
-    listener: Listener = lambda event, fields: None,
+    listener: Observer = lambda event, fields: None,
 ) -> Comparison:
     """Play what is not finished yet of every combination under `seeds` seeds, from the plan's own on, and write the results.
 
@@ -111,7 +111,7 @@ def _play(
     jobs: int | None,
     device: str,
     imports: Sequence[str],
-    listener: Listener,
+    listener: Observer,
 ) -> dict[str, str]:
     """Plays the cells, in this process or in several; returns why those that failed did."""
     tasks = [task_of(cell, cell.name, places[cell.name], device) for cell in todo]

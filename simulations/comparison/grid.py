@@ -24,12 +24,12 @@ import numpy as np
 
 from cotune.client.budget import planned_charges
 from cotune.errors import CotuneError, PlanError, RunError, nearest
+from cotune.observers import Observer
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
-from cotune.server.runs.events import Listener
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
 
@@ -154,7 +154,7 @@ def cells_of(
     seeds: int,
     overrides: Sequence[str],
     device: str,
-    listener: Listener = lambda event, fields: None,
+    listener: Observer = lambda event, fields: None,
 ) -> list[Cell]:
     """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had.
 

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import RunError
+from cotune.observers import Observer
 from cotune.privacy.accounting.selection import draw_repetitions
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.reporting.comparison_statistics import Variation
-from cotune.server.runs.events import Listener, read_events
+from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import baseline_of, cells_of
@@ -44,7 +45,7 @@ def select(
     jobs: int | None = None,
     device: str = "auto",
     imports: Sequence[str] = (),
-    listener: Listener = lambda event, fields: None,
+    listener: Observer = lambda event, fields: None,
 ) -> tuple[Selected, Path]:
     """Play what is not finished yet of the runs that were drawn, and release the best one.
 
@@ -93,7 +94,7 @@ class _Selection:
     def private(self) -> Path:
         return self.folder / "private"
 
-    def play(self, jobs: int | None, device: str, imports: Sequence[str], listener: Listener) -> Selected:
+    def play(self, jobs: int | None, device: str, imports: Sequence[str], listener: Observer) -> Selected:
         self.private.mkdir(mode=0o700, exist_ok=True)
         draws = _draws(self.private, self.candidates, self.folder)
         about = {"plans": len(self.candidates.cells), "epsilon": self.candidates.epsilon_selected()}

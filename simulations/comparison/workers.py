@@ -13,26 +13,23 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import logging
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from cotune.errors import CotuneError, RunError
 from cotune.models.device import pick_device
+from cotune.observers import Observer
 from cotune.plan.load import parse_plan
-from cotune.server.runs.events import Listener, listening
+from cotune.server.runs.events import observe_run
 from cotune.simulations.comparison.grid import Cell
 from cotune.strategies.plugins import get_source, register_file
+from cotune.worker_process import WorkerProcess, receive_all
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Task:
         return {"cell": self.name, "rounds": self.rounds}
 
 
-def play_here(task: Task, listener: Listener) -> str:
+def play_here(task: Task, listener: Observer) -> str:
     """Plays a cell in this process, from its last finished round; returns why it failed, or "" when it did not."""
     from cotune.simulations.run import resume, simulate  # not above: a worker watches its parent before it imports torch
 
@@ -61,7 +58,7 @@ def play_here(task: Task, listener: Listener) -> str:
         if event == "round_finished":
             listener("cell_round", {"cell": task.name, **fields})
 
-    with listening(forward):
+    with observe_run(forward):
         try:
             if (task.folder / "run.json").exists():
                 resume(task.folder)
@@ -102,13 +99,12 @@ def _import_file(path: Path) -> None:
 
 @dataclass(eq=False)
 class _Worker:
-    process: BaseProcess
-    pipe: Connection
+    process: WorkerProcess
     task: Task | None = None
 
 
 def play_beside(
-    tasks: Sequence[Task], imports: Sequence[str], jobs: Callable[[], int], threads: Callable[[], int], listener: Listener
+    tasks: Sequence[Task], imports: Sequence[str], jobs: Callable[[], int], threads: Callable[[], int], listener: Observer
 ) -> Iterator[tuple[Task, str]]:
     """Plays cells in up to `jobs()` processes, asked anew after each; yields each cell with why it failed ("": it did not).
 
@@ -122,13 +118,12 @@ def play_beside(
                 worker = _idle(workers, imports)
                 worker.task = waiting.pop()
                 listener("cell_started", worker.task.started)
-                worker.pipe.send((worker.task, threads()))
+                worker.process.pipe.send((worker.task, threads()))
             for worker in _speaking(workers):
                 yield from _hear(worker, workers, listener)
     finally:
         for worker in workers:
             worker.process.kill()
-            worker.process.join()
 
 
 def _idle(workers: list[_Worker], imports: Sequence[str]) -> _Worker:
@@ -136,34 +131,23 @@ def _idle(workers: list[_Worker], imports: Sequence[str]) -> _Worker:
     for worker in workers:
         if worker.task is None and worker.process.is_alive():
             return worker
-    workers.append(_start(imports))
+    workers.append(_Worker(WorkerProcess(_work, tuple(imports))))
     return workers[-1]
 
 
-def _start(imports: Sequence[str]) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    level = logging.getLogger("cotune").level
-    process = context.Process(target=_work, args=(theirs, tuple(imports), level), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
 def _speaking(workers: Sequence[_Worker]) -> list[_Worker]:
-    ready = wait([worker.pipe for worker in workers if worker.task])
-    return [worker for worker in workers if worker.pipe in ready]
+    ready = wait([worker.process.pipe for worker in workers if worker.task])
+    return [worker for worker in workers if worker.process.pipe in ready]
 
 
-def _hear(worker: _Worker, workers: list[_Worker], listener: Listener) -> Iterator[tuple[Task, str]]:
+def _hear(worker: _Worker, workers: list[_Worker], listener: Observer) -> Iterator[tuple[Task, str]]:
     """One message of a worker: what happens in its cell, or that the cell has ended. A worker that died says nothing more."""
     assert worker.task is not None
     try:
-        kind, told = worker.pipe.recv()
+        kind, told = worker.process.pipe.recv()
     except (EOFError, ConnectionResetError):
-        worker.process.join()
         workers.remove(worker)
-        yield worker.task, f"its process ended with {worker.process.exitcode}: perhaps memory ran out; try fewer --jobs"
+        yield worker.task, f"its process ended with {worker.process.wait()}: perhaps memory ran out; try fewer --jobs"
         return
     if kind == "ended":
         task = worker.task
@@ -173,28 +157,14 @@ def _hear(worker: _Worker, workers: list[_Worker], listener: Listener) -> Iterat
         listener(kind, told)
 
 
-def _work(pipe: Connection, imports: tuple[str, ...], level: int) -> None:
+def _work(pipe: Connection, imports: tuple[str, ...]) -> None:
     """What a worker does until its parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent answers it for all
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.getLogger("cotune").setLevel(level)
     import_all(imports)
     import torch
 
-    while True:
-        try:
-            task, threads = pipe.recv()
-        except EOFError:
-            return
+    for task, threads in receive_all(pipe):
         torch.set_num_threads(threads)
         pipe.send(("ended", play_here(task, lambda event, fields: pipe.send((event, fields)))))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 class Room:
@@ -249,7 +219,7 @@ def task_of(cell: Cell, name: str, place: Path, device: str) -> Task:
     return Task(name, cell.plan.canonical(), cell.plan.rounds, place, device, files)
 
 
-def play_all(tasks: Sequence[Task], room: Room, imports: Sequence[str], listener: Listener) -> Iterator[tuple[Task, str]]:
+def play_all(tasks: Sequence[Task], room: Room, imports: Sequence[str], listener: Observer) -> Iterator[tuple[Task, str]]:
     """Play tasks one after the other here, or beside each other where there is room; yield each with why it failed."""
     if room.most > 1:
         yield from play_beside(tasks, imports, room.jobs, room.threads, listener)

@@ -21,7 +21,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.runs.client_privacy import account_of
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
-from tests.server.conftest import NewRun
+from tests.support.run_folders import NewRun
 
 UNIFORM = {"weighting": "uniform"}
 

@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel
 
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
@@ -39,8 +38,8 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.noise import choose_grid
 from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
-from tests import conftest
-from tests.conftest import COLORS, VOCABULARY, write_csv, write_images
+from tests.support.datasets import COLORS, write_csv, write_images
+from tests.support.tiny_models import VOCABULARY, config_of, write_model
 
 LONGEST = 128
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]
@@ -56,18 +55,10 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def make(kind: str) -> Path:
         if kind not in made:
-            config = conftest._config(kind)
+            config = config_of(kind)
             wide = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2, "head_dim": 32}
             config.update(wide if kind == "vit" else {**wide, "max_position_embeddings": LONGEST})
-            made[kind] = tmp_path_factory.mktemp(f"long-{kind}")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                options = {"add_pooling_layer": False} if kind == "vit" else {}
-                AutoModel.from_config(config, **options).save_pretrained(made[kind])
-            if kind == "vit":
-                (made[kind] / "preprocessor_config.json").write_text(json.dumps(conftest.PROCESSOR))
-            else:
-                conftest.tokenizer().save_pretrained(made[kind])
+            made[kind] = write_model(kind, tmp_path_factory.mktemp(f"long-{kind}"), config)
         return made[kind]
 
     return make

@@ -26,7 +26,7 @@ from cotune.privacy.policy import read_policy
 from cotune.protocol.federation_file import read_invitation
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.documents import parse_json, parse_toml
-from tests.cli.conftest import Cotune
+from tests.support.console import Cotune
 
 DOCUMENTS = {
     "long key": ".".join(["a"] * 100_000) + " = 1",

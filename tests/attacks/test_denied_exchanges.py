@@ -45,9 +45,10 @@ from cotune.server.rounds import requests as asking
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.transport import superlink as superlink_transport
-from tests.server.conftest import NewRun, adding, model_of
-from tests.server.wild import PRIVATE, WildGrid, real, told, wild
+from tests.support.organizations import adding, model_of
+from tests.support.run_folders import NewRun
 from tests.support.signing import FEDERATION, countersign
+from tests.support.unreliable_grid import PRIVATE, WildGrid, real, told, wild
 
 NAMES = ("bank", "clinic")
 

@@ -20,9 +20,9 @@ from cotune.server.proxy.guard import Guard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
-from tests.server.conftest import NewRun
-from tests.server.wild import real
 from tests.support.calls import new_key, public, signed
+from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real
 
 MALLORY = new_key()
 STRANGER = new_key()

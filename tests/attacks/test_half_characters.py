@@ -18,9 +18,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.flower.chunks import Malformed, Parcel
 from cotune.server.runs.events import Events, read_events
-from tests.server.conftest import NewRun, adding
-from tests.server.test_asking import impatient, play
-from tests.server.wild import real, told, wild
+from tests.support.organizations import adding
+from tests.support.rounds import impatient, play
+from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real, told, wild
 
 __all__ = ["impatient"]  # fixtures
 

@@ -29,8 +29,8 @@ from cotune.printable import Clean
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.processes import meaningful_line
-from tests.cli.conftest import Cotune, Outcome
-from tests.server.coordinators import founded
+from tests.support.console import Cotune, Outcome
+from tests.support.federations import founded
 
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x1b[1A\x1b[8m\x9b31m\x9d0;y\x9c\u202e\u2066\u200b\U000e0041\x7f\x08\rover[link=http://h]z[/link][/bold]"
 OBEYED = re.compile(r"\x1b\]|\x1b\[2J|\x1b\[8m|[\x07\x08\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b\U000e0041]")  # on a terminal

@@ -29,7 +29,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.noise import grid_step
-from tests.conftest import write_csv
+from tests.support.datasets import write_csv
 
 RATE = 2.0**60  # nothing of the parameters before the step is left beside it
 SIGMA = 1.3

@@ -18,7 +18,7 @@ from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
 from cotune.simulations.released_models import epsilon_of_runs
 from cotune.simulations.run import simulate
-from tests.simulations.conftest import NewPlan, plan_file, toy_data, toy_plan
+from tests.support.simulations import NewPlan, plan_file, toy_data, toy_plan
 
 __all__ = ["plan_file", "toy_data", "toy_plan"]  # fixtures
 

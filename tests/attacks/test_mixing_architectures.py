@@ -17,8 +17,8 @@ from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from tests.conftest import sentences, write_csv
-from tests.models.architectures import REFUSED, folder_of
+from tests.support.architectures import REFUSED, folder_of
+from tests.support.datasets import sentences, write_csv
 
 
 def plan_for(kind: str, mode: str, tmp_path: Path, **tables: Any) -> Plan:

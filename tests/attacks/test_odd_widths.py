@@ -32,7 +32,8 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
-from tests.conftest import sentences, tokenizer
+from tests.support.datasets import sentences
+from tests.support.tiny_models import tokenizer
 
 WIDTHS = (17, 31, 32, 33, 35, 47, 50, 65)
 CLASSES = ("bad", "good", "so")

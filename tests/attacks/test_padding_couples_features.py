@@ -18,7 +18,7 @@ from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.features import features_of
 from cotune.models.trainable import TrainableModel
-from tests.conftest import VOCABULARY, tokenizer
+from tests.support.tiny_models import VOCABULARY, tokenizer
 
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]
 LONGEST = 128

@@ -23,7 +23,8 @@ from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import RunFolder
 from cotune.strategies.config import StrategyConfig
-from tests.server.conftest import Answer, NewRun, federation, model_of, update
+from tests.support.organizations import Answer, federation, model_of, update
+from tests.support.run_folders import NewRun
 
 NAMES = ("org-1", "org-2", "org-3", "org-4")
 COUNTS = {"org-1": 600, "org-2": 300, "org-3": 300, "org-4": 300}

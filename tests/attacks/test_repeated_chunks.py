@@ -25,9 +25,10 @@ from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.server.app import train_rounds
-from tests.server.conftest import NewRun, adding, model_of
-from tests.server.wild import WildGrid, real, told, wild
+from tests.support.organizations import adding, model_of
+from tests.support.run_folders import NewRun
 from tests.support.signing import sign_request
+from tests.support.unreliable_grid import WildGrid, real, told, wild
 
 TIMES = 65_536
 CHUNK = b"ArrayChunk  %d\x00" % 2**20 + bytes(2**20)

@@ -18,8 +18,9 @@ from cotune.server.rounds.requests import RequestTracker
 from cotune.server.rounds.round_result import RoundResult
 from cotune.server.runs.exclusions import left_out, strikes_of
 from cotune.server.transport import superlink as superlink_transport
-from tests.server.conftest import NewRun, adding, model_of
-from tests.server.wild import real, told, wild
+from tests.support.organizations import adding, model_of
+from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real, told, wild
 
 
 @pytest.fixture(autouse=True)

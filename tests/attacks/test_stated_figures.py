@@ -19,8 +19,9 @@ from cotune.reporting.formatting import duration, percent, scientific, signed, s
 from cotune.reporting.run_report import render_report
 from cotune.server.app import train_rounds
 from cotune.server.runs.results import summarize
-from tests.server.conftest import NewRun, adding, federation, model_of, update
-from tests.server.wild import real, wild
+from tests.support.organizations import adding, federation, model_of, update
+from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real, wild
 
 PRIVACY = {"epsilon": 8.0, "delta": 1e-5}
 NUMBERS = st.floats() | st.integers() | st.integers(min_value=10**308, max_value=10**400)

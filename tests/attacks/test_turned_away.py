@@ -23,8 +23,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from cotune.flower import fleet_client as fleet
 from cotune.flower.fleet_client import FleetError, NotKnown, connected
 from cotune.server.deployment.members import Members
-from tests.server.proxy.test_server import NORTH, STRANGER, Running, Upstream, folder, running, served, upstream
 from tests.support.calls import new_key
+from tests.support.proxies import NORTH, STRANGER, Running, Upstream, folder, running, served, upstream
 
 __all__ = ["folder", "upstream"]  # fixtures
 

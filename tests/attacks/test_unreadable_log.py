@@ -26,7 +26,7 @@ from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.signatures import RequestStatement
-from tests.attacks.test_unsigned_requests import ask, request
+from tests.support.requests import ask, request
 from tests.support.signing import FEDERATION, SERVER_KEY, sign_request
 
 

@@ -13,16 +13,14 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict, UserConfig
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ConfigRecord, MessageType, RecordDict
 
-from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import FINISHED, attach, detach
+from tests.support.requests import ask, request
 from tests.support.signing import SERVER_KEY, sign_request
 
 Change = Callable[[RecordDict], None]
@@ -36,21 +34,6 @@ def plan(make_plan: Callable[..., Plan]) -> Plan:
 @pytest.fixture
 def site(make_site: Callable[..., Site]) -> Site:
     return make_site()
-
-
-def request(plan: Plan, state: State, round: int = 1) -> RecordDict:
-    (content,) = encode_requests(plan.canonical(), round, state, [Recipient("clinic")])
-    return content
-
-
-def ask(content: RecordDict, site: Site, kind: str = MessageType.TRAIN) -> Message:
-    TaskIdentity.task_id = 1
-    TaskIdentity.run_id = 1
-    TaskIdentity.node_id = 1
-    message = Message(content, 2, kind, group_id="1")
-    message.metadata.__dict__["_message_id"] = "7"
-    config = UserConfig({"site": str(site.folder)})
-    return app(message, Context(run_id=1, node_id=2, node_config=config, state=RecordDict(), run_config=UserConfig()))
 
 
 def is_untouched(site: Site) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
 from cotune.simulations.auditing import training as audited_training
-from tests.cli.conftest import Cotune
+from tests.support.console import Cotune
 
 PRIVATE = ("--set", "privacy={epsilon=3}", "--set", "simulation.baselines=[]")
 FEW = ("--canaries", "64", "--confidence", "0.9999999")  # a right engine is not accused by bad luck

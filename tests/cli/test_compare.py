@@ -10,7 +10,7 @@ from rich.console import Console
 from cotune.cli.compare import showing_cells
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
-from tests.cli.conftest import Cotune
+from tests.support.console import Cotune
 
 VARY = ("--vary", "strategy.weighting=examples,uniform")
 QUICK = ("--jobs", "1", "--device", "cpu")

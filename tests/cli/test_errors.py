@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli.conftest import Cotune, Outcome, Started
-from tests.conftest import sentences, write_csv
+from tests.support.console import Cotune, Outcome, Started
+from tests.support.datasets import sentences, write_csv
 
 MORE_CLASSES = '--set=labels=["good","bad"]'
 

@@ -9,7 +9,7 @@ import pytest
 
 from cotune.privacy.policy import BudgetRules
 from cotune.simulations.forecast.forecast import forecast_for
-from tests.cli.conftest import Cotune
+from tests.support.console import Cotune
 
 PRIVATE = ("--set", "privacy={epsilon=8}", "--set", "local.batch_size=40", "--set", 'labels=["bad","good","so"]')
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from cotune.cli.main import app
-from tests.cli.conftest import Cotune
+from tests.support.console import Cotune
 
 COMMANDS = (("simulate",), ("plan", "check"), ("compare",), ("audit",))
 OPTIONS = ("data", "task", "text", "label", "model", "clients", "partition", "by", "override")

@@ -19,9 +19,9 @@ from cotune.models.head_fit import fit_head, head_names
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
-from tests.cli.conftest import Cotune
-from tests.conftest import COLORS, sentences, write_csv, write_images, write_tagged
 from tests.support import clinic
+from tests.support.console import Cotune
+from tests.support.datasets import COLORS, sentences, write_csv, write_images, write_tagged
 
 LABELS = ("bad", "good", "so")
 

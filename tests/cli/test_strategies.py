@@ -17,7 +17,7 @@ from cotune.plan.load import load_plan, parse_plan
 from cotune.strategies import plugins
 from cotune.strategies.config import RECIPES
 from cotune.strategies.registry import FOLDERS, get_builtin_components
-from tests.cli.conftest import Cotune
+from tests.support.console import Cotune
 
 KINDS = ("fusion", "weighting", "server_optimizer")
 PAGE = Path(__file__).parents[2] / "docs" / "strategies.md"

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 
 from cotune.server.runs.run_folder import RunFolder
-from cotune.simulations.comparison.workers import import_all
 from cotune.simulations.engines import play_on
-from tests.deployment.deployment import weights
-
-import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
-from loopback import federation, prepare_run, until  # noqa: E402
+from tests.support.deployment import weights
+from tests.support.loopback import federation, prepare_run, until
 
 pytestmark = pytest.mark.long
 

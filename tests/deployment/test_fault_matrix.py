@@ -18,7 +18,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.ledger_report import overview
 from cotune.client.site import Site
 from cotune.server.runs.exclusions import left_out
-from tests.deployment.attackers import (
+from tests.support.attackers import (
     ADDRESSES,
     IDLE,
     Deed,
@@ -29,9 +29,8 @@ from tests.deployment.attackers import (
     locked,
     say_nothing,
 )
-from tests.deployment.conftest import Page
-from tests.deployment.deployment import Deployment, deployment, weights
-from tests.deployment.test_faults import bring_back
+from tests.support.deployment import Deployment, bring_back, deployment, weights
+from tests.support.faults_page import Page
 
 pytestmark = pytest.mark.long
 

@@ -15,8 +15,8 @@ import pytest
 
 from cotune.flower.fleet_client import Fleet, Request
 from cotune.server.runs.exclusions import left_out
-from tests.deployment.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
-from tests.deployment.deployment import Deployment, deployment, weights
+from tests.support.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
+from tests.support.deployment import Deployment, bring_back, deployment, weights
 
 ROUNDS = 16
 PLAN = {"rounds": ROUNDS, "local": {"learning_rate": 0.5, "batch_size": 0.5, "steps": 20}}
@@ -33,16 +33,6 @@ def undisturbed(fed: Deployment) -> dict[str, bytes]:
     """The model of a run in which nothing is killed."""
     fed.run()
     return weights(fed.finish().load())
-
-
-def bring_back(fed: Deployment, what: str) -> None:
-    """By the same command again; what `server start` supervises comes back by itself."""
-    if what == "server":
-        fed.start_server()
-    elif what == "run":
-        fed.run("--resume")
-    elif what in fed.organizations:
-        fed.join(what)
 
 
 def test_everything_is_killed_once(fed: Deployment, undisturbed: dict[str, bytes]) -> None:

@@ -4,7 +4,6 @@ Each has a folder of its own and types what its page says, in the order of the p
 JOIN.md, hospital-c README.md. What only they can know stands for placeholders: names, the address, the hash that `check` shows.
 """
 
-# ruff: noqa: F811 (fixtures of the command line)
 from __future__ import annotations
 
 import csv
@@ -24,13 +23,12 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from cotune.simulations.comparison.workers import import_all
-from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
-from tests.conftest import sentences
-from tests.docs.pages import blocks_of, commands_of, spoken_in
+from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
+from tests.support.datasets import sentences
+from tests.support.loopback import free_port, until
+from tests.support.pages import blocks_of, commands_of, spoken_in
 
-import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
-from loopback import free_port, until  # noqa: E402
+__all__ = ["_logging_as_it_was", "cotune", "folder"]  # fixtures
 
 _PATIENCE = 420.0
 

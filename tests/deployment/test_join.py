@@ -21,10 +21,7 @@ from cotune.server.deployment.federation import FederationFolder, ServerConfig, 
 from cotune.server.deployment.members import read_public_key
 from cotune.server.deployment.signing import new_signing_key, public_hex, read_signing_key
 from cotune.server.runs.run_folder import Participant, RunFolder
-from cotune.simulations.comparison.workers import import_all
-
-import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
-from loopback import Federation, federation, prepare_run, until  # noqa: E402
+from tests.support.loopback import Federation, federation, prepare_run, until
 
 ALLOWED = ("training.min_examples=0", "training.min_batch=0", "training.record_privacy=false")
 

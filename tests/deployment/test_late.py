@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.deployment import deployment
+from tests.support.deployment import deployment
 
 pytestmark = pytest.mark.long
 

@@ -14,10 +14,7 @@ from pathlib import Path
 import pytest
 
 from cotune.server.deployment.members import Members, read_public_key
-from cotune.simulations.comparison.workers import import_all
-
-import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
-from loopback import Federation, federation, free_port, prepare_run, until  # noqa: E402
+from tests.support.loopback import Federation, federation, free_port, prepare_run, until
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")]
 GIVEN = Path(__file__).parents[2] / "docs" / "deploy" / "nginx.conf"

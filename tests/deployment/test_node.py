@@ -13,10 +13,7 @@ import pytest
 
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import RunFolder
-from cotune.simulations.comparison.workers import import_all
-
-import_all([str(Path(__file__).parents[2] / "benchmarks" / "loopback.py")])
-from loopback import Federation, federation, prepare_run, until  # noqa: E402
+from tests.support.loopback import Federation, federation, prepare_run, until
 
 pytestmark = [
     pytest.mark.long,

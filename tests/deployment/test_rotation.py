@@ -18,7 +18,7 @@ from cotune.client.site import Site
 from cotune.protocol.key_renewal import read_node_renewal
 from cotune.server.deployment import key_rotation as rotation
 from cotune.server.deployment.federation import FederationFolder
-from tests.deployment.deployment import Deployment, deployment
+from tests.support.deployment import Deployment, deployment
 
 pytestmark = pytest.mark.long
 

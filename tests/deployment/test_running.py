@@ -18,11 +18,12 @@ import pytest
 from cotune.client.site_setup import make_site
 from cotune.plan.load import parse_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.deployment.federation import ServerConfig, found
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import follow
-from tests.conftest import sentences, write_csv
-from tests.deployment.test_supervisor import Served, free_port, runs, serving, until
+from tests.support.datasets import sentences, write_csv
+from tests.support.served import Served, free_port, runs, serving, until
 
 pytestmark = pytest.mark.long
 

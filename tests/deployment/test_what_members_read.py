@@ -20,9 +20,10 @@ from cotune.flower.fleet_client import Fleet, Request, connected
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import decode_header
 from cotune.protocol.signatures import SIGNED, detach
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, found
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.new_run import real_run
-from tests.deployment.test_supervisor import free_port, serving, until
+from tests.support.served import free_port, serving, until
 
 pytestmark = pytest.mark.long
 

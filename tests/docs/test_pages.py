@@ -22,11 +22,13 @@ from cotune.models.export import export_model
 from cotune.plan.parameters import model_of
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
-from tests.cli.conftest import Cotune, _logging_as_it_was, cotune, folder  # noqa: F401
-from tests.conftest import sentences, write_csv, write_images, write_tagged
-from tests.docs.pages import PAGES, ROOT, Block, blocks_of, commands_of, spoken_in
-from tests.docs.playing import Player
 from tests.support import clinic
+from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
+from tests.support.datasets import sentences, write_csv, write_images, write_tagged
+from tests.support.pages import PAGES, ROOT, Block, blocks_of, commands_of, spoken_in
+from tests.support.playing import Player
+
+__all__ = ["_logging_as_it_was", "cotune", "folder"]  # fixtures
 
 __all__ = ["cotune", "folder"]  # fixtures
 

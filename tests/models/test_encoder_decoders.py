@@ -13,8 +13,8 @@ from cotune.data.tasks.task import example_losses, task_named
 from cotune.errors import ModelError
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from tests.conftest import VOCABULARY
-from tests.models.architectures import ending_tokenizer
+from tests.support.architectures import ending_tokenizer
+from tests.support.tiny_models import VOCABULARY
 
 SIZE = {"vocab_size": len(VOCABULARY), "d_model": 16, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 3}
 BART = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}

@@ -20,7 +20,7 @@ from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel
-from tests.conftest import COLORS, write_images
+from tests.support.datasets import COLORS, write_images
 
 LABELS = ("bad", "good", "so")
 LONG = "great " + "the sad tree " * 40  # 121 words: beyond the length of training, and beyond the positions of the tiny models

@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import FEATURE_SLOTS, cache_folder, feature_head, features_of
 from cotune.models.trainable import State, TrainableModel
+from tests.support.tiny_models import counting
 
 Make = Callable[..., TrainableModel]
 CASES = [
@@ -58,22 +58,6 @@ def head_logits(model: TrainableModel, vectors: Tensor) -> Tensor:
     assert head is not None
     got: Tensor = head(vectors).logits
     return got
-
-
-@contextmanager
-def counting(model: TrainableModel) -> Iterator[list[int]]:
-    """How many texts every forward pass of the encoder had."""
-    calls: list[int] = []
-    encoder = model.loaded.module.base_model
-
-    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        calls.append(len(args[0] if args else kwargs["input_ids"]))
-
-    handle = encoder.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 def moved(model: TrainableModel, names: list[str]) -> State:

@@ -21,8 +21,8 @@ from cotune.models.features import arithmetic, features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.trainable import TrainableModel
-from tests.conftest import ARCHITECTURES, VOCABULARY
-from tests.models.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+from tests.support.tiny_models import ARCHITECTURES, VOCABULARY
 
 Make = Callable[..., TrainableModel]
 WORDS = [word for word in VOCABULARY if not word.startswith("[")]

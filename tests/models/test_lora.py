@@ -15,7 +15,7 @@ from cotune.errors import ModelError
 from cotune.models.config import _WHY_NOT, LoraConfig
 from cotune.models.lora import merge_adapters
 from cotune.models.trainable import TrainableModel
-from tests.conftest import ARCHITECTURES
+from tests.support.tiny_models import ARCHITECTURES
 
 Make = Callable[..., TrainableModel]
 

@@ -18,8 +18,7 @@ from cotune.models.config import ModelConfig
 from cotune.models.features import FeatureHead, encode_batch, feature_head, features_of, rows_of_answers
 from cotune.models.head_fit import told_by
 from cotune.models.trainable import TrainableModel
-from tests.conftest import ARCHITECTURES
-from tests.models.test_features import counting
+from tests.support.tiny_models import ARCHITECTURES, counting
 
 WORDS = [("great", "table"), ("the", "table", "is", "very", "sad", "and", "this"), ("awful",), ("of", "the", "tree")]
 LONGEST = 8

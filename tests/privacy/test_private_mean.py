@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +14,9 @@ from torch import Tensor
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.client_dp import PrivateMean, RoundNoise, clip_update
 from cotune.strategies.types import Delta, Update
+from tests.support.silent_noise import SILENT
 
 SHAPES = {"w": torch.zeros(2, 3), "b": torch.zeros(())}
-
-
-class Silent:
-    """A noise generator that draws zeros."""
-
-    def standard_normal(self, size: Any = None) -> Any:
-        return 0.0 if size is None else np.zeros(size)
-
-
-SILENT = cast(np.random.Generator, Silent())
 
 
 def noise(z: float = 1.0, bits: float | None = None, expected: float = 1.0) -> RoundNoise:

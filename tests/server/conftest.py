@@ -2,91 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
-from cotune.flower.inprocess_grid import InProcessGrid
-from cotune.models.trainable import TrainableModel, resident
-from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
-from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
-from cotune.protocol.signatures import detach
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.strategies.types import Update
-from tests.support.signing import countersign
+from tests.support.run_folders import new_run
+
+__all__ = ["new_run"]  # fixtures
 
 torch.set_num_threads(1)  # with more, tiny models spend their time waiting for a core whenever the machine is shared
-
-Answer = Callable[[Request], Update | RecordDict]  # how an organization answers a request to train
-NewRun = Callable[..., RunFolder]
-
-
-@pytest.fixture
-def new_run(tmp_path: Path, base_model: Callable[[str], Path]) -> NewRun:
-    """(organizations, changes of the plan) -> a fresh folder of a run that trains the head of a tiny bert."""
-    numbers = itertools.count(1)
-
-    def make(*names: str, **changes: Any) -> RunFolder:
-        table = {
-            "name": "toy",
-            "rounds": 2,
-            "labels": ["bad", "good", "so"],
-            "model": {"base": str(base_model("bert")), "max_length": 16},
-            "data": {"source": "nowhere.csv"},
-            "privacy": "none",
-        }
-        people = tuple(Participant(name=name, site=f"sites/{name}") for name in names or ("org-1", "org-2"))
-        file = RunFile(run="toy", created="2026-01-01T00:00:00+00:00", engine="in-process", device="cpu", participants=people)
-        return RunFolder.create(tmp_path / f"run-{next(numbers)}", parse_plan({**table, **changes}), file)
-
-    return make
-
-
-def model_of(plan: Plan) -> TrainableModel:
-    return resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
-
-
-def federation(
-    plan: Plan,
-    answers: Mapping[str, Answer],
-    grid: type[InProcessGrid] = InProcessGrid,
-    key_of: Mapping[str, EllipticCurvePrivateKey] | None = None,
-) -> InProcessGrid:
-    """One node per organization; each answers requests with its function, and signs with its key where it has one."""
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        request = decode_request(detach(message.content)[0])
-        answer = answers[request.organization](request)
-        content = encode_update(answer, plan.plan_id) if isinstance(answer, Update) else answer
-        if key_of and request.organization in key_of:
-            countersign(content, message.content, request.organization, key_of[request.organization])
-        return Message(content, reply_to=message)
-
-    return grid(app, len(answers))
-
-
-def adding(value: float, examples: int = 10) -> Answer:
-    """An organization whose delta is `value` everywhere."""
-    return lambda request: update(request, {n: torch.full_like(t, value) for n, t in request.state.items()}, examples)
-
-
-def update(request: Request, delta: Mapping[str, torch.Tensor], examples: int = 10, **changes: Any) -> Update:
-    received = received_digest(request.state, request.sent)
-    fields = {
-        "organization": request.organization,
-        "round": request.round,
-        "examples": examples,
-        "steps": 1,
-        "received": received,
-    }
-    return Update(delta=delta, **{**fields, **changes})

@@ -17,7 +17,7 @@ from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
-from tests.simulations.conftest import NewPlan, final_model
+from tests.support.simulations import NewPlan, final_model
 
 LORA: dict[str, Any] = {"train": "lora", "local": {"learning_rate": 1.0, "momentum": 0.0, "steps": 3}}
 

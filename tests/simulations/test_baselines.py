@@ -13,11 +13,11 @@ from cotune.data.tasks.task import Metrics
 from cotune.models.trainable import State, resident
 from cotune.plan.schema import Plan
 from cotune.server.rounds.evaluation import evaluate
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.prepare import Prepared, make_run, make_site, prepare
-from tests.simulations.conftest import NewPlan, same
+from tests.support.simulations import NewPlan, same
 
 
 def made(plan: Plan, path: Path) -> tuple[RunFolder, Prepared]:
@@ -103,7 +103,7 @@ def test_a_finished_baseline_is_not_trained_again(toy_plan: NewPlan, tmp_path: P
     folder, prepared = made(toy_plan(), tmp_path / "run")
     first = run_baselines(folder, prepared)
     heard = list[str]()
-    with listening(lambda event, fields: heard.append(event)):
+    with observe_run(lambda event, fields: heard.append(event)):
         again = run_baselines(folder, prepared)
     assert again == first
     assert heard == ["baseline_finished"] * 3
@@ -118,7 +118,7 @@ def test_a_baseline_that_was_cut_short_goes_on_where_it_was(toy_plan: NewPlan, t
         (path / "checkpoints" / f"round-{round:05d}.safetensors").unlink()
     (path / "site" / "outbox" / "update.safetensors").unlink()
     trained: list[Any] = []
-    with listening(lambda event, fields: trained.append((event, fields["baseline"]))):
+    with observe_run(lambda event, fields: trained.append((event, fields["baseline"]))):
         assert run_baselines(folder, prepared) == whole
     assert ("baseline_started", "alone/org-2") in trained
     assert ("baseline_started", "alone/org-1") not in trained

@@ -13,10 +13,10 @@ from rich.console import Console
 from cotune.cli.plan import show_forecast
 from cotune.cli.simulate import show
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import resume, simulate
-from tests.simulations.conftest import NewPlan, final_model
+from tests.support.simulations import NewPlan, final_model
 
 CENTRAL = {"epsilon": 6.0, "clip_norm": 0.5}
 UNIFORM = {"weighting": "uniform"}
@@ -116,7 +116,7 @@ def test_a_run_that_its_budget_stops_is_finished_and_says_so(toy_plan: NewPlan, 
             raise KeyboardInterrupt
 
     plan = toy_plan(client_privacy=CENTRAL, strategy=UNIFORM, simulation={"baselines": []})
-    with pytest.raises(KeyboardInterrupt), listening(dies):
+    with pytest.raises(KeyboardInterrupt), observe_run(dies):
         simulate(plan, run, device="cpu")
     result = resume(run)
     summary = result.summary

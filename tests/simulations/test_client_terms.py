@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.simulations.conftest import NewPlan, final_model, same
-from tests.simulations.test_resume import finish, kill_when, tensors_of, told, written
+from tests.support.processes import finish, kill_when, written
+from tests.support.simulations import NewPlan, final_model, same, tensors_of, told
 
 Cotune = Callable[..., BaseProcess]
 

@@ -13,7 +13,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import dump_plan
 from cotune.simulations.engines import ENGINES, check_engine
 from cotune.simulations.run import simulate
-from tests.simulations.conftest import NewPlan, final_model, same
+from tests.support.simulations import NewPlan, final_model, same
 
 ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 

@@ -11,7 +11,7 @@ from cotune.server.rounds.update_validation import reason_to_refuse
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update
-from tests.simulations.conftest import NewPlan
+from tests.support.simulations import NewPlan
 
 
 def test_steps_follow_from_the_records(toy_plan: NewPlan, tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
-from tests.simulations.conftest import NewPlan
-from tests.simulations.test_resume import tensors_of
+from tests.support.simulations import NewPlan, tensors_of
 
 HEAD_THEN_ALL = [{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.02}}]
 RUNS: dict[str, dict[str, Any]] = {
@@ -52,7 +51,7 @@ def test_cut_off_after_every_update(toy_plan: NewPlan, tmp_path: Path, kind: str
 
     while True:
         try:
-            with listening(cut):
+            with observe_run(cut):
                 resume(run) if (run / "run.json").exists() else simulate(plan, run, device="cpu")
             break
         except CutOff:

@@ -7,8 +7,8 @@ import pytest
 
 from cotune.errors import DataError, PlanError
 from cotune.simulations.prepare import prepare
-from tests.conftest import sentences, write_csv
-from tests.simulations.conftest import NewPlan
+from tests.support.datasets import sentences, write_csv
+from tests.support.simulations import NewPlan
 
 NAMES = ("St. Mary's", "Klinik Nord", "Hôpital / Est")
 COLUMN = {"partition": "column:hospital", "min_examples": 5}

@@ -19,10 +19,10 @@ from cotune.errors import PlanError
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.reporting.verdict import judge
-from cotune.server.runs.events import listening
+from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.run import Run, resume, simulate
-from tests.simulations.conftest import NewPlan, same
+from tests.support.simulations import NewPlan, same
 
 
 def plan_of(toy_plan: NewPlan, **changes: Any) -> Plan:
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, fi
         if event == "update_received" and (fields["round"], fields["organization"]) == (3, "org-1"):
             raise Interrupted
 
-    with pytest.raises(Interrupted), listening(interrupt):
+    with pytest.raises(Interrupted), observe_run(interrupt):
         simulate(plan_of(toy_plan, simulation={"baselines": ["alone", "pooled"]}), tmp_path / "run", device="cpu")
     again = own_models(resume(tmp_path / "run"))
     for name, model in own_models(finished).items():

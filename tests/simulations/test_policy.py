@@ -10,10 +10,10 @@ import pytest
 from cotune.client.site import Site
 from cotune.errors import PlanError
 from cotune.privacy.accounting.composition import epsilon
-from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.events import observe_run, read_events
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
-from tests.simulations.conftest import NewPlan
+from tests.support.simulations import NewPlan
 
 
 def test_one_declines_and_the_others_go_on(toy_plan: NewPlan, tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_one_declines_and_the_others_go_on(toy_plan: NewPlan, tmp_path: Path) ->
         if event == "run_started":
             (run / "sites" / "org-2" / "policy.toml").write_text("[training]\nmin_examples = 0\nmin_batch = 0\n")
 
-    with listening(strict):
+    with observe_run(strict):
         result = simulate(plan, run, device="cpu")
     assert len(result.summary["rounds"]) == 3
     for entry in result.summary["rounds"]:

@@ -9,10 +9,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +18,14 @@ import pytest
 import torch
 
 from cotune.errors import CotuneError, ModelError, RunError
-from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.server.runs.events import listening, read_events
+from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
-from tests.conftest import sentences, write_csv
-from tests.simulations.conftest import NewPlan, final_model, same
-
-Cotune = Callable[..., BaseProcess]
-Condition = Callable[[], bool]
-
-
-def written(plan: Plan, folder: Path) -> Path:
-    file = folder / "plan.toml"
-    file.write_text(dump_plan(plan), encoding="utf-8")
-    return file
-
-
-def told(run: Path, event: str, **fields: Any) -> int:
-    """How often an event with these fields stands in the run's file so far."""
-    events = read_events(run / "events.jsonl") if (run / "events.jsonl").exists() else []
-    return sum(e["event"] == event and all(e.get(key) == value for key, value in fields.items()) for e in events)
-
-
-def kill_when(process: BaseProcess, condition: Condition, seconds: float = 0.0) -> None:
-    """SIGKILL, that long after the condition became true."""
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert process.exitcode is None, f"the process ended with {process.exitcode} before it could be killed"
-        assert time.monotonic() < deadline, "nothing to kill it for within ten minutes"
-        time.sleep(0.002)
-    time.sleep(seconds)
-    process.kill()
-    process.join()
-
-
-def finish(process: BaseProcess, log: Path) -> None:
-    process.join(600)
-    assert process.exitcode == 0, log.read_text(encoding="utf-8")
-
-
-def tensors_of(run: Path) -> list[bytes]:
-    """All checkpoints without their metadata, which holds times."""
-    files = sorted((run / "checkpoints").glob("*.safetensors"))
-    return [content[8 + int.from_bytes(content[:8], "little") :] for content in (file.read_bytes() for file in files)]
-
+from tests.support.datasets import sentences, write_csv
+from tests.support.processes import Cotune, finish, kill_when, written
+from tests.support.simulations import NewPlan, final_model, same, tensors_of, told
 
 # --- without privacy: as if nothing had happened
 
@@ -228,7 +187,7 @@ def test_without_any_budget_left_the_organization_says_so(toy_plan: NewPlan, tmp
             [charge] = account.charges()
             account.reserve(charge.plan_id, 1, replace(charge.steps, count=500), data=charge.data)
 
-    with listening(spends):
+    with observe_run(spends):
         result = simulate(plan, run, device="cpu")
     dropped = [entry["dropped"] for entry in result.summary["rounds"]]
     assert [[d["organization"] for d in each] for each in dropped] == [[], ["org-2"], ["org-2"]]
@@ -252,7 +211,7 @@ def stopped(toy_plan: NewPlan, tmp_path: Path) -> Path:
     source = write_csv(tmp_path / "mine.csv", sentences(240))
     base = shutil.copytree(toy_plan().model.base, tmp_path / "base")
     plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
-    with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), listening(breaks):
+    with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), observe_run(breaks):
         simulate(plan, run, device="cpu")
     (site / "aside").rename(site / "data.json")
     return run

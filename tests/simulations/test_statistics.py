@@ -13,7 +13,7 @@ from cotune.server.rounds.update_validation import reason_to_refuse
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update
-from tests.simulations.conftest import NewPlan
+from tests.support.simulations import NewPlan
 
 
 @pytest.mark.parametrize("fusion", ["fisher", "regmean"])

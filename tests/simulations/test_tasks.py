@@ -21,8 +21,9 @@ from cotune.plan.schema import Plan
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import resume, simulate
-from tests.conftest import COLORS, PROCESSOR, tagged, write_images, write_tagged
-from tests.simulations.conftest import NewPlan
+from tests.support.datasets import COLORS, tagged, write_images, write_tagged
+from tests.support.simulations import NewPlan
+from tests.support.tiny_models import PROCESSOR
 
 TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}

@@ -22,7 +22,7 @@ from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.run import simulate
-from tests.conftest import sentences, tagged, write_images
+from tests.support.datasets import sentences, tagged, write_images
 from tests.support.engines import Steps, engine, take_steps
 
 PRIVATE = {"epsilon": 8.0, "unit": "patient_id", "max_records": 5}

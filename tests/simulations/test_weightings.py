@@ -12,7 +12,7 @@ import torch
 from cotune.server.rounds.update_validation import reason_to_refuse
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update
-from tests.simulations.conftest import NewPlan, final_model, same
+from tests.support.simulations import NewPlan, final_model, same
 
 
 @pytest.mark.parametrize("privacy", ["none", {"epsilon": 8.0}])

@@ -15,8 +15,8 @@ from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.simulations.run import Run, simulate
 from cotune.simulations.worth import TestSet, organization_worth, own_majority
-from tests.conftest import sentences, write_csv, write_tagged
-from tests.simulations.conftest import NewPlan
+from tests.support.datasets import sentences, write_csv, write_tagged
+from tests.support.simulations import NewPlan
 
 
 @pytest.fixture(scope="module")

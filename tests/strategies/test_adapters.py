@@ -20,7 +20,7 @@ from cotune.strategies.fusions.adapters.low_rank import (
 )
 from cotune.strategies.registry import ComponentInfo, Needs
 from cotune.strategies.types import Update, WeightedUpdate
-from tests.strategies.adapted import A, B, close
+from tests.support.adapted_layers import A, B, close
 
 sizes = st.integers(1, 6)
 

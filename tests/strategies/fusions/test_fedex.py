@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
+from tests.support.adapted_layers import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.strategies.adapted import HEAD, A, B, adapter, close, deltas_of, fused, products, state_of
+from tests.support.adapted_layers import HEAD, A, B, adapter, close, deltas_of, fused, products, state_of
 
 
 def test_by_hand_the_product_of_means_is_not_the_mean_of_products() -> None:

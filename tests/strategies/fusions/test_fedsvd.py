@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
+from tests.support.adapted_layers import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
 
 
 def test_the_product_is_that_of_the_mean_of_b_under_a() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.strategies.adapted import HEAD, A, B, adapter, close, deltas_of, fused, products, state_of
+from tests.support.adapted_layers import HEAD, A, B, adapter, close, deltas_of, fused, products, state_of
 
 
 def best(product: Tensor, rank: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cotune.models.adapter import init_lora_a, parameter_seed
-from tests.strategies.adapted import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
+from tests.support.adapted_layers import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
 
 
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (1, 3, 2), (1, 1, 2)])

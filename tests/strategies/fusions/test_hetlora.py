@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.strategies.adapted import HEAD, A, B, adapter, close, deltas_of, fused, state_of
+from tests.support.adapted_layers import HEAD, A, B, adapter, close, deltas_of, fused, state_of
 
 
 def test_by_hand() -> None:

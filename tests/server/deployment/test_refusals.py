@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cotune.server.deployment import refusals
+from cotune.server.deployment.refusals import Refusals, Watch, read_refusals, read_strangers
+from cotune.server.runs.events import Events, observe_run, read_events
+from cotune.storage.files import atomic_write
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "refused.json"
+
+
+def noted(file: Path, member: str, times: int, reason: str = "its source is another node") -> None:
+    """By a front that was started for it, once the file says so."""
+    front = Refusals(file)
+    before = count_of(file, member)
+    for _ in range(times):
+        front.note(member, reason)
+    written(file, member, before + times)
+
+
+def count_of(file: Path, member: str) -> int:
+    found = read_refusals(file)
+    return found[member].count if member in found else 0
+
+
+def written(file: Path, member: str, count: int) -> None:
+    deadline = time.monotonic() + 600.0
+    while count_of(file, member) != count:
+        assert time.monotonic() < deadline, count_of(file, member)
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 0.05)
+
+
+def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -> None:
+    noted(file, "south", 2, "first")
+    noted(file, "south", 1, "last")
+    noted(file, "north", 1)
+    found = read_refusals(file)
+    assert {member: refused.count for member, refused in found.items()} == {"south": 3, "north": 1}
+    assert found["south"].reason == "last"
+
+
+def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = list[bytes]()
+
+    def counted(path: Path, content: bytes) -> None:
+        writes.append(content)
+        atomic_write(path, content)
+
+    monkeypatch.setattr(refusals, "atomic_write", counted)
+    monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
+    front = Refusals(file)
+    for member in ("south", "north"):
+        front.note(member, "no")
+        assert count_of(file, member) == 1
+    for _ in range(500):
+        front.note("south", "no")
+    assert len(writes) == 2
+    written(file, "south", 501)
+    assert len(writes) == 3
+
+
+def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    front = Refusals(file)
+    monkeypatch.setattr(refusals, "atomic_write", full)
+    front.note("south", "no")
+    assert not read_refusals(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"members": 3}', b"\xff", b'{"members": {"south": {"count": "many"}}}'])
+def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    assert not read_refusals(file)
+    Refusals(file).note("south", "no")
+    assert read_refusals(file)["south"].count == 1
+
+
+@pytest.fixture
+def events(tmp_path: Path, file: Path) -> Iterator[Events]:
+    """Of a run that begins when the test does, watched as the process that plays it does."""
+    made = Events(tmp_path / "events.jsonl")
+    with observe_run(Watch(file, made)):
+        yield made
+
+
+def told(events: Events) -> list[tuple[str, int, str]]:
+    found = [event for event in read_events(events.path) if event["event"] == "messages_refused"]
+    return [(event["organization"], event["count"], event["reason"]) for event in found]
+
+
+def test_the_run_names_anyone_who_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
+    noted(file, "south", 2, "its tree holds an object that the server has sent")
+    events.tell("update_received", round=1, organization="north")
+    assert told(events) == []
+    events.tell("update_dropped", round=1, organization="south", reason="no reply")
+    assert told(events) == [("south", 2, "its tree holds an object that the server has sent")]
+    noted(file, "south", 3, "it replies to nothing")
+    noted(file, "north", 1, "it is no announcement")
+    events.tell("round_finished", round=1)
+    assert sorted(told(events)[1:]) == [("north", 1, "it is no announcement"), ("south", 3, "it replies to nothing")]
+    events.tell("round_finished", round=2)
+    assert len(told(events)) == 3
+
+
+def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path) -> None:
+    noted(file, "south", 7)
+    made = Events(tmp_path / "events.jsonl")
+    with observe_run(Watch(file, made)):
+        made.tell("round_finished", round=1)
+        assert told(made) == []
+        noted(file, "south", 1)
+        made.tell("round_finished", round=2)
+    assert [(who, count) for who, count, _ in told(made)] == [("south", 1)]
+
+
+def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) -> None:
+    """As somebody removes it, or it was damaged."""
+    noted(file, "south", 5)
+    events.tell("round_finished", round=1)
+    os.unlink(file)
+    noted(file, "south", 2)
+    events.tell("round_finished", round=2)
+    noted(file, "south", 1)
+    events.tell("round_finished", round=3)
+    assert [count for _, count, _ in told(events)] == [5, 2, 1]
+
+
+# --- a process that is killed
+
+
+def test_what_was_refused_between_a_kill_and_the_next_process_is_told_once(file: Path, tmp_path: Path) -> None:
+    """The next process begins where the events end, and not with what the front has counted meanwhile."""
+    noted(file, "south", 7)
+    first = Events(tmp_path / "events.jsonl")
+    with observe_run(Watch(file, first)):
+        noted(file, "south", 2)
+        first.tell("round_finished", round=1)
+        noted(file, "south", 3)  # it is killed before it looks again
+    noted(file, "north", 1)
+    for _ in range(2):
+        again = Events(tmp_path / "events.jsonl")
+        with observe_run(Watch(file, again)):
+            again.tell("run_started", rounds=2)
+    assert [(who, count) for who, count, _ in told(again)] == [("south", 2), ("south", 3), ("north", 1)]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"counts": 3}'])
+def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: bytes) -> None:
+    noted(file, "south", 7)
+    (tmp_path / "refused-before.json").write_bytes(content)
+    events = Events(tmp_path / "events.jsonl")
+    with observe_run(Watch(file, events)):
+        noted(file, "south", 1)
+        events.tell("round_finished", round=1)
+    assert [(who, count) for who, count, _ in told(events)] == [("south", 1)]
+
+
+# --- strangers
+
+
+def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
+    front = Refusals(file)
+    front.note_address("203.0.113.7", "too large")
+    front.note_address("203.0.113.7", "far too large")
+    noted_at = time.monotonic() + 600.0
+    while "203.0.113.7" not in read_strangers(file):
+        assert time.monotonic() < noted_at
+        time.sleep(0.01)
+    found = read_strangers(file)["203.0.113.7"]
+    assert (found.count, found.reason) == (2, "far too large")
+    assert not read_refusals(file)
+    assert Refusals(file)._addresses == read_strangers(file)
+
+
+def test_a_stranger_with_many_addresses_fills_neither_memory_nor_disk(file: Path) -> None:
+    front = Refusals(file)
+    for _ in range(3):
+        front.note_address("203.0.113.7", "too large")
+    for number in range(1000):
+        front.note_address(f"2001:db8:0:{number:x}::/64", "too large")
+    assert len(front._addresses) == refusals._MOST_ADDRESSES
+    assert front._addresses["203.0.113.7"].count == 3

@@ -1,0 +1,123 @@
+"""What a supervisor refuses to begin with; tests/deployment has the rest, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cotune.errors import RunError
+from cotune.plan.load import parse_plan
+from cotune.server.deployment import certificates, supervisor
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
+from cotune.server.deployment.processes import Child, running
+from cotune.server.deployment.supervisor import supervise
+
+
+@pytest.fixture
+def folder(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolder:
+    plan = parse_plan({"model": {"base": str(base_model("bert"))}, "data": {"source": "x.csv"}, "labels": ["a", "b"]})
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        port = one.getsockname()[1]
+        superlink_port = other.getsockname()[1]
+    config = ServerConfig(
+        name="toy", hosts=("fed.example.org",), listen="127.0.0.1", port=port, superlink_port=superlink_port, device="cpu"
+    )
+    return found(tmp_path / "fed", plan, config)
+
+
+@pytest.mark.parametrize("which", ["port", "superlink_port"])
+def test_a_port_that_is_taken_is_named_before_anything_is_started(folder: FederationFolder, which: str) -> None:
+    port = getattr(folder.config, which)
+    said = list[str]()
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(RunError) as error:
+        supervise(folder, said.append)
+    assert str(error.value) == f"port {port} of 127.0.0.1 is taken: end the program that listens there, or choose another port"
+    assert list(folder.superlink.glob("*.log")) == []
+
+
+def show_certificate(folder: FederationFolder, made: datetime) -> None:
+    for file in folder.certificates.iterdir():
+        file.unlink()
+    certificates.new_authority(folder.certificates, folder.config.hosts, now=made)
+
+
+def test_an_expired_certificate_is_one_sentence(folder: FederationFolder) -> None:
+    show_certificate(folder, datetime.now(UTC) - timedelta(days=400))
+    with pytest.raises(RunError, match=r"server.crt expired on .*: renew it$"):
+        supervise(folder, print)
+    assert RunError.exit_code == 1
+
+
+@pytest.mark.parametrize(("days", "warned"), [(365 - 29, True), (365 - 32, False)])
+def test_a_certificate_that_ends_soon_is_a_warning(folder: FederationFolder, days: int, warned: bool) -> None:
+    show_certificate(folder, datetime.now(UTC) - timedelta(days=days))
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", folder.config.port)), pytest.raises(RunError, match="is taken"):
+        supervise(folder, said.append)
+    assert said[0].startswith("the certificate is valid until ")
+    assert any("WARNING" in line and "`cotune server renew`" in line for line in said) == warned
+
+
+def test_a_damaged_list_of_members_is_one_sentence(folder: FederationFolder) -> None:
+    (folder.path / "members.json").write_text("{")
+    with pytest.raises(RunError, match=r"members.json is damaged"):
+        supervise(folder, print)
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence(folder: FederationFolder) -> None:
+    folder.superlink.rmdir()
+    folder.superlink.write_text("")
+    with pytest.raises(RunError, match=r"superlink cannot be used \(.*\): check the permissions and the space there$"):
+        supervise(folder, print)
+
+
+def test_signals_are_noted_and_mean_afterwards_what_they_meant_before() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with supervisor._stop_signals() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_programs_are_those_of_this_python_and_say_nothing_home(folder: FederationFolder) -> None:
+    environment = supervisor._environment(folder)
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert environment["FLWR_HOME"] == str(folder.superlink / "flwr")
+    assert (
+        Path(supervisor._binary("flower-superlink", environment)).parent == Path(supervisor._binary("python", environment)).parent
+    )
+    with pytest.raises(RunError, match="flower-nothing is not installed beside"):
+        supervisor._binary("flower-nothing", environment)
+
+
+def test_a_terminal_that_was_closed_does_not_stop_it_from_ending_what_runs(
+    folder: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(line: str) -> None:
+        raise BrokenPipeError
+
+    sleeper = Child("sleeper", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", os.environ, closed)
+    broken = Child("broken", ["/nowhere"], tmp_path / "b.log", os.environ, closed)
+    monkeypatch.setattr(supervisor, "_children", lambda folder, say: [sleeper, broken])
+    ended: list[int] = []
+    real = supervisor.stop
+
+    def stop(children: Sequence[Child], grace: float) -> None:
+        ended.extend(process.pid for process in running(children))
+        real(children, grace)
+
+    monkeypatch.setattr(supervisor, "stop", stop)
+    with pytest.raises(RunError, match="^the broken cannot be started"):
+        supervise(folder, closed)
+    (number,) = ended
+    assert not psutil.pid_exists(number)

@@ -1,0 +1,111 @@
+"""Organizations that take part only where enough others do, and how a run gets over their waiting for each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Error, Message
+
+from cotune.errors import RunError
+from cotune.protocol.signatures import RequestStatement, detach
+from cotune.server.app import train_rounds
+from cotune.server.rounds import requests as asking
+from cotune.server.rounds.selection import cohort_of, remember_waiting
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.transport import superlink as superlink_transport
+from tests.support.organizations import adding, model_of
+from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real, told, wild
+
+WAITS = "declined: its rule training.min_cohort does not allow this plan"
+OTHER = "declined: its rule training.max_steps does not allow this plan"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (superlink_transport, "_WATCH_SECONDS"),
+        (superlink_transport, "_POLL_SECONDS"),
+        (asking, "_POLL_SECONDS"),
+    ):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+def play(folder: RunFolder, declines: Callable[[str, RequestStatement], str]) -> Progress:
+    """declines: (organization, the request that is signed) -> why it declines; "" where it does not."""
+    names = [participant.name for participant in folder.file.participants]
+    grid = wild(folder, {name: adding(1.0) for name in names})
+    answered = grid._answer
+
+    def answer(message: Any) -> Any:
+        _, signed = detach(message.content)
+        assert signed is not None
+        reason = declines(grid._name(message), RequestStatement.parse(signed.text))
+        return Message(Error(1001, reason), reply_to=message) if reason else answered(message)
+
+    grid._answer = answer  # type: ignore[method-assign]
+    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+
+
+def wanting(least: int) -> Callable[[str, RequestStatement], str]:
+    """All have the rule; org-3 takes no part in the first round for another reason."""
+
+    def declines(name: str, asked: RequestStatement) -> str:
+        if (name, asked.round) == ("org-3", 1):
+            return OTHER
+        return WAITS if asked.cohort < least else ""
+
+    return declines
+
+
+def test_those_who_wait_for_each_other_go_on_when_the_run_is_continued(new_run: NewRun) -> None:
+    """Two took part in round 1, and each of the three wants three: without a trace of who waited, round 2 fails for ever."""
+    folder = real(new_run("org-1", "org-2", "org-3", rounds=3, server={"quorum": 0.6}))
+    with pytest.raises(RunError, match=r"training\.min_cohort.*--resume"):
+        play(folder, wanting(3))
+    assert folder.last_round == 1
+    [failed] = told(folder, "run_failed")
+    assert failed["round"] == 2
+    assert failed["reason"].count(WAITS) == 3
+    progress = play(folder, wanting(3))
+    assert [len(entry["participants"]) for entry in progress.history] == [2, 3, 3]
+
+
+def test_a_run_of_too_few_organizations_says_so_each_time(new_run: NewRun) -> None:
+    """Anyone who is asked counts before the first round: more there are not."""
+    folder = real(new_run("org-1", "org-2", rounds=1))
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"begin a run of more organizations"):
+            play(folder, lambda name, asked: WAITS if asked.cohort < 3 else "")
+    assert folder.last_round == 0
+
+
+def test_one_that_declines_otherwise_does_not_count(new_run: NewRun) -> None:
+    folder = new_run("a", "b", "c")
+    remember_waiting(folder, 2, {"a": WAITS, "b": OTHER, "c": "no reply within 5 seconds"})
+    entry = {"participants": ["c"], "dropped": []}
+    assert sorted(cohort_of(folder, (entry,), ["a", "b", "c"])) == ["a", "c"]
+
+
+def test_who_waited_in_another_round_does_not_count(new_run: NewRun) -> None:
+    folder = new_run("a", "b")
+    remember_waiting(folder, 3, {"a": WAITS})
+    assert cohort_of(folder, ({"participants": ["b"], "dropped": []},), ["a", "b"]) == ["b"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"5", json.dumps({"round": 2, "waiting": 7}).encode()])
+def test_a_damaged_file_leaves_the_roster_as_it_was(new_run: NewRun, content: bytes) -> None:
+    folder = new_run("a", "b")
+    Path(folder.path / "cohort.json").write_bytes(content)
+    assert cohort_of(folder, ({"participants": ["b"], "dropped": []},), ["a", "b"]) == ["b"]
+
+
+def test_before_the_first_round_it_is_who_is_asked_and_then_who_took_part_or_waited(new_run: NewRun) -> None:
+    folder = new_run("a", "b")
+    assert cohort_of(folder, (), ["a", "b"]) == ["a", "b"]
+    dropped = [{"organization": "b", "reason": OTHER}, {"organization": "c", "reason": WAITS}]
+    assert cohort_of(folder, ({"participants": ["a"], "dropped": dropped},), ["a", "b", "c"]) == ["a", "c"]

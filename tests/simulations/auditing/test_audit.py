@@ -1,0 +1,168 @@
+"""An audit trains what the organization would train, claims what its plan claims, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.client.site import Site
+from cotune.errors import DataError, PlanError, PrivacyError
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
+from cotune.simulations.auditing import training as audited_training
+from cotune.simulations.auditing.audit import audit
+from cotune.simulations.forecast.forecast import forecast
+from cotune.simulations.prepare import prepare
+from cotune.simulations.run import simulate
+from tests.support.engines import engine, take_steps
+from tests.support.simulations import NewPlan
+
+SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}
+CERTAIN = 1 - 1e-7
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[DPSGDConfig, DPSGDSetup]]:
+    """What an audit gives to `DPSGD`."""
+    found: list[tuple[DPSGDConfig, DPSGDSetup]] = []
+
+    def watched(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        found.append((config, setup))
+        return take_steps(config, setup)
+
+    monkeypatch.setattr(audited_training, "DPSGD", engine(watched))
+    return found
+
+
+def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[tuple[DPSGDConfig, DPSGDSetup]]) -> None:
+    plan = toy_plan(**SMALL)
+    result = audit(plan, organization="org-2", canaries=64, device="cpu")
+    seen = forecast(plan, "cpu").organizations[1]
+    assert result.organization == seen.name == "org-2"
+    assert (result.examples, result.steps, result.noise_multiplier) == (seen.examples, seen.steps, seen.noise_multiplier)
+    assert (result.epsilon, result.delta) == (pytest.approx(seen.epsilon_planned), seen.delta)
+    assert (result.rounds, result.rounds_planned) == (2, 2)
+    trained = [(config, setup) for config, setup in called if config.steps == 5]  # others look at noise and adversarial states
+    for config, setup in trained:
+        assert config.sample_rate == 0.5
+        assert config.noise_multiplier == seen.noise_multiplier
+        assert config.clip_norm == 1.0
+        assert setup.noise_generator is None
+        assert setup.sampling_generator is None
+    assert len(trained) == 2
+    assert [(a.name, a.targets) for a in result.attacks] == [("canaries", 64), ("records", 64), ("canaries, every step", 64)]
+    assert all(0 <= a.auc <= 1 and math.isfinite(a.at_least) and a.at_least <= a.power for a in result.attacks)
+
+
+def test_fewer_rounds_claim_less(toy_plan: NewPlan) -> None:
+    result = audit(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
+    assert (result.rounds, result.rounds_planned, result.steps) == (1, 2, 5)
+    assert result.epsilon == pytest.approx(epsilon([Steps(result.noise_multiplier, 0.5, 5)], result.delta))
+    assert result.epsilon < 3
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None:
+    """Also after a stage of another kind, and in ghost clipping."""
+    local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
+    stages = [{"mode": "head", "rounds": 1}, {"mode": mode, "rounds": 1, "local": local}]
+    plan = toy_plan(train=stages, lora={"rank": 2}, **{k: v for k, v in SMALL.items() if k != "rounds"})
+    result = audit(plan, canaries=2000, confidence=CERTAIN, device="cpu")
+    assert (result.steps, result.broken) == (7, False)
+    assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.01: canaries are seen
+
+
+def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
+    folder = simulate(toy_plan(**SMALL), tmp_path / "run", device="cpu").folder
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    spent = Site(folder / "sites" / "org-1").ledger().spent()
+    result = audit(folder, canaries=64)
+    assert result.organization == "org-1"
+    assert result.epsilon == pytest.approx(epsilon(spent, result.delta))  # what the run claims, and spent
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+    assert audit(folder, organization="org-2", canaries=64).organization == "org-2"
+
+
+def test_an_audit_of_a_plan_leaves_nothing(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    audit(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
+    one, other = (audit(toy_plan(**SMALL), canaries=2000, rounds=1, device="cpu") for _ in range(2))
+    assert [a.auc for a in one.attacks] != [a.auc for a in other.attacks]
+
+
+def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
+    with pytest.raises(PrivacyError, match="the plan says privacy = none: expected one that claims an ε"):
+        audit(toy_plan())
+    with pytest.raises(DataError, match='there is no organization "org-3"; did you mean \'org-'):
+        audit(toy_plan(**SMALL), organization="org-3", device="cpu")
+    with pytest.raises(PlanError, match="expected 1 to 2 rounds to audit, as many as the plan has, got 3"):
+        audit(toy_plan(**SMALL), rounds=3, device="cpu")
+
+
+def test_without_noise_nearly_every_canary_is_seen(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def without_noise(config: DPSGDConfig) -> DPSGD:
+        return DPSGD(replace(config, noise_multiplier=0.0))
+
+    monkeypatch.setattr(audited_training, "DPSGD", without_noise)
+    plan = toy_plan(**{**SMALL, "privacy": {"epsilon": 1}})
+    result = audit(plan, canaries=2000, rounds=1, confidence=CERTAIN, device="cpu")
+    canaries, records, _ = result.attacks
+    assert canaries.auc > 0.95  # but for those that no batch drew
+    assert result.broken
+    assert records.targets == result.examples
+
+
+def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPlan) -> None:
+    """Against autograd, record by record."""
+    import numpy as np
+    import torch
+
+    from cotune.data.dataset import Dataset
+    from cotune.plan.parameters import model_of
+    from cotune.simulations.prepare import prepare
+
+    prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
+    plan = prepared.plan
+    share = prepared.shares[0]
+    holdings = Dataset(((prepared.records[None], share.rows),), plan.labels)
+    model = model_of(plan, "cpu")
+    stage = plan.stages[0]
+    model.load({})
+    names = model.names(stage.mode)
+    parameters = model.train_only(names)
+    setting = audited_training.setting_of(plan, stage, model, holdings, {}, share.name, expected_batch=8)
+    before = model.state(names)
+    generator = torch.Generator().manual_seed(0)
+    delta = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in before.items()}
+    expected = []
+    for i in (0, 3, 7):
+        gradients = torch.autograd.grad(setting.exact(setting.alone(i)).sum(), parameters)
+        expected.append(-sum(float((g * delta[n]).sum()) for n, g in zip(names, gradients, strict=True)))
+    assert plan.privacy != "none"
+    targets = audited_training.Targets(np.zeros(0, bool), np.array([0, 3, 7]), np.ones(3, bool))
+    training = audited_training.AuditedTraining(
+        plan, plan.privacy, holdings, share.name, targets, 1.0, model, 0.01, len(holdings.units)
+    )
+    found = training._alignment(setting, dict(zip(names, parameters, strict=True)), before, delta)
+    assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
+
+
+def test_an_organization_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPlan, tmp_path: Path) -> None:
+    changes = {**SMALL, "simulation": {**SMALL.get("simulation", {}), "epsilons": [0.5, 2.0]}}
+    plan = toy_plan(**changes)
+    noise = prepare(plan, "cpu").noise
+    result = audit(plan, canaries=64, device="cpu")
+    assert result.noise_multiplier == noise["org-1"]
+    assert 0.45 < result.epsilon <= 0.5
+    folder = simulate(plan, tmp_path / "run", device="cpu").folder
+    assert audit(folder, canaries=64).noise_multiplier == noise["org-1"]

@@ -1,0 +1,166 @@
+"""What an estimate counts, with a watch by which everything takes one second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.data.dataset import Dataset
+from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS, fixed_batches
+from cotune.models.encoding import encoded_examples
+from cotune.models.features import FEATURE_SLOTS
+from cotune.plan.parameters import model_of
+from cotune.plan.schema import Plan
+from cotune.simulations.forecast.timing import Seconds, Stopwatch, by_length, estimate, measure
+from cotune.simulations.prepare import Prepared, prepare
+from tests.support.simulations import NewPlan
+
+ALONE = {"baselines": ["alone"]}
+POOLED = {"baselines": ["pooled"]}
+
+
+@pytest.fixture(autouse=True)
+def _no_features_of_other_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
+
+
+def a_second(work: Callable[[], object]) -> Seconds:
+    work()
+    return Seconds(1.0, 1.0)
+
+
+def counted(plan: Plan) -> float:
+    """Seconds of a plan, each batch and each step taking one; without what is waited for beside them."""
+    prepared = prepare(plan, "cpu")
+    found = estimate(prepared, model_of(prepared.plan, "cpu"), 0.0, a_second)
+    return found.low
+
+
+def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
+    """Of all records, as they are really made."""
+    model = model_of(prepared.plan, "cpu")
+    total = 0
+    for records in prepared.records.values():
+        examples = encoded_examples(Dataset(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
+        task = model.loaded.task
+        longest = model.loaded.max_length
+        total += len(list(fixed_batches(range(len(examples)), lambda i: task.bucket(examples[i], longest, lengths), slots)))  # noqa: B023
+    return total
+
+
+def simulation(**changes: Any) -> dict[str, Any]:
+    return {"clients": 2, "partition": "iid", "baselines": [], **changes}
+
+
+def test_steps_rounds_and_encoding_are_counted(toy_plan: NewPlan) -> None:
+    one, three = (counted(toy_plan(rounds=rounds, local={"steps": 7}, simulation=simulation())) for rounds in (1, 3))
+    assert three - one == pytest.approx(2 * 2 * 7, rel=0.02)  # two rounds more, of two organizations
+    prepared = prepare(toy_plan(), "cpu")
+    encoded = batches(prepared, FINE_LENGTHS, FEATURE_SLOTS)
+    assert one == pytest.approx(2 * 7 + encoded, abs=0.3)
+
+
+def test_baselines_are_counted(toy_plan: NewPlan) -> None:
+    def of(**changes: Any) -> float:
+        return counted(toy_plan(rounds=3, local={"steps": 7}, simulation=simulation(**changes)))
+
+    without = of()
+    steps = 3 * 2 * 7
+    assert of(**POOLED) - without == pytest.approx(steps, rel=0.02)
+    assert of(**POOLED, pooled={"steps": 20}) - without == pytest.approx(3 * 2 * 20, rel=0.02)
+    fits = 2 * (12 * 5 + 2)  # heads fitted to five parts, then to all records, for each organization
+    assert of(**ALONE) - without == pytest.approx(steps + 0.4 * fits, rel=0.02)
+
+
+def test_judging_and_batches_of_steps_are_counted_where_the_encoder_is_trained(toy_plan: NewPlan) -> None:
+    """With a watch by which a forward pass of the encoder takes one second: steps have as many as their records fill batches."""
+    local = {"steps": 2, "batch_size": 64, "physical_batch_size": 8}
+    changes = {"train": "full", "local": local, "simulation": simulation(), "privacy": {"epsilon": 8.0}}
+    prepared = prepare(toy_plan(**changes), "cpu")
+    model = model_of(prepared.plan, "cpu")
+    passes = list[int]()
+    encoder = getattr(model.module, model.module.base_model_prefix)
+
+    def by_passes(work: Callable[[], object]) -> Seconds:
+        passes.clear()
+        work()
+        return Seconds(float(len(passes)), float(len(passes)))
+
+    with encoder.register_forward_hook(lambda *_: passes.append(1)):
+        one, three = (estimate(prepare(toy_plan(**changes, rounds=n), "cpu"), model, 0.0, by_passes).low for n in (1, 3))
+    apart = (three - one) / 2  # of a round
+    records = sum(map(len, prepared.records.values()))
+    filled = batches(prepared, LENGTHS, 8) * 64 / records
+    judged = 1  # 36 test records are in one batch
+    assert 2 * 2 * filled + judged - 0.5 <= apart <= 2 * 2 * (filled + 3) + judged + 0.5  # the last batch of a length is not full
+
+
+def test_what_was_spent_before_is_spent_again(toy_plan: NewPlan) -> None:
+    prepared = prepare(toy_plan(simulation=simulation()), "cpu")
+    model = model_of(prepared.plan, "cpu")
+    none, ten = (estimate(prepared, model, spent, a_second) for spent in (0.0, 10.0))
+    assert ten.low - none.low == pytest.approx(10.0)
+
+
+def test_measuring_leaves_the_model_as_it_came(toy_plan: NewPlan) -> None:
+    for changes in ({"train": "full"}, {"train": "head"}, {"train": "lora"}):
+        prepared = prepare(toy_plan(**changes, privacy={"epsilon": 8.0}), "cpu")
+        model = model_of(prepared.plan, "cpu")
+        model.load({})
+        before = {name: parameter.detach().clone() for name, parameter in model.parameters()}
+        found = estimate(prepared, model, 0.0)
+        assert 0 < found.low < found.high
+        for name, parameter in model.parameters():
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_a_batch_of_a_length_between_costs_something_between() -> None:
+    costs = {8: Seconds(1.0, 2.0), 32: Seconds(4.0, 8.0)}
+    assert by_length(costs, 8) == costs[8]
+    assert by_length(costs, 20) == Seconds(2.5, 5.0)
+    assert by_length(costs, 64) == costs[32]
+
+
+def test_the_watch_runs_what_it_measures_again() -> None:
+    runs = list[int]()
+    found = measure(lambda: runs.append(1))
+    assert len(runs) >= 2
+    assert 0 <= found.low <= found.high
+
+
+@pytest.mark.parametrize(
+    ("lasting", "found"),
+    [
+        ([4.0, 0.5], Seconds(0.4, 0.55)),  # the first is ten times as slow as what follows, and does not count
+        ([0.01, 0.02, 0.04, 0.03], Seconds(0.02, 0.04)),
+        ([10.0], Seconds(8.0, 11.0)),  # nobody waits for that again
+    ],
+)
+def test_what_ran_first_is_no_measure_unless_it_takes_very_long(lasting: list[float], found: Seconds) -> None:
+    now = [0.0]
+    left = iter(lasting)
+
+    def work() -> None:
+        now[0] += next(left)
+
+    measured = measure(work, lambda: now[0])
+    assert (measured.low, measured.high) == (pytest.approx(found.low), pytest.approx(found.high))
+    assert next(left, None) is None
+
+
+def test_batches_that_are_measured_are_of_one_length_each(toy_plan: NewPlan) -> None:
+    """So that none pays for another's padding; the shortest and the longest are among them."""
+    prepared = prepare(toy_plan(), "cpu")
+    model = model_of(prepared.plan, "cpu")
+    ((file, records),) = prepared.records.items()
+    sample = Dataset(((records, range(len(records))),), prepared.plan.labels)  # type: ignore[arg-type]
+    watch = Stopwatch(prepared.plan, model, sample, a_second)
+    lengths = watch.lengths(FINE_LENGTHS)
+    measured = set(watch.encoding())
+    assert measured <= set(lengths)
+    assert {min(lengths), max(lengths)} <= measured
+    assert file is None

@@ -1,0 +1,293 @@
+"""A federation of real processes on this machine, by cotune's own commands, and what may be killed of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import tomli_w
+
+from cotune.client.site_setup import make_site
+from cotune.plan.load import load_plan
+from cotune.privacy.policy import Policy, dump_policy
+from cotune.server.deployment.creation import found
+from cotune.server.deployment.federation import FederationFolder, ServerConfig
+from cotune.server.deployment.members import read_public_key
+from cotune.server.runs.events import read_events
+from cotune.server.runs.run_folder import Progress, RunFolder
+from tests.support.attackers import Attacker, Deed
+from tests.support.loopback import free_port, until, write_model, write_sentences
+
+_Found = TypeVar("_Found")
+_PATIENCE = 420.0  # seconds for anything to happen, on a machine that does other things too
+
+
+@dataclass
+class Deployment:
+    """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'."""
+
+    folder: Path
+    organizations: tuple[str, ...]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def fed(self) -> Path:
+        return self.folder / "fed"
+
+    @property
+    def port(self) -> int:
+        """The public one."""
+        return FederationFolder(self.fed).config.port
+
+    @property
+    def authority(self) -> Path:
+        return self.fed / "certificates" / "ca.crt"
+
+    @property
+    def database(self) -> Path:
+        return self.fed / "superlink" / "state.sqlite"
+
+    def site(self, name: str) -> Path:
+        return self.folder / name
+
+    def start(self, name: str, *words: str | Path) -> subprocess.Popen[bytes]:
+        """A command that stays; what it prints goes to <name>.log."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                _command(*words), cwd=self.folder, env=_environment(), stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes[name] = process
+        return process
+
+    def start_server(self) -> None:
+        before = self.log("server").count("ready")
+        self.start("server", "server", "start", self.fed)
+        self.wait(lambda: self.log("server").count("ready") > before)
+
+    def join(self, name: str) -> None:
+        named = ("--data", self.folder / f"{name}.csv", "--model", self.folder / "base")
+        data = () if (self.site(name) / "data.json").exists() else named
+        self.start(name, "client", "join", self.site(name), self.fed / "federation.toml", *data)
+
+    def leave(self, name: str) -> None:
+        """As Ctrl-C at the organization does."""
+        self.processes[name].send_signal(signal.SIGTERM)
+        assert self.processes[name].wait(600) == 0
+        self.wait(lambda: name not in self.online())
+
+    def attacker(self, name: str, deeds: Mapping[int, Deed]) -> Attacker:
+        """In the place of a member's node, with its key."""
+        return Attacker(f"localhost:{self.port}", self.authority, self.site(name) / "node.key", deeds)
+
+    def node_of(self, name: str) -> int:
+        """The number that its node has at the server."""
+        return int((self.site(name) / "node" / "id").read_text(encoding="utf-8").split()[0])
+
+    def online(self) -> set[str]:
+        """By what the server has said last of each."""
+        words = [line.split() for line in self.log("server").splitlines()]
+        told = {line[1]: line[3] for line in words if line[2:3] == ["is"] and line[3:4] in (["online"], ["offline"])}
+        return {name for name, state in told.items() if state == "online"}
+
+    def run(self, *options: str) -> None:
+        """Begins a run, or goes on with the last; returns when its folder is there."""
+        before = self.runs() if "--resume" not in options else []
+        self.start("run", "server", "run", self.fed, *options)
+        self.wait(lambda: len(self.runs()) > len(before))
+
+    def runs(self) -> list[Path]:
+        return sorted((self.fed / "runs").glob("*/run.json"))
+
+    def finish(self, seconds: float = 2 * _PATIENCE) -> RunFolder:
+        """Waits for `server run` to end well. Raises AssertionError."""
+        self.wait(lambda: self.processes["run"].poll() == 0, seconds)
+        return self.newest()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether `server run` does, however."""
+        with suppress(subprocess.TimeoutExpired):
+            self.processes["run"].wait(seconds)
+        return self.processes["run"].poll() is not None
+
+    def newest(self) -> RunFolder:
+        return RunFolder(self.runs()[-1].parent)
+
+    def wait(self, condition: Callable[[], _Found], seconds: float = _PATIENCE) -> _Found:
+        """What the condition gives once it is true. Raises AssertionError, with what everybody has said, where it does not come
+        true, or `server run` has failed meanwhile.
+        """
+
+        def met() -> _Found:
+            found = condition()
+            assert found or not self._failed(), f"`server run` has failed\n{self.said()}"
+            return found
+
+        try:
+            return until(met, seconds)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
+
+    def _failed(self) -> bool:
+        """Not where it was killed."""
+        return "run" in self.processes and (self.processes["run"].poll() or 0) > 0
+
+    def said(self, lines: int = 15) -> str:
+        """The last lines of all logs and events: what somebody who cannot come here needs to see."""
+        codes = {name: process.poll() for name, process in self.processes.items()}
+        states = [f"{name}: {'runs' if code is None else f'has ended with {code}'}" for name, code in codes.items()]
+        files = sorted(file for file in self.folder.rglob("*") if file.name.endswith((".log", ".log.1", "events.jsonl")))
+        return "\n".join([*states, *(f"--- {file}\n{_last_lines(file, lines)}" for file in files)])
+
+    def events(self, *names: str) -> list[dict[str, Any]]:
+        """Of the newest run."""
+        file = self.runs()[-1].parent / "events.jsonl"
+        return [event for event in (read_events(file) if file.exists() else []) if not names or event["event"] in names]
+
+    def reached(self, event: str, round: int) -> Callable[[], bool]:
+        return lambda: any(each.get("round", 0) >= round for each in self.events(event))
+
+    def log(self, name: str) -> str:
+        file = self.folder / f"{name}.log"
+        return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    # --- what may be killed
+
+    def find(self, what: str) -> psutil.Process:
+        """A process by what it does: server, run, superlink, superexec, front, serverapp, an organization, or trainer:<organization>."""
+        if what in self.processes:
+            return psutil.Process(self.processes[what].pid)
+        if what.startswith("trainer:"):
+            return _below(self.processes[what.removeprefix("trainer:")].pid, "spawn_main")
+        words = {"superlink": "flower-superlink", "superexec": "flower-superexec", "front": "cotune.server.front"}
+        words["serverapp"] = "flwr-serverapp"
+        return _below(self.processes["server"].pid, words[what])
+
+    def kill(self, what: str) -> None:
+        process = self.wait(lambda: self.found(what))
+        process.kill()
+        if what in self.processes:
+            self.processes[what].wait()
+        until(lambda: not _runs(process))
+
+    def found(self, what: str) -> psutil.Process | None:
+        with suppress(LookupError, psutil.NoSuchProcess):
+            return self.find(what)
+        return None
+
+    def stop(self) -> None:
+        for process in reversed(self.processes.values()):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(600)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _last_lines(file: Path, lines: int) -> str:
+    return "\n".join(line[:400] for line in file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _below(pid: int, words: str) -> psutil.Process:
+    """Raises LookupError."""
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if words in " ".join(process.cmdline()) and _runs(process):
+                return process
+    raise LookupError(words)
+
+
+def _command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "cotune.cli.main", *map(str, words)]
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+@contextmanager
+def deployment(
+    folder: Path, *organizations: str, plan: dict[str, Any] | None = None, database: bool = True, absent: tuple[str, ...] = ()
+) -> Iterator[Deployment]:
+    """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
+    members beside them that have a site and join nothing.
+    """
+    made = Deployment(folder, organizations)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
+    for number, name in enumerate((*organizations, "test")):
+        write_sentences(folder / f"{name}.csv", number)
+    config = ServerConfig(
+        name="faults",
+        hosts=("localhost",),
+        port=free_port(),
+        superlink_port=free_port(),
+        database=database,
+        test=folder / "test.csv",
+    )
+    federation = found(made.fed, load_plan(folder / "plan.toml"), config)
+    for name in (*organizations, *absent):
+        make_site(made.site(name), name, device="cpu")
+        federation.members.invite(name, read_public_key(made.site(name) / "node.pub"))
+        _allow(made.site(name) / "policy.toml")
+    try:
+        made.start_server()
+        for name in organizations:
+            made.join(name)
+        made.wait(lambda: made.online() == set(organizations))
+        yield made
+    finally:
+        made.stop()
+
+
+def _allow(policy: Path) -> None:
+    """Everything."""
+    policy.write_text(dump_policy(Policy.permissive()), encoding="utf-8")
+
+
+def _plan(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    plan: dict[str, Any] = {
+        "rounds": 3,
+        "labels": ["bad", "good"],
+        "privacy": "none",
+        "model": {"base": str(write_model(folder / "base")), "max_length": 16, "pooling": "mean"},
+        "data": {"source": "records.csv"},
+        "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": 2},
+        "server": {"quorum": 1.0, "absent_seconds": 120.0, "deadline_seconds": 240.0},
+    }
+    for key, value in changes.items():
+        plan[key] = {**plan[key], **value} if isinstance(value, dict) and isinstance(plan.get(key), dict) else value
+    return plan
+
+
+def weights(progress: Progress) -> dict[str, bytes]:
+    """A run's model, bit by bit."""
+    return {name: tensor.numpy().tobytes() for name, tensor in progress.state.items()}
+
+
+def bring_back(fed: Deployment, what: str) -> None:
+    """By the same command again; what `server start` supervises comes back by itself."""
+    if what == "server":
+        fed.start_server()
+    elif what == "run":
+        fed.run("--resume")
+    elif what in fed.organizations:
+        fed.join(what)
