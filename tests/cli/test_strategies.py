@@ -100,7 +100,7 @@ def test_an_unknown_name(cotune: Cotune) -> None:
 
 
 OWN = 'import torch\nfrom cotune.strategies import *\n\n\n@fusion("mine", cite="none")\ndef mine(*, step: float = 1.0):\n'
-OWN += '    """D: the mean."""\n    sums = yield weighted\n    return mean_of(sums)\n'
+OWN += '    """D: the mean."""\n    sums = yield weighted\n    return weighted_mean(sums)\n'
 
 
 @pytest.mark.parametrize("file", ["mine.py", "rules.py"])

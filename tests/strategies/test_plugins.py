@@ -249,14 +249,14 @@ def test_mistakes_with_flower_are_one_sentence(folder: Path, strategy: str, word
 
 PACKAGE = '''
 from cotune.strategies import ClientTerm, Sums, client_term, fusion
-from cotune.strategies.sums import mean_of, weighted
+from cotune.strategies.sums import weighted, weighted_mean
 from dataclasses import dataclass
 
 @fusion("tripled", cite="A package, 2026", idempotent=False)
 def tripled(*, factor: float = 3.0) -> Sums:
     """Three times the mean."""
     sums = yield weighted
-    return {name: factor * tensor for name, tensor in mean_of(sums).items()}
+    return {name: factor * tensor for name, tensor in weighted_mean(sums).items()}
 
 @client_term("still", cite="")
 @dataclass(frozen=True)
