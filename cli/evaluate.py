@@ -38,14 +38,15 @@ def evaluate(
     """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
-    from cotune.data.records import read_records
-    from cotune.models.evaluation.predictor import judge_records, open_predictor
+    from cotune.data.record_files import read_records
+    from cotune.ensembles.predictor import open_model
+    from cotune.models.evaluation.predictor import judge_records
     from cotune.models.evaluation.quality import parse_threshold
 
-    predictor = open_predictor(model, device, max_length)
+    predictor = open_model(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     with own_options():
-        records = read_records(_config(data, text, image, label, unit, encoding), None, predictor.task)
+        records = read_records(records_config(data, text, image, label, unit, encoding), None, predictor.task)
     found = {"model": model, "data": data, **judge_records(predictor, records, limit)}
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
@@ -53,7 +54,7 @@ def evaluate(
         _show(screen(), found)
 
 
-def _config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> Any:
+def records_config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> Any:
     from pydantic import ValidationError
 
     source = data if data.startswith("package:") else str(Path(data).expanduser())

@@ -13,6 +13,7 @@ import typer
 from cotune.cli import audit as audit_command
 from cotune.cli import compare as compare_command
 from cotune.cli import evaluate as evaluate_command
+from cotune.cli import fuse as fuse_command
 from cotune.cli import plan as plan_commands
 from cotune.cli import predict as predict_command
 from cotune.cli import privacy as privacy_commands
@@ -44,6 +45,7 @@ app.command("compare")(compare_command.compare)
 app.command("audit")(audit_command.audit)
 app.command("predict")(predict_command.predict)
 app.command("evaluate")(evaluate_command.evaluate)
+app.command("fuse")(fuse_command.fuse)
 
 
 def _version(wanted: bool) -> None:

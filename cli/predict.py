@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cotune.data.unlabeled import Row
-    from cotune.models.evaluation.predictor import Predictor
+    from cotune.models.evaluation.predictor import Classifier
     from cotune.models.evaluation.quality import Threshold
 
 
@@ -70,10 +70,10 @@ def predict(
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
     from cotune.data.unlabeled import read_typed, read_unlabeled
-    from cotune.models.evaluation.predictor import open_predictor
+    from cotune.ensembles.predictor import open_model
     from cotune.models.evaluation.quality import parse_threshold
 
-    predictor = open_predictor(model, device, max_length)
+    predictor = open_model(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     column = text if text is not None else image
     with own_options():
@@ -94,7 +94,7 @@ def predict(
         raise typer.Exit(1)
 
 
-def _predictions(predictor: Predictor, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
+def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
     """One plain table for each row, in order."""
     probabilities = iter(predictor.probabilities([row.given for row in rows if row.given is not None]))
     for number, row in enumerate(rows, 1):
@@ -105,7 +105,7 @@ def _predictions(predictor: Predictor, rows: Sequence[Row], threshold: Threshold
             yield {**about, **_answer(predictor, next(probabilities), threshold), "reason": ""}
 
 
-def _answer(predictor: Predictor, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
+def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
     """One class; of words a list of tags, None for one that was not read."""
     from cotune.models.evaluation.quality import NOT_TOLD, told_classes
 

@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.records import Records, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import Records
 from cotune.data.tasks.text import IGNORED
 from cotune.data.types import Input, Label, names_in, stratum_of
 from cotune.data.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person

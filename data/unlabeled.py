@@ -11,7 +11,8 @@ from pathlib import Path
 
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.readers.csv_reader import shown_names
-from cotune.data.readers.formats import READERS, DataFile
+from cotune.data.readers.data_file import DataFile
+from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES, Image
 from cotune.data.tasks.task import task_named
 from cotune.data.types import Input

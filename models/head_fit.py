@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.errors import RunError
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import State, TrainableModel
 
 _ITERATIONS = 60

@@ -31,7 +31,8 @@ from cotune.data.tasks.text import Batch, Example
 from cotune.errors import PrivacyError
 from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernels_of
-from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
+from cotune.models.feature_head import feature_head, vectors_of
+from cotune.models.feature_precision import FEATURE_SLOTS, features_mix
 from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
 from cotune.models.trainable import TrainableModel
 

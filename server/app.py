@@ -21,9 +21,10 @@ from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import Watch
 from cotune.server.deployment.trail import SignedTrail
 from cotune.server.rounds.evaluation import evaluate, present_judge
-from cotune.server.rounds.loop import Evaluate, Score, run_rounds
+from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session
+from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import conclude
 from cotune.server.runs.run_folder import Progress, RunFolder

@@ -89,7 +89,7 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     import numpy as np
 
     from cotune.data.dataset import Dataset, DatasetManifest
-    from cotune.data.records import read_records
+    from cotune.data.record_files import read_records
 
     try:
         document = DatasetManifest.model_validate_json((site.folder / "data.json").read_bytes())

@@ -24,11 +24,12 @@ from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.features import encode_batch, feature_head
+from cotune.models.feature_head import feature_head
+from cotune.models.features import encode_batch
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule

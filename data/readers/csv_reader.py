@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas
 
@@ -21,12 +21,9 @@ from cotune.data.readers.csv_dialect import (
     torn,
     unclosed,
 )
+from cotune.data.readers.data_file import Columns, DataFile
 from cotune.data.readers.encodings import decoded
 from cotune.errors import DataError, reason_of
-
-if TYPE_CHECKING:
-    from cotune.data.readers.formats import Columns, DataFile
-
 
 _FEW = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.formats import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, is_unicode, word_of
 from cotune.data.readers.images import Image, opened
 from cotune.data.tasks.image_processor import CONFIG_FILE, ImageProcessor
 from cotune.data.tasks.text import IGNORED, Collate, each_or_none

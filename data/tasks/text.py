@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.formats import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, is_unicode, word_of
 from cotune.data.tasks.batching import LENGTHS, bucket_of_length
 from cotune.data.tasks.token_limits import check_tokens, longest_row
 from cotune.data.types import Input, Label

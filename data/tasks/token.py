@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.formats import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, is_unicode, word_of
 from cotune.data.tasks.text import IGNORED, Example, SequenceClassification, each_or_none, made_up_rows
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError

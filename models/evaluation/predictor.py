@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
 from cotune.models.base_folder import base_labels, read_settings
-from cotune.models.base_model import LoadedModel, find_base, load_model
+from cotune.models.base_lookup import find_base
+from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.quality import NOT_TOLD, Threshold, entity_quality, quality, told_classes
@@ -39,6 +40,25 @@ _BATCH = 64
 _LENGTH = 512  # tokens, where a folder does not say how long texts were in training
 _LONGEST = 32768
 _TASKS: tuple[TaskName, ...] = ("sequence-classification", "token-classification", "image-classification")
+
+
+class Classifier(Protocol):
+    """What predicts classes: a single model, or several that answer as one."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, in the order of the probabilities."""
+
+    @property
+    def task(self) -> TaskName:
+        """What it is for."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it reads of a text."""
+
+    def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:
+        """Return for each input (answers, classes) in float64: one row, or one for each word; NaN for what was not read."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +195,7 @@ _SHOWN = 5  # unknown classes that an error names
 _NO_TAG = "O"
 
 
-def judge_records(predictor: Predictor, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
+def judge_records(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
     """Return how good a model is on records, as plain values.
 
     Raises:
@@ -185,14 +205,14 @@ def judge_records(predictor: Predictor, records: Records, threshold: Threshold |
     rows = predictor.probabilities(records.inputs)
     lengths = [len(each) for each in truth]
     probabilities = torch.cat(rows).numpy()
-    units = np.repeat(_units(records), lengths)
+    units = np.repeat(unit_numbers(records), lengths)
     found = quality(np.concatenate(truth), probabilities, units, predictor.labels, threshold)
     if predictor.task == "token-classification":
         found["entities"] = _entities(records.labels, told_classes(probabilities, predictor.labels, threshold), predictor.labels)
     return {
         "task": predictor.task,
         "labels": list(predictor.labels),
-        "max_length": predictor.max_length if predictor.model.loaded.task.key == "text" else None,
+        "max_length": predictor.max_length if task_named(predictor.task).key == "text" else None,
         "records": len(records),
         "left_out": dict(records.skipped),
         **found,
@@ -212,8 +232,8 @@ def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) ->
     return [np.asarray([number[name] for name in names_in(label)], dtype=np.int64) for label in labels]
 
 
-def _units(records: Records) -> NDArray[np.int64]:
-    """The number of each record's unit: itself, or whose it is."""
+def unit_numbers(records: Records) -> NDArray[np.int64]:
+    """Return the number of each record's unit: itself, or whose it is."""
     if not records.units:
         return np.arange(len(records))
     numbers = {name: i for i, name in enumerate(dict.fromkeys(records.units))}

@@ -44,10 +44,24 @@ from cotune.privacy.ledger.charges import (
     list_data_sets,
 )
 from cotune.privacy.ledger.site_key import IDENTITY_BYTES, SiteKey
-from cotune.storage.append_only_log import Chain, Entry, Log
+from cotune.storage.append_only_log import DatabaseLog, Entry, OpenLog
+
+_CHARGES = """
+CREATE VIEW charges AS
+SELECT r.id AS id, r.at AS at, r.body ->> '$.data' AS data, r.body ->> '$.plan_id' AS plan_id, r.body ->> '$.round' AS round,
+    r.body ->> '$.purpose' AS purpose, r.body ->> '$.noise_multiplier' AS noise_multiplier,
+    r.body ->> '$.sample_rate' AS sample_rate, coalesce(s.body ->> '$.steps', r.body ->> '$.count') AS steps,
+    CASE WHEN s.id IS NULL THEN 'reserved' ELSE 'settled' END AS state
+FROM entries r LEFT JOIN entries s ON s.kind = 'settle' AND s.body ->> '$.charge' = r.id
+WHERE r.kind = 'reserve'
+"""  # for anyone who looks into the file with a database browser
+_TABLES = {
+    "members": "CREATE TABLE members (fingerprint TEXT PRIMARY KEY, identities BLOB NOT NULL)",
+    "charges": _CHARGES,
+}
 
 
-def migrate_table(log: Log, table: str) -> None:
+def migrate_table(log: OpenLog, table: str) -> None:
     """Copy the charges of schema 1 into a new log."""
     rows = log.db.execute(
         f"SELECT plan_id, round, noise_multiplier, sample_rate, steps, state, at FROM {table} ORDER BY id"
@@ -59,7 +73,7 @@ def migrate_table(log: Log, table: str) -> None:
             log.append("settle", {"charge": entry.id, "steps": steps, "seconds": 0.0}, at)
 
 
-def migrate_entries(log: Log, entries: Sequence[Entry]) -> None:
+def migrate_entries(log: OpenLog, entries: Sequence[Entry]) -> None:
     """Copy the entries of schema 2 after one that names the end of that log. Its data sets, with their hashes, are not copied."""
     log.append("migrated", {"schema": 2, "entries": len(entries), "head": entries[-1].hash if entries else ""})
     now: dict[int, int] = {}
@@ -86,7 +100,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.key_file = path.with_name("ledger.key")
-        self._chain = Chain(path, {"charges": migrate_table}, migrate_entries)
+        self._chain = DatabaseLog(path, _TABLES, {"charges": migrate_table}, migrate_entries)
         self._key = self._open_key()
 
     def _open_key(self) -> SiteKey:
@@ -140,12 +154,12 @@ class Ledger:
                 found |= np.isin(own, _as_array(self._units(log, name)))
         return {identity for identity, there in zip(identities, found, strict=True) if there}
 
-    def _units(self, log: Log, name: str) -> bytes:
+    def _units(self, log: OpenLog, name: str) -> bytes:
         """Return the keyed identities of a data set's units; with those of their records, where an older cotune entered it."""
         bodies = (e.body for e in log.entries if e.kind == "data" and e.body["fingerprint"] == name)
         return self._members(log, next((str(body.get("units", name)) for body in bodies), name))
 
-    def _members(self, log: Log, name: str) -> bytes:
+    def _members(self, log: OpenLog, name: str) -> bytes:
         """Return the keyed identities of a data set, as they were entered."""
         row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
         if row is None or _digest(row[0]) != name:
@@ -156,13 +170,13 @@ class Ledger:
             )
         return bytes(row[0])
 
-    def _common(self, log: Log, blob: bytes) -> Iterator[tuple[str, int]]:
+    def _common(self, log: OpenLog, blob: bytes) -> Iterator[tuple[str, int]]:
         """Yield every data set with the number of its records that are in `blob`, holding one data set in memory at a time."""
         own = _as_array(blob)
         for name in sorted(list_data_sets(log.entries)):
             yield name, len(np.intersect1d(own, _as_array(self._members(log, name))))
 
-    def _check_no_other_collection(self, log: Log, data: str, collection: str) -> None:
+    def _check_no_other_collection(self, log: OpenLog, data: str, collection: str) -> None:
         """Check that no record of the data set was charged in another collection since it was looked up."""
         for name in sorted(find_charged_elsewhere(log.entries, collection)) if data else ():
             if len(np.intersect1d(_as_array(self._units(log, data)), _as_array(self._units(log, name)))):

@@ -17,10 +17,11 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cotune.data.readers.sources import check_new, path_of_base
-from cotune.data.records import check_labels, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan

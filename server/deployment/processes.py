@@ -7,7 +7,6 @@ A process is known by its number and by when it was started, as numbers are give
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,13 +17,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from pydantic import BaseModel
 
 from cotune.errors import RunError
 from cotune.printable import printable
-from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 Identity = tuple[int, float]  # number, and when it was started
+
+
+class _Processes(BaseModel):
+    """The document: which boot of the machine the processes are of, as their numbers come again."""
+
+    boot: str
+    processes: list[Identity]
 
 
 class Record:
@@ -32,6 +38,7 @@ class Record:
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
         self._file = file
+        self._document = JsonDocument(file, _Processes)
         self._say = say
         self._written: list[Identity] | None = None
         self._failed = False
@@ -42,7 +49,7 @@ class Record:
         if found == self._written:
             return
         try:
-            atomic_write(self._file, json.dumps({"boot": _boot(), "processes": found}).encode())
+            self._document.write(_Processes(boot=_boot(), processes=found))
         except OSError as error:
             if not self._failed:
                 self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")
@@ -54,10 +61,10 @@ class Record:
     def left(self) -> list[psutil.Process]:
         """Those of the file that still run, with all that they have started. A damaged file names none."""
         try:
-            kept = parse_json(self._file.read_bytes())
-            known = {(int(number), float(started)) for number, started in kept["processes"]} if kept["boot"] == _boot() else set()
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = self._document.read()
+        except RunError:
             return []
+        known = set(kept.processes) if kept is not None and kept.boot == _boot() else set()
         return list({process for number, started in known for process in _family(number, started)})
 
 

@@ -10,7 +10,6 @@ Which process plays a run: the one that holds the lock of the run's folder.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkAway
@@ -30,7 +29,8 @@ from cotune.observers import Observer
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
-from cotune.storage.files import atomic_write, is_locked
+from cotune.storage.documents import JsonDocument
+from cotune.storage.files import is_locked
 
 
 class Submission(BaseModel):
@@ -44,20 +44,17 @@ class Submission(BaseModel):
 
 def read_ticket(folder: RunFolder) -> Submission | None:
     """None where nobody was asked yet. Raises RunError for a damaged file."""
-    try:
-        return Submission.model_validate_json((folder.path / "superlink.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise RunError(
-            f"{folder.path / 'superlink.json'} is damaged ({type(error).__name__}): remove it once no process plays the run"
-        ) from None
+    return _submission_file(folder).read()
+
+
+def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
+    return JsonDocument(folder.path / "superlink.json", Submission, advice="remove it once no process plays the run")
 
 
 def write_ticket(folder: RunFolder, ticket: Submission) -> Submission:
     """Durable when it returns. Raises RunError."""
     try:
-        atomic_write(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+        _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
             f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"

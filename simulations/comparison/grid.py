@@ -32,6 +32,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
+from cotune.storage.documents import JsonDocument
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,8 @@ def place_of(folder: Path, cell: Cell) -> Path:
     """
     path = folder / "cells" / cell.plan_id[:16]
     file = path / "run.json"
-    try:
-        other = file.exists() and RunFile.model_validate_json(file.read_bytes()).data != cell.data
-    except ValueError:
-        raise RunError(f"{file} is damaged: expected that of a run; remove its folder") from None
+    found = JsonDocument(file, RunFile, advice="expected that of a run; remove its folder").read()
+    other = found is not None and found.data != cell.data
     return path.with_name(f"{path.name}-{cell.data[:8]}") if other else path
 
 

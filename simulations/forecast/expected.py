@@ -13,7 +13,7 @@ from cotune.client.policy_check import broken_rules
 from cotune.client.training.setup import check_stages
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of

@@ -41,7 +41,7 @@ from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -58,7 +58,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.01)

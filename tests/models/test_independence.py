@@ -14,10 +14,12 @@ from cotune.data.tasks.batching import fixed_batches
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Batch
 from cotune.errors import PrivacyError
-from cotune.models import features, independence
+from cotune.models import feature_precision, independence
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.features import arithmetic, features_of
+from cotune.models.feature_head import feature_head
+from cotune.models.feature_precision import feature_dtype as arithmetic
+from cotune.models.features import features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.trainable import TrainableModel
@@ -144,10 +146,10 @@ def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkey
 
 
 def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(features, "bfloat16_is_fast", lambda _: True)
+    monkeypatch.setattr(feature_precision, "bfloat16_is_fast", lambda _: True)
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "fine"))
     assert arithmetic(shared("bert"), "auto") == torch.bfloat16
-    monkeypatch.setattr(features, "mixes", lambda *_: True)
+    monkeypatch.setattr(feature_precision, "mixes", lambda *_: True)
     assert arithmetic(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
     for _ in range(2):  # what mixes is tried again
         monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "other"))
@@ -165,7 +167,7 @@ def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: 
 
 def head_on(model: TrainableModel, faulty: bool, calls: list[int]) -> Callable[[Batch], Sequence[Tensor]]:
     """Scores of features; of a faulty head they differ in the last bits from slot to slot, but not where they are 0."""
-    head = features.feature_head(model)
+    head = feature_head(model)
     assert head is not None
 
     @torch.no_grad()
@@ -198,7 +200,7 @@ def test_adapters_that_begin_as_zeros_hide_nothing(shared: Make, monkeypatch: py
     (layer, *_) = [module for name, module in model.module.named_modules() if name.endswith("lora_B.default")]
     layer.register_forward_hook(lambda _, __, found: found * (1 + torch.arange(len(found))[:, None, None] * 2.0**-20))
     model.load({})
-    assert features.features_mix(model, torch.float32)
+    assert feature_precision.features_mix(model, torch.float32)
 
 
 def test_a_verdict_is_kept_for_what_decides_it(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from dp_accounting.pld import PLDAccountant
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.config import DataConfig
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.errors import RunError
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan

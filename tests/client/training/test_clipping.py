@@ -22,7 +22,7 @@ from cotune.client.training import setup as setting
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import check_gradients, check_stages, setting_of
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.data.tasks.task import logits
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.trainable import TrainableModel

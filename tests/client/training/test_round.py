@@ -28,9 +28,9 @@ from cotune.errors import CotuneError, DataError, Declined, PrivacyError, RunErr
 from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel, resident
+from cotune.plan.local_training import LocalTraining
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport

@@ -22,7 +22,7 @@ from cotune.data.tasks.text import collator
 from cotune.errors import PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, check_clipping
 from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid

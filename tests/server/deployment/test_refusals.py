@@ -10,6 +10,7 @@ import pytest
 from cotune.server.deployment import refusals
 from cotune.server.deployment.refusals import Refusals, Watch, read_refusals, read_strangers
 from cotune.server.runs.events import Events, observe_run, read_events
+from cotune.storage import documents
 from cotune.storage.files import atomic_write
 
 
@@ -60,7 +61,7 @@ def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path,
         writes.append(content)
         atomic_write(path, content)
 
-    monkeypatch.setattr(refusals, "atomic_write", counted)
+    monkeypatch.setattr(documents, "atomic_write", counted)
     monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
     front = Refusals(file)
     for member in ("south", "north"):
@@ -78,7 +79,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     front = Refusals(file)
-    monkeypatch.setattr(refusals, "atomic_write", full)
+    monkeypatch.setattr(documents, "atomic_write", full)
     front.note("south", "no")
     assert not read_refusals(file)
 

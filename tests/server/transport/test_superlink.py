@@ -14,6 +14,7 @@ from flwr.app import Message
 
 from cotune.flower.chunks import TooMuch
 from cotune.flower.runtime_client import Line
+from cotune.server.outcomes import Rejected
 from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
@@ -114,8 +115,8 @@ def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
     line = cast(Line, SlowLine(pieces, seconds))
     with closing(SuperLinkTransport(line, Connected("org-1"), lambda *_, **__: None)) as post:
         post.send(1, "org-1", cast(Message, "first"), 100)
-        (letter,) = post.receive(10.0)
-        assert letter.refused
+        (reply,) = post.receive(10.0)
+        assert isinstance(reply.content, Rejected)
         assert (post.connected()["org-1"].since != " 0") is anew  # so many times in doubt
 
 
