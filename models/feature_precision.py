@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 
 from cotune.data.tasks.batching import FINE_LENGTHS
-from cotune.models.check_cache import cache_folder
+from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.feature_head import get_readout, vectors_of
 from cotune.models.probes import example_probes, lengths_of, mixes
@@ -37,12 +34,10 @@ def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
     known = _mixing.setdefault(model, {})
     key = (dtype, *kernels_of(model.device))
     if key not in known:
-        file = cache_folder() / "independence" / _mixing_key(model, dtype)
-        known[key] = not file.exists() and _features_mix(model, dtype)
+        decides = (*model_key(model), get_readout(model), dtype, lengths_of(model, FINE_LENGTHS), FEATURE_SLOTS)
+        known[key] = read_check("features", decides) is None and _features_mix(model, dtype)
         if not known[key]:
-            with contextlib.suppress(OSError):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch()
+            write_check("features", decides, 0.0)
     return known[key]
 
 
@@ -52,21 +47,3 @@ def _features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
             mixes(lambda batch: [vectors_of(model, batch, dtype)], example_probes(model, length, FEATURE_SLOTS))
             for length in lengths_of(model, FINE_LENGTHS)
         )
-
-
-def _mixing_key(model: TrainableModel, dtype: torch.dtype) -> str:
-    """Identifies all that decides which kernels compute a feature, and in which shapes."""
-    loaded = model.loaded
-    parts = (
-        "2",
-        loaded.folder.content_hash,
-        loaded.frozen,
-        model.lora.model_dump_json() if model.lora else "",
-        get_readout(model),
-        dtype,
-        lengths_of(model, FINE_LENGTHS),
-        FEATURE_SLOTS,
-        transformers.__version__,
-        kernels_of(model.device),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()

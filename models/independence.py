@@ -29,6 +29,7 @@ from cotune.data.tasks.batching import LENGTHS
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Batch, Example
 from cotune.errors import PrivacyError
+from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.feature_head import feature_head, vectors_of
@@ -146,13 +147,9 @@ def _answer(model: TrainableModel, dtype: torch.dtype, per_slot: PerSlot | None)
 
 
 def check_padding(model: TrainableModel) -> None:
-    """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
+    """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model and machine."""
     if model not in _padding:
-        try:
-            with model.at_random(()):
-                _padding[model] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
-        except _FAILURES as raised:
-            _padding[model] = _reason(raised)
+        _padding[model] = _known_padding_error(model)
     error = _padding[model]
     kind = model.loaded.module.config.model_type
     if isinstance(error, str):
@@ -163,6 +160,22 @@ def check_padding(model: TrainableModel) -> None:
             f" {error:.2g} (relative), expected at most {MAX_PADDING_ERROR:g}; use another base model, such as bert, distilbert,"
             " roberta or llama"
         )
+
+
+def _known_padding_error(model: TrainableModel) -> float | str:
+    """The error, or why it cannot be told; one that is small enough is kept on disk."""
+    key = (*model_key(model), MAX_PADDING_ERROR)
+    known = read_check("padding", key)
+    if known is not None:
+        return known
+    try:
+        with model.at_random(()):
+            error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+    except _FAILURES as raised:
+        return _reason(raised)
+    if error <= MAX_PADDING_ERROR:
+        write_check("padding", key, error)
+    return error
 
 
 def _reason(raised: BaseException) -> str:

@@ -22,6 +22,7 @@ from cotune.data.tasks.task import Target, example_losses, logits
 from cotune.data.tasks.text import IGNORED, Example
 from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
+from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
@@ -125,13 +126,19 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
 
 
 def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:
-    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition."""
+    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
+
+    What has passed is kept on disk, as every process of a comparison and every command asks again.
+    """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernels_of(model.device)
     key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
     known = _checked.setdefault(model, set())
-    if key not in known:
-        check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode)
-        known.add(key)
+    if key in known:
+        return
+    decides = (*model_key(model), *key, _MAX_GRADIENT_ERROR)
+    if read_check("gradients", decides) is None:
+        write_check("gradients", decides, check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode))
+    known.add(key)
 
 
 def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:

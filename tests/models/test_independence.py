@@ -18,7 +18,7 @@ from cotune.models import feature_precision, independence
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.feature_head import feature_head
-from cotune.models.feature_precision import feature_dtype as arithmetic
+from cotune.models.feature_precision import feature_dtype
 from cotune.models.features import features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
@@ -41,6 +41,12 @@ def models(tmp_path_factory: pytest.TempPathFactory, shared: Make) -> Callable[[
         return made[kind]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_of_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are spoiled in memory here, which no key of a kept result knows."""
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "checks"))
 
 
 def error_of(model: TrainableModel) -> float:
@@ -148,12 +154,12 @@ def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkey
 def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(feature_precision, "bfloat16_is_fast", lambda _: True)
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "fine"))
-    assert arithmetic(shared("bert"), "auto") == torch.bfloat16
+    assert feature_dtype(shared("bert"), "auto") == torch.bfloat16
     monkeypatch.setattr(feature_precision, "mixes", lambda *_: True)
-    assert arithmetic(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
+    assert feature_dtype(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
     for _ in range(2):  # what mixes is tried again
         monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "other"))
-        assert arithmetic(shared("bert"), "auto") == torch.float32
+        assert feature_dtype(shared("bert"), "auto") == torch.float32
 
 
 def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: Callable[[str], Path]) -> None:

@@ -43,7 +43,7 @@ if __name__ == "__main__":
 """
 
 
-def until(condition: Callable[[], _Found], seconds: float = 180.0) -> _Found:
+def until(condition: Callable[[], _Found], seconds: float = 600.0) -> _Found:
     """What the condition gives once it is true. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -25,6 +25,7 @@ from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.data.tasks.task import logits
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
+from cotune.models.base_model import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
@@ -57,6 +58,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),
 ]
 MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_of_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked is replaced here, which no key of a kept result knows."""
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -168,13 +175,11 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: st
     check_stages(plan, model_of(plan, "cpu"))
 
 
-def test_the_gradients_of_one_model_are_checked_once_for_all_plans_that_take_them_alike(
-    new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_checked_once_for_all_that_decides_them(new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison asks for every combination and seed; whatever decides how gradients are taken is checked anew."""
     checked: list[str] = []
     check = setting.check_gradients
-    monkeypatch.setattr(setting, "check_gradients", lambda *given: (checked.append(given[2]), check(*given)))
+    monkeypatch.setattr(setting, "check_gradients", lambda *given: (checked.append(given[2]), check(*given))[1])
     plan = new_plan("bert", "sequence-classification", train="head")
     model = model_of(plan, "cpu")
     alike = [plan, plan.model_copy(update={"rounds": 9}), plan.model_copy(update={"test_fraction": 0.4})]
@@ -193,6 +198,9 @@ def test_the_gradients_of_one_model_are_checked_once_for_all_plans_that_take_the
         for _ in range(2):
             check_stages(other, model)
             assert len(checked) == number, table
+    again = TrainableModel(load_model(plan.model, plan.labels, 1, plan.task), None, plan.seed, torch.device("cpu"))
+    check_stages(plan, again)  # as another process has it: known from the disk
+    assert len(checked) == number
 
 
 # --- classes that count more or less
