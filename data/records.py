@@ -78,7 +78,8 @@ def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ..
         got = f"{records.source} holds" if known is None else "the plan lists"
         raise DataError(
             f"{got} the class {', '.join(map(shown, names)) or 'of nothing'} only, and a classifier needs two or more:"
-            " check data.label, or list the classes of all organizations in the plan"
+            " check data.label, or list the classes of all organizations in the plan",
+            code="data.too_few_classes",
         )
     strange = [name for name in found if name not in set(names)]
     if strange:
@@ -86,7 +87,8 @@ def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ..
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
         raise DataError(
             f"{records.source} holds classes that the plan does not list ({named}{more}):"
-            f" rename them, or drop their records{nearest(strange[0], filter(is_shown, names))}"
+            f" rename them, or drop their records{nearest(strange[0], filter(is_shown, names))}",
+            code="data.unknown_class",
         )
     return names
 

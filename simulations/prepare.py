@@ -101,7 +101,8 @@ def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares:
         return shares
     if len(values) != len(shares):
         raise PlanError(
-            f"the plan has {len(values)} values in simulation.{what}s for {len(shares)} organizations: expected one for each"
+            f"the plan has {len(values)} values in simulation.{what}s for {len(shares)} organizations: expected one for each",
+            code="plan.values_per_organization",
         )
     own: list[dict[str, Any]] = [{what: value} for value in values]
     return tuple(replace(share, **rule) for share, rule in zip(shares, own, strict=True))

@@ -70,7 +70,9 @@ def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> Run
     try:
         return make_run(prepared, path, engine, device)
     except OSError as error:
-        raise RunError(f"the folder {path} cannot be written ({error.strerror}): choose another with --out") from None
+        raise RunError(
+            f"the folder {path} cannot be written ({error.strerror}): choose another with --out", code="run.not_writable"
+        ) from None
 
 
 def resume(path: Path) -> Run:
@@ -80,7 +82,10 @@ def resume(path: Path) -> Run:
     with folder.locked():
         prepared = prepare(folder.plan, folder.file.device)
         if (prepared.plan.plan_id, prepared.fingerprint) != (folder.plan.plan_id, folder.file.data):
-            raise RunError(f"the data or the model of {path} are not what they were: expected those that plan.toml describes")
+            raise RunError(
+                f"the data or the model of {path} are not what they were: expected those that plan.toml describes",
+                code="run.changed_inputs",
+            )
         before = sum(float(entry["seconds"]) for entry in folder.load().history)  # rounds that earlier processes finished
         if not folder.finished:
             engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`

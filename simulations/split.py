@@ -79,7 +79,8 @@ def split_records(
         shares = [replace(share, held_out=rows) for share, (_, rows) in zip(shares, test, strict=True)]
     if not sum(_sizes(test).values()):
         raise DataError(
-            f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one"
+            f"no records are left for the test set: expected more than {plan.test_fraction:g} of them to be at least one",
+            code="data.too_few_records",
         )
     return tuple(shares), tuple(test), tuple(validation), before - _sizes(test) - _sizes(validation)
 
@@ -99,7 +100,7 @@ def _held_out(
     try:
         return split_test(own.strata if of is None else [own.strata[i] for i in of], fraction, rng)
     except DataError as error:
-        raise DataError(f"{whose}: {error}") from None
+        raise DataError(f"{whose}: {error}", code=error.code) from None
 
 
 def _pools(
@@ -110,7 +111,8 @@ def _pools(
     if column is not None and None not in records:
         raise PlanError(
             f'the plan has simulation.partition = "{plan.simulation.partition}" for a folder with one file per organization:'
-            " expected one file with that column, or no partition"
+            " expected one file with that column, or no partition",
+            code="plan.partition",
         )
     for file, found in records.items():
         if file is not None or column is None:
@@ -124,7 +126,8 @@ def _checked_size(plan: Plan, name: str, own: UnitGroups) -> str:
     if len(own.groups) < plan.simulation.min_examples:
         raise DataError(
             f"{name} has {len(own.groups)} records by {plan.simulation.partition}, and simulation.min_examples is"
-            f" {plan.simulation.min_examples}: leave it out of the file, or use a smaller min_examples"
+            f" {plan.simulation.min_examples}: leave it out of the file, or use a smaller min_examples",
+            code="data.too_few_records",
         )
     return name
 
@@ -162,4 +165,6 @@ def _partition_config(plan: Plan) -> PartitionConfig:
         return PartitionConfig(clients=simulation.clients, scheme=simulation.partition, min_examples=simulation.min_examples)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise PlanError(f'the plan has simulation.partition = "{simulation.partition}": {reason}') from None
+        raise PlanError(
+            f'the plan has simulation.partition = "{simulation.partition}": {reason}', code="plan.partition"
+        ) from None

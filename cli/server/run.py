@@ -50,28 +50,28 @@ def run(
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
     _check_overrides(folder / "plan.toml", override or ())
     beginning(f"reading {folder}")
-    from cotune.flower.control_client import control
+    from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.run_controller import (
-        hand_over,
-        is_served,
+        is_superlink_kept_running,
+        lock_runs,
         newest,
-        only_follower,
+        retry_while_served,
         run_to_completion,
-        when_served,
+        submit,
     )
 
     federation = FederationFolder(folder)
     console = screen()
-    with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
-        served = partial(is_served, federation)
+    with lock_runs(federation), open_control(federation.superlink_address, federation.certificates) as executor:
+        served = partial(is_superlink_kept_running, federation)
         if not resume:
             with showing_remote_progress(console) as tell:
-                when_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
+                retry_while_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
             with showing_remote_progress(console) as tell:
-                when_served(lambda: hand_over(played, executor), served, tell)
+                retry_while_served(lambda: submit(played, executor), served, tell)
             console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
             return
         with showing_remote_progress(console) as tell:
@@ -152,13 +152,13 @@ def status(
         raise typer.BadParameter("--watch is for people: --json prints once")
     from dataclasses import asdict
 
-    from cotune.flower.control_client import control
+    from cotune.flower.control_client import open_control
     from cotune.server.deployment.federation import FederationFolder
     from cotune.server.deployment.status import connections, look
 
     federation = FederationFolder(folder)
     console = screen()
-    with control(federation.superlink_address, federation.certificates) as asked:
+    with open_control(federation.superlink_address, federation.certificates) as asked:
 
         def now() -> Status:
             connected = connections(federation.members.all(), asked)

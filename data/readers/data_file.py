@@ -59,7 +59,7 @@ def word_of(file: DataFile, column: str, number: int, value: object) -> str:
     if isinstance(value, str | int | float | Decimal | date):
         return str(value)
     got = f"a {type(value).__name__} in column {column!r} of record {number}"
-    raise DataError(f"{file.name} holds {got}, expected text: convert that column")
+    raise DataError(f"{file.name} holds {got}, expected text: convert that column", code="data.wrong_type")
 
 
 def is_unicode(text: str) -> bool:

@@ -24,15 +24,20 @@ def read_excel(file: DataFile) -> Columns:
     except ImportError as error:
         raise DataError(
             f'{file.name} needs the Python package openpyxl, which is not installed: pip install "cotune[excel]", or save the'
-            " sheet as CSV UTF-8"
+            " sheet as CSV UTF-8",
+            code="data.missing_package",
         ) from error
     except Exception as error:  # damaged archives raise anything
         raise DataError(
-            f"{file.name} is not a valid Excel workbook ({type(error).__name__}): save it again, or as CSV"
+            f"{file.name} is not a valid Excel workbook ({type(error).__name__}): save it again, or as CSV",
+            code="data.malformed_excel",
         ) from error
     filled = [rows for rows in map(_without_blank_rows, sheets.values()) if len(rows)]
     if len(filled) != 1:
-        raise DataError(f"{file.name} has {len(filled)} sheets with records: expected one; save the sheet as a file of its own")
+        raise DataError(
+            f"{file.name} has {len(filled)} sheets with records: expected one; save the sheet as a file of its own",
+            code="data.several_sheets",
+        )
     names = ["" if _is_blank(name) else str(name).strip() for name in filled[0].iloc[0]]
     _check_names(file, names, filled[0])
     values = {name: filled[0][names.index(name)].iloc[1:].tolist() for name in file.columns if name in names}

@@ -78,15 +78,21 @@ def read_json(file: DataFile) -> Columns:
             file.skipped[UNREADABLE] += 1
             continue
         if not isinstance(row, dict):
-            raise DataError(f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}")
+            raise DataError(
+                f"{file.name} holds a {type(row).__name__} in {where}, expected an object: {_example(file)}",
+                code="data.malformed_json",
+            )
         rows.append(row)
     if len(rows) == 1 and not file.lenient and _is_whole_table(rows[0], file.columns):
         raise DataError(
             f"{file.name} holds all of its records in one object: expected one object per line, or one array of objects, as in"
-            f' {_example(file)}; with pandas, save it with to_json(orient="records", lines=True)'
+            f' {_example(file)}; with pandas, save it with to_json(orient="records", lines=True)',
+            code="data.malformed_json",
         )
     if not rows and not file.lenient:
-        raise DataError(f"{file.name} holds no records: expected one object per line, as in {_example(file)}")
+        raise DataError(
+            f"{file.name} holds no records: expected one object per line, as in {_example(file)}", code="data.no_records"
+        )
     count = Counter(name for row in rows for name in row)
     names = [name for name in count if name in file.columns or count[name] > 1]  # a key of one record may be a text
     wanted = file.columns if file.lenient else [name for name in file.columns if name in names]
@@ -128,7 +134,9 @@ def _loads(file: DataFile, text: str, first_line: int) -> Any:
         if isinstance(error, json.JSONDecodeError):
             reason = f"line {first_line + error.lineno - 1}, column {error.colno}: {error.msg}"
         expected = "expected one object per line, or one array of objects, as in"
-        raise DataError(f"{file.name} is not valid JSON ({reason}): {expected} {_example(file)}") from error
+        raise DataError(
+            f"{file.name} is not valid JSON ({reason}): {expected} {_example(file)}", code="data.malformed_json"
+        ) from error
 
 
 def _parsed(text: str, lenient: bool) -> Any:

@@ -37,7 +37,9 @@ def read_parquet(file: DataFile) -> Columns:
     except DataError:
         raise
     except Exception as error:  # damaged bytes raise anything: OSError, ValueError, KeyError, TypeError …
-        raise DataError(f"{file.name} is not valid Parquet ({reason_of(error)}): export it again") from error
+        raise DataError(
+            f"{file.name} is not valid Parquet ({reason_of(error)}): export it again", code="data.malformed_parquet"
+        ) from error
     return names, values
 
 
@@ -51,7 +53,8 @@ def _named(file: DataFile, column: str, names: Sequence[str], row: int, number: 
         return ...  # no word, so that its record is left out
     raise DataError(
         f"{file.name} has the class number {number} in column {column!r} of record {row}, and names {len(names)} classes (0 to"
-        f" {len(names) - 1}): expected a name for every number; save the data set again with all of its class names"
+        f" {len(names) - 1}): expected a name for every number; save the data set again with all of its class names",
+        code="data.unnamed_class",
     )
 
 

@@ -48,7 +48,8 @@ class TokenClassification(SequenceClassification):
         if len(words) != len(tags):
             raise DataError(
                 f"{file.name} has {len(words)} words and {len(tags)} tags in record {number}: expected a tag for each word; in"
-                " CSV and TSV both are separated by spaces"
+                " CSV and TSV both are separated by spaces",
+                code="data.tags_do_not_match",
             )
         if not all(word.strip() for word in words):
             return "blank word"
@@ -64,7 +65,8 @@ class TokenClassification(SequenceClassification):
         if not tokenizer.is_fast:
             raise ModelError(
                 "the base model's tokenizer cannot say which token came from which word: expected a fast one (tokenizer.json);"
-                " save it as one, or use another base model"
+                " save it as one, or use another base model",
+                code="model.unusable_tokenizer",
             )
         return tokenizer
 

@@ -124,7 +124,7 @@ def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedMod
         config = ModelConfig(base=source, pooling="native", max_length=max_length or _length_of(path))
         return load_model(config, labels, 0, task, finished=True), labels, task
     except ModelError as error:
-        raise ModelError(str(error).replace("the base model", "the model")) from None
+        raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
 
 
 def _folder_of(source: str) -> str:
@@ -146,7 +146,8 @@ def _task_of(path: Path) -> TaskName:
             return task
     raise ModelError(
         f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence,"
-        " token or image classification, such as `model/` in the folder of a run"
+        " token or image classification, such as `model/` in the folder of a run",
+        code="model.no_classifier",
     )
 
 
@@ -154,7 +155,8 @@ def _check_one_class(problem_type: object) -> None:
     if problem_type not in (None, "single_label_classification"):
         raise ModelError(
             f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class"
-            " of several (single_label_classification)"
+            " of several (single_label_classification)",
+            code="model.no_classifier",
         )
 
 
@@ -165,7 +167,8 @@ def _labels_of(path: Path) -> tuple[str, ...]:
         names = _generic_labels(path)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ModelError(
-            f"the model's config.json names the classes {', '.join(names)[:80]}: expected two or more, all different"
+            f"the model's config.json names the classes {', '.join(names)[:80]}: expected two or more, all different",
+            code="model.damaged_config",
         )
     return names
 
@@ -177,7 +180,8 @@ def _generic_labels(path: Path) -> tuple[str, ...]:
     except Exception as error:  # a configuration that is not as its architecture expects raises anything
         raise ModelError(
             f"{path / 'config.json'} cannot be read as that of a model ({reason_of(error)[:120]}): expected one as"
-            " save_pretrained() writes it"
+            " save_pretrained() writes it",
+            code="model.damaged_config",
         ) from None
     return tuple(str(known[number]) for number in sorted(known))
 
@@ -227,7 +231,8 @@ def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) ->
         named = ", ".join(map(shown, strange[:_SHOWN])) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
         raise DataError(
             f"{source} holds classes that the model does not have ({named}): rename them, or drop their records"
-            f"{nearest(strange[0], known)}"
+            f"{nearest(strange[0], known)}",
+            code="data.unknown_class",
         )
     return [np.asarray([number[name] for name in names_in(label)], dtype=np.int64) for label in labels]
 

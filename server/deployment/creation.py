@@ -29,9 +29,9 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation
 from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, write_config
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.plan_checks import with_robust_default
-from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, public_hex, read_signing_key
+from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key, public_hex, read_signing_key
 from cotune.server.runs.run_model import without_place
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import get_content
@@ -49,18 +49,18 @@ _SENT = {
 }
 
 
-def instructions(invitation: Invitation) -> str:
+def render_join_page(invitation: Invitation) -> str:
     """The page, as Markdown."""
     return render_text(
         "join.md.j2",
         invitation=invitation,
         plan=invitation.plan,
         version=version("cotune"),
-        leaves=list(what_leaves(invitation.plan)),
+        leaves=list(list_disclosures(invitation.plan)),
     )
 
 
-def what_leaves(plan: Plan) -> Iterator[str]:
+def list_disclosures(plan: Plan) -> Iterator[str]:
     """One phrase for everything that a plan asks organizations to send."""
     trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
     if plan.keeps_personal:
@@ -85,7 +85,7 @@ _BYTES_PER_PARAMETER = 16
 _BYTES_BESIDE = 256 * 2**20
 
 
-def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
+def create_federation(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     """Makes the folder `path`, which must not be there, and its missing parents.
 
     Raises RunError for a folder that is there or cannot be written and for what is no host; what else is wrong with plan, base
@@ -112,25 +112,25 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     return FederationFolder(path)
 
 
-def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
+def renew_server(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
     """A fresh certificate for the same key; hosts: other ones than before, if any are given. A federation that has no key to sign
     requests with, as it is of an older cotune, gets one.
 
     Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
     """
-    certificates.renew(folder.certificates, hosts or None)
+    certificates.renew_certificate(folder.certificates, hosts or None)
     before = folder.config
     signs = (folder.certificates / SIGNING_KEY).exists()
-    folder.config = with_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
+    folder.config = with_federation_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
     write_config(folder.path, folder.config)
-    if signs and before.id and address_of(before) == address_of(folder.config):
+    if signs and before.id and get_public_address(before) == get_public_address(folder.config):
         return False
-    new_signing_key(folder.certificates)
+    create_signing_key(folder.certificates)
     write_handout(folder.path, folder.plan, folder.config)
     return True
 
 
-def with_id(config: ServerConfig) -> ServerConfig:
+def with_federation_id(config: ServerConfig) -> ServerConfig:
     """The same with an id, where it has none."""
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
 
@@ -176,9 +176,9 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
 
 
 def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    config = with_id(config)
-    certificates.new_authority(folder / "certificates", config.hosts)
-    new_signing_key(folder / "certificates")
+    config = with_federation_id(config)
+    certificates.create_authority(folder / "certificates", config.hosts)
+    create_signing_key(folder / "certificates")
     for name, sha256 in plan.strategy.files.items():
         atomic_write(folder / name.rpartition(":")[0], get_content(name, sha256))
     atomic_write(folder / "plan.toml", dump_plan(plan).encode())
@@ -191,8 +191,8 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
 
 def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
     """federation.toml and JOIN.md, by the keys that are in use."""
-    authority = certificates.authority_pem(folder / "certificates")
+    authority = certificates.read_authority_pem(folder / "certificates")
     key = public_hex(read_signing_key(folder / "certificates"))
-    invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
+    invitation = Invitation(config.name, get_public_address(config), authority, plan, id=config.id, signing_key=key)
     atomic_write(folder / "federation.toml", invitation.to_toml().encode())
-    atomic_write(folder / "JOIN.md", instructions(invitation).encode())
+    atomic_write(folder / "JOIN.md", render_join_page(invitation).encode())

@@ -40,7 +40,7 @@ class _Before(BaseModel):
     counts: dict[str, int]
 
 
-class Refusals:
+class RefusalLog:
     """Goes on with what the file holds."""
 
     def __init__(self, file: Path) -> None:
@@ -106,7 +106,7 @@ def _read(file: Path) -> _Document:
         return _Document()
 
 
-class Watch:
+class RefusalWatch:
     """A listener to the events of a run: whenever it begins or goes on, somebody is dropped, or a round is over, it tells of what
     the front has refused meanwhile, so that the sender is named in the run whose messages it was after.
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cotune.flower.chunks import fetched
+from cotune.flower.chunks import pull_reply
 from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
@@ -129,13 +129,13 @@ class InProcessTransport:
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         for (round, name), number in list(self._earlier.items()):
-            reply = Reply(round, name, fetched(self._grid, number))
+            reply = Reply(round, name, pull_reply(self._grid, number))
             if reply.content is not None:
                 del self._earlier[round, name]
                 yield reply
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            reply = Reply(self._round, name, fetched(self._grid, self._waiting[name]))
+            reply = Reply(self._round, name, pull_reply(self._grid, self._waiting[name]))
             if reply.content is not None:
                 del self._waiting[name]
                 yield reply

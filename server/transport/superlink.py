@@ -21,8 +21,8 @@ import httpx
 from flwr.app import Message
 
 from cotune.errors import RunError
-from cotune.flower.chunks import CutOff, Malformed, TooMuch
-from cotune.flower.runtime_client import Line, RunStopped
+from cotune.flower.chunks import Aborted, Malformed, TooLarge
+from cotune.flower.runtime_client import RunStopped, RuntimeClient
 from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
@@ -88,7 +88,7 @@ class _Turns:
 class SuperLinkTransport:
     """In threads of its own, which end with the process however they hang."""
 
-    def __init__(self, line: Line, nodes: NodeRegistry, tell: Tell) -> None:
+    def __init__(self, line: RuntimeClient, nodes: NodeRegistry, tell: Tell) -> None:
         self._line = line
         self._nodes = nodes
         self._tell = tell
@@ -261,9 +261,9 @@ class SuperLinkTransport:
             content = self._line.fetch(answer, asked.max_bytes, asked.came)
         except RunStopped:
             raise
-        except (TooMuch, Malformed) as error:
+        except (TooLarge, Malformed) as error:
             content = Rejected(str(error))
-        except CutOff as error:
+        except Aborted as error:
             content = Lost(f"its answer was cut off: {error}")
         except Exception as error:
             self._doubts[asked.organization] += _may_be_gone(error)

@@ -113,7 +113,8 @@ class _Selection:
         if not scores:
             raise RunError(
                 "no run ended with a model, so that nothing is released: expected plans that train; the reasons, which must not"
-                f" leave, are in {self.private}"
+                f" leave, are in {self.private}",
+                code="run.nothing_selected",
             )
         best = max(scores, key=lambda i: scores[i])
         cell = self.candidates.cells[draws[best]]
@@ -138,21 +139,26 @@ class _Selection:
             release(found, cell.plan, runs[best] / "model", self.folder / "released")
         except OSError as error:
             raise RunError(
-                f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on"
+                f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on",
+                code="run.not_writable",
             ) from None
         return found
 
 
 def _check_folder(folder: Path) -> None:
     if (folder / "cells").exists():
-        raise RunError(f"{folder} holds a comparison, which shows the figures of all runs: choose another folder with --out")
+        raise RunError(
+            f"{folder} holds a comparison, which shows the figures of all runs: choose another folder with --out",
+            code="run.folder_exists",
+        )
 
 
 def _check_same(digest: str, candidates: Candidates, folder: Path) -> None:
     if digest != candidates.digest:
         raise RunError(
             f"{folder} holds a selection among other plans or records, or with another number of runs: expected the same ones;"
-            " another selection belongs into a folder of its own (--out), and its ε comes on top"
+            " another selection belongs into a folder of its own (--out), and its ε comes on top",
+            code="run.other_selection",
         )
 
 
@@ -186,7 +192,10 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
         if _has_model(task.folder):
             room.saw(summary_of(task.folder)["peak_memory_bytes"])
         elif not _has_failed(task.folder):
-            raise RunError(f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on")
+            raise RunError(
+                f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on",
+                code="run.cut_off",
+            )
 
 
 def _nobody(event: str, fields: dict[str, Any]) -> None:

@@ -33,9 +33,9 @@ from cotune.protocol.signatures import (
     ReplyStatement,
     RequestStatement,
     detach,
+    dump_refusal,
+    refusal_digest,
     sign,
-    signed_words,
-    words_digest,
 )
 from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
@@ -326,8 +326,8 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
             _, signed = detach(message.content)
             assert signed is not None
             request = RequestStatement.parse(signed.text)
-            statement = ReplyStatement(request.digest, "org-1", REFUSAL, words_digest(words), 64 * "0")
-            return Message(Error(1001, signed_words(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
+            statement = ReplyStatement(request.digest, "org-1", REFUSAL, refusal_digest(words), 64 * "0")
+            return Message(Error(1001, dump_refusal(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]

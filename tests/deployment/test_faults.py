@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from cotune.flower.fleet_client import Fleet, Request
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient
 from cotune.server.runs.exclusions import left_out
 from tests.support.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
 from tests.support.deployment import Deployment, bring_back, deployment, weights
@@ -97,7 +97,7 @@ def test_the_database_is_locked_and_the_port_flooded(fed: Deployment) -> None:
 def test_a_member_that_attacks_is_named_and_left_out(fed: Deployment) -> None:
     """It disturbs the object store, and sends bombs, in south's place."""
 
-    def disturb_and_bomb(attacker: Attacker, fleet: Fleet, request: Request) -> None:
+    def disturb_and_bomb(attacker: Attacker, fleet: FleetClient, request: AnnouncedRequest) -> None:
         disturb_the_store(attacker, fleet, request)
         bomb(attacker, fleet, request)
 

@@ -17,7 +17,7 @@ from cotune.client.site import Site
 from cotune.protocol.federation_file import Invitation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.deployment.members import read_public_key
-from cotune.server.deployment.signing import new_signing_key, public_hex, read_signing_key
+from cotune.server.deployment.signing import create_signing_key, public_hex, read_signing_key
 from cotune.server.runs.run_folder import Participant, RunFolder
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.loopback import Federation, federation, prepare_run, until
@@ -95,7 +95,7 @@ def signing(folder: Path, site: Path) -> FederationFolder:
     """A federation with a signing key whose one member is the site's organization."""
     write_config(folder, ServerConfig(name="tests", id=32 * "a", hosts=("localhost",)))
     home = FederationFolder(folder)
-    new_signing_key(home.certificates)
+    create_signing_key(home.certificates)
     home.members.invite(Site(site).organization, read_public_key(site / "node.pub"))
     return home
 

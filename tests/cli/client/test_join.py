@@ -27,7 +27,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, read_policy
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started
 
@@ -50,7 +50,7 @@ def address() -> str:
 @pytest.fixture
 def invite(folder: Path, address: str) -> Callable[[Plan], Path]:
     """A plan -> a federation.toml that holds it."""
-    new_authority(folder / "certificates", ["127.0.0.1"])
+    create_authority(folder / "certificates", ["127.0.0.1"])
     authority = (folder / "certificates" / "ca.crt").read_text()
 
     def write(plan: Plan) -> Path:

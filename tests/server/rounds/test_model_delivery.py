@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from cotune.errors import RunError
-from cotune.flower.chunks import TooMuch
+from cotune.flower.chunks import TooLarge
 from cotune.protocol.messages import Receipt, Request, received_digest
 from cotune.server import app as server_app
 from cotune.server.app import deliver_model, main, train_rounds
@@ -70,7 +70,7 @@ def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) 
 def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     folder = finished(new_run)
     grid = receiving(folder)
-    grid.unfit["org-2"] = TooMuch("it has more than 1,048,576 bytes, the most that were expected")
+    grid.unfit["org-2"] = TooLarge("it has more than 1,048,576 bytes, the most that were expected")
     assert deliver_model(grid, folder) == ["org-2"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
