@@ -12,6 +12,7 @@ import typer
 
 from cotune.cli import audit as audit_command
 from cotune.cli import compare as compare_command
+from cotune.cli import distill as distill_command
 from cotune.cli import evaluate as evaluate_command
 from cotune.cli import fuse as fuse_command
 from cotune.cli import plan as plan_commands
@@ -46,6 +47,7 @@ app.command("audit")(audit_command.audit)
 app.command("predict")(predict_command.predict)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("fuse")(fuse_command.fuse)
+app.command("distill")(distill_command.distill)
 
 
 def _version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ is checked when it is opened: members are named by number alone, and have the ha
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,15 @@ class FusionDocument(BaseModel):
 def is_fused(folder: Path) -> bool:
     """Whether a folder holds a fused model."""
     return (folder / FUSION_FILE).is_file()
+
+
+def fusion_hash(folder: Path) -> str:
+    """Return SHA-256 (hex) over the rule of a fused model, which states the hashes of its members."""
+    total = hashlib.sha256()
+    for name in (FUSION_FILE, _META_MODEL):
+        content = (folder / name).read_bytes() if (folder / name).exists() else b""
+        total.update(hashlib.sha256(content).digest())
+    return total.hexdigest()
 
 
 def member_folder(folder: Path, number: int) -> Path:

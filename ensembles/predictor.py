@@ -14,7 +14,7 @@ from cotune.data.class_names import shown
 from cotune.data.config import TaskName
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats
-from cotune.ensembles.folder import is_fused, member_folder, read_fused
+from cotune.ensembles.folder import fusion_hash, is_fused, member_folder, read_fused
 from cotune.ensembles.fusion import PredictionFusion
 from cotune.errors import ModelError
 from cotune.models.evaluation.predictor import Predictor, open_predictor
@@ -29,12 +29,14 @@ class FusedPredictor:
         fusion: How their probabilities become one.
         labels: In the order of the fused probabilities.
         task: Of all members.
+        content_hash: SHA-256 (hex) over the rule and the hashes of the members.
     """
 
     members: tuple[Predictor, ...]
     fusion: PredictionFusion
     labels: tuple[str, ...]
     task: TaskName
+    content_hash: str
 
     @property
     def max_length(self) -> int:
@@ -71,7 +73,7 @@ def open_model(source: str, device: str = "auto", max_length: int | None = None)
     members = tuple(open_predictor(str(path), device, max_length) for path in paths)
     for member in members:
         check_same_kind(member, document.task, document.labels, source)
-    return FusedPredictor(members, fusion, document.labels, document.task)
+    return FusedPredictor(members, fusion, document.labels, document.task, fusion_hash(folder))
 
 
 def check_same_kind(model: Predictor, task: TaskName, labels: Sequence[str], source: str) -> None:

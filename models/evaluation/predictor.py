@@ -57,6 +57,10 @@ class Classifier(Protocol):
     def max_length(self) -> int:
         """Tokens that it reads of a text."""
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the files that decide what it predicts."""
+
     def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:
         """Return for each input (answers, classes) in float64: one row, or one for each word; NaN for what was not read."""
 
@@ -79,6 +83,11 @@ class Predictor:
     def max_length(self) -> int:
         """Tokens that it reads of a text."""
         return self.model.loaded.max_length
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the files that decide what it predicts."""
+        return self.model.loaded.folder.content_hash
 
     @torch.no_grad()
     def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:

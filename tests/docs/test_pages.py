@@ -152,12 +152,21 @@ def for_fuse(player: Player, folder: Path, base_model: Callable[[str], Path]) ->
     write_csv(folder / "labeled.csv", sentences(40))
 
 
+def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
+    for seed, name in enumerate(("big", "first", "second")):
+        export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
+    (folder / "small-base").symlink_to(base_model("distilbert"))
+    write_csv(folder / "public.csv", sentences(60, seed=1))
+    write_csv(folder / "labeled.csv", sentences(40))
+
+
 PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
     "README.md": for_readme,
     "docs/audit.md": for_compare,
     "docs/simulate.md": for_readme,
     "docs/site.md": for_readme,
     "docs/compare.md": for_compare,
+    "docs/distill.md": for_distill,
     "docs/fuse.md": for_fuse,
     "docs/ledger.md": for_ledger,
     "docs/units.md": for_units,

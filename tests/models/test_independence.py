@@ -24,6 +24,7 @@ from cotune.models.independence import MAX_PADDING_ERROR, check_independence, pa
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.trainable import TrainableModel
 from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY
 
 Make = Callable[..., TrainableModel]
@@ -69,8 +70,7 @@ def test_what_reads_its_padding_shows(models: Callable[[str], TrainableModel], k
     assert error_of(models(kind)) > 10 * MAX_PADDING_ERROR
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize(("mode", "kind"), crossed(["head", "full"], REFUSED))
 def test_what_reads_its_padding_is_refused(models: Callable[[str], TrainableModel], kind: str, mode: Any) -> None:
     with pytest.raises(PrivacyError):
         check_independence(models(kind), mode, "float32", slots=5, lengths=[8])
@@ -240,8 +240,7 @@ TEXTS = st.lists(
 )
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta"])
+@pytest.mark.parametrize(("kind", "precision"), crossed([*ARCHITECTURES, "roberta"], ["float32", "bfloat16"]))
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, data=st.data())
 def test_without_one_record_the_others_have_the_same_features(
@@ -256,8 +255,7 @@ def test_without_one_record_the_others_have_the_same_features(
     assert torch.equal(rest, whole[list(order)])
 
 
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta"])
+@pytest.mark.parametrize(("kind", "low"), crossed([*ARCHITECTURES, "roberta"], [False, True]))
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, data=st.data())
 def test_without_one_record_the_others_have_the_same_logits(

@@ -12,11 +12,11 @@ import torch
 from cotune.server.rounds.update_validation import UpdateSpec
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update
+from tests.support.matrix import crossed
 from tests.support.simulations import NewPlan, final_model, same
 
 
-@pytest.mark.parametrize("privacy", ["none", {"epsilon": 8.0}])
-@pytest.mark.parametrize("weighting", ["q_fair", "tilted", "inverse_loss"])
+@pytest.mark.parametrize(("weighting", "privacy"), crossed(["q_fair", "tilted", "inverse_loss"], ["none", {"epsilon": 8.0}]))
 def test_losses_are_told_in_every_round(toy_plan: NewPlan, tmp_path: Path, weighting: str, privacy: Any) -> None:
     plan = toy_plan(strategy={"weighting": weighting}, privacy=privacy, rounds=2, simulation={"baselines": []})
     run = simulate(plan, tmp_path / "run", device="cpu")

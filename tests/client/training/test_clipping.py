@@ -33,6 +33,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import COLORS, TAGS, write_csv, write_images
+from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES
 
 LR = 1024.0  # large: the movement is then not lost in the rounding of the parameters
@@ -150,9 +151,9 @@ def moved(given: TrainingSetup, parameters: list[nn.Parameter], clip: float) -> 
     return [(b - p.detach().double()) * given.rows / LR for b, p in zip(before, parameters, strict=True)]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "task"), FAMILIES)
-def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
+@pytest.mark.parametrize(("family", "mode"), crossed(FAMILIES, MODES))
+def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, family: tuple[str, str], mode: str) -> None:
+    kind, task = family
     plan = new_plan(kind, task, **MODES[mode])
     _, parameters, given = prepared(plan)
     gradients = one_at_a_time(given, parameters)
@@ -165,9 +166,9 @@ def test_the_clipped_sum_is_that_of_one_record_at_a_time(new_plan: MakePlan, kin
     assert norm([a - e for a, e in zip(actual, expected, strict=True)]) < 1e-5 * norm(expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "task"), FAMILIES)
-def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, kind: str, task: str, mode: str) -> None:
+@pytest.mark.parametrize(("family", "mode"), crossed(FAMILIES, MODES))
+def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, family: tuple[str, str], mode: str) -> None:
+    kind, task = family
     plan = new_plan(kind, task, **MODES[mode])
     _, _, given = prepared(plan)
     assert isinstance(plan.privacy, RecordPrivacy)
