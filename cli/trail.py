@@ -44,13 +44,13 @@ def verify_trail(
 def verify_sent(site: Site, trail: Path | None) -> None:
     """Checks the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
     from cotune.client.audit_log import AuditLog
-    from cotune.client.node.keys import public_keys
+    from cotune.client.node.keys import read_public_keys
     from cotune.client.node.trust import Trust
     from cotune.protocol.trail import compare_ends, read_coordinator_end, read_organization_end
     from cotune.server.deployment.trail import read_trail
 
     server = [each.signing_key for each in Trust.read(site.folder).generations]
-    node = public_keys(site.folder)
+    node = read_public_keys(site.folder)
     own = read_organization_end(AuditLog(site.folder).entries(), server, node)
     if trail is None:
         _show(site.organization, compare_ends(own, own))

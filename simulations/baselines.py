@@ -24,7 +24,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cotune.client.app import app as client_app
-from cotune.client.personalization.adaptation import Adapted, adapt, own_records, units_of
+from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
 from cotune.client.training.extensions import PERSONAL
 from cotune.data.dataset import Dataset, DatasetManifest
@@ -191,7 +191,7 @@ class Personalized:
         alone: What its head without privacy and without the others tells.
     """
 
-    adapted: dict[str, Adapted] = field(default_factory=dict)
+    adapted: dict[str, Adaptation] = field(default_factory=dict)
     told: dict[str, Told] = field(default_factory=dict)
     alone: dict[str, Told] = field(default_factory=dict)
 
@@ -224,11 +224,11 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     return found
 
 
-def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
+def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adaptation:
     plan = prepared.plan
     records = prepared.records[share.file]
     held = Dataset(((records, share.rows),), plan.labels, plan.task)
-    own = own_records(_features(model, plan, served, held), held.targets, units_of(held), len(plan.labels))
+    own = build_own_records(_features(model, plan, served, held), held.targets, get_unit_numbers(held), len(plan.labels))
     return adapt(model, own, shared, plan.personalize, plan.seed)
 
 

@@ -21,9 +21,9 @@ from cotune.reporting.formatting import duration, size
 from cotune.storage.documents import parse_toml
 
 if TYPE_CHECKING:
-    from cotune.client.node.connection import Tried
-    from cotune.client.policy_check import Broken
-    from cotune.client.preflight import Checked
+    from cotune.client.node.connection import ConnectionReport
+    from cotune.client.policy_check import Violation
+    from cotune.client.preflight import PreflightReport
     from cotune.client.site import Site
     from cotune.plan.schema import Plan
     from cotune.protocol.federation_file import Invitation
@@ -57,8 +57,8 @@ def check(
 
     check_source(data)
     beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
-    from cotune.client.node.connection import try_connection, versions
-    from cotune.client.preflight import check as check_plan
+    from cotune.client.node.connection import check_connection, versions
+    from cotune.client.preflight import run_preflight as check_plan
     from cotune.client.site import Site
 
     opened = Site(site.expanduser())
@@ -69,10 +69,10 @@ def check(
         found = check_plan(plan, opened)
         tried = None
         if invitation is not None and not offline:
-            tried = try_connection(opened, invitation.address, invitation.certificates)
+            tried = check_connection(opened, invitation.address, invitation.certificates)
     about = None if invitation is None else _about(invitation)
     if as_json:
-        rules = [asdict(broken) | {"command": allowing(opened, broken)} for broken in found.broken]
+        rules = [asdict(broken) | {"command": suggested_value(opened, broken)} for broken in found.broken]
         connection = None if tried is None else asdict(tried)
         together = {"federation": about, "versions": versions(), "connection": connection, **asdict(found), "broken": rules}
         typer.echo(json.dumps(together, indent=1))
@@ -115,17 +115,17 @@ def keep_what_is_named(
     model: Path | None,
 ) -> Site:
     """Writes into the site where records and base model are, as far as the command line says so."""
-    from cotune.client.site_setup import name_base, name_records
+    from cotune.client.site_setup import set_base_model, set_records
 
-    name_records(site, plan, data, text=text, label=label, unit=unit, collection=collection)
-    return site if model is None else name_base(site, plan, model)
+    set_records(site, plan, data, text=text, label=label, unit=unit, collection=collection)
+    return site if model is None else set_base_model(site, plan, model)
 
 
-def allowing(site: Site, broken: Broken) -> str | None:
+def suggested_value(site: Site, broken: Violation) -> str | None:
     """The command that would allow what a rule does not."""
-    if broken.allowing is None:
+    if broken.suggested_value is None:
         return None
-    setting = f"{broken.rule}={json.dumps(broken.allowing, ensure_ascii=False)}"
+    setting = f"{broken.rule}={json.dumps(broken.suggested_value, ensure_ascii=False)}"
     return f"cotune client policy {shlex.quote(str(site.folder))} --set {shlex.quote(setting)}"
 
 
@@ -151,7 +151,7 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
     console.print(f"protocol {about['protocol']}; installed here: {installed}")
 
 
-def _show_check(console: Console, site: Site, found: Checked, *, private: bool) -> None:
+def _show_check(console: Console, site: Site, found: PreflightReport, *, private: bool) -> None:
     from cotune.data.left_out import left_out_line
 
     console.print(f"[bold]{escape(found.organization)}[/bold]: {found.examples:,} examples, device {found.device}")
@@ -172,7 +172,7 @@ def _show_check(console: Console, site: Site, found: Checked, *, private: bool) 
         console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
 
 
-def _show_figures(console: Console, found: Checked) -> None:
+def _show_figures(console: Console, found: PreflightReport) -> None:
     """What the plan would spend and take, also where it is declined: anyone who changes a rule wants to know for what."""
     if found.epsilon is None or found.delta is None:
         return
@@ -193,18 +193,18 @@ def _show_figures(console: Console, found: Checked) -> None:
     console.print("tried on made-up records of full length; nothing was trained on, charged or sent")
 
 
-def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwise: str = "") -> None:
+def show_broken(console: Console, site: Site, rules: tuple[Violation, ...], otherwise: str = "") -> None:
     """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
     if not rules:
         console.print(f"[bold red]{escape(otherwise)}[/bold red]")
     for broken in rules:
         console.print(f"[bold red]declined by the rule {escape(broken.rule)}[/bold red]: {escape(broken.problem)}")
-        command = allowing(site, broken)
+        command = suggested_value(site, broken)
         if command is not None:
             console.print(f"  to allow it: {escape(command)}")
 
 
-def _show_connection(console: Console, tried: Tried) -> None:
+def _show_connection(console: Console, tried: ConnectionReport) -> None:
     if tried.problem is not None:
         console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}")
         return

@@ -39,8 +39,8 @@ def ledger(
 
     opened = Site(site.expanduser())
     if export is not None:
-        atomic_write(export.expanduser(), json.dumps(bookkeeping.export(opened), indent=1).encode())
-    found = bookkeeping.overview(opened)
+        atomic_write(export.expanduser(), json.dumps(bookkeeping.export_ledger(opened), indent=1).encode())
+    found = bookkeeping.summarize_ledger(opened)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
@@ -115,7 +115,7 @@ def policy(
     if opened is None:
         raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
     after = change_policy(before, {rule: value_of(text) for rule, text in settings.items()})
-    atomic_write(opened.folder / "policy.toml", dump_policy(after).encode())
+    atomic_write(opened.policy_file, dump_policy(after).encode())
     for rule in settings:
         table, _, key = rule.partition(".")
         old, new = (getattr(getattr(one, table), key) for one in (before, after))
@@ -151,13 +151,13 @@ def trust(
     renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
 ) -> None:
     """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
-    from cotune.client.node.trust import Trust, learn
+    from cotune.client.node.trust import Trust, record_renewals
     from cotune.client.site import Site
     from cotune.protocol.key_renewal import read_server_renewals
 
     folder = Site(site.expanduser()).folder
     renewals = read_server_renewals(renewal.expanduser())
-    learned = learn(folder, renewals)
+    learned = record_renewals(folder, renewals)
     newest = Trust.read(folder).newest.signing_key
     if not learned and newest not in [each.about.new for each in renewals]:
         raise RunError(

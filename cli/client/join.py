@@ -38,14 +38,14 @@ def init(
 ) -> None:
     """Make an organization's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
     beginning(f"making {site}")
-    from cotune.client.site_setup import fingerprint_of, make_site
+    from cotune.client.site_setup import get_key_fingerprint, make_site
 
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
     folder = shlex.quote(str(made.folder))
     console = screen()
     console.print(f"{escape(folder)} is the site of [bold]{escape(name)}[/bold]; it holds a private key, so keep it to yourself")
     console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
-    console.print(f"   {fingerprint_of(made)}")
+    console.print(f"   {get_key_fingerprint(made)}")
     console.print("2. look at the federation.toml that you get:")
     console.print(f"   cotune client check {folder} federation.toml --data records.csv")
     console.print(f"3. change {folder}/policy.toml where it is stricter than you want; then")
@@ -81,33 +81,33 @@ def join(
     opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, collection, model)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
-    authority = opened.folder / "node" / "ca.crt"
+    authority = opened.node.certificates
     atomic_write(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
     console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
     with observe_client(Shown(console)):
-        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
+        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.private_key)
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
 
 
 def _show_plan(console: Console, site: Site, plan: Plan) -> None:
     """What it would do, and what the policy says: anyone who joins a plan that is declined takes no part until it is allowed."""
     from cotune.client.account import Account
-    from cotune.client.outline import outline
-    from cotune.client.policy_check import broken_rules
-    from cotune.client.site_setup import find_base_here
+    from cotune.client.plan_summary import summarize_plan
+    from cotune.client.policy_check import find_violations
+    from cotune.client.site_setup import find_site_base
 
-    for line in outline(plan):
+    for line in summarize_plan(plan):
         console.print(escape(line))
     policy = site.policy()
     holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
-    broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
+    broken = tuple(find_violations(plan, policy, account.public_examples, account.hours()))
     if broken:
         show_broken(console, site, broken)
         console.print("[bold yellow]this plan is declined whenever it is asked for, until the policy allows it[/bold yellow]")
     else:
-        find_base_here(plan, site.file)
+        find_site_base(plan, site.file)
 
 
 class Shown:
@@ -174,7 +174,7 @@ def approve(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Show a plan that came, or how it differs from the one approved last, and approve it."""
-    from cotune.client.outline import changes, outline
+    from cotune.client.plan_summary import diff_plans, summarize_plan
     from cotune.client.policy_check import Approvals
     from cotune.client.site import Site
 
@@ -186,11 +186,11 @@ def approve(
     if plan.plan_id in approvals.ids():
         console.print(f"the plan {escape(plan.name)} ({plan.plan_id[:12]}…) is approved already")
         return
-    for line in outline(plan):
+    for line in summarize_plan(plan):
         console.print(escape(line))
     if last is not None:
         console.print(f"what differs from {escape(last.name)} ({last.plan_id[:12]}…), approved last:")
-        for line in changes(last, plan):
+        for line in diff_plans(last, plan):
             console.print(f"  {escape(line)}")
     if not yes and not typer.confirm("Approve it?"):
         console.print("not approved: whenever it is asked for, it is declined")

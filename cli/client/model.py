@@ -71,12 +71,12 @@ def evaluate(
     """Compare the received model with training alone, on the site's own records. Nothing is sent, and no ε is spent."""
     check_source(data)
     beginning("loading PyTorch, then the received model and own records", quiet=as_json)
-    from cotune.client.personalization.evaluation import evaluate_site, open_received
+    from cotune.client.personalization.evaluation import evaluate_site, open_final_model
     from cotune.client.site import Site
 
     opened = Site(site.expanduser())
     with screen(stderr=True, quiet=as_json).status("fitting to own records"):
-        new = None if data is None else _new_records(opened, data, open_received(opened, plan).plan.labels)
+        new = None if data is None else _new_records(opened, data, open_final_model(opened, plan).plan.labels)
         found = evaluate_site(opened, new, plan)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -92,7 +92,7 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     from cotune.data.record_files import read_records
 
     try:
-        document = DatasetManifest.model_validate_json((site.folder / "data.json").read_bytes())
+        document = DatasetManifest.model_validate_json((site.records).read_bytes())
     except (OSError, ValueError):
         raise DataError(f"{site.folder} does not say how its records are read: name them with `cotune client check`") from None
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())

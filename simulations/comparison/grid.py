@@ -81,13 +81,23 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination under a seed, checked. plan: resolved. data: fingerprint of the records."""
+    """A combination under a seed, checked.
+
+    Attributes:
+        settings: Key -> value of each variation.
+        plan: Resolved.
+        plan_id: Of that plan.
+        data: Fingerprint of the records.
+        promise: What the plan promises its records.
+        notes: About the records, such as how many are left out and why.
+    """
 
     settings: Settings
     plan: Plan
     plan_id: str
     data: str
     promise: Promise
+    notes: tuple[str, ...] = ()
 
     @property
     def combination(self) -> str:
@@ -205,7 +215,7 @@ def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
         prepared = prepare(plan, device)
     except CotuneError as error:
         raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}", code=error.code) from None
-    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared))
+    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared), tuple(prepared.notes))
 
 
 def _check_distinct(cells: Sequence[Cell]) -> None:

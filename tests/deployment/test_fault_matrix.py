@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.ledger_report import overview
+from cotune.client.ledger_report import summarize_ledger
 from cotune.client.site import Site
 from cotune.server.runs.exclusions import left_out
 from tests.support.attackers import (
@@ -291,7 +291,7 @@ def test_with_privacy_the_ledger_has_at_least_what_was_spent(private: Kind, page
     seed = str(page.added)  # another plan, as this one has had its budget
     strike(private, page, f"kill -9 of {what}", when, kill(private, what), "--set", f"seed={seed}")
     for name in fed.organizations:
-        (data,) = overview(Site(fed.site(name)))["collections"]
+        (data,) = summarize_ledger(Site(fed.site(name)))["collections"]
         (run,) = (run for run in data["runs"] if run["plan_id"] == fed.newest().plan.plan_id)
         assert run["rounds"] == ROUNDS
         assert run["steps"] >= ROUNDS * STEPS

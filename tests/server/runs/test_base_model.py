@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.client.site_folder import SiteFile
-from cotune.client.site_setup import find_base_here
+from cotune.client.site_setup import find_site_base
 from cotune.errors import ModelError
 from cotune.models.base_lookup import find_base
 from cotune.models.config import ModelConfig
@@ -59,5 +59,5 @@ def test_a_member_names_its_own_copy_and_nothing_is_fetched_by_the_name(
     monkeypatch.chdir(place.parent)
     plan = fed.invitation.plan
     with pytest.raises(ModelError, match=r"is a folder that only its coordinator has.*--model FOLDER"):
-        find_base_here(plan, SiteFile(organization="north"))
-    assert find_base_here(plan, SiteFile(organization="north", base=place)).content_hash == plan.model.base_hash
+        find_site_base(plan, SiteFile(organization="north"))
+    assert find_site_base(plan, SiteFile(organization="north", base=place)).content_hash == plan.model.base_hash
