@@ -14,7 +14,7 @@ from cotune.errors import RunError
 from cotune.observers import Observer
 from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
-from cotune.server.runs.results import dumps
+from cotune.server.runs.results import to_json
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
 from cotune.simulations.comparison.workers import Room, import_all, make_folder, play_all, summary_of, task_of
@@ -131,16 +131,16 @@ def _play(
     room = Room.here(len(tasks), jobs, device)
     reasons = {}
     for path in finished:
-        room.saw(summary_of(path)["peak_memory_bytes"])
+        room.saw(summary_of(path).peak_memory_bytes or 0)
     for task, reason in play_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
             summary = summary_of(task.folder)
-            room.saw(summary["peak_memory_bytes"])
-            accuracy = summary["test"]["federated"]["accuracy"]
-            seconds = summary["seconds"]
+            room.saw(summary.peak_memory_bytes or 0)
+            accuracy = None if summary.test.federated is None else summary.test.federated.accuracy
+            seconds = summary.seconds
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
 
@@ -167,7 +167,7 @@ _COLUMNS = (
 def _write(found: Comparison) -> None:
     """results.csv, results.json and compare.html."""
     atomic_write(found.folder / "results.csv", _csv(found).encode())
-    atomic_write(found.folder / "results.json", dumps(_as_dict(found)))
+    atomic_write(found.folder / "results.json", to_json(_as_dict(found)))
     write_comparison(found, found.folder / "compare.html")
 
 
