@@ -252,12 +252,12 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
         sample_rate=1.0,
-        expected_batch=float(setting.rows),
+        expected_batch=float(setup.rows),
         steps=1,
         clipping_mode=plan.privacy.clipping,
     )
     optimizer = build_optimizer(stage.local, model, names, parameters)
-    steps = DPSGDSetup(setting.module, optimizer, setting.loss, setting.units, setting.batches)
+    steps = DPSGDSetup(setup.module, optimizer, setup.loss, setup.units, setup.batches)
     began = time.perf_counter()
     for report in DPSGD(config).run(steps):
         guard.after_step(report)

@@ -189,8 +189,8 @@ def _private_training(prepared: _Prepared) -> int:
         steps=charged.count,
         clipping_mode=privacy.clipping,
     )
-    setting = prepared.setting
-    setup = DPSGDSetup(setting.module, prepared.optimizer, setting.loss, setting.units, setting.batches)
+    rows = prepared.setup
+    setup = DPSGDSetup(rows.module, prepared.optimizer, rows.loss, rows.units, rows.batches)
     reports = DPSGD(config).run(setup)
     taken = _follow(_within_hours(reports, account), prepared, account.epsilon())
     account.ledger.settle(charge, taken, time.monotonic() - began)
