@@ -1,4 +1,6 @@
-"""Gradients of single rows and of units (Opacus), and what a unit contributes to a sum: its gradient, clipped and quantized.
+"""Gradients of single rows and of units, and what a unit contributes to a sum: its gradient, clipped and quantized.
+
+Linear layers record the gradients of single rows themselves; Opacus' hooks do it for all other layers.
 
 Contract: for any finite gradient of a unit, its contribution is a vector of whole grid steps with an L2 norm of at most C over
 all trained parameters, and a function of that gradient alone; the sum of contributions is exact. Adding or removing a unit
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,7 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.privacy.mechanisms.linear_gradients import recording
 from cotune.privacy.mechanisms.noise import Grid
 
 Batch = dict[str, Tensor]
@@ -65,7 +68,7 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
         RuntimeError, AttributeError: From `gradients`, for a trained parameter that takes no part in the forward pass.
     """
     parameters = tuple(p for p in module.parameters() if p.requires_grad)
-    hooks = GradSampleHooks(module, loss_reduction="sum", strict=True)
+    hooks = _HooksBesideLinear(module)
 
     def gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
         _clear_gradients(parameters)
@@ -73,16 +76,44 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses = loss(batch)
             losses.sum().backward()  # type: ignore[no-untyped-call]
+        _check_recorded(hooks.linear)
         found = [_get_grad_sample(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse for a norm
         _clear_gradients(parameters)
         return losses.detach(), found
 
     try:
-        yield PerExample(parameters, gradients)
+        with recording(hooks.linear):
+            yield PerExample(parameters, gradients)
     finally:
         hooks.cleanup()
         for p in module.parameters():
             p.grad = None
+
+
+class _HooksBesideLinear(GradSampleHooks):  # type: ignore[misc]
+    """Opacus' hooks on all layers with trained parameters but plain linear ones, which record by themselves.
+
+    Attributes:
+        linear: Those layers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.linear: list[nn.Linear] = []
+        super().__init__(module, loss_reduction="sum", strict=True)
+
+    def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Called by Opacus for the module, and by itself for each of its parts."""
+        for layer in super().iterate_submodules(module):
+            if type(layer) is nn.Linear:
+                self.linear.append(layer)
+            else:
+                yield layer
+
+
+def _check_recorded(layers: Sequence[nn.Linear]) -> None:
+    """A layer that records gives its parameters no other gradient: one that is there came past the layer."""
+    if any(p.grad is not None for layer in layers for p in layer.parameters(recurse=False)):
+        raise RuntimeError("a trained parameter takes part in the forward pass past its own layer, as a tied one does")
 
 
 @register_grad_sampler(nn.LayerNorm)  # type: ignore[untyped-decorator]
