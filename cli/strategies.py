@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from cotune.cli.screen import screen
+from cotune.cli.options import AsJson
+from cotune.cli.screen import print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import value_of
 from cotune.reporting.pages import render_text
@@ -96,7 +98,6 @@ _PAGE_HEADINGS = {
     "server_optimizer": "server optimizers",
     "client_term": "client terms",
 }
-AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
 
 
 class _Named(TyperGroup):
@@ -107,9 +108,10 @@ class _Named(TyperGroup):
 
 
 app = typer.Typer(
+    add_completion=False,
     cls=_Named,
     subcommand_metavar="[NAME | COMMAND]",
-    help="Strategies and their parts: list them, explain one by its NAME, begin and check one's own.",
+    help="List strategies and their parts, explain one by NAME, start and check one of your own.",
 )
 
 
@@ -126,7 +128,7 @@ def overview(
     if page is not None:
         _renew(page)
     elif as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         _list(screen(), found)
 
@@ -157,11 +159,11 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="A strategy or a part; my_rules.py:my_fusion.")], as_json: AsJson = False
 ) -> None:
-    """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
+    """Explain a strategy or a part, or a rule of your own such as my_rules.py:my_fusion."""
     _check_own_name(name)
     found = [catalog.described(_page_part(name, None))] if is_code(name) else catalog.search(name)
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
         return
     console = screen()
     for part in found:
@@ -208,7 +210,7 @@ def new(
     kind: Annotated[Literal["fusion", "weighting", "server_optimizer"], typer.Option(help="What the rule is.")] = "fusion",
     out: Annotated[Path | None, typer.Option(help="The file to write; default: NAME.py.")] = None,
 ) -> None:
-    """Begin a rule of one's own: a file with the rule, and a test that runs the conformance checks."""
+    """Start a rule of your own: a file with the rule, and a test that runs the conformance checks."""
     file = out or Path(f"{name}.py")
     test = file.with_name(f"test_{file.stem}.py")
     if not name.isidentifier() or not file.stem.isidentifier() or file.suffix != ".py":
@@ -233,10 +235,8 @@ def check(
     given: Annotated[list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a part does what it says of itself; exit code 1 if it does not."""
-    from dataclasses import asdict
-
-    from cotune.strategies.conformance import check_part
+    """Check that a part does what it declares; exits with 1 if it does not."""
+    from cotune.strategies.conformance import check_part  # loads PyTorch
 
     _check_own_name(name)
     info = _page_part(name, kind)
@@ -246,7 +246,7 @@ def check(
     except ValueError as error:
         raise PlanError(str(error)) from None
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+        print_json([asdict(finding) for finding in findings])
     else:
         _show_findings(screen(), info, findings)
     if not all(finding.passed for finding in findings):

@@ -1,31 +1,34 @@
-"""`cotune server verify-trail` and `cotune client sent --verify`: what was asked and answered, checked at both ends."""
+"""What `cotune server verify-trail` and `cotune client sent --verify` show: requests and replies, checked at both ends."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from cotune.cli.screen import screen
+from cotune.client.audit_log import AuditLog
+from cotune.client.node.keys import public_keys
+from cotune.client.node.trust import Trust
+from cotune.client.site import Site
 from cotune.errors import RunError
+from cotune.protocol.trail import End, Trails, compare, of_coordinator, of_organization
+from cotune.server.deployment.trail import keys_of, read_trail
+from cotune.server.runs.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from cotune.client.site import Site
-    from cotune.protocol.trail import End, Trails
 
+def verify_run(run: Path, site_log: Path) -> None:
+    """Compare the trail of a run with an organization's log, and print what they do not have in common.
 
-def verify_trail(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, such as FED/runs/<run>.")],
-    site_log: Annotated[Path, typer.Option("--site-log", help="An organization's audit.jsonl, or a copy of it.")],
-) -> None:
-    """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
-    from cotune.client.audit_log import AuditLog
-    from cotune.protocol.trail import compare, of_coordinator, of_organization
-    from cotune.server.deployment.trail import keys_of, read_trail
-    from cotune.server.runs.run_folder import RunFolder
+    Args:
+        run: The folder of a run.
+        site_log: An organization's audit.jsonl, or a copy of it.
 
+    Raises:
+        RunError: Where the log is not that of one organization of the run.
+        typer.Exit: With 1, where the two contradict each other.
+    """
     folder = RunFolder(run.expanduser().resolve())
     entries = AuditLog.at(site_log.expanduser()).entries()
     server, nodes = keys_of(folder)
@@ -42,13 +45,7 @@ def verify_trail(
 
 
 def verify_sent(site: Site, trail: Path | None) -> None:
-    """Checks the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
-    from cotune.client.audit_log import AuditLog
-    from cotune.client.node.keys import public_keys
-    from cotune.client.node.trust import Trust
-    from cotune.protocol.trail import compare, of_coordinator, of_organization
-    from cotune.server.deployment.trail import read_trail
-
+    """Check the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
     server = [each.signing_key for each in Trust.read(site.folder).generations]
     node = public_keys(site.folder)
     own = of_organization(AuditLog(site.folder).entries(), server, node)
@@ -60,8 +57,6 @@ def verify_sent(site: Site, trail: Path | None) -> None:
 
 
 def _of_the_same_runs(own: End, other: End) -> End:
-    from cotune.protocol.trail import End
-
     runs = {request.run for request in other.requests.values()}
     parts = [own.for_run(run) for run in sorted(runs)]
     requests = {digest: request for part in parts for digest, request in part.requests.items()}

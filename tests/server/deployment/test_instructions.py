@@ -8,7 +8,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.federation_file import Invitation
 from cotune.server.deployment.certificates import new_authority
-from cotune.server.deployment.creation import instructions, what_leaves
+from cotune.server.deployment.handout import instructions, what_leaves
 from tests.support.pages import blocks_of, commands_of
 
 SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}
