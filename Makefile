@@ -21,7 +21,7 @@ test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-faults: install
-	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m long tests/deployment
+	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m "crash or long"
 
 check: install
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

@@ -9,7 +9,8 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.context import ForkServerContext, SpawnContext
+from typing import Any, ClassVar
 
 if __name__ != "cotune.worker_process":
     raise ImportError(f"{__name__} is a part of the package cotune: expected `import cotune.worker_process`")
@@ -30,15 +31,17 @@ class WorkerProcess:
 
     Attributes:
         pipe: This process's end of the pipe.
+        context: How processes are started. Tests put a server that has imported everything in the place of a new interpreter.
     """
+
+    context: ClassVar[SpawnContext | ForkServerContext] = multiprocessing.get_context("spawn")
 
     def __init__(
         self, work: Callable[..., None], *arguments: Any, name: str = "cotune", ignored: Collection[int] = (signal.SIGINT,)
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, child_end = context.Pipe()
+        self.pipe, child_end = self.context.Pipe()
         level = logging.getLogger("cotune").getEffectiveLevel()
-        self._process = context.Process(
+        self._process = self.context.Process(
             target=_run, args=(work, child_end, arguments, tuple(ignored), level), name=name, daemon=True
         )
         self._process.start()

@@ -40,7 +40,7 @@ def evaluate(
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
     from cotune.cli.predictions import evaluate_records  # loads PyTorch
 
-    config = _config(data, text, image, label, unit, encoding)
+    config = records_config(data, text, image, label, unit, encoding)
     result = evaluate_records(model, config, threshold=threshold, max_length=max_length, device=device)
     found = {"model": model, "data": data, **result}
     if as_json:
@@ -49,7 +49,9 @@ def evaluate(
         _show(screen(), found)
 
 
-def _config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> DataConfig:
+def records_config(
+    data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str
+) -> DataConfig:
     source = data if data.startswith("package:") else str(Path(data).expanduser())
     given = {"source": source, "text": text, "image": image, "label": label, "unit": unit, "encoding": encoding}
     try:

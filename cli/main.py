@@ -27,6 +27,14 @@ COMMANDS = {
         "cotune.cli.evaluate:evaluate",
         "Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent.",
     ),
+    "fuse": (
+        "cotune.cli.fuse:fuse",
+        "Fuse the predictions of several models, and compare the result with each of them. Nothing is sent.",
+    ),
+    "distill": (
+        "cotune.cli.distill:distill",
+        "Train a model to predict what others predict: big into small, or several into one. An interrupted one goes on.",
+    ),
     "strategies": (
         "cotune.cli.strategies:app",
         "List strategies and their parts, explain one by NAME, start and check one of your own.",

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cotune.cli.plan_options import own_options
 from cotune.data.config import DataConfig
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.data.unlabeled import Row, read_typed, read_unlabeled
-from cotune.models.evaluation.predictor import Predictor, judge_records, open_predictor
+from cotune.ensembles.predictor import open_model
+from cotune.models.evaluation.predictor import Classifier, judge_records
 from cotune.models.evaluation.quality import NOT_TOLD, Threshold, parse_threshold, told_classes
 
 
@@ -37,7 +38,7 @@ def predict_rows(
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
-    predictor = open_predictor(model, device, max_length)
+    predictor = open_model(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     with own_options():
         if isinstance(inputs, Path):
@@ -59,14 +60,14 @@ def evaluate_records(
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
-    predictor = open_predictor(model, device, max_length)
+    predictor = open_model(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     with own_options():
         records = read_records(data, None, predictor.task)
     return dict(judge_records(predictor, records, limit))
 
 
-def _predictions(predictor: Predictor, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
+def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
     """One plain table for each row, in order."""
     probabilities = iter(predictor.probabilities([row.given for row in rows if row.given is not None]))
     for number, row in enumerate(rows, 1):
@@ -77,7 +78,7 @@ def _predictions(predictor: Predictor, rows: Sequence[Row], threshold: Threshold
             yield {**about, **_answer(predictor, next(probabilities), threshold), "reason": ""}
 
 
-def _answer(predictor: Predictor, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
+def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
     """One class; of words a list of tags, None for one that was not read."""
 
     numbers = told_classes(probabilities.numpy(), predictor.labels, threshold).tolist()

@@ -13,7 +13,7 @@ from cotune.client.node.keys import public_keys
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.errors import RunError
-from cotune.protocol.trail import End, Trails, compare, of_coordinator, of_organization
+from cotune.protocol.trail import TrailComparison, TrailEnd, compare_ends, read_coordinator_end, read_organization_end
 from cotune.server.deployment.trail import keys_of, read_trail
 from cotune.server.runs.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def verify_run(run: Path, site_log: Path) -> None:
     folder = RunFolder(run.expanduser().resolve())
     entries = AuditLog.at(site_log.expanduser()).entries()
     server, nodes = keys_of(folder)
-    unsure = of_organization(entries, server, [key for keys in nodes.values() for key in keys]).for_run(folder.file.id)
+    unsure = read_organization_end(entries, server, [key for keys in nodes.values() for key in keys]).for_run(folder.file.id)
     names = sorted(unsure.recipients())
     if len(names) != 1:
         raise RunError(
@@ -40,31 +40,31 @@ def verify_run(run: Path, site_log: Path) -> None:
             " took part in it"
         )
     node = nodes.get(names[0], ())
-    coordinator = of_coordinator(read_trail(folder.path), names[0], server, node)
-    _show(names[0], compare(coordinator, of_organization(entries, server, node).for_run(folder.file.id)))
+    coordinator = read_coordinator_end(read_trail(folder.path), names[0], server, node)
+    _show(names[0], compare_ends(coordinator, read_organization_end(entries, server, node).for_run(folder.file.id)))
 
 
 def verify_sent(site: Site, trail: Path | None) -> None:
     """Check the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
     server = [each.signing_key for each in Trust.read(site.folder).generations]
     node = public_keys(site.folder)
-    own = of_organization(AuditLog(site.folder).entries(), server, node)
+    own = read_organization_end(AuditLog(site.folder).entries(), server, node)
     if trail is None:
-        _show(site.organization, compare(own, own))
+        _show(site.organization, compare_ends(own, own))
         return
-    other = of_coordinator(read_trail(trail.expanduser()), site.organization, server, node)
-    _show(site.organization, compare(other, _of_the_same_runs(own, other)))
+    other = read_coordinator_end(read_trail(trail.expanduser()), site.organization, server, node)
+    _show(site.organization, compare_ends(other, _of_the_same_runs(own, other)))
 
 
-def _of_the_same_runs(own: End, other: End) -> End:
+def _of_the_same_runs(own: TrailEnd, other: TrailEnd) -> TrailEnd:
     runs = {request.run for request in other.requests.values()}
     parts = [own.for_run(run) for run in sorted(runs)]
     requests = {digest: request for part in parts for digest, request in part.requests.items()}
     replies = {digest: reply for part in parts for digest, reply in part.replies.items()}
-    return End(requests, replies, own.wrong)
+    return TrailEnd(requests, replies, own.wrong)
 
 
-def _show(name: str, found: Trails) -> None:
+def _show(name: str, found: TrailComparison) -> None:
     """Exits with 1 where the two ends contradict each other."""
     console = screen()
     for line in found.one_sided:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cotune.errors import DataError, Declined, PrivacyError
+from cotune.plan.local_training import LocalTraining
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
 from cotune.privacy.accounting.filters import epsilon_filter, epsilon_over_runs
 from cotune.privacy.accounting.rounding import round_up

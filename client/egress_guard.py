@@ -31,8 +31,8 @@ from cotune.protocol.messages import (
     decode_update,
     encode_receipt,
     encode_update,
+    get_salt,
     received_digest,
-    salt_of,
 )
 from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, not_finite
@@ -81,7 +81,7 @@ def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site)
     expected = Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent))
     with _own_message():
         found = decode_receipt(content)
-    if found != expected or not _same(content, encode_receipt(expected, salt_of(content))):
+    if found != expected or not _same(content, encode_receipt(expected, get_salt(content))):
         raise Blocked("the receipt is not that of this request alone")
 
 
@@ -107,7 +107,7 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
     plan = account.plan
     site = account.site
     names = shared_names(plan, model, request.round)
-    if not _same(content, encode_update(update, plan.plan_id, salt_of(content))):
+    if not _same(content, encode_update(update, plan.plan_id, get_salt(content))):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organization, update.round) != (site.organization, request.round):
         yield f"the update is of {update.organization[:80]} for round {update.round}, not of this organization for this round"

@@ -25,8 +25,8 @@ from cotune.data.left_out import cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
+from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
-from cotune.plan.tables import Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import private_steps
 

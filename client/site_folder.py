@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from cotune.errors import DataError
+from cotune.errors import DataError, RunError
 from cotune.privacy.policy import Policy, read_policy
+from cotune.storage.documents import JsonDocument
 
 
 class SiteFile(BaseModel):
@@ -41,11 +42,15 @@ class SiteFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.file = SiteFile.model_validate_json((folder / "site.json").read_bytes())
-        except (OSError, ValidationError):
+            found = JsonDocument(folder / "site.json", SiteFile).read()
+        except RunError:
+            found = None
+        if found is None:
             raise DataError(
-                f"{folder} is not a site: expected a folder with a site.json, as `cotune client init` makes it"
-            ) from None
+                f"{folder} is not a site: expected a folder with a site.json, as `cotune client init` makes it",
+                code="data.not_a_site",
+            )
+        self.file = found
 
     @property
     def organization(self) -> str:

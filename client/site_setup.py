@@ -25,13 +25,14 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.tasks.task import task_named
 from cotune.errors import DataError, ModelError, RunError
-from cotune.models.base_model import BaseModelFolder, find_base
+from cotune.models.base_lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
+from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
 
 
@@ -98,7 +99,7 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
         _write_keys(folder, name, own)
         if not (folder / "policy.toml").exists():
             atomic_write(folder / "policy.toml", dump_policy(Policy()).encode())
-        atomic_write(folder / "site.json", SiteFile(organization=name, device=device).model_dump_json(indent=1).encode())
+        JsonDocument(folder / "site.json", SiteFile).write(SiteFile(organization=name, device=device))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
@@ -175,7 +176,7 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
     """A description that does not fit leaves the one before as it was."""
     draft = document.with_name("data.json.draft")
     try:
-        atomic_write(draft, described.model_dump_json(indent=1).encode())
+        JsonDocument(draft, DatasetManifest).write(described)
         count = len(DatasetManifest.read(draft, plan.labels, lenient=True))
         if not count:
             DatasetManifest.read(draft, plan.labels)  # read strictly, it says why
@@ -192,5 +193,5 @@ def name_base(site: Site, plan: Plan, folder: Path) -> Site:
     """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
     find_base_here(plan, file)
-    atomic_write(site.folder / "site.json", file.model_dump_json(indent=1).encode())
+    JsonDocument(site.folder / "site.json", SiteFile).write(file)
     return Site(site.folder)

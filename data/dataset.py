@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.records import Records, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import Records
 from cotune.data.tasks.text import IGNORED
 from cotune.data.types import Input, Label, names_in, stratum_of
 from cotune.data.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
@@ -58,7 +59,8 @@ class DatasetManifest(BaseModel):
         except (OSError, ValidationError) as error:
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}): expected a description of the records, such as"
-                ' {"data": {"source": "records.csv", "text": "text", "label": "label"}, "portions": [{"path": null}]}'
+                ' {"data": {"source": "records.csv", "text": "text", "label": "label"}, "portions": [{"path": null}]}',
+                code="data.damaged_manifest",
             ) from None
         parts = []
         for portion in document.portions:
@@ -74,11 +76,15 @@ def _rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dt
     try:
         rows = np.asarray(np.load(file.parent / portion.rows, allow_pickle=False), dtype=np.int64)
     except (OSError, ValueError) as error:
-        raise DataError(f"{file.parent / portion.rows} cannot be read ({type(error).__name__}): expected row numbers") from None
+        raise DataError(
+            f"{file.parent / portion.rows} cannot be read ({type(error).__name__}): expected row numbers",
+            code="data.damaged_manifest",
+        ) from None
     if rows.size and not 0 <= rows.min() <= rows.max() < records:
         raise DataError(
             f"{file} names row {rows.max()} of a file with {records} usable records: expected the file as it was when the records"
-            " were handed out; restore it, or start a new run"
+            " were handed out; restore it, or start a new run",
+            code="data.changed",
         )
     return rows
 
@@ -122,7 +128,8 @@ class Dataset:
         if self.unknown and not self.lenient:
             raise DataError(
                 f"the data have the classes {', '.join(self.unknown[:5])}, which the plan does not list:"
-                f" expected {', '.join(self.labels)}"
+                f" expected {', '.join(self.labels)}",
+                code="data.unknown_class",
             )
         return [
             number.get(label, IGNORED) if isinstance(label, str) else tuple(number.get(tag, IGNORED) for tag in label)
@@ -202,7 +209,8 @@ class Dataset:
         if any(len(records.units) != len(records) for records, _ in self.parts):
             raise DataError(
                 f"the plan makes its promise to each {unit} (privacy.unit), and nothing says whose the records are: expected the"
-                " name of their column in data.unit"
+                " name of their column in data.unit",
+                code="data.missing_unit",
             )
         return [records.units[int(i)] for records, rows in self.parts for i in rows]
 

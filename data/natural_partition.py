@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.records import Records, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import Records
 from cotune.data.types import Input
 from cotune.errors import DataError
 
@@ -34,17 +35,19 @@ def owners_of(data: DataConfig, task: TaskName, records: Records, column: str) -
     try:
         named = read_records(every.model_copy(update={"unit": column}), task=task)
     except DataError as error:  # it advises about the column of units, as which this one is read
-        raise DataError(str(error).replace("--set data.unit=", "--by ")) from None
+        raise DataError(str(error).replace("--set data.unit=", "--by "), code=error.code) from None
     if named.inputs != whole.inputs:
         lacking = abs(len(whole) - len(named))
         raise DataError(
             f"{lacking} records of {records.source} have nothing in the column {column!r} (simulation.partition): expected the"
-            " organization of every record; fill it in, or leave these records out"
+            " organization of every record; fill it in, or leave these records out",
+            code="data.missing_organization",
         )
     folders = _folders(dict.fromkeys(named.units))
     if len(folders) < 2:
         raise DataError(
-            f"the column {column!r} of {records.source} has one value: expected two organizations or more; name another column"
+            f"the column {column!r} of {records.source} has one value: expected two organizations or more; name another column",
+            code="data.one_organization",
         )
     first: dict[tuple[Input, str], str] = {}
     for given, unit, owner in zip(whole.inputs, whole.units or [""] * len(whole), named.units, strict=True):

@@ -86,7 +86,8 @@ def partition(labels: Sequence[str], config: PartitionConfig, rng: np.random.Gen
     if config.clients * config.min_examples > len(labels):
         raise DataError(
             f"{len(labels)} examples cannot give {config.clients} clients {config.min_examples} each:"
-            " use fewer clients, a smaller min_examples or more data"
+            " use fewer clients, a smaller min_examples or more data",
+            code="data.too_few_records",
         )
     if kind == "shards":
         _check_shards(int(value), config.clients, len(counts))
@@ -105,7 +106,10 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
     Raises PlanError for a fraction that is not between 0 and 1, and DataError if no class has two examples.
     """
     if not 0 < fraction < 1:
-        raise PlanError(f"test fraction {fraction} is out of range: expected a number between 0 and 1, both excluded")
+        raise PlanError(
+            f"test fraction {fraction} is out of range: expected a number between 0 and 1, both excluded",
+            code="plan.test_fraction",
+        )
     codes = _codes(labels)
     testing = np.zeros(len(codes), dtype=bool)
     for code in range(codes.max(initial=-1) + 1):
@@ -115,7 +119,8 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
     if not testing.any():
         raise DataError(
             f"no class among {len(labels)} examples has two, to test on one: add data, leave this file or organization out, or"
-            " check data.label"
+            " check data.label",
+            code="data.too_few_records",
         )
     return np.flatnonzero(~testing).astype(np.int64), np.flatnonzero(testing).astype(np.int64)
 
@@ -163,7 +168,8 @@ def _cuts(
     raise DataError(
         f"scheme {config.scheme!r} with {config.clients} clients left one with {best} examples or fewer"
         f" in each of {DRAWS} draws, and min_examples is {config.min_examples}:"
-        " use fewer clients, a larger ALPHA or K, or a smaller min_examples"
+        " use fewer clients, a larger ALPHA or K, or a smaller min_examples",
+        code="data.too_few_records",
     )
 
 
@@ -192,10 +198,14 @@ def _holders(classes_each: int, classes: int, clients: int, rng: np.random.Gener
 def _check_shards(classes_each: int, clients: int, classes: int) -> None:
     scheme = f"scheme 'shards:{classes_each}'"
     if classes_each > classes:
-        raise DataError(f"{scheme} needs {classes_each} classes, and the data has {classes}: use a smaller K")
+        raise DataError(
+            f"{scheme} needs {classes_each} classes, and the data has {classes}: use a smaller K", code="data.too_few_classes"
+        )
     if clients * classes_each < classes:
         held = f"{clients} clients hold {clients * classes_each} of {classes}"
-        raise DataError(f"{scheme} leaves classes without a client, as {held}: use more clients or a larger K")
+        raise DataError(
+            f"{scheme} leaves classes without a client, as {held}: use more clients or a larger K", code="data.too_few_clients"
+        )
 
 
 def _parse(scheme: str) -> tuple[str, float]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.readers.csv_reader import shown_names
-from cotune.data.readers.formats import READERS, DataFile
+from cotune.data.readers.data_file import DataFile
+from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES, Image
 from cotune.data.tasks.task import task_named
 from cotune.data.types import Input
@@ -49,7 +50,10 @@ def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, enc
         known = shown_names(names, (wanted,))
         hint = nearest(wanted, known) if known else ""
         problem = "no column" if wanted not in names else f"{names.count(wanted)} columns"
-        raise DataError(f"{path} has {problem} {wanted!r}: name the one to predict with --{key}{hint}".removesuffix("."))
+        raise DataError(
+            f"{path} has {problem} {wanted!r}: name the one to predict with --{key}{hint}".removesuffix("."),
+            code="data.missing_column",
+        )
     return _made(file, task, values[wanted])
 
 
@@ -80,19 +84,27 @@ def _file(path: Path, raw: bytes, key: str, column: str, encoding: str = "utf-8"
     try:
         config = DataConfig.model_validate({"source": str(path), key: column, "label": label, "encoding": encoding})
     except ValueError:
-        raise DataError(f"the column {column!r} or the encoding {encoding!r} cannot be had: expected names of such") from None
+        raise DataError(
+            f"the column {column!r} or the encoding {encoding!r} cannot be had: expected names of such",
+            code="data.unknown_encoding",
+        ) from None
     return DataFile(str(path), path, raw, config, key)
 
 
 def _content(path: Path) -> bytes:
     if path.suffix.lower() not in READERS:
-        raise DataError(f"{path} cannot be predicted: expected a file ending in one of {', '.join(sorted(READERS))}")
+        raise DataError(
+            f"{path} cannot be predicted: expected a file ending in one of {', '.join(sorted(READERS))}",
+            code="data.unknown_format",
+        )
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({reason_of(error)}): check the path and its permissions") from None
+        raise DataError(
+            f"{path} cannot be read ({reason_of(error)}): check the path and its permissions", code="data.not_readable"
+        ) from None
     if not content:
-        raise DataError(f"{path} is empty (0 bytes): expected records")
+        raise DataError(f"{path} is empty (0 bytes): expected records", code="data.no_records")
     return content
 
 
@@ -100,7 +112,9 @@ def _images(folder: Path) -> Iterator[Path]:
     try:
         found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
     except OSError as error:
-        raise DataError(f"{folder} cannot be opened ({reason_of(error)}): check its permissions") from None
+        raise DataError(
+            f"{folder} cannot be opened ({reason_of(error)}): check its permissions", code="data.not_readable"
+        ) from None
     if not found:
-        raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        raise DataError(f"{folder} holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}", code="data.no_files")
     yield from found

@@ -36,7 +36,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 _MOST_HEAD_BYTES = 4 * 2**20  # of all that is no chunk of an array: parsed, it takes many times as much memory
 
 
-class TooMuch(Exception):
+class TooLarge(Exception):
     """The message is larger than it may be."""
 
 
@@ -45,7 +45,7 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True)
-class Parcel:
+class ChunkedMessage:
     """number: of the message. pieces: object id -> content, as it came."""
 
     number: str
@@ -56,9 +56,9 @@ class Parcel:
 
         Raises TooMuch where its arrays would have more bytes in all than `max_bytes`, before one of them is made; Malformed.
         """
-        size = inflated_bytes(self.number, self.pieces)
+        size = count_inflated_bytes(self.number, self.pieces)
         if size > max_bytes:
-            raise TooMuch(f"its arrays would have {size:,} bytes, expected at most {max_bytes:,}")
+            raise TooLarge(f"its arrays would have {size:,} bytes, expected at most {max_bytes:,}")
         try:
             message = inflate_object_from_contents(self.number, self.pieces)
         except MemoryError:
@@ -69,7 +69,7 @@ class Parcel:
 
     def header(self, *records: str) -> Message:
         """The message with some of its records, of plain values, and with no array. Raises TooMuch, Malformed."""
-        inflated_bytes(self.number, self.pieces)
+        count_inflated_bytes(self.number, self.pieces)
         try:
             _, children, _ = _opened(self.pieces, self.number, "Message")
             held = {child: RecordDict(self._plain(child, records)) for child in children}
@@ -93,14 +93,14 @@ def _numbered(message: object, number: str) -> Message:
     return message
 
 
-def inflated_bytes(number: str, pieces: Mapping[str, bytes]) -> int:
+def count_inflated_bytes(number: str, pieces: Mapping[str, bytes]) -> int:
     """How many bytes the arrays of a message have once it is put together, by whatever names they are known.
 
     Raises TooMuch where all else is more than the limit, Malformed where the pieces are not nested as a message's are.
     """
     heads = sum(len(content) for content in pieces.values() if not content.startswith(b"ArrayChunk "))
     if heads > _MOST_HEAD_BYTES:
-        raise TooMuch(f"its headers have {heads:,} bytes, expected at most {_MOST_HEAD_BYTES:,}")
+        raise TooLarge(f"its headers have {heads:,} bytes, expected at most {_MOST_HEAD_BYTES:,}")
     try:
         return _of_message(pieces, number)
     except MemoryError:
@@ -171,7 +171,7 @@ def _opened(pieces: Mapping[str, bytes], number: str, expected: str = "") -> tup
     return kind, children, memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
 
 
-NotThere = ObjectUnavailableError  # to be raised for a piece that may yet come
+Pending = ObjectUnavailableError  # to be raised for a piece that may yet come
 
 # before a piece that is not there is asked for again
 _FIRST_WAIT_SECONDS = 0.02
@@ -180,26 +180,26 @@ _SLOW_SECONDS = 2.0  # a call under way for longer brings a piece: that there is
 _MOST_PIECES = 100_000  # Flower cuts arrays into pieces of 5 MiB
 
 
-class CutOff(Exception):
+class Aborted(Exception):
     """The rest of the message is gone, or does not come."""
 
 
-def gather(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> Message:
-    """The message, with its number; otherwise as `collect`.
+def download(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> Message:
+    """The message, with its number; otherwise as `download_chunks`.
 
     Raises TooMuch also where it would be larger than `max_bytes` once it is put together, before that is done; Malformed.
     """
-    return collect(tree, pull, max_bytes, silence).message(max_bytes)
+    return download_chunks(tree, pull, max_bytes, silence).message(max_bytes)
 
 
-def collect(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> Parcel:
+def download_chunks(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> ChunkedMessage:
     """All pieces of a message. No more than `max_bytes` and a piece are ever taken.
 
     tree: its pieces. pull: of a piece's id, called from several threads. silence: seconds without any piece that are waited for.
     Raises TooMuch, CutOff, and what `pull` raises.
     """
     if sum(1 for _ in islice(iterate_object_tree(tree), _MOST_PIECES + 1)) > _MOST_PIECES:
-        raise TooMuch(f"it has more than {_MOST_PIECES:,} parts, the most that were expected")
+        raise TooLarge(f"it has more than {_MOST_PIECES:,} parts, the most that were expected")
     try:
         found = pull_objects(
             [part.object_id for part in iterate_object_tree(tree)],
@@ -210,8 +210,8 @@ def collect(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, sile
             backoff_cap=_LONGEST_WAIT_SECONDS,
         )
     except ObjectPullError as error:
-        raise CutOff(f"a part of it is gone ({error})") from None
-    return Parcel(tree.object_id, found)
+        raise Aborted(f"a part of it is gone ({error})") from None
+    return ChunkedMessage(tree.object_id, found)
 
 
 class _Bounded:
@@ -230,9 +230,9 @@ class _Bounded:
         self._under_way[threading.get_ident()] = time.monotonic()
         try:
             content = self._pull(number)
-        except NotThere:
+        except Pending:
             if self._is_silent():
-                raise CutOff(f"no part of it has come for {self._silence:g} seconds") from None
+                raise Aborted(f"no part of it has come for {self._silence:g} seconds") from None
             raise
         finally:
             del self._under_way[threading.get_ident()]
@@ -240,7 +240,7 @@ class _Bounded:
             self._taken += len(content)
             self._came = time.monotonic()
             if self._taken > self._most_bytes:
-                raise TooMuch(f"it has more than {self._most_bytes:,} bytes, the most that were expected")
+                raise TooLarge(f"it has more than {self._most_bytes:,} bytes, the most that were expected")
         return content
 
     def _is_silent(self) -> bool:
@@ -251,7 +251,7 @@ class _Bounded:
         return not slow and now - self._came > self._silence
 
 
-def fetched(grid: Grid, number: str) -> Message | None:
+def pull_reply(grid: Grid, number: str) -> Message | None:
     """The answer to a message, if it is there."""
     for reply in grid.pull_messages([number]):
         return reply

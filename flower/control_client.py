@@ -38,22 +38,22 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from cotune.errors import RunError
 from cotune.flower.nodes import RegisteredNode
 
-HOME = "COTUNE_FEDERATION"  # the federation's folder, in the environment of what `cotune server start` has started
+FEDERATION_VARIABLE = "COTUNE_FEDERATION"  # the federation's folder, in the environment of what `cotune server start` has started
 
 
-def name_of(run: Path) -> str:
+def get_run_name(run: Path) -> str:
     """What the SuperLink is told of the folder of a run."""
     return run.name
 
 
-def place_of(told: str, environment: Mapping[str, str] = os.environ) -> Path:
+def find_run_folder(told: str, environment: Mapping[str, str] = os.environ) -> Path:
     """The folder of the run that a run configuration names; in a simulation, where no federation is, it names the folder itself.
 
     Raises RunError for what is neither.
     """
     if not told:
         raise RunError('the run configuration has no "run": expected the folder of a run')
-    home = environment.get(HOME)
+    home = environment.get(FEDERATION_VARIABLE)
     if not home:
         return Path(told)
     if told in (".", "..") or Path(told).name != told:
@@ -87,7 +87,7 @@ class RunState:
     details: str = ""
 
 
-class Control:
+class ControlClient:
     """Calls, one after the other. Each raises SuperLinkAway where the SuperLink cannot be reached, RunError where it refuses."""
 
     def __init__(self, client: ControlHttpClient) -> None:
@@ -110,7 +110,7 @@ class Control:
         """Hands the folder of a run to the executor. Returns the run's id. What is told here, members can read."""
         content, _ = build_fab_from_files({"pyproject.toml": APP})
         bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
-        config = user_config_to_proto(UserConfig({"run": name_of(run)}))
+        config = user_config_to_proto(UserConfig({"run": get_run_name(run)}))
         answer = _call(self._client.StartRun, StartRunRequest(fab=fab_to_proto(bundle), override_config=config))
         if not answer.HasField("run_id"):
             raise RunError(f"the SuperLink did not take the run ({answer.note or 'no reason given'}): see its log")
@@ -136,7 +136,7 @@ class Control:
         return tuple(sorted(run_id for run_id, run in runs.items() if run.status.status != "finished"))
 
 
-class SuperLinkAway(RunError):
+class SuperLinkUnreachable(RunError):
     """Nobody answers at the SuperLink's port."""
 
 
@@ -147,7 +147,7 @@ class _Refused(RunError):
 
 
 @contextmanager
-def control(address: str, certificates: Path) -> Iterator[Control]:
+def open_control(address: str, certificates: Path) -> Iterator[ControlClient]:
     """address: host:port on loopback. certificates: the coordinator's folder of them. Nothing is asked before the first call."""
     try:
         authority = (certificates / "ca.crt").read_bytes()
@@ -157,7 +157,7 @@ def control(address: str, certificates: Path) -> Iterator[Control]:
         raise RunError(f"{certificates / 'ca.crt'} cannot be read ({reason}): expected the federation's own") from None
     version = RuntimeVersionHttpInterceptor(component_name="cotune")
     with ControlHttpClient.from_server_address(address, False, authority, interceptors=[version]) as client:
-        yield Control(client)
+        yield ControlClient(client)
 
 
 def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
@@ -171,7 +171,7 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
                 "another server than this federation's answers at the SuperLink's port: stop it, or choose another superlink_port"
                 " in server.toml and start again"
             ) from None
-        raise SuperLinkAway(
+        raise SuperLinkUnreachable(
             f"the SuperLink cannot be reached ({error}): expected one that `cotune server start` keeps running"
         ) from None
     except ValueError as error:

@@ -46,10 +46,10 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from cotune.flower.bounded import harden_http_client
-from cotune.flower.chunks import Parcel, collect
+from cotune.flower.chunks import ChunkedMessage, download_chunks
+from cotune.flower.http_limits import harden_http_client
 from cotune.printable import printable
-from cotune.protocol.connectivity import explained
+from cotune.protocol.connectivity import describe_error
 
 _MOST_BYTES = 4 * 2**30  # of a request: more than any plan's
 _SILENCE_SECONDS = 10.0  # for the rest of a request that the server is uploading
@@ -75,16 +75,16 @@ class FleetError(Exception):
     """The server cannot be reached, or does not let this node in. It may help to wait and to connect again."""
 
 
-class NotKnown(FleetError):
+class NodeRejected(FleetError):
     """The server does not know this node, or has it online already."""
 
 
-class RequestOver(FleetError):
+class RequestExpired(FleetError):
     """The server does not want this request answered any more."""
 
 
 @dataclass(frozen=True)
-class Request:
+class AnnouncedRequest:
     """A message as it is announced: everything but its content. header: a message without content."""
 
     header: Message
@@ -114,7 +114,7 @@ class Request:
         return content
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Request:
+    def from_bytes(cls, content: bytes) -> AnnouncedRequest:
         """Raises ValueError for anything else than what to_bytes gave."""
         try:
             return cls._first_of(PullMessagesResponse.FromString(content))
@@ -122,11 +122,11 @@ class Request:
             raise ValueError(f"not a request: {error}") from None
 
     @classmethod
-    def _first_of(cls, response: Any) -> Request:
+    def _first_of(cls, response: Any) -> AnnouncedRequest:
         return cls(message_from_proto(response.messages_list[0]), response.message_object_trees[0])
 
 
-class Fleet:
+class FleetClient:
     """One connection to a server."""
 
     def __init__(self, client: FleetHttpClient, node_id: int) -> None:
@@ -137,25 +137,25 @@ class Fleet:
         self._left = False
         self._beating = threading.Lock()
 
-    def receive(self) -> Request | None:
+    def receive(self) -> AnnouncedRequest | None:
         """The next request, if there is one. The server announces each only once."""
         self.check_known()
         response = _call(self._client.PullMessages, PullMessagesRequest(node=self._node))
-        return Request._first_of(response) if response.messages_list else None
+        return AnnouncedRequest._first_of(response) if response.messages_list else None
 
     def check_known(self) -> None:
         """Raises NotKnown where a heartbeat was refused, as that of a key which was replaced or revoked."""
         if self._disowned.is_set():
-            raise NotKnown("the server does not know this node any more")
+            raise NodeRejected("the server does not know this node any more")
 
-    def open(self, request: Request) -> Parcel:
+    def open(self, request: AnnouncedRequest) -> ChunkedMessage:
         """The whole message, in its pieces. It may be opened again until it is confirmed.
 
         Raises CutOff when the rest of it does not come, TooMuch when it is too large: no more than the limit is ever taken;
         Malformed when it is no message.
         """
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
-        parcel = collect(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
+        parcel = download_chunks(request.tree, pull, _MOST_BYTES, _SILENCE_SECONDS)
         parcel.header("")  # anyone who is given it can answer it
         return parcel
 
@@ -186,7 +186,7 @@ class Fleet:
             except ObjectPushError as error:
                 raise FleetError(str(error)) from None
 
-    def confirm(self, request: Request) -> None:
+    def confirm(self, request: AnnouncedRequest) -> None:
         """The server may forget the content of a request that was opened. Before, it would fail to upload the rest of it."""
         confirmation = ConfirmMessageReceivedRequest(
             node=self._node, run_id=request.run, message_object_id=request.tree.object_id
@@ -205,7 +205,7 @@ class Fleet:
             with self._beating:
                 if not self._left and not _beat(self._client, self._node):
                     self._disowned.set()
-        except NotKnown:
+        except NodeRejected:
             self._disowned.set()
         except FleetError:
             return False
@@ -226,13 +226,13 @@ def _keep_alive(reply: Message) -> None:
 
 
 @contextmanager
-def connected(
+def connect(
     address: str,
     root_certificates: bytes | None,
     key: EllipticCurvePrivateKey,
     known: int | None = None,
     anew: bool = False,
-) -> Iterator[Fleet]:
+) -> Iterator[FleetClient]:
     """A connection with heartbeats, over TLS always. root_certificates: PEM; None: those that this machine trusts.
 
     known: the node id of a connection that broke off; it goes on at once, where a new one would be refused until the server has
@@ -243,7 +243,7 @@ def connected(
         address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
         harden_http_client(client._client)
-        fleet = Fleet(client, _enter(client, key, known, anew))
+        fleet = FleetClient(client, _enter(client, key, known, anew))
         heartbeats = HeartbeatSender(fleet.heartbeat)
         heartbeats.start()
         try:
@@ -266,7 +266,7 @@ def _enter(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | N
 def _is_known(client: FleetHttpClient, node_id: int) -> bool:
     try:
         return _beat(client, Node(node_id=node_id))
-    except NotKnown:
+    except NodeRejected:
         return False
 
 
@@ -281,7 +281,7 @@ def _call(method: Callable[[Any], _Answer], request: Any) -> _Answer:
     except httpx.HTTPStatusError as error:
         raise _fault(error.response) from None
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise FleetError(explained(error, error.request.url.netloc.decode("ascii"))) from None
+        raise FleetError(describe_error(error, error.request.url.netloc.decode("ascii"))) from None
     except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
         raise FleetError(_cut(error)) from None
     except httpx.HTTPError as error:
@@ -304,23 +304,23 @@ def _fault(response: httpx.Response) -> FleetError:
     status = response.status_code
     said = _said(response)
     if said and status in _REFUSED_NODE:
-        return NotKnown(f"the server does not let this node in: {said}{_apart(response.headers.get('date'))}")
+        return NodeRejected(f"the server does not let this node in: {said}{_apart(response.headers.get('date'))}")
     if said and status in _REFUSED_CALL:
         return FleetError(f"the server refuses what this node sends: {said}")
     if said and status in _BUSY:
         return FleetError(f"the server cannot take this now: {said}")
     if status == httpx.codes.UNAUTHORIZED:
-        return NotKnown(
+        return NodeRejected(
             "the server does not accept the key: expected one that the coordinator has registered (`cotune server invite`), and"
             f" clocks that agree within 5 minutes{_apart(response.headers.get('date'))}"
         )
     if status == httpx.codes.PRECONDITION_FAILED:
-        return NotKnown(
+        return NodeRejected(
             "the server does not let this node in: its key is not registered (`cotune server invite`), or a node with the same"
             " key is online already, perhaps on another machine, or until a minute ago"
         )
     if status == httpx.codes.FORBIDDEN:
-        return RequestOver("the run is over, or not for this node")
+        return RequestExpired("the run is over, or not for this node")
     if status == httpx.codes.NOT_FOUND:
         return FleetError("the server has nothing at this place: expected the public port of a federation at this address")
     if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.INSUFFICIENT_STORAGE):

@@ -31,7 +31,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from cotune.flower.chunks import NotThere, fetched, gather
+from cotune.flower.chunks import Pending, download, pull_reply
 from cotune.flower.nodes import RegisteredNode
 
 _SILENCE_SECONDS = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
@@ -41,7 +41,7 @@ RunStopped = RunNotRunningException  # raised by every call once the run was sto
 _Answer = TypeVar("_Answer")
 
 
-class Line(Protocol):
+class RuntimeClient(Protocol):
     """Every call raises what goes wrong with it, RunStopped where the run was stopped; several threads make them."""
 
     def get_nodes(self) -> tuple[RegisteredNode, ...]: ...
@@ -64,7 +64,7 @@ class Line(Protocol):
         ...
 
 
-def line_of(grid: Grid) -> Line:
+def open_runtime_client(grid: Grid) -> RuntimeClient:
     return _RuntimeLine(grid) if isinstance(grid, HttpGrid) else _GridLine(grid)
 
 
@@ -85,7 +85,7 @@ class _GridLine:
         return {number: number for number in numbers}
 
     def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
-        return fetched(self._grid, answer)
+        return pull_reply(self._grid, answer)
 
 
 class _RuntimeLine:
@@ -130,7 +130,7 @@ class _RuntimeLine:
 
     def fetch(self, answer: ObjectTree, max_bytes: int, came: Callable[[], None]) -> Message:
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, self._run)
-        message = gather(answer, _patient(pull, came), max_bytes, _SILENCE_SECONDS)
+        message = download(answer, _patient(pull, came), max_bytes, _SILENCE_SECONDS)
         received = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=answer.object_id)
         with suppress(httpx.HTTPError):  # it keeps what nobody needs
             self._call(self._client.ConfirmMessageReceived, received)
@@ -164,10 +164,10 @@ def _patient(pull: Callable[[str], bytes], came: Callable[[], None]) -> Callable
             came()
             return content
         except httpx.TransportError:
-            raise NotThere(number) from None
+            raise Pending(number) from None
         except httpx.HTTPStatusError as error:
             if error.response.is_server_error:
-                raise NotThere(number) from None
+                raise Pending(number) from None
             raise
 
     return patient

@@ -49,7 +49,8 @@ def encoder_name(module: Any) -> str:
     if len(parts) != 1:
         raise ModelError(
             f"the architecture {module.config.model_type} does not say which of its parts ({', '.join(parts) or 'none'}) is the"
-            " encoder: expected one beside the head; use another base model"
+            " encoder: expected one beside the head; use another base model",
+            code="model.unknown_encoder",
         )
     return parts[0]
 

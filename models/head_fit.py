@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.errors import RunError
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import State, TrainableModel
 
 _ITERATIONS = 60
@@ -90,7 +90,9 @@ def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start:
     _minimize(loss, parameters)
     found = model.state(names)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-        raise RunError("the head that was fitted to the own records is not finite: expected finite features")
+        raise RunError(
+            "the head that was fitted to the own records is not finite: expected finite features", code="run.not_finite"
+        )
     return found
 
 

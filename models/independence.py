@@ -29,9 +29,11 @@ from cotune.data.tasks.batching import LENGTHS
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Batch, Example
 from cotune.errors import PrivacyError
+from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernels_of
-from cotune.models.features import FEATURE_SLOTS, feature_head, features_mix, vectors_of
+from cotune.models.feature_head import feature_head, vectors_of
+from cotune.models.feature_precision import FEATURE_SLOTS, features_mix
 from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
 from cotune.models.trainable import TrainableModel
 
@@ -82,13 +84,14 @@ def check_independence(
             else:
                 mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
         except _FAILURES as raised:
-            raise PrivacyError(_apart(model, _reason(raised))) from None
+            raise PrivacyError(_apart(model, _reason(raised)), code="privacy.records_mix") from None
         if not mixing:
             return dtype
     raise PrivacyError(
         f"with train = {mode} in {str(dtype).removeprefix('torch.')} on this {model.device.type}, a record's numbers change with"
         " the records beside it, expected the same bits: use model.precision = float32, one thread (OMP_NUM_THREADS=1), another"
-        " device, or a base model of another width and without mixtures of experts"
+        " device, or a base model of another width and without mixtures of experts",
+        code="privacy.records_mix",
     )
 
 
@@ -145,23 +148,36 @@ def _answer(model: TrainableModel, dtype: torch.dtype, per_slot: PerSlot | None)
 
 
 def check_padding(model: TrainableModel) -> None:
-    """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model."""
+    """Raises PrivacyError when the model, or its feature, reads the padding of a record. Tried once per model and machine."""
     if model not in _padding:
-        try:
-            with model.at_random(()):
-                _padding[model] = padding_error(model, model.loaded.task.samples(model.loaded.reader))
-        except _FAILURES as raised:
-            _padding[model] = _reason(raised)
+        _padding[model] = _known_padding_error(model)
     error = _padding[model]
     kind = model.loaded.module.config.model_type
     if isinstance(error, str):
-        raise PrivacyError(_apart(model, error))
+        raise PrivacyError(_apart(model, error), code="privacy.records_mix")
     if not error <= MAX_PADDING_ERROR:
         raise PrivacyError(
             f"the architecture {kind} reads padding: a record padded to the length of its batch differs from itself alone by"
             f" {error:.2g} (relative), expected at most {MAX_PADDING_ERROR:g}; use another base model, such as bert, distilbert,"
-            " roberta or llama"
+            " roberta or llama",
+            code="privacy.reads_padding",
         )
+
+
+def _known_padding_error(model: TrainableModel) -> float | str:
+    """The error, or why it cannot be told; one that is small enough is kept on disk."""
+    key = (*model_key(model), MAX_PADDING_ERROR)
+    known = read_check("padding", key)
+    if known is not None:
+        return known
+    try:
+        with model.at_random(()):
+            error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+    except _FAILURES as raised:
+        return _reason(raised)
+    if error <= MAX_PADDING_ERROR:
+        write_check("padding", key, error)
+    return error
 
 
 def _reason(raised: BaseException) -> str:

@@ -50,7 +50,8 @@ def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
     if embeddings:
         raise ModelError(
             f"lora.targets names the embedding {embeddings[0]}: expected linear modules, as an adapted embedding has no gradient"
-            " per record; leave it out"
+            " per record; leave it out",
+            code="model.lora_targets",
         )
     linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
     prefix = f"{encoder_name(loaded.module)}."
@@ -58,7 +59,10 @@ def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
     chosen = [n for n in inside if n.split(".")[-1] in wanted]
     if not chosen:
         known = ", ".join(sorted({n.split(".")[-1] for n in inside}))
-        raise ModelError(f"lora.targets = {lora.targets} matches no linear module of {kind}: expected some of {known}")
+        raise ModelError(
+            f"lora.targets = {lora.targets} matches no linear module of {kind}: expected some of {known}",
+            code="model.lora_targets",
+        )
     return chosen
 
 
@@ -69,7 +73,10 @@ def _last_layers(targets: Sequence[str], layers: int | None) -> list[str]:
     numbers = [re.search(r"\.(\d+)\.", name) for name in targets]
     count = 1 + max((int(n[1]) for n in numbers if n), default=-1)
     if layers > count:
-        raise ModelError(f"lora.layers = {layers}, but the modules to adapt lie in {count} layers: expected at most {count}")
+        raise ModelError(
+            f"lora.layers = {layers}, but the modules to adapt lie in {count} layers: expected at most {count}",
+            code="model.lora_layers",
+        )
     return [name for name, n in zip(targets, numbers, strict=True) if n and int(n[1]) >= count - layers]
 
 

@@ -141,7 +141,10 @@ def stretched(example: Example, length: int) -> Example:
     ids = example["input_ids"]
     labels = example["labels"]
     if not ids:
-        raise ModelError("the base model's tokenizer makes no token of a text: expected at least one; use another base model")
+        raise ModelError(
+            "the base model's tokenizer makes no token of a text: expected at least one; use another base model",
+            code="model.unusable_tokenizer",
+        )
     times = -(-length // len(ids))
     rows = (ids * times)[: length - 1] + ids[-1:] if length > 1 else ids[:1]
     if isinstance(labels, list):

@@ -51,7 +51,10 @@ class TrainableModel:
         """
         chosen = [name for name, _ in self.parameters() if self._belongs(name, mode, freeze_embeddings, round)]
         if not chosen:
-            raise ModelError(f"the model has no parameters to train for train = {mode}: expected at least a head")
+            raise ModelError(
+                f"the model has no parameters to train for train = {mode}: expected at least a head",
+                code="model.nothing_to_train",
+            )
         return chosen
 
     def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
@@ -92,7 +95,8 @@ class TrainableModel:
             if name not in own or own[name].shape != tensor.shape:
                 got = f"{name} {tuple(tensor.shape)}"
                 raise ModelError(
-                    f"a state holds {got}, expected a parameter of this model: it was made with another plan or model"
+                    f"a state holds {got}, expected a parameter of this model: it was made with another plan or model",
+                    code="model.foreign_state",
                 )
         self._remember(own, state)
         for name, initial in self._initial.items():

@@ -45,7 +45,9 @@ def preset_summary(name: str) -> str:
 def preset_text(name: str) -> str:
     """A preset as TOML, comments included. Raises PlanError for an unknown name."""
     if name not in preset_names():
-        raise PlanError(f'there is neither a preset nor a file "{name}"{nearest(name, preset_names())}')
+        raise PlanError(
+            f'there is neither a preset nor a file "{name}"{nearest(name, preset_names())}', code="plan.unknown_preset"
+        )
     return (resources.files("cotune.plan") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
 
 
@@ -61,7 +63,10 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
     try:
         table = parse_toml(text)
     except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it") from None
+        raise PlanError(
+            f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it",
+            code="plan.malformed_toml",
+        ) from None
     table.setdefault("name", name)
     for override in overrides:
         _override(table, override)
@@ -87,17 +92,23 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # as editors on Windows write it
     except FileNotFoundError:
         raise PlanError(
-            f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one"
+            f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one",
+            code="plan.missing_file",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {path} cannot be read ({error}): expected a TOML file in UTF-8") from None
+        raise PlanError(
+            f"the plan {path} cannot be read ({error}): expected a TOML file in UTF-8", code="plan.not_readable"
+        ) from None
 
 
 def _override(table: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not equals or not all(path):
-        raise PlanError(f'the override "{text}" is not understood: expected key=value, such as privacy.epsilon=3')
+        raise PlanError(
+            f'the override "{text}" is not understood: expected key=value, such as privacy.epsilon=3',
+            code="plan.malformed_override",
+        )
     here: Any = table
     for part in path[:-1]:
         if isinstance(here, list):
@@ -117,7 +128,10 @@ def _override(table: dict[str, Any], text: str) -> None:
 
 def _item(items: list[Any], part: str, text: str) -> Any:
     if not part.isdigit() or int(part) >= len(items):
-        raise PlanError(f'the override "{text}" is not understood: expected a number from 0 to {len(items) - 1} for {part}')
+        raise PlanError(
+            f'the override "{text}" is not understood: expected a number from 0 to {len(items) - 1} for {part}',
+            code="plan.malformed_override",
+        )
     return items[int(part)]
 
 
@@ -157,7 +171,7 @@ def check_tables(table: Mapping[str, Any], *, partial: bool = False) -> None:
     except ValidationError as error:
         sentence = format_validation_error(error, Plan, "plan", partial=partial)
         if sentence:
-            raise PlanError(sentence) from None
+            raise PlanError(sentence, code="plan.invalid") from None
 
 
 def check_key(key: str) -> None:
@@ -179,7 +193,7 @@ def parse_plan(table: Mapping[str, Any], *, complete: bool = False) -> Plan:
     try:
         return Plan.model_validate(dict(table), context=COMPLETE if complete else None)
     except ValidationError as error:
-        raise PlanError(format_validation_error(error, Plan, "plan")) from None
+        raise PlanError(format_validation_error(error, Plan, "plan"), code="plan.invalid") from None
 
 
 def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
@@ -189,11 +203,11 @@ def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
         table = expand(table)
         table["strategy"], infos = pinned(table.get("strategy", {}), folder)
     except ValueError as error:
-        raise PlanError(f"the plan is not valid: strategy: {error}") from None
+        raise PlanError(f"the plan is not valid: strategy: {error}", code="plan.strategy") from None
     plan = parse_plan(table)
     problem = first_problem(plan.strategy, plan.facts, infos)
     if problem:
-        raise PlanError(f"the plan is not valid: {problem}")
+        raise PlanError(f"the plan is not valid: {problem}", code="plan.strategy")
     return plan
 
 

@@ -81,7 +81,8 @@ def _refuse_batch_norm(model: TrainableModel) -> None:
     if found:
         raise PrivacyError(
             f"the base model normalizes over the batch in {found[0]}, which mixes records, so that their privacy cannot be"
-            " bounded: expected a model without batch norm, such as a ViT; use another base model, or privacy = none"
+            " bounded: expected a model without batch norm, such as a ViT; use another base model, or privacy = none",
+            code="privacy.batch_norm",
         )
 
 

@@ -75,7 +75,7 @@ def explained(name: str, model: type[BaseModel]) -> list[Key]:
     found += [key for key in keys if found and key.name.startswith(f"{wanted}.")]
     found = found or [key for key in keys if key.name.endswith(f".{wanted}")]
     if not found:
-        raise PlanError(f'there is no key "{name}"{_near(wanted, keys)} (`cotune plan keys` lists all)')
+        raise PlanError(f'there is no key "{name}"{_near(wanted, keys)} (`cotune plan keys` lists all)', code="plan.unknown_key")
     return found
 
 

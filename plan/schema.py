@@ -11,7 +11,8 @@ from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
 from cotune.errors import nearest
-from cotune.plan.tables import PlanTables, Stage
+from cotune.plan.local_training import Stage
+from cotune.plan.tables import PlanTables
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.compatibility import Facts, first_problem
 from cotune.strategies.config import StrategyConfig, expand, is_complete

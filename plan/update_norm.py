@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from cotune.errors import PrivacyError
+from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.accounting.rounding import two_digits
 from cotune.privacy.config import RecordPrivacy, delta_of

@@ -19,7 +19,7 @@ _NOT_YET = 9
 _WRONG_HOST = (62, 64)
 
 
-def reach(address: str, certificates: bytes | None) -> datetime:
+def check_reachable(address: str, certificates: bytes | None) -> datetime:
     """Resolves, connects and shakes hands; returns when the server's certificate expires. Sends nothing else.
 
     address: host:port. certificates: PEM of the authority; None: those that this machine trusts. Raises RunError.
@@ -34,12 +34,12 @@ def reach(address: str, certificates: bytes | None) -> datetime:
         ):
             shown = secure.getpeercert(binary_form=True)
     except (OSError, UnicodeError) as error:
-        raise RunError(explained(error, address)) from None
+        raise RunError(describe_error(error, address)) from None
     assert shown is not None, "a server shows its certificate"
     return x509.load_der_x509_certificate(shown).not_valid_after_utc
 
 
-def explained(error: BaseException, address: str) -> str:
+def describe_error(error: BaseException, address: str) -> str:
     """One sentence for what went wrong on the way to a server; an exception's causes are looked at too."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):

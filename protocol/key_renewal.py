@@ -23,9 +23,9 @@ from cryptography.x509 import load_pem_x509_certificates
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotune.errors import RunError
-from cotune.protocol.signatures import Statement, sign, signed_by_node, signed_by_server
+from cotune.protocol.signatures import Statement, is_signed_by_node, is_signed_by_server, sign
 
-MOST_SERVER_RENEWALS = 16  # the last ones: anyone who knows none of their keys joins anew
+MAX_SERVER_RENEWALS = 16  # the last ones: anyone who knows none of their keys joins anew
 _LONGEST = 16 * 1024  # characters of one
 
 
@@ -100,9 +100,9 @@ class NodeRenewal(_Document):
 
     def check(self, old: object) -> None:
         """Raises RunError unless the key `old` has signed it, and anyone who has the new key."""
-        if not isinstance(old, EllipticCurvePublicKey) or not signed_by_node(self.about, self.signature, old):
+        if not isinstance(old, EllipticCurvePublicKey) or not is_signed_by_node(self.about, self.signature, old):
             raise RunError("the statement is not signed by the organization's present key: expected its own; do not use the file")
-        if not signed_by_node(self.about, self.confirmation, self.new_key()):
+        if not is_signed_by_node(self.about, self.confirmation, self.new_key()):
             raise RunError(
                 "the statement is not signed by the new key that it names: expected both signatures; do not use the file"
             )
@@ -128,9 +128,9 @@ class ServerRenewal(_Document):
     def check(self) -> None:
         """Raises RunError unless both keys that it names have signed it, and the authority is the one that it names."""
         about = self.about
-        if not signed_by_server(about, self.signature, about.old):
+        if not is_signed_by_server(about, self.signature, about.old):
             raise RunError("the statement of the server's new key is not signed by its old key: expected the federation's own")
-        if not signed_by_server(about, self.confirmation, about.new):
+        if not is_signed_by_server(about, self.confirmation, about.new):
             raise RunError("the statement of the server's new key is not signed by that key: expected both signatures")
         try:
             count = len(load_pem_x509_certificates(self.certificates.encode()))
@@ -142,15 +142,15 @@ class ServerRenewal(_Document):
     @classmethod
     def parse_all(cls, text: str) -> list[Self]:
         """The lines of a file, or of what comes with a request, the oldest first. Raises RunError."""
-        lines = text.split("\n", MOST_SERVER_RENEWALS)
-        if "".join(lines[MOST_SERVER_RENEWALS:]).strip():
-            raise RunError(f"these are more than {MOST_SERVER_RENEWALS} statements of renewed keys: expected the last ones")
+        lines = text.split("\n", MAX_SERVER_RENEWALS)
+        if "".join(lines[MAX_SERVER_RENEWALS:]).strip():
+            raise RunError(f"these are more than {MAX_SERVER_RENEWALS} statements of renewed keys: expected the last ones")
         return [cls.parse(line) for line in lines if line.strip()]
 
     @staticmethod
     def join(renewals: Sequence[ServerRenewal]) -> str:
         """As `parse_all` reads it: the newest."""
-        return "".join(f"{renewal.text()}\n" for renewal in renewals[-MOST_SERVER_RENEWALS:])
+        return "".join(f"{renewal.text()}\n" for renewal in renewals[-MAX_SERVER_RENEWALS:])
 
 
 def read_node_renewal(file: Path) -> NodeRenewal:
@@ -166,7 +166,7 @@ def read_server_renewals(file: Path) -> list[ServerRenewal]:
 def _read(file: Path) -> str:
     try:
         with file.open(encoding="ascii") as stream:
-            return stream.read(MOST_SERVER_RENEWALS * _LONGEST)
+            return stream.read(MAX_SERVER_RENEWALS * _LONGEST)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise RunError(f"{file} cannot be read ({reason}): expected the statement of a renewed key") from None

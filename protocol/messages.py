@@ -88,7 +88,7 @@ def _new_salt() -> bytes:
     return secrets.token_bytes(_SALT_BYTES)
 
 
-def salt_of(content: RecordDict) -> bytes:
+def get_salt(content: RecordDict) -> bytes:
     """The salt of an update or a receipt, for anyone who encodes the same again. Raises RunError where there is none."""
     for key in ("update", "receipt"):
         if isinstance(record := content.get(key), ConfigRecord):

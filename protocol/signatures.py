@@ -102,7 +102,7 @@ class RequestStatement(Statement):
 @dataclass(frozen=True)
 class ReplyStatement(Statement):
     """An answer: to which request (its digest), from whom, of which kind, and the `content_digest` of what it holds; of a refusal
-    the `words_digest`.
+    the `refusal_digest`.
 
     trusts: the newest signing key of the server that the organization knows, as hex.
     """
@@ -136,7 +136,7 @@ def sign(statement: Statement, key: Ed25519PrivateKey | EllipticCurvePrivateKey)
     return key.sign(statement.message(), ECDSA(hashes.SHA384())).hex()
 
 
-def signed_by_server(statement: Statement, signature: str, key: str) -> bool:
+def is_signed_by_server(statement: Statement, signature: str, key: str) -> bool:
     """Whether the signature is of the Ed25519 key (hex)."""
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), statement.message())
@@ -145,7 +145,7 @@ def signed_by_server(statement: Statement, signature: str, key: str) -> bool:
     return True
 
 
-def signed_by_node(statement: Statement, signature: str, key: EllipticCurvePublicKey) -> bool:
+def is_signed_by_node(statement: Statement, signature: str, key: EllipticCurvePublicKey) -> bool:
     """Whether the signature is of an organization's key."""
     try:
         key.verify(bytes.fromhex(signature), statement.message(), ECDSA(hashes.SHA384()))
@@ -172,17 +172,17 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)
 
 
-def words_digest(words: str) -> str:
+def refusal_digest(words: str) -> str:
     """SHA-256 of what a refusal says."""
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def signed_words(words: str, statement: Statement, signature: str) -> str:
+def dump_refusal(words: str, statement: Statement, signature: str) -> str:
     """A refusal under its signature, as one text: Flower's errors hold nothing else."""
     return json.dumps({"words": words, "statement": statement.text(), "signature": signature})
 
 
-def words_of(text: str) -> tuple[str, Signed | None]:
+def parse_refusal(text: str) -> tuple[str, Signed | None]:
     """What a refusal says, and its signature; None where it has none, as of a node that could not read the request."""
     try:
         found = json.loads(text) if text.startswith("{") else None

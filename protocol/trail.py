@@ -18,9 +18,9 @@ from cotune.protocol.signatures import (
     UPDATE,
     ReplyStatement,
     RequestStatement,
-    signed_by_node,
-    signed_by_server,
-    words_digest,
+    is_signed_by_node,
+    is_signed_by_server,
+    refusal_digest,
 )
 
 _ANSWERS = (UPDATE, RECEIPT, REFUSAL, "blocked")  # the last: an answer that was refused on its way out
@@ -28,25 +28,25 @@ Entries = Iterable[Mapping[str, Any]]
 
 
 @dataclass
-class End:
+class TrailEnd:
     """One end: digest of a request -> the request; the replies; and what is wrong in it by itself, in sentences."""
 
     requests: dict[str, RequestStatement] = field(default_factory=dict)
     replies: dict[str, ReplyStatement] = field(default_factory=dict)  # by the digest of the reply
     wrong: list[str] = field(default_factory=list)
 
-    def for_run(self, run: str) -> End:
+    def for_run(self, run: str) -> TrailEnd:
         """Its part about one run."""
         requests = {digest: request for digest, request in self.requests.items() if request.run == run}
         replies = {digest: reply for digest, reply in self.replies.items() if reply.request in requests}
-        return End(requests, replies, self.wrong)
+        return TrailEnd(requests, replies, self.wrong)
 
     def recipients(self) -> set[str]:
         return {request.recipient for request in self.requests.values()}
 
 
 @dataclass(frozen=True)
-class Trails:
+class TrailComparison:
     """contradictions: what one end has and the other must have; one_sided: what may have been lost on its way."""
 
     requests: int
@@ -55,25 +55,27 @@ class Trails:
     one_sided: tuple[str, ...]
 
 
-def of_coordinator(entries: Entries, organization: str, server: Sequence[str], node: Sequence[EllipticCurvePublicKey]) -> End:
+def read_coordinator_end(
+    entries: Entries, organization: str, server: Sequence[str], node: Sequence[EllipticCurvePublicKey]
+) -> TrailEnd:
     """The part of a run's trail.jsonl about one organization. server, node: the keys of both sides, those before included."""
-    end = End()
+    end = TrailEnd()
     for entry in entries:
         try:
             if entry.get("event") == "request":
                 _take_request(end, entry, server, organization)
             elif entry.get("event") == "reply":
                 reply = _take_reply(end, entry, node, organization)
-                if reply is not None and "words" in entry and words_digest(str(entry["words"])) != reply.sha256:
+                if reply is not None and "words" in entry and refusal_digest(str(entry["words"])) != reply.sha256:
                     end.wrong.append(f"the trail of the run: {_of_reply(end, reply)} has other words than were signed")
         except RunError as error:
             end.wrong.append(f"the trail of the run: {error}")
     return end
 
 
-def of_organization(entries: Entries, server: Sequence[str], node: Sequence[EllipticCurvePublicKey]) -> End:
+def read_organization_end(entries: Entries, server: Sequence[str], node: Sequence[EllipticCurvePublicKey]) -> TrailEnd:
     """An organization's log, as `entries` of it gives the lines."""
-    end = End()
+    end = TrailEnd()
     for entry in entries:
         try:
             if entry.get("what") == "request":
@@ -89,7 +91,7 @@ def of_organization(entries: Entries, server: Sequence[str], node: Sequence[Elli
     return end
 
 
-def compare(coordinator: End, organization: End) -> Trails:
+def compare_ends(coordinator: TrailEnd, organization: TrailEnd) -> TrailComparison:
     """What both have, and what they do not agree on. Both ends: of the same run and organization."""
     contradictions = [*coordinator.wrong, *organization.wrong]
     for digest in organization.requests.keys() - coordinator.requests.keys():
@@ -105,26 +107,26 @@ def compare(coordinator: End, organization: End) -> Trails:
         one_sided.append(f"{_of_reply(organization, organization.replies[digest])} did not arrive, or was not taken")
     both_requests = coordinator.requests.keys() & organization.requests.keys()
     both_replies = coordinator.replies.keys() & organization.replies.keys()
-    return Trails(len(both_requests), len(both_replies), tuple(sorted(contradictions)), tuple(sorted(one_sided)))
+    return TrailComparison(len(both_requests), len(both_replies), tuple(sorted(contradictions)), tuple(sorted(one_sided)))
 
 
-def _take_request(end: End, entry: Mapping[str, Any], keys: Sequence[str], organization: str | None = None) -> None:
+def _take_request(end: TrailEnd, entry: Mapping[str, Any], keys: Sequence[str], organization: str | None = None) -> None:
     request = RequestStatement.parse(str(entry.get("statement")))
     if organization not in (None, request.recipient):
         return
-    if not any(signed_by_server(request, str(entry.get("signature")), key) for key in keys):
+    if not any(is_signed_by_server(request, str(entry.get("signature")), key) for key in keys):
         end.wrong.append(f"{_of_request(request)} has not the signature of the server's key")
         return
     end.requests[request.digest] = request
 
 
 def _take_reply(
-    end: End, entry: Mapping[str, Any], keys: Sequence[EllipticCurvePublicKey], organization: str | None = None
+    end: TrailEnd, entry: Mapping[str, Any], keys: Sequence[EllipticCurvePublicKey], organization: str | None = None
 ) -> ReplyStatement | None:
     reply = ReplyStatement.parse(str(entry.get("statement")))
     if organization not in (None, reply.sender):
         return None
-    if not any(signed_by_node(reply, str(entry.get("signature")), key) for key in keys):
+    if not any(is_signed_by_node(reply, str(entry.get("signature")), key) for key in keys):
         end.wrong.append(f"{_of_reply(end, reply)} has not the signature of the organization's key")
         return None
     end.replies[reply.digest] = reply
@@ -135,7 +137,7 @@ def _of_request(request: RequestStatement) -> str:
     return f"the request ({request.kind}) of {request.at} for round {request.round} to {request.recipient}"
 
 
-def _of_reply(end: End, reply: ReplyStatement) -> str:
+def _of_reply(end: TrailEnd, reply: ReplyStatement) -> str:
     request = end.requests.get(reply.request)
     to = f"round {request.round}" if request else f"an unknown request {reply.request[:12]}"
     return f"the {reply.kind} of {reply.sender} for {to} (SHA-256 {reply.sha256[:16]}…)"

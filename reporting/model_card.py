@@ -14,7 +14,7 @@ from typing import Any
 
 from cotune.data.readers.sources import path_of_base
 from cotune.data.tasks.task import task_named
-from cotune.models.base_model import FOLDER
+from cotune.models.base_lookup import FOLDER
 from cotune.plan.schema import Plan
 from cotune.privacy.claim import claim_of
 from cotune.privacy.config import RecordPrivacy

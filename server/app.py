@@ -12,18 +12,19 @@ from flwr.serverapp import Grid, ServerApp
 from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import Metrics
 from cotune.errors import CotuneError
-from cotune.flower.control_client import place_of
-from cotune.flower.runtime_client import line_of
+from cotune.flower.control_client import find_run_folder
+from cotune.flower.runtime_client import open_runtime_client
 from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.refusals import Watch
+from cotune.server.deployment.refusals import RefusalWatch
 from cotune.server.deployment.trail import SignedTrail
 from cotune.server.rounds.evaluation import evaluate, present_judge
-from cotune.server.rounds.loop import Evaluate, Score, run_rounds
+from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session
+from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import conclude
 from cotune.server.runs.run_folder import Progress, RunFolder
@@ -40,11 +41,11 @@ def main(grid: Grid, context: Context) -> None:
     """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
     must not play meanwhile, hands the model out too, and writes its report. Raises RunError.
     """
-    folder = RunFolder(place_of(str(context.run_config.get("run") or "")))
+    folder = RunFolder(find_run_folder(str(context.run_config.get("run") or "")))
     if not folder.file.federation:
         return train(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
-    watch = Watch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
+    watch = RefusalWatch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
     with folder.locked(), _failures_told(folder), observe_run(watch):
         if not folder.finished:
             train(grid, folder)
@@ -124,7 +125,7 @@ def open_session(grid: Grid, folder: RunFolder) -> Session:
 
 
 def _open_superlink(grid: Grid, folder: RunFolder, members: Members) -> SuperLinkTransport:
-    line = line_of(grid)
+    line = open_runtime_client(grid)
     return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.tell)
 
 

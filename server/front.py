@@ -18,12 +18,12 @@ from cotune.flower import fleet_format
 from cotune.printable import clean_output, printable
 from cotune.server.deployment import certificates
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.refusals import Refusals
+from cotune.server.deployment.refusals import RefusalLog
 from cotune.server.proxy.fleet_format import FleetFormat
-from cotune.server.proxy.guard import unnoted
+from cotune.server.proxy.guard import ignore_refusal
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
-from cotune.server.proxy.server import Setup, serve
+from cotune.server.proxy.server import ProxySetup, serve
 from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.documents import parse_toml
 
@@ -101,13 +101,13 @@ class Keys:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def setup(config: FrontConfig) -> Setup:
+def setup(config: FrontConfig) -> ProxySetup:
     """Raises RunError for certificates that organizations would not accept, and a damaged list of members."""
-    expiry = certificates.check(config.certificates)
+    expiry = certificates.check_certificate(config.certificates)
     log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
     Members(config.members).all()
-    refusals = Refusals(config.refusals) if config.refusals else None
-    return Setup(
+    refusals = RefusalLog(config.refusals) if config.refusals else None
+    return ProxySetup(
         config.host,
         config.port,
         _server_context(config.certificates),
@@ -115,11 +115,11 @@ def setup(config: FrontConfig) -> Setup:
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
         Keys(config.members),
         FLEET_FORMAT,
-        refusals.note if refusals else unnoted,
+        refusals.note if refusals else ignore_refusal,
         config.limits,
         config.quotas,
         config.proxied,
-        refusals.note_address if refusals else unnoted,
+        refusals.note_address if refusals else ignore_refusal,
     )
 
 

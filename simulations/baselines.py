@@ -33,18 +33,20 @@ from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.export import export_model
-from cotune.models.features import encode_batch, feature_head
+from cotune.models.feature_head import feature_head
+from cotune.models.features import encode_batch
 from cotune.models.head_fit import head_names, head_scores, told_by
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.local_training import Stage
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.plan.tables import Stage
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
 from cotune.server.rounds.evaluation import Judge, evaluate, predict
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
-from cotune.simulations.prepare import Prepared, Share, make_site
+from cotune.simulations.prepare import Prepared, make_site
+from cotune.simulations.split import Share
 from cotune.strategies.config import StrategyConfig
 
 ALONE = "alone"

@@ -24,9 +24,12 @@ from cotune.simulations.baselines import each_judge
 def check_engine(engine: str) -> None:
     """Raises PlanError for an engine that is unknown or not installed."""
     if engine not in ENGINES:
-        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}')
+        raise PlanError(f'unknown engine "{engine}"{nearest(engine, ENGINES)}', code="plan.unknown_engine")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
-        raise PlanError('the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out')
+        raise PlanError(
+            'the engine "ray" is not installed: run `pip install "cotune[ray]"`, or leave --engine out',
+            code="plan.missing_package",
+        )
 
 
 def play_on(engine: str, folder: RunFolder) -> None:
@@ -70,9 +73,16 @@ def _ray(folder: RunFolder) -> None:
 
     _simulate(wrapped, folder)
     for error in failed:
-        raise error if isinstance(error, CotuneError) else RunError(f"the run failed: {type(error).__name__}: {error}")
+        raise (
+            error
+            if isinstance(error, CotuneError)
+            else RunError(f"the run failed: {type(error).__name__}: {error}", code="run.failed")
+        )
     if not folder.finished:
-        raise RunError("the simulation engine ended before the last round: expected all rounds; see the log, then --resume")
+        raise RunError(
+            "the simulation engine ended before the last round: expected all rounds; see the log, then --resume",
+            code="run.incomplete",
+        )
 
 
 def _simulate(app: ServerApp, folder: RunFolder) -> None:

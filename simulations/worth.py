@@ -18,7 +18,8 @@ from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import score
 from cotune.data.types import names_in
 from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
-from cotune.simulations.prepare import Prepared, Share
+from cotune.simulations.prepare import Prepared
+from cotune.simulations.split import Share
 
 COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured

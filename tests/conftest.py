@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +13,9 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 import pytest
 import torch
 
+from cotune.worker_process import WorkerProcess
 from tests.support.datasets import sentences, write_csv
+from tests.support.processes import preloaded
 from tests.support.tiny_models import base_model
 
 __all__ = ["base_model"]  # fixtures
@@ -33,3 +36,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Features are cached in a folder of the test session, not in the user's."""
     folder = tmp_path_factory.getbasetemp() / "cotune-cache"
     monkeypatch.setenv("COTUNE_CACHE", str(folder))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _preloaded_workers() -> Iterator[None]:
+    """Worker processes of cotune need not import PyTorch each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerProcess, "context", preloaded())
+        yield

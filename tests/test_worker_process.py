@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from multiprocessing.connection import Connection
 
 import psutil
+import pytest
 
 from cotune.worker_process import WorkerProcess, receive_all
 
@@ -23,6 +25,12 @@ if __name__ == "__main__":
     print(worker.pipe.recv(), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+@pytest.fixture(autouse=True)
+def _new_interpreters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As outside of the tests."""
+    monkeypatch.setattr(WorkerProcess, "context", multiprocessing.get_context("spawn"))
 
 
 def double(pipe: Connection, offset: int) -> None:

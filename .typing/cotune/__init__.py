@@ -1,1 +1,87 @@
-../../__init__.py
+"""Collaborative fine-tuning without sharing data: federated, differentially private, on Flower and Opacus.
+
+What stands in `__all__` is the public interface, with the names of `cotune.strategies` for rules of one's own; everything
+else may change without notice. Names are imported when they are first used, as PyTorch takes seconds to load.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cotune.errors import CotuneError, DataError, Declined, DeviceError, ModelError, PlanError, PrivacyError, RunError
+    from cotune.plan.load import load_plan
+    from cotune.plan.schema import Plan
+    from cotune.privacy.ledger.ledger import Ledger
+    from cotune.privacy.policy import Policy
+    from cotune.simulations.auditing.audit import audit
+    from cotune.simulations.comparison.compare import compare
+    from cotune.simulations.forecast.forecast import forecast
+    from cotune.simulations.run import Run, resume, simulate
+    from cotune.strategies.registry import client_term, fusion, server_optimizer, weighting
+
+__version__ = version("cotune")
+
+_MODULES = {
+    "CotuneError": "errors",
+    "DataError": "errors",
+    "Declined": "errors",
+    "DeviceError": "errors",
+    "Ledger": "privacy.ledger.ledger",
+    "ModelError": "errors",
+    "Plan": "plan.schema",
+    "PlanError": "errors",
+    "Policy": "privacy.policy",
+    "PrivacyError": "errors",
+    "Run": "simulations.run",
+    "RunError": "errors",
+    "audit": "simulations.auditing.audit",
+    "client_term": "strategies.registry",
+    "compare": "simulations.comparison.compare",
+    "forecast": "simulations.forecast.forecast",
+    "fusion": "strategies.registry",
+    "load_plan": "plan.load",
+    "resume": "simulations.run",
+    "server_optimizer": "strategies.registry",
+    "simulate": "simulations.run",
+    "weighting": "strategies.registry",
+}
+
+__all__ = [
+    "CotuneError",
+    "DataError",
+    "Declined",
+    "DeviceError",
+    "Ledger",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Policy",
+    "PrivacyError",
+    "Run",
+    "RunError",
+    "__version__",
+    "audit",
+    "client_term",
+    "compare",
+    "forecast",
+    "fusion",
+    "load_plan",
+    "resume",
+    "server_optimizer",
+    "simulate",
+    "weighting",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"cotune.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

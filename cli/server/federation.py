@@ -60,7 +60,7 @@ def init(
         test=None if test is None else test.expanduser().resolve(),
         device=device,
     )
-    made = creation.found(folder, loaded, config)
+    made = creation.create_federation(folder, loaded, config)
     console = screen()
     console.print(f"{escape(str(made.path))} is the federation [bold]{escape(config.name)}[/bold]")
     console.print(f"labels: {escape(', '.join(made.plan.labels))}")
@@ -85,9 +85,9 @@ def renew(folder: FederationPath, host: Host = None) -> None:
     from cotune.server.deployment import creation  # loads PyTorch
 
     opened = FederationFolder(folder)
-    rotation.finish(opened)
-    changed = creation.renew(opened, tuple(dict.fromkeys(host or ())))
-    until = certificates.check(opened.certificates)
+    rotation.finish_activation(opened)
+    changed = creation.renew_server(opened, tuple(dict.fromkeys(host or ())))
+    until = certificates.check_certificate(opened.certificates)
     typer.echo(f"the certificate is valid until {until:%Y-%m-%d}; stop `cotune server start` and start it again to show it")
     if changed:
         fingerprint = opened.invitation.fingerprint
@@ -104,16 +104,16 @@ def renew_keys(
     """Renew the signing key and the certificate authority: announce new ones, then use them (--switch)."""
     opened = FederationFolder(folder)
     if not switch:
-        _show_announced(opened, rotation.announce(opened).about.new)
+        _show_announced(opened, rotation.announce_keys(opened).about.new)
         return
-    rotation.finish(opened)
-    without = rotation.without_them(opened)
+    rotation.finish_activation(opened)
+    without = rotation.list_members_without_keys(opened)
     if without and not anyway:
         raise RunError(
             f"{', '.join(without)[:500]} have not answered since the new keys were announced: wait for their next round, or give"
-            f" them {opened.path / rotation.HANDOUT} (`cotune client trust`) and add --anyway"
+            f" them {opened.path / rotation.SERVER_RENEWALS} (`cotune client trust`) and add --anyway"
         )
-    rotation.put_into_use(opened)
+    rotation.activate_keys(opened)
     typer.echo("the new keys are in use; stop `cotune server start` and start it again, within 30 days, to show the certificate")
     typer.echo(f"anyone who joins from now on needs the new federation.toml; its fingerprint: {opened.invitation.fingerprint}")
 
@@ -121,9 +121,9 @@ def renew_keys(
 def _show_announced(opened: FederationFolder, key: str) -> None:
 
     typer.echo(f"the new keys are announced with every request from now on; the public half of the one that will sign: {key}")
-    without = ", ".join(rotation.without_them(opened))
+    without = ", ".join(rotation.list_members_without_keys(opened))
     typer.echo(f"members that have not answered since: {without or 'none'}")
-    typer.echo(f"give {opened.path / rotation.HANDOUT} to those that no request reaches (`cotune client trust`)")
+    typer.echo(f"give {opened.path / rotation.SERVER_RENEWALS} to those that no request reaches (`cotune client trust`)")
     typer.echo("then: cotune server renew-keys FED --switch")
 
 

@@ -16,7 +16,7 @@ from cotune.cli.options import FederationPath
 from cotune.cli.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
-from cotune.flower.control_client import control
+from cotune.flower.control_client import open_control
 from cotune.plan.load import check_tables, overrides_alone, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import percent, size
@@ -24,12 +24,12 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.run_controller import (
     Executor,
     check_none_unfinished,
-    hand_over,
-    is_served,
+    is_superlink_kept_running,
+    lock_runs,
     newest,
-    only_follower,
+    retry_while_served,
     run_to_completion,
-    when_served,
+    submit,
 )
 from cotune.server.runs.run_folder import RunFolder
 from cotune.storage.documents import parse_json
@@ -52,15 +52,15 @@ def run(
     beginning(f"reading {folder}")
     federation = FederationFolder(folder)
     console = screen()
-    with only_follower(federation), control(federation.superlink_address, federation.certificates) as executor:
-        served = partial(is_served, federation)
+    with lock_runs(federation), open_control(federation.superlink_address, federation.certificates) as executor:
+        served = partial(is_superlink_kept_running, federation)
         if not resume:
             with showing_remote_progress(console) as tell:
-                when_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
+                retry_while_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
             with showing_remote_progress(console) as tell:
-                when_served(lambda: hand_over(played, executor), served, tell)
+                retry_while_served(lambda: submit(played, executor), served, tell)
             console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
             return
         with showing_remote_progress(console) as tell:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cotune.cli.options import AsJson, FederationPath
 from cotune.cli.screen import screen
-from cotune.flower.control_client import control
+from cotune.flower.control_client import open_control
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import instant, size
 from cotune.server.deployment.federation import FederationFolder
@@ -38,7 +38,7 @@ def status(
 
     federation = FederationFolder(folder)
     console = screen()
-    with control(federation.superlink_address, federation.certificates) as asked:
+    with open_control(federation.superlink_address, federation.certificates) as asked:
 
         def now() -> Status:
             connected = connections(federation.members.all(), asked)

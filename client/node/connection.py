@@ -15,8 +15,8 @@ from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.client.site_setup import read_certificates, read_private_key
 from cotune.errors import RunError
-from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, connected
-from cotune.protocol.connectivity import reach
+from cotune.flower.fleet_client import FleetClient, FleetError, NodeRejected, connect
+from cotune.protocol.connectivity import check_reachable
 from cotune.storage.files import is_locked
 
 
@@ -34,7 +34,7 @@ class Entrance:
         address: str,
         root_certificates: Path | None,
         key: Path,
-        connect: Callable[..., AbstractContextManager[Fleet]] = connected,
+        connect: Callable[..., AbstractContextManager[FleetClient]] = connect,
     ) -> None:
         self._site = site
         self._address = address
@@ -47,24 +47,24 @@ class Entrance:
             write_public(site, present)  # a renewal may have been cut off before it
 
     @contextmanager
-    def __call__(self, known: int | None, anew: bool) -> Iterator[Fleet]:
+    def __call__(self, known: int | None, anew: bool) -> Iterator[FleetClient]:
         """As `connected`."""
         certificates = self._certificates()
         with ExitStack() as held:
             try:
                 fleet = held.enter_context(self._connect(self._address, certificates, read_private_key(self._key), known, anew))
-            except NotKnown as refused:
+            except NodeRejected as refused:
                 fleet = self._enter_with_next(held, certificates, refused)
             yield fleet
 
-    def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NotKnown) -> Fleet:
+    def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NodeRejected) -> FleetClient:
         """refused: raised again where there is no next key, or the server does not know that either."""
         following = next_key(self._site) if self._is_own_key else None
         if following is None:
             raise refused
         try:
             fleet = held.enter_context(self._connect(self._address, certificates, following))
-        except NotKnown:
+        except NodeRejected:
             raise refused from None
         take_next(self._site, following)
         return fleet
@@ -100,14 +100,14 @@ def try_connection(site: Site, address: str, certificates: bytes | None) -> Trie
     """
     key = read_private_key(site.folder / "node.key")
     try:
-        expires = reach(address, certificates)
+        expires = check_reachable(address, certificates)
     except RunError as error:
         return Tried(address, str(error))
     tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
     if is_locked(site.folder / "node" / "lock"):
         return Tried(**{**vars(tried), "served": True})
     try:
-        with connected(address, certificates, key) as fleet:
+        with connect(address, certificates, key) as fleet:
             fleet.leave()
     except FleetError as error:
         return Tried(**{**vars(tried), "problem": str(error)})

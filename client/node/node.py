@@ -33,8 +33,8 @@ from cotune.client.node.connection import Entrance
 from cotune.client.node.worker import ResidentDied, TrainerProcess
 from cotune.client.training.observe import tell
 from cotune.errors import DataError, RunError
-from cotune.flower.chunks import CutOff, Parcel
-from cotune.flower.fleet_client import Fleet, FleetError, Request, RequestOver
+from cotune.flower.chunks import Aborted, ChunkedMessage
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, RequestExpired
 from cotune.storage.files import atomic_write, exclusive_lock
 
 _CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
@@ -65,13 +65,13 @@ _LONGEST_WAIT_SECONDS = 10.0
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
-Connect = Callable[[int | None, bool], AbstractContextManager[Fleet]]  # as `connected`: known, anew
+Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # as `connected`: known, anew
 
 
 class Worker(Protocol):
     """Who answers: a TrainerProcess."""
 
-    def give(self, parcel: Parcel) -> None: ...
+    def give(self, parcel: ChunkedMessage) -> None: ...
     def answer(self, seconds: float) -> Message | None: ...
 
 
@@ -140,19 +140,19 @@ class Node:
                 tell("disconnected", reason=str(error))
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
-    def serve(self, fleet: Fleet) -> None:
+    def serve(self, fleet: FleetClient) -> None:
         """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
         while not self._stop.is_set():
             try:
                 if not self._step(fleet):
                     waited = time.monotonic() - self._active
                     self._stop.wait(min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * waited)))
-            except RequestOver as error:
+            except RequestExpired as error:
                 if self._request is None:
                     raise
                 self._drop(fleet, str(error))
 
-    def _step(self, fleet: Fleet) -> bool:
+    def _step(self, fleet: FleetClient) -> bool:
         """The next thing to do; False where there is none."""
         if self._request is None:
             self._request = self._receive(fleet)
@@ -168,13 +168,13 @@ class Node:
         self._active = time.monotonic()
         return True
 
-    def _receive(self, fleet: Fleet) -> Request | None:
+    def _receive(self, fleet: FleetClient) -> AnnouncedRequest | None:
         self._in_doubt = True
         request = fleet.receive()
         self._in_doubt = False
         return request
 
-    def _accept(self, fleet: Fleet, request: Request) -> None:
+    def _accept(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """Keeps a request; one that nobody waits for any more is dropped. The finished model may be that of an earlier round."""
         self._deadline = time.monotonic() + request.seconds
         round = int(request.round) if request.round.isdecimal() else 0
@@ -188,7 +188,7 @@ class Node:
         except OSError as error:
             self._refuse(request, GENERIC_REFUSAL, f"the site cannot be written ({error}): make room, or mend its permissions")
 
-    def _begin(self, fleet: Fleet, request: Request) -> None:
+    def _begin(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""
         if self._is_late():
             return self._drop(fleet, "its time has passed")
@@ -201,7 +201,7 @@ class Node:
         if not self._is_at(request):
             self._give(fleet, request)
 
-    def _is_at(self, request: Request) -> bool:
+    def _is_at(self, request: AnnouncedRequest) -> bool:
         """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
         if self._at and self._at == _content_of(request):
             with suppress(ResidentDied):
@@ -210,7 +210,7 @@ class Node:
         self._at = ""
         return False
 
-    def _give(self, fleet: Fleet, request: Request) -> None:
+    def _give(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         try:
             parcel = fleet.open(request)
             self._opened = True
@@ -220,7 +220,7 @@ class Node:
             tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
-        except CutOff as error:
+        except Aborted as error:
             self._ask_anew(fleet, error)
         except ResidentDied as error:
             self._died(request, error)
@@ -228,13 +228,13 @@ class Node:
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
-    def _ask_anew(self, fleet: Fleet, error: CutOff) -> None:
+    def _ask_anew(self, fleet: FleetClient, error: Aborted) -> None:
         """The server's call was cut off, as by a SuperLink that was killed: anyone who connects anew is asked again."""
         self._drop(fleet, f"{error}; it is to be asked again")
         self._in_doubt = True
         raise FleetError("a request did not come whole")
 
-    def _refuse(self, request: Request, said: str, reason: str) -> None:
+    def _refuse(self, request: AnnouncedRequest, said: str, reason: str) -> None:
         """Answers without the worker. said: to the server. reason: for the organization's own log of what was sent."""
         self._reply = refusal(request.header, said)
         self._own_entry = {"what": "refusal", "round": request.round, "reason": reason}
@@ -244,7 +244,7 @@ class Node:
         except RunError as error:  # what is refused without it says nothing of the records
             _log.error("%s", error)
 
-    def _wait_for_reply(self, fleet: Fleet, request: Request) -> None:
+    def _wait_for_reply(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         fleet.check_known()
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
@@ -257,7 +257,7 @@ class Node:
                 self._request = newer
                 self._accept(fleet, newer)
 
-    def _died(self, request: Request, error: ResidentDied) -> None:
+    def _died(self, request: AnnouncedRequest, error: ResidentDied) -> None:
         """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
         again.
         """
@@ -271,7 +271,7 @@ class Node:
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
 
-    def _send(self, fleet: Fleet, request: Request, reply: Message) -> None:
+    def _send(self, fleet: FleetClient, request: AnnouncedRequest, reply: Message) -> None:
         if self._is_late():
             return self._drop(fleet, "its answer came too late")
         seconds = time.monotonic() - self._began
@@ -285,13 +285,13 @@ class Node:
         """What the worker has entered about its answer."""
         return {} if self._sent is None else self._sent.last()
 
-    def _drop(self, fleet: Fleet, reason: str) -> None:
+    def _drop(self, fleet: FleetClient, reason: str) -> None:
         assert self._request is not None
         _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
         tell("dropped", round=self._request.round, reason=reason)
         self._forget(fleet, self._request)
 
-    def _forget(self, fleet: Fleet, request: Request) -> None:
+    def _forget(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
         opened = self._opened
         self._request = None
@@ -304,7 +304,7 @@ class Node:
             with suppress(FleetError):
                 fleet.confirm(request)
 
-    def _enter(self, fleet: Fleet) -> None:
+    def _enter(self, fleet: FleetClient) -> None:
         _log.info("connected as node %s", fleet.node_id)
         tell("connected", node=fleet.node_id)
         self._known = fleet.node_id
@@ -317,7 +317,7 @@ class Node:
             self._at = _content_of(self._request) if self._given and self._reply is None else ""
             self._drop(fleet, "the server knows this node by another number now, and asks it anew")
 
-    def _leave(self, fleet: Fleet) -> None:
+    def _leave(self, fleet: FleetClient) -> None:
         """A node that is stopped says so: nobody waits for what it was at."""
         for file in (self._request_file, self._id_file):
             with suppress(OSError):
@@ -325,9 +325,9 @@ class Node:
         with suppress(FleetError):
             fleet.leave()
 
-    def _kept_request(self) -> Request | None:
+    def _kept_request(self) -> AnnouncedRequest | None:
         try:
-            kept = Request.from_bytes(self._request_file.read_bytes())
+            kept = AnnouncedRequest.from_bytes(self._request_file.read_bytes())
             age = max(0.0, time.time() - self._request_file.stat().st_mtime)
             self._deadline = time.monotonic() + kept.header.metadata.ttl - age
             return kept
@@ -345,7 +345,7 @@ class Node:
             return None
 
 
-def _content_of(request: Request) -> str:
+def _content_of(request: AnnouncedRequest) -> str:
     """The identifier of what a request holds: a hash of it, the same when it is asked anew."""
     return str(request.tree.children[0].object_id) if request.tree.children else ""
 

@@ -17,7 +17,7 @@ from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.site_setup import model_here
 from cotune.errors import CotuneError, RunError
-from cotune.flower.chunks import Parcel
+from cotune.flower.chunks import ChunkedMessage
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import state_shapes
 from cotune.plan.schema import Plan
@@ -75,7 +75,7 @@ def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
         raise RunError("the request sends tensors beside the state: expected none, as the plan has no client term")
 
 
-def opened(parcel: Parcel, site: Site) -> Message:
+def opened(parcel: ChunkedMessage, site: Site) -> Message:
     """The message of a request, if it is no larger than its plan makes one.
 
     Without its arrays where it is not signed, or the plan is not approved or cannot be read: anyone who answers refuses it for

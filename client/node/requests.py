@@ -30,11 +30,11 @@ from cotune.protocol.signatures import (
     RequestStatement,
     attach,
     detach,
+    dump_refusal,
+    is_signed_by_server,
+    refusal_digest,
     roster_digest,
     sign,
-    signed_by_server,
-    signed_words,
-    words_digest,
 )
 
 _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
@@ -78,7 +78,7 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
     trust = Trust.read(folder)
     statement = RequestStatement.parse(signed.text)
     keys = trust.signing_keys()
-    key = next((key for key in keys if signed_by_server(statement, signed.signature, key)), None)
+    key = next((key for key in keys if is_signed_by_server(statement, signed.signature, key)), None)
     if key is None:
         raise RunError(f"the signature of the request is not of the server of {trust.name}: expected its signing key")
     if statement.federation != trust.federation:
@@ -150,11 +150,11 @@ def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple
 
     Raises RunError as `countersign` does.
     """
-    digest = words_digest(words)
+    digest = refusal_digest(words)
     statement, signature = _countersigned(REFUSAL, digest, requested, folder)
     entry = {"sha256": digest, "statement": statement.text(), "signature": signature}
     entry |= {"refused": requested.statement.text(), "refused_signature": requested.signature}
-    return signed_words(words, statement, signature), entry
+    return dump_refusal(words, statement, signature), entry
 
 
 def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -> tuple[ReplyStatement, str]:

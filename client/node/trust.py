@@ -21,7 +21,8 @@ from cotune.client.audit_log import AuditLog
 from cotune.errors import RunError
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.storage.files import atomic_write, exclusive_lock
+from cotune.storage.documents import JsonDocument
+from cotune.storage.files import exclusive_lock
 
 _MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
@@ -59,16 +60,14 @@ class Trust(BaseModel):
     @classmethod
     def read(cls, site: Path) -> Trust:
         """Raises RunError."""
-        file = _file(site)
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except FileNotFoundError:
+        found = _document(site).read()
+        if found is None:
             raise RunError(
                 f"{site} does not know by which key its server signs: run `cotune client join` with the federation.toml of a"
-                " coordinator whose cotune signs its requests"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{file} is damaged ({type(error).__name__}): remove it, and join with the federation.toml") from None
+                " coordinator whose cotune signs its requests",
+                code="run.not_joined",
+            )
+        return found
 
     @classmethod
     def join(cls, site: Path, invitation: Invitation) -> Trust:
@@ -78,10 +77,9 @@ class Trust(BaseModel):
         offered = TrustedServer(signing_key=invitation.signing_key, certificates=invitation.certificates.decode())
         trust = cls(federation=invitation.id, name=invitation.name, generations=(offered,))
         with _changing(site):
-            if _file(site).exists():
-                known = cls.read(site)
-                if known.federation == invitation.id:
-                    trust = known if known.find(invitation.signing_key) else known._ending_before(offered)
+            known = _document(site).read()
+            if known is not None and known.federation == invitation.id:
+                trust = known if known.find(invitation.signing_key) else known._ending_before(offered)
             return trust.write(site)
 
     def _ending_before(self, newest: TrustedServer) -> Self:
@@ -90,7 +88,7 @@ class Trust(BaseModel):
         return self.model_copy(update={"generations": (*ended, newest)})
 
     def write(self, site: Path) -> Trust:
-        atomic_write(_file(site), self.model_dump_json(indent=1).encode())
+        _document(site).write(self)
         return self
 
     def find(self, signing_key: str) -> TrustedServer | None:
@@ -174,8 +172,8 @@ def note_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
             after.write(site)
 
 
-def _file(site: Path) -> Path:
-    return site / "node" / "trust.json"
+def _document(site: Path) -> JsonDocument[Trust]:
+    return JsonDocument(site / "node" / "trust.json", Trust, advice="remove it, and join with the federation.toml")
 
 
 def _changing(site: Path) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from flwr.app import Context, Message, RecordDict, UserConfig
 
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.errors import RunError
-from cotune.flower.chunks import Malformed, Parcel, TooMuch
+from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge
 from cotune.printable import clean_output
 from cotune.worker_process import WorkerProcess, receive_all
 
@@ -47,7 +47,7 @@ class TrainerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def give(self, parcel: Parcel) -> None:
+    def give(self, parcel: ChunkedMessage) -> None:
         """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
 
         Raises ResidentDied.
@@ -90,7 +90,7 @@ def _work(pipe: Connection, folder: Path, server: str) -> None:
         pipe.send(_answer(parcel, folder, server))
 
 
-def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
+def _answer(parcel: ChunkedMessage, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
     from cotune.client.audit_log import AuditLog
     from cotune.client.node.received import opened
@@ -103,7 +103,7 @@ def _answer(parcel: Parcel, folder: Path, server: str = "") -> Message:
     try:
         return app(opened(parcel, Site(folder)), context)
     except Exception as error:  # such as a message of a kind that is not served
-        foreseen = isinstance(error, TooMuch | Malformed)
+        foreseen = isinstance(error, TooLarge | Malformed)
         _log.error("the message could not be answered: %s", error, exc_info=None if foreseen else error)
         with suppress(RunError):  # what is refused without it says nothing of the records
             AuditLog(folder).append("refusal", server=server, said=GENERIC_REFUSAL, reason=f"{type(error).__name__}: {error}")

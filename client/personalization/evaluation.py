@@ -31,7 +31,7 @@ from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
 from cotune.models.evaluation.predictor import load_finished
 from cotune.models.export import export_model
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.head_fit import head_names, head_scores, told_by
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan

@@ -21,9 +21,9 @@ from cotune.client.account import Account
 from cotune.client.training.rows import TrainingSetup
 from cotune.errors import PrivacyError, RunError
 from cotune.models.trainable import TrainableModel
+from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.parameters import gram_layers
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_variance

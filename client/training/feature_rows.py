@@ -18,7 +18,7 @@ from cotune.client.training.rows import TrainingSetup, all_right, of_each_slot
 from cotune.data.tasks.batching import bucket_of_length, fixed_batches
 from cotune.data.tasks.task import Target, losses_of
 from cotune.data.tasks.text import IGNORED
-from cotune.models.features import FeatureHead
+from cotune.models.feature_head import FeatureHead
 from cotune.models.independence import check_independence
 from cotune.models.probes import lengths_of
 from cotune.models.trainable import TrainableModel

@@ -20,9 +20,9 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import Guard, check_gradients, optimizer_of, setting_of
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
+from cotune.plan.local_training import Stage
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
-from cotune.plan.tables import Stage
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps

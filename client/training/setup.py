@@ -22,13 +22,15 @@ from cotune.data.tasks.task import Target, example_losses, logits
 from cotune.data.tasks.text import IGNORED, Example
 from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
+from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.device import bfloat16_is_fast, kernels_of
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.features import encode_batch, feature_head
+from cotune.models.feature_head import feature_head
+from cotune.models.features import encode_batch
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule
@@ -124,13 +126,19 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
 
 
 def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:
-    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition."""
+    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
+
+    What has passed is kept on disk, as every process of a comparison and every command asks again.
+    """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernels_of(model.device)
     key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
     known = _checked.setdefault(model, set())
-    if key not in known:
-        check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode)
-        known.add(key)
+    if key in known:
+        return
+    decides = (*model_key(model), *key, _MAX_GRADIENT_ERROR)
+    if read_check("gradients", decides) is None:
+        write_check("gradients", decides, check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode))
+    known.add(key)
 
 
 def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:

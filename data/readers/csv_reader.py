@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas
 
@@ -21,12 +21,9 @@ from cotune.data.readers.csv_dialect import (
     torn,
     unclosed,
 )
+from cotune.data.readers.data_file import Columns, DataFile
 from cotune.data.readers.encodings import decoded
 from cotune.errors import DataError, reason_of
-
-if TYPE_CHECKING:
-    from cotune.data.readers.formats import Columns, DataFile
-
 
 _FEW = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000
@@ -48,7 +45,8 @@ def read_csv(file: DataFile, separator: str) -> Columns:
     if not file.lenient and (lines := torn(text, separator)) is not None:
         raise DataError(
             f"{file.name} has a double quote that opens a field in line {lines[0]}, and the next one, in line {lines[1]}, does"
-            " not close it: the records between them would be one; write a quote within a field as two, or export the file again"
+            " not close it: the records between them would be one; write a quote within a field as two, or export the file again",
+            code="data.malformed_csv",
         )
     values: dict[str, list[object]] = {name: [] for name in wanted}
     for rows in _rows(file, text, separator, names):
@@ -62,7 +60,9 @@ def _header(file: DataFile, text: str, separator: str) -> list[str]:
     try:
         first = next(_parsed(text, separator, nrows=1))
     except (pandas.errors.EmptyDataError, StopIteration) as error:
-        raise DataError(f"{file.name} holds blank lines only: expected a line of column names, then records") from error
+        raise DataError(
+            f"{file.name} holds blank lines only: expected a line of column names, then records", code="data.no_records"
+        ) from error
     except ValueError as error:
         raise _invalid(file, text, separator, (), error) from error
     return [str(name).strip() for name in first.iloc[0]]
@@ -94,7 +94,8 @@ def no_names(file: DataFile, separator: str) -> DataError:
     return DataError(
         f"{file.name} begins with a line that does not look like the names of its columns: expected one such as"
         f" {separator.join(file.columns)!r} above the records; add it, or name others with --set data.{file.key}=COLUMN"
-        " and --set data.label=COLUMN"
+        " and --set data.label=COLUMN",
+        code="data.missing_header",
     )
 
 
@@ -208,5 +209,6 @@ def _invalid(file: DataFile, text: str, separator: str, names: Sequence[str], er
         reason = f"Expected {width} fields in line {surplus[0]}, saw {surplus[1]}"
     return DataError(
         f"{file.name} is not valid {file.suffix} with {SEPARATORS[separator]} between fields ({reason}): export it again, with"
-        " double quotes around fields that hold a separator, a quote or a line break"
+        " double quotes around fields that hold a separator, a quote or a line break",
+        code="data.malformed_csv",
     )

@@ -38,18 +38,20 @@ def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = 
     try:
         text = raw.decode(encoding)
     except UnicodeError as error:
-        raise DataError(_advice(name, kind, raw, encoding, error)) from error
+        raise DataError(_advice(name, kind, raw, encoding, error), code="data.encoding") from error
     if "\0" in text:
-        raise DataError(_nul(name, kind, raw, encoding, text))
+        raise DataError(_nul(name, kind, raw, encoding, text), code="data.encoding")
     if not lenient and _takes_any_byte(encoding) and not raw.isascii() and _decodes(raw, "utf-8"):
         raise DataError(
             f"{name} is utf-8 text, which {encoding} reads as other characters: where other files of the folder are {encoding},"
-            " save all of them as utf-8, else use --set data.encoding=utf-8"
+            " save all of them as utf-8, else use --set data.encoding=utf-8",
+            code="data.encoding",
         )
     if not lenient and _is_latin(encoding) and (found := _WINDOWS.search(text)) and _decodes(raw, "cp1252"):
         raise DataError(
             f"{name} holds control characters as {encoding} text (line {_line(text[: found.start()])}), which are quotation"
-            " marks, dashes and the like in Windows' encodings: use --set data.encoding=cp1252, or save it as utf-8"
+            " marks, dashes and the like in Windows' encodings: use --set data.encoding=cp1252, or save it as utf-8",
+            code="data.encoding",
         )
     return text.removeprefix("\ufeff")
 

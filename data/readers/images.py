@@ -38,7 +38,8 @@ class Image:
         found = _decode(self.source)
         if _digest(found) != self.digest:
             raise DataError(
-                "an image file was changed while it was in use: expected it as it was; restore it, or start a new run"
+                "an image file was changed while it was in use: expected it as it was; restore it, or start a new run",
+                code="data.changed",
             )
         return found
 
@@ -59,27 +60,33 @@ def _decode(source: Path | bytes) -> Pillow.Image:
             warnings.simplefilter("error")  # Pillow only warns of a smaller bomb
             with Pillow.open(io.BytesIO(raw), formats=_FORMATS) as found:
                 if found.width * found.height > _MAX_PIXELS:
-                    raise DataError(f"{found.width} × {found.height} pixels, expected at most {_MAX_PIXELS:,}: make it smaller")
+                    raise DataError(
+                        f"{found.width} × {found.height} pixels, expected at most {_MAX_PIXELS:,}: make it smaller",
+                        code="data.unusable_image",
+                    )
                 if found.mode.startswith(("I", "F")):
-                    raise DataError("more than 8 bits per channel, expected 8: convert it, with the contrast that matters")
+                    raise DataError(
+                        "more than 8 bits per channel, expected 8: convert it, with the contrast that matters",
+                        code="data.unusable_image",
+                    )
                 return (ImageOps.exif_transpose(found) or found).convert("RGB")
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError("neither PNG nor JPEG: convert it") from None
+        raise DataError("neither PNG nor JPEG: convert it", code="data.unusable_image") from None
     except Exception as error:  # damaged bytes raise anything: OSError, IndexError, struct.error, …
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DataError(f"damaged or too large ({reason}): export it again") from None
+        raise DataError(f"damaged or too large ({reason}): export it again", code="data.unusable_image") from None
 
 
 def _bytes(source: Path | bytes) -> bytes:
     try:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if size > _MAX_BYTES:
-            raise DataError(f"{size:,} bytes, expected at most {_MAX_BYTES:,}: make it smaller")
+            raise DataError(f"{size:,} bytes, expected at most {_MAX_BYTES:,}: make it smaller", code="data.unusable_image")
         return source if isinstance(source, bytes) else source.read_bytes()
     except OSError as error:
-        raise DataError(f"unreadable ({error.strerror}): check the path") from None
+        raise DataError(f"unreadable ({error.strerror}): check the path", code="data.unusable_image") from None
 
 
 def labeled_images(folder: Path) -> list[tuple[Path, str]]:
@@ -88,7 +95,9 @@ def labeled_images(folder: Path) -> list[tuple[Path, str]]:
         classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         return [(file, path.name) for path in classes for file in sorted(path.iterdir()) if _is_image(file)]
     except OSError as error:
-        raise DataError(f"{str(folder)!r} cannot be opened ({error.strerror}): check its permissions") from error
+        raise DataError(
+            f"{str(folder)!r} cannot be opened ({error.strerror}): check its permissions", code="data.not_readable"
+        ) from error
 
 
 def holds_classes(folder: Path) -> bool:

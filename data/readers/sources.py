@@ -26,20 +26,26 @@ def check_source(source: object) -> None:
 
 def missing_source(name: str, file: Path) -> DataError:
     """Return the sentence about records that are not there."""
-    return DataError(f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)")
+    return DataError(
+        f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)", code="data.missing_file"
+    )
 
 
 def check_file(path: Path) -> None:
     """Raise DataError for a file or folder that is not there."""
     if not path.expanduser().exists():
-        raise DataError(f"{path} does not exist (looked for {path.expanduser().absolute()}): check the path")
+        raise DataError(
+            f"{path} does not exist (looked for {path.expanduser().absolute()}): check the path", code="data.missing_file"
+        )
 
 
 def check_new(path: Path) -> None:
     """Raise RunError for a folder that is to be made and is there."""
     path = path.expanduser().absolute()
     if path.exists() or path.is_symlink():
-        raise RunError(f"{path} is there already: expected the name of a new folder, as nothing is overwritten")
+        raise RunError(
+            f"{path} is there already: expected the name of a new folder, as nothing is overwritten", code="run.folder_exists"
+        )
 
 
 def check_base(base: object) -> None:
@@ -65,7 +71,10 @@ def path_of_base(base: str) -> Path | None:
 
 def missing_base(name: str) -> ModelError:
     """Return the sentence about a base model that is no folder."""
-    return ModelError(f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors")
+    return ModelError(
+        f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors",
+        code="model.missing_base",
+    )
 
 
 _START = b"version https://git-lfs.github.com/spec/"

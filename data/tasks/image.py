@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.formats import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, is_unicode, word_of
 from cotune.data.readers.images import Image, opened
 from cotune.data.tasks.image_processor import CONFIG_FILE, ImageProcessor
 from cotune.data.tasks.text import IGNORED, Collate, each_or_none
@@ -46,7 +46,9 @@ class ImageClassification:
         try:
             return opened(source), name
         except DataError as error:
-            raise DataError(f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}") from None
+            raise DataError(
+                f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}", code=error.code
+            ) from None
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
         return self.record(file, number, given, "-")
@@ -62,11 +64,14 @@ class ImageClassification:
         if shape != wanted:
             raise ModelError(
                 f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its {CONFIG_FILE} makes them"
-                f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files"
+                f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files",
+                code="model.image_size",
             )
         channels = getattr(settings, "num_channels", 3)
         if channels != 3:
-            raise ModelError(f"the base model reads {channels} channels: expected 3 (RGB); use another base model")
+            raise ModelError(
+                f"the base model reads {channels} channels: expected 3 (RGB); use another base model", code="model.image_size"
+            )
 
     def longest(self, reader: ImageProcessor, module: Any, wanted: int) -> int:
         """An image is no row of tokens."""
@@ -142,7 +147,8 @@ def _source(file: DataFile, number: int, given: object) -> Path | bytes | None:
     if not path.is_relative_to(folder):
         raise DataError(
             f"{file.name} has a path in record {number} of column {column!r} that leads out of its folder: expected one relative"
-            " to the file"
+            " to the file",
+            code="data.path_outside_folder",
         )
     return path
 

@@ -15,7 +15,7 @@ from torch import Tensor, device, nn
 from torch.nn import functional
 
 from cotune.data.config import TaskName
-from cotune.data.readers.formats import DataFile
+from cotune.data.readers.data_file import DataFile
 from cotune.data.tasks.batching import LENGTHS
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.text import IGNORED, Batch, Collate, Example, SequenceClassification

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.formats import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, is_unicode, word_of
 from cotune.data.tasks.batching import LENGTHS, bucket_of_length
 from cotune.data.tasks.token_limits import check_tokens, longest_row
 from cotune.data.types import Input, Label
@@ -70,7 +70,8 @@ class SequenceClassification:
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ModelError(
                 "the base model's tokenizer knows no words: expected its files (tokenizer.json or a vocabulary) in the folder;"
-                " download the folder again"
+                " download the folder again",
+                code="model.unusable_tokenizer",
             )
         return tokenizer
 
@@ -78,7 +79,10 @@ class SequenceClassification:
         """Decoders often have no padding token; their classification heads need to know where a text ends."""
         if reader.pad_token_id is None:
             if reader.eos_token is None:
-                raise ModelError("the base model's tokenizer has neither a padding nor an end token: expected one of them")
+                raise ModelError(
+                    "the base model's tokenizer has neither a padding nor an end token: expected one of them",
+                    code="model.unusable_tokenizer",
+                )
             reader.pad_token = reader.eos_token
         module.config.pad_token_id = reader.pad_token_id
         check_tokens(reader, module)
@@ -86,7 +90,8 @@ class SequenceClassification:
         if end is not None and reader("a")["input_ids"][-1:] != [end]:
             raise ModelError(
                 f"the base model reads a text's class at the token number {end}, with which its tokenizer ends no text: expected"
-                " one that does, as that of BART or T5; get the tokenizer that belongs to the model"
+                " one that does, as that of BART or T5; get the tokenizer that belongs to the model",
+                code="model.unusable_tokenizer",
             )
 
     def longest(self, reader: Any, module: Any, wanted: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.formats import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, is_unicode, word_of
 from cotune.data.tasks.text import IGNORED, Example, SequenceClassification, each_or_none, made_up_rows
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
@@ -48,7 +48,8 @@ class TokenClassification(SequenceClassification):
         if len(words) != len(tags):
             raise DataError(
                 f"{file.name} has {len(words)} words and {len(tags)} tags in record {number}: expected a tag for each word; in"
-                " CSV and TSV both are separated by spaces"
+                " CSV and TSV both are separated by spaces",
+                code="data.tags_do_not_match",
             )
         if not all(word.strip() for word in words):
             return "blank word"
@@ -64,7 +65,8 @@ class TokenClassification(SequenceClassification):
         if not tokenizer.is_fast:
             raise ModelError(
                 "the base model's tokenizer cannot say which token came from which word: expected a fast one (tokenizer.json);"
-                " save it as one, or use another base model"
+                " save it as one, or use another base model",
+                code="model.unusable_tokenizer",
             )
         return tokenizer
 

@@ -27,7 +27,8 @@ def check_tokens(reader: Any, module: Any) -> None:
         raise ModelError(
             f"the base model's tokenizer has the token number {largest}, and its embedding table has {rows} rows: expected"
             " numbers below that, as a record with such a token would fail; resize the model with resize_token_embeddings(), or"
-            " use another padding token"
+            " use another padding token",
+            code="model.unusable_tokenizer",
         )
 
 

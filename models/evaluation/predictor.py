@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
 from cotune.models.base_folder import base_labels, read_settings
-from cotune.models.base_model import LoadedModel, find_base, load_model
+from cotune.models.base_lookup import find_base
+from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.quality import NOT_TOLD, Threshold, entity_quality, quality, told_classes
@@ -39,6 +40,29 @@ _BATCH = 64
 _LENGTH = 512  # tokens, where a folder does not say how long texts were in training
 _LONGEST = 32768
 _TASKS: tuple[TaskName, ...] = ("sequence-classification", "token-classification", "image-classification")
+
+
+class Classifier(Protocol):
+    """What predicts classes: a single model, or several that answer as one."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names, in the order of the probabilities."""
+
+    @property
+    def task(self) -> TaskName:
+        """What it is for."""
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it reads of a text."""
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the files that decide what it predicts."""
+
+    def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:
+        """Return for each input (answers, classes) in float64: one row, or one for each word; NaN for what was not read."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,11 @@ class Predictor:
     def max_length(self) -> int:
         """Tokens that it reads of a text."""
         return self.model.loaded.max_length
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the files that decide what it predicts."""
+        return self.model.loaded.folder.content_hash
 
     @torch.no_grad()
     def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:
@@ -104,7 +133,7 @@ def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedMod
         config = ModelConfig(base=source, pooling="native", max_length=max_length or _length_of(path))
         return load_model(config, labels, 0, task, finished=True), labels, task
     except ModelError as error:
-        raise ModelError(str(error).replace("the base model", "the model")) from None
+        raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
 
 
 def _folder_of(source: str) -> str:
@@ -126,7 +155,8 @@ def _task_of(path: Path) -> TaskName:
             return task
     raise ModelError(
         f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence,"
-        " token or image classification, such as `model/` in the folder of a run"
+        " token or image classification, such as `model/` in the folder of a run",
+        code="model.no_classifier",
     )
 
 
@@ -134,7 +164,8 @@ def _check_one_class(problem_type: object) -> None:
     if problem_type not in (None, "single_label_classification"):
         raise ModelError(
             f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class"
-            " of several (single_label_classification)"
+            " of several (single_label_classification)",
+            code="model.no_classifier",
         )
 
 
@@ -145,7 +176,8 @@ def _labels_of(path: Path) -> tuple[str, ...]:
         names = _generic_labels(path)
     if len(names) < 2 or len(set(names)) < len(names):
         raise ModelError(
-            f"the model's config.json names the classes {', '.join(names)[:80]}: expected two or more, all different"
+            f"the model's config.json names the classes {', '.join(names)[:80]}: expected two or more, all different",
+            code="model.damaged_config",
         )
     return names
 
@@ -157,7 +189,8 @@ def _generic_labels(path: Path) -> tuple[str, ...]:
     except Exception as error:  # a configuration that is not as its architecture expects raises anything
         raise ModelError(
             f"{path / 'config.json'} cannot be read as that of a model ({reason_of(error)[:120]}): expected one as"
-            " save_pretrained() writes it"
+            " save_pretrained() writes it",
+            code="model.damaged_config",
         ) from None
     return tuple(str(known[number]) for number in sorted(known))
 
@@ -175,7 +208,7 @@ _SHOWN = 5  # unknown classes that an error names
 _NO_TAG = "O"
 
 
-def judge_records(predictor: Predictor, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
+def judge_records(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
     """Return how good a model is on records, as plain values.
 
     Raises:
@@ -185,14 +218,14 @@ def judge_records(predictor: Predictor, records: Records, threshold: Threshold |
     rows = predictor.probabilities(records.inputs)
     lengths = [len(each) for each in truth]
     probabilities = torch.cat(rows).numpy()
-    units = np.repeat(_units(records), lengths)
+    units = np.repeat(unit_numbers(records), lengths)
     found = quality(np.concatenate(truth), probabilities, units, predictor.labels, threshold)
     if predictor.task == "token-classification":
         found["entities"] = _entities(records.labels, told_classes(probabilities, predictor.labels, threshold), predictor.labels)
     return {
         "task": predictor.task,
         "labels": list(predictor.labels),
-        "max_length": predictor.max_length if predictor.model.loaded.task.key == "text" else None,
+        "max_length": predictor.max_length if task_named(predictor.task).key == "text" else None,
         "records": len(records),
         "left_out": dict(records.skipped),
         **found,
@@ -207,13 +240,14 @@ def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) ->
         named = ", ".join(map(shown, strange[:_SHOWN])) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
         raise DataError(
             f"{source} holds classes that the model does not have ({named}): rename them, or drop their records"
-            f"{nearest(strange[0], known)}"
+            f"{nearest(strange[0], known)}",
+            code="data.unknown_class",
         )
     return [np.asarray([number[name] for name in names_in(label)], dtype=np.int64) for label in labels]
 
 
-def _units(records: Records) -> NDArray[np.int64]:
-    """The number of each record's unit: itself, or whose it is."""
+def unit_numbers(records: Records) -> NDArray[np.int64]:
+    """Return the number of each record's unit: itself, or whose it is."""
     if not records.units:
         return np.arange(len(records))
     numbers = {name: i for i, name in enumerate(dict.fromkeys(records.units))}

@@ -46,9 +46,15 @@ def parse_threshold(text: str, labels: Sequence[str]) -> Threshold:
     except ValueError:
         least = -1.0
     if not label or not 0 < least < 1:
-        raise DataError(f"the threshold {text!r} is not understood: expected CLASS=PROBABILITY, such as {labels[0]}=0.3")
+        raise DataError(
+            f"the threshold {text!r} is not understood: expected CLASS=PROBABILITY, such as {labels[0]}=0.3",
+            code="data.threshold",
+        )
     if label not in labels:
-        raise DataError(f"the threshold is for the class {label!r}, which the model does not have{nearest(label, labels)}")
+        raise DataError(
+            f"the threshold is for the class {label!r}, which the model does not have{nearest(label, labels)}",
+            code="data.threshold",
+        )
     return Threshold(label, least)
 
 

@@ -44,10 +44,24 @@ from cotune.privacy.ledger.charges import (
     histories_of,
 )
 from cotune.privacy.ledger.site_key import IDENTITY, SiteKey
-from cotune.storage.append_only_log import Chain, Entry, Log
+from cotune.storage.append_only_log import DatabaseLog, Entry, OpenLog
+
+_CHARGES = """
+CREATE VIEW charges AS
+SELECT r.id AS id, r.at AS at, r.body ->> '$.data' AS data, r.body ->> '$.plan_id' AS plan_id, r.body ->> '$.round' AS round,
+    r.body ->> '$.purpose' AS purpose, r.body ->> '$.noise_multiplier' AS noise_multiplier,
+    r.body ->> '$.sample_rate' AS sample_rate, coalesce(s.body ->> '$.steps', r.body ->> '$.count') AS steps,
+    CASE WHEN s.id IS NULL THEN 'reserved' ELSE 'settled' END AS state
+FROM entries r LEFT JOIN entries s ON s.kind = 'settle' AND s.body ->> '$.charge' = r.id
+WHERE r.kind = 'reserve'
+"""  # for anyone who looks into the file with a database browser
+_TABLES = {
+    "members": "CREATE TABLE members (fingerprint TEXT PRIMARY KEY, identities BLOB NOT NULL)",
+    "charges": _CHARGES,
+}
 
 
-def carry_table(log: Log, table: str) -> None:
+def carry_table(log: OpenLog, table: str) -> None:
     """The charges of schema 1."""
     rows = log.db.execute(
         f"SELECT plan_id, round, noise_multiplier, sample_rate, steps, state, at FROM {table} ORDER BY id"
@@ -59,7 +73,7 @@ def carry_table(log: Log, table: str) -> None:
             log.append("settle", {"charge": entry.id, "steps": steps, "seconds": 0.0}, at)
 
 
-def carry_entries(log: Log, entries: Sequence[Entry]) -> None:
+def carry_entries(log: OpenLog, entries: Sequence[Entry]) -> None:
     """The entries of schema 2, after one that names the end of that log. Its data sets are left behind with their hashes."""
     log.append("migrated", {"schema": 2, "entries": len(entries), "head": entries[-1].hash if entries else ""})
     now: dict[int, int] = {}
@@ -82,7 +96,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.key_file = path.with_name("ledger.key")
-        self._chain = Chain(path, {"charges": carry_table}, carry_entries)
+        self._chain = DatabaseLog(path, _TABLES, {"charges": carry_table}, carry_entries)
         self._key = self._opened_key()
 
     def _opened_key(self) -> SiteKey:
@@ -135,12 +149,12 @@ class Ledger:
                 found |= np.isin(own, _keys(self._units(log, name)))
         return {identity for identity, there in zip(identities, found, strict=True) if there}
 
-    def _units(self, log: Log, name: str) -> bytes:
+    def _units(self, log: OpenLog, name: str) -> bytes:
         """The keyed identities of a data set's units alone; with their records, where an older cotune has entered it."""
         bodies = (e.body for e in log.entries if e.kind == "data" and e.body["fingerprint"] == name)
         return self._members(log, next((str(body.get("units", name)) for body in bodies), name))
 
-    def _members(self, log: Log, name: str) -> bytes:
+    def _members(self, log: OpenLog, name: str) -> bytes:
         """The keyed identities of a data set, as they were entered."""
         row = log.db.execute("SELECT identities FROM members WHERE fingerprint = ?", (name,)).fetchone()
         if row is None or _digest(row[0]) != name:
@@ -150,13 +164,13 @@ class Ledger:
             )
         return bytes(row[0])
 
-    def _common(self, log: Log, blob: bytes) -> Iterator[tuple[str, int]]:
+    def _common(self, log: OpenLog, blob: bytes) -> Iterator[tuple[str, int]]:
         """Every data set of the ledger, with the number of its records that are in `blob`; one in memory at a time."""
         own = _keys(blob)
         for name in sorted(data_sets_of(log.entries)):
             yield name, len(np.intersect1d(own, _keys(self._members(log, name))))
 
-    def _check_apart(self, log: Log, data: str, collection: str) -> None:
+    def _check_apart(self, log: OpenLog, data: str, collection: str) -> None:
         """Raises PrivacyError where a record of the data set was charged in another collection since it was looked up."""
         for name in sorted(charged_elsewhere(log.entries, collection)) if data else ():
             if len(np.intersect1d(_keys(self._units(log, data)), _keys(self._units(log, name)))):

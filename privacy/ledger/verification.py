@@ -6,7 +6,6 @@ the Rényi filter over several, and each run is held against a second accountant
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ from cotune.privacy.ledger.charges import (
     histories_of,
     reserved_steps,
 )
-from cotune.storage.append_only_log import START, Entry, entry_hash
+from cotune.storage.append_only_log import BrokenChain, Entry, verify_chain
 
 FORMAT = "cotune ledger 3"
 _EVENT = ("id", "plan_id", "mechanism", "noise_multiplier", "sample_rate", "steps")
@@ -68,15 +67,13 @@ def verify(export: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chain_problems(entries: Sequence[Entry], head: str | None) -> Iterator[str]:
-    previous = START
-    for expected, e in enumerate(entries, start=1):
-        body = json.dumps(e.body, sort_keys=True, separators=(",", ":"))
-        if e.id != expected or e.hash != entry_hash(previous, e.id, e.at, e.kind, body):
-            yield f"entry {expected} is not as it was written: its hash does not follow from it and the entry before"
-            return
-        previous = e.hash
-    if head != (previous if entries else None):
-        yield f"the head is stated as {str(head)[:12]}, and the log ends with {previous[:12]}"
+    try:
+        last = verify_chain(enumerate(entries, start=1), lambda before, numbered: numbered[1].follow(before, numbered[0]))
+    except BrokenChain as broken:
+        yield f"entry {broken.number} is not as it was written: its hash does not follow from it and the entry before"
+        return
+    if head != (last if entries else None):
+        yield f"the head is stated as {str(head)[:12]}, and the log ends with {last[:12]}"
 
 
 def _impossible(entries: Sequence[Entry]) -> Iterator[str]:

@@ -5,7 +5,7 @@ server.crt      what the server shows             server.key    stays on the ser
 
 Where the authority was replaced (key_rotation.py), ca.crt holds the one before it too, second: whatever still shows a certificate
 of
-that one is believed on this machine until it is restarted. Organizations are given the first (`authority_pem`).
+that one is believed on this machine until it is restarted. Organizations are given the first (`read_authority_pem`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from cotune.storage.files import atomic_write
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=365)
-CLOCKS_APART = timedelta(hours=1)  # a certificate is valid a little earlier, for sites whose clock is behind
+CLOCK_TOLERANCE = timedelta(hours=1)  # a certificate is valid a little earlier, for sites whose clock is behind
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the SuperLink behind the front shows the same certificate
 FILES = ("ca.crt", "ca.key", "server.crt", "server.key")
 
 _NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*", re.ASCII | re.IGNORECASE)
 
 
-def new_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = None) -> None:
+def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = None) -> None:
     """Writes a new authority and a certificate for the hosts (names or IP addresses; loopback is added), keys with mode 0600.
 
     The authority lives for 10 years, the certificate for 1. Raises RunError for what is no host, for files that are there
@@ -54,7 +54,7 @@ def new_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = 
     )
 
 
-def renew(folder: Path, hosts: Sequence[str] | None = None, *, now: datetime | None = None) -> datetime:
+def renew_certificate(folder: Path, hosts: Sequence[str] | None = None, *, now: datetime | None = None) -> datetime:
     """A fresh certificate for the same key, and for other hosts if they are given; returns when it expires.
 
     Organizations keep their ca.crt. It is one atomic write; programs that run show it after a restart. Raises RunError for
@@ -73,12 +73,12 @@ def renew(folder: Path, hosts: Sequence[str] | None = None, *, now: datetime | N
     return fresh.not_valid_after_utc
 
 
-def next_authority(folder: Path, *, now: datetime | None = None) -> None:
+def create_next_authority(folder: Path, *, now: datetime | None = None) -> None:
     """Writes a new authority alone. Raises RunError for a folder that cannot be written."""
     _write_authority(folder, now or datetime.now(UTC))
 
 
-def change_authority(folder: Path, following: Path, *, now: datetime | None = None) -> None:
+def replace_authority(folder: Path, following: Path, *, now: datetime | None = None) -> None:
     """Puts the authority in `following` in the place of the one in `folder`; the server's key and hosts stay.
 
     Killed between any two of its writes it leaves certificates that are believed here, and the same again finishes it. Raises
@@ -97,12 +97,12 @@ def change_authority(folder: Path, following: Path, *, now: datetime | None = No
     _write(folder / "server.crt", _certificate_bytes(fresh))
 
 
-def authority_pem(folder: Path) -> str:
+def read_authority_pem(folder: Path) -> str:
     """The authority that organizations are given. Raises RunError."""
     return _certificate_bytes(_certificate(folder / "ca.crt")).decode("ascii")
 
 
-def check(folder: Path, host: str = "localhost", *, now: datetime | None = None) -> datetime:
+def check_certificate(folder: Path, host: str = "localhost", *, now: datetime | None = None) -> datetime:
     """When the certificate for a host (a name or an IP address) expires.
 
     Raises RunError when a client with this ca.crt would refuse the server: a file that is missing or unreadable, a key of
@@ -182,7 +182,7 @@ def _certificate_of(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCKS_APART)
+        .not_valid_before(now - CLOCK_TOLERANCE)
         .not_valid_after(until)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )

@@ -13,18 +13,19 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cotune.data.readers.sources import check_new, path_of_base
-from cotune.data.records import check_labels, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment import certificates
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, write_config
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.handout import write_handout
 from cotune.server.deployment.plan_checks import with_robust_default
-from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key
+from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key
 from cotune.server.runs.run_model import without_place
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import content_of
@@ -34,7 +35,7 @@ _BYTES_PER_PARAMETER = 16
 _BYTES_BESIDE = 256 * 2**20
 
 
-def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
+def create_federation(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     """Makes the folder `path`, which must not be there, and its missing parents.
 
     Raises RunError for a folder that is there or cannot be written and for what is no host; what else is wrong with plan, base
@@ -61,25 +62,25 @@ def found(path: Path, plan: Plan, config: ServerConfig) -> FederationFolder:
     return FederationFolder(path)
 
 
-def renew(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
+def renew_server(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
     """A fresh certificate for the same key; hosts: other ones than before, if any are given. A federation that has no key to sign
     requests with, as it is of an older cotune, gets one.
 
     Returns whether organizations need the new federation.toml, as the first host or the signing key is another. Raises RunError.
     """
-    certificates.renew(folder.certificates, hosts or None)
+    certificates.renew_certificate(folder.certificates, hosts or None)
     before = folder.config
     signs = (folder.certificates / SIGNING_KEY).exists()
-    folder.config = with_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
+    folder.config = with_federation_id(before.model_copy(update={"hosts": tuple(hosts) or before.hosts}))
     write_config(folder.path, folder.config)
-    if signs and before.id and address_of(before) == address_of(folder.config):
+    if signs and before.id and get_public_address(before) == get_public_address(folder.config):
         return False
-    new_signing_key(folder.certificates)
+    create_signing_key(folder.certificates)
     write_handout(folder.path, folder.plan, folder.config)
     return True
 
 
-def with_id(config: ServerConfig) -> ServerConfig:
+def with_federation_id(config: ServerConfig) -> ServerConfig:
     """The same with an id, where it has none."""
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
 
@@ -125,9 +126,9 @@ def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[st
 
 
 def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    config = with_id(config)
-    certificates.new_authority(folder / "certificates", config.hosts)
-    new_signing_key(folder / "certificates")
+    config = with_federation_id(config)
+    certificates.create_authority(folder / "certificates", config.hosts)
+    create_signing_key(folder / "certificates")
     for name, sha256 in plan.strategy.files.items():
         atomic_write(folder / name.rpartition(":")[0], content_of(name, sha256))
     atomic_write(folder / "plan.toml", dump_plan(plan).encode())

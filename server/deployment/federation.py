@@ -96,7 +96,7 @@ def write_config(path: Path, config: ServerConfig) -> None:
     atomic_write(path / "server.toml", tomli_w.dumps(table).encode())
 
 
-def address_of(config: ServerConfig) -> str:
+def get_public_address(config: ServerConfig) -> str:
     """host:port that organizations join."""
     host = config.hosts[0]
     return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"

@@ -14,18 +14,18 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation
 from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
-from cotune.server.deployment.federation import ServerConfig, address_of
+from cotune.server.deployment.federation import ServerConfig, get_public_address
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.storage.files import atomic_write
 
 
 def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
     """federation.toml and JOIN.md, by the keys that are in use."""
-    authority = certificates.authority_pem(folder / "certificates")
+    authority = certificates.read_authority_pem(folder / "certificates")
     key = public_hex(read_signing_key(folder / "certificates"))
-    invitation = Invitation(config.name, address_of(config), authority, plan, id=config.id, signing_key=key)
+    invitation = Invitation(config.name, get_public_address(config), authority, plan, id=config.id, signing_key=key)
     atomic_write(folder / "federation.toml", invitation.to_toml().encode())
-    atomic_write(folder / "JOIN.md", instructions(invitation).encode())
+    atomic_write(folder / "JOIN.md", render_join_page(invitation).encode())
 
 
 _TRAINED = {
@@ -41,18 +41,18 @@ _SENT = {
 }
 
 
-def instructions(invitation: Invitation) -> str:
+def render_join_page(invitation: Invitation) -> str:
     """The page, as Markdown."""
     return render_text(
         "join.md.j2",
         invitation=invitation,
         plan=invitation.plan,
         version=version("cotune"),
-        leaves=list(what_leaves(invitation.plan)),
+        leaves=list(list_disclosures(invitation.plan)),
     )
 
 
-def what_leaves(plan: Plan) -> Iterator[str]:
+def list_disclosures(plan: Plan) -> Iterator[str]:
     """One phrase for everything that a plan asks organizations to send."""
     trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
     if plan.keeps_personal:

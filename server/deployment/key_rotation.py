@@ -23,19 +23,19 @@ from cotune.protocol.signatures import ReplyStatement
 from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.handout import write_handout
-from cotune.server.deployment.signing import change_signing_key, new_signing_key, read_signing_key
+from cotune.server.deployment.signing import create_signing_key, read_signing_key, replace_signing_key
 from cotune.server.runs.events import read_events
 from cotune.storage.files import atomic_write
 
-HANDOUT = "server-renewals.jsonl"
+SERVER_RENEWALS = "server-renewals.jsonl"
 _NEXT = "next"
 _STATEMENT = "renewal.json"
 _USED = "renewals.jsonl"
 
 
-def announce(folder: FederationFolder) -> ServerRenewal:
+def announce_keys(folder: FederationFolder) -> ServerRenewal:
     """Makes the keys that are to follow, and signs their statement; the same again changes nothing. Raises RunError."""
-    finish(folder)
+    finish_activation(folder)
     path = folder.certificates
     try:
         for left in path.glob(f".{_NEXT}.*.part"):  # of a process that was killed
@@ -51,31 +51,33 @@ def announce(folder: FederationFolder) -> ServerRenewal:
         _write_statements(folder)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}): check its permissions and space") from None
-    found = announced(path)
+    found = read_announced(path)
     assert found is not None
     return found
 
 
 def _fill(part: Path, present: Path, federation: str) -> None:
-    certificates.next_authority(part)
-    renewal = ServerRenewal.make(federation, read_signing_key(present), new_signing_key(part), certificates.authority_pem(part))
+    certificates.create_next_authority(part)
+    renewal = ServerRenewal.make(
+        federation, read_signing_key(present), create_signing_key(part), certificates.read_authority_pem(part)
+    )
     atomic_write(part / _STATEMENT, renewal.text().encode())
 
 
-def announced(path: Path) -> ServerRenewal | None:
+def read_announced(path: Path) -> ServerRenewal | None:
     """The statement of the keys that are to follow, if there are any. path: the folder of certificates. Raises RunError."""
     file = path / _NEXT / _STATEMENT
     return read_server_renewals(file)[0] if file.exists() else None
 
 
-def renewals(path: Path) -> list[ServerRenewal]:
+def read_renewals(path: Path) -> list[ServerRenewal]:
     """All statements, the oldest first. path: the folder of certificates. Raises RunError for a damaged file."""
     used = _used(path)
-    following = announced(path)
+    following = read_announced(path)
     return used if following is None or following in used else [*used, following]
 
 
-def without_them(folder: FederationFolder) -> list[str]:
+def list_members_without_keys(folder: FederationFolder) -> list[str]:
     """The members that have not answered yet since they learned the announced keys. Raises RunError where none are announced."""
     following = _announced(folder)
     known = {sender for run in folder.runs() for sender in _knowing(run, following.about.new)}
@@ -90,7 +92,7 @@ def _knowing(run: Path, key: str) -> set[str]:
     return {statement.sender for statement in statements if statement.trusts == key}
 
 
-def put_into_use(folder: FederationFolder) -> None:
+def activate_keys(folder: FederationFolder) -> None:
     """The announced keys take the place of the present ones. What runs shows the new certificate after a restart; requests are
     signed by the new key at once. Raises RunError where none are announced, and for files that cannot be read or written.
     """
@@ -100,8 +102,8 @@ def put_into_use(folder: FederationFolder) -> None:
         used = _used(path)
         if following not in used:  # from here on it is finished, whatever happens
             atomic_write(path / _USED, "".join(f"{each.text()}\n" for each in (*used, following)).encode())
-        change_signing_key(path, read_signing_key(path / _NEXT))
-        certificates.change_authority(path, path / _NEXT)
+        replace_signing_key(path, read_signing_key(path / _NEXT))
+        certificates.replace_authority(path, path / _NEXT)
         write_handout(folder.path, folder.plan, folder.config)
         _write_statements(folder)
         done = Path(tempfile.mkdtemp(dir=path, prefix=f".{_NEXT}.", suffix=".part"))
@@ -111,15 +113,15 @@ def put_into_use(folder: FederationFolder) -> None:
         raise RunError(f"{path} cannot be written ({error.strerror}): check its permissions and space") from None
 
 
-def finish(folder: FederationFolder) -> None:
-    """Puts keys into use where a process was killed at it. Raises RunError as `put_into_use` does."""
-    following = announced(folder.certificates)
+def finish_activation(folder: FederationFolder) -> None:
+    """Puts keys into use where a process was killed at it. Raises RunError as `activate_keys` does."""
+    following = read_announced(folder.certificates)
     if following is not None and following in _used(folder.certificates):
-        put_into_use(folder)
+        activate_keys(folder)
 
 
 def _announced(folder: FederationFolder) -> ServerRenewal:
-    following = announced(folder.certificates)
+    following = read_announced(folder.certificates)
     if following is None:
         raise RunError("there are no new keys to put into use: make them by `cotune server renew-keys` without --switch first")
     return following
@@ -133,4 +135,4 @@ def _used(path: Path) -> list[ServerRenewal]:
 
 
 def _write_statements(folder: FederationFolder) -> None:
-    atomic_write(folder.path / HANDOUT, ServerRenewal.join(renewals(folder.certificates)).encode())
+    atomic_write(folder.path / SERVER_RENEWALS, ServerRenewal.join(read_renewals(folder.certificates)).encode())

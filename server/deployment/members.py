@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from cotune.errors import PlanError, RunError
 from cotune.protocol.federation_file import check_name
 from cotune.protocol.key_renewal import NodeRenewal
-from cotune.storage.files import atomic_write, exclusive_lock
+from cotune.storage.documents import JsonDocument
+from cotune.storage.files import exclusive_lock
 
 
 class Member(BaseModel):
@@ -80,18 +81,12 @@ class Members:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._document = JsonDocument(file, _Document, advice="expected the list of members; restore it from a backup")
 
     def all(self) -> tuple[Member, ...]:
         """Raises RunError for a damaged file."""
-        try:
-            return _Document.model_validate_json(self._file.read_bytes()).members
-        except FileNotFoundError:
-            return ()
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            reason = type(error).__name__
-            raise RunError(
-                f"{self._file} is damaged ({reason}): expected the list of members; restore it from a backup"
-            ) from None
+        document = self._document.read()
+        return () if document is None else document.members
 
     def active(self) -> tuple[Member, ...]:
         """Those that may take part."""
@@ -166,7 +161,7 @@ class Members:
         return changed
 
     def _write(self, members: tuple[Member, ...]) -> None:
-        atomic_write(self._file, _Document(members=members).model_dump_json(indent=1).encode())
+        self._document.write(_Document(members=members))
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

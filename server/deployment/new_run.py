@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.readers.sources import path_of_base
-from cotune.data.records import check_labels, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
@@ -18,7 +19,7 @@ from cotune.server.deployment.plan_checks import check_counts, notes_of
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, empty_folder, new_folder
 from cotune.server.runs.run_model import without_place
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 
 def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
@@ -79,4 +80,4 @@ def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
     """All of its records, read as the plan reads records."""
     if file := _test_file(federation):
         document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
-        atomic_write(path / "test" / "data.json", document.model_dump_json(indent=1).encode())
+        JsonDocument(path / "test" / "data.json", DatasetManifest).write(document)

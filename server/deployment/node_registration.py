@@ -15,10 +15,10 @@ from cotune.server.transport.node_registry import Presence, Seen
 _EVERY_SECONDS = 2.0
 _PATIENCE = 6  # failures before a word is said: a SuperLink that was restarted is back by then
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-class Registry(Protocol):
+class KeyRegistry(Protocol):
     """Where keys are registered: a Control."""
 
     def nodes(self) -> tuple[RegisteredNode, ...]: ...
@@ -26,7 +26,7 @@ class Registry(Protocol):
     def unregister(self, node: int) -> None: ...
 
 
-def reconcile(registry: Registry, members: Iterable[Member], say: Say, presence: Presence | None = None) -> set[str]:
+def reconcile(registry: KeyRegistry, members: Iterable[Member], say: Report, presence: Presence | None = None) -> set[str]:
     """Registers the members that are not yet, and removes every other key. Returns the names of those that are online.
 
     members: anyone who was revoked included. presence: what learns who was there at this look. Raises RunError where the registry
@@ -53,7 +53,7 @@ def _whose(key: bytes, everybody: Mapping[bytes, Member], named: Mapping[bytes, 
     return f"the former key of {name}" if name in named.values() else name
 
 
-def _let_in(registry: Registry, named: Mapping[bytes, str], say: Say) -> None:
+def _let_in(registry: KeyRegistry, named: Mapping[bytes, str], say: Report) -> None:
     refused = list[RunError]()
     for key, name in named.items():
         try:
@@ -65,11 +65,11 @@ def _let_in(registry: Registry, named: Mapping[bytes, str], say: Say) -> None:
         raise refused[0]
 
 
-class Enrolment:
+class NodeRegistration:
     """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late."""
 
     def __init__(
-        self, connect: Callable[[], AbstractContextManager[Registry]], members: Callable[[], Iterable[Member]], say: Say
+        self, connect: Callable[[], AbstractContextManager[KeyRegistry]], members: Callable[[], Iterable[Member]], say: Report
     ) -> None:
         self._connect = connect
         self._members = members
@@ -101,7 +101,7 @@ class Enrolment:
                 self._look(registry)
                 self._stop.wait(_EVERY_SECONDS)
 
-    def _look(self, registry: Registry) -> None:
+    def _look(self, registry: KeyRegistry) -> None:
         try:
             online = reconcile(registry, self._members(), self._say, self._presence)
         except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end

@@ -7,7 +7,6 @@ A process is known by its number and by when it was started, as numbers are give
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -18,20 +17,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from pydantic import BaseModel
 
 from cotune.errors import RunError
 from cotune.printable import printable
-from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 Identity = tuple[int, float]  # number, and when it was started
 
 
-class Record:
+class _Processes(BaseModel):
+    """The document: which boot of the machine the processes are of, as their numbers come again."""
+
+    boot: str
+    processes: list[Identity]
+
+
+class ProcessRecord:
     """The file. It is written when what runs has changed, and read by the next supervisor."""
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
         self._file = file
+        self._document = JsonDocument(file, _Processes)
         self._say = say
         self._written: list[Identity] | None = None
         self._failed = False
@@ -42,7 +49,7 @@ class Record:
         if found == self._written:
             return
         try:
-            atomic_write(self._file, json.dumps({"boot": _boot(), "processes": found}).encode())
+            self._document.write(_Processes(boot=_boot(), processes=found))
         except OSError as error:
             if not self._failed:
                 self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")
@@ -54,14 +61,14 @@ class Record:
     def left(self) -> list[psutil.Process]:
         """Those of the file that still run, with all that they have started. A damaged file names none."""
         try:
-            kept = parse_json(self._file.read_bytes())
-            known = {(int(number), float(started)) for number, started in kept["processes"]} if kept["boot"] == _boot() else set()
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = self._document.read()
+        except RunError:
             return []
+        known = set(kept.processes) if kept is not None and kept.boot == _boot() else set()
         return list({process for number, started in known for process in _family(number, started)})
 
 
-def sessions(leaders: Collection[int]) -> Iterator[psutil.Process]:
+def find_session_processes(leaders: Collection[int]) -> Iterator[psutil.Process]:
     """The processes of the sessions that some have begun, whether those still run or not."""
     for number in psutil.pids():
         with suppress(OSError, psutil.Error):
@@ -123,11 +130,11 @@ def _boot() -> str:
         return ""
 
 
-AT_ONCE_SECONDS = 20.0  # a process that ends sooner has not served anybody
-ATTEMPTS = 5
-LARGEST_LOG_BYTES = 32 * 2**20
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
+MIN_UPTIME_SECONDS = 20.0  # a process that ends sooner has not served anybody
+MAX_EARLY_EXITS = 5
+MAX_LOG_BYTES = 32 * 2**20
+MIN_RESTART_BACKOFF = 0.5
+MAX_RESTART_BACKOFF = 30.0
 _GRACE_SECONDS = 2.0  # for what a process that has ended leaves behind
 # of a log
 _LOOKED_AT_BYTES = 16384
@@ -139,7 +146,7 @@ _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = re.compile(r"[\u2500-\u257f]|\^{2,}|~{2,}")  # box drawings, carets
 
 
-class Child:
+class SupervisedProcess:
     """One process, in a session of its own, so that all that it starts can be found. log: appended to; the one before is kept."""
 
     def __init__(
@@ -166,7 +173,7 @@ class Child:
         if log.exists():
             log.replace(self._previous)
 
-    def tend(self) -> bool:
+    def poll(self) -> bool:
         """Starts it where it is due, and returns whether it did.
 
         Raises RunError when it ends at once, again and again, or cannot be started, unless it is never given up.
@@ -181,7 +188,7 @@ class Child:
             self._shorten_log()
         return False
 
-    def never_give_up(self) -> None:
+    def restart_forever(self) -> None:
         """Everything was ready once: what ends it now passes, such as a database that a backup has locked, or an attack."""
         self._proven = True
 
@@ -190,7 +197,7 @@ class Child:
         """The number of the process, and of its session; None while there is none."""
         return None if self._process is None else self._process.pid
 
-    def reap(self) -> None:
+    def forget_ended(self) -> None:
         """After it was ended by others."""
         if self._process is not None and self._process.poll() is not None:
             self._process = None
@@ -216,19 +223,19 @@ class Child:
         how = f"was ended by signal {-code}" if code < 0 else f"has ended with code {code}"
         end(running([self]), _GRACE_SECONDS)  # without it they serve nobody
         self._process = None
-        self._early = self._early + 1 if self._clock() - self._started < AT_ONCE_SECONDS else 0
-        if self._early >= ATTEMPTS and not self._proven:
-            raise RunError(f"the {self.name} {how} {ATTEMPTS} times in a row, at once: {self._last_line()} ({self._log})")
+        self._early = self._early + 1 if self._clock() - self._started < MIN_UPTIME_SECONDS else 0
+        if self._early >= MAX_EARLY_EXITS and not self._proven:
+            raise RunError(f"the {self.name} {how} {MAX_EARLY_EXITS} times in a row, at once: {self._last_line()} ({self._log})")
         self._try_again(f"the {self.name} {how} ({self._last_line()})")
 
     def _try_again(self, problem: str) -> None:
-        wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** min(10, max(0, self._early - 1)))
+        wait = min(MAX_RESTART_BACKOFF, MIN_RESTART_BACKOFF * 2 ** min(10, max(0, self._early - 1)))
         self._again = self._clock() + wait
         self._say(f"{problem}; it is started again in {wait:g} s")
 
     def _shorten_log(self) -> None:
         with suppress(OSError):  # no reason to end what runs
-            if self._log.stat().st_size > LARGEST_LOG_BYTES:
+            if self._log.stat().st_size > MAX_LOG_BYTES:
                 shutil.copyfile(self._log, self._previous)
                 os.truncate(self._log, 0)  # the process appends, and goes on from there
 
@@ -236,12 +243,12 @@ class Child:
         try:
             with self._log.open("rb") as log:
                 log.seek(max(0, self._log.stat().st_size - _LOOKED_AT_BYTES))
-                return meaningful_line(log.read().decode(errors="replace"))
+                return extract_reason(log.read().decode(errors="replace"))
         except OSError:
             return _NOTHING
 
 
-def meaningful_line(text: str) -> str:
+def extract_reason(text: str) -> str:
     """The last line that says why a process has ended: what was raised where there is one, otherwise the last that has words.
 
     >>> meaningful_line("Traceback:\\n  File x\\nValueError: no room\\nFor more information check: https://x")
@@ -258,15 +265,15 @@ def _shown(line: str) -> str:
     return "" if not re.search(r"\w{2}", plain) or plain.startswith("For more information check") else plain
 
 
-def running(children: Iterable[Child]) -> Iterator[psutil.Process]:
+def running(children: Iterable[SupervisedProcess]) -> Iterator[psutil.Process]:
     """They, and all that they have started."""
-    yield from sessions({child.leader for child in children if child.leader is not None})
+    yield from find_session_processes({child.leader for child in children if child.leader is not None})
 
 
-def stop(children: Iterable[Child], grace: float) -> None:
+def stop(children: Iterable[SupervisedProcess], grace: float) -> None:
     """Ends them, and all that they have started: asked first, and after `grace` seconds not any more."""
     kept = list(children)
     for _ in range(2):  # what they have started while they were ended
         end(running(kept), grace)
     for child in kept:
-        child.reap()
+        child.forget_ended()

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from cotune.errors import RunError
 from cotune.server.runs.events import Events, read_events
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 _EVERY_SECONDS = 1.0  # the file is not written more often
 _MOST_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
@@ -39,7 +40,7 @@ class _Before(BaseModel):
     counts: dict[str, int]
 
 
-class Refusals:
+class RefusalLog:
     """Goes on with what the file holds."""
 
     def __init__(self, file: Path) -> None:
@@ -78,7 +79,7 @@ class Refusals:
 
     def _write(self) -> None:
         with suppress(OSError):
-            atomic_write(self._file, _Document(members=self._members, addresses=self._addresses).model_dump_json().encode())
+            JsonDocument(self._file, _Document).write(_Document(members=self._members, addresses=self._addresses))
 
 
 def _count(found: dict[str, Refused], who: str, reason: str) -> int:
@@ -100,12 +101,12 @@ def read_strangers(file: Path) -> Mapping[str, Refused]:
 
 def _read(file: Path) -> _Document:
     try:
-        return _Document.model_validate_json(file.read_bytes())
-    except (OSError, ValueError):
+        return JsonDocument(file, _Document).read() or _Document()
+    except RunError:
         return _Document()
 
 
-class Watch:
+class RefusalWatch:
     """A listener to the events of a run: whenever it begins or goes on, somebody is dropped, or a round is over, it tells of what
     the front has refused meanwhile, so that the sender is named in the run whose messages it was after.
 
@@ -131,11 +132,13 @@ class Watch:
 
 def _before(file: Path, kept: Path) -> dict[str, int]:
     """Member -> what had been refused when the run began, as it was counted then."""
-    with suppress(OSError, ValueError):
-        return _Before.model_validate_json(kept.read_bytes()).counts
+    document = JsonDocument(kept, _Before)
+    with suppress(RunError):
+        if found := document.read():
+            return found.counts
     counts = {member: refused.count for member, refused in read_refusals(file).items()}
     with suppress(OSError):  # the run itself says that the disk is full
-        atomic_write(kept, _Before(counts=counts).model_dump_json().encode())
+        document.write(_Before(counts=counts))
     return counts
 
 

@@ -10,7 +10,6 @@ Which process plays a run: the one that holds the lock of the run's folder.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -22,15 +21,16 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from cotune.errors import RunError
-from cotune.flower.control_client import RunState, SuperLinkAway
+from cotune.flower.control_client import RunState, SuperLinkUnreachable
 from cotune.observers import Observer
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
-from cotune.storage.files import atomic_write, is_locked
+from cotune.storage.documents import JsonDocument
+from cotune.storage.files import is_locked
 
 
 class Submission(BaseModel):
@@ -42,22 +42,19 @@ class Submission(BaseModel):
     run_id: int | None = None
 
 
-def read_ticket(folder: RunFolder) -> Submission | None:
+def read_submission(folder: RunFolder) -> Submission | None:
     """None where nobody was asked yet. Raises RunError for a damaged file."""
-    try:
-        return Submission.model_validate_json((folder.path / "superlink.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise RunError(
-            f"{folder.path / 'superlink.json'} is damaged ({type(error).__name__}): remove it once no process plays the run"
-        ) from None
+    return _submission_file(folder).read()
 
 
-def write_ticket(folder: RunFolder, ticket: Submission) -> Submission:
+def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
+    return JsonDocument(folder.path / "superlink.json", Submission, advice="remove it once no process plays the run")
+
+
+def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
     """Durable when it returns. Raises RunError."""
     try:
-        atomic_write(folder.path / "superlink.json", json.dumps(ticket.model_dump(), indent=1).encode())
+        _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
             f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
@@ -153,12 +150,12 @@ def check_none_unfinished(federation: FederationFolder, executor: Executor, *, l
 
 
 def _is_handed_over(folder: RunFolder, executor: Executor) -> bool:
-    ticket = read_ticket(folder)
+    ticket = read_submission(folder)
     return ticket is not None and _under_way(folder, ticket, executor) is not None
 
 
 @contextmanager
-def only_follower(federation: FederationFolder) -> Iterator[None]:
+def lock_runs(federation: FederationFolder) -> Iterator[None]:
     """During the block no other process hands over or follows runs of the federation. Raises RunError."""
     try:
         (federation.path / "runs").mkdir(mode=0o700, exist_ok=True)
@@ -168,26 +165,26 @@ def only_follower(federation: FederationFolder) -> Iterator[None]:
         yield
 
 
-def hand_over(folder: RunFolder, executor: Executor, pace: PollInterval | None = None) -> Submission:
+def submit(folder: RunFolder, executor: Executor, pace: PollInterval | None = None) -> Submission:
     """The attempt that is under way; or else a new one, once nobody plays the run any more. Raises RunError."""
-    ticket = read_ticket(folder)
+    ticket = read_submission(folder)
     if ticket is not None:
         run_id = _under_way(folder, ticket, executor)
         if run_id is not None:
-            return write_ticket(folder, ticket.model_copy(update={"run_id": run_id}))
+            return write_submission(folder, ticket.model_copy(update={"run_id": run_id}))
     wait_until_stopped(folder.path, (pace or PollInterval()).grace)
     _, offset = follow(folder.events.path)
     asked = Submission(submitted=datetime.now(UTC).isoformat(timespec="seconds"), offset=offset)
-    write_ticket(folder, asked)
-    return write_ticket(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
+    write_submission(folder, asked)
+    return write_submission(folder, asked.model_copy(update={"run_id": executor.start(folder.path)}))
 
 
-def is_served(federation: FederationFolder) -> bool:
+def is_superlink_kept_running(federation: FederationFolder) -> bool:
     """Whether `cotune server start` runs for the federation: then a SuperLink that is away comes back."""
     return is_running(federation.superlink)
 
 
-def when_served(
+def retry_while_served(
     call: Callable[[], _Answer], served: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
 ) -> _Answer:
     """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
@@ -205,7 +202,7 @@ def when_served(
     while True:
         try:
             answer = call()
-        except SuperLinkAway:
+        except SuperLinkUnreachable:
             if not served():
                 raise
             if not away:
@@ -241,7 +238,7 @@ def run_to_completion(
     """
     pace = pace or PollInterval()
     try:
-        first = when_served(lambda: hand_over(folder, executor, pace), served, tell, pace)
+        first = retry_while_served(lambda: submit(folder, executor, pace), served, tell, pace)
         ending = _watch(folder, executor, first, tell, pace)
         tries = 1
         while ending.event is None:
@@ -320,8 +317,8 @@ def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None,
 def _again(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _Ending:
     """Another attempt, once the SuperLink answers."""
     try:
-        when_served(executor.running, lambda: True, tell, pace)
-        return _watch(folder, executor, hand_over(folder, executor, pace), tell, pace)
+        retry_while_served(executor.running, lambda: True, tell, pace)
+        return _watch(folder, executor, submit(folder, executor, pace), tell, pace)
     except RunError as error:
         return _Ending(None, str(error))
 
@@ -329,7 +326,7 @@ def _again(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInte
 def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:
     """Ends the present attempt, at the SuperLink and on this machine."""
     with suppress(RunError):  # the SuperLink is away, or has ended the run itself
-        ticket = read_ticket(folder)
+        ticket = read_submission(folder)
         known = () if ticket is None or ticket.run_id is None else (ticket.run_id,)
         for run_id in known or executor.running():
             executor.stop(run_id)

@@ -22,7 +22,7 @@ FORMER = "signing-former.pub"
 _SERIAL = "serial"
 
 
-def new_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey:
+def create_signing_key(folder: Path, name: str = SIGNING_KEY) -> Ed25519PrivateKey:
     """The key in the folder, made where there is none, with mode 0600. Raises RunError."""
     if (folder / name).exists():
         return read_signing_key(folder, name)
@@ -61,7 +61,7 @@ def public_keys(folder: Path) -> list[str]:
     return list(dict.fromkeys((public_hex(read_signing_key(folder)), *_former(folder))))
 
 
-def change_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
+def replace_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
     """Puts a key in the place of the present one, whose public half is noted before, so that what it has signed can be verified.
 
     Killed in between it leaves the present key; the same again finishes it. Raises RunError.

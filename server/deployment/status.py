@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cotune.errors import RunError
-from cotune.flower.control_client import Control
+from cotune.flower.control_client import ControlClient
 from cotune.privacy.accounting.rounding import rounded_up
-from cotune.server.deployment.certificates import check
+from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
@@ -98,7 +98,7 @@ class Status:
     refused: tuple[RefusedStatus, ...] = ()
 
 
-def connections(members: Sequence[Member], control: Control) -> dict[str, str] | None:
+def connections(members: Sequence[Member], control: ControlClient) -> dict[str, str] | None:
     """Organization -> online or offline; None where the SuperLink cannot be asked."""
     try:
         online = {node.key for node in control.nodes() if node.online}
@@ -142,7 +142,7 @@ def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, li
 
 def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
     try:
-        return check(federation.certificates, federation.config.hosts[0]).isoformat(timespec="seconds"), None
+        return check_certificate(federation.certificates, federation.config.hosts[0]).isoformat(timespec="seconds"), None
     except RunError as error:
         return None, str(error)
 

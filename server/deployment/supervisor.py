@@ -24,11 +24,11 @@ from datetime import UTC, datetime
 import tomli_w
 
 from cotune.errors import RunError
-from cotune.flower.control_client import HOME, control
+from cotune.flower.control_client import FEDERATION_VARIABLE, open_control
 from cotune.server.deployment import certificates
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of
-from cotune.server.deployment.node_registration import Enrolment
-from cotune.server.deployment.processes import Child, Record, end, running, stop
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address
+from cotune.server.deployment.node_registration import NodeRegistration
+from cotune.server.deployment.processes import ProcessRecord, SupervisedProcess, end, running, stop
 from cotune.server.proxy.server import listen
 from cotune.server.runs.run_folder import lock_folder
 from cotune.storage.files import atomic_write
@@ -43,10 +43,10 @@ _SWITCHES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
-def supervise(folder: FederationFolder, say: Say) -> None:
+def supervise(folder: FederationFolder, say: Report) -> None:
     """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
 
     Raises RunError for certificates that organizations would refuse, a damaged list of members, a port that is taken,
@@ -68,10 +68,10 @@ def supervise(folder: FederationFolder, say: Say) -> None:
         ) from None
 
 
-def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) -> None:
-    _tell_expiry(certificates.check(folder.certificates, folder.config.hosts[0]), say)
+def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool]) -> None:
+    _tell_expiry(certificates.check_certificate(folder.certificates, folder.config.hosts[0]), say)
     folder.members.all()  # a list that is damaged is told now, and not when nobody can join
-    record = Record(folder.superlink / "processes.json", say)
+    record = ProcessRecord(folder.superlink / "processes.json", say)
     if left := end(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")
     for host, port in (("127.0.0.1", folder.config.superlink_port), (folder.config.listen, folder.config.port)):
@@ -80,18 +80,20 @@ def _supervise(folder: FederationFolder, say: Say, stopped: Callable[[], bool]) 
     for file in folder.superlink.glob("state.sqlite*"):  # never compacted; what a killed start was at is asked for anew
         file.unlink()
     children = _children(folder, say)
-    say(f"starting {folder.config.name} at {address_of(folder.config)}")
+    say(f"starting {folder.config.name} at {get_public_address(folder.config)}")
     try:
-        with Enrolment(lambda: control(folder.superlink_address, folder.certificates), folder.members.all, say) as enrolment:
+        with NodeRegistration(
+            lambda: open_control(folder.superlink_address, folder.certificates), folder.members.all, say
+        ) as enrolment:
             ready = False
             while not stopped():
                 if not ready and enrolment.ready and _listens(folder.config):
                     ready = True
                     say("ready: organizations can join")
                     for child in children:
-                        child.never_give_up()
+                        child.restart_forever()
                 for child in children:
-                    if child.tend():
+                    if child.poll():
                         record.keep(running(children))
                 record.keep(running(children))
                 time.sleep(_LOOK_SECONDS)
@@ -110,7 +112,7 @@ def _listens(config: ServerConfig) -> bool:
     return True
 
 
-def _children(folder: FederationFolder, say: Say) -> list[Child]:
+def _children(folder: FederationFolder, say: Report) -> list[SupervisedProcess]:
     environment = _environment(folder)
     shown = folder.certificates
     superlink = [
@@ -127,14 +129,21 @@ def _children(folder: FederationFolder, say: Say) -> list[Child]:
     ]
     commands = {"SuperLink": superlink, "front": front, "executor": executor}
     return [
-        Child(name, command, folder.superlink / f"{name.lower()}.log", environment, say) for name, command in commands.items()
+        SupervisedProcess(name, command, folder.superlink / f"{name.lower()}.log", environment, say)
+        for name, command in commands.items()
     ]
 
 
 def _environment(folder: FederationFolder) -> dict[str, str]:
     """With the programs of this Python first on the path: Flower starts the apps of runs by their bare names."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
-    return {**os.environ, **_SWITCHES, "FLWR_HOME": str(folder.superlink / "flwr"), HOME: str(folder.path), "PATH": path}
+    return {
+        **os.environ,
+        **_SWITCHES,
+        "FLWR_HOME": str(folder.superlink / "flwr"),
+        FEDERATION_VARIABLE: str(folder.path),
+        "PATH": path,
+    }
 
 
 def _binary(name: str, environment: Mapping[str, str]) -> str:
@@ -158,7 +167,7 @@ def _write_settings(folder: FederationFolder) -> None:
     atomic_write(folder.superlink / "front.toml", tomli_w.dumps(front).encode())
 
 
-def _tell_expiry(until: datetime, say: Say) -> None:
+def _tell_expiry(until: datetime, say: Report) -> None:
     left = (until - datetime.now(UTC)).days
     say(f"the certificate is valid until {until:%Y-%m-%d}")
     if left < LEFT_DAYS:

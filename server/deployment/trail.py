@@ -31,14 +31,14 @@ from cotune.protocol.signatures import (
     attach,
     content_digest,
     detach,
+    is_signed_by_node,
+    parse_refusal,
+    refusal_digest,
     roster_digest,
     sign,
-    signed_by_node,
-    words_digest,
-    words_of,
 )
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.key_rotation import renewals
+from cotune.server.deployment.key_rotation import read_renewals
 from cotune.server.deployment.signing import next_serial, public_keys, read_signing_key
 from cotune.server.runs.events import Events, read_events
 from cotune.server.runs.exclusions import Fate
@@ -73,7 +73,7 @@ class SignedTrail:
         folder = self._federation.certificates
         key = read_signing_key(folder)
         serial = next_serial(folder)
-        renewed = ServerRenewal.join(renewals(folder))
+        renewed = ServerRenewal.join(read_renewals(folder))
         members = {member.name: member for member in self._federation.members.active()}
         keys = {name: member.fingerprint for name, member in members.items()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
@@ -124,10 +124,10 @@ class SignedTrail:
 
         Anyone who cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
         """
-        words, signed = words_of(reply.error.reason or "")
+        words, signed = parse_refusal(reply.error.reason or "")
         if signed is not None:
             request = self._requests.get((kind, round, organization))
-            if wrong := self._enter(signed, (request, organization, REFUSAL, words_digest(words)), round, words=words):
+            if wrong := self._enter(signed, (request, organization, REFUSAL, refusal_digest(words)), round, words=words):
                 return f"it refused, under a signature that is none ({wrong})"
         return words or f"error {reply.error.code}"
 
@@ -148,7 +148,7 @@ class SignedTrail:
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
         keys = _node_keys(self._federation).get(organization, [])
-        return any(signed_by_node(statement, signed.signature, key) for key in keys)
+        return any(is_signed_by_node(statement, signed.signature, key) for key in keys)
 
 
 def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:

@@ -17,8 +17,8 @@ from email.utils import formatdate
 import h11
 import httpx
 
-from cotune.server.proxy.guard import Guard
-from cotune.server.proxy.rules import Refusal, call_of, content_length, forwarded_headers
+from cotune.server.proxy.guard import RequestGuard
+from cotune.server.proxy.rules import Refusal, content_length, forwarded_headers, get_call
 from cotune.server.proxy.slots import Slot
 from cotune.server.proxy.upstream import SuperLink
 
@@ -34,10 +34,12 @@ class _Gone(Exception):
     """The client went away, or was too slow, or wrote what is no HTTP, in the middle of a request."""
 
 
-class Exchange:
+class ClientConnection:
     """A connection as a conversation; `stop` ends it after the request under way."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: str, guard: Guard, slot: Slot) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: str, guard: RequestGuard, slot: Slot
+    ) -> None:
         self.client = client
         self.limits = guard.limits
         self.waiting = True  # for a request: nothing is lost when it is cut now
@@ -91,7 +93,7 @@ class Exchange:
         """Reads the content as soon as there is room for it."""
         traffic = self._guard.traffic
         size = content_length(request)
-        announces = call_of(request) == "push-messages"
+        announces = get_call(request) == "push-messages"
         async with AsyncExitStack() as held:
             try:
                 if announces:
@@ -118,7 +120,7 @@ class Exchange:
             self._guard.log.tell("superlink", line)
             return await self._refuse(request, Refusal(504 if late else 502, "the SuperLink does not answer: it may be starting"))
         try:
-            await self._answer(answer, call_of(request), member)
+            await self._answer(answer, get_call(request), member)
         except httpx.TransportError as error:
             raise _Gone from error  # half an answer is out: cutting it short is the only way to say so
         finally:
@@ -131,7 +133,7 @@ class Exchange:
         announces = call == "pull-messages"
         first = await _up_to(pieces, _MOST_ANNOUNCED) if announces else []
         if announces and answer.status_code == httpx.codes.OK:
-            self._guard.hand_over(member, b"".join(first))
+            self._guard.record_requests(member, b"".join(first))
         await self._send(h11.Response(status_code=answer.status_code, headers=forwarded_headers(answer.headers.raw)))
         for piece in first:
             await self._send(h11.Data(data=piece))
@@ -148,7 +150,7 @@ class Exchange:
         return given[-1].decode("latin-1").rpartition(",")[2].strip()[:60] if given else self.client
 
     async def _content(self, size: int) -> AsyncIterator[bytes]:
-        deadline = asyncio.get_running_loop().time() + self.limits.seconds_for(size)
+        deadline = asyncio.get_running_loop().time() + self.limits.get_transfer_seconds(size)
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -167,7 +169,7 @@ class Exchange:
     async def _send(self, event: h11.Event) -> None:
         if data := self._http.send(event):
             self._writer.write(data)
-            async with asyncio.timeout(self.limits.seconds_for(len(data))):
+            async with asyncio.timeout(self.limits.get_transfer_seconds(len(data))):
                 await self._writer.drain()
 
     async def _refuse(self, request: h11.Request | None, refusal: Refusal) -> bool:

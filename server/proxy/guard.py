@@ -8,47 +8,72 @@ from dataclasses import dataclass
 
 import h11
 
+from cotune.server.proxy.authentication import FindMember, authenticate
 from cotune.server.proxy.fleet_format import FleetFormat
-from cotune.server.proxy.identity import Known, signer
-from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
+from cotune.server.proxy.pushes import SentObjects, find_push_problem
 from cotune.server.proxy.quotas import Quotas, Usage
-from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, reason_to_refuse
-from cotune.server.proxy.slots import Slot, Slots, group_of
-from cotune.server.proxy.sparing import Sparing
+from cotune.server.proxy.rate_limited_log import RateLimitedLog
+from cotune.server.proxy.rules import Limits, Refusal, content_length, get_call, reason_to_refuse
+from cotune.server.proxy.slots import Slot, Slots, get_address_group
 from cotune.server.proxy.traffic import Traffic
 
 log = logging.getLogger("cotune.front")
 
-Noted = Callable[[str, str], None]  # whose request was refused, and why
+ReportRefusal = Callable[[str, str], None]  # whose request was refused, and why
 _TOO_LARGE = (413, 431)  # HTTP status: refused by its head alone, no matter who has signed it
 
 
-def unnoted(who: str, reason: str) -> None:
+def ignore_refusal(who: str, reason: str) -> None:
     """Nobody asks."""
 
 
 @dataclass(frozen=True)
-class Guard:
-    """known: see `identity.Known`. refused: told of the member whose announcement was refused, who sends too much at once, or
-    whose quota is used up, and why. turned_away: the same of the address of somebody who has not shown that it is a member.
+class RequestGuard:
+    """Checks every request before it is passed on, and counts what has passed.
+
+    Attributes:
+        limits: What one client may take.
+        known: Returns the member that a public key belongs to.
+        refused: Called with the member whose announcement was refused, who sends too much at once, or whose quota is used up, and
+            the reason.
+        turned_away: The same with the address of somebody who has not shown that it is a member.
+        slots: The connections that are held.
+        traffic: The content that is on its way.
+        sent: The objects that the server has sent.
+        usage: What members have taken.
+        log: Of what is refused.
     """
 
     limits: Limits
-    known: Known
-    refused: Noted
-    turned_away: Noted
+    known: FindMember
+    refused: ReportRefusal
+    turned_away: ReportRefusal
     slots: Slots
     traffic: Traffic
-    sent: Sent
+    sent: SentObjects
     usage: Usage
-    log: Sparing
+    log: RateLimitedLog
 
     @classmethod
     def of(
-        cls, limits: Limits, quotas: Quotas, known: Known, fleet: FleetFormat, refused: Noted, turned_away: Noted = unnoted
-    ) -> Guard:
+        cls,
+        limits: Limits,
+        quotas: Quotas,
+        known: FindMember,
+        fleet: FleetFormat,
+        refused: ReportRefusal,
+        turned_away: ReportRefusal = ignore_refusal,
+    ) -> RequestGuard:
         return cls(
-            limits, known, refused, turned_away, Slots(limits), Traffic(limits), Sent(fleet), Usage(quotas), Sparing(log.warning)
+            limits,
+            known,
+            refused,
+            turned_away,
+            Slots(limits),
+            Traffic(limits),
+            SentObjects(fleet),
+            Usage(quotas),
+            RateLimitedLog(log.warning),
         )
 
     def admit(self, request: h11.Request, slot: Slot, client: str = "") -> str | Refusal:
@@ -57,17 +82,17 @@ class Guard:
         """
         if refusal := reason_to_refuse(request, self.limits):
             if refusal.status in _TOO_LARGE:
-                self._note_too_large(request, slot.address or group_of(client), refusal.reason)
+                self._note_too_large(request, slot.address or get_address_group(client), refusal.reason)
             return refusal
-        member = signer(request.headers, call_of(request), self.known, self.sent.fleet)
+        member = authenticate(request.headers, get_call(request), self.known, self.sent.fleet)
         if isinstance(member, Refusal):
             return member
         if full := self.slots.recognize(slot, member):
             return Refusal(503, full)
-        return self._beyond_quota(member, call_of(request), content_length(request)) or member
+        return self._beyond_quota(member, get_call(request), content_length(request)) or member
 
     def _note_too_large(self, request: h11.Request, address: str, reason: str) -> None:
-        member = signer(request.headers, call_of(request), self.known, self.sent.fleet)
+        member = authenticate(request.headers, get_call(request), self.known, self.sent.fleet)
         if isinstance(member, Refusal):
             self.turned_away(address, reason)
         else:
@@ -80,13 +105,13 @@ class Guard:
             self.refused(member, refusal.reason)
         return refusal
 
-    def hand_over(self, member: str, content: bytes) -> None:
+    def record_requests(self, member: str, content: bytes) -> None:
         """content: of an answer to `pull-messages`, before the member learns of it."""
-        self.usage.hand_over(member, self.sent.remember(content))
+        self.usage.record_requests(member, self.sent.remember(content))
 
     def look_into(self, content: bytes, member: str) -> Refusal | None:
         """Of a `push-messages`."""
-        reason = reason_to_refuse_push(content, self.limits.tree, self.sent)
+        reason = find_push_problem(content, self.limits.tree, self.sent)
         if reason is None:
             return None
         self.refused(member, reason)

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.message import DecodeError
 
 from cotune.server.proxy.fleet_format import FleetFormat, Metadata, ObjectTree
-from cotune.server.proxy.wire_format import Damaged, TooMany, fields, length_of
+from cotune.server.proxy.wire_format import MalformedMessage, TooManyFields, fields, get_field_length
 
-MOST_DEPTH = 5  # message, its content, a record, an array, a chunk of it
+MAX_DEPTH = 5  # message, its content, a record, an array, a chunk of it
 _MOST_HEADER = 16 * 2**10  # bytes of a message without its content: addresses, or an error's words
 _MOST_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each
 _FEWEST_ALLOWED = 64  # objects, however small the requests are
@@ -31,7 +31,7 @@ _RUNTIME = 4
 _CHILDREN = 2  # of an ObjectTree
 
 
-class Sent:
+class SentObjects:
     """What the server has sent to its members, by the answers that have passed here: no reply holds an object of a request.
 
     All that it knows is forgotten with the process, and the oldest earlier: it only ever adds a reason to refuse.
@@ -59,7 +59,7 @@ class Sent:
             del self._known[oldest]
         return len(trees)
 
-    def most_objects(self, limit: int) -> int:
+    def max_objects(self, limit: int) -> int:
         """Of a reply: it holds at most two arrays for each of the request's (its change, and a statistic), and a few records."""
         return min(limit, max(_FEWEST_ALLOWED, 2 * self._largest + 32)) if self._largest else limit
 
@@ -67,7 +67,7 @@ class Sent:
         return any(bytes.fromhex(identifier) in self._known for identifier in identifiers)
 
 
-def reason_to_refuse_push(content: bytes, limit: int, sent: Sent) -> str | None:
+def find_push_problem(content: bytes, limit: int, sent: SentObjects) -> str | None:
     """Why the content of a `push-messages` may not pass; None where it may.
 
     Args:
@@ -75,12 +75,12 @@ def reason_to_refuse_push(content: bytes, limit: int, sent: Sent) -> str | None:
         limit: the most objects of a reply, whatever was asked.
         sent: what the server has sent so far.
     """
-    most = sent.most_objects(limit)
+    most = sent.max_objects(limit)
     try:
         if reason := _wrong_outline(content, most):
             return reason
         request = sent.fleet.parse_push(content)
-    except (Damaged, DecodeError):
+    except (MalformedMessage, DecodeError):
         return "it is no announcement of a reply as Flower writes it"
     [message] = request.messages_list
     [tree] = request.message_object_trees
@@ -97,7 +97,7 @@ def _wrong_outline(content: bytes, most: int) -> str | None:
     numbers = sorted(number for number, _ in found)
     if numbers not in ([_NODE, _MESSAGE, _TREE], [_NODE, _MESSAGE, _TREE, _RUNTIME]):
         return f"it has the fields {numbers}, expected a node, one message, its tree, and how long it took"
-    if any(length_of(value) > _MOST_HEADER for number, value in found if number != _TREE):
+    if any(get_field_length(value) > _MOST_HEADER for number, value in found if number != _TREE):
         return f"its message has more than {_MOST_HEADER} bytes beside the tree: expected one without content"
     [tree] = [value for number, value in found if number == _TREE]
     count = _count(tree if isinstance(tree, bytes) else b"", most)
@@ -111,11 +111,11 @@ def _count(tree: bytes, most: int) -> int:
     while waiting:
         part, depth = waiting.pop()
         count += 1
-        if depth > MOST_DEPTH:
-            raise Damaged
+        if depth > MAX_DEPTH:
+            raise MalformedMessage
         try:
             inside = list(fields(part, most + 1))  # its identifier, and children
-        except TooMany:
+        except TooManyFields:
             return most + 1
         waiting += [(value, depth + 1) for number, value in inside if number == _CHILDREN and isinstance(value, bytes)]
         if count + len(waiting) > most:
@@ -143,7 +143,7 @@ def _wrong_times(about: Metadata, took: Iterable[float]) -> str | None:
     return None
 
 
-def _wrong_tree(tree: ObjectTree, message: str, sent: Sent) -> str | None:
+def _wrong_tree(tree: ObjectTree, message: str, sent: SentObjects) -> str | None:
     found = [part.object_id for part in _parts(tree)]
     if not all(_OBJECT.fullmatch(identifier) for identifier in found):
         return "an object of its tree has no identifier as Flower writes them"

@@ -44,7 +44,7 @@ class Quotas(BaseModel):
         return self.bytes if self.bytes is not None else _SPARE * self.reply
 
     @property
-    def most_disk(self) -> int:
+    def max_disk(self) -> int:
         return self.disk if self.disk is not None else _SPARE * self.reply
 
 
@@ -89,7 +89,7 @@ class Usage:
         self._clock = clock
         self._members: dict[str, _Used] = {}
 
-    def hand_over(self, member: str, requests: int) -> None:
+    def record_requests(self, member: str, requests: int) -> None:
         """A member is about to learn of so many requests."""
         used = self._of(member)
         reply = self._quotas.reply
@@ -117,7 +117,7 @@ class Usage:
                 429, f"it has moved {self._quotas.max_bytes} bytes beyond what it was asked for: its quota of bytes is used up"
             )
         if call == "push-object" and not used.disk.take(size):
-            return Refusal(507, f"it has left {self._quotas.most_disk} bytes beyond its replies: its quota of disk is used up")
+            return Refusal(507, f"it has left {self._quotas.max_disk} bytes beyond its replies: its quota of disk is used up")
         used.bytes.spend(size)
         used.stored += size if call == "push-object" else 0
         return None
@@ -139,5 +139,5 @@ class _Used:
     def __init__(self, quotas: Quotas, clock: Callable[[], float]) -> None:
         self.messages = Allowance(quotas.messages, HOUR, clock)
         self.bytes = Allowance(quotas.max_bytes, HOUR, clock)
-        self.disk = Allowance(quotas.most_disk, DAY, clock)
+        self.disk = Allowance(quotas.max_disk, DAY, clock)
         self.stored = 0

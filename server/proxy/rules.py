@@ -43,11 +43,11 @@ class Limits(BaseModel):
     linger: float = Field(5.0, gt=0)  # seconds to drop what a refused client still sends: cut at once, it loses the answer
     grace: float = Field(10.0, ge=0)  # seconds for requests under way when the front stops
 
-    def seconds_for(self, size: int) -> float:
+    def get_transfer_seconds(self, size: int) -> float:
         """How long so many bytes may take on the way."""
         return self.patience + size / self.bytes_per_second
 
-    def body_of(self, call: str) -> tuple[str, int]:
+    def get_content_limit(self, call: str) -> tuple[str, int]:
         """The limit's name, and the most bytes of content of a call."""
         name = {"push-messages": "push_messages", "push-object": "push_object"}.get(call, "body")
         return name, int(getattr(self, name))
@@ -86,13 +86,13 @@ def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
     if names.count(b"content-length") != 1:
         return Refusal(411, f"there are {names.count(b'content-length')} headers Content-Length, expected one")
     size = content_length(request)
-    name_of_limit, most = limits.body_of(call_of(request))
+    name_of_limit, most = limits.get_content_limit(get_call(request))
     if size > most:
         return Refusal(413, f"the content has {size} bytes, expected at most {most}: raise limits.{name_of_limit} at the server")
     return None
 
 
-def call_of(request: h11.Request) -> str:
+def get_call(request: h11.Request) -> str:
     """The name of the call, such as push-object; empty where it is none of the Fleet API."""
     found = _CALL.fullmatch(request.target)
     return found[1].decode() if found else ""

@@ -1,6 +1,6 @@
 """The front: the one public port of a coordinator. It ends TLS, knows the members, and passes their Fleet calls to a SuperLink.
 
-It is told everything that it needs, so that it stays small, and apart from the rest: `Setup`.
+It is told everything that it needs, so that it stays small, and apart from the rest: `ProxySetup`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Self
 
 from cotune.errors import RunError
-from cotune.server.proxy.connection import PIECE, Exchange
+from cotune.server.proxy.authentication import FindMember
+from cotune.server.proxy.connection import PIECE, ClientConnection
 from cotune.server.proxy.fleet_format import FleetFormat
-from cotune.server.proxy.guard import Guard, unnoted
-from cotune.server.proxy.identity import Known
+from cotune.server.proxy.guard import RequestGuard, ignore_refusal
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
-from cotune.server.proxy.slots import Slot, group_of
+from cotune.server.proxy.slots import Slot, get_address_group
 from cotune.server.proxy.upstream import SuperLink
 
 TLS_HANDSHAKE = b"\x16"  # the first byte of every TLS connection (RFC 8446, 5.1)
@@ -32,7 +32,7 @@ log = logging.getLogger("cotune.front")
 
 
 @dataclass(frozen=True)
-class Setup:
+class ProxySetup:
     """What the proxy is made of.
 
     Attributes:
@@ -55,30 +55,30 @@ class Setup:
     context: ssl.SSLContext
     superlink_port: int
     trusted: ssl.SSLContext
-    known: Known
+    known: FindMember
     fleet: FleetFormat
     refused: Callable[[str, str], None] = lambda member, reason: None
     limits: Limits = field(default_factory=Limits)
     quotas: Quotas = field(default_factory=Quotas)
     proxied: bool = False
-    turned_away: Callable[[str, str], None] = unnoted
+    turned_away: Callable[[str, str], None] = ignore_refusal
 
 
-def serve(setup: Setup) -> None:
-    """Until SIGTERM or SIGINT. Raises RunError as `Front` does."""
+def serve(setup: ProxySetup) -> None:
+    """Until SIGTERM or SIGINT. Raises RunError as `TlsProxy` does."""
     asyncio.run(_until_signaled(setup))
 
 
-async def _until_signaled(setup: Setup) -> None:
+async def _until_signaled(setup: ProxySetup) -> None:
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with Front(setup) as front:
+    async with TlsProxy(setup) as front:
         log.info("listening at %s, port %d, for the SuperLink at %s", setup.host, front.port, front.superlink.url)
         await stopped.wait()
 
 
-class Front:
+class TlsProxy:
     """Listens as long as it is entered; leaving it lets the requests under way finish, for `limits.grace` seconds.
 
     Raises RunError on entry when the port cannot be had.
@@ -86,11 +86,11 @@ class Front:
 
     superlink: SuperLink
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: ProxySetup) -> None:
         self.setup = setup
         self.limits = setup.limits
-        self.guard = Guard.of(setup.limits, setup.quotas, setup.known, setup.fleet, setup.refused, setup.turned_away)
-        self._exchanges: dict[asyncio.Task[None], Exchange | None] = {}  # None: the handshake is not over
+        self.guard = RequestGuard.of(setup.limits, setup.quotas, setup.known, setup.fleet, setup.refused, setup.turned_away)
+        self._exchanges: dict[asyncio.Task[None], ClientConnection | None] = {}  # None: the handshake is not over
 
     async def __aenter__(self) -> Self:
         self._listener = listen(self.setup.host, self.setup.port)
@@ -128,7 +128,7 @@ class Front:
 
     def _begin(self, connection: socket.socket, client: str) -> None:
         tasks = list[asyncio.Task[None]]()
-        address = None if self.setup.proxied else group_of(client)
+        address = None if self.setup.proxied else get_address_group(client)
         slot = self.guard.slots.enter(address, lambda: self._evict(tasks[0], client))
         if slot is None:
             line = f"{client} holds {self.limits.connections_per_address} connections of members: one more is refused"
@@ -167,7 +167,7 @@ class Front:
         except asyncio.CancelledError:
             connection.close()
             raise
-        exchange = self._exchanges[task] = Exchange(reader, writer, client, self.guard, slot)
+        exchange = self._exchanges[task] = ClientConnection(reader, writer, client, self.guard, slot)
         await exchange.run(self.superlink if encrypted else None)
 
 

@@ -84,7 +84,7 @@ class Slots:
         return True
 
 
-def group_of(address: str) -> str:
+def get_address_group(address: str) -> str:
     """What counts as one address: of IPv6 the network /64, which anybody has; an IPv4 address within IPv6 is itself."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])

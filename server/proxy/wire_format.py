@@ -15,11 +15,11 @@ _FIXED = {_FIXED64: 8, _FIXED32: 4}
 _LONGEST_VARINT = 10
 
 
-class Damaged(Exception):
+class MalformedMessage(Exception):
     """This is no message."""
 
 
-class TooMany(Damaged):
+class TooManyFields(MalformedMessage):
     """It has more fields than it may."""
 
 
@@ -39,7 +39,7 @@ def fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
     while position < len(content):
         count += 1
         if count > most:
-            raise TooMany
+            raise TooManyFields
         tag, position = _varint(content, position)
         value: bytes | int
         if tag & 7 == _VARINT:
@@ -49,7 +49,7 @@ def fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
         yield tag >> 3, value
 
 
-def length_of(value: bytes | int) -> int:
+def get_field_length(value: bytes | int) -> int:
     """Bytes of a field's value; 0 for a number."""
     return len(value) if isinstance(value, bytes) else 0
 
@@ -60,9 +60,9 @@ def _counted(content: bytes, position: int, kind: int) -> tuple[bytes, int]:
     elif kind in _FIXED:
         length = _FIXED[kind]
     else:
-        raise Damaged
+        raise MalformedMessage
     if length > len(content) - position:
-        raise Damaged
+        raise MalformedMessage
     return content[position : position + length], position + length
 
 
@@ -72,4 +72,4 @@ def _varint(content: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * i)
         if byte < 0x80:
             return value, position + i + 1
-    raise Damaged
+    raise MalformedMessage

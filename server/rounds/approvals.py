@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from cotune.errors import Declined
-from cotune.protocol.signatures import words_of
+from cotune.protocol.signatures import parse_refusal
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
 _PUBLIC_MESSAGE = Declined("training.approval", "").public
@@ -21,7 +21,7 @@ _MAX_BACKOFF = 300.0
 
 def awaits_approval(message: Message | None) -> bool:
     """Return whether a reply says that a person has to approve the plan first, and nothing else."""
-    return message is not None and message.has_error() and words_of(message.error.reason or "")[0] == _PUBLIC_MESSAGE
+    return message is not None and message.has_error() and parse_refusal(message.error.reason or "")[0] == _PUBLIC_MESSAGE
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""Where updates wait or stay: those before their turn, those after their round, and those that were refused.
+"""Where updates wait or stay: those before their turn, those after their round, and those that were rejected.
 
-Answers that come after their round: with server.late = fold they enter a later one, with less weight; else they are shown.
-
-Which rounds can be answered late is kept in memory alone: after a restart their answers are ignored.
-
-Updates that were refused, kept as they came for a person to look at: nothing in them is decoded or executed.
+Rejected updates are kept as they came, for a person to look at: nothing in them is decoded or executed.
 
 quarantine/round-00003-<organization>.safetensors    every array's bytes as uint8; all else as JSON in the metadata
 """
@@ -15,7 +11,8 @@ import glob
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,131 +22,171 @@ from flwr.app import ArrayRecord, RecordDict
 from safetensors.numpy import save
 
 from cotune.errors import RunError
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.protocol.update_file import read_update, update_bytes
-from cotune.server.rounds.update_validation import Verify
+from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.runs.run_folder import RunFolder
 from cotune.storage.files import atomic_write
 from cotune.strategies.types import Update
 
 
 class SpillBuffer:
-    """A folder that holds nothing beyond a round: what a crash left there is removed."""
+    """Updates on disk within one round, by number; what a crash left there is removed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clear()
 
     def put(self, number: int, update: Update) -> None:
+        """Write an update; not durably, as after a crash it is asked for again."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file(number).write_bytes(update_bytes(update))  # not durable: after a crash it is asked for again
+        self._file(number).write_bytes(update_bytes(update))
 
     def take(self, number: int) -> Update:
-        """Raises RunError when the file is not as it was written."""
+        """Read an update and remove its file.
+
+        Raises:
+            RunError: When the file is not as it was written.
+        """
         file = self._file(number)
         try:
             update = read_update(file)
         except (FileNotFoundError, ValueError) as error:
-            raise RunError(f"{file} cannot be read ({error}): expected the update that was put there; resume the run") from None
+            raise RunError(
+                f"{file} cannot be read ({error}): expected the update that was put there; resume the run",
+                code="run.damaged_file",
+            ) from None
         assert update is not None
         file.unlink()
         return update
 
     def clear(self) -> None:
+        """Remove all updates."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
 
+Sink = Callable[[Update], None]
+RoundOfUpdate = tuple[int, str]  # the round that an update is for, and its organization
+
+
 class ReorderBuffer:
-    """Gives updates back in the order of the organizations, no matter who came first: each as soon as all before it are
-    settled."""
+    """Passes updates on in the order of the organizations, each as soon as all before it are settled, whoever came first.
 
-    def __init__(self, order: Sequence[str], inbox: SpillBuffer) -> None:
+    Updates before their turn wait on disk. An update that was passed on is held by nobody here.
+    """
+
+    def __init__(self, order: Sequence[str], spill: SpillBuffer, sink: Sink) -> None:
+        """Create an empty buffer.
+
+        Args:
+            order: All organizations that may send an update.
+            spill: Where updates before their turn wait.
+            sink: Called with every update.
+        """
         self._number = {name: i for i, name in enumerate(order)}
-        self._inbox = inbox
+        self._spill = spill
+        self._sink = sink
         self._next = 0
-        self._settled: dict[int, bool] = {}  # who is done before their turn -> whether an update was put aside
+        self._settled: dict[int, bool] = {}  # whose turn is yet to come -> whether an update of it is on disk
 
-    def settle(self, name: str, update: Update | None) -> Iterator[Update]:
-        """What can be added now that this organization has sent an update, or will send none."""
+    def put(self, name: str, update: Update | None) -> None:
+        """Settle an organization: pass its update on if it is its turn, else write it to disk; None: it will send none."""
         number = self._number[name]
-        if number != self._next:
+        is_its_turn = number == self._next
+        if is_its_turn:
+            self._next += 1
+        else:
             self._settled[number] = update is not None
-            if update is not None:
-                self._inbox.put(number, update)
-            return
-        self._next += 1
-        if update is not None:
-            yield update
-            del update
+        if update is not None and is_its_turn:
+            self._sink(update)
+        elif update is not None:
+            self._spill.put(number, update)
+
+    def drain(self) -> None:
+        """Pass on the updates whose turn has come."""
         while self._next in self._settled:
-            yield from self._aside(self._next)
+            self._pass_on(self._next)
             self._next += 1
 
-    def rest(self) -> Iterator[Update]:
-        """What is still put aside, as the others will not come."""
+    def drain_all(self) -> None:
+        """Pass on all updates, as the organizations that are not settled will send none."""
         for number in sorted(self._settled):
-            yield from self._aside(number)
+            self._pass_on(number)
 
-    def _aside(self, number: int) -> Iterator[Update]:
+    def _pass_on(self, number: int) -> None:
         if self._settled.pop(number):
-            yield self._inbox.take(number)
+            self._sink(self._spill.take(number))
 
 
-Late = tuple[int, str]  # the round that the update is for, and the organization
+class LateBuffer:
+    """Updates that come after their round: with `server.late = "fold"` they enter a later one.
 
+    Which rounds can be answered late is known in memory alone: after a restart their replies are ignored.
+    """
 
-class Lateness:
-    """Of one run. inbox: where late updates wait for the end of the round in which they came."""
-
-    def __init__(self, config: RoundsConfig, inbox: SpillBuffer) -> None:
+    def __init__(self, config: RoundsConfig, spill: SpillBuffer) -> None:
+        """Create an empty buffer; updates wait in `spill` for the end of the round in which they came."""
         self._staleness = config.max_staleness if config.late == "fold" else 0
-        self._inbox = inbox
-        self._open: dict[int, Verify] = {}
-        self._came: list[Late] = []
+        self._spill = spill
+        self._specs: dict[int, UpdateSpec] = {}
+        self._held: list[RoundOfUpdate] = []
+        self._received: set[RoundOfUpdate] = set()
 
-    def open(self, round: int, verify: Verify) -> None:
-        """Late answers of this round, which is played now, will be held to this."""
+    def begin_round(self, spec: UpdateSpec) -> None:
+        """Keep the spec of a round that begins, for updates that come after it."""
         if self._staleness:
-            self._open[round] = verify
-        self._open = {number: held for number, held in self._open.items() if number >= round - self._staleness}
+            self._specs[spec.round] = spec
+        self._specs = {number: kept for number, kept in self._specs.items() if number >= spec.round - self._staleness}
 
-    def verify_of(self, round: int) -> Verify | None:
-        """What an answer of an earlier round is held to; None where it comes too late."""
-        return self._open.get(round)
+    def end_round(self, round: int) -> int:
+        """Forget what cannot come any more, and return the last round whose replies are not waited for."""
+        oldest = round - self._staleness
+        self._received = {each for each in self._received if each[0] >= oldest}
+        return oldest
 
-    def oldest(self, round: int) -> int:
-        """The last round whose answers nobody waits for after `round`."""
-        return round - self._staleness
+    def spec_of(self, round: int) -> UpdateSpec | None:
+        """Return what an update of an earlier round must be like; None where it comes too late."""
+        return self._specs.get(round)
+
+    def note(self, round: int, organization: str) -> bool:
+        """Note that an organization has replied to a round, and return whether it had not before."""
+        is_new = (round, organization) not in self._received
+        self._received.add((round, organization))
+        return is_new
 
     def put(self, update: Update) -> None:
-        self._inbox.put(len(self._came), update)
-        self._came.append((update.round, update.organization))
+        """Write an update to disk."""
+        self._spill.put(len(self._held), update)
+        self._held.append((update.round, update.organization))
 
-    def take(self, order: Sequence[str]) -> Iterator[Update]:
-        """The late updates, by round and organization, no matter who came first."""
-        came = self._came
-        self._came = []
-        for number in sorted(range(len(came)), key=lambda i: (came[i][0], order.index(came[i][1]))):
-            yield self._inbox.take(number)
+    def drain(self, order: Sequence[str], sink: Sink) -> None:
+        """Pass on the updates by round and organization, whoever came first."""
+        held = self._held
+        self._held = []
+        for number in sorted(range(len(held)), key=lambda i: (held[i][0], order.index(held[i][1]))):
+            sink(self._spill.take(number))
 
 
-_MOST_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
-_MOST_ARRAYS = 100_000  # likewise: their names are a part of the file
-_MOST_FILES = 10  # of one organization; the oldest go
-_MOST_TEXT = 200  # characters of a name or a value in a header
-_MOST_ENTRIES = 1000  # in a description
+_MAX_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
+_MAX_ARRAYS = 100_000  # likewise: their names are a part of the file
+_MAX_FILES = 10  # of one organization; the oldest go
+_MAX_TEXT_LENGTH = 200  # characters of a name or a value in a header
+_MAX_ENTRIES = 1000  # in a description
 
 
 class Quarantine:
+    """A folder of rejected updates, the last ten of each organization."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def keep(self, content: RecordDict, organization: str, round: int, reason: str) -> str:
-        """Keeps a message, durably. Returns the name of its file."""
+        """Keep a message durably, and return the name of its file."""
         arrays = {
-            f"{key[:_MOST_TEXT]}/{name[:_MOST_TEXT]}": array.data
+            f"{key[:_MAX_TEXT_LENGTH]}/{name[:_MAX_TEXT_LENGTH]}": array.data
             for key, record in content.items()
             if isinstance(record, ArrayRecord)
             for name, array in record.items()
@@ -163,13 +200,13 @@ class Quarantine:
             "bytes": size,
             "sha256": _digest(arrays),
             "arrays": _headers(content),
-            "records": {key[:_MOST_TEXT]: _words(r) for key, r in content.items() if not isinstance(r, ArrayRecord)},
+            "records": {key[:_MAX_TEXT_LENGTH]: _texts(r) for key, r in content.items() if not isinstance(r, ArrayRecord)},
         }
-        kept = arrays if size + sum(map(len, arrays)) <= _MOST_BYTES and len(arrays) <= _MOST_ARRAYS else {}
+        kept = arrays if size + sum(map(len, arrays)) <= _MAX_BYTES and len(arrays) <= _MAX_ARRAYS else {}
         tensors = {name: np.frombuffer(data, np.uint8) for name, data in kept.items()}
         file = self.folder / f"round-{round:05d}-{organization}.safetensors"
         atomic_write(file, save(tensors, metadata={"quarantine": json.dumps(about, ensure_ascii=False)}))
-        for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organization)}.safetensors"))[:-_MOST_FILES]:
+        for older in sorted(self.folder.glob(f"round-?????-{glob.escape(organization)}.safetensors"))[:-_MAX_FILES]:
             older.unlink(missing_ok=True)
         return file.name
 
@@ -184,13 +221,35 @@ def _digest(arrays: dict[str, bytes]) -> str:
 
 def _headers(content: RecordDict) -> list[str]:
     found = [
-        f"{key[:_MOST_TEXT]}/{name[:_MOST_TEXT]}: {array.dtype[:40]} {tuple(array.shape[:8])} {array.stype[:40]}"
+        f"{key[:_MAX_TEXT_LENGTH]}/{name[:_MAX_TEXT_LENGTH]}: {array.dtype[:40]} {tuple(array.shape[:8])} {array.stype[:40]}"
         for key, record in content.items()
         if isinstance(record, ArrayRecord)
         for name, array in record.items()
     ]
-    return found[:_MOST_ENTRIES]
+    return found[:_MAX_ENTRIES]
 
 
-def _words(record: Any) -> dict[str, str]:
-    return {name[:_MOST_TEXT]: f"{value!r:.{_MOST_TEXT}}" for name, value in list(record.items())[:_MOST_ENTRIES]}
+def _texts(record: Any) -> dict[str, str]:
+    return {name[:_MAX_TEXT_LENGTH]: f"{value!r:.{_MAX_TEXT_LENGTH}}" for name, value in list(record.items())[:_MAX_ENTRIES]}
+
+
+@dataclass(frozen=True)
+class UpdateStore:
+    """Where the updates of a run wait or stay, from round to round.
+
+    Attributes:
+        inbox: Updates of the round before their turn.
+        late: Updates of earlier rounds.
+        quarantine: Rejected updates.
+    """
+
+    inbox: SpillBuffer
+    late: LateBuffer
+    quarantine: Quarantine
+
+    @classmethod
+    def open(cls, folder: RunFolder) -> UpdateStore:
+        """Open the store of a run; inbox/ is emptied."""
+        inbox = SpillBuffer(folder.path / "inbox")
+        late = LateBuffer(folder.plan.server, SpillBuffer(folder.path / "inbox" / "late"))
+        return cls(inbox, late, Quarantine(folder.path / "quarantine"))

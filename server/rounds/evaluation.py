@@ -10,7 +10,7 @@ import torch
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import Metrics, logits, score
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.head_fit import told_by
 from cotune.models.trainable import State, TrainableModel
 from cotune.observers import Registry

@@ -1,148 +1,159 @@
-"""A round's answers: each opened, verified, and added in its turn; what is not as agreed is shown and kept aside."""
+"""From replies to updates: signature, validation, quarantine; each accepted update is passed on in its turn.
+
+One update at a time is in memory beside the running sum. A reply's message is taken out of it by the one function that reads it,
+and an update is held by nobody once it was passed on or written to disk.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from flwr.app import Message, RecordDict
 
-from cotune.errors import CotuneError
-from cotune.protocol.messages import payload_bytes
+from cotune.errors import CotuneError, RunError
+from cotune.protocol.messages import decode_update, payload_bytes
 from cotune.protocol.signatures import UPDATE
-from cotune.server.rounds.buffers import Late, Lateness, Quarantine, ReorderBuffer, SpillBuffer
-from cotune.server.rounds.requests import RequestTracker
-from cotune.server.rounds.round_result import RoundResult
+from cotune.server.outcomes import Accepted, Declined, Outcome, Rejected
+from cotune.server.rounds.buffers import ReorderBuffer, UpdateStore
 from cotune.server.rounds.session import Session
-from cotune.server.rounds.update_validation import Opened, Verify, one_line
+from cotune.server.rounds.update_validation import UpdateSpec, one_line
 from cotune.server.transport.base import Reply, Transport
 from cotune.strategies.aggregator import Aggregator, Combination
 from cotune.strategies.types import Update
 
 
-class Gathering:
-    """Of one run."""
+@dataclass(frozen=True)
+class _Read:
+    """A reply as it was read. update: where the outcome is that it was accepted."""
 
-    def __init__(self, session: Session, post: Transport) -> None:
-        folder = session.folder
-        self._post = post
-        self._events = folder.events
-        self._names = [participant.name for participant in folder.file.participants]
-        self._inbox = SpillBuffer(folder.path / "inbox")
-        self._quarantine = Quarantine(folder.path / "quarantine")
-        self._lateness = Lateness(folder.plan.server, SpillBuffer(folder.path / "inbox" / "late"))
-        self._trail = session.trail
-        self._answered: set[Late] = set()
+    outcome: Outcome
+    update: Update | None = None
 
-    def gather(
-        self, asking: RequestTracker, round: int, verify: Verify, round_result: RoundResult, combination: Combination
+
+class UpdateReceiver:
+    """Reads the replies of one round (see `round.Receiver`)."""
+
+    def __init__(
+        self,
+        session: Session,
+        transport: Transport,
+        store: UpdateStore,
+        asked: Sequence[str],
+        spec: UpdateSpec,
+        combination: Combination,
     ) -> None:
-        """Adds the updates as they come, each in its turn."""
-        turns = ReorderBuffer(round_result.people, self._inbox)
-        self._lateness.open(round, verify)
-        for letter in asking.letters():
-            if letter.round != round:
-                self._receive_late(letter, round, round_result)
-            elif asking.is_waited_for(letter):
-                self._enter_refusal(letter)
-            else:
-                self._answered.add((round, letter.organization))
-                update = self._admit(letter, verify, round, round_result)
-                organization = letter.organization
-                del letter
-                for ready in turns.settle(organization, update):
-                    update = None
-                    combination.add(ready)
-                    del ready
-                del update
-        for ready in turns.rest():
-            combination.add(ready)
-            del ready
-        if isinstance(combination, Aggregator):
-            for ready in self._lateness.take(self._names):
-                combination.add(ready, round - ready.round)
-                del ready
-        self._inbox.clear()
-        oldest = self._lateness.oldest(round)
-        self._post.forget(oldest)
-        self._answered = {each for each in self._answered if each[0] >= oldest}
+        """Create the receiver of a round; updates of earlier rounds are received from now on, too.
 
-    def _admit(self, letter: Reply, verify: Verify, round: int, round_result: RoundResult) -> Update | None:
-        """The update in a letter, if it may enter the model; otherwise the organization is shown, with the reason."""
-        name = letter.organization
-        events = self._events
-        update, size = self._opened(letter, verify, round, round_result)
-        if update is None:
-            return None
-        round_result.admit(name, update, size)
-        events.tell("update_received", round=round, organization=name, bytes=size, steps=update.steps, epsilon=update.epsilon)
-        return update
+        Args:
+            session: The run.
+            transport: Told at the end of the round which replies are not needed any more.
+            store: Where updates wait or stay.
+            asked: Organizations, in the order in which their updates are added.
+            spec: What their updates must be like.
+            combination: Where updates are added.
+        """
+        folder = session.folder
+        self._transport = transport
+        self._trail = session.trail
+        self._plan_id = folder.plan.plan_id
+        self._everybody = [participant.name for participant in folder.file.participants]
+        self._store = store
+        self._spec = spec
+        self._combination = combination
+        self._turns = ReorderBuffer(asked, store.inbox, combination.add)
+        store.late.begin_round(spec)
 
-    def _opened(self, letter: Reply, verify: Verify, round: int, round_result: RoundResult) -> tuple[Update | None, int]:
-        """The update in a letter, if it is as agreed, and its size in bytes. The reply is not held any longer."""
-        reply = letter.reply
-        letter.reply = None
-        name = letter.organization
-        tell = self._events.tell
-        opened = Opened(None, letter.refused, refused=True) if reply is None else self._looked_into(reply, letter, verify)
-        if opened.update is not None and reply is not None:
-            return opened.update, payload_bytes(reply.content)
-        if letter.round == round:
-            round_result.dropped[name] = opened.reason
-        if not opened.refused:
-            tell("update_dropped", round=letter.round, organization=name, reason=opened.reason)
-            return None, 0
-        file = self._kept(reply.content if reply else RecordDict(), name, letter.round, opened.reason)
-        round_result.quarantined.append(name)
-        tell("update_quarantined", round=letter.round, organization=name, reason=opened.reason, file=file)
-        return None, 0
+    def receive(self, reply: Reply) -> Outcome:
+        """Read a reply of this round, and pass on its update, and those that waited for it."""
+        self._store.late.note(reply.round, reply.organization)
+        outcome = self._admit(reply)
+        self._turns.drain()
+        return outcome
 
-    def _enter_refusal(self, letter: Reply) -> None:
-        """Of one that is asked again, in the trail alone."""
-        reply = letter.reply
-        letter.reply = None
-        if reply is not None:
-            self._trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)
+    def _admit(self, reply: Reply) -> Outcome:
+        read = self._read(reply, self._spec)
+        self._turns.put(reply.organization, read.update)
+        return read.outcome
 
-    def _kept(self, content: RecordDict, name: str, round: int, reason: str) -> str:
-        """The file in quarantine; what cannot even be written there is described by its reason alone."""
+    def is_new_late(self, reply: Reply) -> bool:
+        """Note a reply of an earlier round, and return whether it is the first of its organization to that round."""
+        return self._store.late.note(reply.round, reply.organization)
+
+    def folds(self, round: int) -> bool:
+        """Return whether updates of an earlier round still enter this one."""
+        return self._store.late.spec_of(round) is not None
+
+    def receive_late(self, reply: Reply) -> Outcome:
+        """Read a reply of an earlier round, and keep its update on disk for the end of this one."""
+        spec = self._store.late.spec_of(reply.round)
+        assert spec is not None, "asked for only where `folds`"
+        read = self._read(reply, spec)
+        if read.update is not None:
+            self._store.late.put(read.update)
+        return read.outcome
+
+    def record_refusal(self, reply: Reply) -> None:
+        """Record the refusal of an organization that is asked again, in the trail alone."""
+        message = reply.take()
+        if isinstance(message, Message):
+            self._trail.accept_refusal(message, UPDATE, reply.round, reply.organization)
+
+    def end_round(self) -> None:
+        """Pass on what is still held back, those of earlier rounds last."""
+        self._turns.drain_all()
+        if isinstance(self._combination, Aggregator):
+            add = self._combination.add
+            self._store.late.drain(self._everybody, lambda update: add(update, self._spec.round - update.round))
+        self._store.inbox.clear()
+        self._transport.forget(self._store.late.end_round(self._spec.round))
+
+    # --- one reply
+
+    def _read(self, reply: Reply, spec: UpdateSpec) -> _Read:
+        """A stranger's message may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
+        message = reply.take()
+        if not isinstance(message, Message):
+            return _Read(self._keep(RecordDict(), reply, message.reason))
         try:
-            return self._quarantine.keep(content, name, round, reason)
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:
-            return self._quarantine.keep(RecordDict(), name, round, f"{reason} ({type(error).__name__})")
-
-    def _looked_into(self, reply: Message, letter: Reply, verify: Verify) -> Opened:
-        """What a stranger has sent may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
-        try:
-            return self._verified(reply, letter, verify)
+            read = self._verify(message, reply, spec)
         except (CotuneError, OSError, MemoryError):
             raise
         except Exception as error:
-            return Opened(None, f"it cannot be read ({type(error).__name__})", refused=True)
+            read = _Read(Rejected(f"it cannot be read ({type(error).__name__})"))
+        if isinstance(read.outcome, Rejected):
+            content = message.content if message.has_content() else RecordDict()
+            return _Read(self._keep(content, reply, read.outcome.reason))
+        return read
 
-    def _verified(self, reply: Message, letter: Reply, verify: Verify) -> Opened:
-        """An answer is held to its organization's signature first, and to the plan then."""
-        if reply.has_error():
-            return Opened(None, one_line(self._trail.accept_refusal(reply, UPDATE, letter.round, letter.organization)))
-        wrong = self._trail.accept(reply, UPDATE, letter.round, letter.organization) if reply.has_content() else ""
-        return Opened(None, one_line(wrong), refused=True) if wrong else verify(reply, letter.organization)
+    def _verify(self, message: Message, reply: Reply, spec: UpdateSpec) -> _Read:
+        """A reply is held to its organization's signature first, and to the plan then."""
+        name = reply.organization
+        if message.has_error():
+            return _Read(Declined(one_line(self._trail.accept_refusal(message, UPDATE, reply.round, name))))
+        if not message.has_content():
+            return _Read(Declined("its answer is empty"))
+        if wrong := self._trail.accept(message, UPDATE, reply.round, name):
+            return _Read(Rejected(one_line(wrong)))
+        size = payload_bytes(message.content)
+        if size > spec.max_bytes:
+            return _Read(Rejected(f"it has {size} bytes, expected at most {spec.max_bytes}"))
+        try:
+            update = decode_update(message.content, self._plan_id)
+        except RunError as error:
+            return _Read(Rejected(one_line(str(error))))  # it may repeat a stranger's words
+        result = spec.validate(update, name)
+        if not result.is_valid:
+            return _Read(Rejected(one_line(result.reason)))
+        return _Read(Accepted(size, update.steps, update.epsilon, dict(update.told)), update)
 
-    def _receive_late(self, letter: Reply, round: int, round_result: RoundResult) -> None:
-        """An answer of an earlier round: put aside for the end of this one, or shown as ignored. Anyone who was asked twice
-        counts
-        once.
-        """
-        name = letter.organization
-        tell = self._events.tell
-        if (letter.round, name) in self._answered:
-            return
-        self._answered.add((letter.round, name))
-        verify = self._lateness.verify_of(letter.round)
-        if verify is None or name in round_result.left_out:
-            tell("late_update_ignored", round=round, organization=name, of_round=letter.round)
-            return
-        update, size = self._opened(letter, verify, round, round_result)
-        if update is not None:
-            self._lateness.put(update)
-            round_result.late.append({"organization": name, "round": letter.round})
-            round_result.bytes_up += size
-            tell("late_update_received", round=round, organization=name, of_round=letter.round, bytes=size)
+    def _keep(self, content: RecordDict, reply: Reply, reason: str) -> Rejected:
+        """Put a message into quarantine; what cannot even be written there is described by its reason alone."""
+        try:
+            file = self._store.quarantine.keep(content, reply.organization, reply.round, reason)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            about = f"{reason} ({type(error).__name__})"
+            file = self._store.quarantine.keep(RecordDict(), reply.organization, reply.round, about)
+        return Rejected(reason, file)

@@ -1,81 +1,137 @@
-"""What comes in during a round, and how it stands in the run's history."""
+"""What came of a round, and how it stands in the run's history."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cotune.data.tasks.task import Metrics
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
+from cotune.server.outcomes import Accepted, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.selection import advice
-from cotune.strategies.types import Update
+
+T = TypeVar("T")
 
 
-@dataclass
+@dataclass(frozen=True)
+class LateUpdate:
+    """An update of an earlier round that enters this one.
+
+    Attributes:
+        organization: Whose it is.
+        round: The round that it was trained for.
+    """
+
+    organization: str
+    round: int
+
+
+@dataclass(frozen=True)
 class RoundResult:
-    """people: who is to be asked, in the order in which updates are added. needed: how many updates the quorum is."""
+    """What came of one round.
 
-    people: list[str]
+    Attributes:
+        number: The round.
+        asked: Organizations, in the order in which updates are added.
+        excluded: Organizations that may not take part any more.
+        needed: How many updates the quorum is.
+        outcomes: Organization -> what became of its request; nothing where the round ended before it was asked.
+        late: Updates of earlier rounds that enter this one.
+        late_rejected: Organizations whose update of an earlier round was rejected in this one.
+        late_bytes: Size of the late updates.
+        bytes_down: Size of the requests that were sent.
+    """
+
+    number: int
+    asked: tuple[str, ...]
+    excluded: tuple[str, ...]
     needed: int
-    left_out: list[str] = field(default_factory=list)
-    participants: list[str] = field(default_factory=list)
-    dropped: dict[str, str] = field(default_factory=dict)  # organization -> reason
-    quarantined: list[str] = field(default_factory=list)
-    timed_out: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    late: list[dict[str, Any]] = field(default_factory=list)
-    epsilon: dict[str, float] = field(default_factory=dict)
-    told: dict[str, dict[str, float]] = field(default_factory=dict)
-    bytes_up: int = 0
+    outcomes: Mapping[str, Outcome]
+    late: tuple[LateUpdate, ...] = ()
+    late_rejected: tuple[str, ...] = ()
+    late_bytes: int = 0
     bytes_down: int = 0
 
-    def admit(self, name: str, update: Update, size: int) -> None:
-        self.participants.append(name)
-        self.bytes_up += size
-        if update.told:
-            self.told[name] = dict(update.told)
-        if update.epsilon is not None:
-            self.epsilon[name] = update.epsilon
+    def _of_kind(self, kind: type[T]) -> dict[str, T]:
+        """Organizations with that kind of outcome, in the order in which they were asked."""
+        found = {name: self.outcomes.get(name) for name in self.asked}
+        return {name: outcome for name, outcome in found.items() if isinstance(outcome, kind)}
+
+    @property
+    def participants(self) -> list[str]:
+        """Organizations whose update enters the model, in the order in which they were asked."""
+        return list(self._of_kind(Accepted))
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Organization -> why no update of it enters the model."""
+        found = {name: self.outcomes[name] for name in self.asked if name in self.outcomes}
+        return {name: outcome.reason for name, outcome in found.items() if not isinstance(outcome, Accepted)}
+
+    @property
+    def quarantined(self) -> list[str]:
+        """Organizations with a rejected update, once for each."""
+        return sorted([*self._of_kind(Rejected), *self.late_rejected])
+
+    @property
+    def timed_out(self) -> list[str]:
+        """Organizations that get a strike for not having replied in time."""
+        return sorted(name for name, outcome in self._of_kind(TimedOut).items() if outcome.is_strike)
+
+    @property
+    def absent(self) -> list[str]:
+        """Organizations that were away at the end of the round."""
+        return [name for name, outcome in self._of_kind(Lost).items() if outcome.is_absent]
+
+    @property
+    def strikes(self) -> list[str]:
+        """Organizations that get a strike, once for each."""
+        return [*self.quarantined, *self.timed_out]
 
     @property
     def has_quorum(self) -> bool:
+        """Whether enough updates came."""
         return len(self.participants) >= self.needed
 
-    def check_quorum(self, plan: Plan, round: int) -> None:
-        """Raises RunError, with who is missing and why, when too few updates came."""
+    def check_quorum(self, plan: Plan) -> None:
+        """Check that enough updates came.
+
+        Raises:
+            RunError: Who is missing, and why.
+        """
         if self.has_quorum:
             return
-        reasons = "; ".join(f"{name}: {self.dropped[name]}" for name in self.people if name in self.dropped)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items())
         raise RunError(
-            f"round {round} got {len(self.participants)} of {len(self.people)} updates, expected at least {self.needed}"
-            f" ({_quorum(plan)}); {reasons[:1000]}{advice(self.dropped)}"
+            f"round {self.number} got {len(self.participants)} of {len(self.asked)} updates, expected at least {self.needed}"
+            f" ({_quorum(plan)}); {reasons[:1000]}{advice(self.dropped)}",
+            code="run.no_quorum",
         )
 
-    def entry(self, number: int, stage: str, metrics: Metrics | None, seconds: float) -> dict[str, Any]:
-        """A round as it stands in summary.json; whatever the order in which answers came."""
-        came = set(self.participants)
+    def entry(self, stage: str, metrics: Metrics | None, seconds: float) -> dict[str, Any]:
+        """Return the round as it stands in summary.json, independent of the order in which replies came."""
+        accepted = self._of_kind(Accepted)
+        late = sorted(self.late, key=lambda each: (each.round, each.organization))
         return {
-            "round": number,
+            "round": self.number,
             "stage": stage,
             "metrics": metrics.as_dict() if metrics else None,
-            "epsilon": self._in_order(self.epsilon),
-            "told": self._in_order(self.told),
+            "epsilon": {name: each.epsilon for name, each in accepted.items() if each.epsilon is not None},
+            "told": {name: dict(each.disclosures) for name, each in accepted.items() if each.disclosures},
             "client_privacy": None,
-            "participants": [name for name in self.people if name in came],
-            "dropped": [{"organization": name, "reason": reason} for name, reason in self._in_order(self.dropped).items()],
-            "quarantined": sorted(self.quarantined),
-            "timed_out": sorted(self.timed_out),
-            "absent": [name for name in self.people if name in self.absent],
-            "left_out": self.left_out,
-            "late": sorted(self.late, key=lambda late: (late["round"], late["organization"])),
-            "bytes_up": self.bytes_up,
+            "participants": self.participants,
+            "dropped": [{"organization": name, "reason": reason} for name, reason in self.dropped.items()],
+            "quarantined": self.quarantined,
+            "timed_out": self.timed_out,
+            "absent": self.absent,
+            "left_out": list(self.excluded),
+            "late": [{"organization": each.organization, "round": each.round} for each in late],
+            "bytes_up": sum(each.bytes for each in accepted.values()) + self.late_bytes,
             "bytes_down": self.bytes_down,
             "seconds": round(seconds, 3),
         }
-
-    def _in_order(self, found: dict[str, Any]) -> dict[str, Any]:
-        return {name: found[name] for name in self.people if name in found}
 
 
 def _quorum(plan: Plan) -> str:

@@ -11,7 +11,6 @@ cohort.json    in the folder of a run: the round that failed, and who declined i
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from cotune.errors import PlanError, RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random import keyed_generator, seeded_generator
 from cotune.server.runs.run_folder import Participant, RunFolder
-from cotune.storage.documents import parse_json
+from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
 
 
@@ -85,6 +85,13 @@ def _private(path: Path, round: int) -> np.random.Generator:
 _RULE = "training.min_cohort"
 
 
+class _Cohort(BaseModel):
+    """cohort.json: who waited for others in a round that failed."""
+
+    round: int
+    waiting: list[str]
+
+
 def cohort_of(folder: RunFolder, history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> list[str]:
     """The names on the roster of the round after `history`. asked: of that round."""
     if not history:
@@ -102,8 +109,7 @@ def waiting_in(dropped: Mapping[str, str]) -> list[str]:
 def remember_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
     """That a round failed in which these waited for each other: when it is played again, they count."""
     if waiting := waiting_in(dropped):
-        content = json.dumps({"round": round, "waiting": waiting}, ensure_ascii=False)
-        atomic_write(folder.path / "cohort.json", content.encode())
+        JsonDocument(folder.path / "cohort.json", _Cohort).write(_Cohort(round=round, waiting=waiting))
 
 
 def advice(dropped: Mapping[str, str]) -> str:
@@ -120,7 +126,7 @@ def advice(dropped: Mapping[str, str]) -> str:
 def _waiting_before(folder: RunFolder, round: int) -> list[str]:
     """A damaged file is none: the roster is then as short as it was."""
     try:
-        found = parse_json((folder.path / "cohort.json").read_bytes())
-        return [str(name) for name in found["waiting"]] if found["round"] == round else []
-    except (OSError, ValueError, KeyError, TypeError):
+        found = JsonDocument(folder.path / "cohort.json", _Cohort).read()
+    except RunError:
         return []
+    return found.waiting if found is not None and found.round == round else []

@@ -9,7 +9,7 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 
 from cotune.protocol.messages import Recipient
-from cotune.protocol.signatures import words_of
+from cotune.protocol.signatures import parse_refusal
 from cotune.server.runs.exclusions import Fate
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport.base import Transport
@@ -86,7 +86,7 @@ class NoTrail:
 
     def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
         """Return what the organization says."""
-        return words_of(reply.error.reason or "")[0] or f"error {reply.error.code}"
+        return parse_refusal(reply.error.reason or "")[0] or f"error {reply.error.code}"
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,13 @@ strikes.json    organization -> its strikes in rounds that failed; those of fini
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cotune.errors import RunError
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 _LONGEST = 300  # characters of a reason, as it is signed
 
@@ -53,14 +50,13 @@ def strikes_of(folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> Count
 def remember(folder: RunFolder, names: Iterable[str]) -> None:
     """That a round failed in which these got a strike each: or a round that needs everybody would fail for ever."""
     if strikes := Counter(names):
-        atomic_write(folder.path / "strikes.json", json.dumps(_of_failed_rounds(folder) + strikes, ensure_ascii=False).encode())
+        _strikes_file(folder).write(dict(_of_failed_rounds(folder) + strikes))
 
 
 def _of_failed_rounds(folder: RunFolder) -> Counter[str]:
-    file = folder.path / "strikes.json"
-    try:
-        return Counter({str(name): int(count) for name, count in parse_json(file.read_bytes()).items()})
-    except FileNotFoundError:
-        return Counter()
-    except (OSError, ValueError, TypeError, AttributeError):
-        raise RunError(f"{file} is damaged: expected organizations with numbers; remove it to begin counting anew") from None
+    return Counter(_strikes_file(folder).read() or {})
+
+
+def _strikes_file(folder: RunFolder) -> JsonDocument[dict[str, int]]:
+    advice = "expected organizations with numbers; remove it to begin counting anew"
+    return JsonDocument(folder.path / "strikes.json", dict[str, int], advice=advice)

@@ -35,7 +35,7 @@ from cotune.errors import RunError
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.runs.events import Events
-from cotune.storage.documents import parse_json, parse_toml
+from cotune.storage.documents import JsonDocument, parse_json, parse_toml
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import content_of, read_file
 
@@ -67,6 +67,12 @@ class RunFile(BaseModel):
     federation: str = ""  # the federation's folder; "": a simulation
     base: str = ""  # the folder of the base model, where the plan tells members its name alone; "": as the plan says
     silent: bool = False  # a baseline: its events are written but not shown
+
+
+class StoppedFile(BaseModel):
+    """stopped.json."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,12 @@ class RunFolder:
         try:
             table = parse_toml((path / "plan.toml").read_text(encoding="utf-8"))
             self.plan: Plan = parse_plan(table, complete=not imports_parts)
-            self.file = RunFile.model_validate_json((path / "run.json").read_bytes())
-        except (OSError, ValueError):
+            found = JsonDocument(path / "run.json", RunFile).read()
+        except (OSError, ValueError, RunError):
+            found = None
+        if found is None:
             raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+        self.file = found
         for name in self.plan.strategy.files:
             if (path / name.rpartition(":")[0]).exists():
                 read_file(name, path)
@@ -118,7 +127,7 @@ class RunFolder:
         for name, sha256 in plan.strategy.files.items():
             atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
         atomic_write(path / "plan.toml", dump_plan(plan).encode())
-        atomic_write(path / "run.json", named.model_dump_json(indent=1).encode())
+        JsonDocument(path / "run.json", RunFile).write(named)
         return cls(path)
 
     @property
@@ -129,16 +138,17 @@ class RunFolder:
     @property
     def stopped(self) -> str | None:
         """Why the run ended before its last round; None if it did not."""
-        try:
-            return str(parse_json((self.path / "stopped.json").read_bytes())["reason"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{self.path / 'stopped.json'} is damaged: expected a JSON object with a reason; remove it") from None
+        found = self._stopped_file.read()
+        return None if found is None else found.reason
 
     def stop(self, reason: str) -> None:
         """Ends the run before its last round, for good."""
-        atomic_write(self.path / "stopped.json", json.dumps({"reason": reason}, ensure_ascii=False).encode())
+        self._stopped_file.write(StoppedFile(reason=reason))
+
+    @property
+    def _stopped_file(self) -> JsonDocument[StoppedFile]:
+        advice = "expected a JSON object with a reason; remove it"
+        return JsonDocument(self.path / "stopped.json", StoppedFile, advice=advice)
 
     def _checkpoints(self) -> dict[int, Path]:
         found = (self.path / "checkpoints").glob("round-*.safetensors")

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cotune.data.readers.sources import path_of_base
-from cotune.models.base_model import FOLDER
+from cotune.models.base_lookup import FOLDER
 from cotune.models.trainable import State, TrainableModel, named_under
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan

@@ -1,5 +1,6 @@
-"""Messages to organizations and their answers. In a simulation the calls are made at once, one organization after the other;
-a real run's post is carried by threads (superlink.py).
+"""Requests to organizations and their replies.
+
+In a simulation the calls are made at once, one organization after the other; in a real run threads carry them (superlink.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from cotune.flower.chunks import fetched
+from cotune.flower.chunks import pull_reply
+from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _POLL_SECONDS = 0.02
@@ -21,69 +23,94 @@ _POLL_SECONDS = 0.02
 
 @dataclass
 class Reply:
-    """What came of one request. reply: None where none will come; then `lost` says why, and it may be asked again, or `refused`
-    why the answer was not taken. Anyone who has read a reply takes it out, so that it is not held any longer.
+    """What came of one request.
+
+    Attributes:
+        round: The round of the request.
+        organization: Who was asked.
+        content: The message; `Lost` where none will come, so that the organization may be asked again; `Rejected` where what it
+            has sent was not taken; None once it was taken out.
     """
 
     round: int
     organization: str
-    reply: Message | None
-    lost: str = ""
-    refused: str = ""
+    content: Message | Lost | Rejected | None
 
     @property
-    def answers(self) -> bool:
-        return self.reply is not None or bool(self.refused)
+    def message(self) -> Message | None:
+        """The message, where it is one that was not taken out."""
+        return self.content if isinstance(self.content, Message) else None
+
+    def take(self) -> Message | Lost | Rejected:
+        """Take the content out: a message is large, and has one owner at a time."""
+        content = self.content
+        self.content = None
+        assert content is not None, "a reply is read once"
+        return content
 
 
 class Transport(Protocol):
+    """Carries requests to organizations, and their replies back."""
+
     def connected(self) -> Mapping[str, Node]:
-        """Organization -> node of those that were connected at the last look."""
+        """Return organization -> node of those that were connected at the last look."""
         ...
 
-    def looked(self) -> float:
-        """When that was (monotonic), above 0; always the same where nobody comes and goes."""
+    def last_seen(self) -> float:
+        """Return when the last look was (monotonic; 0: there was none); constant where nobody comes and goes."""
         ...
 
     def left(self) -> Collection[str]:
-        """Those that had left of their own accord at the last look."""
+        """Return those that had left of their own accord at the last look."""
         ...
 
     def revoked(self) -> Collection[str]:
-        """Those whose invitation was revoked, at the last look."""
+        """Return those whose invitation was revoked, at the last look."""
         ...
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
-        """Hands a request over, or begins to; once more where the first may be lost: whichever is answered first counts.
-        max_bytes: of its answer; a larger one is not taken.
+        """Send a request, or begin to. It may be sent once more where it may be lost: the first reply counts.
+
+        Args:
+            round: The round that it belongs to.
+            organization: Whom it is for.
+            message: The request, addressed to the organization's node.
+            max_bytes: Size of the largest reply that is taken.
         """
         ...
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
-        """What has come by now, else within so many seconds. last: nobody is waited for after this."""
+        """Yield what has come by now, else what comes first.
+
+        Args:
+            seconds: How long to wait where nothing has come.
+            last: Whether nobody is waited for after this.
+        """
         ...
 
     def forget(self, round: int) -> None:
-        """Nobody waits for answers of this round and those before it any more."""
+        """Drop replies to this round and those before it from now on."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what works in the background."""
+        ...
 
 
 class InProcessTransport:
     """In this thread: the first organization's answer, then the second's; one answer is held at a time."""
 
-    def __init__(self, grid: Grid, addresses: NodeRegistry) -> None:
+    def __init__(self, grid: Grid, nodes: NodeRegistry) -> None:
         self._grid = grid
-        self._addresses = addresses
+        self._nodes = nodes
         self._round = 0
         self._waiting: dict[str, str] = {}  # organization -> id of its message
         self._earlier: dict[tuple[int, str], str] = {}  # the same of rounds before
 
     def connected(self) -> Mapping[str, Node]:
-        return self._addresses.connected()
+        return self._nodes.connected()
 
-    def looked(self) -> float:
+    def last_seen(self) -> float:
         return 1.0
 
     def left(self) -> Collection[str]:
@@ -102,16 +129,16 @@ class InProcessTransport:
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         for (round, name), number in list(self._earlier.items()):
-            letter = Reply(round, name, fetched(self._grid, number))
-            if letter.reply is not None:
+            reply = Reply(round, name, pull_reply(self._grid, number))
+            if reply.content is not None:
                 del self._earlier[round, name]
-                yield letter
+                yield reply
                 return
         for name in list(self._waiting) if last else list(itertools.islice(self._waiting, 1)):
-            letter = Reply(self._round, name, fetched(self._grid, self._waiting[name]))
-            if letter.reply is not None:
+            reply = Reply(self._round, name, pull_reply(self._grid, self._waiting[name]))
+            if reply.content is not None:
                 del self._waiting[name]
-                yield letter
+                yield reply
                 if not last:
                     return
         if not last:

@@ -21,8 +21,9 @@ import httpx
 from flwr.app import Message
 
 from cotune.errors import RunError
-from cotune.flower.chunks import CutOff, Malformed, TooMuch
-from cotune.flower.runtime_client import Line, RunStopped
+from cotune.flower.chunks import Aborted, Malformed, TooLarge
+from cotune.flower.runtime_client import RunStopped, RuntimeClient
+from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
@@ -87,11 +88,11 @@ class _Turns:
 class SuperLinkTransport:
     """In threads of its own, which end with the process however they hang."""
 
-    def __init__(self, line: Line, addresses: NodeRegistry, tell: Tell) -> None:
+    def __init__(self, line: RuntimeClient, nodes: NodeRegistry, tell: Tell) -> None:
         self._line = line
-        self._addresses = addresses
+        self._nodes = nodes
         self._tell = tell
-        self._letters: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # whether it is one of those at a time
+        self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # whether it is one of those at a time
         self._hands = threading.Semaphore(_AT_A_TIME)
         self._turns = _Turns()
         self._asked: dict[str, _Asked] = {}  # number -> request
@@ -99,7 +100,7 @@ class SuperLinkTransport:
         self._stopped = threading.Event()
         self._found: Mapping[str, Node] = {}
         self._told_left: frozenset[str] = frozenset()
-        self._looked = 0.0
+        self._last_seen = 0.0
         self._began = time.monotonic()
         self._failure = ""
         self._away = False
@@ -129,24 +130,24 @@ class SuperLinkTransport:
         lost = {name: self._returns + self._doubts[name] for name in self._found}
         return {name: replace(node, since=f"{node.since} {lost[name]}") for name, node in self._found.items()}
 
-    def looked(self) -> float:
-        return self._looked
+    def last_seen(self) -> float:
+        return self._last_seen
 
     def left(self) -> frozenset[str]:
-        return self._addresses.left()
+        return self._nodes.left()
 
     def revoked(self) -> frozenset[str]:
-        return self._addresses.revoked()
+        return self._nodes.revoked()
 
     def _watch(self) -> None:
         refused = False
         while not self._closed.is_set():
             try:
                 started = time.monotonic()
-                self._found = self._addresses.connected()
-                if self._looked and (refused or time.monotonic() - self._looked > _AWAY_SECONDS):
+                self._found = self._nodes.connected()
+                if self._last_seen and (refused or time.monotonic() - self._last_seen > _AWAY_SECONDS):
                     self._returns += 1
-                self._looked = started
+                self._last_seen = started
                 self._failure = ""
                 refused = False
                 self._doubt_the_slow()
@@ -167,7 +168,7 @@ class SuperLinkTransport:
         """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
         if self._stopped.is_set():
             raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
-        away = time.monotonic() - max(self._looked, self._began) > _SILENT_SECONDS
+        away = time.monotonic() - max(self._last_seen, self._began) > _SILENT_SECONDS
         if away and not self._away:
             self._tell(
                 "connection_lost", reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds"
@@ -204,7 +205,7 @@ class SuperLinkTransport:
         self._active = time.monotonic()
 
     def _lose(self, asked: _Asked, reason: str) -> None:
-        self._letters.put((Reply(asked.round, asked.organization, None, reason), False))
+        self._replies.put((Reply(asked.round, asked.organization, Lost(reason)), False))
 
     def _collect(self) -> None:
         wait = _POLL_SECONDS
@@ -242,53 +243,50 @@ class SuperLinkTransport:
     def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
         held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
         try:
-            letter = self._letter(asked, answer)
-            if letter is None:
+            reply = self._fetch_reply(asked, answer)
+            if reply is None:
                 asked.since = None
             else:
                 self._asked.pop(number, None)
-                self._letters.put((letter, held))
+                self._replies.put((reply, held))
                 held = False
         finally:
             if held:
                 self._hands.release()
 
-    def _letter(self, asked: _Asked, answer: Any) -> Reply | None:
-        """None where the answer is to be looked for again."""
-        lost = refused = ""
+    def _fetch_reply(self, asked: _Asked, answer: Any) -> Reply | None:
+        """Return None where the reply is to be looked for again."""
+        content: Message | Lost | Rejected | None
         try:
-            reply = self._line.fetch(answer, asked.max_bytes, asked.came)
-            if reply is None:
-                return None
-            if not reply.has_error() or reply.error.code not in _LOST:
-                return Reply(asked.round, asked.organization, reply)
-            lost = "it has left, or its machine or network is gone; it is asked again when it comes back"
+            content = self._line.fetch(answer, asked.max_bytes, asked.came)
         except RunStopped:
             raise
-        except (TooMuch, Malformed) as error:
-            refused = str(error)
-        except CutOff as error:
-            lost = f"its answer was cut off: {error}"
+        except (TooLarge, Malformed) as error:
+            content = Rejected(str(error))
+        except Aborted as error:
+            content = Lost(f"its answer was cut off: {error}")
         except Exception as error:
             self._doubts[asked.organization] += _may_be_gone(error)
             return None
-        return Reply(asked.round, asked.organization, None, lost, refused)
+        if isinstance(content, Message) and content.has_error() and content.error.code in _LOST:
+            content = Lost("it has left, or its machine or network is gone; it is asked again when it comes back")
+        return None if content is None else Reply(asked.round, asked.organization, content)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
+        """Yield replies; the place of one that was fetched is free again once the next is asked for."""
         wait = 0.0 if last else seconds
         while True:
             self._check()
             try:
-                letter, held = self._letters.get(timeout=wait) if wait else self._letters.get_nowait()
+                reply, held = self._replies.get(timeout=wait) if wait else self._replies.get_nowait()
             except Empty:
                 return
             wait = 0.0
-            if letter.answers:
-                self._settle(letter.round, letter.organization)
+            if not isinstance(reply.content, Lost):
+                self._settle(reply.round, reply.organization)
             try:
-                yield letter
+                yield reply
             finally:
-                del letter
                 if held:
                     self._hands.release()
 

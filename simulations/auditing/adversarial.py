@@ -22,10 +22,10 @@ from torch import Tensor
 from cotune.client.training.setup import setting_of
 from cotune.data.dataset import Dataset
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
-from cotune.plan.tables import Stage
 from cotune.privacy.mechanisms.noise import MOST_NOISE, grid_step
 from cotune.privacy.mechanisms.random import derive_seed, private_generator
 from cotune.simulations.auditing.released import Engine, Mechanism, Subject, released

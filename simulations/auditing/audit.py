@@ -195,13 +195,18 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
 def _check(plan: Plan) -> None:
     """Before anything is read: that there is something to audit, and the means to."""
     if not isinstance(plan.privacy, RecordPrivacy):
-        raise PrivacyError("the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit")
+        raise PrivacyError(
+            "the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit",
+            code="privacy.nothing_to_audit",
+        )
     require_statistics()
 
 
 def _chosen(organization: str | None, names: Sequence[str]) -> str:
     if organization is not None and organization not in names:
-        raise DataError(f'there is no organization "{organization}"{nearest(organization, names)}')
+        raise DataError(
+            f'there is no organization "{organization}"{nearest(organization, names)}', code="data.unknown_organization"
+        )
     return names[0] if organization is None else organization
 
 
@@ -230,7 +235,9 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     planned = audited.rounds
     held = len(holdings.units)
     if rounds is not None and not 1 <= rounds <= planned:
-        raise PlanError(f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}")
+        raise PlanError(
+            f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}", code="plan.audited_rounds"
+        )
     for stage in audited.stages:
         check_examples(examples, stage.local, name)
     coins = private_generator()

@@ -17,9 +17,9 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import optimizer_of, setting_of
 from cotune.data.dataset import Dataset
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.local_training import Stage
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
-from cotune.plan.tables import Stage
 from cotune.privacy.auditing.canaries import Coins, Planted, new_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
 from cotune.privacy.auditing.stepwise import log_likelihood_ratios

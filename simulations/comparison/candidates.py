@@ -88,7 +88,10 @@ def _check_private(cell: Cell) -> None:
     }
     for problem, found in problems.items():
         if found:
-            raise PlanError(f"{cell.combination}: the plan {problem}: expected another plan, or no private selection")
+            raise PlanError(
+                f"{cell.combination}: the plan {problem}: expected another plan, or no private selection",
+                code="plan.not_selectable",
+            )
 
 
 def _check_alike(first: Cell, cell: Cell) -> None:
@@ -96,12 +99,14 @@ def _check_alike(first: Cell, cell: Cell) -> None:
     if (cell.data, cell.promise.held_out) != (first.data, first.promise.held_out):
         raise PlanError(
             f"{first.combination} and {cell.combination} are tested on different records, so that the score of one would tell of"
-            " records that train the other: expected keys that leave the records and the test set as they are"
+            " records that train the other: expected keys that leave the records and the test set as they are",
+            code="plan.not_selectable",
         )
     if _unit(cell) != _unit(first):
         raise PlanError(
             f"{first.combination} and {cell.combination} make their promises to different units: expected the same privacy.unit"
-            " and privacy.max_records"
+            " and privacy.max_records",
+            code="plan.not_selectable",
         )
 
 

@@ -100,7 +100,8 @@ def _check_no_selection(folder: Path) -> None:
     if (folder / "private").exists() or (folder / "released").exists():
         raise RunError(
             f"{folder} holds a private selection, beside which the figures of all runs must not stand: choose another folder with"
-            " --out"
+            " --out",
+            code="run.folder_exists",
         )
 
 

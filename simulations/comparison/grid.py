@@ -32,6 +32,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
+from cotune.storage.documents import JsonDocument
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,12 @@ def parse_variation(text: str) -> Variation:
     key, _, rest = text.partition("=")
     values = tuple(value.strip() for value in _split(rest))
     if not key.strip() or not all(values):
-        raise PlanError(f'the variation "{text}" is not understood: expected KEY=V1,V2, such as partition=iid,dirichlet:0.1')
+        raise PlanError(
+            f'the variation "{text}" is not understood: expected KEY=V1,V2, such as partition=iid,dirichlet:0.1',
+            code="plan.malformed_variation",
+        )
     if len(set(values)) < len(values):
-        raise PlanError(f'the variation "{text}" has a value twice: expected distinct ones')
+        raise PlanError(f'the variation "{text}" has a value twice: expected distinct ones', code="plan.malformed_variation")
     return Variation(key.strip(), values)
 
 
@@ -135,16 +139,24 @@ def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
     """The value that others are compared with. Raises PlanError for variations that make no grid."""
     if not variations:
         raise PlanError(
-            "there is nothing to compare: expected at least one --vary, such as --vary strategy.weighting=examples,uniform"
+            "there is nothing to compare: expected at least one --vary, such as --vary strategy.weighting=examples,uniform",
+            code="plan.malformed_variation",
         )
     paths = [variation.path for variation in variations]
     if "seed" in paths:
-        raise PlanError("the seed is no key to vary: expected --seeds, which plays every combination under each")
+        raise PlanError(
+            "the seed is no key to vary: expected --seeds, which plays every combination under each",
+            code="plan.malformed_variation",
+        )
     if len(set(paths)) < len(paths):
-        raise PlanError(f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones")
+        raise PlanError(
+            f"the keys {', '.join(paths)} cannot be varied together: expected distinct ones", code="plan.malformed_variation"
+        )
     first = variations[0]
     if baseline is not None and baseline not in first.values:
-        raise PlanError(f'the baseline "{baseline}" is no value of {first.key}{nearest(baseline, first.values)}')
+        raise PlanError(
+            f'the baseline "{baseline}" is no value of {first.key}{nearest(baseline, first.values)}', code="plan.unknown_baseline"
+        )
     return first.values[0] if baseline is None else baseline
 
 
@@ -161,7 +173,7 @@ def cells_of(
     What a plan alone shows to be wrong, such as a name that is unknown, is refused before the first one meets data and model.
     """
     if not 1 <= seeds <= _MOST_SEEDS:
-        raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}")
+        raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}", code="plan.seeds")
     keys = [variation.key for variation in variations]
     grid = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(each.values for each in variations))]
     paths = {variation.key: variation.path for variation in variations}
@@ -185,14 +197,14 @@ def _plan(source: str | Path, settings: Settings, paths: Mapping[str, str], over
         asked = "baselines" in plan.simulation.model_fields_set
         return plan if asked else load_plan(source, [*given, "simulation.baselines=[]"])
     except PlanError as error:
-        raise PlanError(f"{_words(settings)}: {error}") from None
+        raise PlanError(f"{_words(settings)}: {error}", code=error.code) from None
 
 
 def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
     try:
         prepared = prepare(plan, device)
     except CotuneError as error:
-        raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}") from None
+        raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}", code=error.code) from None
     return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared))
 
 
@@ -201,7 +213,9 @@ def _check_distinct(cells: Sequence[Cell]) -> None:
     for cell in cells:
         other = seen.setdefault((cell.plan_id, cell.data), cell)
         if other is not cell:
-            raise PlanError(f"{other.name} and {cell.name} are the same plan: expected values that differ")
+            raise PlanError(
+                f"{other.name} and {cell.name} are the same plan: expected values that differ", code="plan.equal_plans"
+            )
 
 
 def _words(settings: Settings) -> str:
@@ -215,10 +229,8 @@ def place_of(folder: Path, cell: Cell) -> Path:
     """
     path = folder / "cells" / cell.plan_id[:16]
     file = path / "run.json"
-    try:
-        other = file.exists() and RunFile.model_validate_json(file.read_bytes()).data != cell.data
-    except ValueError:
-        raise RunError(f"{file} is damaged: expected that of a run; remove its folder") from None
+    found = JsonDocument(file, RunFile, advice="expected that of a run; remove its folder").read()
+    other = found is not None and found.data != cell.data
     return path.with_name(f"{path.name}-{cell.data[:8]}") if other else path
 
 
@@ -238,7 +250,8 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
         summary = json.loads((path / "summary.json").read_bytes())
     except (OSError, ValueError):
         raise RunError(
-            f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder"
+            f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder",
+            code="run.damaged_file",
         ) from None
     own = [each["own"]["accuracy"] for each in summary["organizations"] if each["own"] and each["own"]["federated"]]
     spent = [each["epsilon_spent"] for each in summary["organizations"] if each["epsilon_spent"] is not None]

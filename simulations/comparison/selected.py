@@ -99,7 +99,9 @@ def read_released(folder: Path) -> Selected | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{file} is damaged: expected the results of a selection; choose another folder with --out") from None
+        raise RunError(
+            f"{file} is damaged: expected the results of a selection; choose another folder with --out", code="run.damaged_file"
+        ) from None
 
 
 def _write_card(found: Selected, plan: Plan, file: Path) -> None:

@@ -14,12 +14,13 @@ kills
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from cotune.errors import RunError
 from cotune.observers import Observer
@@ -32,7 +33,7 @@ from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import baseline_of, cells_of
 from cotune.simulations.comparison.selected import Selected, read_released, release
 from cotune.simulations.comparison.workers import Room, Task, import_all, make_folder, play_all, summary_of, task_of
-from cotune.storage.files import atomic_write
+from cotune.storage.documents import JsonDocument
 
 
 def select(
@@ -112,7 +113,8 @@ class _Selection:
         if not scores:
             raise RunError(
                 "no run ended with a model, so that nothing is released: expected plans that train; the reasons, which must not"
-                f" leave, are in {self.private}"
+                f" leave, are in {self.private}",
+                code="run.nothing_selected",
             )
         best = max(scores, key=lambda i: scores[i])
         cell = self.candidates.cells[draws[best]]
@@ -137,40 +139,49 @@ class _Selection:
             release(found, cell.plan, runs[best] / "model", self.folder / "released")
         except OSError as error:
             raise RunError(
-                f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on"
+                f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on",
+                code="run.not_writable",
             ) from None
         return found
 
 
 def _check_folder(folder: Path) -> None:
     if (folder / "cells").exists():
-        raise RunError(f"{folder} holds a comparison, which shows the figures of all runs: choose another folder with --out")
+        raise RunError(
+            f"{folder} holds a comparison, which shows the figures of all runs: choose another folder with --out",
+            code="run.folder_exists",
+        )
 
 
 def _check_same(digest: str, candidates: Candidates, folder: Path) -> None:
     if digest != candidates.digest:
         raise RunError(
             f"{folder} holds a selection among other plans or records, or with another number of runs: expected the same ones;"
-            " another selection belongs into a folder of its own (--out), and its ε comes on top"
+            " another selection belongs into a folder of its own (--out), and its ε comes on top",
+            code="run.other_selection",
         )
+
+
+class _Draws(BaseModel):
+    """draws.json: among which candidates, and which plan each run has."""
+
+    digest: str
+    draws: list[int]
 
 
 def _draws(private: Path, candidates: Candidates, folder: Path) -> list[int]:
     """Return the plan of each run, by its number: drawn when this is called for the first time, and durable since then."""
-    file = private / "draws.json"
-    if not file.exists():
+    advice = "it must not be drawn again: choose another folder with --out"
+    document = JsonDocument(private / "draws.json", _Draws, advice=advice)
+    drawn = document.read()
+    if drawn is None:
         generator = private_generator()
         count = draw_repetitions(candidates.expected_runs, generator)
-        drawn = generator.integers(len(candidates.cells), size=count).tolist()
-        atomic_write(file, json.dumps({"digest": candidates.digest, "draws": drawn}).encode())
-    try:
-        table = json.loads(file.read_bytes())
-        digest = str(table["digest"])
-        draws = [int(each) for each in table["draws"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{file} is damaged, and must not be drawn again: choose another folder with --out") from None
-    _check_same(digest, candidates, folder)
-    return draws
+        numbers = generator.integers(len(candidates.cells), size=count).tolist()
+        drawn = _Draws(digest=candidates.digest, draws=numbers)
+        document.write(drawn)
+    _check_same(drawn.digest, candidates, folder)
+    return drawn.draws
 
 
 def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequence[str]) -> None:
@@ -181,7 +192,10 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
         if _has_model(task.folder):
             room.saw(summary_of(task.folder)["peak_memory_bytes"])
         elif not _has_failed(task.folder):
-            raise RunError(f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on")
+            raise RunError(
+                f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on",
+                code="run.cut_off",
+            )
 
 
 def _nobody(event: str, fields: dict[str, Any]) -> None:

@@ -234,7 +234,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"the folder {folder} cannot be written ({error.strerror}): choose another with --out") from None
+        raise RunError(
+            f"the folder {folder} cannot be written ({error.strerror}): choose another with --out", code="run.not_writable"
+        ) from None
 
 
 def summary_of(run: Path) -> dict[str, Any]:

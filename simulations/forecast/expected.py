@@ -13,7 +13,7 @@ from cotune.client.policy_check import broken_rules
 from cotune.client.training.setup import check_stages
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import base_labels
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
@@ -109,7 +109,10 @@ def parse_examples(text: str) -> tuple[int, ...]:
     """Return the numbers of records in a text such as "1000,5000,800". Raises PlanError for anything else."""
     words = [word.strip().replace("_", "") for word in text.split(",")]
     if not all(word.isdecimal() and 0 < int(word) <= 10**12 for word in words):
-        raise PlanError(f'--examples {text}: expected the number of records of each organization, such as "1000,5000,800"')
+        raise PlanError(
+            f'--examples {text}: expected the number of records of each organization, such as "1000,5000,800"',
+            code="plan.malformed_examples",
+        )
     return tuple(int(word) for word in words)
 
 

@@ -19,10 +19,11 @@ from cotune.privacy.claim import Figures, figures_of, worst
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
-from cotune.server.rounds.loop import begin_round
+from cotune.server.rounds.step import begin_round
 from cotune.server.runs.client_privacy import client_level_noise
 from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, members_of, new_policy, stated_members
-from cotune.simulations.forecast.timing import Seconds, estimate
+from cotune.simulations.forecast.stopwatch import Seconds
+from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import prepare
 from cotune.strategies.types import Update
 

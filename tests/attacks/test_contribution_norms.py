@@ -29,9 +29,9 @@ from torch import Tensor
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
-from cotune.models.features import vectors_of
+from cotune.models.feature_head import vectors_of
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
@@ -39,6 +39,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.noise import grid_of
 from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
 from tests.support.datasets import COLORS, write_csv, write_images
+from tests.support.matrix import crossed
 from tests.support.tiny_models import VOCABULARY, config_of, write_model
 
 LONGEST = 128
@@ -159,9 +160,9 @@ def one_long_record(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "texts.csv", [*rows, (" ".join(rng.choices(WORDS, k=LONGEST)), "good")])
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["head", "lora", "full"])
-@pytest.mark.parametrize("kind", ["bert", "llama", "vit"])
+@pytest.mark.parametrize(
+    ("kind", "mode", "precision"), crossed(["bert", "llama", "vit"], ["head", "lora", "full"], ["float32", "bfloat16"])
+)
 def test_a_record_contributes_the_clip_norm_at_most(
     long_model: Callable[[str], Path], kind: str, mode: str, precision: str, tmp_path: Path
 ) -> None:
@@ -175,9 +176,7 @@ def test_a_record_contributes_the_clip_norm_at_most(
         assert sensitivity(plan, model, holdings, state, 1.0) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("steepness", [1e4, 1e7, 1e12])
+@pytest.mark.parametrize(("steepness", "mode", "precision"), crossed([1e4, 1e7, 1e12], ["lora", "full"], ["float32", "bfloat16"]))
 def test_a_record_whose_positions_cancel_contributes_the_clip_norm_at_most(
     long_model: Callable[[str], Path], mode: str, steepness: float, precision: str, tmp_path: Path
 ) -> None:

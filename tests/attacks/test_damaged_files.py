@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import RunError
-from cotune.flower.control_client import control
+from cotune.flower.control_client import open_control
 from cotune.server.runs.events import Events, follow, read_events
 
 
@@ -29,5 +29,5 @@ def test_a_line_that_is_no_event_is_read_past(tmp_path: Path, line: bytes) -> No
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN CERTIFICATE-----\n", bytes(100), b"\xff"])
 def test_an_authority_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "ca.crt").write_bytes(content)
-    with pytest.raises(RunError, match=r"ca\.crt"), control("127.0.0.1:9", tmp_path):
+    with pytest.raises(RunError, match=r"ca\.crt"), open_control("127.0.0.1:9", tmp_path):
         raise AssertionError("entered")

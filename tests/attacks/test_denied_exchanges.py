@@ -33,15 +33,15 @@ from cotune.protocol.signatures import (
     ReplyStatement,
     RequestStatement,
     detach,
+    dump_refusal,
+    refusal_digest,
     sign,
-    signed_words,
-    words_digest,
 )
 from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -58,7 +58,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.01)
@@ -326,8 +326,8 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
             _, signed = detach(message.content)
             assert signed is not None
             request = RequestStatement.parse(signed.text)
-            statement = ReplyStatement(request.digest, "org-1", REFUSAL, words_digest(words), 64 * "0")
-            return Message(Error(1001, signed_words(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
+            statement = ReplyStatement(request.digest, "org-1", REFUSAL, refusal_digest(words), 64 * "0")
+            return Message(Error(1001, dump_refusal(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.errors import Declined
-from cotune.plan.tables import RoundsConfig
-from cotune.server.rounds.requests import RequestTracker
+from cotune.errors import Declined as DeclinedByRule
+from cotune.plan.rounds_config import RoundsConfig
+from cotune.server.outcomes import Accepted, Declined, Outcome
+from cotune.server.rounds.requests import Requests
+from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import REVOKED, Node
 
 DAY = 24 * 3600.0
-NOT_APPROVED = Declined("training.approval", "x").public
+NOT_APPROVED = DeclinedByRule("training.approval", "x").public
 Answer = Callable[[int], tuple[float, str]]  # which request it is -> seconds until it is answered, and the refusal; "": an update
 
 
@@ -56,7 +57,7 @@ class Scripted:
     def revoked(self) -> Collection[str]:
         return set(self.answers) - self.members
 
-    def looked(self) -> float:
+    def last_seen(self) -> float:
         return self.now
 
     def left(self) -> Collection[str]:
@@ -74,11 +75,11 @@ class Scripted:
         later = self.now + (0.0 if last else 30.0)
         self._due.sort(key=lambda due: due[0])
         if self._due and self._due[0][0] <= later:
-            at, letter = self._due.pop(0)
+            at, due = self._due.pop(0)
             self.now = max(self.now, at)
-            if letter.organization in self.restless:
-                self._since[letter.organization] = self._since.get(letter.organization, 0) + 1
-            yield letter
+            if due.organization in self.restless:
+                self._since[due.organization] = self._since.get(due.organization, 0) + 1
+            yield due
         else:
             self.now = later
 
@@ -87,33 +88,58 @@ class Scripted:
     def close(self) -> None: ...
 
 
+class Stop(Exception):
+    """The round has taken 30 days."""
+
+
+@dataclass
+class Counting:
+    """Accepts every reply without an error, and calls `each` with every one."""
+
+    post: Scripted
+    each: Callable[[], None]
+    began: float
+    accepted: list[str] = field(default_factory=list)
+
+    def receive(self, reply: Reply) -> Outcome:
+        self._look()
+        message = reply.take()
+        if isinstance(message, Message) and not message.has_error():
+            self.accepted.append(reply.organization)
+            return Accepted()
+        return Declined("declined")
+
+    def record_refusal(self, reply: Reply) -> None:
+        self._look()
+
+    def _look(self) -> None:
+        self.each()
+        if self.post.now - self.began > 30 * DAY:
+            raise Stop
+
+    def is_new_late(self, reply: Reply) -> bool:
+        raise AssertionError
+
+    def folds(self, round: int) -> bool:
+        raise AssertionError
+
+    def receive_late(self, reply: Reply) -> Outcome:
+        raise AssertionError
+
+
 def played(
     post: Scripted, config: RoundsConfig, needed: int, each: Callable[[], None] = lambda: None
 ) -> tuple[RoundResult, float]:
-    """The round's round_result, and how long it took in seconds; at most 30 days."""
-    round_result = RoundResult(list(post.answers), needed)
+    """What came of the round, and how long it took in seconds. Raises Stop after 30 days."""
     began = post.now
-    contents = {name: RecordDict() for name in post.answers}
-    told = list[Any]()
-    round = RequestTracker(
-        post,
-        config,
-        1,
-        contents,
-        2**20,
-        len(contents),
-        round_result,
-        lambda *a, **k: told.append((a, k)),
-        real=True,
-        clock=lambda: post.now,
-    )
-    for letter in round.letters():
-        each()
-        if not round.is_waited_for(letter) and letter.reply is not None and not letter.reply.has_error():
-            round_result.participants.append(letter.organization)
-        if post.now - began > 30 * DAY:
-            break
-    return round_result, post.now - began
+    names = list(post.answers)
+    requests = Requests(1, MessageType.TRAIN, {name: RecordDict() for name in names}, 2**20)
+    selection = Selection(names, needed, len(names))
+    receiver = Counting(post, each, began)
+    made = Round(post, config, selection, requests, receiver, lambda *a, **k: None, is_real=True, clock=lambda: post.now)
+    result = made.collect()
+    assert sorted(receiver.accepted) == sorted(result.participants)
+    return result, post.now - began
 
 
 def update(seconds: float) -> Answer:

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.guard import Guard
+from cotune.server.proxy.guard import RequestGuard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
@@ -26,13 +26,13 @@ CHUNK = 5 * 2**20
 TRIES = 300
 
 
-class Front:
+class TlsProxy:
     """The guard of a front, and whom it has named."""
 
     def __init__(self) -> None:
         self.named = Counter[str]()
         known = {public(MALLORY): "mallory", public(NORTH): "north"}.get
-        self.guard = Guard.of(
+        self.guard = RequestGuard.of(
             Limits(), Quotas(reply=64 * 2**20), known, FLEET_FORMAT, lambda member, reason: self.named.update([member])
         )
         self.slots = {key: Slot(None, lambda: None) for key in (MALLORY, NORTH)}
@@ -47,7 +47,7 @@ class Front:
 
 @pytest.mark.parametrize(("call", "size", "passed"), [("push-messages", 1000, 64), ("push-object", CHUNK, 51)])
 def test_a_flood_comes_to_an_end_and_its_sender_is_named(call: str, size: int, passed: int) -> None:
-    front = Front()
+    front = TlsProxy()
     found = Counter(front.status(MALLORY, call, size) for _ in range(TRIES))
     assert set(found) == {200, 429}
     assert passed <= found[200] <= passed + 2  # some comes back while it goes on
@@ -57,7 +57,7 @@ def test_a_flood_comes_to_an_end_and_its_sender_is_named(call: str, size: int, p
 
 
 def test_downloads_again_and_again_come_to_an_end() -> None:
-    front = Front()
+    front = TlsProxy()
     for _ in range(TRIES):
         if front.status(MALLORY, "pull-object", 100) != 200:
             break

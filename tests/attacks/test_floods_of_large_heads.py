@@ -13,10 +13,10 @@ import h11
 import pytest
 
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.refusals import Refusals
+from cotune.server.deployment.refusals import RefusalLog
 from cotune.server.deployment.status import look
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.guard import Guard
+from cotune.server.proxy.guard import RequestGuard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
@@ -32,7 +32,7 @@ TOO_LARGE = 2**30
 def refused(
     keys: list[object], noted: tuple[object, object], slot: Slot, client: str = "198.51.100.1", headers: int = 0
 ) -> list[int]:
-    guard = Guard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, *noted)  # type: ignore[arg-type]
+    guard = RequestGuard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, *noted)  # type: ignore[arg-type]
     found = list[int]()
     for key in keys:
         shown = [(name.encode(), value.encode()) for name, value in signed(key).items()] if key else []  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def test_what_is_no_request_of_flowers_names_nobody() -> None:
     """As of those that look for open ports all day."""
     named = list[str]()
     note = lambda who, reason: named.append(who)  # noqa: E731
-    guard = Guard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, note, note)
+    guard = RequestGuard.of(Limits(), Quotas(), {public(MALLORY): "mallory"}.get, FLEET_FORMAT, note, note)
     request = h11.Request(method="GET", target="/", headers=[(b"host", b"x")])
     assert isinstance(guard.admit(request, Slot("203.0.113.7", lambda: None)), Refusal)
     assert named == []
@@ -68,7 +68,7 @@ def test_what_is_no_request_of_flowers_names_nobody() -> None:
 def test_the_status_shows_both(new_run: NewRun) -> None:
     federation = FederationFolder(Path(real(new_run("mallory", "north")).file.federation))
     federation.superlink.mkdir()
-    kept = Refusals(federation.superlink / "refused.json")
+    kept = RefusalLog(federation.superlink / "refused.json")
     refused([MALLORY, STRANGER, None], (kept.note, kept.note_address), Slot("203.0.113.7", lambda: None))
     kept._catch_up()
     found = {(each.who, each.is_member): each.count for each in look(federation, None).refused}

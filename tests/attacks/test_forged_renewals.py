@@ -27,7 +27,7 @@ from cotune.plan.schema import Plan
 from cotune.protocol.key_renewal import NodeRenewal, ServerRenewal
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import ReplyStatement
-from cotune.server.deployment.certificates import authority_pem, next_authority
+from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
 from cotune.server.deployment.members import Members
 from cotune.server.front import Keys
 from tests.support.calls import new_key, public
@@ -56,8 +56,8 @@ def site(make_site: Callable[..., Site]) -> Site:
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("authority")
-    next_authority(folder)
-    return authority_pem(folder)
+    create_next_authority(folder)
+    return read_authority_pem(folder)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.flower.chunks import Malformed, Parcel
+from cotune.flower.chunks import ChunkedMessage, Malformed
 from cotune.server.runs.events import Events, read_events
 from tests.support.organizations import adding
 from tests.support.rounds import impatient, play
@@ -86,7 +86,7 @@ def test_it_is_no_message_where_it_is_put_together(change: Callable[[RecordDict]
     message = Message(content, 2, "train")
     pieces = {number: part.deflate() for number, part in get_all_nested_objects(message).items()}
     with pytest.raises(Malformed):
-        Parcel(message.object_id, pieces).message(2**20)
+        ChunkedMessage(message.object_id, pieces).message(2**20)
 
 
 def test_an_honest_message_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_an_honest_message_is_put_together(monkeypatch: pytest.MonkeyPatch) -> N
     content = RecordDict({"delta": ArrayRecord({"größe/雪": zeros(), "empty": Array(np.zeros((0, 2), np.float32))})})
     message = Message(content, 2, "train")
     pieces = {number: part.deflate() for number, part in get_all_nested_objects(message).items()}
-    assert Parcel(message.object_id, pieces).message(2**20).content == content
+    assert ChunkedMessage(message.object_id, pieces).message(2**20).content == content
 
 
 def test_words_of_half_a_character_are_entered_and_read_as_they_were_signed(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from cotune.client.site_setup import make_site
 from cotune.printable import Clean
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import real_run
-from cotune.server.deployment.processes import meaningful_line
+from cotune.server.deployment.processes import extract_reason
 from tests.support.console import Cotune, Outcome
 from tests.support.federations import founded
 
@@ -188,7 +188,7 @@ def test_what_is_compared(cotune: Cotune) -> None:
 @pytest.mark.parametrize("text", [HOSTILE, f"ValueError: {HOSTILE}", f"12:00 ERROR {HOSTILE}"])
 def test_what_a_process_of_the_server_has_said_last(text: str) -> None:
     """`cotune server start` shows it of a log that others can write to."""
-    assert not is_raw(meaningful_line(text))
+    assert not is_raw(extract_reason(text))
 
 
 # --- a terminal

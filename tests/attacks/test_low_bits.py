@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import setting_of
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 from cotune.privacy.mechanisms.dp_sgd import private_steps

@@ -19,6 +19,7 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from tests.support.architectures import REFUSED, folder_of
 from tests.support.datasets import sentences, write_csv
+from tests.support.matrix import crossed
 
 
 def plan_for(kind: str, mode: str, tmp_path: Path, **tables: Any) -> Plan:
@@ -39,8 +40,7 @@ def plan_for(kind: str, mode: str, tmp_path: Path, **tables: Any) -> Plan:
     )
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize(("mode", "kind"), crossed(["head", "full"], REFUSED))
 def test_an_architecture_that_reads_padding_is_refused_before_a_run(kind: str, mode: str, tmp_path: Path) -> None:
     plan = plan_for(kind, mode, tmp_path)
     with pytest.raises(PrivacyError):

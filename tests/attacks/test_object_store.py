@@ -17,7 +17,7 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 
 from cotune.protocol.messages import Recipient, encode_requests, encode_update
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
+from cotune.server.proxy.pushes import SentObjects, find_push_problem
 from cotune.server.proxy.rules import Limits
 from cotune.strategies import Update
 from tests.support.calls import announcement, identifier, tree
@@ -78,23 +78,23 @@ def test_nor_of_a_request() -> None:
 def test_objects_of_its_own_request_are_no_use_against_the_others() -> None:
     """All of a round's requests have their arrays in common: the front knows them."""
     mine, theirs = encode_requests("{}", 1, ZEROS, [Recipient("mallory"), Recipient("north")], ZEROS)
-    sent = Sent(FLEET_FORMAT)
+    sent = SentObjects(FLEET_FORMAT)
     own = ObjectTree(object_id=identifier(5), children=[get_object_tree(mine)])
     sent.remember(PullMessagesResponse(message_object_trees=[own]).SerializeToString())
     common = {part.object_id for part in parts(mine)} & {part.object_id for part in parts(theirs)}
     assert common
     for part in parts(mine):
         request = announcement(squatting([part]))
-        assert reason_to_refuse_push(request.SerializeToString(), LIMIT, sent) is not None
+        assert find_push_problem(request.SerializeToString(), LIMIT, sent) is not None
 
 
 def test_nobody_gives_orders_in_the_servers_name() -> None:
     order = announcement(reply_to_message_id="", src_node_id=1, dst_node_id=17)
-    assert reason_to_refuse_push(order.SerializeToString(), LIMIT, Sent(FLEET_FORMAT)) is not None
+    assert find_push_problem(order.SerializeToString(), LIMIT, SentObjects(FLEET_FORMAT)) is not None
 
 
 def test_a_tree_that_would_stop_the_database_does_not_get_there() -> None:
     leaves = [ObjectTree(object_id=identifier(i)) for i in range(10, 30_010)]
     wide = ObjectTree(object_id=identifier(1), children=[ObjectTree(object_id=identifier(2), children=leaves)])
-    assert reason_to_refuse_push(announcement(wide).SerializeToString(), LIMIT, Sent(FLEET_FORMAT)) is not None
-    assert reason_to_refuse_push(announcement(tree(LIMIT // 2)).SerializeToString(), LIMIT, Sent(FLEET_FORMAT)) is not None
+    assert find_push_problem(announcement(wide).SerializeToString(), LIMIT, SentObjects(FLEET_FORMAT)) is not None
+    assert find_push_problem(announcement(tree(LIMIT // 2)).SerializeToString(), LIMIT, SentObjects(FLEET_FORMAT)) is not None

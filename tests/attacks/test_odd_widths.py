@@ -33,6 +33,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.mechanisms.dp_sgd import private_steps
 from tests.support.datasets import sentences
+from tests.support.matrix import crossed
 from tests.support.tiny_models import tokenizer
 
 WIDTHS = (17, 31, 32, 33, 35, 47, 50, 65)
@@ -114,8 +115,7 @@ def apart(total: Sum, state: State) -> bool:
     return all(torch.equal(moved, alone) for moved, alone in changes)
 
 
-@pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "config"), crossed(WIDTHS, [BertConfig, RobertaConfig]))
 def test_of_no_width_a_record_reaches_another(
     config: type[Any], width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,8 +133,7 @@ def test_of_no_width_a_record_reaches_another(
     in_any_state()
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("width", [33, 47])
+@pytest.mark.parametrize(("width", "mode"), crossed([33, 47], ["lora", "full"]))
 def test_nor_where_the_encoder_is_trained(width: int, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, model, own = prepared(tmp_path / "base", BertConfig, width, mode)
     total = summing(plan, model, monkeypatch)

@@ -19,7 +19,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node import worker as resident
 from cotune.client.site import Site
-from cotune.flower.chunks import Malformed, Parcel, TooMuch, gather, inflated_bytes
+from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge, count_inflated_bytes, download
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
@@ -34,15 +34,15 @@ TIMES = 65_536
 CHUNK = b"ArrayChunk  %d\x00" % 2**20 + bytes(2**20)
 
 
-def parcel(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
+def parcel(content: RecordDict, kind: str = MessageType.TRAIN) -> ChunkedMessage:
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = 1
     TaskIdentity.node_id = 1
     message = Message(content, 2, kind, group_id="1")
-    return Parcel(message.object_id, {number: part.deflate() for number, part in get_all_nested_objects(message).items()})
+    return ChunkedMessage(message.object_id, {number: part.deflate() for number, part in get_all_nested_objects(message).items()})
 
 
-def bomb(honest: Parcel) -> Parcel:
+def bomb(honest: ChunkedMessage) -> ChunkedMessage:
     """The same message, of which the first array lists one chunk of zeros again and again."""
     pieces = dict(honest.pieces)
     array = next(number for number, content in pieces.items() if content.startswith(b"Array "))
@@ -50,7 +50,7 @@ def bomb(honest: Parcel) -> Parcel:
     body = json.dumps({**about, "arraychunk_ids": [0] * TIMES}).encode()
     pieces[array] = b"Array zeros %d\x00" % len(body) + body
     pieces["zeros"] = CHUNK
-    return Parcel(honest.number, pieces)
+    return ChunkedMessage(honest.number, pieces)
 
 
 def request(plan: Plan, state: State) -> RecordDict:
@@ -59,7 +59,7 @@ def request(plan: Plan, state: State) -> RecordDict:
     return content
 
 
-def tree_of(made: Parcel) -> Any:
+def tree_of(made: ChunkedMessage) -> Any:
     from flwr.proto.message_pb2 import ObjectTree
 
     return ObjectTree(object_id=made.number, children=[ObjectTree(object_id=n) for n in made.pieces if n != made.number])
@@ -70,12 +70,12 @@ def test_the_size_is_known_before_anything_is_made(make_plan: Callable[..., Plan
     state = state_for(plan)
     honest = parcel(request(plan, state))
     values = sum(4 * tensor.numel() for tensor in state.values())
-    assert values < inflated_bytes(honest.number, honest.pieces) < values + 200 * len(state)
-    assert inflated_bytes(honest.number, bomb(honest).pieces) >= 2**36
-    with pytest.raises(TooMuch):
+    assert values < count_inflated_bytes(honest.number, honest.pieces) < values + 200 * len(state)
+    assert count_inflated_bytes(honest.number, bomb(honest).pieces) >= 2**36
+    with pytest.raises(TooLarge):
         bomb(honest).message(2**30)
-    with pytest.raises(TooMuch):
-        gather(tree_of(bomb(honest)), bomb(honest).pieces.__getitem__, 2**30, 1.0)
+    with pytest.raises(TooLarge):
+        download(tree_of(bomb(honest)), bomb(honest).pieces.__getitem__, 2**30, 1.0)
     assert honest.message(values + 200 * len(state)).content.keys() == {"request", "signed", "state"}
 
 
@@ -92,14 +92,14 @@ def test_other_nestings_that_repeat_are_no_messages(make_plan: Callable[..., Pla
         {honest.number: honest.pieces[honest.number].replace(b" ", b" " + array.encode() + b",", 1)},
     ):
         with pytest.raises(Malformed):
-            Parcel(honest.number, {**honest.pieces, **changes}).message(2**30)
+            ChunkedMessage(honest.number, {**honest.pieces, **changes}).message(2**30)
 
 
 def test_headers_are_bounded_too(make_plan: Callable[..., Plan], state_for: Callable[..., State]) -> None:
     plan = make_plan()
     honest = parcel(request(plan, state_for(plan)))
-    with pytest.raises(TooMuch):
-        Parcel(honest.number, {**honest.pieces, "x": bytes(5 * 2**20)}).message(2**30)
+    with pytest.raises(TooLarge):
+        ChunkedMessage(honest.number, {**honest.pieces, "x": bytes(5 * 2**20)}).message(2**30)
 
 
 @pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
@@ -140,8 +140,8 @@ class _Bombs(WildGrid):
 
 
 def gather_bomb(reply: Message) -> Message:
-    made = bomb(Parcel(reply.object_id, {n: part.deflate() for n, part in get_all_nested_objects(reply).items()}))
-    return gather(tree_of(made), made.pieces.__getitem__, 2**22, 1.0)
+    made = bomb(ChunkedMessage(reply.object_id, {n: part.deflate() for n, part in get_all_nested_objects(reply).items()}))
+    return download(tree_of(made), made.pieces.__getitem__, 2**22, 1.0)
 
 
 def test_the_round_goes_on_and_the_sender_gets_a_strike(new_run: NewRun) -> None:

@@ -22,7 +22,7 @@ from cotune.models.trainable import State
 from cotune.plan.parameters import model_of, state_shapes
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import words_of
+from cotune.protocol.signatures import parse_refusal
 from tests.support.signing import sign_request
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}
@@ -55,7 +55,7 @@ def test_it_is_refused_and_nothing_is_charged_or_kept(
     plan = make_plan(privacy=privacy)
     site = make_site()
     state = {**state_for(plan), **encoder_of(plan)}
-    assert words_of(str(ask(plan, site, state, kind).error.reason))[0] == GENERIC_REFUSAL
+    assert parse_refusal(str(ask(plan, site, state, kind).error.reason))[0] == GENERIC_REFUSAL
     assert "which no round up to 1 trains" in AuditLog(site.folder).last()["reason"]
     assert not site.ledger_file.exists()
     assert not (site.folder / "models").exists()

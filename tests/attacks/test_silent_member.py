@@ -6,16 +6,15 @@ rounds took ten hours longer, and each round of it named the member anew.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import pytest
+from flwr.app import MessageType
 
-from cotune.plan.tables import RoundsConfig
+from cotune.plan.rounds_config import RoundsConfig
 from cotune.server.app import train_rounds
-from cotune.server.rounds import requests as asking
-from cotune.server.rounds.requests import RequestTracker
-from cotune.server.rounds.round_result import RoundResult
+from cotune.server.outcomes import Accepted
+from cotune.server.rounds import round as round_module
+from cotune.server.rounds.requests import Requests
+from cotune.server.rounds.round import Round, Selection
 from cotune.server.runs.exclusions import left_out, strikes_of
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, model_of
@@ -27,7 +26,7 @@ from tests.support.unreliable_grid import real, told, wild
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(round_module, "_POLL_SECONDS", 0.01)
 
 
 def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRun) -> None:
@@ -44,12 +43,13 @@ def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRu
     assert (event["organization"], event["round"]) == ("org-2", 4)
 
 
-def of(people: list[str], came: dict[str, float], clock: Iterator[float], **config: float) -> RequestTracker:
-    round_result = RoundResult(people, needed=1, participants=list(came))
-    made = RequestTracker(
-        None, RoundsConfig(**config), 1, {}, 0, len(people), round_result, print, real=True, clock=lambda: next(clock)
-    )  # type: ignore[arg-type]
-    made._took = dict(came)
+def of(asked: list[str], came: dict[str, float], **config: float) -> Round:
+    """A round in which these have replied, after so many seconds."""
+    requests = Requests(1, MessageType.TRAIN, {}, 0)
+    selection = Selection(asked, 1, len(asked))
+    made = Round(None, RoundsConfig(**config), selection, requests, None, print, is_real=True)  # type: ignore[arg-type]
+    made._tracker.seconds_taken.update(came)
+    made._outcomes.update(dict.fromkeys(came, Accepted()))
     return made
 
 
@@ -65,12 +65,11 @@ def of(people: list[str], came: dict[str, float], clock: Iterator[float], **conf
     ],
 )
 def test_how_long_the_others_are_waited_for(came: dict[str, float], seconds: float) -> None:
-    made = of(["a", "b", "c", "d"], came, itertools.count())
-    assert made._patience() == seconds
+    assert of(["a", "b", "c", "d"], came)._timeout() == seconds
 
 
 def test_patience_can_be_switched_off() -> None:
-    assert of(["a", "b"], {"a": 1.0}, itertools.count(), patience=0.0)._patience() == 3600.0
+    assert of(["a", "b"], {"a": 1.0}, patience=0.0)._timeout() == 3600.0
 
 
 def test_an_outage_of_the_coordinator_is_nobodys_strike(new_run: NewRun) -> None:

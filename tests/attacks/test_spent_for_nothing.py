@@ -24,7 +24,7 @@ from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import FINISHED, words_of
+from cotune.protocol.signatures import FINISHED, parse_refusal
 from tests.support.signing import sign_request
 
 RANGE = {"least": 500, "most": 20_000}
@@ -49,7 +49,7 @@ def ask(plan: Plan, state: State, site: Site, kind: str = MessageType.TRAIN, **s
 
 def said(reply: Message) -> str:
     assert reply.has_error()
-    return words_of(reply.error.reason or "")[0]
+    return parse_refusal(reply.error.reason or "")[0]
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.federation import NoOpFederationManager
 
-from cotune.flower.chunks import TooMuch
-from cotune.flower.runtime_client import Line
+from cotune.flower.chunks import TooLarge
+from cotune.flower.runtime_client import RuntimeClient
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
+from cotune.server.proxy.pushes import SentObjects, find_push_problem
 from cotune.server.proxy.rules import Limits
 from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import Node
@@ -67,7 +67,7 @@ def test_flower_stores_a_time_that_is_no_number_and_fails_at_it() -> None:
 @pytest.mark.parametrize("field", ["ttl", "created_at"])
 def test_the_front_refuses_it(field: str, value: float) -> None:
     request = announcement(**{field: value})
-    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent(FLEET_FORMAT)) is not None
+    assert find_push_problem(request.SerializeToString(), Limits().tree, SentObjects(FLEET_FORMAT)) is not None
 
 
 @pytest.mark.parametrize("value", NO_TIMES)
@@ -75,12 +75,12 @@ def test_and_a_working_time_that_is_none(value: float) -> None:
     """It is added to that of the run, whose sum would be NULL for good."""
     request = announcement()
     request.clientapp_runtime_list[:] = [1.0, value]
-    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent(FLEET_FORMAT)) is not None
+    assert find_push_problem(request.SerializeToString(), Limits().tree, SentObjects(FLEET_FORMAT)) is not None
 
 
 def test_an_honest_one_passes() -> None:
     request = announcement(ttl=3600.0, created_at=time.time())
-    assert reason_to_refuse_push(request.SerializeToString(), Limits().tree, Sent(FLEET_FORMAT)) is None
+    assert find_push_problem(request.SerializeToString(), Limits().tree, SentObjects(FLEET_FORMAT)) is None
 
 
 class Poisoned:
@@ -102,7 +102,7 @@ class Poisoned:
         return {number: number for number in numbers}
 
     def fetch(self, answer: str, max_bytes: int, came: Callable[[], None]) -> Message | None:
-        raise TooMuch("an answer like any other")
+        raise TooLarge("an answer like any other")
 
 
 class Connected:
@@ -121,7 +121,7 @@ def test_one_at_which_the_superlink_fails_hides_no_other(monkeypatch: pytest.Mon
     monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
     names = ["north", "mallory", "south", "west"]
     came = set[str]()
-    with closing(SuperLinkTransport(cast(Line, Poisoned("mallory")), Connected(), lambda *_, **__: None)) as post:
+    with closing(SuperLinkTransport(cast(RuntimeClient, Poisoned("mallory")), Connected(), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
         for _ in range(500):

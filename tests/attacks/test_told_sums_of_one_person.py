@@ -15,7 +15,7 @@ from cotune.client.training.round import _correct, _total_loss
 from cotune.client.training.setup import setting_of
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of
 

@@ -21,7 +21,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from cotune.flower import fleet_client as fleet
-from cotune.flower.fleet_client import FleetError, NotKnown, connected
+from cotune.flower.fleet_client import FleetError, NodeRejected, connect
 from cotune.server.deployment.members import Members
 from tests.support.calls import new_key
 from tests.support.proxies import NORTH, STRANGER, Running, Upstream, folder, running, served, upstream
@@ -30,7 +30,7 @@ __all__ = ["folder", "upstream"]  # fixtures
 
 
 def told(front: Running, key: EllipticCurvePrivateKey, kind: type[Exception] = FleetError) -> str:
-    with pytest.raises(kind) as raised, connected(f"localhost:{front.port}", (front.folder / "ca.crt").read_bytes(), key):
+    with pytest.raises(kind) as raised, connect(f"localhost:{front.port}", (front.folder / "ca.crt").read_bytes(), key):
         pass
     sentence = str(raised.value)
     assert "\n" not in sentence
@@ -40,7 +40,7 @@ def told(front: Running, key: EllipticCurvePrivateKey, kind: type[Exception] = F
 
 def test_a_stranger(folder: Path, upstream: Upstream) -> None:
     with running(folder, upstream.port) as front:
-        assert "is not that of a member" in told(front, STRANGER, NotKnown)
+        assert "is not that of a member" in told(front, STRANGER, NodeRejected)
 
 
 def test_a_member_that_was_revoked_is_not_sent_to_its_clock(tmp_path: Path, folder: Path, upstream: Upstream) -> None:
@@ -52,7 +52,7 @@ def test_a_member_that_was_revoked_is_not_sent_to_its_clock(tmp_path: Path, fold
     members.invite("west", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     members.revoke("west")
     with running(tmp_path / "certificates", upstream.port) as front:
-        sentence = told(front, key, NotKnown)
+        sentence = told(front, key, NodeRejected)
     assert "is not that of a member" in sentence
     assert "clock" not in sentence
 
@@ -67,7 +67,7 @@ def test_full_slots_of_an_address(folder: Path, upstream: Upstream) -> None:
     with running(folder, upstream.port, connections_per_address=1) as front, ExitStack() as held:
         served(held.enter_context(front.connect()))
         authority = (front.folder / "ca.crt").read_bytes()
-        with pytest.raises(FleetError) as raised, connected(f"localhost:{front.port}", authority, NORTH):
+        with pytest.raises(FleetError) as raised, connect(f"localhost:{front.port}", authority, NORTH):
             pass
     assert "as many connections from this address as it allows" in str(raised.value)
     assert "does not speak TLS" not in str(raised.value)

@@ -10,7 +10,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.identity import signer
+from cotune.server.proxy.authentication import authenticate
 from cotune.server.proxy.rules import Refusal
 from tests.support.calls import new_key, public, signed
 
@@ -27,11 +27,11 @@ def headers(*parts: dict[str, str]) -> list[tuple[bytes, bytes]]:
 def test_both_sides_would_see_another_member(times: tuple[object, ...]) -> None:
     shown = headers(*(signed(key) for key in times))  # type: ignore[arg-type]
     assert Headers(raw=shown)["flwr-public-key"] != dict(shown)[b"flwr-public-key"].decode()
-    assert isinstance(signer(shown, "pull-messages", MEMBERS.get, FLEET_FORMAT), Refusal)
+    assert isinstance(authenticate(shown, "pull-messages", MEMBERS.get, FLEET_FORMAT), Refusal)
 
 
 @pytest.mark.parametrize("name", ["flwr-public-key", "flwr-signature", "flwr-timestamp"])
 def test_none_of_the_three_is_shown_twice(name: str) -> None:
     once = signed(ONE)
-    assert signer(headers(once), "pull-messages", MEMBERS.get, FLEET_FORMAT) == "north"
-    assert isinstance(signer(headers(once, {name: once[name]}), "pull-messages", MEMBERS.get, FLEET_FORMAT), Refusal)
+    assert authenticate(headers(once), "pull-messages", MEMBERS.get, FLEET_FORMAT) == "north"
+    assert isinstance(authenticate(headers(once, {name: once[name]}), "pull-messages", MEMBERS.get, FLEET_FORMAT), Refusal)

@@ -23,7 +23,7 @@ from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.protocol.messages import Recipient, decode_update, encode_requests, payload_bytes, state_digest
-from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, signed_by_node, words_of
+from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, is_signed_by_node, parse_refusal
 from cotune.strategies.types import Update
 from tests.support.signing import NODE_KEY, sign_request
 
@@ -64,7 +64,7 @@ def reason(reply: Message) -> str:
     assert not reply.has_content()
     assert reply.error.code == 1001
     assert reply.error.reason is not None
-    return words_of(reply.error.reason)[0]
+    return parse_refusal(reply.error.reason)[0]
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_what_leaves_is_in_the_log_before_it_leaves(make_plan: MakePlan, make_si
     statement = ReplyStatement.parse(signed.text)
     assert statement.request == RequestStatement.parse(asked["statement"]).digest
     assert (statement.sha256, entry["statement"], entry["signature"]) == (entry["sha256"], signed.text, signed.signature)
-    assert signed_by_node(statement, signed.signature, NODE_KEY.public_key())
+    assert is_signed_by_node(statement, signed.signature, NODE_KEY.public_key())
 
 
 def test_what_a_round_leaves_in_the_site_is_for_its_owner_alone(

@@ -33,8 +33,8 @@ from cotune.protocol.messages import (
     encode_receipt,
     encode_requests,
     encode_update,
+    get_salt,
     received_digest,
-    salt_of,
 )
 
 MakePlan = Callable[..., Plan]
@@ -62,7 +62,7 @@ class Case:
     def arrays(self, name: str, **arrays: Array) -> None:
         """Under the message's own salt."""
         # type: ignore[call-overload]
-        salt = salt_of(self.content)
+        salt = get_salt(self.content)
         salted = dict(self.content.get(name, {}))
         for key, array in arrays.items():
             mask = wire._derived(salt, name, key)

@@ -26,7 +26,7 @@ from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, changed_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
-from cotune.protocol.signatures import FINISHED, detach, words_of
+from cotune.protocol.signatures import FINISHED, detach, parse_refusal
 from tests.support.signing import sign_request
 
 MakePlan = Callable[..., Plan]
@@ -131,7 +131,7 @@ def test_the_answer_is_a_receipt_and_the_log_names_the_folder(
     assert (entry["what"], entry["server"], entry["round"]) == ("receipt", "fed:9092", 3)
     assert json.loads((site.folder / "models").joinpath(entry["model"], "cotune.json").read_text())["plan_id"] == plan.plan_id
     refused = ask(finished(plan, state_for(plan), round=4), site)
-    assert words_of(str(refused.error.reason))[0] == "it did not train; the reason is in its own log"
+    assert parse_refusal(str(refused.error.reason))[0] == "it did not train; the reason is in its own log"
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
     folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
     with no_file_larger_than(whole // 2), caplog.at_level(logging.INFO, logger="cotune"):
         reply = ask(request, site)
-    assert words_of(str(reply.error.reason))[0] == "it did not train; the reason is in its own log"
+    assert parse_refusal(str(reply.error.reason))[0] == "it did not train; the reason is in its own log"
     entry = AuditLog(site.folder).last()
     assert entry["what"] == "refusal"
     assert str(folder) in entry["reason"]

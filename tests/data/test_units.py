@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.dataset import Dataset
-from cotune.data.records import Records, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import Records
 from cotune.data.types import plain
 from cotune.errors import DataError
 from cotune.privacy.config import RecordPrivacy

@@ -32,7 +32,7 @@ from tests.support.attackers import (
 from tests.support.deployment import Deployment, bring_back, deployment, weights
 from tests.support.faults_page import Page
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.crash]
 
 # STRUCK: the round in which it happens
 ROUNDS = 4

@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 
 BINARIES = Path(sys.executable).parent
@@ -92,7 +92,7 @@ def answers(port: int) -> bool:
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("federation")
     certificates = folder / "certificates"
-    new_authority(certificates, [])
+    create_authority(certificates, [])
     inner = free_port()
     outer = free_port()
     home = folder / "flwr"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +17,13 @@ from cotune.client.site import Site
 from cotune.protocol.federation_file import Invitation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.deployment.members import read_public_key
-from cotune.server.deployment.signing import new_signing_key, public_hex, read_signing_key
+from cotune.server.deployment.signing import create_signing_key, public_hex, read_signing_key
 from cotune.server.runs.run_folder import Participant, RunFolder
+from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.loopback import Federation, federation, prepare_run, until
+
+__all__ = ["_logging_as_it_was", "cotune", "folder"]  # fixtures
+
 
 ALLOWED = ("training.min_examples=0", "training.min_batch=0", "training.record_privacy=false")
 
@@ -32,39 +34,40 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield made
 
 
-def cotune(*words: str | Path, code: int = 0) -> str:
-    """`cotune client WORDS`; what it printed."""
-    command = [sys.executable, "-m", "cotune.cli.main", "client", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"})
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+def test_an_organization_joins_trains_and_leaves(
+    fed: Federation, cotune: Cotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
 
+    def client(*words: str | Path, code: int = 0) -> str:
+        done = cotune("client", *words)
+        assert done.code == code, done.out + done.err
+        return done.out
 
-def test_an_organization_joins_trains_and_leaves(fed: Federation, tmp_path: Path) -> None:
     first, second = (prepare_run(tmp_path / name / f"run-{name}", 1, rounds=2) for name in ("a", "b"))
     site = tmp_path / "site"
     authority = (fed.certificates / "ca.crt").read_text(encoding="ascii")
     document = tmp_path / "federation.toml"
-    cotune("init", site, "--name", first.file.participants[0].name, "--device", "cpu")
+    client("init", site, "--name", first.file.participants[0].name, "--device", "cpu")
     home = signing(tmp_path / "fed", site)
     about = {"id": home.config.id, "signing_key": public_hex(read_signing_key(home.certificates))}
     document.write_text(Invitation("tests", fed.address, authority, first.plan, **about).to_toml(), encoding="utf-8")
     first, second = (in_federation(run, home) for run in (first, second))
     bases = [run.plan.model.base_hash for run in (first, second)]
     rules = (*ALLOWED, f"training.base_models={json.dumps(bases)}")
-    cotune("policy", site, *(word for rule in rules for word in ("--set", rule)))
+    client("policy", site, *(word for rule in rules for word in ("--set", rule)))
 
     records = tmp_path / "a" / "sentences.csv"
-    assert "its key is not registered" in cotune("check", site, document, "--data", records, code=1)
+    assert "its key is not registered" in client("check", site, document, "--data", records, code=1)
     fed.keys[:] = [site / "node"]
     fed.register()
-    shown = cotune("check", site, document)
+    shown = client("check", site, document)
     assert "the server lets this organization in; the server's certificate is good for 364 days" in shown
 
     node = fed.start("join", sys.executable, "-m", "cotune.cli.main", "client", "join", site, document)
     log = fed.folder / "join.log"
-    until(lambda: bool(re.search(r":\d\d connected$", log.read_text(encoding="utf-8"), re.MULTILINE)), 30)
-    assert "the node of this site is connected" in cotune("check", site, document)
+    until(lambda: bool(re.search(r":\d\d connected$", log.read_text(encoding="utf-8"), re.MULTILINE)))
+    assert "the node of this site is connected" in client("check", site, document)
     fed.submit(first.path)
     until(lambda: first.finished)
     assert [entry["participants"] for entry in first.load().history] == [[first.file.participants[0].name]] * 2
@@ -73,7 +76,7 @@ def test_an_organization_joins_trains_and_leaves(fed: Federation, tmp_path: Path
     fed.submit(second.path)  # a plan that nobody here has approved
     until(lambda: "cotune client approve" in log.read_text(encoding="utf-8"))
     assert not sent(site, "update")[2:]
-    cotune("approve", site, "--yes")
+    client("approve", site, "--yes")
     until(lambda: second.finished)  # it had waited, and asked again
     assert any(entry["plan_id"] == second.plan.plan_id for entry in sent(site, "update"))
 
@@ -92,7 +95,7 @@ def signing(folder: Path, site: Path) -> FederationFolder:
     """A federation with a signing key whose one member is the site's organization."""
     write_config(folder, ServerConfig(name="tests", id=32 * "a", hosts=("localhost",)))
     home = FederationFolder(folder)
-    new_signing_key(home.certificates)
+    create_signing_key(home.certificates)
     home.members.invite(Site(site).organization, read_public_key(site / "node.pub"))
     return home
 

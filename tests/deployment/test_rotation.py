@@ -56,8 +56,8 @@ def test_every_key_is_renewed_during_a_run(tmp_path: Path) -> None:
         statement, _ = renew_key(Site(fed.site("north")))
         federation.members.renew(read_node_renewal(statement), federation.config.id)
         fed.wait(lambda: (tmp_path / "north" / "node.pub").read_text() != old)
-        rotation.announce(federation)
-        assert rotation.without_them(federation) == ["north", "south"]
+        rotation.announce_keys(federation)
+        assert rotation.list_members_without_keys(federation) == ["north", "south"]
         trainer.send_signal(signal.SIGCONT)
         assert everybody(fed.finish().load().history)
         assert trainer.is_running()  # it was not begun anew for the new key

@@ -18,7 +18,7 @@ import pytest
 from cotune.client.site_setup import make_site
 from cotune.plan.load import parse_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import follow
@@ -91,7 +91,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[
         device="cpu",
         test=write_csv(folder / "test.csv", sentences(90, seed=9)),
     )
-    federation = found(folder / "fed", parse_plan(plan), config)
+    federation = create_federation(folder / "fed", parse_plan(plan), config)
     with serving(federation) as served:
         made = Coordinator(served, folder)
         for i, name in enumerate(("hospital-a", "hospital-b")):

@@ -10,7 +10,7 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
 from cotune.server.deployment.supervisor import supervise
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[str],
     config = ServerConfig(
         name="toy", hosts=("127.0.0.1",), listen="127.0.0.1", port=free_port(), superlink_port=free_port(), device="cpu"
     )
-    return found(tmp_path_factory.mktemp("federation") / "fed", plan, config)
+    return create_federation(tmp_path_factory.mktemp("federation") / "fed", plan, config)
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.run_pb2 import GetRunRequest
 
-from cotune.flower.control_client import control
-from cotune.flower.fleet_client import Fleet, Request, connected
+from cotune.flower.control_client import open_control
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, connect
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import decode_header
 from cotune.protocol.signatures import SIGNED, detach
-from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.new_run import real_run
 from tests.support.served import free_port, serving, until
@@ -38,10 +38,10 @@ def folder(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolde
     config = ServerConfig(
         name="toy", hosts=("127.0.0.1",), listen="127.0.0.1", port=free_port(), superlink_port=free_port(), device="cpu"
     )
-    return found(tmp_path / "fed", plan, config)
+    return create_federation(tmp_path / "fed", plan, config)
 
 
-def asked(node: Fleet) -> Request:
+def asked(node: FleetClient) -> AnnouncedRequest:
     for _ in range(600):
         if request := node.receive():
             return request
@@ -61,9 +61,9 @@ def test_a_member_learns_no_place_no_host_and_no_user(folder: FederationFolder) 
     with serving(folder) as served:
         until(lambda: served.keys() == served.members() and listens(folder.config.port), served.log)
         authority = (folder.certificates / "ca.crt").read_bytes()
-        with control(folder.superlink_address, folder.certificates) as calls:
+        with open_control(folder.superlink_address, folder.certificates) as calls:
             calls.start(run.path)
-        with connected(f"127.0.0.1:{folder.config.port}", authority, key) as node:
+        with connect(f"127.0.0.1:{folder.config.port}", authority, key) as node:
             request = asked(node)
             about = node._client.GetRun(GetRunRequest(node=node._node, run_id=request.run)).run
             plan = decode_header(detach(node.open(request).header("request", SIGNED).content)[0]).plan

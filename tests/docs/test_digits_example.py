@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cotune.data.records import read_records
-from cotune.models.features import feature_head
+from cotune.data.record_files import read_records
+from cotune.models.feature_head import feature_head
 from cotune.plan.load import load_plan
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan

@@ -25,6 +25,7 @@ from cotune.protocol.messages import Request
 from tests.support import clinic
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.datasets import sentences, write_csv, write_images, write_tagged
+from tests.support.exported_models import export_random
 from tests.support.pages import PAGES, ROOT, Block, blocks_of, commands_of, spoken_in
 from tests.support.playing import Player
 
@@ -144,12 +145,29 @@ def for_units(player: Player, folder: Path, base_model: Callable[[str], Path]) -
     assert player.cotune("client", "init", "site", "--name", "hospital-a", "--device", "cpu").code == 0
 
 
+def for_fuse(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
+    for seed, name in enumerate(("first", "second")):
+        export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
+    write_csv(folder / "held.csv", sentences(60, seed=1))
+    write_csv(folder / "labeled.csv", sentences(40))
+
+
+def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
+    for seed, name in enumerate(("big", "first", "second")):
+        export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
+    (folder / "small-base").symlink_to(base_model("distilbert"))
+    write_csv(folder / "public.csv", sentences(60, seed=1))
+    write_csv(folder / "labeled.csv", sentences(40))
+
+
 PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
     "README.md": for_readme,
     "docs/audit.md": for_compare,
     "docs/simulate.md": for_readme,
     "docs/site.md": for_readme,
     "docs/compare.md": for_compare,
+    "docs/distill.md": for_distill,
+    "docs/fuse.md": for_fuse,
     "docs/ledger.md": for_ledger,
     "docs/units.md": for_units,
     "docs/use.md": for_use,

@@ -55,7 +55,7 @@ def test_every_event_is_on_the_page_and_no_other() -> None:
 
 
 def test_every_field_of_a_round_is_on_the_page() -> None:
-    entry = RoundResult(["a"], 1).entry(1, "head", None, 1.0)
+    entry = RoundResult(1, ("a",), (), 1, {}).entry("head", None, 1.0)
     added = set(re.findall(r'entry(?:\["|\s\|= \{")(\w+)"', (ROOT / "server" / "rounds" / "loop.py").read_text(encoding="utf-8")))
     row = next(line for line in RUN_FOLDER.splitlines() if line.startswith("| `rounds[]`"))
     for name in {*entry, *added, "applied", "weights", "norms", "suspects"} - {"organization", "reason"}:

@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.flower import chunks as pieces
-from cotune.flower.chunks import CutOff, Malformed, NotThere, TooMuch, gather
+from cotune.flower.chunks import Aborted, Malformed, Pending, TooLarge, download
 
 MOST = 2**20
 SILENCE = 5.0
@@ -35,7 +35,7 @@ def parts(message: Message) -> dict[str, bytes]:
     return {number: part.deflate() for number, part in get_all_nested_objects(message).items()}
 
 
-def late(there: dict[str, bytes], times: int, error: Callable[[str], Exception] = NotThere) -> Callable[[str], bytes]:
+def late(there: dict[str, bytes], times: int, error: Callable[[str], Exception] = Pending) -> Callable[[str], bytes]:
     """Each piece comes when it was asked for so many times before."""
     asked = Counter[str]()
     lock = threading.Lock()
@@ -52,7 +52,7 @@ def late(there: dict[str, bytes], times: int, error: Callable[[str], Exception] 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_a_message_is_as_it_was_sent_however_often_its_pieces_are_asked_for(message: Message, times: int) -> None:
-    found = gather(get_object_tree(message), late(parts(message), times), MOST, SILENCE)
+    found = download(get_object_tree(message), late(parts(message), times), MOST, SILENCE)
     assert found.content == message.content
     assert found.metadata.message_id == get_object_tree(message).object_id
 
@@ -63,11 +63,11 @@ def test_the_rest_of_a_message_that_does_not_come_is_not_waited_for_for_ever(mes
 
     def pull(number: str) -> bytes:
         if number == lacking:
-            raise NotThere(number)
+            raise Pending(number)
         return there[number]
 
-    with pytest.raises(CutOff, match=r"no part of it has come for 0\.2 seconds"):
-        gather(get_object_tree(message), pull, MOST, 0.2)
+    with pytest.raises(Aborted, match=r"no part of it has come for 0\.2 seconds"):
+        download(get_object_tree(message), pull, MOST, 0.2)
 
 
 def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +81,10 @@ def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch
     def pull(number: str) -> bytes:
         with lock:
             if time.monotonic() - began < due[number]:
-                raise NotThere(number)
+                raise Pending(number)
         return there[number]
 
-    assert gather(get_object_tree(message), pull, MOST, 1.0).content == message.content
+    assert download(get_object_tree(message), pull, MOST, 1.0).content == message.content
     assert time.monotonic() - began > 1.0
 
 
@@ -100,10 +100,10 @@ def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message
             time.sleep(0.6)
             came.set()
         if number == second and not came.is_set():
-            raise NotThere(number)
+            raise Pending(number)
         return there[number]
 
-    assert gather(get_object_tree(message), pull, MOST, 0.2).content == message.content
+    assert download(get_object_tree(message), pull, MOST, 0.2).content == message.content
 
 
 def test_pieces_that_make_no_message(message: Message) -> None:
@@ -111,23 +111,23 @@ def test_pieces_that_make_no_message(message: Message) -> None:
     tree = get_object_tree(message)
     (content,) = tree.children
     with pytest.raises(Malformed, match="a part of it is of the kind RecordDict, expected Message"):
-        gather(content, there.__getitem__, MOST, SILENCE)
+        download(content, there.__getitem__, MOST, SILENCE)
     there[content.object_id] = b"RecordDict of nothing that was announced"
     with pytest.raises(Malformed, match="cannot be put together from its parts"):
-        gather(tree, there.__getitem__, MOST, SILENCE)
+        download(tree, there.__getitem__, MOST, SILENCE)
 
 
 def test_a_piece_that_is_gone_ends_it(message: Message) -> None:
     pull = late(parts(message), 1, lambda number: ObjectPullError(number, "the object could not be found."))
-    with pytest.raises(CutOff, match="a part of it is gone"):
-        gather(get_object_tree(message), pull, MOST, SILENCE)
+    with pytest.raises(Aborted, match="a part of it is gone"):
+        download(get_object_tree(message), pull, MOST, SILENCE)
 
 
 def test_a_message_of_endless_parts_is_not_begun() -> None:
     tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(100_001)])
     asked = list[str]()
-    with pytest.raises(TooMuch, match="more than 100,000 parts"):
-        gather(tree, lambda number: bytes(len(asked)), MOST, SILENCE)
+    with pytest.raises(TooLarge, match="more than 100,000 parts"):
+        download(tree, lambda number: bytes(len(asked)), MOST, SILENCE)
     assert asked == []
 
 
@@ -139,6 +139,6 @@ def test_a_message_of_endless_bytes_is_left_at_the_limit() -> None:
         asked.append(number)
         return bytes(60)
 
-    with pytest.raises(TooMuch, match="more than 600 bytes"):
-        gather(tree, pull, 600, SILENCE)
+    with pytest.raises(TooLarge, match="more than 600 bytes"):
+        download(tree, pull, 600, SILENCE)
     assert len(asked) < 100  # several are under way at a time

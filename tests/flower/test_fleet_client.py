@@ -17,11 +17,11 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from cotune.flower import bounded as bounded_module
 from cotune.flower import fleet_client as fleet_module
-from cotune.flower.bounded import harden_http_client
-from cotune.flower.chunks import TooMuch
-from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver
+from cotune.flower import http_limits
+from cotune.flower.chunks import TooLarge
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, NodeRejected, RequestExpired
+from cotune.flower.http_limits import harden_http_client
 
 NODE = 5
 
@@ -50,8 +50,8 @@ class FakeClient:
         raise httpx.HTTPStatusError("refused", request=httpx.Request("POST", "https://fed:9092"), response=self._response)
 
 
-def fleet(client: FakeClient) -> Fleet:
-    return Fleet(client, NODE)  # type: ignore[arg-type]
+def fleet(client: FakeClient) -> FleetClient:
+    return FleetClient(client, NODE)  # type: ignore[arg-type]
 
 
 def test_no_heartbeat_comes_after_the_node_has_left() -> None:
@@ -67,9 +67,9 @@ def test_no_heartbeat_comes_after_the_node_has_left() -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
     [
-        (401, NotKnown, "expected one that the coordinator has registered"),
-        (412, NotKnown, "its key is not registered .*, or a node with the same key is online already"),
-        (403, RequestOver, "the run is over, or not for this node"),
+        (401, NodeRejected, "expected one that the coordinator has registered"),
+        (412, NodeRejected, "its key is not registered .*, or a node with the same key is online already"),
+        (403, RequestExpired, "the run is over, or not for this node"),
         (404, FleetError, "expected the public port of a federation"),
         (500, FleetError, "status 500"),
     ],
@@ -82,19 +82,19 @@ def test_what_a_status_means(status: int, kind: type[FleetError], words: str) ->
 @pytest.mark.parametrize(("seconds", "said"), [(3600, "60 minutes behind"), (-600, "10 minutes ahead of"), (20, "")])
 def test_clocks_that_are_apart_are_named(seconds: int, said: str) -> None:
     answer = httpx.Response(401, headers={"date": formatdate(time.time() + seconds, usegmt=True)})
-    with pytest.raises(NotKnown) as raised:
+    with pytest.raises(NodeRejected) as raised:
         fleet(FakeClient(answer)).receive()
     assert ("; this machine's is" in str(raised.value)) == bool(said)
     assert said in str(raised.value)
 
 
-def request(*, age: float = 0.0, tree: ObjectTree | None = None) -> Request:
+def request(*, age: float = 0.0, tree: ObjectTree | None = None) -> AnnouncedRequest:
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = 1
     TaskIdentity.node_id = 1
     header = Message(RecordDict(), NODE, MessageType.TRAIN, ttl=60.0)
     header.metadata.created_at = time.time() - age
-    return Request(header, tree or ObjectTree(object_id="root"))
+    return AnnouncedRequest(header, tree or ObjectTree(object_id="root"))
 
 
 @pytest.mark.parametrize(("age", "seconds"), [(0.0, 60.0), (50.0, 10.0), (7200.0, 60.0), (-7200.0, 60.0)])
@@ -106,7 +106,7 @@ def test_a_message_of_endless_bytes_is_left_at_the_limit(monkeypatch: pytest.Mon
     client = FakeClient()
     monkeypatch.setattr(fleet_module, "_MOST_BYTES", 600)
     tree = ObjectTree(object_id="root", children=[ObjectTree(object_id=str(i)) for i in range(1000)])
-    with pytest.raises(TooMuch, match="more than 600 bytes"):
+    with pytest.raises(TooLarge, match="more than 600 bytes"):
         fleet(client).open(request(tree=tree))
     assert len(client.called) < 100  # several are under way at a time
 
@@ -124,7 +124,7 @@ class Endless(httpx.SyncByteStream):
             yield bytes(2**20)
 
 
-def served(answer: httpx.Response) -> tuple[Fleet, list[httpx.URL]]:
+def served(answer: httpx.Response) -> tuple[FleetClient, list[httpx.URL]]:
     """A node at a server that answers every call so, and the places that were asked."""
     asked = list[httpx.URL]()
 
@@ -135,7 +135,7 @@ def served(answer: httpx.Response) -> tuple[Fleet, list[httpx.URL]]:
     client = FleetHttpClient("https://fed:9092")
     client._client = httpx.Client(transport=httpx.MockTransport(handle), follow_redirects=True)
     harden_http_client(client._client)
-    return Fleet(client, NODE), asked
+    return FleetClient(client, NODE), asked
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -148,7 +148,7 @@ def test_a_server_cannot_send_a_node_to_another_place(status: int) -> None:
 
 
 def test_an_endless_answer_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_module, "_MOST_ANSWER_BYTES", 3 * 2**20)
+    monkeypatch.setattr(http_limits, "_MOST_ANSWER_BYTES", 3 * 2**20)
     content = Endless()
     node, _ = served(httpx.Response(200, stream=content))
     with pytest.raises(FleetError, match="its answer has more than 3,145,728 bytes"):

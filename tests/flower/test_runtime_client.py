@@ -31,17 +31,17 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from cotune.flower.chunks import TooMuch
-from cotune.flower.runtime_client import Line, line_of
+from cotune.flower.chunks import TooLarge
+from cotune.flower.runtime_client import RuntimeClient, open_runtime_client
 
 Answer = Callable[[str, bytes], httpx.Response]
 
 
-def line(answer: Answer) -> Line:
+def line(answer: Answer) -> RuntimeClient:
     """To a SuperLink that answers a call so. answer: by the last word of its path, and its content."""
     grid = HttpGrid("127.0.0.1:9", insecure=True, token="a token")
     grid.set_run(Run.create_empty(7))
-    made = line_of(grid)
+    made = open_runtime_client(grid)
     calls = made._client  # type: ignore[attr-defined]
     calls._client = httpx.Client(
         transport=httpx.MockTransport(lambda request: answer(request.url.path.rsplit("/", 1)[1], request.content))
@@ -156,7 +156,7 @@ def test_an_answer_that_is_larger_than_agreed_is_not_taken() -> None:
     number, reply = replied()
     superlink = SuperLink(reply)
     made = line(superlink)
-    with pytest.raises(TooMuch, match="more than 100 bytes"):
+    with pytest.raises(TooLarge, match="more than 100 bytes"):
         made.fetch(made.announced([number])[number], 100, lambda: None)
     assert "confirm-message-received" not in superlink.called
 

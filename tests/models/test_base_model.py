@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
 from cotune.models import base_folder as base_files
-from cotune.models.base_model import _make_deterministic, find_base, load_model
+from cotune.models.base_lookup import find_base
+from cotune.models.base_model import _make_deterministic, load_model
 from cotune.models.config import ModelConfig
 
 LABELS = ("bad", "good", "so")

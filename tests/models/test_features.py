@@ -16,8 +16,11 @@ from torch.nn import functional
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import collator, encode
 from cotune.models.base_model import load_model
+from cotune.models.check_cache import cache_folder
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.features import FEATURE_SLOTS, cache_folder, feature_head, features_of
+from cotune.models.feature_head import feature_head
+from cotune.models.feature_precision import FEATURE_SLOTS
+from cotune.models.features import features_of
 from cotune.models.trainable import State, TrainableModel
 from tests.support.tiny_models import counting
 

@@ -14,14 +14,17 @@ from cotune.data.tasks.batching import fixed_batches
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Batch
 from cotune.errors import PrivacyError
-from cotune.models import features, independence
+from cotune.models import feature_precision, independence
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.features import arithmetic, features_of
+from cotune.models.feature_head import feature_head
+from cotune.models.feature_precision import feature_dtype
+from cotune.models.features import features_of
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import example_probes, lengths_of, mixes
 from cotune.models.trainable import TrainableModel
 from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY
 
 Make = Callable[..., TrainableModel]
@@ -39,6 +42,12 @@ def models(tmp_path_factory: pytest.TempPathFactory, shared: Make) -> Callable[[
         return made[kind]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_of_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are spoiled in memory here, which no key of a kept result knows."""
+    monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "checks"))
 
 
 def error_of(model: TrainableModel) -> float:
@@ -61,8 +70,7 @@ def test_what_reads_its_padding_shows(models: Callable[[str], TrainableModel], k
     assert error_of(models(kind)) > 10 * MAX_PADDING_ERROR
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.parametrize("mode", ["head", "full"])
+@pytest.mark.parametrize(("mode", "kind"), crossed(["head", "full"], REFUSED))
 def test_what_reads_its_padding_is_refused(models: Callable[[str], TrainableModel], kind: str, mode: Any) -> None:
     with pytest.raises(PrivacyError):
         check_independence(models(kind), mode, "float32", slots=5, lengths=[8])
@@ -144,14 +152,14 @@ def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkey
 
 
 def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(features, "bfloat16_is_fast", lambda _: True)
+    monkeypatch.setattr(feature_precision, "bfloat16_is_fast", lambda _: True)
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "fine"))
-    assert arithmetic(shared("bert"), "auto") == torch.bfloat16
-    monkeypatch.setattr(features, "mixes", lambda *_: True)
-    assert arithmetic(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
+    assert feature_dtype(shared("bert"), "auto") == torch.bfloat16
+    monkeypatch.setattr(feature_precision, "mixes", lambda *_: True)
+    assert feature_dtype(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
     for _ in range(2):  # what mixes is tried again
         monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "other"))
-        assert arithmetic(shared("bert"), "auto") == torch.float32
+        assert feature_dtype(shared("bert"), "auto") == torch.float32
 
 
 def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: Callable[[str], Path]) -> None:
@@ -165,7 +173,7 @@ def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: 
 
 def head_on(model: TrainableModel, faulty: bool, calls: list[int]) -> Callable[[Batch], Sequence[Tensor]]:
     """Scores of features; of a faulty head they differ in the last bits from slot to slot, but not where they are 0."""
-    head = features.feature_head(model)
+    head = feature_head(model)
     assert head is not None
 
     @torch.no_grad()
@@ -198,7 +206,7 @@ def test_adapters_that_begin_as_zeros_hide_nothing(shared: Make, monkeypatch: py
     (layer, *_) = [module for name, module in model.module.named_modules() if name.endswith("lora_B.default")]
     layer.register_forward_hook(lambda _, __, found: found * (1 + torch.arange(len(found))[:, None, None] * 2.0**-20))
     model.load({})
-    assert features.features_mix(model, torch.float32)
+    assert feature_precision.features_mix(model, torch.float32)
 
 
 def test_a_verdict_is_kept_for_what_decides_it(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +240,7 @@ TEXTS = st.lists(
 )
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta"])
+@pytest.mark.parametrize(("kind", "precision"), crossed([*ARCHITECTURES, "roberta"], ["float32", "bfloat16"]))
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, data=st.data())
 def test_without_one_record_the_others_have_the_same_features(
@@ -248,8 +255,7 @@ def test_without_one_record_the_others_have_the_same_features(
     assert torch.equal(rest, whole[list(order)])
 
 
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("kind", [*ARCHITECTURES, "roberta"])
+@pytest.mark.parametrize(("kind", "low"), crossed([*ARCHITECTURES, "roberta"], [False, True]))
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=TEXTS, data=st.data())
 def test_without_one_record_the_others_have_the_same_logits(

@@ -15,7 +15,8 @@ from torch import Tensor
 from cotune.data.tasks.task import logits
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.features import FeatureHead, encode_batch, feature_head, features_of, rows_of_answers
+from cotune.models.feature_head import FeatureHead, feature_head
+from cotune.models.features import encode_batch, features_of, rows_of_answers
 from cotune.models.head_fit import told_by
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES, counting

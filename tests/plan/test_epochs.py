@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.tables import LocalTraining
+from cotune.plan.local_training import LocalTraining
 
 TABLE: dict[str, Any] = {"model": {"base": "x"}, "data": {"source": "y.csv"}}
 

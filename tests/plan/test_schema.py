@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names
+from cotune.plan.local_training import LocalTraining
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining
 
 BASE: dict[str, Any] = {"model": {"base": "some/encoder"}, "data": {"source": "records.csv"}}
 STAGES = [

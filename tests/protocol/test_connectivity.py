@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from cotune.errors import RunError
-from cotune.protocol.connectivity import explained, reach
-from cotune.server.deployment.certificates import new_authority
+from cotune.protocol.connectivity import check_reachable, describe_error
+from cotune.server.deployment.certificates import create_authority
 
 
 @contextmanager
@@ -52,20 +52,20 @@ def secure(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
 
 def made(folder: Path, *, days_ago: float = 0.0) -> bytes:
     """Certificates for loopback, and the authority's."""
-    new_authority(folder, ["127.0.0.1"], now=datetime.now(UTC) - timedelta(days=days_ago))
+    create_authority(folder, ["127.0.0.1"], now=datetime.now(UTC) - timedelta(days=days_ago))
     return (folder / "ca.crt").read_bytes()
 
 
 def test_a_server_of_the_federation(tmp_path: Path) -> None:
     authority = made(tmp_path, days_ago=5)
     with secure(tmp_path) as address:
-        left = reach(address, authority) - datetime.now(UTC)
+        left = check_reachable(address, authority) - datetime.now(UTC)
     assert timedelta(days=359) < left < timedelta(days=361)
 
 
 def said(address: str, authority: bytes) -> str:
     with pytest.raises(RunError) as raised:
-        reach(address, authority)
+        check_reachable(address, authority)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -108,7 +108,7 @@ def test_a_name_that_is_none(tmp_path: Path) -> None:
 
 
 def test_nobody_answers() -> None:
-    assert "does not answer" in explained(TimeoutError(), "10.0.0.1:9092")
+    assert "does not answer" in describe_error(TimeoutError(), "10.0.0.1:9092")
 
 
 def test_what_httpx_wraps_is_explained_too(tmp_path: Path) -> None:
@@ -116,4 +116,4 @@ def test_what_httpx_wraps_is_explained_too(tmp_path: Path) -> None:
     context = ssl.create_default_context(cafile=tmp_path / "ours" / "ca.crt")
     with secure(tmp_path / "theirs") as address, pytest.raises(httpx.ConnectError) as raised:
         httpx.get(f"https://{address}", verify=context)
-    assert "was not made by the federation's authority" in explained(raised.value, address)
+    assert "was not made by the federation's authority" in describe_error(raised.value, address)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import (
-    MOST_SERVER_RENEWALS,
+    MAX_SERVER_RENEWALS,
     NodeRenewal,
     ServerRenewal,
     fingerprint,
     read_node_renewal,
     read_server_renewals,
 )
-from cotune.server.deployment.certificates import authority_pem, next_authority
+from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
 
 FED = 32 * "a"
 OLD, NEW, OTHER = (ec.generate_private_key(ec.SECP384R1()) for _ in range(3))
@@ -28,8 +28,8 @@ SIGNING, NEXT, STRANGER = (Ed25519PrivateKey.from_private_bytes(bytes([number] *
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("authority")
-    next_authority(folder)
-    return authority_pem(folder)
+    create_next_authority(folder)
+    return read_authority_pem(folder)
 
 
 def test_a_node_renewal_names_the_new_key_and_comes_back_from_its_text() -> None:
@@ -62,10 +62,10 @@ def test_a_node_renewal_needs_the_old_key_and_the_new_one() -> None:
 def test_a_server_renewal_holds_with_its_authority_alone(authority: str, tmp_path: Path) -> None:
     renewal = ServerRenewal.make(FED, SIGNING, NEXT, authority)
     renewal.check()
-    next_authority(tmp_path)
+    create_next_authority(tmp_path)
     other = ServerRenewal.make(FED, STRANGER, NEXT, authority)
     changes = {
-        "certificates": (authority_pem(tmp_path), authority + authority, "", authority + "\n"),
+        "certificates": (read_authority_pem(tmp_path), authority + authority, "", authority + "\n"),
         "signature": (other.signature, "", "zz", renewal.confirmation),
         "confirmation": (renewal.signature, ""),
         "statement": (other.statement,),
@@ -89,11 +89,11 @@ def test_statements_travel_as_lines_and_only_the_last_ones(authority: str, tmp_p
     assert ServerRenewal.parse_all("") == []
     many = ServerRenewal.join([one] * 30 + [two])
     assert ServerRenewal.parse_all(many)[-1] == two
-    assert len(ServerRenewal.parse_all(many)) == MOST_SERVER_RENEWALS
+    assert len(ServerRenewal.parse_all(many)) == MAX_SERVER_RENEWALS
     with pytest.raises(RunError):
         ServerRenewal.parse_all(many + one.text())
     (tmp_path / "file").write_text(many)
-    assert len(read_server_renewals(tmp_path / "file")) == MOST_SERVER_RENEWALS
+    assert len(read_server_renewals(tmp_path / "file")) == MAX_SERVER_RENEWALS
 
 
 @given(

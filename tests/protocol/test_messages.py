@@ -26,9 +26,9 @@ from cotune.protocol.messages import (
     encode_receipt,
     encode_requests,
     encode_update,
+    get_salt,
     payload_bytes,
     received_digest,
-    salt_of,
     state_digest,
 )
 from cotune.protocol.version import PROTOCOL
@@ -175,8 +175,8 @@ def test_what_is_encoded_again_with_its_salt_is_the_same() -> None:
     update = Update("north", 3, STATE, 1, 1, 1.0, {"correct": 1.0}, dict.fromkeys(STATE, 0.5), STATE)
     content = encode_update(update, "plan")
     receipt = encode_receipt(Receipt("north", "plan", "5f"))
-    assert ids(encode_update(update, "plan", salt_of(content))) == ids(content)
-    assert ids(encode_receipt(Receipt("north", "plan", "5f"), salt_of(receipt))) == ids(receipt)
+    assert ids(encode_update(update, "plan", get_salt(content))) == ids(content)
+    assert ids(encode_receipt(Receipt("north", "plan", "5f"), get_salt(receipt))) == ids(receipt)
 
 
 @pytest.mark.parametrize("salt", [None, b"", b"short", "x" * 32])

@@ -16,6 +16,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.server.runs.events import observe_run
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import resume, simulate
+from tests.support.matrix import crossed
 from tests.support.simulations import NewPlan, final_model
 
 CENTRAL = {"epsilon": 6.0, "clip_norm": 0.5}
@@ -28,8 +29,7 @@ def printed(write: Any, what: Any) -> str:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("clipping", ["fixed", "adaptive"])
-@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize(("record", "clipping"), crossed([False, True], ["fixed", "adaptive"]))
 def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: Path, clipping: str, record: bool) -> None:
     plan = toy_plan(
         client_privacy={**CENTRAL, "clipping": clipping},

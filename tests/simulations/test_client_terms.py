@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.processes import finish, kill_when, written
-from tests.support.simulations import NewPlan, final_model, same, tensors_of, told
+from cotune.simulations.run import simulate
+from tests.support.processes import Cotune, Moment, finish, kill_at, written
+from tests.support.simulations import NewPlan, final_model, same, tensors_of
 
-Cotune = Callable[..., BaseProcess]
+FEW = (
+    Moment("renamed", {"path": "*/sites/org-1/kept/*/round-00003.safetensors"}),  # kept, and not yet in the outbox
+    Moment("update_received", {"round": 3, "organization": "org-2"}),
+)
+MANY = (
+    Moment("update_received", {"round": 1, "organization": "org-1"}),
+    *FEW,
+    Moment("renamed", {"path": "*/sites/org-2/kept/*/round-00004.safetensors"}),
+)
 
 
-@pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
-def test_killed_between_state_and_update(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, strategy: str) -> None:
-    local = {"learning_rate": 0.02, "momentum": 0.0, "steps": 12}
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    ("strategy", "moments"),
+    [
+        pytest.param("scaffold", FEW, id="scaffold, few"),
+        pytest.param("scaffold", MANY, id="scaffold", marks=pytest.mark.long),
+        pytest.param("feddyn", MANY, id="feddyn", marks=pytest.mark.long),
+    ],
+)
+def test_killed_between_state_and_update(
+    toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, strategy: str, moments: Sequence[Moment]
+) -> None:
+    local = {"learning_rate": 0.02, "momentum": 0.0, "steps": 6}
     stages = [{"mode": "head", "rounds": 2, "local": local}, {"mode": "full", "rounds": 2, "local": local}]
     plan = toy_plan(train=stages, strategy=strategy, local={"momentum": 0.0}, simulation={"baselines": []})
-    file = written(plan, tmp_path)
-    log = tmp_path / "cotune.log"
     whole = tmp_path / "whole"
     run = tmp_path / "other"
-    finish(cotune("simulate", file, "--out", whole, "--device", "cpu"), log)
-
-    rng = random.Random(8)
-    moments: list[Callable[[], Any]] = [
-        lambda: told(run, "update_received", round=1, organization="org-1"),
-        lambda: list(run.glob("sites/org-1/kept/*/round-00003.safetensors")),  # kept, and perhaps not yet in the outbox
-        lambda: told(run, "update_received", round=3, organization="org-2"),
-        lambda: list(run.glob("sites/org-2/kept/*/round-00004.safetensors")),
-    ]
-    arguments: tuple[str | Path, ...] = ("simulate", file, "--out", run, "--device", "cpu")
+    simulate(plan, whole, device="cpu")
+    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
     for moment in moments:
-        process = cotune(*arguments)
-        kill_when(process, lambda m=moment: bool(m()), rng.uniform(0, 0.01))  # type: ignore[misc]
-        assert process.exitcode == -9
+        kill_at(cotune, moment, *arguments)
         arguments = ("simulate", "--resume", run)
-    finish(cotune(*arguments), log)
+    finish(cotune(*arguments), tmp_path / "cotune.log")
 
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)

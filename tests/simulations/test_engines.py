@@ -6,13 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
-from cotune.errors import PlanError
+from cotune.errors import PlanError, RunError
+from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.plan.load import dump_plan
+from cotune.plan.schema import Plan
 from cotune.simulations.engines import ENGINES, check_engine
-from cotune.simulations.run import simulate
+from cotune.simulations.run import resume, simulate
 from tests.support.simulations import NewPlan, final_model, same
 
 ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -36,22 +42,27 @@ def test_ray_that_is_not_installed_is_refused_before_anything_is_made(
     assert set(ENGINES) == {"in-process", "ray"}
 
 
+def staged(toy_plan: NewPlan, **changes: Any) -> Plan:
+    """Two stages, so that a run goes on with other parameters."""
+    full = {"learning_rate": 0.1, "momentum": 0.0}
+    stages = [{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1, "local": full}]
+    return toy_plan(train=stages, simulation={"baselines": []}, **changes)
+
+
+def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`cotune ARGUMENTS` in the folder."""
+    command = [str(Path(sys.executable).parent / "cotune"), *arguments]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of a sum depends on it
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environ)
+
+
 @ray
-def test_ray_trains_the_same_model_and_a_failure_there_is_a_failure_of_the_command(toy_plan: NewPlan, tmp_path: Path) -> None:
-    """Two stages on Ray's worker processes; then a server that cannot go on."""
-    plan = toy_plan(
-        train=[{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.1, "momentum": 0.0}}],
-        simulation={"baselines": []},
-    )
+def test_ray_trains_the_same_model(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """On Ray's worker processes."""
+    plan = staged(toy_plan)
     (tmp_path / "plan.toml").write_text(dump_plan(plan), encoding="utf-8")
     whole = simulate(plan, tmp_path / "in-process", device="cpu")
-
-    def cotune(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "cotune"), *arguments]
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of a sum depends on it
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environ)
-
-    done = cotune("simulate", "plan.toml", "--out", "on-ray", "--engine", "ray", "--device", "cpu")
+    done = script(tmp_path, "simulate", "plan.toml", "--out", "on-ray", "--engine", "ray", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "on-ray"
     assert same(final_model(run), final_model(whole.folder))
@@ -60,9 +71,40 @@ def test_ray_trains_the_same_model_and_a_failure_there_is_a_failure_of_the_comma
     assert summary["test"] == whole.summary["test"]
     assert summary["organizations"] == whole.summary["organizations"]
 
-    (run / "checkpoints" / "round-00002.safetensors").unlink()
-    (run / "checkpoints" / "round-00001.safetensors").write_bytes(b"damaged")
-    failed = cotune("simulate", "--resume", "on-ray")
+
+def damaged(toy_plan: NewPlan, folder: Path) -> Path:
+    """A run of the engine "ray" that cannot go on: the checkpoint that it would go on from is no checkpoint."""
+    simulate(staged(toy_plan), folder, device="cpu")
+    (folder / "checkpoints" / "round-00002.safetensors").unlink()
+    (folder / "checkpoints" / "round-00001.safetensors").write_bytes(b"damaged")
+    file = folder / "run.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"in-process"', '"ray"'), encoding="utf-8")
+    return folder
+
+
+@ray
+@pytest.mark.long
+def test_a_failure_on_ray_is_a_failure_of_the_command(toy_plan: NewPlan, tmp_path: Path) -> None:
+    damaged(toy_plan, tmp_path / "run")
+    failed = script(tmp_path, "simulate", "--resume", "run")
     assert failed.returncode == 1, failed.stderr
     assert "round-00001.safetensors is damaged" in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
+
+
+@ray
+def test_a_failure_within_flowers_runtime_is_told_as_the_servers_own(
+    toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short form of the test above: Flower's runtime, which wraps a failure in one of its own, without Ray."""
+
+    def runtime(server: ServerApp, client: ClientApp, num_supernodes: int, **_: Any) -> None:
+        context = Context(1, 1, UserConfig(), RecordDict(), UserConfig())
+        try:
+            server(InProcessGrid(client, num_supernodes), context)
+        except Exception:
+            raise RuntimeError("An error was encountered. Ending simulation.") from None
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", runtime)
+    with pytest.raises(RunError, match=r"round-00001\.safetensors is damaged"):
+        resume(damaged(toy_plan, tmp_path / "run"))

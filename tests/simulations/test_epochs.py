@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.server.rounds.update_validation import reason_to_refuse
+from cotune.server.rounds.update_validation import UpdateSpec
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update
@@ -32,7 +32,5 @@ def test_steps_follow_from_the_records(toy_plan: NewPlan, tmp_path: Path) -> Non
 def test_steps_that_do_not_follow_are_not_admitted(steps: int, reason: str | None) -> None:
     shapes = {"w": torch.zeros(2)}
     update = Update("org", 1, shapes, 70, steps)
-    found = reason_to_refuse(
-        update, organization="org", round=1, shapes=shapes, max_norm=1.0, steps_of=lambda examples: examples // 10
-    )
-    assert found == reason
+    found = UpdateSpec(round=1, shapes=shapes, steps_for=lambda examples: examples // 10).validate(update, "org").reason
+    assert found == (reason or "")

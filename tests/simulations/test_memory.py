@@ -29,7 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-class CutOff(Exception):
+class Aborted(Exception):
     """Ends the run in the middle of a round."""
 
 
@@ -47,14 +47,14 @@ def test_cut_off_after_every_update(toy_plan: NewPlan, tmp_path: Path, kind: str
         what = (event, fields.get("round"), fields.get("organization"))
         if event in ("update_received", "round_finished") and what not in seen:
             seen.add(what)
-            raise CutOff
+            raise Aborted
 
     while True:
         try:
             with observe_run(cut):
                 resume(run) if (run / "run.json").exists() else simulate(plan, run, device="cpu")
             break
-        except CutOff:
+        except Aborted:
             pass
     assert len(seen) == 9  # two updates and the end, of three rounds
     assert tensors_of(run) == tensors_of(whole)

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
 from tests.support.datasets import sentences, write_csv
-from tests.support.processes import Cotune, finish, kill_when, written
+from tests.support.processes import Cotune, Moment, finish, kill_at, written
 from tests.support.simulations import NewPlan, final_model, same, tensors_of, told
 
 # --- without privacy: as if nothing had happened
@@ -32,7 +32,7 @@ from tests.support.simulations import NewPlan, final_model, same, tensors_of, to
 
 def slow(toy_plan: NewPlan, **changes: Any) -> Plan:
     """Two stages whose rounds take long enough to be killed in; with server momentum, which the checkpoints must carry."""
-    full = {"learning_rate": 0.02, "optimizer": "adam", "momentum": 0.0, "steps": 12}
+    full = {"learning_rate": 0.02, "optimizer": "adam", "momentum": 0.0, "steps": 6}
     return toy_plan(
         train=[{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 2, "local": full}],
         strategy={"server_optimizer": {"name": "sgd", "lr": 0.7, "momentum": 0.3}},
@@ -40,36 +40,45 @@ def slow(toy_plan: NewPlan, **changes: Any) -> Plan:
     )
 
 
-def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
-    plan = written(slow(toy_plan), tmp_path)
-    log = tmp_path / "cotune.log"
+CHECKPOINT = {"path": "*/checkpoints/round-00003.safetensors"}
+FEW = (
+    Moment("update_received", {"round": 2, "organization": "org-1"}),
+    Moment("renamed", CHECKPOINT),
+    Moment("baseline_started", {"baseline": "pooled"}),
+)
+MANY = (
+    Moment("round_started", {"round": 1}),
+    Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
+    Moment("update_received", {"round": 2, "organization": "org-1"}),
+    Moment("round_finished", {"round": 2}),
+    Moment("round_started", {"round": 3}),
+    Moment("step", {"round": 3, "organization": "org-1"}, nth=4),
+    Moment("renamed", {"path": "*/sites/org-1/outbox/*"}),
+    Moment("update_received", {"round": 3, "organization": "org-1"}),
+    Moment("renamed", CHECKPOINT),
+    Moment("update_received", {"round": 4, "organization": "org-2"}),
+    Moment("baseline_started", {"baseline": "alone/org-1"}),
+    Moment("baseline_started", {"baseline": "alone/org-2"}),
+    Moment("baseline_started", {"baseline": "pooled"}),
+    Moment("renamed", {"path": "*/report.html"}),
+)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("moments", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["few", "many"])
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(
+    toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, moments: Sequence[Moment]
+) -> None:
+    plan = slow(toy_plan)
     # of one length: a request names the folder, and its bytes are counted
     whole = tmp_path / "whole"
     run = tmp_path / "other"
-    finish(cotune("simulate", plan, "--out", whole, "--device", "cpu"), log)
-
-    rng = random.Random(5)
-    moments: list[tuple[str, dict[str, Any]]] = [
-        ("round_started", {"round": 1}),
-        ("update_received", {"round": 2, "organization": "org-1"}),
-        ("round_started", {"round": 3}),
-        ("update_received", {"round": 3, "organization": "org-1"}),
-        ("round_finished", {"round": 3}),
-        ("update_received", {"round": 4, "organization": "org-2"}),
-        ("baseline_started", {"baseline": "alone/org-1"}),
-        ("baseline_started", {"baseline": "alone/org-2"}),
-        ("baseline_started", {"baseline": "pooled"}),
-    ]
-    arguments: tuple[str | Path, ...] = ("simulate", plan, "--out", run, "--device", "cpu")
-    for event, fields in moments:
-        before = told(run, event, **fields)
-        process = cotune(*arguments)
-        kill_when(process, lambda e=event, f=fields, b=before: told(run, e, **f) > b, rng.uniform(0, 0.05))  # type: ignore[misc]
-        assert process.exitcode == -9
+    simulate(plan, whole, device="cpu")
+    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
+    for moment in moments:
+        kill_at(cotune, moment, *arguments)
         arguments = ("simulate", "--resume", run)
-    for _ in range(4):  # and at moments that nothing is known about
-        kill_when(cotune(*arguments), lambda: True, rng.uniform(0, 1.0))
-    finish(cotune(*arguments), log)
+    finish(cotune(*arguments), tmp_path / "cotune.log")
 
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)
@@ -85,17 +94,14 @@ def test_killed_at_many_moments_the_run_ends_as_if_it_had_not_been(toy_plan: New
     assert not [path for path in run.rglob("*.part") if path.parent.name == "model"]
 
 
-def test_the_console_script_killed_in_the_middle_of_training_and_resumed(toy_plan: NewPlan, tmp_path: Path) -> None:
+@pytest.mark.crash
+def test_the_console_script_goes_on_where_training_was_killed(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = slow(toy_plan, simulation={"baselines": []})
     run = tmp_path / "run"
     script = Path(sys.executable).parent / "cotune"
-    command = [str(script), "simulate", str(written(plan, tmp_path)), "--out", str(run), "--device", "cpu"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of a sum depends on it
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=one_thread) as process:
-        while not told(run, "round_started", round=3):
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.005)
-        process.kill()
+    in_round_3 = Moment("step", {"round": 3}, nth=5)
+    kill_at(cotune, in_round_3, "simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
     assert not told(run, "round_finished", round=3)
     command = [str(script), "simulate", "--resume", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=one_thread)
@@ -106,6 +112,8 @@ def test_the_console_script_killed_in_the_middle_of_training_and_resumed(toy_pla
 
 
 # --- with privacy: what was spent stays spent
+
+STEPS = 10
 
 
 def charges(run: Path, organization: str) -> list[tuple[int, float, float, int, str]]:
@@ -125,40 +133,34 @@ def spent(rows: list[tuple[int, float, float, int, str]], delta: float) -> float
     return epsilon([Steps(sigma, rate, steps) for _, sigma, rate, steps, _ in rows], delta)
 
 
+@pytest.mark.crash
 def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = toy_plan(
         train="full",
         rounds=3,
         privacy={"epsilon": 1.5},
-        local={"learning_rate": 0.05, "steps": 20, "batch_size": 0.2, "momentum": 0.0},
+        local={"learning_rate": 0.05, "steps": STEPS, "batch_size": 0.2, "momentum": 0.0},
         simulation={"baselines": []},
     )
     run = tmp_path / "run"
-    log = tmp_path / "cotune.log"
-    rng = random.Random(3)
     arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
-    for round in (1, 2, 2):  # twice in the training of org-2 in round 2
-        open_before = [c for c in charges(run, "org-2") if c[0] == round]
-        process = cotune(*arguments)
-        kill_when(
-            process, lambda r=round, n=len(open_before): sum(c[0] == r for c in charges(run, "org-2")) > n, rng.uniform(0, 0.1)
-        )  # type: ignore[misc]
-        assert process.exitcode == -9
-        assert charges(run, "org-2")[-1][-1] == "reserved", "it was killed too late"
+    for round, step in ((1, 1), (2, STEPS), (2, STEPS // 2)):  # twice in the training of org-2 in round 2
+        kill_at(cotune, Moment("step", {"organization": "org-2", "round": round}, nth=step), *arguments)
+        assert charges(run, "org-2")[-1][-1] == "reserved"
         arguments = ("simulate", "--resume", run)
-    finish(cotune(*arguments), log)
+    finish(cotune(*arguments), tmp_path / "cotune.log")
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     first, second = summary["organizations"]
     rows = charges(run, "org-2")
     assert [(round, steps, state) for round, _, _, steps, state in rows] == [
         *(
-            (1, 20, "reserved"),
-            (1, 20, "settled"),
-            (2, 20, "reserved"),
-            (2, 20, "reserved"),
-            (2, 20, "settled"),
-            (3, 20, "settled"),
+            (1, STEPS, "reserved"),
+            (1, STEPS, "settled"),
+            (2, STEPS, "reserved"),
+            (2, STEPS, "reserved"),
+            (2, STEPS, "settled"),
+            (3, STEPS, "settled"),
         ),
     ]
     assert second["epsilon_spent"] == pytest.approx(spent(rows, second["delta"]))
@@ -170,10 +172,10 @@ def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPl
     assert noise[-1] > 1.1 * noise[0]
     # org-1 had finished its rounds before: its updates came from its outbox, and nothing was charged twice
     assert [(round, steps, state) for round, _, _, steps, state in charges(run, "org-1")] == [
-        (r, 20, "settled") for r in (1, 2, 3)
+        (r, STEPS, "settled") for r in (1, 2, 3)
     ]
     assert first["epsilon_spent"] <= 1.5
-    assert first["steps"] == 60
+    assert first["steps"] == 3 * STEPS
 
 
 def test_without_any_budget_left_the_organization_says_so(toy_plan: NewPlan, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dp_accounting.pld import PLDAccountant
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.config import DataConfig
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.errors import RunError
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
@@ -30,6 +30,7 @@ from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.run_folder import new_folder
 from cotune.simulations.run import Run, simulate
 from tests.support.datasets import sentences, write_csv
+from tests.support.matrix import crossed
 from tests.support.simulations import NewPlan, final_model, same
 
 METRICS = {"accuracy", "precision", "recall", "f1"}
@@ -367,8 +368,7 @@ def assert_moved_in_every_stage(result: Run, plan: Plan, ledgers: bool) -> None:
             assert 0.9 * 2.0 < o["epsilon_spent"] <= 2.0
 
 
-@pytest.mark.parametrize("privacy", PRIVACY)
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "privacy"), crossed(["bert", "distilbert", "gpt2", "llama", "qwen2"], PRIVACY))
 def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:
     plan = toy_plan(kind, train=STAGES, privacy=PRIVACY[privacy], **SMALL, simulation={"baselines": []})
     result = simulate(plan, tmp_path / "run", device="cpu")
@@ -383,8 +383,7 @@ def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, 
         assert same(final_model(simulate(again, tmp_path / "again", device="cpu").folder), final_model(result.folder))
 
 
-@pytest.mark.parametrize("privacy", PRIVACY)
-@pytest.mark.parametrize("kind", ["distilbert", "gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "privacy"), crossed(["distilbert", "gpt2", "llama", "qwen2"], PRIVACY))
 def test_full_from_the_start(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:
     """Without adapters around the layers."""
     local = {**SMALL["local"], "learning_rate": 0.05, "optimizer": "adamw"}

@@ -22,6 +22,7 @@ from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import resume, simulate
 from tests.support.datasets import COLORS, tagged, write_images, write_tagged
+from tests.support.matrix import crossed
 from tests.support.simulations import NewPlan
 from tests.support.tiny_models import PROCESSOR
 
@@ -129,8 +130,7 @@ def test_organizations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_p
     assert resume(result.folder).summary["test"]["federated"] == result.summary["test"]["federated"]
 
 
-@pytest.mark.parametrize("task", ["token-classification", "image-classification"])
-@pytest.mark.parametrize("train", ["head", "lora", "full"])
+@pytest.mark.parametrize(("train", "task"), crossed(["head", "lora", "full"], ["token-classification", "image-classification"]))
 def test_a_plan_is_forecast(new_plan: Callable[..., Plan], task: str, train: str) -> None:
     seen = forecast(new_plan(task, train=train, privacy=PRIVATE), "cpu")
     assert seen.seconds is not None

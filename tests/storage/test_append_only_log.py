@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.storage.append_only_log import Chain, entry_hash
+from cotune.storage.append_only_log import DatabaseLog, entry_hash
 
 ROUND = Steps(1.0, 0.05, 20)
 FORCE = "DROP TRIGGER entries_stay; DROP TRIGGER entries_remain;"
@@ -131,7 +131,7 @@ def test_a_crash_between_commit_and_anchor_is_no_tampering(path: Path) -> None:
 
 
 def test_an_aborted_transaction_leaves_nothing(path: Path) -> None:
-    chain = Chain(path)
+    chain = DatabaseLog(path)
 
     def aborted() -> None:
         with chain.transaction() as log:

@@ -27,7 +27,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 
 from cotune.client.site_setup import read_private_key
-from cotune.flower.fleet_client import Fleet, Request, connected
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, connect
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import decode_request, encode_update, received_digest
 from cotune.protocol.signatures import detach
@@ -42,7 +42,7 @@ DISTURBANCES = (400, 400, 400, 413)  # what the public port answers to each: the
 _PACE = 50.0  # connections that each opens in a second
 _STRANGERS_BODY = b"\x12\x00" * 8 * 2**20  # 16 MB: eight million empty messages
 
-Deed = Callable[["Attacker", Fleet, Request], None]
+Deed = Callable[["Attacker", FleetClient, AnnouncedRequest], None]
 
 
 class Attacker:
@@ -58,7 +58,7 @@ class Attacker:
         self._deeds = deeds
         self._stopped = threading.Event()
         self._failure = ""
-        self._connect = lambda: connected(address, authority.read_bytes(), read_private_key(key))
+        self._connect = lambda: connect(address, authority.read_bytes(), read_private_key(key))
         self._entered = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -84,7 +84,7 @@ class Attacker:
             self._failure = traceback.format_exc()
             print(self._failure)
 
-    def push(self, fleet: Fleet, request: PushMessagesRequest) -> Any:
+    def push(self, fleet: FleetClient, request: PushMessagesRequest) -> Any:
         """What the server answers; None where it refuses."""
         try:
             answer = fleet._client.PushMessages(request)
@@ -95,17 +95,17 @@ class Attacker:
         return answer
 
 
-def say_nothing(attacker: Attacker, fleet: Fleet, request: Request) -> None:
+def say_nothing(attacker: Attacker, fleet: FleetClient, request: AnnouncedRequest) -> None:
     """It has taken the request, and stays online."""
 
 
-def announce_and_stay_away(attacker: Attacker, fleet: Fleet, request: Request) -> None:
+def announce_and_stay_away(attacker: Attacker, fleet: FleetClient, request: AnnouncedRequest) -> None:
     """An answer whose content never comes. Its tree claims the record that was the same in every message of commit a605cba."""
     claimed = ObjectTree(object_id=ConfigRecord().object_id, children=[ObjectTree(object_id=identifier(20))])
     assert attacker.push(fleet, _reply(fleet, request, _message([claimed]))) is not None
 
 
-def disturb_the_store(attacker: Attacker, fleet: Fleet, request: Request) -> None:
+def disturb_the_store(attacker: Attacker, fleet: FleetClient, request: AnnouncedRequest) -> None:
     """An instruction in the server's name; others' objects with invented children; trees that hold the database for seconds."""
     order = {"reply_to_message_id": "", "src_node_id": 1, "dst_node_id": attacker.victim}
     attacker.push(fleet, _reply(fleet, request, _message([]), **order))
@@ -117,7 +117,7 @@ def disturb_the_store(attacker: Attacker, fleet: Fleet, request: Request) -> Non
         attacker.push(fleet, _reply(fleet, request, _message(wide)))
 
 
-def bomb(attacker: Attacker, fleet: Fleet, request: Request) -> None:
+def bomb(attacker: Attacker, fleet: FleetClient, request: AnnouncedRequest) -> None:
     """A whole update of which one array lists half a mebibyte of zeros again and again."""
     asked = fleet.open(request).message(2**30)
     reply = Message(_update(asked), reply_to=asked)
@@ -176,7 +176,7 @@ def _message(records: list[ObjectTree]) -> ObjectTree:
     return ObjectTree(object_id=identifier(1), children=[ObjectTree(object_id=identifier(2), children=records)])
 
 
-def _reply(fleet: Fleet, request: Request, tree: ObjectTree, **about: object) -> PushMessagesRequest:
+def _reply(fleet: FleetClient, request: AnnouncedRequest, tree: ObjectTree, **about: object) -> PushMessagesRequest:
     header = {"reply_to_message_id": request.tree.object_id, "run_id": request.run, "created_at": time.time(), **about}
     made = announcement(tree, fleet.node_id, **header)
     made.messages_list[0].content.SetInParent()  # empty: without it the SuperLink takes it for no message

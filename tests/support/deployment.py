@@ -18,7 +18,7 @@ import tomli_w
 from cotune.client.site_setup import make_site
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import read_events
@@ -177,7 +177,7 @@ class Deployment:
             self.processes[what].wait()
         until(lambda: not _runs(process))
 
-    def found(self, what: str) -> psutil.Process | None:
+    def create_federation(self, what: str) -> psutil.Process | None:
         with suppress(LookupError, psutil.NoSuchProcess):
             return self.find(what)
         return None
@@ -243,7 +243,7 @@ def deployment(
         database=database,
         test=folder / "test.csv",
     )
-    federation = found(made.fed, load_plan(folder / "plan.toml"), config)
+    federation = create_federation(made.fed, load_plan(folder / "plan.toml"), config)
     for name in (*organizations, *absent):
         make_site(made.site(name), name, device="cpu")
         federation.members.invite(name, read_public_key(made.site(name) / "node.pub"))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cotune.flower.control_client import RunState, SuperLinkAway
+from cotune.flower.control_client import RunState, SuperLinkUnreachable
 from cotune.flower.nodes import RegisteredNode
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from tests.support.unreliable_grid import LINES
 
@@ -28,7 +28,7 @@ def founded(path: Path, base: Path, *names: str, test: Path | None = None, **cha
         "privacy": "none",
     }
     config = ServerConfig(name="toy", hosts=("127.0.0.1",), device="cpu", test=test)
-    federation = found(path, parse_plan({**table, **changes}), config)
+    federation = create_federation(path, parse_plan({**table, **changes}), config)
     for name, line in zip(names, LINES, strict=False):
         federation.members.invite(name, line)
     return federation
@@ -69,4 +69,4 @@ class FakeSuperLink:
 
 
 def away(run_id: int) -> RunState | None:
-    raise SuperLinkAway("the SuperLink cannot be reached: expected one that `cotune server start` keeps running")
+    raise SuperLinkUnreachable("the SuperLink cannot be reached: expected one that `cotune server start` keeps running")

@@ -23,9 +23,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from cotune.flower.control_client import APP, Control, control
+from cotune.flower.control_client import APP, ControlClient, open_control
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, prepare
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 """
 
 
-def until(condition: Callable[[], _Found], seconds: float = 180.0) -> _Found:
+def until(condition: Callable[[], _Found], seconds: float = 600.0) -> _Found:
     """What the condition gives once it is true. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -138,8 +138,8 @@ class Federation:
             (app / name).write_text(content, encoding="utf-8")
         return int(self._flwr("run", app, "loopback", "--run-config", f'run="{run}"', "--format", "json")["run-id"])
 
-    def _control(self) -> AbstractContextManager[Control]:
-        return control(self.address, self.certificates)
+    def _control(self) -> AbstractContextManager[ControlClient]:
+        return open_control(self.address, self.certificates)
 
     def _flwr(self, *words: str | Path) -> dict[str, Any]:
         done = subprocess.run(["flwr", *map(str, words)], env=self.env, cwd=self.folder, capture_output=True, text=True)
@@ -165,7 +165,7 @@ def federation(folder: Path, organizations: int, *options: str | Path) -> Iterat
     """Certificates and keys, a running SuperLink with these options, and the keys registered there."""
     (folder / "flwr").mkdir(parents=True)
     made = Federation(folder, free_port(), [_write_key(folder / f"key-{i}") for i in range(organizations)], {})
-    new_authority(made.certificates, ())
+    create_authority(made.certificates, ())
     config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{made.certificates / "ca.crt"}"\n'
     (folder / "flwr" / "config.toml").write_text(config)
     try:

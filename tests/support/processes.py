@@ -1,48 +1,106 @@
-"""`cotune` in processes of its own, forked from one that has imported everything, to be killed."""
+"""Processes that have imported everything, forked from a server that only imports, and killed at chosen moments.
+
+A forked process costs a tenth of a second instead of the several that a new interpreter takes to import PyTorch. It kills itself
+with SIGKILL, right after something that the test names has happened: at the same moment on every machine.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 
-# What the console script does, in a process that has imported everything already: forked from a server that only imports, so that a
-# process that is to be killed costs a tenth of a second instead of several. `exec` is the one target that needs no import of this file.
-_CONSOLE = """
-import os, sys
-os.environ.update({environ!r})
-os.chdir({folder!r})
-log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-os.dup2(log, 1), os.dup2(log, 2)
-sys.argv = ["cotune", *{arguments!r}]
-import torch
-torch.set_num_threads(1)
-from cotune.cli.main import run
-run()
-"""
+_PRELOADED = (
+    "pytest",
+    "cotune.cli.main",
+    "cotune.cli.progress",
+    "cotune.simulations.run",
+    "cotune.simulations.comparison.compare",
+    "cotune.client.app",
+    "opacus",
+    "transformers.models.bert.modeling_bert",
+    "scipy.stats",
+    "dp_accounting",
+)
+Cotune = Callable[..., BaseProcess]
+_observing = ExitStack()  # to the end of the process
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Right after something has happened for the nth time in a process.
+
+    Attributes:
+        what: An event of a run; "step", for a training step of an organization; "renamed", for a durable file in its place.
+        fields: Of the event or the step, as far as they matter; the `path` of a file is a pattern.
+    """
+
+    what: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    nth: int = 1
+
+    def matches(self, what: str, fields: Mapping[str, Any]) -> bool:
+        if what == "renamed":
+            return self.what == what and fnmatch(fields["path"], self.fields["path"])
+        return self.what == what and all(fields.get(key) == value for key, value in self.fields.items())
+
+
+def end_at(moment: Moment) -> None:
+    """Let this process end with SIGKILL at a moment."""
+    from cotune.client.training.observe import observe_client
+    from cotune.server.runs.events import observe_run
+
+    left = moment.nth
+
+    def look(what: str, fields: Mapping[str, Any]) -> None:
+        nonlocal left
+        left -= moment.matches(what, fields)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _observing.enter_context(observe_run(look))
+    _observing.enter_context(observe_client(look))
+    for name in ("replace", "rename"):
+        setattr(os, name, _then(getattr(os, name), lambda target: look("renamed", {"path": str(target)})))
+
+
+def _then(rename: Callable[..., None], look: Callable[[object], None]) -> Callable[..., None]:
+    def renames(source: object, target: object, **options: object) -> None:
+        rename(source, target, **options)
+        look(target)
+
+    return renames
+
+
+def preloaded() -> ForkServerContext:
+    """Starts processes from a server that has imported what they need, and shares nothing else with this process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
 
 
 @pytest.fixture
-def cotune(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
-    """Starts `cotune ARGUMENTS` in a process of its own; what it prints goes to cotune.log in the folder of the test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "cotune.cli.main", "cotune.cli.progress", "cotune.simulations.run"])
+def forked() -> Iterator[Callable[..., BaseProcess]]:
+    """(function, *arguments) -> a process that calls it; whatever is left of it at the end of the test is killed."""
+    context = preloaded()
     started: list[BaseProcess] = []
 
-    def start(*arguments: str | Path) -> BaseProcess:
-        environ = {"COTUNE_CACHE": os.environ["COTUNE_CACHE"], "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        code = _CONSOLE.format(
-            environ=environ, folder=str(tmp_path), log=str(tmp_path / "cotune.log"), arguments=[str(a) for a in arguments]
-        )
-        process = context.Process(target=exec, args=(code, {}))
+    def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+        process = context.Process(target=function, args=arguments)
         process.start()
         started.append(process)
         return process
@@ -53,26 +111,49 @@ def cotune(tmp_path: Path) -> Iterator[Callable[..., BaseProcess]]:
         process.join()
 
 
-Cotune = Callable[..., BaseProcess]
-Condition = Callable[[], bool]
+@pytest.fixture
+def cotune(tmp_path: Path, forked: Callable[..., BaseProcess]) -> Cotune:
+    """Starts `cotune ARGUMENTS` in a process of its own; what it prints goes to cotune.log in the folder of the test.
+
+    killed_at: the moment at which it ends itself with SIGKILL.
+    """
+
+    def start(*arguments: str | Path, killed_at: Moment | None = None) -> BaseProcess:
+        environ = {"COTUNE_CACHE": os.environ["COTUNE_CACHE"], "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        return forked(_console, [str(word) for word in arguments], environ, tmp_path, killed_at)
+
+    return start
+
+
+def _console(arguments: list[str], environ: Mapping[str, str], folder: Path, killed_at: Moment | None) -> None:
+    """What the console script does."""
+    os.environ.update(environ)
+    os.chdir(folder)
+    log = os.open(folder / "cotune.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["cotune", *arguments]
+    import torch
+
+    from cotune.cli.main import run
+
+    torch.set_num_threads(1)
+    if killed_at is not None:
+        end_at(killed_at)
+    run()
+
+
+def kill_at(cotune: Cotune, moment: Moment, *arguments: str | Path) -> None:
+    """Run `cotune ARGUMENTS` until it ends itself there. Raises AssertionError where it ends otherwise."""
+    process = cotune(*arguments, killed_at=moment)
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL, f"ended with {process.exitcode}: expected to be killed at {moment}"
 
 
 def written(plan: Plan, folder: Path) -> Path:
     file = folder / "plan.toml"
     file.write_text(dump_plan(plan), encoding="utf-8")
     return file
-
-
-def kill_when(process: BaseProcess, condition: Condition, seconds: float = 0.0) -> None:
-    """SIGKILL, that long after the condition became true."""
-    deadline = time.monotonic() + 600
-    while not condition():
-        assert process.exitcode is None, f"the process ended with {process.exitcode} before it could be killed"
-        assert time.monotonic() < deadline, "nothing to kill it for within ten minutes"
-        time.sleep(0.002)
-    time.sleep(seconds)
-    process.kill()
-    process.join()
 
 
 def finish(process: BaseProcess, log: Path) -> None:

@@ -17,12 +17,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members
 from cotune.server.front import FrontConfig, setup
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits
-from cotune.server.proxy.server import Front
+from cotune.server.proxy.server import TlsProxy
 from tests.support.calls import new_key, signed
 
 CALL = "/v1/fleet/push-object"
@@ -44,7 +44,7 @@ class Upstream:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("front") / "certificates"
-    new_authority(folder, [])
+    create_authority(folder, [])
     members = Members(folder.parent / "members.json")
     for name, key in (("north", NORTH), ("south", SOUTH)):
         members.invite(name, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
@@ -133,7 +133,7 @@ def running(folder: Path, superlink_port: int, quotas: Quotas | None = None, **l
 
     async def play() -> None:
         stopped = asyncio.Event()
-        async with Front(setup(config)) as front:
+        async with TlsProxy(setup(config)) as front:
             made.append((front.port, asyncio.get_running_loop(), stopped))
             ready.set()
             await stopped.wait()

@@ -12,7 +12,7 @@ from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.trainable import State
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import Answer, adding, federation, model_of, update
@@ -25,8 +25,8 @@ NAMES = ("org-1", "org-2", "org-3")
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(asking, "_AGAIN_SECONDS", 0.02)
+    monkeypatch.setattr(round_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(round_module, "_RETRY_BACKOFF", 0.02)
 
 
 def simulate(folder: RunFolder, answers: Mapping[str, Answer], grid: type[InProcessGrid] = InProcessGrid) -> Progress:

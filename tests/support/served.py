@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cotune.errors import RunError
-from cotune.flower.control_client import control
+from cotune.flower.control_client import open_control
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ class Served:
     def keys(self) -> set[bytes]:
         """That the SuperLink lets in."""
         try:
-            with control(self.folder.superlink_address, self.folder.certificates) as calls:
+            with open_control(self.folder.superlink_address, self.folder.certificates) as calls:
                 return {node.key for node in calls.nodes()}
         except RunError:
             return set()
@@ -90,7 +90,7 @@ class Served:
 
     def begin_a_run(self, run: RunFolder) -> psutil.Process:
         """Hands it to the executor; returns the process that plays it."""
-        with control(self.folder.superlink_address, self.folder.certificates) as calls:
+        with open_control(self.folder.superlink_address, self.folder.certificates) as calls:
             calls.start(run.path)
         found: list[psutil.Process] = []
 

@@ -20,7 +20,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.deployment.signing import new_signing_key
+from cotune.server.deployment.signing import create_signing_key
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.organizations import Answer, federation
@@ -36,7 +36,7 @@ def real(simulated: RunFolder, examples: Mapping[str, tuple[int, int]] | None = 
     fed = simulated.path.parent / f"fed-{simulated.path.name}"
     names = [p.name for p in simulated.file.participants]
     write_config(fed, ServerConfig(name="fed", id=32 * "f", hosts=("localhost",)))
-    new_signing_key(fed / "certificates")
+    create_signing_key(fed / "certificates")
     members = FederationFolder(fed).members
     for name, line in zip(names, LINES, strict=False):
         members.invite(name, line, (examples or {}).get(name))

@@ -20,14 +20,14 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import fingerprint_of
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, read_policy
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started
 
@@ -50,7 +50,7 @@ def address() -> str:
 @pytest.fixture
 def invite(folder: Path, address: str) -> Callable[[Plan], Path]:
     """A plan -> a federation.toml that holds it."""
-    new_authority(folder / "certificates", ["127.0.0.1"])
+    create_authority(folder / "certificates", ["127.0.0.1"])
     authority = (folder / "certificates" / "ca.crt").read_text()
 
     def write(plan: Plan) -> Path:

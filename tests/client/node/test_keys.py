@@ -17,7 +17,7 @@ from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
 from cotune.client.site_setup import fingerprint_of, make_site, read_private_key
 from cotune.errors import RunError
-from cotune.flower.fleet_client import FleetError, NotKnown
+from cotune.flower.fleet_client import FleetError, NodeRejected
 from cotune.protocol.key_renewal import fingerprint, read_node_renewal
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.kills import killed_before_each_change
@@ -60,7 +60,7 @@ class Server:
             raise FleetError("it cannot be reached")
         shown = fingerprint(key.public_key())
         if shown not in {member.fingerprint for member in self._members.active()}:
-            raise NotKnown("it is no member's key")
+            raise NodeRejected("it is no member's key")
         self.entered.append(shown)
         yield "fleet"
 
@@ -128,7 +128,7 @@ def test_a_second_renewal_follows_the_first(site: Site, members: Members) -> Non
 def test_where_neither_key_is_known_nothing_is_taken(site: Site, members: Members) -> None:
     renew_key(site)
     members.revoke("hospital-a")
-    with pytest.raises(NotKnown):
+    with pytest.raises(NodeRejected):
         enter(site, Server(members))
     assert next_key(site.folder) is not None
 
@@ -193,7 +193,7 @@ def test_only_the_sites_own_key_is_ever_replaced(site: Site, members: Members, t
     renew_key(site)
     accept(members, site)
     with (
-        pytest.raises(NotKnown),
+        pytest.raises(NodeRejected),
         Entrance(site.folder, "localhost:1", None, tmp_path / "elsewhere.key", Server(members).connect)(None, False),
     ):
         pass

@@ -30,8 +30,8 @@ from cotune.client.node.node import Node, run_node
 from cotune.client.node.worker import ResidentDied
 from cotune.client.training.observe import observe_client
 from cotune.errors import DataError, RunError
-from cotune.flower.chunks import CutOff
-from cotune.flower.fleet_client import Fleet, FleetError, NotKnown, Request, RequestOver, _keep_alive
+from cotune.flower.chunks import Aborted
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, NodeRejected, RequestExpired, _keep_alive
 
 NODE = 5
 RUN = 77
@@ -50,7 +50,7 @@ BUNDLE = zipped("pyproject.toml")
 
 def request(
     round: int = 1, *, run: int = RUN, age: float = 0.0, node: int = NODE, ttl: float = 60.0, kind: str = MessageType.TRAIN
-) -> Request:
+) -> AnnouncedRequest:
     """Sent `age` seconds ago by this machine's clock, to live for `ttl`."""
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run
@@ -58,13 +58,15 @@ def request(
     header = Message(RecordDict(), node, kind, ttl=ttl, group_id=str(round))
     header.metadata.created_at = time.time() - age
     header.metadata.__dict__["_message_id"] = f"message-{round}"
-    return Request(header, ObjectTree(object_id=f"message-{round}"))
+    return AnnouncedRequest(header, ObjectTree(object_id=f"message-{round}"))
 
 
-class FakeFleet(Fleet):
+class FakeFleet(FleetClient):
     """A server that has these requests, and these failures in place of the next calls of a name. Stops when all is answered."""
 
-    def __init__(self, stop: threading.Event, *requests: Request, archive: bytes = BUNDLE, **failures: list[Any]) -> None:
+    def __init__(
+        self, stop: threading.Event, *requests: AnnouncedRequest, archive: bytes = BUNDLE, **failures: list[Any]
+    ) -> None:
         self.node_id = NODE
         self.calls = list[str]()
         self.sent = list[Message]()
@@ -73,7 +75,7 @@ class FakeFleet(Fleet):
         self._bundle = archive
         self._failures = failures
 
-    def _called(self, name: str, about: Request | None = None) -> None:
+    def _called(self, name: str, about: AnnouncedRequest | None = None) -> None:
         self.calls.append(name if about is None else f"{name} {about.round}")
         if self._failures.get(name):
             failure = self._failures[name].pop(0)
@@ -83,14 +85,14 @@ class FakeFleet(Fleet):
     def check_known(self) -> None:
         """It is, unless a test says otherwise."""
 
-    def receive(self) -> Request | None:
+    def receive(self) -> AnnouncedRequest | None:
         if not self._requests:
             self._end.set()
             return None
         self._called("receive")
         return self._requests.pop(0)
 
-    def open(self, request: Request) -> Message:
+    def open(self, request: AnnouncedRequest) -> Message:
         self._called("open", request)
         return Message(RecordDict({"asked": ConfigRecord({"round": request.round})}), reply_to=request.header)
 
@@ -102,7 +104,7 @@ class FakeFleet(Fleet):
         self._called("send")
         self.sent.append(reply)
 
-    def confirm(self, request: Request) -> None:
+    def confirm(self, request: AnnouncedRequest) -> None:
         self._called("confirm", request)
 
     def leave(self) -> None:
@@ -171,7 +173,7 @@ def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, st
 
 @pytest.mark.parametrize("asked", [[request(1, ttl=1e-9)], [request(3), request(2)]])
 def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
-    tmp_path: Path, stop: threading.Event, asked: list[Request], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, stop: threading.Event, asked: list[AnnouncedRequest], caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = FakeFleet(stop, *asked)
     worker = FakeWorker()
@@ -305,7 +307,7 @@ def test_a_message_that_cannot_be_read_is_answered_without_a_word_of_it(tmp_path
 
 
 def test_a_run_that_is_over_costs_its_request_only(tmp_path: Path, stop: threading.Event) -> None:
-    fleet = FakeFleet(stop, request(1), request(2), open=[RequestOver("over")])
+    fleet = FakeFleet(stop, request(1), request(2), open=[RequestExpired("over")])
     worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
     assert worker.given == ["2"]
@@ -362,8 +364,8 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
     stop = Impatient(12)
 
     @contextmanager
-    def refused(known: int | None, anew: bool) -> Iterator[Fleet]:
-        raise NotKnown("the server does not let this node in")
+    def refused(known: int | None, anew: bool) -> Iterator[FleetClient]:
+        raise NodeRejected("the server does not let this node in")
         yield
 
     Node(tmp_path, FakeWorker(), stop).stay(refused)
@@ -381,7 +383,7 @@ def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
     waiting = list(fleets)
 
     @contextmanager
-    def connect(known: int | None, anew: bool) -> Iterator[Fleet]:
+    def connect(known: int | None, anew: bool) -> Iterator[FleetClient]:
         came.append((known, anew))
         yield waiting.pop(0)
 
@@ -406,7 +408,7 @@ def test_a_request_that_may_have_been_lost_on_its_way_is_asked_for_again(tmp_pat
 
 def test_a_request_that_did_not_come_whole_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
     """The server was killed as it sent it: the rest never comes, and what is not confirmed is not waited for."""
-    half = FakeFleet(stop, request(), open=[CutOff("no part of it has come")])
+    half = FakeFleet(stop, request(), open=[Aborted("no part of it has come")])
     worker = FakeWorker()
     whole = FakeFleet(stop, request())
     assert stay(Node(tmp_path, worker, stop), half, whole) == [(None, True), (NODE, True)]
@@ -441,12 +443,12 @@ def test_a_server_set_up_anew_does_not_get_an_answer_for_the_old_one(tmp_path: P
 
 
 def test_a_request_survives_its_file() -> None:
-    kept = Request.from_bytes(request(4).to_bytes())
+    kept = AnnouncedRequest.from_bytes(request(4).to_bytes())
     given = request(4)
     assert (kept.run, kept.round, kept.tree) == (given.run, given.round, given.tree)
     assert kept.header.metadata.message_id == "message-4"
     with pytest.raises(ValueError, match="not a request"):
-        Request.from_bytes(b"")
+        AnnouncedRequest.from_bytes(b"")
 
 
 def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
@@ -497,12 +499,12 @@ def test_the_log_says_nothing_of_the_key(tmp_path: Path, key: Path, caplog: pyte
     assert all(line not in caplog.text for line in key.read_text().splitlines()[1:-1])
 
 
-def asked_anew(request: Request, node: int, content: str = "content") -> Request:
+def asked_anew(request: AnnouncedRequest, node: int, content: str = "content") -> AnnouncedRequest:
     """With content, for a node of this number."""
     header = Message(RecordDict(), node, MessageType.TRAIN, ttl=60.0, group_id=request.round)
     header.metadata.created_at = time.time()
     header.metadata.__dict__["_message_id"] = f"message-{request.round}-{node}"
-    return Request(header, ObjectTree(object_id=f"{node}", children=[ObjectTree(object_id=content)]))
+    return AnnouncedRequest(header, ObjectTree(object_id=f"{node}", children=[ObjectTree(object_id=content)]))
 
 
 class Unhurried(FakeWorker):
@@ -528,9 +530,9 @@ def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
 
         def check_known(self) -> None:
             if worker.given:
-                raise NotKnown("the key is another now")
+                raise NodeRejected("the key is another now")
 
-    with pytest.raises(NotKnown):
+    with pytest.raises(NodeRejected):
         node.serve(Refusing(stop, asked_anew(request(), NODE)))
     assert worker.given == ["1"]
     answer = worker.answer

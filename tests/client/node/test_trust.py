@@ -12,7 +12,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.node.trust import AUTHORITY_DAYS, Trust, TrustedServer, learn, note_use
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.server.deployment.certificates import authority_pem, next_authority
+from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
 from tests.support.kills import killed_before_each_change
 
 FED = 32 * "a"
@@ -24,8 +24,8 @@ HEX = [key.public_key().public_bytes_raw().hex() for key in KEYS]
 def authorities(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folders = [tmp_path_factory.mktemp("authority") for _ in KEYS]
     for folder in folders:
-        next_authority(folder)
-    return [authority_pem(folder) for folder in folders]
+        create_next_authority(folder)
+    return [read_authority_pem(folder) for folder in folders]
 
 
 @pytest.fixture

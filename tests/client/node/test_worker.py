@@ -15,7 +15,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node.worker import ResidentDied, TrainerProcess
 from cotune.client.site import Site
-from cotune.flower.chunks import Parcel
+from cotune.flower.chunks import ChunkedMessage
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Recipient, decode_update, encode_requests
@@ -23,12 +23,12 @@ from cotune.protocol.signatures import detach
 from tests.support.signing import sign_request
 
 
-def message(content: RecordDict, kind: str = MessageType.TRAIN) -> Parcel:
+def message(content: RecordDict, kind: str = MessageType.TRAIN) -> ChunkedMessage:
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = 1
     TaskIdentity.node_id = 1
     made = Message(content, 2, kind, group_id="1")
-    return Parcel(made.object_id, {number: part.deflate() for number, part in get_all_nested_objects(made).items()})
+    return ChunkedMessage(made.object_id, {number: part.deflate() for number, part in get_all_nested_objects(made).items()})
 
 
 def answer(resident: TrainerProcess, seconds: float = 600) -> Message:

@@ -19,7 +19,7 @@ from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evalua
 from cotune.client.site import Site
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset, write_holdings
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.encoding import encoded_features
 from cotune.models.head_fit import head_scores

@@ -14,7 +14,7 @@ import torch
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import _on_examples, setting_of
 from cotune.data.dataset import Dataset
-from cotune.data.records import read_records
+from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan

@@ -18,6 +18,7 @@ from cotune.plan.parameters import model_of, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.policy import Policy
+from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -61,12 +62,14 @@ def first(name: str, tensor: Tensor, rank: int) -> Tensor:
     return tensor[:rank] if ".lora_A." in name else tensor[:, :rank] if ".lora_B." in name else tensor
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
-@pytest.mark.parametrize(("factors", "round"), [("b", 1), ("ab", 1), ("alternate", 1), ("alternate", 2)])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("trained_in", "optimizer", "privacy"),
+    crossed([("b", 1), ("ab", 1), ("alternate", 1), ("alternate", 2)], ["sgd", "adamw"], ["none", PRIVATE]),
+)
 def test_only_the_first_slices_move_and_travel(
-    make_plan: MakePlan, make_site: MakeSite, factors: str, round: int, optimizer: str, privacy: Any
+    make_plan: MakePlan, make_site: MakeSite, trained_in: tuple[str, int], optimizer: str, privacy: Any
 ) -> None:
+    factors, round = trained_in
     local = {"optimizer": optimizer, "learning_rate": 0.1, "weight_decay": 0.1}
     model, state, delta = trained(make_plan, make_site, 3, factors=factors, round=round, privacy=privacy, local=local)
     assert delta.keys() == state.keys()

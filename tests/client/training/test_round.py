@@ -28,14 +28,15 @@ from cotune.errors import CotuneError, DataError, Declined, PrivacyError, RunErr
 from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel, resident
+from cotune.plan.local_training import LocalTraining
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.plan.tables import LocalTraining
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 from cotune.privacy.policy import Policy, TellRules
 from cotune.strategies.types import apply_delta
+from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -93,8 +94,7 @@ def test_a_round_is_reproducible_to_the_bit(make_plan: MakePlan, make_site: Make
     assert not same(first.delta, other.delta)
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "privacy"), crossed(MODES, ["none", PRIVATE]))
 def test_a_round_moves_what_its_stage_shares_and_nothing_else(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: Any, privacy: Any
 ) -> None:
@@ -142,8 +142,7 @@ def gradient_descent(plan: Plan, site: Site, state: State, rates: Callable[[str]
     return {name: parameters[name].detach() - state[name] for name in names}
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "kind"), crossed(MODES, ["bert", "llama"]))
 def test_full_batches_are_gradient_descent(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, kind: str
 ) -> None:
@@ -201,8 +200,7 @@ def test_other_optimizers_start_afresh_in_every_round(
         assert float(delta["classifier.weight"].abs().min()) == pytest.approx(0.01, rel=1e-2)
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "privacy"), crossed(MODES, ["none", PRIVATE]))
 def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, privacy: Any) -> None:
     """With one expected record per step, a third of the batches is empty: that none of 40 is has a probability of 1e-8."""
     told: list[dict[str, Any]] = []
@@ -539,8 +537,7 @@ def test_bfloat16_does_not_hinder_private_training(
     assert len(site.ledger().spent()) == 1
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "gpt2", "llama", "qwen2"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "kind"), crossed(MODES, ["distilbert", "gpt2", "llama", "qwen2"]))
 def test_every_architecture_trains_privately(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, kind: str, mode: str
 ) -> None:

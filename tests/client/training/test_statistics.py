@@ -21,6 +21,7 @@ from cotune.plan.parameters import gram_layers, model_of, statistic_shapes, trai
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import decode_update, encode_update
 from cotune.strategies.types import Update, apply_delta
+from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -88,8 +89,7 @@ def test_grams_are_of_the_inputs_without_padding(
             assert float(found[-1, -1]) >= 1.0  # positions per record
 
 
-@pytest.mark.parametrize("train", ["head", "lora", "full"])
-@pytest.mark.parametrize("fusion", ["fisher", "regmean", "mean"])
+@pytest.mark.parametrize(("fusion", "train"), crossed(["fisher", "regmean", "mean"], ["head", "lora", "full"]))
 def test_they_are_what_the_server_expects_and_travel_as_they_are(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str, fusion: str
 ) -> None:

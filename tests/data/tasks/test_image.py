@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from cotune.client.training.setup import check_stages
 from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
-from cotune.data.records import Records, organization_files, read_records
+from cotune.data.record_files import organization_files, read_records
+from cotune.data.records import Records
 from cotune.data.tasks.task import logits, task_named
 from cotune.errors import DataError, ModelError, PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.features import feature_head, features_of
+from cotune.models.feature_head import feature_head
+from cotune.models.features import features_of
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import model_of

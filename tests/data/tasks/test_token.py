@@ -16,12 +16,13 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from cotune.data.config import DataConfig
-from cotune.data.records import Records, read_records
+from cotune.data.record_files import read_records
+from cotune.data.records import Records
 from cotune.data.tasks.task import example_losses, logits, task_named
 from cotune.errors import DataError
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES
 

@@ -18,7 +18,7 @@ from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.verification import verify
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
-from cotune.storage.append_only_log import START, entry_hash
+from cotune.storage.append_only_log import START_HASH, entry_hash
 
 DELTA = 1e-5
 
@@ -118,7 +118,7 @@ def test_every_lie_shows(exported: dict[str, Any], told: Callable[[dict[str, Any
 
 def rechained(exported: dict[str, Any]) -> dict[str, Any]:
     """With hashes that follow from the entries, as anyone who holds the ledger can make them."""
-    previous = START
+    previous = START_HASH
     for number, entry in enumerate(exported["entries"], start=1):
         body = json.dumps(entry["body"], sort_keys=True, separators=(",", ":"))
         entry["id"] = number

@@ -21,12 +21,13 @@ from cotune.data.tasks.text import collator
 from cotune.errors import PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.features import feature_head
+from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping, private_steps
 from cotune.privacy.mechanisms.per_example import Batch, LossPerExample
 from cotune.privacy.mechanisms.random import PoissonSampler
 from tests.support.batches import in_batches, stack
+from tests.support.matrix import crossed
 
 KINDS = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 LABELS = ("bad", "good", "so")
@@ -191,8 +192,7 @@ TRAINED: dict[str, tuple[TrainMode, bool, bool]] = {  # A frozen, embeddings fro
 TOKENS = [[4, 14], [16, 8, 12, 19, 20, 10], [17, 13], [7, 7, 15, 24, 16, 6, 13], [9], [22, 18, 5]]  # none is padding
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("what", TRAINED)
+@pytest.mark.parametrize(("what", "kind"), crossed(TRAINED, KINDS))
 def test_architectures_clip_each_text_by_itself(base_model: Callable[[str], Path], kind: str, what: str) -> None:
     """Texts of unequal length, padded into physical batches, against each text alone without padding."""
     train_mode, freeze_a, freeze_embeddings = TRAINED[what]

@@ -13,7 +13,7 @@ import pytest
 from cryptography import x509
 
 from cotune.errors import RunError
-from cotune.server.deployment.certificates import check, new_authority, renew
+from cotune.server.deployment.certificates import check_certificate, create_authority, renew_certificate
 
 NOW = datetime.now(UTC)
 
@@ -43,14 +43,14 @@ def handshake(folder: Path, host: str, authority: Path | None = None) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    new_authority(tmp_path / "certificates", ["fed.example.org", "192.0.2.7"])
+    create_authority(tmp_path / "certificates", ["fed.example.org", "192.0.2.7"])
     return tmp_path / "certificates"
 
 
 @pytest.mark.parametrize("host", ["fed.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1"])
 def test_clients_accept_the_server_under_each_of_its_hosts(folder: Path, host: str) -> None:
     handshake(folder, host)
-    expiry = check(folder, host)
+    expiry = check_certificate(folder, host)
     assert timedelta(days=364) < expiry - NOW < timedelta(days=366)
 
 
@@ -59,75 +59,75 @@ def test_another_host_is_refused_by_client_and_check_alike(folder: Path, host: s
     with pytest.raises(ssl.SSLCertVerificationError, match="mismatch|not valid for"):
         handshake(folder, host)
     with pytest.raises(RunError, match=r"is for fed\.example\.org, 192\.0\.2\.7, localhost.*expected.*renew it with that host"):
-        check(folder, host)
+        check_certificate(folder, host)
 
 
 def test_an_expired_certificate_is_refused_by_client_and_check_alike_until_renewed(tmp_path: Path) -> None:
-    new_authority(tmp_path, ["fed.example.org"], now=NOW - timedelta(days=366))
+    create_authority(tmp_path, ["fed.example.org"], now=NOW - timedelta(days=366))
     with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
         handshake(tmp_path, "fed.example.org")
     with pytest.raises(RunError, match=r"server\.crt expired on .*: renew it"):
-        check(tmp_path, "fed.example.org")
+        check_certificate(tmp_path, "fed.example.org")
     handed_out = (tmp_path / "ca.crt").read_bytes()
     key = (tmp_path / "server.key").read_bytes()
-    assert renew(tmp_path) == check(tmp_path, "fed.example.org")
+    assert renew_certificate(tmp_path) == check_certificate(tmp_path, "fed.example.org")
     handshake(tmp_path, "fed.example.org")
     assert ((tmp_path / "ca.crt").read_bytes(), (tmp_path / "server.key").read_bytes()) == (handed_out, key)
 
 
 def test_a_certificate_of_tomorrow_is_refused(tmp_path: Path) -> None:
-    new_authority(tmp_path, ["fed.example.org"], now=NOW + timedelta(days=1))
+    create_authority(tmp_path, ["fed.example.org"], now=NOW + timedelta(days=1))
     with pytest.raises(ssl.SSLCertVerificationError, match="not yet valid"):
         handshake(tmp_path, "fed.example.org")
     with pytest.raises(RunError, match="is valid from .*: check the clock"):
-        check(tmp_path, "fed.example.org")
+        check_certificate(tmp_path, "fed.example.org")
 
 
 def test_an_authority_whose_time_is_over_cannot_renew(tmp_path: Path) -> None:
-    new_authority(tmp_path, [], now=NOW - timedelta(days=3651))
-    for act in (renew, check):
+    create_authority(tmp_path, [], now=NOW - timedelta(days=3651))
+    for act in (renew_certificate, check_certificate):
         with pytest.raises(RunError, match=r"ca\.crt expired on .*new authority"):
             act(tmp_path)
 
 
 def test_a_certificate_does_not_outlive_its_authority(tmp_path: Path) -> None:
-    new_authority(tmp_path, [], now=NOW - timedelta(days=3600))
-    assert timedelta(days=49) < renew(tmp_path) - NOW < timedelta(days=51)
+    create_authority(tmp_path, [], now=NOW - timedelta(days=3600))
+    assert timedelta(days=49) < renew_certificate(tmp_path) - NOW < timedelta(days=51)
 
 
 def test_renewal_may_change_the_hosts(folder: Path) -> None:
-    renew(folder, ["new.example.org"])
+    renew_certificate(folder, ["new.example.org"])
     handshake(folder, "new.example.org")
     with pytest.raises(RunError, match="expected fed.example.org"):
-        check(folder, "fed.example.org")
+        check_certificate(folder, "fed.example.org")
 
 
 def test_another_authority_is_refused(folder: Path, tmp_path: Path) -> None:
-    new_authority(tmp_path / "other", ["fed.example.org"])
+    create_authority(tmp_path / "other", ["fed.example.org"])
     with pytest.raises(ssl.SSLCertVerificationError, match="verify failed"):
         handshake(folder, "fed.example.org", authority=tmp_path / "other" / "ca.crt")
     (folder / "ca.crt").write_bytes((tmp_path / "other" / "ca.crt").read_bytes())
     with pytest.raises(RunError, match="is not one that .* vouches for"):
-        check(folder, "fed.example.org")
+        check_certificate(folder, "fed.example.org")
     with pytest.raises(RunError, match=r"ca\.key is not the key of ca\.crt"):
-        renew(folder)
+        renew_certificate(folder)
 
 
 def test_the_key_of_another_certificate_is_refused(folder: Path, tmp_path: Path) -> None:
-    new_authority(tmp_path / "other", [])
+    create_authority(tmp_path / "other", [])
     (folder / "server.key").write_bytes((tmp_path / "other" / "server.key").read_bytes())
     with pytest.raises(RunError, match=r"server\.key is not the key of server\.crt"):
-        check(folder)
+        check_certificate(folder)
 
 
 @pytest.mark.parametrize("name", ["ca.crt", "server.crt", "server.key"])
 def test_missing_and_broken_files_are_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"-----BEGIN NOTHING-----")
     with pytest.raises(RunError, match=f"{name} is not "):
-        check(folder)
+        check_certificate(folder)
     (folder / name).unlink()
     with pytest.raises(RunError, match=f"{name} cannot be read"):
-        check(folder)
+        check_certificate(folder)
 
 
 def test_keys_are_for_their_owner_alone(folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_keys_are_for_their_owner_alone(folder: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(RunError, match=f"holds {name} already"):
-        new_authority(tmp_path, ["fed.example.org"])
+        create_authority(tmp_path, ["fed.example.org"])
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
 
@@ -149,14 +149,14 @@ def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
 )
 def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
     with pytest.raises(RunError, match="is no host"):
-        new_authority(tmp_path / "certificates", [host])
+        create_authority(tmp_path / "certificates", [host])
     assert not (tmp_path / "certificates").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be (written|read)"):
-        new_authority(tmp_path / "file" / "certificates", [])
+        create_authority(tmp_path / "file" / "certificates", [])
 
 
 def test_the_authority_signs_servers_only_and_the_server_nothing(folder: Path) -> None:

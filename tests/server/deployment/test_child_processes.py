@@ -12,9 +12,9 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.server.deployment import processes as module
-from cotune.server.deployment.processes import Child, running, stop
+from cotune.server.deployment.processes import SupervisedProcess, running, stop
 
-NewChild = Callable[..., Child]
+NewChild = Callable[..., SupervisedProcess]
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def clock() -> Clock:
 
 @pytest.fixture
 def new_child(tmp_path: Path, said: list[str], clock: Clock) -> Iterator[NewChild]:
-    made: list[Child] = []
+    made: list[SupervisedProcess] = []
 
-    def make(code: str) -> Child:
+    def make(code: str) -> SupervisedProcess:
         command = [sys.executable, "-c", f"import os, sys, time\n{code}"]
-        made.append(Child("worker", command, tmp_path / "worker.log", os.environ, said.append, clock))
+        made.append(SupervisedProcess("worker", command, tmp_path / "worker.log", os.environ, said.append, clock))
         return made[-1]
 
     yield make
@@ -54,11 +54,11 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def tend_until_ended(child: Child, said: list[str]) -> None:
+def tend_until_ended(child: SupervisedProcess, said: list[str]) -> None:
     seen = len(said)
 
     def ended() -> bool:
-        child.tend()
+        child.poll()
         return len(said) > seen
 
     until(ended)
@@ -68,7 +68,7 @@ def test_it_runs_in_a_session_of_its_own_with_its_output_in_a_log(new_child: New
     child = new_child(
         "print(os.getsid(0), flush=True); open('made', 'w').close(); print('bad', file=sys.stderr); time.sleep(600)"
     )
-    child.tend()
+    child.poll()
     log = tmp_path / "worker.log"
     until(lambda: "bad" in log.read_text())
     assert log.read_text().split() == [str(child.leader), "bad"]
@@ -81,10 +81,10 @@ def test_it_is_started_again_whatever_its_exit_code_and_waits_longer_each_time(
 ) -> None:
     child = new_child("sys.exit(0)")
     for _ in range(3):
-        child.tend()
+        child.poll()
         assert child.leader is not None
         tend_until_ended(child, said)
-        child.tend()
+        child.poll()
         assert child.leader is None  # not yet
         clock.now += 10
     assert said == [
@@ -98,7 +98,7 @@ def test_one_that_ends_at_once_again_and_again_is_given_up_with_its_last_words(
     child = new_child("print('hello'); sys.exit('no room for me')")
     with pytest.raises(RunError) as error:
         for _ in range(5):
-            child.tend()
+            child.poll()
             tend_until_ended(child, said)
             clock.now += 60
     assert str(error.value) == (
@@ -112,9 +112,9 @@ def test_once_all_were_ready_one_that_ends_at_once_again_and_again_is_not_given_
 ) -> None:
     """As an executor does whose SuperLink answers 500 for as long as a backup holds its database."""
     child = new_child("sys.exit('ValueError: the database is locked\\nFor more information check: https://x')")
-    child.never_give_up()
+    child.restart_forever()
     for _ in range(10):
-        child.tend()
+        child.poll()
         tend_until_ended(child, said)
         clock.now += 30
     assert all("ValueError: the database is locked" in line for line in said)
@@ -123,20 +123,20 @@ def test_once_all_were_ready_one_that_ends_at_once_again_and_again_is_not_given_
 
 def test_once_all_were_ready_one_that_cannot_be_started_is_tried_again(tmp_path: Path, said: list[str], clock: Clock) -> None:
     program = tmp_path / "program"
-    child = Child("worker", [str(program)], tmp_path / "worker.log", os.environ, said.append, clock)
-    child.never_give_up()
-    assert not child.tend()
+    child = SupervisedProcess("worker", [str(program)], tmp_path / "worker.log", os.environ, said.append, clock)
+    child.restart_forever()
+    assert not child.poll()
     program.write_text("#!/bin/sh\n")
     program.chmod(0o700)
     clock.now += 60
-    assert child.tend()
+    assert child.poll()
     tend_until_ended(child, said)
 
 
 def test_one_that_has_served_for_a_while_is_never_given_up(new_child: NewChild, said: list[str], clock: Clock) -> None:
     child = new_child("time.sleep(600)")
     for _ in range(7):
-        child.tend()
+        child.poll()
         clock.now += 3600
         assert child.leader is not None
         os.kill(child.leader, signal.SIGKILL)
@@ -149,7 +149,7 @@ def test_what_it_has_started_ends_with_it(new_child: NewChild, said: list[str], 
     child = new_child(
         "import subprocess\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\ntime.sleep(600)"
     )
-    child.tend()
+    child.poll()
     until(lambda: len(list(running([child]))) == 2)
     (grandchild,) = (process for process in running([child]) if process.pid != child.leader)
     assert child.leader is not None
@@ -161,7 +161,7 @@ def test_what_it_has_started_ends_with_it(new_child: NewChild, said: list[str], 
 def test_all_are_stopped_together(new_child: NewChild) -> None:
     children = [new_child("time.sleep(600)") for _ in range(2)]
     for child in children:
-        child.tend()
+        child.poll()
     found = list(running(children))
     assert len(found) == 2
     stop(children, 5.0)
@@ -171,20 +171,20 @@ def test_all_are_stopped_together(new_child: NewChild) -> None:
 
 def test_the_log_of_the_start_before_is_kept(new_child: NewChild, tmp_path: Path) -> None:
     (tmp_path / "worker.log").write_text("before")
-    new_child("print('now')").tend()
+    new_child("print('now')").poll()
     until(lambda: (tmp_path / "worker.log").exists() and "now" in (tmp_path / "worker.log").read_text())
     assert (tmp_path / "worker.log.1").read_text() == "before"
 
 
 def test_a_long_log_begins_anew(new_child: NewChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGEST_LOG_BYTES", 5)
+    monkeypatch.setattr(module, "MAX_LOG_BYTES", 5)
     child = new_child(
         "print('first', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint(2, flush=True); time.sleep(600)"
     )
     log = tmp_path / "worker.log"
-    child.tend()
+    child.poll()
     until(lambda: log.read_text() == "first\n")
-    child.tend()
+    child.poll()
     (tmp_path / "go").touch()
     until(lambda: log.read_text() == "2\n")
     assert (tmp_path / "worker.log.1").read_text() == "first\n"
@@ -192,4 +192,4 @@ def test_a_long_log_begins_anew(new_child: NewChild, tmp_path: Path, monkeypatch
 
 def test_what_cannot_be_started_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"^the worker cannot be started \(.*nowhere.*\): check the permissions"):
-        Child("worker", ["/nowhere"], tmp_path / "worker.log", {}, print).tend()
+        SupervisedProcess("worker", ["/nowhere"], tmp_path / "worker.log", {}, print).poll()

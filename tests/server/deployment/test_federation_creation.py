@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from cotune.errors import CotuneError, DataError, DeviceError, ModelError, PlanError, RunError
-from cotune.models.base_model import find_base
+from cotune.models.base_lookup import find_base
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment import certificates
-from cotune.server.deployment.creation import found, renew
-from cotune.server.deployment.federation import FederationFolder, ServerConfig, address_of, write_config
+from cotune.server.deployment.creation import create_federation, renew_server
+from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from tests.support.datasets import sentences, write_csv
 
@@ -44,7 +44,7 @@ def config(**changes: Any) -> ServerConfig:
 def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., Plan], tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        made = found(tmp_path / "new" / "fed", plan(), config(test=None, port=9000))
+        made = create_federation(tmp_path / "new" / "fed", plan(), config(test=None, port=9000))
     finally:
         os.umask(before)
     assert {path.name for path in made.path.iterdir()} == {
@@ -55,14 +55,14 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
     assert made.config == config(port=9000, id=made.config.id, quotas=made.config.quotas, base=made.config.base)
     assert made.members.all() == ()
     for host in ("fed.example.org", "10.0.0.7", "127.0.0.1"):
-        certificates.check(made.certificates, host)
+        certificates.check_certificate(made.certificates, host)
 
 
 def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organizations_get(
     plan: Callable[..., Plan], tmp_path: Path
 ) -> None:
     wanted = plan()
-    made = found(tmp_path / "fed", wanted, config())
+    made = create_federation(tmp_path / "fed", wanted, config())
     assert made.plan.model.base_hash == find_base(wanted.model).content_hash
     assert made.plan.labels == tuple(LABELS)
     assert made.invitation.plan.plan_id == made.plan.plan_id
@@ -75,7 +75,7 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organizations_get(
 def test_members_see_the_name_of_the_base_model_and_its_hash_and_no_folder(plan: Callable[..., Plan], tmp_path: Path) -> None:
     wanted = plan()
     place = Path(wanted.model.base).resolve()
-    made = found(tmp_path / "fed", wanted, config())
+    made = create_federation(tmp_path / "fed", wanted, config())
     assert made.plan.model.base == f"folder:{place.name}"
     assert made.config.base == place
     for handed_out in ("federation.toml", "JOIN.md", "plan.toml"):
@@ -88,16 +88,19 @@ def test_wherever_the_folder_is_the_plan_is_the_same(plan: Callable[..., Plan], 
     place = Path(wanted.model.base).resolve()
     (tmp_path / "link").symlink_to(place)
     linked = plan(model={"base": str(tmp_path / "link")})
-    assert found(tmp_path / "a", wanted, config()).plan.plan_id == found(tmp_path / "b", linked, config()).plan.plan_id
+    assert (
+        create_federation(tmp_path / "a", wanted, config()).plan.plan_id
+        == create_federation(tmp_path / "b", linked, config()).plan.plan_id
+    )
 
 
 def test_class_names_are_those_of_the_test_records_where_the_plan_has_none(plan: Callable[..., Plan], tmp_path: Path) -> None:
     test = write_csv(tmp_path / "test.csv", sentences(60))
-    assert found(tmp_path / "fed", plan(labels=[]), config(test=test)).plan.labels == tuple(LABELS)
+    assert create_federation(tmp_path / "fed", plan(labels=[]), config(test=test)).plan.labels == tuple(LABELS)
     with pytest.raises(PlanError, match=r"^the plan does not list the class names, .* or --test with records of every class$"):
-        found(tmp_path / "other", plan(labels=[]), config())
+        create_federation(tmp_path / "other", plan(labels=[]), config())
     with pytest.raises(DataError, match="holds classes that the plan does not list"):
-        found(tmp_path / "other", plan(labels=["bad", "good"]), config(test=test))
+        create_federation(tmp_path / "other", plan(labels=["bad", "good"]), config(test=test))
 
 
 def test_the_files_of_own_rules_lie_beside_the_plan(base_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_the_files_of_own_rules_lie_beside_the_plan(base_model: Callable[[str], 
         f'privacy = "none"\nlabels = ["a", "b"]\nstrategy = {{ fusion = "rules.py:first" }}\n'
         f'[model]\nbase = "{base_model("bert")}"\n[data]\nsource = "x.csv"\n'
     )
-    made = found(tmp_path / "fed", load_plan(tmp_path / "my.toml"), config())
+    made = create_federation(tmp_path / "fed", load_plan(tmp_path / "my.toml"), config())
     (tmp_path / "rules.py").unlink()
     assert (made.path / "rules.py").read_text() == RULES
     assert made.plan.strategy.fusion.name == "rules.py:first"
@@ -131,55 +134,55 @@ def test_a_failure_leaves_nothing_behind(
     sentence: str,
 ) -> None:
     with pytest.raises(error, match=sentence):
-        found(tmp_path / "fed", plan(**plan_changes), config(**config_changes))
+        create_federation(tmp_path / "fed", plan(**plan_changes), config(**config_changes))
     assert list(tmp_path.glob("**/*fed*")) == []
 
 
 def test_what_is_there_stays_as_it_is(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    made = found(tmp_path / "fed", plan(), config())
+    made = create_federation(tmp_path / "fed", plan(), config())
     before = {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match=r"fed is there already: expected the name of a new folder"):
-        found(tmp_path / "fed", plan(), config())
+        create_federation(tmp_path / "fed", plan(), config())
     assert {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()} == before
 
 
 def test_a_place_that_cannot_hold_a_folder_is_one_sentence(plan: Callable[..., Plan], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file/fed cannot be made \(.*\): check the permissions and the space"):
-        found(tmp_path / "file" / "fed", plan(), config())
+        create_federation(tmp_path / "file" / "fed", plan(), config())
 
 
 def test_a_renewed_certificate_needs_nothing_of_organizations(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    made = found(tmp_path / "fed", plan(), config())
+    made = create_federation(tmp_path / "fed", plan(), config())
     authority, key, handed_out, shown = (
         (made.path / name).read_bytes()
         for name in ("certificates/ca.crt", "certificates/server.key", "federation.toml", "certificates/server.crt")
     )
-    assert renew(made) is False
-    assert renew(made, ("fed.example.org", "fed2.example.org")) is False
+    assert renew_server(made) is False
+    assert renew_server(made, ("fed.example.org", "fed2.example.org")) is False
     assert (made.certificates / "server.crt").read_bytes() != shown
     assert (made.certificates / "ca.crt").read_bytes() == authority
     assert (made.certificates / "server.key").read_bytes() == key
     assert (made.path / "federation.toml").read_bytes() == handed_out
-    certificates.check(made.certificates, "fed2.example.org")
+    certificates.check_certificate(made.certificates, "fed2.example.org")
     assert FederationFolder(made.path).config.hosts == ("fed.example.org", "fed2.example.org")
 
 
 def test_another_first_host_is_another_address(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    made = found(tmp_path / "fed", plan(), config())
+    made = create_federation(tmp_path / "fed", plan(), config())
     plan_id = made.plan.plan_id
-    assert renew(made, ("new.example.org",)) is True
+    assert renew_server(made, ("new.example.org",)) is True
     again = FederationFolder(made.path)
     assert (again.invitation.address, again.invitation.plan.plan_id) == ("new.example.org:9092", plan_id)
     assert "new.example.org:9092" in (made.path / "JOIN.md").read_text()
 
 
 def test_an_address_of_ipv6_has_brackets() -> None:
-    assert address_of(config(hosts=("2001:db8::7",))) == "[2001:db8::7]:9092"
+    assert get_public_address(config(hosts=("2001:db8::7",))) == "[2001:db8::7]:9092"
 
 
 def test_the_configuration_is_toml_without_what_is_not_given(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    made = found(tmp_path / "fed", plan(), config(database=False))
+    made = create_federation(tmp_path / "fed", plan(), config(database=False))
     table = tomllib.loads((made.path / "server.toml").read_text())
     assert "test" not in table
     assert table["database"] is False
@@ -187,11 +190,11 @@ def test_the_configuration_is_toml_without_what_is_not_given(plan: Callable[...,
 
 def test_a_federation_of_before_gets_a_signing_key_with_its_next_certificate(plan: Callable[..., Plan], tmp_path: Path) -> None:
     """And organizations the federation.toml that says so; once."""
-    made = found(tmp_path / "fed", plan(), config())
+    made = create_federation(tmp_path / "fed", plan(), config())
     (made.certificates / "signing.key").unlink()
     write_config(made.path, made.config.model_copy(update={"id": ""}))
     old = FederationFolder(made.path)
-    assert renew(old)
+    assert renew_server(old)
     assert old.invitation.signing_key == public_hex(read_signing_key(made.certificates))
     assert old.invitation.id == FederationFolder(made.path).config.id != made.config.id
-    assert not renew(old)
+    assert not renew_server(old)

@@ -23,11 +23,10 @@ from cotune.plan.load import parse_plan
 from cotune.protocol.key_renewal import read_node_renewal, read_server_renewals
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import TRAIN, UPDATE, content_digest
-from cotune.protocol.trail import compare, of_coordinator, of_organization
+from cotune.protocol.trail import compare_ends, read_coordinator_end, read_organization_end
 from cotune.server.deployment import certificates
 from cotune.server.deployment import key_rotation as rotation
-from cotune.server.deployment.creation import found
-from cotune.server.deployment.creation import renew as renew_certificate
+from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.deployment.signing import public_hex, public_keys, read_signing_key
@@ -40,7 +39,7 @@ from tests.support.kills import killed_before_each_change
 def fed(base_model: Callable[[str], Path], tmp_path: Path) -> FederationFolder:
     table = {"model": {"base": str(base_model("bert"))}, "data": {"source": "x.csv"}, "labels": ["a", "b"], "privacy": "none"}
     config = ServerConfig(name="toy", hosts=("fed.example.org",), device="cpu")
-    return found(tmp_path / "fed", parse_plan(table), config)
+    return create_federation(tmp_path / "fed", parse_plan(table), config)
 
 
 @pytest.fixture
@@ -71,58 +70,58 @@ def believes(site: Path, fed: FederationFolder) -> bool:
 
 def test_keys_are_announced_learned_and_put_into_use(fed: FederationFolder, site: Path) -> None:
     old = signing_key(fed)
-    authority = certificates.authority_pem(fed.certificates)
-    renewal = rotation.announce(fed)
-    assert rotation.announce(fed) == renewal
+    authority = certificates.read_authority_pem(fed.certificates)
+    renewal = rotation.announce_keys(fed)
+    assert rotation.announce_keys(fed) == renewal
     assert signing_key(fed) == old
-    assert rotation.renewals(fed.certificates) == read_server_renewals(fed.path / rotation.HANDOUT) == [renewal]
-    learn(site, rotation.renewals(fed.certificates))
+    assert rotation.read_renewals(fed.certificates) == read_server_renewals(fed.path / rotation.SERVER_RENEWALS) == [renewal]
+    learn(site, rotation.read_renewals(fed.certificates))
     assert believes(site, fed)
-    rotation.put_into_use(fed)
+    rotation.activate_keys(fed)
     assert signing_key(fed) == renewal.about.new != old
     assert public_keys(fed.certificates) == [renewal.about.new, old]
-    assert certificates.authority_pem(fed.certificates) == renewal.certificates != authority
+    assert certificates.read_authority_pem(fed.certificates) == renewal.certificates != authority
     for host in ("fed.example.org", "localhost"):
-        certificates.check(fed.certificates, host)
+        certificates.check_certificate(fed.certificates, host)
     assert believes(site, fed)
     note_use(site, signing_key(fed))
     assert believes(site, fed)
-    assert rotation.announced(fed.certificates) is None
-    assert rotation.renewals(fed.certificates) == [renewal]
+    assert rotation.read_announced(fed.certificates) is None
+    assert rotation.read_renewals(fed.certificates) == [renewal]
     assert (fed.invitation.signing_key, fed.invitation.certificates.decode()) == (renewal.about.new, renewal.certificates)
     assert {path.stat().st_mode & 0o077 for path in fed.path.rglob("*")} == {0}
 
 
 def test_anyone_who_was_away_for_two_renewals_learns_both(fed: FederationFolder, site: Path) -> None:
     for _ in range(2):
-        rotation.announce(fed)
-        rotation.put_into_use(fed)
+        rotation.announce_keys(fed)
+        rotation.activate_keys(fed)
     assert len(public_keys(fed.certificates)) == 3
     assert not believes(site, fed)
-    learn(site, rotation.renewals(fed.certificates))
+    learn(site, rotation.read_renewals(fed.certificates))
     assert believes(site, fed)
 
 
 def test_a_certificate_can_be_renewed_afterwards(fed: FederationFolder) -> None:
-    rotation.announce(fed)
-    renew_certificate(fed)
-    rotation.put_into_use(fed)
+    rotation.announce_keys(fed)
+    renew_server(fed)
+    rotation.activate_keys(fed)
     before = (fed.certificates / "server.crt").read_bytes()
-    assert renew_certificate(fed) is False
+    assert renew_server(fed) is False
     assert (fed.certificates / "server.crt").read_bytes() != before
-    certificates.check(fed.certificates, "fed.example.org")
+    certificates.check_certificate(fed.certificates, "fed.example.org")
 
 
 def test_the_old_authority_is_not_needed(fed: FederationFolder) -> None:
     """Its key may be kept elsewhere."""
     (fed.certificates / "ca.key").unlink()
-    rotation.announce(fed)
-    rotation.put_into_use(fed)
-    certificates.check(fed.certificates, "fed.example.org")
+    rotation.announce_keys(fed)
+    rotation.activate_keys(fed)
+    certificates.check_certificate(fed.certificates, "fed.example.org")
 
 
 def test_what_was_not_announced_cannot_be_used(fed: FederationFolder) -> None:
-    for act in (rotation.put_into_use, rotation.without_them):
+    for act in (rotation.activate_keys, rotation.list_members_without_keys):
         with pytest.raises(RunError):
             act(fed)
 
@@ -131,9 +130,9 @@ def test_a_kill_while_they_are_made_leaves_the_old_ones(
     fed: FederationFolder, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = signing_key(fed)
-    for _ in killed_before_each_change(monkeypatch, lambda: rotation.announce(fed)):
+    for _ in killed_before_each_change(monkeypatch, lambda: rotation.announce_keys(fed)):
         assert signing_key(fed) == old
-        learn(site, rotation.renewals(fed.certificates))
+        learn(site, rotation.read_renewals(fed.certificates))
         assert believes(site, fed)
     assert len(Trust.read(site).generations) == 2
     assert [path.name for path in fed.certificates.glob(".next*")] == []
@@ -144,22 +143,24 @@ def test_a_kill_while_they_are_put_into_use_leaves_keys_that_work_and_is_finishe
 ) -> None:
     """Whether a site has learned them beside a request or not: before the first change nothing is used."""
     old = signing_key(fed)
-    new = rotation.announce(fed).about.new
-    learn(site, rotation.renewals(fed.certificates))
+    new = rotation.announce_keys(fed).about.new
+    learn(site, rotation.read_renewals(fed.certificates))
     shutil.copytree(fed.path, tmp_path / "copy")
     used = list[bool]()
-    for made in killed_before_each_change(monkeypatch, lambda: rotation.put_into_use(fed)):
+    for made in killed_before_each_change(monkeypatch, lambda: rotation.activate_keys(fed)):
         used.append(signing_key(fed) == new)
         assert signing_key(fed) in (old, new)
         assert believes(site, fed)
         assert set(public_keys(fed.certificates)) >= ({old, new} if used[-1] else {old})
-        certificates.check(fed.certificates, "localhost")  # the processes here believe each other, whichever they have loaded
-        assert [each.about.new for each in rotation.renewals(fed.certificates)] == [new]
+        certificates.check_certificate(
+            fed.certificates, "localhost"
+        )  # the processes here believe each other, whichever they have loaded
+        assert [each.about.new for each in rotation.read_renewals(fed.certificates)] == [new]
         assert fed.invitation.signing_key in (old, new)
-        rotation.finish(fed)
+        rotation.finish_activation(fed)
         assert signing_key(fed) == (old if made == 0 else new)
-        assert (rotation.announced(fed.certificates) is None) == (made > 0)
-        assert renew_certificate(fed) is False
+        assert (rotation.read_announced(fed.certificates) is None) == (made > 0)
+        assert renew_server(fed) is False
         shutil.rmtree(fed.path)
         shutil.copytree(tmp_path / "copy", fed.path)
     assert used == sorted(used)
@@ -198,18 +199,18 @@ def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: Federatio
     following = next_key(site.folder)
     assert following is not None
     take_next(site.folder, following)
-    rotation.announce(fed)
-    assert rotation.without_them(fed) == ["north"]
+    rotation.announce_keys(fed)
+    assert rotation.list_members_without_keys(fed) == ["north"]
     play(2)
-    assert rotation.without_them(fed) == []
-    rotation.put_into_use(fed)
+    assert rotation.list_members_without_keys(fed) == []
+    rotation.activate_keys(fed)
     play(3)
     server, nodes = keys_of(folder)
     assert (len(server), len(nodes["north"])) == (2, 2)
     own = [each.signing_key for each in Trust.read(site.folder).generations]
     for server_keys, node_keys in ((server, nodes["north"]), (own, node_public_keys(site.folder))):
-        here = of_coordinator(read_trail(folder.path), "north", server_keys, node_keys)
-        found = compare(here, of_organization(log.entries(), server_keys, node_keys))
+        here = read_coordinator_end(read_trail(folder.path), "north", server_keys, node_keys)
+        found = compare_ends(here, read_organization_end(log.entries(), server_keys, node_keys))
         assert (found.requests, found.replies, found.contradictions, found.one_sided) == (3, 3, (), ())
-    newest = of_organization(log.entries(), server[:1], nodes["north"][-1:])
+    newest = read_organization_end(log.entries(), server[:1], nodes["north"][-1:])
     assert len(newest.wrong) == 3  # what former keys have signed would not hold without them

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cotune.errors import RunError
 from cotune.server.deployment import node_registration as module
 from cotune.server.deployment.members import Member
-from cotune.server.deployment.node_registration import Enrolment, reconcile
+from cotune.server.deployment.node_registration import NodeRegistration, reconcile
 from tests.support.registration import MEMBERS, SuperLink
 
 
@@ -64,7 +64,7 @@ def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -
     superlink = SuperLink()
     members = [MEMBERS[0]]
     said = list[str]()
-    with Enrolment(lambda: nullcontext(superlink), lambda: members, said.append):
+    with NodeRegistration(lambda: nullcontext(superlink), lambda: members, said.append):
         until(lambda: MEMBERS[0].key in superlink.known)
         members[:] = [MEMBERS[0].model_copy(update={"revoked": "2026-01-02"}), MEMBERS[1]]
         until(lambda: set(superlink.known) == {MEMBERS[1].key})
@@ -94,7 +94,7 @@ def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> Non
     superlink = SuperLink()
     said = list[str]()
     superlink.down = True
-    with Enrolment(lambda: nullcontext(superlink), list, said.append) as enrolment:
+    with NodeRegistration(lambda: nullcontext(superlink), list, said.append) as enrolment:
         time.sleep(0.05)
         assert not enrolment.ready
         superlink.down = False
@@ -113,7 +113,7 @@ def test_a_damaged_list_is_said_once_and_followed_again_when_it_is_mended() -> N
             raise ValueError("a list that nobody foresaw")
         return [MEMBERS[0]]
 
-    with Enrolment(lambda: nullcontext(superlink), members, said.append) as enrolment:
+    with NodeRegistration(lambda: nullcontext(superlink), members, said.append) as enrolment:
         until(lambda: enrolment.ready)
         damaged[0] = True
         until(lambda: len(said) == 2)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cotune.server.deployment import refusals
-from cotune.server.deployment.refusals import Refusals, Watch, read_refusals, read_strangers
+from cotune.server.deployment.refusals import RefusalLog, RefusalWatch, read_refusals, read_strangers
 from cotune.server.runs.events import Events, observe_run, read_events
+from cotune.storage import documents
 from cotune.storage.files import atomic_write
 
 
@@ -20,7 +21,7 @@ def file(tmp_path: Path) -> Path:
 
 def noted(file: Path, member: str, times: int, reason: str = "its source is another node") -> None:
     """By a front that was started for it, once the file says so."""
-    front = Refusals(file)
+    front = RefusalLog(file)
     before = count_of(file, member)
     for _ in range(times):
         front.note(member, reason)
@@ -60,9 +61,9 @@ def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path,
         writes.append(content)
         atomic_write(path, content)
 
-    monkeypatch.setattr(refusals, "atomic_write", counted)
+    monkeypatch.setattr(documents, "atomic_write", counted)
     monkeypatch.setattr(refusals, "_EVERY_SECONDS", 2.0)
-    front = Refusals(file)
+    front = RefusalLog(file)
     for member in ("south", "north"):
         front.note(member, "no")
         assert count_of(file, member) == 1
@@ -77,8 +78,8 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    front = Refusals(file)
-    monkeypatch.setattr(refusals, "atomic_write", full)
+    front = RefusalLog(file)
+    monkeypatch.setattr(documents, "atomic_write", full)
     front.note("south", "no")
     assert not read_refusals(file)
 
@@ -87,7 +88,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
 def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert not read_refusals(file)
-    Refusals(file).note("south", "no")
+    RefusalLog(file).note("south", "no")
     assert read_refusals(file)["south"].count == 1
 
 
@@ -95,7 +96,7 @@ def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
 def events(tmp_path: Path, file: Path) -> Iterator[Events]:
     """Of a run that begins when the test does, watched as the process that plays it does."""
     made = Events(tmp_path / "events.jsonl")
-    with observe_run(Watch(file, made)):
+    with observe_run(RefusalWatch(file, made)):
         yield made
 
 
@@ -121,7 +122,7 @@ def test_the_run_names_anyone_who_was_refused_since_it_looked_last(file: Path, e
 def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path) -> None:
     noted(file, "south", 7)
     made = Events(tmp_path / "events.jsonl")
-    with observe_run(Watch(file, made)):
+    with observe_run(RefusalWatch(file, made)):
         made.tell("round_finished", round=1)
         assert told(made) == []
         noted(file, "south", 1)
@@ -148,14 +149,14 @@ def test_what_was_refused_between_a_kill_and_the_next_process_is_told_once(file:
     """The next process begins where the events end, and not with what the front has counted meanwhile."""
     noted(file, "south", 7)
     first = Events(tmp_path / "events.jsonl")
-    with observe_run(Watch(file, first)):
+    with observe_run(RefusalWatch(file, first)):
         noted(file, "south", 2)
         first.tell("round_finished", round=1)
         noted(file, "south", 3)  # it is killed before it looks again
     noted(file, "north", 1)
     for _ in range(2):
         again = Events(tmp_path / "events.jsonl")
-        with observe_run(Watch(file, again)):
+        with observe_run(RefusalWatch(file, again)):
             again.tell("run_started", rounds=2)
     assert [(who, count) for who, count, _ in told(again)] == [("south", 2), ("south", 3), ("north", 1)]
 
@@ -165,7 +166,7 @@ def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: 
     noted(file, "south", 7)
     (tmp_path / "refused-before.json").write_bytes(content)
     events = Events(tmp_path / "events.jsonl")
-    with observe_run(Watch(file, events)):
+    with observe_run(RefusalWatch(file, events)):
         noted(file, "south", 1)
         events.tell("round_finished", round=1)
     assert [(who, count) for who, count, _ in told(events)] == [("south", 1)]
@@ -175,7 +176,7 @@ def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: 
 
 
 def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
-    front = Refusals(file)
+    front = RefusalLog(file)
     front.note_address("203.0.113.7", "too large")
     front.note_address("203.0.113.7", "far too large")
     noted_at = time.monotonic() + 600.0
@@ -185,11 +186,11 @@ def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
     found = read_strangers(file)["203.0.113.7"]
     assert (found.count, found.reason) == (2, "far too large")
     assert not read_refusals(file)
-    assert Refusals(file)._addresses == read_strangers(file)
+    assert RefusalLog(file)._addresses == read_strangers(file)
 
 
 def test_a_stranger_with_many_addresses_fills_neither_memory_nor_disk(file: Path) -> None:
-    front = Refusals(file)
+    front = RefusalLog(file)
     for _ in range(3):
         front.note_address("203.0.113.7", "too large")
     for number in range(1000):

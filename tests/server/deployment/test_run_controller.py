@@ -21,12 +21,12 @@ from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.run_controller import (
     PollInterval,
     check_none_unfinished,
-    hand_over,
     is_running,
-    is_served,
+    is_superlink_kept_running,
+    lock_runs,
     newest,
-    only_follower,
     run_to_completion,
+    submit,
 )
 from cotune.server.runs.events import Events
 from cotune.server.runs.run_folder import RunFolder, lock_folder
@@ -200,16 +200,16 @@ def test_a_superlink_that_is_brought_back_is_waited_for_at_first(run: RunFolder)
 
 def test_a_server_that_runs_is_known_by_its_lock(federation: FederationFolder) -> None:
     federation.superlink.mkdir(exist_ok=True)
-    assert not is_served(federation)
+    assert not is_superlink_kept_running(federation)
     with lock_folder(federation.superlink):
-        assert is_served(federation)
-    assert not is_served(federation)
+        assert is_superlink_kept_running(federation)
+    assert not is_superlink_kept_running(federation)
 
 
 def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: RunFolder) -> None:
     run.events.tell("of an earlier attempt")
     superlink = FakeSuperLink([[going, going, tells(run, "run_finalized")]])
-    hand_over(run, superlink, PACE)
+    submit(run, superlink, PACE)
     run.events.tell("round_finished", round=1)
     assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_finalized", {})]
     assert len(superlink.started) == 1
@@ -224,10 +224,10 @@ def test_killed_while_it_asked_it_finds_out_whether_the_run_began(
             raise SystemExit
 
     with pytest.raises(SystemExit):
-        hand_over(run, Killed(), PACE)
+        submit(run, Killed(), PACE)
     assert ticket(run)["run_id"] is None
     superlink = FakeSuperLink(known=known)
-    assert hand_over(run, superlink, PACE).run_id == ticket(run)["run_id"] == run_id
+    assert submit(run, superlink, PACE).run_id == ticket(run)["run_id"] == run_id
     assert len(superlink.started) == starts
 
 
@@ -243,7 +243,7 @@ def test_no_second_process_plays_before_the_first_has_ended(
             assert not is_running(run)
             return super().start(run)
 
-    hand_over(run, Watching(), PACE)
+    submit(run, Watching(), PACE)
     assert holder.wait(600) == -ended_by
 
 
@@ -275,7 +275,7 @@ def test_a_process_that_died_is_noticed_before_the_superlink_does(
 def test_a_full_disk_is_said_before_anything_is_handed_over(run: RunFolder) -> None:
     superlink = FakeSuperLink([[going]])
     with full_disk(10), pytest.raises(RunError, match="cannot be written .*make room for it.*--resume"):
-        hand_over(run, superlink, PACE)
+        submit(run, superlink, PACE)
     assert superlink.started == []
 
 
@@ -283,7 +283,7 @@ def test_a_process_that_ends_by_itself_is_left_to_it(run: RunFolder) -> None:
     with (run.path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         threading.Timer(0.1, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
-        hand_over(run, FakeSuperLink(), PollInterval(poll=0.01, grace=30))
+        submit(run, FakeSuperLink(), PollInterval(poll=0.01, grace=30))
         assert not is_running(run.path)
 
 
@@ -321,7 +321,7 @@ def test_a_run_that_goes_on_is_never_left_behind(
 
 def test_a_run_that_was_handed_over_and_has_not_begun_is_never_left_behind(federation: FederationFolder, run: RunFolder) -> None:
     superlink = FakeSuperLink([[going]])
-    hand_over(run, superlink, PACE)
+    submit(run, superlink, PACE)
     with pytest.raises(RunError, match="the run one is going on"):
         check_none_unfinished(federation, superlink, leave=True)
     check_none_unfinished(federation, superlink, leave=True)  # by now it has failed
@@ -339,13 +339,13 @@ def test_the_newest_run_is_gone_on_with_or_the_one_that_is_named(federation: Fed
 
 
 def test_one_process_at_a_time_follows_a_federation(federation: FederationFolder) -> None:
-    with only_follower(federation), pytest.raises(RunError, match="another process is working on"), only_follower(federation):
+    with lock_runs(federation), pytest.raises(RunError, match="another process is working on"), lock_runs(federation):
         pass
-    with only_follower(federation):
+    with lock_runs(federation):
         pass
 
 
 def test_a_damaged_ticket_is_said(run: RunFolder) -> None:
     (run.path / "superlink.json").write_text("{")
     with pytest.raises(RunError, match=r"superlink.json is damaged .* remove it"):
-        hand_over(run, FakeSuperLink(), PACE)
+        submit(run, FakeSuperLink(), PACE)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import RunError
-from cotune.server.deployment.signing import SIGNING_KEY, new_signing_key, next_serial, public_hex, read_signing_key
+from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key, next_serial, public_hex, read_signing_key
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
-    key = new_signing_key(tmp_path)
-    assert public_hex(new_signing_key(tmp_path)) == public_hex(key) == public_hex(read_signing_key(tmp_path))
+    key = create_signing_key(tmp_path)
+    assert public_hex(create_signing_key(tmp_path)) == public_hex(key) == public_hex(read_signing_key(tmp_path))
     assert stat.S_IMODE((tmp_path / SIGNING_KEY).stat().st_mode) == 0o600
 
 

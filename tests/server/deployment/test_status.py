@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from cotune.errors import RunError
-from cotune.flower.control_client import Control
-from cotune.server.deployment.certificates import check
+from cotune.flower.control_client import ControlClient
+from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import real_run
 from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
@@ -43,7 +43,7 @@ def test_before_anything_runs_there_are_members_and_a_certificate(federation: Fe
     status = look(federation, None)
     assert (status.federation, status.server_reachable, status.run) == ("toy", False, None)
     assert status.certificate_expires is not None
-    assert datetime.fromisoformat(status.certificate_expires) == check(federation.certificates, "127.0.0.1")
+    assert datetime.fromisoformat(status.certificate_expires) == check_certificate(federation.certificates, "127.0.0.1")
     assert [(o.name, o.connection, o.word, o.last_round) for o in status.organizations] == [
         ("a", "unknown", "not in a run yet", 0),
         ("b", "unknown", "revoked", 0),
@@ -54,7 +54,7 @@ def test_before_anything_runs_there_are_members_and_a_certificate(federation: Fe
 def test_who_is_connected_is_known_by_key(federation: FederationFolder) -> None:
     a, b, c = federation.members.all()
     federation.members.revoke("c")
-    superlink = cast(Control, FakeSuperLink(online=(b.key, c.key, b"a stranger's")))
+    superlink = cast(ControlClient, FakeSuperLink(online=(b.key, c.key, b"a stranger's")))
     assert connections(federation.members.all(), superlink) == {"a": "offline", "b": "online"}
     status = look(federation, connections(federation.members.all(), superlink))
     assert status.server_reachable
@@ -67,7 +67,7 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
         def nodes(self) -> Any:
             raise RunError("away")
 
-    assert connections(federation.members.all(), cast(Control, Away())) is None
+    assert connections(federation.members.all(), cast(ControlClient, Away())) is None
 
 
 def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import RunError
-from cotune.flower.control_client import HOME, name_of, place_of
+from cotune.flower.control_client import FEDERATION_VARIABLE, find_run_folder, get_run_name
 from cotune.server.deployment import supervisor
 from cotune.server.deployment.federation import FederationFolder
 from tests.support.federations import founded
@@ -13,13 +13,13 @@ from tests.support.federations import founded
 
 def test_a_run_is_found_again_by_the_name_that_the_superlink_was_told(tmp_path: Path) -> None:
     run = tmp_path / "fed" / "runs" / "20260101-toy"
-    told = name_of(run)
+    told = get_run_name(run)
     assert "/" not in told
-    assert place_of(told, {HOME: str(tmp_path / "fed")}) == run
+    assert find_run_folder(told, {FEDERATION_VARIABLE: str(tmp_path / "fed")}) == run
 
 
 def test_what_the_executor_starts_knows_the_federation(folder: FederationFolder) -> None:
-    assert supervisor._environment(folder)[HOME] == str(folder.path)
+    assert supervisor._environment(folder)[FEDERATION_VARIABLE] == str(folder.path)
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def folder(tmp_path: Path, base_model: object) -> FederationFolder:
 @pytest.mark.parametrize("told", ["", ".", "..", "../x", "/etc", "a/b"])
 def test_a_federation_plays_nothing_but_its_runs(told: str, tmp_path: Path) -> None:
     with pytest.raises(RunError):
-        place_of(told, {HOME: str(tmp_path)})
+        find_run_folder(told, {FEDERATION_VARIABLE: str(tmp_path)})
 
 
 def test_a_simulation_names_the_folder_itself(tmp_path: Path) -> None:
-    assert place_of(str(tmp_path), {}) == tmp_path
+    assert find_run_folder(str(tmp_path), {}) == tmp_path

@@ -16,9 +16,9 @@ import pytest
 from cotune.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.server.deployment import certificates, supervisor
-from cotune.server.deployment.creation import found
+from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
-from cotune.server.deployment.processes import Child, running
+from cotune.server.deployment.processes import SupervisedProcess, running
 from cotune.server.deployment.supervisor import supervise
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolde
     config = ServerConfig(
         name="toy", hosts=("fed.example.org",), listen="127.0.0.1", port=port, superlink_port=superlink_port, device="cpu"
     )
-    return found(tmp_path / "fed", plan, config)
+    return create_federation(tmp_path / "fed", plan, config)
 
 
 @pytest.mark.parametrize("which", ["port", "superlink_port"])
@@ -47,7 +47,7 @@ def test_a_port_that_is_taken_is_named_before_anything_is_started(folder: Federa
 def show_certificate(folder: FederationFolder, made: datetime) -> None:
     for file in folder.certificates.iterdir():
         file.unlink()
-    certificates.new_authority(folder.certificates, folder.config.hosts, now=made)
+    certificates.create_authority(folder.certificates, folder.config.hosts, now=made)
 
 
 def test_an_expired_certificate_is_one_sentence(folder: FederationFolder) -> None:
@@ -106,13 +106,15 @@ def test_a_terminal_that_was_closed_does_not_stop_it_from_ending_what_runs(
     def closed(line: str) -> None:
         raise BrokenPipeError
 
-    sleeper = Child("sleeper", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", os.environ, closed)
-    broken = Child("broken", ["/nowhere"], tmp_path / "b.log", os.environ, closed)
+    sleeper = SupervisedProcess(
+        "sleeper", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "a.log", os.environ, closed
+    )
+    broken = SupervisedProcess("broken", ["/nowhere"], tmp_path / "b.log", os.environ, closed)
     monkeypatch.setattr(supervisor, "_children", lambda folder, say: [sleeper, broken])
     ended: list[int] = []
     real = supervisor.stop
 
-    def stop(children: Sequence[Child], grace: float) -> None:
+    def stop(children: Sequence[SupervisedProcess], grace: float) -> None:
         ended.extend(process.pid for process in running(children))
         real(children, grace)
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from cotune.server import proxy
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.connection import Exchange
-from cotune.server.proxy.guard import Guard
-from cotune.server.proxy.identity import signer
+from cotune.server.proxy.authentication import authenticate
+from cotune.server.proxy.connection import ClientConnection
+from cotune.server.proxy.guard import RequestGuard
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.rules import Limits, Refusal
 from cotune.server.proxy.slots import Slot
@@ -81,7 +81,7 @@ def converse(pieces: Iterable[bytes]) -> tuple[bytes, Upstream]:
     upstream = Upstream()
 
     async def play() -> None:
-        guard = Guard.of(
+        guard = RequestGuard.of(
             Limits(linger=0.01, patience=5.0), Quotas(), {public(NORTH): "north"}.get, FLEET_FORMAT, lambda member, reason: None
         )
         reader = asyncio.StreamReader()
@@ -90,7 +90,7 @@ def converse(pieces: Iterable[bytes]) -> tuple[bytes, Upstream]:
         for piece in pieces:
             reader.feed_data(piece)
         reader.feed_eof()
-        await Exchange(reader, writer, "10.0.0.1", guard, slot).run(upstream)  # type: ignore[arg-type]
+        await ClientConnection(reader, writer, "10.0.0.1", guard, slot).run(upstream)  # type: ignore[arg-type]
 
     asyncio.run(play())
     return writer.sent, upstream
@@ -139,7 +139,9 @@ NAMES = [b"flwr-public-key", b"flwr-signature", b"flwr-timestamp", b"host"]
     st.sampled_from(["pull-messages", "activate-node"]),
 )
 def test_any_headers_are_a_members_or_a_refusal(headers: list[tuple[bytes, bytes]], call: str) -> None:
-    assert isinstance(signer(headers, call, lambda key: "north", FLEET_FORMAT), Refusal)  # also where every key were a member's
+    assert isinstance(
+        authenticate(headers, call, lambda key: "north", FLEET_FORMAT), Refusal
+    )  # also where every key were a member's
 
 
 FOLDER = Path(str(proxy.__file__)).parent

@@ -18,20 +18,20 @@ from hypothesis import strategies as st
 
 from cotune.protocol.messages import Recipient, encode_requests, encode_update
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.pushes import Sent, reason_to_refuse_push
-from cotune.server.proxy.wire_format import Damaged, fields
+from cotune.server.proxy.pushes import SentObjects, find_push_problem
+from cotune.server.proxy.wire_format import MalformedMessage, fields
 from cotune.strategies import Update
 from tests.support.calls import NODE, announcement, identifier, tree
 
 LIMIT = 4096
 
 
-def reason(request: PushMessagesRequest, sent: Sent | None = None, limit: int = LIMIT) -> str | None:
-    return reason_to_refuse_push(request.SerializeToString(), limit, sent or Sent(FLEET_FORMAT))
+def reason(request: PushMessagesRequest, sent: SentObjects | None = None, limit: int = LIMIT) -> str | None:
+    return find_push_problem(request.SerializeToString(), limit, sent or SentObjects(FLEET_FORMAT))
 
 
-def pulled(*trees: ObjectTree) -> Sent:
-    sent = Sent(FLEET_FORMAT)
+def pulled(*trees: ObjectTree) -> SentObjects:
+    sent = SentObjects(FLEET_FORMAT)
     sent.remember(PullMessagesResponse(message_object_trees=trees).SerializeToString())
     return sent
 
@@ -152,7 +152,7 @@ def test_a_megabyte_of_nothing_is_refused_before_anything_is_built_from_it(tag: 
     content = tag * (2**20 // len(tag))
     tracemalloc.start()
     try:
-        assert reason_to_refuse_push(content, LIMIT, Sent(FLEET_FORMAT)) is not None
+        assert find_push_problem(content, LIMIT, SentObjects(FLEET_FORMAT)) is not None
         assert tracemalloc.get_traced_memory()[1] < 4 * len(content)
     finally:
         tracemalloc.stop()
@@ -163,7 +163,7 @@ def test_a_megabyte_of_empty_objects_is_refused_before_anything_is_built_from_it
     head = announcement(ObjectTree(object_id=identifier(1)))
     del head.message_object_trees[:]
     content = head.SerializeToString() + b"\x1a" + _varint(len(objects)) + objects
-    assert reason_to_refuse_push(content, LIMIT, Sent(FLEET_FORMAT)) is not None
+    assert find_push_problem(content, LIMIT, SentObjects(FLEET_FORMAT)) is not None
 
 
 def _varint(number: int) -> bytes:
@@ -179,7 +179,7 @@ def _varint(number: int) -> bytes:
 
 @given(st.binary(max_size=400))
 def test_any_bytes_pass_or_are_refused(content: bytes) -> None:
-    found = reason_to_refuse_push(content, LIMIT, Sent(FLEET_FORMAT))
+    found = find_push_problem(content, LIMIT, SentObjects(FLEET_FORMAT))
     assert found is None or found
 
 
@@ -189,7 +189,7 @@ def test_a_changed_announcement_passes_or_is_refused_and_what_passes_is_a_reply(
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(content)))
-    if reason_to_refuse_push(bytes(content[:cut]), LIMIT, Sent(FLEET_FORMAT)) is None:
+    if find_push_problem(bytes(content[:cut]), LIMIT, SentObjects(FLEET_FORMAT)) is None:
         [message] = PushMessagesRequest.FromString(bytes(content[:cut])).messages_list
         assert message.metadata.reply_to_message_id
         assert message.metadata.dst_node_id == 1
@@ -197,7 +197,7 @@ def test_a_changed_announcement_passes_or_is_refused_and_what_passes_is_a_reply(
 
 @given(st.binary(max_size=200))
 def test_remembering_any_bytes_does_no_harm(content: bytes) -> None:
-    sent = Sent(FLEET_FORMAT)
+    sent = SentObjects(FLEET_FORMAT)
     sent.remember(content)
     assert reason(announcement(), sent) is None
 
@@ -223,5 +223,5 @@ def test_fields_are_those_that_protobuf_writes(parts: list[tuple[str, int]]) -> 
 
 @given(st.binary(max_size=200), st.integers(1, 20))
 def test_fields_of_any_bytes_are_few_or_damaged(content: bytes, most: int) -> None:
-    with suppress(Damaged):
+    with suppress(MalformedMessage):
         assert len(list(fields(content, most))) <= most

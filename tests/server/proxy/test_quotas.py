@@ -44,7 +44,7 @@ def test_replies_that_nobody_asked_for_come_to_an_end_and_come_back(clock: Clock
 def test_every_request_allows_a_reply(clock: Clock) -> None:
     usage = Usage(SMALL, clock)
     for _ in range(1000):
-        usage.hand_over("m", 1)
+        usage.record_requests("m", 1)
         assert usage.announce("m") is None
 
 
@@ -99,7 +99,7 @@ def test_an_honest_member_never_reaches_a_quota_however_fast_the_rounds_are(
     usage = Usage(Quotas(messages=1, reply=64 * MIB, bytes=128 * MIB, disk=64 * MIB), clock)
     for times, request, reply, seconds in rounds:
         clock.now += seconds
-        usage.hand_over("north", times)
+        usage.record_requests("north", times)
         for size in (MIB,) * (request // MIB):
             assert usage.take("north", "pull-object", 0) is None
             usage.answered("north", "pull-object", size)
@@ -119,14 +119,14 @@ def test_whatever_a_member_does_it_takes_no_more_than_it_was_asked_for_and_the_s
         if what == "wait":
             clock.now += amount / MIB
         elif what == "hand over":
-            usage.hand_over("m", 1)
+            usage.record_requests("m", 1)
             asked += 1
         elif what == "announce":
             announced += usage.announce("m") is None
         else:
             pushed += amount * (usage.take("m", "push-object", amount) is None)
     assert announced <= SMALL.messages * (1 + clock.now / HOUR) + asked + 1e-6
-    assert pushed <= SMALL.most_disk * (1 + clock.now / DAY) + asked * SMALL.reply + 1e-3
+    assert pushed <= SMALL.max_disk * (1 + clock.now / DAY) + asked * SMALL.reply + 1e-3
 
 
 @given(st.lists(st.tuples(st.sampled_from(("take", "spend", "give")), st.integers(0, 200), st.floats(0, 50)), max_size=50))
@@ -145,7 +145,7 @@ def test_an_allowance_stays_within_its_bounds(steps: list[tuple[str, int, float]
 def test_one_object_always_fits() -> None:
     """Whatever a coordinator sets: otherwise nobody could ever answer."""
     least = Quotas(reply=64 * MIB, bytes=64 * MIB, disk=64 * MIB)
-    assert min(least.max_bytes, least.most_disk, least.reply) > Limits().push_object
+    assert min(least.max_bytes, least.max_disk, least.reply) > Limits().push_object
     for name in ("reply", "bytes", "disk"):
         with pytest.raises(ValidationError):
             Quotas.model_validate({name: MIB})

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.identity import signer
-from cotune.server.proxy.rules import Limits, Refusal, call_of, content_length, forwarded_headers, reason_to_refuse
+from cotune.server.proxy.authentication import authenticate
+from cotune.server.proxy.rules import Limits, Refusal, content_length, forwarded_headers, get_call, reason_to_refuse
 
 LIMITS = Limits(body=1024)
 
@@ -110,7 +110,7 @@ def test_headers_that_claim_something_about_the_client_stay_behind() -> None:
 
 
 def test_time_grows_with_the_size() -> None:
-    assert Limits(patience=30, bytes_per_second=1024).seconds_for(10 * 1024) == 40
+    assert Limits(patience=30, bytes_per_second=1024).get_transfer_seconds(10 * 1024) == 40
 
 
 @given(st.binary(max_size=300))
@@ -135,6 +135,6 @@ def read_head(content: bytes) -> None:
     except h11.RemoteProtocolError:
         return
     if isinstance(event, h11.Request) and reason_to_refuse(event, LIMITS) is None:
-        assert call_of(event)
-        assert 0 <= content_length(event) <= LIMITS.body_of(call_of(event))[1]
-        assert isinstance(signer(event.headers, call_of(event), lambda key: None, FLEET_FORMAT), Refusal)
+        assert get_call(event)
+        assert 0 <= content_length(event) <= LIMITS.get_content_limit(get_call(event))[1]
+        assert isinstance(authenticate(event.headers, get_call(event), lambda key: None, FLEET_FORMAT), Refusal)

@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
 from cotune.errors import RunError
-from cotune.server.deployment.certificates import new_authority
+from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.refusals import Watch, read_refusals
+from cotune.server.deployment.refusals import RefusalWatch, read_refusals
 from cotune.server.front import FrontConfig, Keys, read_config, setup
 from cotune.server.proxy.quotas import Quotas
-from cotune.server.proxy.server import Front
+from cotune.server.proxy.server import TlsProxy
 from cotune.server.runs.events import Events, read_events
 from tests.support.calls import announcement, identifier, new_key, public, signed, tree
 from tests.support.proxies import (
@@ -361,7 +361,7 @@ def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(
     events = Events(tmp_path / "events.jsonl")
     last = "Connection: close\r\n"
     with running(folder, upstream.port, Quotas(messages=2)) as front:
-        watch = Watch(front.refused, events)
+        watch = RefusalWatch(front.refused, events)
 
         def announce(first: int, key: EllipticCurvePrivateKey) -> int:
             content = announcement(tree(3, first=first)).SerializeToString()
@@ -436,7 +436,7 @@ def test_a_superlink_that_is_away_or_slow_is_one_to_try_again(folder: Path, upst
 
 
 def test_a_superlink_of_another_authority_is_not_believed(folder: Path, upstream: Upstream, tmp_path: Path) -> None:
-    new_authority(tmp_path / "other", [])
+    create_authority(tmp_path / "other", [])
     shutil.copy(folder.parent / "members.json", tmp_path)
     with running(tmp_path / "other", upstream.port) as front:
         assert status(front.ask(post())) == 502
@@ -468,7 +468,7 @@ def test_stopping_does_not_wait_for_ever(folder: Path, upstream: Upstream) -> No
 
 def enter(config: FrontConfig) -> None:
     async def play() -> None:
-        async with Front(setup(config)):
+        async with TlsProxy(setup(config)):
             pass
 
     asyncio.run(play())
@@ -490,7 +490,7 @@ def test_an_address_of_another_machine_is_one_sentence(folder: Path) -> None:
 
 
 def test_it_does_not_start_with_an_expired_certificate(tmp_path: Path) -> None:
-    new_authority(tmp_path, [], now=datetime.now(UTC) - timedelta(days=400))
+    create_authority(tmp_path, [], now=datetime.now(UTC) - timedelta(days=400))
     with pytest.raises(RunError, match="expired"):
         enter(FrontConfig(certificates=tmp_path, members=tmp_path, superlink_port=1, port=0))
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.server.proxy.rate_limited_log import LINES, SECONDS, RateLimitedLog
 from cotune.server.proxy.rules import Limits
-from cotune.server.proxy.slots import Slot, Slots, group_of
-from cotune.server.proxy.sparing import LINES, SECONDS, Sparing
+from cotune.server.proxy.slots import Slot, Slots, get_address_group
 
 
 def enter(slots: Slots, address: str | None, cut: list[str | None]) -> Slot | None:
@@ -85,18 +85,18 @@ def test_strangers_never_hold_more_than_their_share_and_members_are_never_evicte
     ],
 )
 def test_what_counts_as_one_address(one: str, other: str, same: bool) -> None:
-    assert (group_of(one) == group_of(other)) == same
+    assert (get_address_group(one) == get_address_group(other)) == same
 
 
 @given(st.text(max_size=30))
 def test_any_text_has_a_group(address: str) -> None:
-    assert isinstance(group_of(address), str)
+    assert isinstance(get_address_group(address), str)
 
 
 def test_a_kind_of_lines_is_told_a_few_times_in_a_minute_and_then_counted() -> None:
     said = list[str]()
     now = [0.0]
-    sparing = Sparing(said.append, lambda: now[0])
+    sparing = RateLimitedLog(said.append, lambda: now[0])
     for i in range(100):
         sparing.tell("a", f"a {i}")
     sparing.tell("b", "b")
@@ -108,7 +108,7 @@ def test_a_kind_of_lines_is_told_a_few_times_in_a_minute_and_then_counted() -> N
 
 
 def test_kinds_are_not_remembered_for_ever() -> None:
-    sparing = Sparing(lambda line: None, lambda: 0.0)
+    sparing = RateLimitedLog(lambda line: None, lambda: 0.0)
     for i in range(5000):
         sparing.tell(str(i), "line")
     assert len(sparing._kinds) <= 1001

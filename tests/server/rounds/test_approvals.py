@@ -15,9 +15,9 @@ from cotune.errors import Declined, RunError
 from cotune.reporting.run_report import write_report
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.status import look
-from cotune.server.rounds import requests as approvals
-from cotune.server.rounds import requests as asking
-from cotune.server.rounds.requests import Approvals, awaits_approval
+from cotune.server.rounds import approvals
+from cotune.server.rounds import round as round_module
+from cotune.server.rounds.approvals import PendingApprovals, awaits_approval
 from cotune.server.runs.exclusions import strikes_of
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
@@ -36,11 +36,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.01)
-    monkeypatch.setattr(approvals, "_FIRST_SECONDS", 0.02)
-    monkeypatch.setattr(approvals, "_LONGEST_SECONDS", 0.05)
+    monkeypatch.setattr(approvals, "_FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr(approvals, "_MAX_BACKOFF", 0.05)
 
 
 def says(words: str) -> Callable[[Message], Message]:
@@ -174,8 +174,8 @@ def test_anyone_who_is_waited_for_beyond_the_deadline_gets_a_deadline_of_its_own
 
 
 def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(approvals, "_LONGEST_SECONDS", 3600.0)
-    monkeypatch.setattr(approvals, "_wait", lambda times: 3600.0)
+    monkeypatch.setattr(approvals, "_MAX_BACKOFF", 3600.0)
+    monkeypatch.setattr(approvals, "_backoff", lambda times: 3600.0)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = not_approved(folder, org_2=2)
     tell = folder.events.tell
@@ -218,18 +218,18 @@ def test_only_those_words_are_taken_for_a_missing_approval(new_run: NewRun) -> N
 @given(times=st.integers(1, 10_000))
 def test_the_wait_grows_and_stays_bounded(times: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(approvals, "_FIRST_SECONDS", 5.0)
-        patch.setattr(approvals, "_LONGEST_SECONDS", 300.0)
-        waits = [approvals._wait(each) for each in (times, times + 1)]
+        patch.setattr(approvals, "_FIRST_BACKOFF", 5.0)
+        patch.setattr(approvals, "_MAX_BACKOFF", 300.0)
+        waits = [approvals._backoff(each) for each in (times, times + 1)]
         assert 5.0 <= waits[0] <= waits[1] <= 300.0
 
 
 def test_the_bound_counts_from_the_first_that_had_not_approved() -> None:
-    waited = Approvals()
+    waited = PendingApprovals()
     assert waited.end(10.0) == 0.0
     for at, name in zip(itertools.count(100.0), ("org-1", "org-2", "org-1"), strict=False):
-        waited.note(name, at, "")
+        waited.add(name, at, "")
     assert waited.end(10.0) == 110.0
-    waited.settle("org-1")
-    waited.settle("org-2")
+    waited.discard("org-1")
+    waited.discard("org-2")
     assert waited.end(10.0) == 0.0

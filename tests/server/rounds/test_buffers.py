@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,22 +25,25 @@ def update(name: str) -> Update:
 def test_updates_come_out_in_the_order_of_the_organizations(
     tmp_path: Path, came: list[str], silent: set[str], never: set[str]
 ) -> None:
-    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"))
-    out = []
+    out = list[Update]()
+    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"), out.append)
     for name in came:
         if name not in never:
-            out += list(turns.settle(name, None if name in silent else update(name)))
-    out += list(turns.rest())
+            turns.put(name, None if name in silent else update(name))
+            turns.drain()
+    turns.drain_all()
     assert [one.organization for one in out] == [name for name in ORDER if name not in silent | never]
     assert all(float(one.delta["w"]) == ord(one.organization) for one in out)
     assert files(tmp_path / "inbox") == []
 
 
 def test_in_their_order_nothing_touches_the_disk(tmp_path: Path) -> None:
-    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"))
+    out = list[Update]()
+    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"), out.append)
     for name in ORDER:
-        [one] = turns.settle(name, update(name))
-        assert one.organization == name
+        turns.put(name, update(name))
+        assert out[-1].organization == name
+        turns.drain()
     assert not (tmp_path / "inbox").exists()
 
 
@@ -51,3 +55,19 @@ def test_what_a_crash_left_is_removed_and_a_damaged_file_is_a_run_error(tmp_path
     (tmp_path / "00003.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match=r"00003\.safetensors cannot be read .*resume the run"):
         inbox.take(3)
+
+
+def test_no_update_is_held_once_it_was_passed_on(tmp_path: Path) -> None:
+    """The largest objects of a round: one of them is in memory at a time, whoever came first."""
+    alive = list[weakref.ref[Update]]()
+    most = list[int]()
+
+    def sink(passed: Update) -> None:
+        alive.append(weakref.ref(passed))
+        most.append(sum(each() is not None for each in alive))
+
+    turns = ReorderBuffer(ORDER, SpillBuffer(tmp_path / "inbox"), sink)
+    for name in reversed(ORDER):
+        turns.put(name, update(name))
+        turns.drain()
+    assert most == [1, 1, 1, 1]

@@ -13,7 +13,7 @@ from flwr.app import Error, Message
 from cotune.errors import RunError
 from cotune.protocol.signatures import RequestStatement, detach
 from cotune.server.app import train_rounds
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.rounds.selection import cohort_of, remember_waiting
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -30,7 +30,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.01)
 

@@ -13,6 +13,7 @@ from cotune.models.config import ModelConfig, TrainMode
 from cotune.models.trainable import State, TrainableModel, resident
 from cotune.server.rounds.evaluation import evaluate
 from tests.support.datasets import sentences, write_csv, write_tagged
+from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES
 
 LABELS = ("bad", "good", "so")
@@ -69,8 +70,7 @@ def by_hand(truth: list[int], predicted: list[int]) -> dict[str, float]:
     return {"accuracy": accuracy, "precision": np.mean(precisions), "recall": np.mean(recalls), "f1": np.mean(f1s)}
 
 
-@pytest.mark.parametrize("mode", ["head", "full"])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(("kind", "mode"), crossed(ARCHITECTURES, ["head", "full"]))
 def test_metrics_are_those_of_the_plain_model_text_by_text(
     base_model: Callable[[str], Path], test_set: Dataset, kind: str, mode: TrainMode
 ) -> None:
@@ -85,8 +85,7 @@ def test_metrics_are_those_of_the_plain_model_text_by_text(
 TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
 
 
-@pytest.mark.parametrize("length", [16, 4])
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize(("kind", "length"), crossed(["bert", "gpt2"], [16, 4]))
 def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_path: Path, kind: str, length: int) -> None:
     """Against the plain model on each text alone; a word that the model's length cuts off is told wrong."""
     write_holdings(

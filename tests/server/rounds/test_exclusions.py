@@ -44,5 +44,6 @@ def test_a_run_that_needs_everybody_goes_on_without_anyone_who_is_refused_again_
 def test_a_damaged_file(new_run: NewRun, content: str) -> None:
     folder = new_run()
     (folder.path / "strikes.json").write_text(content)
-    with pytest.raises(RunError, match=r"strikes\.json is damaged: .*remove it"):
+    with pytest.raises(RunError, match=r"strikes\.json is damaged .*remove it") as error:
         left_out(folder, [])
+    assert error.value.code == "run.damaged_document"

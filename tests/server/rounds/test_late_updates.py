@@ -13,7 +13,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, model_of, update
@@ -29,7 +29,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
     ):
         monkeypatch.setattr(module, name, 0.01)
 

@@ -9,13 +9,13 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from cotune.errors import RunError
-from cotune.flower.chunks import TooMuch
+from cotune.flower.chunks import TooLarge
 from cotune.protocol.messages import Receipt, Request, received_digest
 from cotune.server import app as server_app
 from cotune.server.app import deliver_model, main, train_rounds
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds import requests as asking
+from cotune.server.rounds import round as round_module
 from cotune.server.runs.deliveries import confirmed
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -31,9 +31,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (superlink_transport, "_WATCH_SECONDS"),
         (superlink_transport, "_POLL_SECONDS"),
-        (asking, "_POLL_SECONDS"),
+        (round_module, "_POLL_SECONDS"),
         (delivery, "_POLL_SECONDS"),
-        (delivery, "_AGAIN_SECONDS"),
+        (delivery, "_RETRY_BACKOFF"),
     ):
         monkeypatch.setattr(module, name, 0.01)
 
@@ -70,7 +70,7 @@ def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) 
 def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     folder = finished(new_run)
     grid = receiving(folder)
-    grid.unfit["org-2"] = TooMuch("it has more than 1,048,576 bytes, the most that were expected")
+    grid.unfit["org-2"] = TooLarge("it has more than 1,048,576 bytes, the most that were expected")
     assert deliver_model(grid, folder) == ["org-2"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
@@ -125,7 +125,6 @@ def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, change: dict[str, float]
 ) -> None:
     monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 1.0)
-    monkeypatch.setattr(delivery._Delivery, "longest_wait", 1.0)
     folder, grid = silent(new_run, least_seconds=0.01, **change)
     grid.delay["org-2"] = 0.5
     grid.swallowed["org-2"] = 0
@@ -135,7 +134,7 @@ def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
 
 
 def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "_LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(delivery, "_FIRST_LOOK_SECONDS", 0.3)
     folder = finished(new_run)
     grid = receiving(folder)
 
@@ -182,8 +181,9 @@ def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: 
 def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
     folder = finished(new_run)
     (folder.path / "delivered.json").write_text("[]")
-    with pytest.raises(RunError, match=r"delivered\.json is damaged: expected organizations with times"):
+    with pytest.raises(RunError, match=r"delivered\.json is damaged .*: expected organizations with times") as error:
         confirmed(folder)
+    assert error.value.code == "run.damaged_document"
 
 
 # --- the app

@@ -48,16 +48,16 @@ def test_every_byte_is_kept_as_it_came_beside_what_was_wrong(tmp_path: Path) -> 
 
 def test_names_count_like_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are kept too: a file must not grow by a hundred thousand empty arrays."""
-    monkeypatch.setattr(quarantine, "_MOST_BYTES", 300)
+    monkeypatch.setattr(quarantine, "_MAX_BYTES", 300)
     folder = Quarantine(tmp_path)
     assert read(tmp_path / folder.keep(message(a=b"", b=b""), "a", 1, "no"))[0]
     assert not read(tmp_path / folder.keep(message(**{150 * "a": b"", 150 * "b": b""}), "a", 2, "no"))[0]
-    monkeypatch.setattr(quarantine, "_MOST_ARRAYS", 1)
+    monkeypatch.setattr(quarantine, "_MAX_ARRAYS", 1)
     assert not read(tmp_path / folder.keep(message(a=b"", b=b""), "a", 3, "no"))[0]
 
 
 def test_of_what_is_too_large_the_description_alone_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quarantine, "_MOST_BYTES", 9 + len("delta/adelta/b"))
+    monkeypatch.setattr(quarantine, "_MAX_BYTES", 9 + len("delta/adelta/b"))
     for data, kept in ((b"12345", {"delta/a": b"12345", "delta/b": b"1234"}), (b"123456", {})):
         arrays, about = read(tmp_path / Quarantine(tmp_path).keep(message(a=data, b=b"1234"), "a", 1, "x"))
         assert arrays == kept

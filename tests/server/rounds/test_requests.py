@@ -15,7 +15,7 @@ import torch
 from flwr.app import Message
 
 from cotune.errors import RunError
-from cotune.flower.chunks import Malformed, TooMuch
+from cotune.flower.chunks import Malformed, TooLarge
 from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
 from cotune.server.deployment.federation import FederationFolder
@@ -407,7 +407,7 @@ def test_an_update_in_the_name_of_another_is_refused(new_run: NewRun) -> None:
     assert dropped(progress) == [{"org-2": "it is from org-1, expected org-2"}]
 
 
-@pytest.mark.parametrize("trouble", [TooMuch("it has more than 600 bytes"), Malformed("it cannot be put together")])
+@pytest.mark.parametrize("trouble", [TooLarge("it has more than 600 bytes"), Malformed("it cannot be put together")])
 def test_an_answer_that_cannot_be_taken_is_a_strike(new_run: NewRun, trouble: Exception) -> None:
     folder = real(new_run("org-1", "org-2", rounds=3, server={"quorum": 0.5, "strikes": 2}))
     grid = wild(folder, everybody(1.0, 3.0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cotune.models.adapter import Adapter
-from cotune.server.rounds.update_validation import reason_to_refuse
+from cotune.server.rounds.update_validation import UpdateSpec
 from cotune.strategies.types import Update
 
 LAYER = Adapter(a="x.a", b="x.b", weight="x", scale=2.0, rank=4)
@@ -21,7 +21,7 @@ def verdict(*, allowed: bool = True, only_b: bool = False, **shapes: tuple[int, 
     came = {name: torch.zeros(shapes.get(short, expected[name].shape)) for short, name in names.items() if name in expected}
     update = Update("clinic", 1, came, examples=5, steps=1)
     smaller = (LAYER,) if allowed else ()
-    return reason_to_refuse(update, organization="clinic", round=1, shapes=expected, max_norm=1.0, smaller=smaller)
+    return UpdateSpec(round=1, shapes=expected, smaller_ranks=smaller).validate(update, "clinic").reason or None
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])

@@ -9,16 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.rounds.update_validation import max_bytes, reason_to_refuse
+from cotune.server.rounds.update_validation import UpdateSpec, max_bytes
 from cotune.strategies.types import Update
 
 SHAPES = {"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}
 GOOD = Update("org-1", 3, {name: torch.ones_like(tensor) for name, tensor in SHAPES.items()}, examples=5, steps=1)
 
 
+def reason_of(update: Update, max_norm: float = 1e4, **spec: Any) -> str | None:
+    """What is wrong with an update of org-1 by a spec; None: nothing."""
+    result = UpdateSpec(round=3, shapes=SHAPES, max_norm=lambda examples: max_norm, **spec).validate(update, "org-1")
+    assert result.is_valid is (result.reason == "")
+    return result.reason or None
+
+
 def verdict(max_norm: float = 1e4, **changes: Any) -> str | None:
-    update = Update(**{**vars(GOOD), **changes})
-    return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=max_norm)
+    return reason_of(Update(**{**vars(GOOD), **changes}), max_norm)
 
 
 def delta(**changes: Any) -> dict[str, torch.Tensor]:
@@ -104,7 +110,7 @@ def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> Non
 
     def needed(**changes: Any) -> str | None:
         update = Update(**{**vars(GOOD), **changes})
-        return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1e4, noise_needed=True)
+        return reason_of(update, needs_noise=True)
 
     assert needed(noise_variance={"head.bias": 1e-9, "head.weight": 2.0}) is None
     assert "does not state the noise" in (needed() or "")
@@ -123,7 +129,7 @@ def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> Non
 )
 def test_the_declared_count_is_held_to_its_range(declared: int, reason: str | None) -> None:
     update = Update(**{**vars(GOOD), "examples": declared})
-    found = reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1e4, examples=(10, 20))
+    found = reason_of(update, example_bounds={"org-1": (10, 20)})
     assert found == reason
 
 
@@ -132,7 +138,7 @@ def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
     update = Update(**{**vars(GOOD), "told": {"loss": 1.0, "my opinion": 2.0}})
 
     def refused(told: set[str]) -> str | None:
-        return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1.0e4, told=told)
+        return reason_of(update, disclosures=told)
 
     assert refused({"loss", "my opinion"}) is None
     assert refused({"loss"}) == "it tells 'my opinion', which the plan does not ask for"
@@ -141,7 +147,7 @@ def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
 def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
     def found(received: str) -> str | None:
         update = Update(**{**vars(GOOD), "received": received})
-        return reason_to_refuse(update, organization="org-1", round=3, shapes=SHAPES, max_norm=1e4, received="a" * 64)
+        return reason_of(update, received="a" * 64)
 
     assert found("a" * 64) is None
     assert found("b" * 99) == "it was trained from another model (bbbbbbbbbbbb), expected that of this round (aaaaaaaaaaaa)"

@@ -12,8 +12,9 @@ import httpx
 import pytest
 from flwr.app import Message
 
-from cotune.flower.chunks import TooMuch
-from cotune.flower.runtime_client import Line
+from cotune.flower.chunks import TooLarge
+from cotune.flower.runtime_client import RuntimeClient
+from cotune.server.outcomes import Rejected
 from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
@@ -64,7 +65,7 @@ class SlowLine:
         for _ in range(self._pieces):
             time.sleep(self._seconds)
             came()
-        raise TooMuch("an answer like any other")
+        raise TooLarge("an answer like any other")
 
 
 class Connected:
@@ -94,7 +95,7 @@ def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pyt
     monkeypatch.setattr(superlink_transport, "_HELD_UP_SECONDS", 0.5)
     line = FakeLine()
     others = [f"org-{i}" for i in range(6)]
-    with closing(SuperLinkTransport(cast(Line, line), Connected(), lambda *_, **__: None)) as post, released(line):
+    with closing(SuperLinkTransport(cast(RuntimeClient, line), Connected(), lambda *_, **__: None)) as post, released(line):
         for name in ("first", *others):
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 600
@@ -111,11 +112,11 @@ def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
     """Who is asked again sends it all again, and is late for the next round."""
     monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     monkeypatch.setattr(superlink_transport, "_SLOW_SECONDS", 0.5)
-    line = cast(Line, SlowLine(pieces, seconds))
+    line = cast(RuntimeClient, SlowLine(pieces, seconds))
     with closing(SuperLinkTransport(line, Connected("org-1"), lambda *_, **__: None)) as post:
         post.send(1, "org-1", cast(Message, "first"), 100)
-        (letter,) = post.receive(10.0)
-        assert letter.refused
+        (reply,) = post.receive(10.0)
+        assert isinstance(reply.content, Rejected)
         assert (post.connected()["org-1"].since != " 0") is anew  # so many times in doubt
 
 
@@ -131,7 +132,7 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
         return {}
 
     monkeypatch.setattr(line, "announced", announced)
-    with closing(SuperLinkTransport(cast(Line, line), Connected(*names), lambda *_, **__: None)) as post:
+    with closing(SuperLinkTransport(cast(RuntimeClient, line), Connected(*names), lambda *_, **__: None)) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 600

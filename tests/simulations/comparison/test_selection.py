@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from cotune.simulations.comparison.selected import Selected
 from cotune.simulations.comparison.selection import select
 from cotune.simulations.released_models import divergences, steps_of_folder
 from tests.support.datasets import sentences, write_csv
-from tests.support.processes import kill_when
+from tests.support.processes import Cotune, Moment, kill_at
 
 RATES = parse_variation("local.learning_rate=5,0.001,0.002")
 PRIVATE = ["privacy.epsilon=8"]
@@ -172,14 +171,13 @@ def command(plan: Path, out: Path) -> tuple[str | Path, ...]:
     return ("compare", plan, "--vary", vary, "--private-selection", "3", "--out", out, "--jobs", "1", "--device", "cpu")
 
 
-def test_killed_right_after_drawing_it_does_not_draw_again(
-    private_plan: Path, cotune: Callable[..., BaseProcess], tmp_path: Path
-) -> None:
+@pytest.mark.crash
+def test_killed_right_after_drawing_it_does_not_draw_again(private_plan: Path, cotune: Cotune, tmp_path: Path) -> None:
     out = tmp_path / "out"
     draws = out / "private" / "draws.json"
     out.mkdir()
     (out / "released").symlink_to(tmp_path / "nowhere")  # so that the runs stay where they can be seen
-    kill_when(cotune(*command(private_plan, out)), draws.exists)
+    kill_at(cotune, Moment("renamed", {"path": "*/draws.json"}), *command(private_plan, out))
     first = draws.read_bytes()
     assert (out / "private").stat().st_mode & 0o077 == 0
     with pytest.raises(RunError, match="cannot be written"):
@@ -190,18 +188,18 @@ def test_killed_right_after_drawing_it_does_not_draw_again(
     assert rates == [float(RATES.values[draw]) for draw in json.loads(first)["draws"]]
 
 
-def test_killed_in_a_run_it_goes_on_from_there(private_plan: Path, cotune: Callable[..., BaseProcess], tmp_path: Path) -> None:
+@pytest.mark.crash
+def test_killed_in_a_run_it_goes_on_from_there(private_plan: Path, cotune: Cotune, tmp_path: Path) -> None:
     out = tmp_path / "out"
     draws = drawn(private_plan, out, [1, 2, 0, 1])
     runs = out / "private" / "runs"
     first = draws.read_bytes()
-    kill_when(cotune(*command(private_plan, out)), (runs / "00001" / "run.json").exists)
+    kill_at(cotune, Moment("renamed", {"path": "*/runs/00001/run.json"}), *command(private_plan, out))
     finished = (runs / "00000" / "summary.json").read_bytes()
     assert not (runs / "00003").exists()
     assert not (out / "released").exists()
 
-    process = cotune(*command(private_plan, out))
-    kill_when(process, (runs / "00003" / "run.json").exists)
+    kill_at(cotune, Moment("renamed", {"path": "*/runs/00003/run.json"}), *command(private_plan, out))
     assert draws.read_bytes() == first
     assert (runs / "00000" / "summary.json").read_bytes() == finished
     found = selected(private_plan, out)

@@ -12,10 +12,11 @@ import torch
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
-from cotune.models.features import FEATURE_SLOTS
+from cotune.models.feature_precision import FEATURE_SLOTS
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
-from cotune.simulations.forecast.timing import Seconds, Stopwatch, by_length, estimate, measure
+from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure
+from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import Prepared, prepare
 from tests.support.simulations import NewPlan
 

@@ -18,7 +18,7 @@ class _Kind:
     left_out: int = 0
 
 
-class Sparing:
+class RateLimitedLog:
     """log: takes a line. clock: in seconds."""
 
     def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:

@@ -20,15 +20,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.rules import Refusal
 
-Known = Callable[[bytes], str | None]  # public key (PEM) -> the member that it belongs to
+FindMember = Callable[[bytes], str | None]  # public key (PEM) -> the member that it belongs to
 
 _NOT_REGISTERED = 2004  # Flower's code for a node that cannot be activated
 _STRANGER = "the key is not that of a member: expected one that the coordinator has invited (`cotune server invite`)"
 _UNSIGNED = "Invalid SuperNode authentication"  # as the SuperLink says it
 
 
-def signer(
-    headers: Iterable[tuple[bytes, bytes]], call: str, known: Known, fleet: FleetFormat, now: datetime | None = None
+def authenticate(
+    headers: Iterable[tuple[bytes, bytes]], call: str, known: FindMember, fleet: FleetFormat, now: datetime | None = None
 ) -> str | Refusal:
     """The member that has signed a request, or why nobody has.
 

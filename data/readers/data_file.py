@@ -1,0 +1,70 @@
+"""A file of records as its readers get it, and the values that all formats have in common."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+
+from cotune.data.config import DataConfig
+from cotune.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file's bytes, and what an error says about it. key: which entry of the configuration names the column of the inputs.
+
+    lenient: a line that cannot be read is left out and counted in `skipped`, as a failure would tell that somebody holds it.
+    labels: the plan's classes, where they are known.
+    """
+
+    name: str
+    path: Path
+    raw: bytes
+    config: DataConfig
+    key: str = "text"
+    lenient: bool = False
+    labels: tuple[str, ...] = ()
+    skipped: Counter[str] = field(default_factory=Counter, compare=False)
+
+    @property
+    def suffix(self) -> str:
+        return self.path.suffix.lower()
+
+    @property
+    def wanted(self) -> tuple[str, str]:
+        """The columns of the inputs and of the labels."""
+        return str(getattr(self.config, self.key)), self.config.label
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those, and the column of the units where there is one."""
+        return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
+
+
+Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
+
+
+def word_of(file: DataFile, column: str, number: int, value: object) -> str:
+    """A value as the string that every format would give it; "" if it is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str | int | float | Decimal | date):
+        return str(value)
+    got = f"a {type(value).__name__} in column {column!r} of record {number}"
+    raise DataError(f"{file.name} holds {got}, expected text: convert that column", code="data.wrong_type")
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

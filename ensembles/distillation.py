@@ -1,0 +1,206 @@
+"""Distillation: a student model learns to predict what one or several teachers predict on public inputs.
+
+The loss of an answer is α · CE(y, q) + (1 − α) · T² · KL(p_T ‖ q_T), with p_T and q_T the teacher's and the student's
+probabilities at temperature T (Hinton, Vinyals & Dean, 2015, https://arxiv.org/abs/1503.02531, section 2), or with the mean
+squared difference of centered scores in place of the second term (Ba & Caruana, NeurIPS 2014, equation 1; Kim et al., IJCAI 2021,
+https://arxiv.org/abs/2105.08919).
+
+Teachers may have other architectures and tokenizers than the student. Where they were trained with differential privacy and the
+inputs are public, the student is post-processing of what was released, and costs no privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cotune.data.tasks.batching import tight_batches
+from cotune.data.tasks.task import logits
+from cotune.data.tasks.text import Example
+from cotune.data.types import Input
+from cotune.ensembles.calibration import Floats, Numbers
+from cotune.models.adapter import parameter_seed
+from cotune.models.config import TrainMode
+from cotune.models.trainable import State, TrainableModel
+
+Loss = Literal["kl", "mse"]
+LOSSES: tuple[Loss, ...] = ("kl", "mse")
+
+_MIN_PROBABILITY = 1e-9
+_EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How a student is trained.
+
+    Attributes:
+        train: Which parameters: the head, adapters with the head, or all.
+        loss: Between teacher and student.
+        temperature: T of `kl`, above 0.
+        label_weight: α, from 0 to 1; above 0 the inputs need labels.
+        epochs: Passes over the inputs; the optimizer (AdamW) starts afresh with each, so that a pass can be repeated.
+        batch_size: Inputs of a step.
+        learning_rate: At first; it falls linearly to 0 over all steps.
+        seed: Of a new head, adapters, and the order of the inputs.
+    """
+
+    train: TrainMode = "full"
+    loss: Loss = "kl"
+    temperature: float = 2.0
+    label_weight: float = 0.0
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a student learns from.
+
+    Attributes:
+        inputs: Public inputs.
+        taught: (answers, classes) the teacher's probabilities for each input; rows of NaN where it could not read.
+        truth: (answers,) class numbers for each input; None without labels.
+    """
+
+    inputs: Sequence[Input]
+    taught: Sequence[Floats]
+    truth: Sequence[Numbers] | None = None
+
+    def select(self, rows: Sequence[int]) -> Lessons:
+        """Those of some inputs."""
+        truth = None if self.truth is None else [self.truth[row] for row in rows]
+        return Lessons([self.inputs[row] for row in rows], [self.taught[row] for row in rows], truth)
+
+
+def distillation_loss(scores: Tensor, taught: Tensor, truth: Tensor | None, config: DistillationConfig) -> Tensor:
+    """Return the mean loss of some answers, as in the head of this module.
+
+    Args:
+        scores: (n, classes) of the student.
+        taught: (n, classes) the teacher's probabilities.
+        truth: (n,) class numbers; needed where `label_weight` is above 0.
+        config: Loss, temperature and weight.
+    """
+    logs = taught.clamp(min=_MIN_PROBABILITY).log()
+    if config.loss == "mse":
+        theirs = logs - logs.mean(dim=1, keepdim=True)
+        ours = scores - scores.mean(dim=1, keepdim=True)
+        matched = functional.mse_loss(ours, theirs)
+    else:
+        t = config.temperature
+        theirs = functional.log_softmax(logs / t, dim=1)
+        ours = functional.log_softmax(scores / t, dim=1)
+        matched = t * t * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    if truth is None or not config.label_weight:
+        return matched
+    return config.label_weight * functional.cross_entropy(scores, truth) + (1 - config.label_weight) * matched
+
+
+def train_student(
+    student: TrainableModel,
+    lessons: Lessons,
+    config: DistillationConfig,
+    *,
+    start: State,
+    done: int,
+    keep: Callable[[int, State], None],
+) -> State:
+    """Train a student, pass by pass; the same lessons, settings and start give the same student.
+
+    Args:
+        student: The model, which is left in the final state.
+        lessons: What to learn from.
+        config: How.
+        start: The state to go on from.
+        done: Passes that this state has behind it.
+        keep: Called after each pass with its number, from 1, and the state.
+
+    Returns:
+        The trained parameters.
+    """
+    names = student.names(config.train)
+    examples = _examples(student, lessons)
+    student.load(start)
+    state = start
+    for epoch in range(done, config.epochs):
+        parameters = student.train_only(names)
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
+        batches = list(_shuffled(len(examples), config, epoch))
+        for step, rows in enumerate(batches):
+            _set_rate(optimizer, config, 1 - (epoch + step / len(batches)) / config.epochs)
+            loss = _batch_loss(student, [examples[row] for row in rows], lessons.select(rows), config)
+            if loss is None:
+                continue
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        state = student.state(names)
+        keep(epoch + 1, state)
+    return state
+
+
+@torch.no_grad()
+def student_probabilities(student: TrainableModel, inputs: Sequence[Input]) -> list[Floats]:
+    """Return for each input (answers, classes), NaN for what the student could not read."""
+    task = student.loaded.task
+    examples = _examples(student, Lessons(inputs, [np.zeros((_answers(each), 0)) for each in inputs]))
+    found: list[Floats] = [np.empty((0, 0))] * len(examples)
+    for rows in tight_batches(range(len(examples)), lambda row: task.order(examples[row]), _EVALUATION_BATCH):
+        for row, scores in zip(rows, _answer_scores(student, [examples[row] for row in rows]), strict=True):
+            found[row] = functional.softmax(scores.double(), dim=-1).cpu().numpy()
+    return found
+
+
+def _examples(student: TrainableModel, lessons: Lessons) -> list[Example]:
+    """What the student reads; labels are made up, as the loss is not computed from them."""
+    loaded = student.loaded
+    made_up = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in lessons.inputs]
+    return loaded.task.examples(loaded.reader, loaded.max_length, lessons.inputs, made_up)
+
+
+def _answers(given: Input) -> int:
+    return len(given) if isinstance(given, tuple) else 1
+
+
+def _answer_scores(student: TrainableModel, examples: Sequence[Example]) -> list[Tensor]:
+    task = student.loaded.task
+    collate = task.collator(student.module, student.loaded.reader, student.device)
+    return task.answer_scores(logits(student.module, collate(examples)), examples)
+
+
+def _batch_loss(
+    student: TrainableModel, examples: Sequence[Example], lessons: Lessons, config: DistillationConfig
+) -> Tensor | None:
+    """The mean over the answers that both teacher and student can give; None where there is none."""
+    scores = torch.cat(_answer_scores(student, examples))
+    taught = torch.from_numpy(np.concatenate(lessons.taught)).to(scores)
+    truth = None if lessons.truth is None else torch.from_numpy(np.concatenate(lessons.truth)).to(scores.device)
+    both = ~(scores.detach().isnan().any(dim=1) | taught.isnan().any(dim=1))
+    if not bool(both.any()):
+        return None
+    return distillation_loss(scores[both], taught[both], None if truth is None else truth[both], config)
+
+
+def _shuffled(count: int, config: DistillationConfig, epoch: int) -> Iterator[list[int]]:
+    """The rows of each batch of a pass, in an order of its own."""
+    generator = torch.Generator().manual_seed(parameter_seed(config.seed, f"distillation/{epoch}"))
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return (order[start : start + config.batch_size] for start in range(0, count, config.batch_size))
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, config: DistillationConfig, share: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * share

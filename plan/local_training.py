@@ -1,0 +1,83 @@
+"""The tables of a plan that say how an organization trains: `[local]`, and the stages of `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from cotune.models.config import TrainMode
+from cotune.storage.config_table import ConfigTable
+from cotune.strategies.server_optimizers.schedules import Schedule, decay
+
+_LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
+
+
+class LocalTraining(ConfigTable):
+    """How an organization trains in one round (the `local` table of a plan)."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
+    learning_rate: float = Field(0.5, gt=0, le=_LARGEST_RATE, description="length of a step along the mean gradient")
+    head_learning_rate: float | None = Field(
+        None, gt=0, le=_LARGEST_RATE, description="for the head where the stage trains more; default: the same"
+    )
+    schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
+    batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
+    steps: int | None = Field(20, ge=1, le=100_000, description="optimizer steps per round; null where epochs are given")
+    epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
+    physical_batch_size: int = Field(
+        32, ge=1, le=65_536, description="records held in memory at a time; no influence on the result"
+    )
+
+    @field_validator("batch_size")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"expected a whole number of records, or a fraction below 1, got {value}")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_instead_of_steps(cls, table: Any) -> Any:
+        if isinstance(table, Mapping) and table.get("epochs") is not None and "steps" not in table:
+            return {**table, "steps": None}
+        return table
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"expected either steps or epochs, got steps = {self.steps} and epochs = {self.epochs}: leave one out"
+            )
+        return self
+
+    def in_round(self, done: int, rounds: int) -> Self:
+        """Return the training of the round after `done` of a stage's `rounds`: with the rates that the schedule gives it."""
+        if self.schedule == "constant":
+            return self
+        part = decay(self.schedule, done, rounds)
+        head = None if self.head_learning_rate is None else self.head_learning_rate * part
+        return self.model_copy(update={"learning_rate": self.learning_rate * part, "head_learning_rate": head})
+
+    def sample_rate(self, examples: int) -> float:
+        """q, the probability with which each of `examples` records enters a batch."""
+        return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
+
+    def steps_of(self, examples: int) -> int:
+        """Optimizer steps per round of an organization with so many records: max(1, epochs / q) where epochs are given."""
+        if self.epochs is not None:
+            return max(1, round(self.epochs / self.sample_rate(examples)))
+        assert self.steps is not None, "a plan gives one of both"
+        return self.steps
+
+
+class Stage(ConfigTable):
+    """Consecutive rounds that train the same group of parameters."""
+
+    mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
+    rounds: int = Field(ge=1, le=100_000, description="of this stage")
+    local: LocalTraining = Field(LocalTraining(), description="what differs from the plan's [local]")
+    freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")

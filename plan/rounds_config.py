@@ -1,0 +1,125 @@
+"""The table of a plan that says how rounds go: `[server]`."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from cotune.storage.config_table import ConfigTable
+
+_LONGEST_WAIT = 30 * 24 * 3600.0
+
+
+class RoundsConfig(ConfigTable):
+    """How rounds go (the `server` table of a plan)."""
+
+    sample_rate: float = Field(1.0, gt=0, le=1, description="probability with which each organization is asked in a round")
+    sample_size: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate",
+    )
+    quorum: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of the asked organizations whose updates a round needs; absent: half, and where real ones are all"
+        " asked at least two, as one update is no fusion",
+    )
+    over_selection: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="asked beyond sample_size, as a fraction of it; a round closes with its first sample_size updates",
+    )
+    deadline_seconds: float = Field(
+        3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organization that was asked"
+    )
+    patience: float = Field(
+        10.0,
+        ge=0,
+        le=1e6,
+        description="once half of the asked organizations have answered, the others are waited for so many times their median"
+        " time; anyone who needs longer gets a strike; 0: always deadline_seconds",
+    )
+    least_seconds: float = Field(
+        300.0,
+        gt=0,
+        le=_LONGEST_WAIT,
+        description="an organization that was asked is waited for at least so long, whatever patience says",
+    )
+    absent_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=_LONGEST_WAIT,
+        description="how long a round waits for those who are not connected, where the others reach the quorum",
+    )
+    wait_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=_LONGEST_WAIT,
+        description="how long a round waits for the quorum to be connected; then the run stops, to be resumed",
+    )
+    approval_seconds: float = Field(
+        7 * 24 * 3600.0,
+        ge=0,
+        le=_LONGEST_WAIT,
+        description="how long a round waits for people to approve the plan, where too few have for the quorum; then the run"
+        " stops, to be resumed",
+    )
+    late: Literal["ignore", "fold"] = Field(
+        "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
+    )
+    max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
+    max_update_norm: float | None = Field(
+        None,
+        gt=0,
+        le=1e12,
+        description="updates with a larger L2 norm are refused; absent: as far as training can go by the plan",
+    )
+    max_accuracy_drop: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="a round after which the accuracy on the coordinator's validation records, or in a real run without them on"
+        " its test set, has fallen by more is not applied; 1: never",
+    )
+    max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
+    strikes: int = Field(
+        3,
+        ge=0,
+        le=100_000,
+        description="refused updates and time-outs after which an organization is left out of the run; 0: never",
+    )
+    visibility: Literal["updates", "sum"] = Field(
+        "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
+    )
+
+    def needed(self, updates: int, *, fuses: bool) -> int:
+        """Updates that a round needs. updates: that would close it. fuses: whether several must be there to be fused."""
+        least = 2 if fuses and self.quorum is None and self.asks_everybody else 1
+        return max(least, math.ceil((0.5 if self.quorum is None else self.quorum) * updates - 1e-9))  # 0.55 · 20 is 11, and more
+
+    def enough_seconds(self, usual: float, most: float) -> float:
+        """How long one organization is waited for where others took `usual`: at least `least_seconds`, and at most `most`."""
+        return min(most, max(self.least_seconds, self.patience * usual))
+
+    @property
+    def asks_everybody(self) -> bool:
+        return self.sample_rate >= 1 and not self.sample_size
+
+    @model_validator(mode="after")
+    def _one_way_to_sample(self) -> Self:
+        if self.sample_size and self.sample_rate < 1:
+            raise ValueError(
+                f"sample_size = {self.sample_size} asks exactly so many, and sample_rate = {self.sample_rate:g} each by chance:"
+                " expected one of the two"
+            )
+        if self.over_selection and not self.sample_size:
+            raise ValueError(
+                f"over_selection = {self.over_selection:g} asks more than sample_size, which is not given: expected both"
+            )
+        return self

@@ -1,0 +1,392 @@
+"""One round: who is waited for, for how long, and when the round is over.
+
+A round begins when as many organizations are connected as its quorum needs. It is over when everybody has replied, or enough
+have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
+reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
+the others took: once the quorum and half of those who were asked have replied, everybody who has had `server.patience` times
+their median, and `server.least_seconds`, has timed out.
+
+Where nobody has approved the plan yet, the organization is asked again. The round does not wait for it once the quorum stands,
+and otherwise for at most `server.approval_seconds`: from then on it is asked again only while somebody else is waited for, so
+that two that take turns do not keep a round from ending. Those who are revoked are not waited for at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median_high
+from typing import Protocol
+
+from cotune.errors import RunError
+from cotune.plan.rounds_config import RoundsConfig
+from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
+from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
+from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
+from cotune.server.rounds.round_result import LateUpdate, RoundResult
+from cotune.server.transport.base import Reply, Transport
+from cotune.server.transport.node_registry import LEFT, REVOKED, Node
+
+_POLL_SECONDS = 0.1
+_FIRST_LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
+_RETRY_BACKOFF = 2.0
+_COMPLETE = "the round was complete before it answered"
+
+TellEvent = Callable[..., None]  # the event's name, and its fields
+
+
+class Receiver(Protocol):
+    """Reads replies, and passes updates on to where they are combined."""
+
+    def receive(self, reply: Reply) -> Outcome:
+        """Read a reply of this round, and pass its update on if it is as agreed."""
+        ...
+
+    def is_new_late(self, reply: Reply) -> bool:
+        """Return whether no reply of its organization to that round was received before."""
+        ...
+
+    def folds(self, round: int) -> bool:
+        """Return whether updates of an earlier round still enter this one."""
+        ...
+
+    def receive_late(self, reply: Reply) -> Outcome:
+        """Read a reply of an earlier round, and keep its update for the end of this one if it is as agreed."""
+        ...
+
+    def record_refusal(self, reply: Reply) -> None:
+        """Record the refusal of an organization that is asked again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Who is asked in a round.
+
+    Attributes:
+        asked: Names, in the order in which their updates are added.
+        needed: How many updates the quorum is.
+        enough: How many updates complete the round.
+        excluded: Names of those that may not take part any more.
+        needs_several: Whether a quorum needs several updates where that many are asked: a model of one is no federation's.
+    """
+
+    asked: Sequence[str]
+    needed: int
+    enough: int
+    excluded: Sequence[str] = ()
+    needs_several: bool = False
+
+
+class Round:
+    """The state of one round. No other class changes it; `collect` returns what came of it."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        config: RoundsConfig,
+        selection: Selection,
+        requests: Requests,
+        receiver: Receiver,
+        tell: TellEvent,
+        *,
+        is_real: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Create a round in which nobody was asked yet.
+
+        Args:
+            transport: Carries requests and replies.
+            config: The `[server]` table of the plan.
+            selection: Who is asked, and how many updates are needed.
+            requests: One for each of them.
+            receiver: Reads their replies.
+            tell: Called with every event.
+            is_real: Whether organizations work side by side, so that their times can be compared.
+            clock: Seconds, monotonic.
+        """
+        self._transport = transport
+        self._config = config
+        self._selection = selection
+        self._number = requests.round
+        self._receiver = receiver
+        self._tell = tell
+        self._is_real = is_real
+        self._clock = clock
+        self._needed = selection.needed
+        self._eligible = len(selection.asked)  # who was asked and is not revoked
+        self._outcomes: dict[str, Outcome] = {}
+        self._late: list[LateUpdate] = []
+        self._late_rejected: list[str] = []
+        self._late_bytes = 0
+        self._approvals = PendingApprovals()
+        self._began = clock()
+        limits = RetryLimits(backoff=_RETRY_BACKOFF)
+        self._tracker = RequestTracker(transport, requests, limits, self._lifetime_of, clock)
+
+    def collect(self) -> RoundResult:
+        """Ask, receive and give up until the round is over.
+
+        Raises:
+            RunError: When too few are connected for too long.
+        """
+        self._await_quorum()
+        self._began = self._clock()
+        while not self._is_over():
+            is_last = self._seconds_left() <= 0
+            self._drop_revoked()
+            self._tracker.ask(self._may_be_asked)
+            self._tracker.ask_reconnected()
+            self._time_out_slow()
+            for reply in self._tracker.receive(_POLL_SECONDS, last=is_last):
+                self._handle(reply)
+                if self._is_complete:
+                    break
+            if is_last:
+                break
+        self._close()
+        return self._result()
+
+    def _result(self) -> RoundResult:
+        return RoundResult(
+            number=self._number,
+            asked=tuple(self._selection.asked),
+            excluded=tuple(self._selection.excluded),
+            needed=self._needed,
+            outcomes=dict(self._outcomes),
+            late=tuple(self._late),
+            late_rejected=tuple(self._late_rejected),
+            late_bytes=self._late_bytes,
+            bytes_down=self._tracker.bytes_sent,
+        )
+
+    # --- what came
+
+    def _handle(self, reply: Reply) -> None:
+        name = reply.organization
+        if reply.round != self._number:
+            self._handle_late(reply)
+        elif isinstance(reply.content, Lost):
+            if self._tracker.note_lost(name, reply.content.reason):
+                self._record(name, Lost(f"{reply.content.reason}, {self._tracker.losses(name)} times"))
+        elif self._is_real and awaits_approval(reply.message):
+            self._receiver.record_refusal(reply)
+            self._postpone(name)
+        else:
+            self._tracker.note_reply(name)
+            self._record(name, self._receiver.receive(reply))
+
+    def _handle_late(self, reply: Reply) -> None:
+        """An update of an earlier round enters this one at its end, or is reported as ignored; asked twice, it counts once."""
+        name = reply.organization
+        if isinstance(reply.content, Lost) or not self._receiver.is_new_late(reply):
+            return
+        if not self._receiver.folds(reply.round) or name in self._selection.excluded:
+            self._tell("late_update_ignored", round=self._number, organization=name, of_round=reply.round)
+            return
+        outcome = self._receiver.receive_late(reply)
+        if isinstance(outcome, Accepted):
+            self._late.append(LateUpdate(name, reply.round))
+            self._late_bytes += outcome.bytes
+            size = outcome.bytes
+            self._tell("late_update_received", round=self._number, organization=name, of_round=reply.round, bytes=size)
+            return
+        if isinstance(outcome, Rejected):
+            self._late_rejected.append(name)
+        self._tell_outcome(reply.round, name, outcome)
+
+    def _record(self, name: str, outcome: Outcome) -> None:
+        """The only place where an organization's outcome of this round is set."""
+        self._tracker.settle(name)
+        if self._approvals.discard(name):
+            self._tell_approvals()
+        self._outcomes[name] = outcome
+        self._tell_outcome(self._number, name, outcome)
+
+    def _tell_outcome(self, round: int, name: str, outcome: Outcome) -> None:
+        match outcome:
+            case Accepted(bytes=size, steps=steps, epsilon=epsilon):
+                self._tell("update_received", round=round, organization=name, bytes=size, steps=steps, epsilon=epsilon)
+            case Rejected(reason=reason, file=file):
+                self._tell("update_quarantined", round=round, organization=name, reason=reason, file=file)
+            case _:
+                self._tell("update_dropped", round=round, organization=name, reason=outcome.reason)
+
+    @property
+    def _accepted(self) -> list[str]:
+        return [name for name, outcome in self._outcomes.items() if isinstance(outcome, Accepted)]
+
+    @property
+    def _has_quorum(self) -> bool:
+        return len(self._accepted) >= self._needed
+
+    @property
+    def _is_complete(self) -> bool:
+        return len(self._accepted) >= self._selection.enough
+
+    # --- who is asked
+
+    def _await_quorum(self) -> None:
+        asked = list(self._selection.asked)
+        reported = None
+        while len(here := self._connected(asked)) < self._needed:
+            if reported != here and self._transport.last_seen():
+                reported = here
+                missing = [name for name in asked if name not in here]
+                self._tell("waiting", round=self._number, connected=here, needed=self._needed, absent=missing)
+            self._drop_revoked()
+            if len(self._tracker.open) < self._needed:
+                return  # too few may take part any more
+            waited = self._clock() - self._began
+            if waited > self._config.wait_seconds and (self._transport.last_seen() or waited > _FIRST_LOOK_SECONDS):
+                raise self._too_few_connected(here)
+            time.sleep(min(_POLL_SECONDS, 0.02))
+
+    def _connected(self, names: list[str]) -> list[str]:
+        connected = self._transport.connected()
+        return [name for name in names if name in connected]
+
+    def _too_few_connected(self, here: list[str]) -> RunError:
+        asked = self._selection.asked
+        missing = ", ".join(name for name in asked if name not in here)
+        return RunError(
+            f"round {self._number} has {len(here)} of {len(asked)} organizations connected after"
+            f" {self._config.wait_seconds:g} seconds, expected at least {self._needed} (server.quorum); not there:"
+            f" {missing[:500]}",
+            code="run.too_few_connected",
+        )
+
+    def _may_be_asked(self, name: str, node: Node) -> bool:
+        if name not in self._approvals:
+            return True
+        is_due = bool(self._tracker.loss_of(name)) or self._approvals.is_due(name, self._clock(), node.since)
+        return is_due and self._waits_for_approvals
+
+    def _lifetime_of(self, name: str) -> float:
+        """Seconds that a request stays valid: until its answer is not waited for any more, and is too late to be folded in."""
+        seconds = max(1.0, self._end_of(name) - self._clock())
+        if self._config.late == "fold":
+            seconds += self._config.max_staleness * self._config.deadline_seconds
+        return seconds
+
+    def _postpone(self, name: str) -> None:
+        """Earlier requests count no more: it may take days until somebody approves the plan."""
+        since = self._tracker.connected_at(name)
+        self._tracker.postpone(name)
+        if self._approvals.add(name, self._clock(), since):
+            self._tell_approvals()
+
+    def _tell_approvals(self) -> None:
+        self._tell("awaiting_approval", round=self._number, organizations=self._approvals.names())
+
+    # --- who is given up
+
+    def _time_out_slow(self) -> None:
+        """Time out who has had enough time, by that of the others.
+
+        The deadline itself is applied after everything that has arrived was taken, unless the round waits for approvals beyond
+        it.
+        """
+        timeout = self._timeout()
+        deadline = self._config.deadline_seconds
+        for name in self._tracker.waiting:
+            if timeout < deadline and self._clock() - self._tracker.asked_at(name) >= timeout:
+                self._time_out(name, timeout)
+            elif self._clock() >= self._end_of(name) and self._seconds_left() > 0:
+                self._time_out(name, deadline)
+
+    def _timeout(self) -> float:
+        """Seconds for one request.
+
+        It follows the median of those whose updates were accepted, of two in the middle the slower: no single organization can
+        make it shorter than an honest one took.
+        """
+        config = self._config
+        if not (self._is_real and config.patience and self._half_accepted and self._has_quorum):
+            return config.deadline_seconds
+        taken = [self._tracker.seconds_taken[name] for name in self._accepted]
+        return config.enough_seconds(median_high(taken), config.deadline_seconds)
+
+    @property
+    def _half_accepted(self) -> bool:
+        """Whether at least half replied; otherwise the fault may be the coordinator's own."""
+        return 2 * len(self._accepted) >= len(self._selection.asked)
+
+    def _time_out(self, name: str, seconds: float) -> None:
+        is_strike = self._is_real and self._half_accepted
+        self._record(name, TimedOut(f"no reply within {seconds:g} seconds", is_strike))
+
+    def _drop_revoked(self) -> None:
+        """The quorum is then of the others."""
+        revoked = self._transport.revoked()
+        for name in [name for name in self._tracker.open if name in revoked]:
+            self._record(name, Lost(REVOKED))
+            self._eligible -= 1
+            self._needed = min(self._needed, self._needed_of(self._eligible))
+
+    def _needed_of(self, eligible: int) -> int:
+        selection = self._selection
+        if not eligible:
+            return 1
+        return self._config.needed(min(selection.enough, eligible), fuses=selection.needs_several)
+
+    # --- when it is over
+
+    def _end_of(self, name: str) -> float:
+        """Until when its reply is waited for: after an approval it has as much time as anybody had at the start."""
+        start = self._tracker.asked_at(name) if name in self._approvals else self._began
+        return start + self._config.deadline_seconds
+
+    def _seconds_left(self) -> float:
+        """Until the round is over, no matter who has not replied by then."""
+        ends = [self._began + self._config.deadline_seconds, *(self._end_of(name) for name in self._tracker.waiting)]
+        if not self._has_quorum:
+            ends.append(self._approvals.end(self._config.approval_seconds))
+        return max(ends) - self._clock()
+
+    @property
+    def _approvals_expired(self) -> bool:
+        return self._clock() >= self._approvals.end(self._config.approval_seconds)
+
+    @property
+    def _waits_for_approvals(self) -> bool:
+        """Whether the round goes on while people look at the plan: for their sake, or for that of somebody who trains."""
+        is_training = any(name not in self._approvals for name in self._tracker.waiting)
+        return is_training or not (self._has_quorum or self._approvals_expired)
+
+    def _is_over(self) -> bool:
+        if self._is_complete:
+            return True
+        if self._tracker.waiting:
+            return False
+        idle = self._tracker.idle
+        given_up = len(self._approvals.names()) if self._approvals_expired else 0
+        if not idle or len(self._accepted) + len(idle) - given_up < self._needed:
+            return True
+        return self._has_quorum and self._absent_long_enough(idle)
+
+    def _absent_long_enough(self, idle: list[str]) -> bool:
+        absent = [name for name in idle if name not in self._approvals]
+        since = max([self._began, *(self._tracker.lost_at(name) for name in absent)])
+        return not absent or self._clock() - since >= self._config.absent_seconds
+
+    def _close(self) -> None:
+        """Give everybody who is still missing an outcome."""
+        for name in self._tracker.waiting:
+            if self._is_complete:
+                self._record(name, TimedOut(_COMPLETE))
+            else:
+                self._time_out(name, self._config.deadline_seconds)
+        for name in self._tracker.idle:
+            if name in self._approvals:
+                self._outcomes[name] = Declined(NOT_APPROVED)  # events have told so already
+            elif self._tracker.loss_of(name) or not self._is_complete:
+                self._record(name, Lost(self._reason_of_absence(name), is_absent=True))
+            else:
+                self._record(name, TimedOut(_COMPLETE))
+
+    def _reason_of_absence(self, name: str) -> str:
+        if name in self._transport.left():
+            return LEFT
+        return self._tracker.loss_of(name) or "it was not connected"

@@ -1,0 +1,256 @@
+"""summary.json of a simulation: what came out of it, documented in docs/run-folder.md and stable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cotune.client.site import Site
+from cotune.data.dataset import DatasetManifest
+from cotune.data.tasks.task import Metrics, majority
+from cotune.data.types import names_in
+from cotune.plan.parameters import model_of
+from cotune.plan.schema import Plan
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.claim import Claim, claim_of, figures_of, worst
+from cotune.privacy.config import RecordPrivacy
+from cotune.reporting.privacy_statement import all_models_statement, statement
+from cotune.server.rounds.evaluation import predict
+from cotune.server.runs.results import identity, performance
+from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_model import final_params
+from cotune.simulations.baselines import (
+    ALONE,
+    ALONE_WITHOUT_PRIVACY,
+    Judged,
+    Personalized,
+    mean_metrics,
+    personal_metrics,
+    personal_states,
+)
+from cotune.simulations.prepare import Prepared
+from cotune.simulations.released_models import steps_of_models
+from cotune.simulations.split import Share
+from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority
+
+_METRICS = ("accuracy", "precision", "recall", "f1")
+_EXACT = (  # figures of a simulation that are computed from training records as they are
+    "the numbers and label counts of records, and the majority class",
+    "models that are trained without privacy: all data pooled, alone without privacy, and federated, adapted to own records",
+    "the test records, an organization's own held-out ones among them",
+)
+
+
+def summarize(
+    folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Judged], personalized: Personalized, seconds: float
+) -> dict[str, Any]:
+    """The summary of a finished run as plain values. ε is composed from the organizations' ledgers, not from the plan."""
+    plan = folder.plan
+    progress = folder.load()
+    metrics = Metrics(**progress.history[-1]["metrics"])
+    alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
+    pooled = baselines.get("pooled")
+    personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
+    test = TestSet(prepared)
+    choices = _choices(folder, prepared, progress, baselines, personalized)
+    organizations = [
+        {
+            **_organization(folder, prepared, s, progress, alone.get(s.name), personal.get(s.name)),
+            **organization_worth(test, s, choices[s.name]),
+            "adaptation": _adaptation(personalized, s),
+        }
+        for s in prepared.shares
+    ]
+    for each in organizations:
+        each["gain"] = each["worth"] and each["worth"]["difference"]
+    return {
+        **identity(folder, progress),
+        "privacy": _privacy(folder, prepared, pooled is not None),
+        "partition": partition_of(prepared),
+        "data": {
+            "records": sum(map(len, prepared.records.values())),
+            "left_out": dict(prepared.left_out),
+            "notes": prepared.notes,
+        },
+        "worth": overall_worth(organizations),
+        "test": {
+            "examples": sum(len(rows) for _, rows in prepared.test),
+            "majority": _majority(folder, prepared).as_dict(),
+            "alone": _each({n: m.as_dict() for n, m in alone.items()}),
+            "alone_without_privacy": _common(organizations, "alone_without_privacy"),
+            "federated": metrics.as_dict(),
+            "adapted": _common(organizations, "adapted"),
+            "pooled": pooled.metrics.as_dict() if pooled else None,
+        },
+        "organizations": organizations,
+        **performance(progress, seconds),
+        "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
+    }
+
+
+def _choices(
+    folder: RunFolder,
+    prepared: Prepared,
+    progress: Progress,
+    baselines: Mapping[str, Judged],
+    personalized: Personalized,
+) -> dict[str, dict[str, Sequence[int]]]:
+    """Organization -> column -> what that model tells on the common test set."""
+    plan = folder.plan
+    served = final_params(folder.plan, progress)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    model = model_of(plan, folder.file.device)
+    own = personal_states(folder, served) if plan.keeps_personal else {}
+    common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
+    found: dict[str, dict[str, Sequence[int]]] = {}
+    for share in prepared.shares:
+        told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
+        alone = baselines.get(f"{ALONE}/{share.name}")
+        private = isinstance(plan.privacy, RecordPrivacy)
+        without = baselines.get(f"{ALONE_WITHOUT_PRIVACY}/{share.name}") or (None if private else alone)
+        columns = {
+            "majority": (own_majority(prepared, share),) * len(test.truth),
+            "alone": alone and alone.told,
+            "alone_without_privacy": personalized.alone.get(share.name) or (without and without.told),
+            "federated": told,
+            "adapted": personalized.told.get(share.name),
+        }
+        found[share.name] = {name: answers for name, answers in columns.items() if answers}
+    return found
+
+
+def _adaptation(personalized: Personalized, share: Share) -> dict[str, Any] | None:
+    """How an organization has adapted the model, and what each method reached on the parts of its records that judged."""
+    found = personalized.adapted.get(share.name)
+    return None if found is None else {"method": found.method, "described": found.described, "tried": found.tried}
+
+
+def partition_of(prepared: Prepared) -> str:
+    """How records were shared out: the plan's scheme, or "files"."""
+    return prepared.plan.simulation.partition if None in prepared.records else "files"
+
+
+def _each(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    if not metrics:
+        return None
+    return {"mean": mean_metrics([Metrics(**m) for m in metrics.values()]).as_dict(), "each": dict(metrics)}
+
+
+def _common(organizations: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any] | None:
+    """Of each organization on the common test set, without intervals."""
+    known = {each["name"]: each["common"][column] for each in organizations if each["common"][column] is not None}
+    return _each({name: {key: table[key] for key in _METRICS} for name, table in known.items()})
+
+
+def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, Any]:
+    privacy = folder.plan.privacy
+    client_level = folder.plan.client_privacy is not None
+    if not isinstance(privacy, RecordPrivacy):
+        return {
+            "mode": "none",
+            "epsilon": None,
+            "delta": None,
+            "clip_norm": None,
+            "claim": None,
+            "claim_table": [],
+            "epsilon_all_models": None,
+            "statement": statement(None, {}, client_level=client_level),
+        }
+    spent = {s.name: _spent(folder, s, privacy) for s in prepared.shares}
+    together = max(_all_models(folder, s, privacy) for s in prepared.shares)
+    claim = _claim(folder, prepared, privacy)
+    return {
+        "mode": "record",
+        "epsilon": privacy.epsilon,
+        "delta": str(privacy.delta),
+        "clip_norm": privacy.clip_norm,
+        "claim": claim.as_dict(),
+        "claim_table": claim.rows(),
+        "epsilon_all_models": together,
+        "statement": [
+            *statement(privacy, spent, clear_metrics=_in_clear(folder)),
+            all_models_statement(together, pooled=pooled),
+        ],
+    }
+
+
+def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Claim:
+    figures = {}
+    for share in prepared.shares:
+        spent = _charged(folder, share)
+        delta = privacy.delta_for(share.public_examples(folder.plan))
+        figures[share.name] = figures_of(spent, delta)
+    clear = ("the local metrics, which organizations told as they are",) if _in_clear(folder) else ()
+    return claim_of(privacy, worst(figures), not_covered=(*clear, *_EXACT))
+
+
+def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> float:
+    """ε of the federated model and of the model that the organization trained alone, together."""
+    return epsilon(steps_of_models(folder.path, share.name), privacy.delta_for(share.public_examples(folder.plan)))
+
+
+def _in_clear(folder: RunFolder) -> bool:
+    """Whether any organization's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
+    tell = [Site(folder.path / who.site).policy().tell for who in folder.file.participants]
+    metrics = folder.plan.tell.local_metrics and any(rules.local_metrics == "clear" for rules in tell)
+    return metrics or ("loss" in folder.plan.strategy.sends and any(rules.local_loss == "clear" for rules in tell))
+
+
+def _spent(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> tuple[float, float]:
+    """(ε spent, δ) of an organization, from its ledger."""
+    delta = privacy.delta_for(share.public_examples(folder.plan))
+    return epsilon(_charged(folder, share), delta), delta
+
+
+def _charged(folder: RunFolder, share: Share) -> list[Steps]:
+    return Site(folder.path / "sites" / share.name).ledger().spent()
+
+
+def _training(folder: RunFolder, share: Share) -> list[Steps]:
+    """The steps of training that are charged to an organization."""
+    ledger = Site(folder.path / "sites" / share.name).ledger()
+    return [charge.steps for charge in ledger.charges() if charge.purpose == "training"]
+
+
+def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
+    test = DatasetManifest.read(folder.path / "test" / "data.json", folder.plan.labels)
+    number = {label: i for i, label in enumerate(folder.plan.labels)}
+    held = [prepared.records[s.file].labels[i] for s in prepared.shares for i in s.rows]
+    train = [number[name] for label in held for name in names_in(label)]
+    return majority(train, test.truth, len(folder.plan.labels))
+
+
+def _organization(
+    folder: RunFolder,
+    prepared: Prepared,
+    share: Share,
+    progress: Progress,
+    alone: Metrics | None,
+    personal: Metrics | None,
+) -> dict[str, Any]:
+    plan = folder.plan
+    examples = share.public_examples(folder.plan)
+    private = isinstance(plan.privacy, RecordPrivacy)
+    charges = _training(folder, share) if private else []
+    took_part = [e["round"] for e in progress.history if share.name in e["participants"]]
+    spent = _spent(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else (None, None)
+    return {
+        "name": share.name,
+        "examples": share.units,
+        "labels": prepared.label_counts(share),
+        "alone": alone.as_dict() if alone else None,
+        "personal": personal.as_dict() if personal else None,
+        "epsilon_spent": spent[0],
+        "epsilon_allowed": _allowed(plan, share),
+        "epsilon_all_models": _all_models(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else None,
+        "delta": spent[1],
+        "noise_multiplier": charges[-1].noise_multiplier if charges else None,
+        "sample_rate": plan.stages[-1].local.sample_rate(examples),
+        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps_of(examples) for r in took_part),
+        "rounds": len(took_part),
+    }
+
+
+def _allowed(plan: Plan, share: Share) -> float | None:
+    privacy = plan.privacy
+    return min(privacy.epsilon, share.epsilon or privacy.epsilon) if isinstance(privacy, RecordPrivacy) else None

@@ -1,0 +1,56 @@
+"""The tests stand where what they test stands, and share what tests/support holds."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOMS = TESTS.parent
+OTHERS = {"attacks", "deployment", "docs", "support"}  # what no single room is answerable for, and what tests share
+FILES = sorted(TESTS.rglob("*.py"))
+
+
+def _imported(file: Path) -> Iterator[str]:
+    """The modules that a file imports, at its top or in a function."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_folder_is_a_room() -> None:
+    folders = {file.parent.relative_to(TESTS) for file in FILES} - {Path()}
+    assert len(folders) > 20
+    missing = [str(f) for f in folders if str(f) not in OTHERS and not (ROOMS / f / "__init__.py").is_file()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("room", [path.parent.name for path in ROOMS.glob("*/__init__.py")])
+def test_every_room_has_tests(room: str) -> None:
+    assert list((TESTS / room).rglob("test_*.py")) != []
+
+
+def test_support_holds_no_tests_and_no_other_folder_anything_else() -> None:
+    for file in FILES:
+        is_test = file.name.startswith("test_") or file.name == "conftest.py"
+        assert is_test == (file.parent.name != "support"), file
+
+
+def test_no_test_imports_another() -> None:
+    for file in FILES:
+        for module in _imported(file):
+            inner = module.split(".")[1:] if module.split(".")[0] == "tests" else []
+            assert not [part for part in inner if part.startswith("test_") or part == "conftest"], f"{file} imports {module}"
+
+
+def test_nothing_imports_from_benchmarks() -> None:
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        assert file == Path(__file__) or '"benchmarks"' not in text, file
+        assert not [module for module in _imported(file) if module.split(".")[0] == "benchmarks"], file
