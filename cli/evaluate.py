@@ -58,7 +58,7 @@ def records_config(
         return DataConfig.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise DataError(f"the records cannot be read so: {reason}") from None
+        raise DataError(f"the records cannot be read so: {reason}", code="data.invalid_description") from None
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -171,26 +172,23 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure; anywhere on the line.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback and the code of a failure; anywhere on the line.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Organizations that cannot pool their data fine-tune one model together, with record-level differential privacy."""
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script: parse, call, and turn a failure into one sentence and an exit code."""
     clean_output()
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
-    for key, value in (
-        ("FLWR_TELEMETRY_ENABLED", "0"),
-        ("HF_HUB_DISABLE_TELEMETRY", "1"),
-        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
-    ):
-        os.environ.setdefault(key, value)
+    _leave_telemetry_off()
     if not debug:
-        logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can mend is said once, below
+        logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can mend is reported once, below
     try:
         code = build_command()(standalone_mode=False)  # typer would end an interrupt without a word, and draw boxes
         if code == 130:
@@ -202,34 +200,45 @@ def run() -> None:
     except click.NoSuchOption as error:
         from cotune.cli.plan_options import meant_option  # loads the tables of plans and policies
 
-        print(f"cotune: {meant_option(error, sys.argv)}; see --help", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(f"{meant_option(error, sys.argv)}; see --help", "usage.invalid", error.exit_code)
     except click.ClickException as error:
-        print(f"cotune: {printable(error.format_message().removesuffix('.'))}; see --help", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(f"{error.format_message().removesuffix('.')}; see --help", "usage.invalid", error.exit_code)
     except CotuneError as error:
         if debug:
+            error.add_note(f"error code: {error.code}")
             raise
-        print(f"cotune: {printable(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.code, error.exit_code)
     except typer.Abort:
-        print("cotune: stopped, as the question was not answered; --yes answers it beforehand", file=sys.stderr)
-        sys.exit(1)
+        _fail("stopped, as the question was not answered; --yes answers it beforehand", "usage.not_confirmed", 1)
     except KeyboardInterrupt:
-        print(f"cotune: stopped{_kept()}", file=sys.stderr)
+        print(f"cotune: stopped{_describe_kept_work()}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        print(
-            f"cotune: something unforeseen failed ({type(error).__name__}: {printable(str(error))}); --debug shows where",
-            file=sys.stderr,
-        )
-        sys.exit(70)
+        about = f"{type(error).__name__}: {error}"
+        _fail(f"unexpected error ({about}); run it again with --debug for a traceback", "internal.unexpected", 70)
 
 
-def _kept() -> str:
-    """What an interrupted command leaves, and how it is continued."""
+def _leave_telemetry_off() -> None:
+    for key, value in (
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+    ):
+        os.environ.setdefault(key, value)
+
+
+def _fail(message: str, code: str, exit_code: int) -> NoReturn:
+    """Print one sentence on standard error and, with --json, the error as JSON on standard output; exit."""
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"code": code, "message": message}}, ensure_ascii=False))
+    print(f"cotune: {printable(message)}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _describe_kept_work() -> str:
+    """Return what an interrupted command leaves, and how it is continued."""
     match [word for word in sys.argv[1:] if not word.startswith("-")]:
         case ["simulate", *_]:
             return "; finished rounds are kept: `cotune simulate --resume` with the run's folder goes on after them"

@@ -79,7 +79,7 @@ def keys(
     word = (find or "").casefold()
     found = [key for key in keys_of(Plan) if word in f"{key.name} {key.meaning}".casefold()]
     if not found:
-        raise PlanError(f'no key has "{find}" in its name or meaning: `cotune plan keys` lists all')
+        raise PlanError(f'no key has "{find}" in its name or meaning: `cotune plan keys` lists all', code="plan.unknown_key")
     if as_json:
         print_json([asdict(key) for key in found])
     else:

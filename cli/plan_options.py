@@ -177,7 +177,7 @@ def own_options() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("--set data.", "--")) from None
+        raise DataError(str(error).replace("--set data.", "--"), code=error.code) from None
 
 
 def _document(error: click.NoSuchOption) -> tuple[str, type[BaseModel]] | None:

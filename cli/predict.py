@@ -116,7 +116,9 @@ def _write(file: Path, found: Sequence[dict[str, Any]]) -> None:
     try:
         atomic_write(file, content.encode("utf-8", "replace"))
     except OSError as error:
-        raise DataError(f"{file} cannot be written ({error.strerror}): choose another file with --out") from None
+        raise DataError(
+            f"{file} cannot be written ({error.strerror}): choose another file with --out", code="data.unwritable_output"
+        ) from None
 
 
 def _csv(found: Sequence[dict[str, Any]]) -> str:

@@ -27,9 +27,11 @@ def verify(
     try:
         content = parse_json(export.expanduser().read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{export} cannot be read ({error}): expected an exported ledger") from None
+        raise DataError(
+            f"{export} cannot be read ({error}): expected an exported ledger", code="data.unreadable_export"
+        ) from None
     if not isinstance(content, dict):
-        raise DataError(f"{export} holds no table: expected an exported ledger")
+        raise DataError(f"{export} holds no table: expected an exported ledger", code="data.malformed_export")
     found = verification.verify(content)
     if as_json:
         print_json(found)

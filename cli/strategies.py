@@ -214,10 +214,12 @@ def new(
     file = out or Path(f"{name}.py")
     test = file.with_name(f"test_{file.stem}.py")
     if not name.isidentifier() or not file.stem.isidentifier() or file.suffix != ".py":
-        raise PlanError(f'expected a Python name and a file such as my_rules.py, got "{name}" and {file}')
+        raise PlanError(
+            f'expected a Python name and a file such as my_rules.py, got "{name}" and {file}', code="plan.invalid_rule_name"
+        )
     taken = [path for path in (file, test) if path.exists()]
     if taken:
-        raise PlanError(f"{taken[0]} exists already: expected another --out, as nothing is overwritten")
+        raise PlanError(f"{taken[0]} exists already: expected another --out, as nothing is overwritten", code="plan.file_exists")
     words = {"name": name, "file": file.name, "module": file.stem, "test": test.name}
     file.write_text(render_text(f"rules/{kind}.py.j2", **words), encoding="utf-8")
     test.write_text(render_text("rules/test.py.j2", **words), encoding="utf-8")
@@ -244,7 +246,7 @@ def check(
     try:
         findings = check_part(info, parameters)
     except ValueError as error:
-        raise PlanError(str(error)) from None
+        raise PlanError(str(error), code="plan.invalid_part") from None
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -256,7 +258,10 @@ def check(
 def _check_own_name(name: str) -> None:
     """Raises PlanError for the name of a rule without that of its file."""
     if found := own_name(name, Path()):
-        raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
+        raise PlanError(
+            f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"',
+            code="plan.unknown_part",
+        )
 
 
 def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
@@ -268,12 +273,15 @@ def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
     if plugins.is_code(name):
         return plugins.load_code("fusion", name, "")
     if name.endswith(".py"):
-        raise PlanError(f"{name} is a file: expected the name of the rule in it, too, such as {name}:{Path(name).stem}")
+        raise PlanError(
+            f"{name} is a file: expected the name of the rule in it, too, such as {name}:{Path(name).stem}",
+            code="plan.incomplete_rule_name",
+        )
     of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.known(k)]
     try:
         return plugins.part_named(of_name[0] if of_name else kind or "fusion", name)
     except ValueError as error:
-        raise PlanError(str(error)) from None
+        raise PlanError(str(error), code="plan.unknown_part") from None
 
 
 def _show_findings(console: Console, info: ComponentInfo, findings: list[Finding]) -> None:

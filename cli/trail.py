@@ -37,7 +37,8 @@ def verify_run(run: Path, site_log: Path) -> None:
     if len(names) != 1:
         raise RunError(
             f"{site_log} holds requests of this run to {', '.join(names) or 'nobody'}: expected the log of one organization that"
-            " took part in it"
+            " took part in it",
+            code="run.foreign_log",
         )
     node = nodes.get(names[0], ())
     coordinator = read_coordinator_end(read_trail(folder.path), names[0], server, node)

@@ -74,7 +74,10 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
 
     path = Path(source).expanduser()
     if path.suffix == ".toml" and not path.exists():
-        raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
+        raise PlanError(
+            f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan",
+            code="plan.missing_file",
+        )
     document = path / "plan.toml" if (path / "plan.toml").exists() else path
     try:
         is_invitation = {"protocol", "server"} <= parse_toml(document.read_text(encoding="utf-8-sig")).keys()

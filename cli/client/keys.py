@@ -38,6 +38,7 @@ def trust_renewal(site: Path, renewal: Path) -> None:
     if not learned and newest not in [each.about.new for each in renewals]:
         raise RunError(
             f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected all statements of its"
-            " server, or the federation.toml again"
+            " server, or the federation.toml again",
+            code="run.untrusted_renewal",
         )
     typer.echo(f"{len(learned)} statements were new; the server's newest key is {newest}")

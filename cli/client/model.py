@@ -77,7 +77,10 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     try:
         document = DatasetManifest.model_validate_json((site.folder / "data.json").read_bytes())
     except (OSError, ValueError):
-        raise DataError(f"{site.folder} does not say how its records are read: name them with `cotune client check`") from None
+        raise DataError(
+            f"{site.folder} does not say how its records are read: name them with `cotune client check`",
+            code="data.not_described",
+        ) from None
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
     records = read_records(document.data.model_copy(update={"source": source}), None, document.task)
     return Dataset(((records, np.arange(len(records))),), labels, document.task, lenient=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import value_of
 from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
 from cotune.storage.files import atomic_write
+from cotune.storage.toml_edit import edit_toml
 
 
 def policy(
@@ -31,19 +33,37 @@ def policy(
         typer.echo(dump_policy(before), nl=False)
         return
     if opened is None:
-        raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
+        raise PlanError(
+            "--set changes the policy of a site, and none was given: expected its folder before it", code="plan.missing_site"
+        )
     after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
-    atomic_write(opened.folder / "policy.toml", dump_policy(after).encode())
+    _write_policy(opened.folder / "policy.toml", after, settings)
     for rule in settings:
         table, _, key = rule.partition(".")
         old, new = (getattr(getattr(one, table), key) for one in (before, after))
         typer.echo(f"{rule}: {_shown(old)} → {_shown(new)}")
 
 
+def _write_policy(file: Path, policy: Policy, rules: Iterable[str]) -> None:
+    """Write the new values of some rules; comments, order and formatting of the file stay."""
+    if not file.exists():
+        atomic_write(file, dump_policy(policy).encode())
+        return
+    values = policy.model_dump(mode="json")
+    changes: dict[str, dict[str, Any]] = {}
+    for name in rules:
+        table, _, rule = name.partition(".")
+        changes.setdefault(table, {})[rule] = values[table][rule]
+    atomic_write(file, edit_toml(file.read_bytes().decode("utf-8-sig"), changes).encode())
+
+
 def _setting(text: str) -> tuple[str, str]:
     rule, equals, value = text.partition("=")
     if not equals:
-        raise PlanError(f'the setting "{text}" is not understood: expected rule=value, such as training.max_rounds=50')
+        raise PlanError(
+            f'the setting "{text}" is not understood: expected rule=value, such as training.max_rounds=50',
+            code="plan.malformed_override",
+        )
     return rule.strip(), value
 
 

@@ -42,7 +42,7 @@ def init(
 ) -> None:
     """Create a federation: certificates, a fully resolved plan, and the files to hand to organizations."""
     if port == superlink_port:
-        raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports")
+        raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports", code="plan.same_ports")
     read_document(plan, override or [])
     check_source(None if test is None else str(test))
     check_new(folder)
@@ -111,7 +111,8 @@ def renew_keys(
     if without and not anyway:
         raise RunError(
             f"{', '.join(without)[:500]} have not answered since the new keys were announced: wait for their next round, or give"
-            f" them {opened.path / rotation.SERVER_RENEWALS} (`cotune client trust`) and add --anyway"
+            f" them {opened.path / rotation.SERVER_RENEWALS} (`cotune client trust`) and add --anyway",
+            code="run.keys_not_known",
         )
     rotation.activate_keys(opened)
     typer.echo("the new keys are in use; stop `cotune server start` and start it again, within 30 days, to show the certificate")

@@ -37,7 +37,10 @@ def _range(text: str | None) -> tuple[int, int] | None:
         return None
     low, _, high = text.partition(":")
     if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise PlanError(f'--examples "{text}" is not understood: expected two numbers from 1 on, such as 500:20000')
+        raise PlanError(
+            f'--examples "{text}" is not understood: expected two numbers from 1 on, such as 500:20000',
+            code="plan.malformed_range",
+        )
     return int(low), int(high)
 
 
