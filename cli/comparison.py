@@ -114,6 +114,8 @@ def show(console: Console, found: Comparison) -> None:
             console.print(f"[bold]{escape(said)}[/bold]")
     for cell in found.failed:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
+    for note in found.notes:
+        console.print(escape(note))
     if few := few_seeds(found):
         console.print(few)
     console.print(
@@ -208,6 +210,8 @@ class _Lines:
         elif event == "comparison_started":
             self.cells = fields["cells"]
             self.done = fields["finished"]
+            for note in fields["notes"]:
+                self.print(note)
             self.print(f"{self.cells} runs, {self.done} of them finished before, in {fields['folder']}")
         elif event == "cell_finished":
             self.done += 1

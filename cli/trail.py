@@ -9,12 +9,12 @@ from rich.markup import escape
 
 from cotune.cli.screen import screen
 from cotune.client.audit_log import AuditLog
-from cotune.client.node.keys import public_keys
+from cotune.client.node.keys import read_public_keys
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.errors import RunError
 from cotune.protocol.trail import TrailComparison, TrailEnd, compare_ends, read_coordinator_end, read_organization_end
-from cotune.server.deployment.trail import keys_of, read_trail
+from cotune.server.deployment.trail import read_trail, read_verification_keys
 from cotune.server.runs.run_folder import RunFolder
 
 
@@ -31,7 +31,7 @@ def verify_run(run: Path, site_log: Path) -> None:
     """
     folder = RunFolder(run.expanduser().resolve())
     entries = AuditLog.at(site_log.expanduser()).entries()
-    server, nodes = keys_of(folder)
+    server, nodes = read_verification_keys(folder)
     unsure = read_organization_end(entries, server, [key for keys in nodes.values() for key in keys]).for_run(folder.file.id)
     names = sorted(unsure.recipients())
     if len(names) != 1:
@@ -48,7 +48,7 @@ def verify_run(run: Path, site_log: Path) -> None:
 def verify_sent(site: Site, trail: Path | None) -> None:
     """Check the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
     server = [each.signing_key for each in Trust.read(site.folder).generations]
-    node = public_keys(site.folder)
+    node = read_public_keys(site.folder)
     own = read_organization_end(AuditLog(site.folder).entries(), server, node)
     if trail is None:
         _show(site.organization, compare_ends(own, own))

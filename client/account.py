@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cotune.client.budget import Budget, Total, budget_of, noise_multiplier, total_delta
-from cotune.client.policy_check import unsaid_number
+from cotune.client.budget import Budget, Total, get_budget, noise_multiplier, total_delta
+from cotune.client.policy_check import missing_number_message
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset
 from cotune.data.units import RECORD
@@ -107,14 +107,14 @@ class Account:
 
     def _undeclared(self) -> int:
         if self.draws:
-            raise Declined("tell.declared_examples", unsaid_number())
+            raise Declined("tell.declared_examples", missing_number_message())
         return max(1, two_digits(self.true_examples))
 
     @cached_property
     def budget(self) -> Budget | None:
         """None without record-level privacy, where training is not charged. Raises PrivacyError for a δ that says nothing."""
         privacy = self.plan.privacy
-        return budget_of(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
+        return get_budget(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
 
     @cached_property
     def generator(self) -> np.random.Generator:
@@ -152,7 +152,7 @@ class Account:
             PrivacyError: For a round up to the last one that was answered.
         """
         last = self.ledger.last_answered(self.plan.plan_id)
-        kept = self.site.kept_round(self.plan.plan_id) or 0
+        kept = self.site.last_finished_round(self.plan.plan_id) or 0
         if kept > last:  # a process was killed right after it had kept the update
             self.answered(kept)
             last = kept
@@ -160,7 +160,8 @@ class Account:
             raise PrivacyError(
                 f"round {round} of {self.plan.name} is asked for after round {last} was answered, in another request: expected a"
                 " later round, as each is answered once; let the server go on where it was, or begin a run of another plan (a"
-                " new seed makes one)"
+                " new seed makes one)",
+                code="privacy.answered_round",
             )
 
     def answered(self, round: int) -> None:
@@ -192,16 +193,18 @@ class Account:
         """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
         return self._reserve(round, steps, purpose, self._limits())
 
-    def once(self, what: str, values: Sequence[float]) -> list[float]:
-        """Sums with noise, drawn once per run: charged, then drawn, then remembered, and only then told.
+    def once(self, what: str, compute: Callable[[], Sequence[float]]) -> list[float]:
+        """Return sums with noise, drawn once per run: charged, then computed and drawn, then remembered, and only then told.
 
-        values: one unit of privacy changes them by one at most, in L2.
+        Args:
+            what: What the sums are, such as "label histogram".
+            compute: Computes them. One unit of privacy changes them by one at most, in L2.
         """
         known = self._told(what)
         if known is not None:
             return known
         steps = Steps(self.policy.tell.noise_multiplier, 1.0, 1)
-        return self._drawn(what, steps, self._limits(), lambda: self.noised(values, 1.0))
+        return self._drawn(what, steps, self._limits(), lambda: self.noised(compute(), 1.0))
 
     def _drawn(self, what: str, steps: Steps, limits: Sequence[Limit], draw: Callable[[], list[float]]) -> list[float]:
         charge = self._reserve(self.round, steps, what, limits)
@@ -220,7 +223,7 @@ class Account:
         total = torch.tensor(list(values), dtype=torch.float64)
         return list(add_gaussian_noise(total, enlarged, self.policy.tell.noise_multiplier, self.generator).tolist())
 
-    def leave_unprotected(self, round: int, what: str) -> None:
+    def record_unprotected(self, round: int, what: str) -> None:
         """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
         plan = self.plan
         self.ledger.unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
@@ -230,7 +233,7 @@ class Account:
         assert self.budget is not None, "without privacy nothing is spent"
         return epsilon(self.ledger.spent(self.plan.plan_id, self.collection), self.budget.delta)
 
-    def stated_epsilon(self) -> float:
+    def reported_epsilon(self) -> float:
         """For the server: rounded up to two digits. It follows from N and from charges whose σ every update shows anyway.
 
         An answer that is asked for again states what it stated: not what attempts at later rounds were charged since.

@@ -22,21 +22,21 @@ from flwr.clientapp import ClientApp
 from safetensors import SafetensorError
 
 from cotune.client.audit_log import AuditLog, record_sizes
-from cotune.client.egress_guard import GENERIC_REFUSAL, Blocked, check_reason, check_receipt, check_update, refusal
-from cotune.client.node.received import Consent, check_received, expected_shapes, plan_of
+from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update, refusal
+from cotune.client.node.received import Consent, check_received, expected_shapes, read_plan
 from cotune.client.node.requests import (
-    Requested,
+    SignedRequest,
     check_arrays,
     check_limits,
     check_request,
     countersign,
     countersign_refusal,
-    verified,
+    verify_request,
 )
 from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
-from cotune.client.site_setup import model_here
-from cotune.client.training.extensions import Personal
+from cotune.client.site_setup import load_site_model
+from cotune.client.training.extensions import PersonalParameters
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, Declined, RunError
 from cotune.models.export import export_model
@@ -74,19 +74,19 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
         raise RunError(f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds")
-    folder = site.folder / "models" / f"{plan.name}-{plan.plan_id[:12]}"
+    folder = site.models / f"{plan.name}-{plan.plan_id[:12]}"
     about = {
         "plan_id": plan.plan_id,
         "received": received_digest(request.state, request.sent),
         "plan": json.loads(plan.canonical()),
     }
     if _read(folder / ABOUT) != about:
-        model = model_here(plan, site)
+        model = load_site_model(plan, site)
         state = dict(request.state)
         if broken := not_finite(state):
             raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
         model.load(state)
-        Personal(plan, site, model, request.round, request.admitted).joined(state)
+        PersonalParameters(plan, site, model, request.round, request.admitted).joined(state)
         card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
         _write(model, folder, card, about)
     return folder
@@ -149,11 +149,11 @@ class _Asked:
     plan: Plan | None = None
     site: Site | None = None
     log: AuditLog | None = None
-    signed: Requested | None = None  # by a real server; a simulated organization is asked without
+    signed: SignedRequest | None = None  # by a real server; a simulated organization is asked without
 
 
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
-_Work = Callable[[Request, Plan, Site, Requested | None], _Answer]
+_Work = Callable[[Request, Plan, Site, SignedRequest | None], _Answer]
 
 
 def _answered(message: Message, context: Context, kind: str, work: _Work) -> Message:
@@ -163,10 +163,10 @@ def _answered(message: Message, context: Context, kind: str, work: _Work) -> Mes
         asked.log = _log_of(context)
         received = message.content
         if asked.log is not None:
-            received, asked.signed = verified(received, asked.log.file.parent)
+            received, asked.signed = verify_request(received, asked.log.file.parent)
         asked.request = decode_header(received)
         asked.site = _site(asked.request, context)
-        asked.plan = plan_of(asked.request)
+        asked.plan = read_plan(asked.request)
         _check_signed(asked, kind)
         expected = expected_shapes(asked.plan, asked.site, asked.request.round, _CONSENT[kind])
         asked.request = decode_request(received)
@@ -228,7 +228,7 @@ def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, A
     return {"sha256": digest, **countersign(content, what, digest, asked.signed, asked.site.folder)}
 
 
-def _update(request: Request, plan: Plan, site: Site, signed: Requested | None) -> _Answer:
+def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | None) -> _Answer:
     trained = train_round(
         plan,
         site,
@@ -247,7 +247,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: Requested | None) 
     return "update", content, about
 
 
-def _receipt(request: Request, plan: Plan, site: Site, signed: Requested | None) -> _Answer:
+def _receipt(request: Request, plan: Plan, site: Site, signed: SignedRequest | None) -> _Answer:
     folder = store_final_model(request, plan, site)
     content = encode_receipt(Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent)))
     check_receipt(content, request, plan, site)
@@ -282,7 +282,7 @@ def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> 
     said = _sayable(error)
     try:
         sent, signed = _signed_refusal(said, asked)
-        _enter(asked, "blocked" if isinstance(error, Blocked) else "refusal", said=said, reason=detail, **signed)
+        _enter(asked, "blocked" if isinstance(error, EgressBlocked) else "refusal", said=said, reason=detail, **signed)
     except Exception as problem:  # a plan may hold what cannot be written; raised, it would go to the server
         _log.error("the log of what was sent lacks a refusal: %s", problem)
         sent = GENERIC_REFUSAL
@@ -304,7 +304,7 @@ def _sayable(error: Exception) -> str:
     said = error.public if isinstance(error, Declined) else GENERIC_REFUSAL
     try:
         check_reason(said)
-    except Blocked:
+    except EgressBlocked:
         return GENERIC_REFUSAL
     return said
 

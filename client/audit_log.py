@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
+from cotune.client.site_folder import SitePaths
 from cotune.protocol.messages import payload_bytes
 from cotune.storage.append_only_log import LineLog
 
@@ -24,7 +25,7 @@ class AuditLog(LineLog):
     """The log of a site; see `LineLog`."""
 
     def __init__(self, site: Path) -> None:
-        super().__init__(site / "audit.jsonl", "nothing is sent that is not entered there")
+        super().__init__(SitePaths(site).audit_log, "nothing is sent that is not entered there")
 
     @classmethod
     def at(cls, file: Path) -> AuditLog:

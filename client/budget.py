@@ -85,7 +85,7 @@ class Budget:
         ]
 
 
-def budget_of(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
+def get_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
     """The plan's ε or the organization's own, whichever is smaller. Raises PrivacyError for a δ that says nothing."""
     rules = policy.budget
     return Budget(
@@ -111,7 +111,8 @@ def check_examples(examples: int, local: LocalTraining, organization: str) -> No
     if examples < needed:
         raise DataError(
             f"{organization} has {examples} examples, fewer than a batch needs ({needed:g} with local.batch_size ="
-            f" {local.batch_size:g}): use fewer organizations, or another batch size"
+            f" {local.batch_size:g}): use fewer organizations, or another batch size",
+            code="data.too_few_records",
         )
 
 
@@ -127,7 +128,7 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
     return planned
 
 
-def planned_telling(plan: Plan, policy: Policy, first_round: int = 1, *, counted: bool = False) -> list[Steps]:
+def planned_disclosures(plan: Plan, policy: Policy, first_round: int = 1, *, counted: bool = False) -> list[Steps]:
     """What is to be told with noise from a round on: each a Gaussian mechanism on one or two sums, charged like
     training, and the number of records by a geometric one.
 
@@ -146,7 +147,7 @@ def planned_telling(plan: Plan, policy: Policy, first_round: int = 1, *, counted
 
 def planned_charges(plan: Plan, policy: Policy, sigma: float, examples: int) -> list[Steps]:
     """All that a run is to be charged: what it tells with noise, and every step at σ. examples: the public number."""
-    return [*planned_telling(plan, policy), *(Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples))]
+    return [*planned_disclosures(plan, policy), *(Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples))]
 
 
 def noise_multiplier(
@@ -169,10 +170,10 @@ def noise_multiplier(
     small that the update would be mere noise.
     """
     sigma = calibrate(
-        planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_telling(plan, policy)
+        planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_disclosures(plan, policy)
     )
     remaining = planned_steps(plan, examples, round)
-    telling = planned_telling(plan, policy, round, counted=counted)
+    telling = planned_disclosures(plan, policy, round, counted=counted)
     total = Total(plan.plan_id, budget.total_epsilon, budget.total_delta, histories)
 
     def to_come(noise: float) -> list[Steps]:

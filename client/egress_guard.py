@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
 from cotune.client.account import Account
 from cotune.client.site import Site
-from cotune.client.site_setup import model_here
+from cotune.client.site_setup import load_site_model
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import shared_names, statistic_shapes
@@ -55,7 +55,7 @@ _OF_RECORDS = {  # rules that the number of records decides: plan after plan, th
 _DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow this plan")
 
 
-class Blocked(RunError):
+class EgressBlocked(RunError):
     """Something was about to leave that was not agreed on."""
 
     def __init__(self, problem: str) -> None:
@@ -71,8 +71,8 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
     policy = site.policy()
     holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, round=request.round)
-    for problem in _problems(content, update, request, account, model_here(plan, site)):
-        raise Blocked(problem)
+    for problem in _problems(content, update, request, account, load_site_model(plan, site)):
+        raise EgressBlocked(problem)
     return update, account
 
 
@@ -82,7 +82,7 @@ def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site)
     with _own_message():
         found = decode_receipt(content)
     if found != expected or not _same(content, encode_receipt(expected, get_salt(content))):
-        raise Blocked("the receipt is not that of this request alone")
+        raise EgressBlocked("the receipt is not that of this request alone")
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _own_message() -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        raise Blocked(str(error)) from None
+        raise EgressBlocked(str(error)) from None
 
 
 def check_reason(reason: str) -> None:
@@ -100,7 +100,7 @@ def check_reason(reason: str) -> None:
     rules = Policy().model_dump()
     known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
     if reason != GENERIC_REFUSAL and not known:
-        raise Blocked("a refusal has other words than the few that may be told")
+        raise EgressBlocked("a refusal has other words than the few that may be told")
 
 
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     if update.steps != plan.stage_of(round).local.steps_of(count):
         yield f"the update states {update.steps} steps, expected {plan.stage_of(round).local.steps_of(count)} as in the plan"
     private = isinstance(plan.privacy, RecordPrivacy)
-    if update.epsilon != (account.stated_epsilon() if private else None):
+    if update.epsilon != (account.reported_epsilon() if private else None):
         yield f"the update states ε = {update.epsilon}, which is not what the ledger says"
     if update.noise_variance is not None:
         allowed = private and plan.strategy.compares_noise and policy.tell.noise_level

@@ -23,7 +23,7 @@ from cotune.privacy.policy import BudgetRules
 from cotune.storage.append_only_log import Entry
 
 
-def overview(site: Site) -> dict[str, Any]:
+def summarize_ledger(site: Site) -> dict[str, Any]:
     """The ledger as plain values, one table for each collection ("" where there is none).
 
     ε is composed anew from the charges that count there, at the smallest δ that was in force. composition says how: "pld" for one
@@ -35,7 +35,7 @@ def overview(site: Site) -> dict[str, Any]:
     return _books(site, events=False)[0]
 
 
-def export(site: Site) -> dict[str, Any]:
+def export_ledger(site: Site) -> dict[str, Any]:
     """The overview with every event that counts in each collection, and the log itself: all that an auditor needs.
 
     ε follows from the events with dp-accounting alone, and the hashes of the log from SHA-256 alone (see docs/ledger.md).

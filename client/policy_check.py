@@ -29,12 +29,12 @@ from cotune.storage.files import atomic_write, exclusive_lock
 
 
 @dataclass(frozen=True)
-class Broken:
+class Violation:
     """A rule that a plan breaks. allowing: a value of it that would allow the plan; None: none would that is worth having."""
 
     rule: str
     problem: str
-    allowing: Any = None
+    suggested_value: Any = None
 
 
 def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> None:
@@ -42,7 +42,7 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
 
     examples: records that the organization holds. hours: of training that the plan has taken so far.
     """
-    for broken in broken_rules(plan, policy, examples, hours):
+    for broken in find_violations(plan, policy, examples, hours):
         raise Declined(broken.rule, broken.problem)
 
 
@@ -66,24 +66,24 @@ def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[in
 
     declarable: between which numbers it has to be, as the coordinator has signed; None: whatever the plan takes.
     """
-    for broken in outside(plan, policy, examples, declarable):
+    for broken in find_number_violations(plan, policy, examples, declarable):
         raise Declined(broken.rule, broken.problem)
 
 
-def outside(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Broken]:
+def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Violation]:
     """The rule by which the public number is, where that is not one that the coordinator takes."""
     least, most = declarable or (1, plan.server.max_examples)
     most = min(most, plan.server.max_examples)
     if not least <= examples <= most:
         which = "tell.declared_examples" if policy.tell.example_count == "declared" else "it"
-        yield Broken(
+        yield Violation(
             "tell.example_count",
             f"{which} makes the number of records {examples}, and the coordinator takes {least} to {most} from this organization;"
             f" change {which}, or ask for another invitation (--examples)",
         )
 
 
-def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Broken]:
+def find_violations(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Violation]:
     """All of them. What depends on the number of records comes last: an earlier answer says nothing about it."""
     yield from _of_plan(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
@@ -91,7 +91,7 @@ def broken_rules(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) 
     yield from _too_few(plan, policy, examples)
 
 
-def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
+def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
     yield from _not_allowed(plan, policy)
     yield from _too_wide(plan, policy)
     yield from _too_long(plan, policy, hours)
@@ -99,35 +99,37 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
         yield from _over_budget(plan.privacy, policy)
         if plan.strategy.compares_noise and not policy.tell.noise_level:
             name = plan.strategy.weighting.name
-            yield Broken(
+            yield Violation(
                 "tell.noise_level",
                 f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
                 True,
             )
     elif policy.training.record_privacy:
-        yield Broken("training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False)
+        yield Violation(
+            "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False
+        )
     yield from _telling(plan, policy)
     yield from _undeclared(policy)
 
 
-def _telling(plan: Plan, policy: Policy) -> Iterator[Broken]:
+def _telling(plan: Plan, policy: Policy) -> Iterator[Violation]:
     statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
     if statistics and not policy.tell.statistics:
-        yield Broken(
+        yield Violation(
             "tell.statistics",
             f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them",
             True,
         )
     if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
         parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
-        yield Broken(
+        yield Violation(
             "tell.local_loss",
             f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
             "noised",
         )
 
 
-def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
+def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Violation]:
     rules = policy.training
     base = plan.model.base_hash
     asked: dict[str, list[str]] = {
@@ -144,7 +146,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Broken]:
         lacking = [] if "*" in allowed else [item for item in dict.fromkeys(wanted) if item not in allowed]
         for item in lacking:
             known = ", ".join(allowed) or "nothing so far"
-            yield Broken(
+            yield Violation(
                 f"training.{key}",
                 _promised(item, known)
                 if key == "units"
@@ -161,66 +163,66 @@ def _promised(unit: str, known: str) -> str:
     return f'{problem}; where each record is a person, add "record" to the rule, else ask for a plan with privacy.unit'
 
 
-def _too_wide(plan: Plan, policy: Policy) -> Iterator[Broken]:
+def _too_wide(plan: Plan, policy: Policy) -> Iterator[Violation]:
     own = policy.training.rank_for(plan.lora.rank)
     if plan.uses_lora and own < plan.lora.rank and not plan.mixed_ranks:
-        yield Broken(
+        yield Violation(
             "training.own_rank",
             f"the plan trains adapters of rank {plan.lora.rank} and takes no smaller ones, expected lora.smaller_ranks = true",
             plan.lora.rank,
         )
 
 
-def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Broken]:
+def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
     rules = policy.training
     rounds = plan.rounds
     if rounds > rules.max_rounds:
-        yield Broken("training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}", rounds)
+        yield Violation("training.max_rounds", f"the plan has {rounds} rounds, expected at most {rules.max_rounds}", rounds)
     if hours >= rules.max_hours:
         problem = f"the plan has trained for {hours:.1f} hours, expected at most {rules.max_hours:g}"
-        yield Broken("training.max_hours", problem, float(round(2 * hours)) or 1.0)
+        yield Violation("training.max_hours", problem, float(round(2 * hours)) or 1.0)
 
 
-def unsaid_number() -> str:
+def missing_number_message() -> str:
     """What is wrong with a policy that declares a number of records and does not say which."""
     return "the policy declares a number of records and gives none, expected tell.declared_examples near the true number"
 
 
-def _undeclared(policy: Policy) -> Iterator[Broken]:
+def _undeclared(policy: Policy) -> Iterator[Violation]:
     if policy.tell.example_count == "declared" and policy.tell.declared_examples is None:
-        yield Broken("tell.declared_examples", unsaid_number())
+        yield Violation("tell.declared_examples", missing_number_message())
 
 
-def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Broken]:
+def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Violation]:
     rules = policy.training
     if examples < rules.min_examples:
-        yield Broken(
+        yield Violation(
             "training.min_examples", f"the data set has {examples} records, expected at least {rules.min_examples}", examples
         )
     batches = [stage.local.sample_rate(examples) * examples for stage in plan.stages]
     for batch in batches:
         if batch < rules.min_batch:
             problem = f"a batch would have {batch:.0f} records, expected at least {rules.min_batch:g}"
-            yield Broken("training.min_batch", problem, math.floor(min(batches)))
+            yield Violation("training.min_batch", problem, math.floor(min(batches)))
 
 
-def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Broken]:
+def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Violation]:
     wanted = privacy.delta_for(examples)
     allowed = delta_of(policy.budget.delta_per_run, examples)
     if wanted > allowed:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
-        yield Broken("budget.delta_per_run", problem, privacy.delta)
+        yield Violation("budget.delta_per_run", problem, privacy.delta)
     most = policy.budget.largest_delta(examples)
     if wanted > most:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {most:.2g}: the promise may fail for a record in 1/δ"
-        yield Broken("budget.delta_times_records", problem, min(1.0, float(f"{wanted * examples:.2g}") * 1.1))
+        yield Violation("budget.delta_times_records", problem, min(1.0, float(f"{wanted * examples:.2g}") * 1.1))
 
 
-def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Broken]:
+def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Violation]:
     rules = policy.budget
     run = rules.epsilon_for(privacy.epsilon)
     if run > rules.epsilon_per_run:
-        yield Broken(
+        yield Violation(
             "budget.epsilon_per_run",
             f"the plan would spend ε = {run:g}, expected at most {rules.epsilon_per_run:g}; to join with more noise, set"
             " budget.own_epsilon to what you want to spend",
@@ -244,8 +246,8 @@ class Approvals:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self._plans = site.folder / "plans"
-        self._approved = site.folder / "approved.jsonl"
+        self._plans = site.plans
+        self._approved = site.approved_plans
 
     def check(self, plan: Plan, policy: Policy) -> None:
         """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.
@@ -260,7 +262,7 @@ class Approvals:
 
     def approve(self, plan: Plan, how: str) -> None:
         """Durable when this returns. how: the command that approves. An approved plan is not approved again."""
-        with exclusive_lock(self.site.folder / ".approved.lock"):
+        with exclusive_lock(self.site.approval_lock):
             if plan.plan_id in self.ids():
                 return
             atomic_write(self._file(plan.plan_id), plan.canonical().encode())

@@ -16,11 +16,11 @@ import torch
 from cotune.client.account import Account
 from cotune.client.audit_log import AuditLog
 from cotune.client.budget import check_examples
-from cotune.client.node.requests import last_range
-from cotune.client.policy_check import Broken, broken_rules, limit_gpu_memory, outside
+from cotune.client.node.requests import last_declarable_range
+from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.site import Site
-from cotune.client.site_setup import find_base_here, model_here
-from cotune.client.training.setup import Guard, check_gradients, optimizer_of, synthetic_setup
+from cotune.client.site_setup import find_site_base, load_site_model
+from cotune.client.training.setup import SanityChecks, build_optimizer, check_gradients, synthetic_setup
 from cotune.data.left_out import cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
@@ -50,7 +50,7 @@ class StageCheck:
 
 
 @dataclass(frozen=True)
-class Checked:
+class PreflightReport:
     """The verdict, for the organization's own eyes.
 
     declined: why not, the rule first; the figures are told as far as they are known even then. problems: what no rule says.
@@ -61,7 +61,7 @@ class Checked:
     examples: int
     device: str
     declined: str | None
-    broken: tuple[Broken, ...] = ()  # every rule that does not allow the plan
+    broken: tuple[Violation, ...] = ()  # every rule that does not allow the plan
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Checked:
     stages: tuple[StageCheck, ...] = ()
 
 
-def check(plan: Plan, site: Site) -> Checked:
+def run_preflight(plan: Plan, site: Site) -> PreflightReport:
     """Judges the plan and, with privacy, tries it. Raises DataError and ModelError where records or model cannot be read."""
     if not plan.labels:
         raise PlanError(
@@ -83,7 +83,7 @@ def check(plan: Plan, site: Site) -> Checked:
     policy = site.policy()
     holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
-    checked = Checked(
+    checked = PreflightReport(
         site.organization,
         len(holdings.units),
         site.file.device,
@@ -120,14 +120,14 @@ def _check_stages(account: Account) -> None:
         check_examples(account.public_examples, stage.local, account.site.organization)
 
 
-def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Broken, ...], list[str]]:
+def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Violation, ...], list[str]]:
     """The rules that do not allow the plan, and what makes it impossible to judge the others."""
     plan = account.plan
     policy = account.policy
     examples = account.public_examples
-    found = list[Broken](outside(plan, policy, examples, declarable))
+    found = list[Violation](find_number_violations(plan, policy, examples, declarable))
     problems = list[str]()
-    _kept(problems, lambda: found.extend(broken_rules(plan, policy, examples, account.hours())))  # as far as they can be
+    _kept(problems, lambda: found.extend(find_violations(plan, policy, examples, account.hours())))  # as far as they can be
     return tuple(found), problems
 
 
@@ -140,7 +140,7 @@ def _kept(problems: list[str], ask: Callable[[], T]) -> T | None:
         return None
 
 
-def _tried(checked: Checked, account: Account) -> Checked:
+def _tried(checked: PreflightReport, account: Account) -> PreflightReport:
     """With the times of each stage. For a declined plan no base model is fetched, and one that is not here is no error."""
     plan = account.plan
     site = account.site
@@ -149,8 +149,8 @@ def _tried(checked: Checked, account: Account) -> Checked:
         note = "time and memory are measured once the policy allows the base model: it is not fetched before"
         return replace(checked, warnings=(*checked.warnings, note))
     try:
-        find_base_here(plan, site.file)
-        model = model_here(plan, site)
+        find_site_base(plan, site.file)
+        model = load_site_model(plan, site)
     except ModelError as error:
         if not checked.declined:
             raise
@@ -172,7 +172,7 @@ def _is_here(plan: Plan, site: Site) -> bool:
 
 def _declarable(plan: Plan, site: Site) -> tuple[int, int] | None:
     """Which numbers of records the coordinator takes from here, where it has asked for a round already; None: unknown."""
-    return None if site.file.simulated else last_range(AuditLog(site.folder), plan.plan_id)
+    return None if site.file.simulated else last_declarable_range(AuditLog(site.folder), plan.plan_id)
 
 
 def _noise(account: Account) -> float | None:
@@ -218,13 +218,13 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     parameters = model.train_only(names)
     setting = synthetic_setup(plan, stage, model, max(1, round(batch)))
     error = check_gradients(setting, plan.privacy, stage.mode)
-    guard = Guard(model, model.state(names), noise=True)
+    guard = SanityChecks(model, model.state(names), noise=True)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     reports = private_steps(
         setting.module,
-        optimizer_of(stage.local, model, names, parameters),
+        build_optimizer(stage.local, model, names, parameters),
         setting.loss,
         units=setting.units,
         batches=setting.batches,

@@ -25,7 +25,7 @@ class Site(SiteFolder):
 
     def holdings(self, labels: tuple[str, ...]) -> Dataset:
         """The organization's own records."""
-        return DatasetManifest.read(self.folder / "data.json", labels, lenient=not self.file.simulated)
+        return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
 
     def counted(self, plan: Plan) -> Dataset:
         """Those that count under the plan's promise: of no other collection, and of a unit no more than it may have."""
@@ -34,22 +34,18 @@ class Site(SiteFolder):
             held = held.apart(self.ledger().elsewhere, plan.privacy)
         return held.bounded(plan.privacy, plan.seed)
 
-    @property
-    def ledger_file(self) -> Path:
-        return self.folder / "ledger.sqlite"
-
     def ledger(self) -> Ledger:
         return Ledger(self.ledger_file)
 
     def keep(self, update: Update, plan_id: str) -> None:
         """Puts a finished update into the outbox, durably, in place of the one before."""
         content = update_bytes(update, plan_id=plan_id)
-        remove_parts(self._outbox_file)
-        atomic_write(self._outbox_file, content)
+        remove_parts(self.outbox)
+        atomic_write(self.outbox, content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
         """Keeps a run's tensors after a round, durably. what: a folder of their own. since: the round that they go on from."""
-        folder = self._kept_folder(plan_id, what)
+        folder = self.kept_folder(plan_id, what)
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
 
@@ -57,7 +53,7 @@ class Site(SiteFolder):
         """What was kept after a round. What it does not go on from goes: a server that has lost its last checkpoint asks for the
         round before once more, but for no older one. Raises RunError when it is lost.
         """
-        folder = self._kept_folder(plan_id, what)
+        folder = self.kept_folder(plan_id, what)
         found, since = _load_kept(folder / _file_of(round))
         for older in folder.glob("round-*.safetensors"):
             if older.name < _file_of(since):
@@ -66,15 +62,12 @@ class Site(SiteFolder):
 
     def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
         """What was kept last, whether its round was admitted or not; empty where nothing was. Changes nothing."""
-        files = sorted(self._kept_folder(plan_id, what).glob("round-*.safetensors"))
+        files = sorted(self.kept_folder(plan_id, what).glob("round-*.safetensors"))
         return _load_kept(files[-1])[0] if files else {}
 
-    def _kept_folder(self, plan_id: str, what: str) -> Path:
-        return self.folder / "kept" / plan_id[:32] / what
-
-    def kept(self, plan_id: str, round: int, received: str) -> Update | None:
+    def finished_update(self, plan_id: str, round: int, received: str) -> Update | None:
         """The update that answers exactly this request, if it was finished before."""
-        file = self._outbox_file
+        file = self.outbox
         try:
             return read_update(file, plan_id=plan_id, round=round, received=received)
         except FileNotFoundError:
@@ -82,16 +75,12 @@ class Site(SiteFolder):
         except ValueError as error:
             raise _damaged(file, error) from None
 
-    def kept_round(self, plan_id: str) -> int | None:
+    def last_finished_round(self, plan_id: str) -> int | None:
         """The round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
         try:
-            return round_of(self._outbox_file, plan_id)
+            return round_of(self.outbox, plan_id)
         except ValueError as error:
-            raise _damaged(self._outbox_file, error) from None
-
-    @property
-    def _outbox_file(self) -> Path:
-        return self.folder / "outbox" / "update.safetensors"
+            raise _damaged(self.outbox, error) from None
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:

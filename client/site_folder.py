@@ -1,18 +1,6 @@
 """An organization's site: one folder with its description, its ledger, and the last update it sent.
 
-site.json         name, device, where its copy of the base model is, and whether it is a simulated one
-data.json         which records it holds (see data/dataset.py)
-policy.toml       what it allows; without one, the strict defaults
-node.key .pub     by which a server knows it
-plans/            the plans that came, and in approved.jsonl those that it has approved (policy_check.py)
-ledger.sqlite     the privacy it has spent
-ledger.key        the secret by which the ledger knows records
-audit.jsonl       what it has sent (audit_log.py)
-node/             what its node keeps while it works (node/node.py)
-outbox/           the last finished update, so that a crash after training costs nothing
-models/<plan>/    the finished model of a plan, as a Hugging Face folder
-kept/<plan>/      what is kept from round to round, by the round after which it was kept: tensors of a plan's client term, and in
-                  personal/ the parameters that are not shared
+The names of its files and folders are here and nowhere else.
 """
 
 from __future__ import annotations
@@ -26,6 +14,61 @@ from cotune.privacy.policy import Policy, read_policy
 from cotune.storage.documents import JsonDocument
 
 
+class NodePaths:
+    """What a site's node keeps while it works (see `client.node`): the folder node/ of a site."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = folder / "lock"  # held by the process that serves the site
+        self.id = folder / "id"  # the node's number at the server, while it is connected
+        self.request = folder / "request.pb"  # the request that is being answered
+        self.trust = folder / "trust.json"  # whom the site takes requests from
+        self.certificates = folder / "ca.crt"  # the authorities of its server, as it joined
+        self.next_key = folder / "next.key"  # the private key that is to follow
+        self.former_keys = folder / "former.pub"  # the public keys that were replaced, one a line
+
+    def create(self) -> None:
+        """Create the folder, for its owner alone, where it is missing."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def trust_lock(self) -> Path:
+        return self.folder / ".trust.lock"
+
+    @property
+    def keys_lock(self) -> Path:
+        return self.folder / ".keys.lock"
+
+
+class SitePaths:
+    """Where everything of a site is. Nothing is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.description = folder / "site.json"  # name, device, where its copy of the base model is
+        self.records = folder / "data.json"  # which records it holds (see data/dataset.py)
+        self.policy_file = folder / "policy.toml"  # what it allows; without one, the strict defaults
+        self.private_key = folder / "node.key"  # by which a server knows it
+        self.public_key = folder / "node.pub"
+        self.key_renewal = folder / "node-renewal.json"  # the statement by which a coordinator learns of a new key
+        self.plans = folder / "plans"  # the plans that came
+        self.approved_plans = folder / "approved.jsonl"  # those that it has approved
+        self.ledger_file = folder / "ledger.sqlite"  # the privacy it has spent; beside it the secret by which it knows records
+        self.audit_log = folder / "audit.jsonl"  # what it was asked for and has sent
+        self.outbox = folder / "outbox" / "update.safetensors"  # the last finished update: a crash after training costs nothing
+        self.models = folder / "models"  # finished models, a Hugging Face folder each
+        self.adapted_models = folder / "adapted"  # the same, adapted to its own records
+        self.node = NodePaths(folder / "node")
+
+    @property
+    def approval_lock(self) -> Path:
+        return self.folder / ".approved.lock"
+
+    def kept_folder(self, plan_id: str, what: str = "") -> Path:
+        """Return the folder of what is kept from round to round: "": of a client term; "personal": what is not shared."""
+        return self.folder / "kept" / plan_id[:32] / what
+
+
 class SiteFile(BaseModel):
     """site.json."""
 
@@ -36,13 +79,17 @@ class SiteFile(BaseModel):
     base: Path | None = None  # a folder with the base model, where a plan names one that is not to be found here
 
 
-class SiteFolder:
-    """The folder, opened, with its description and its policy. Raises DataError when it is not a site."""
+class SiteFolder(SitePaths):
+    """A site, opened: with its description and its policy.
+
+    Raises:
+        DataError: The folder is not a site (`data.not_a_site`).
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         try:
-            found = JsonDocument(folder / "site.json", SiteFile).read()
+            found = JsonDocument(self.description, SiteFile).read()
         except RunError:
             found = None
         if found is None:
@@ -54,11 +101,11 @@ class SiteFolder:
 
     @property
     def organization(self) -> str:
+        """Its name in the federation."""
         return self.file.organization
 
     def policy(self) -> Policy:
-        """policy.toml. Without one, a simulated organization allows everything, a real one nothing but the strict defaults."""
-        file = self.folder / "policy.toml"
-        if file.exists():
-            return read_policy(file)
+        """Read policy.toml. Without one, a simulated organization allows everything, a real one only the strict defaults."""
+        if self.policy_file.exists():
+            return read_policy(self.policy_file)
         return Policy.permissive() if self.file.simulated else Policy()

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_ssh_private_key
 
 from cotune.client.site import Site
-from cotune.client.site_folder import SiteFile
+from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.tasks.task import task_named
@@ -61,12 +61,12 @@ def read_certificates(file: Path | None) -> bytes | None:
     return content
 
 
-def model_here(plan: Plan, site: Site) -> TrainableModel:
+def load_site_model(plan: Plan, site: Site) -> TrainableModel:
     """The plan's model, as `plan.model.model_of` loads it, on the site's device."""
     return model_of(_with_own_base(plan, site.file), site.file.device)
 
 
-def find_base_here(plan: Plan, file: SiteFile) -> BaseModelFolder:
+def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
     """Raises ModelError, which says how another folder is named."""
     try:
         return find_base(_with_own_base(plan, file).model)
@@ -90,16 +90,17 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
     """
     check_name(name)
     pick_device(device)
-    if (folder / "site.json").exists() or (key is not None and (folder / "node.key").exists()):
+    paths = SitePaths(folder)
+    if paths.description.exists() or (key is not None and paths.private_key.exists()):
         raise RunError(f"{folder} is a site already: expected a new folder; its key and ledger are not written over")
     own = None if key is None else read_private_key(key)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        _write_keys(folder, name, own)
-        if not (folder / "policy.toml").exists():
-            atomic_write(folder / "policy.toml", dump_policy(Policy()).encode())
-        JsonDocument(folder / "site.json", SiteFile).write(SiteFile(organization=name, device=device))
+        _write_keys(paths, name, own)
+        if not paths.policy_file.exists():
+            atomic_write(paths.policy_file, dump_policy(Policy()).encode())
+        JsonDocument(paths.description, SiteFile).write(SiteFile(organization=name, device=device))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
@@ -108,22 +109,22 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
     return site
 
 
-def _write_keys(folder: Path, name: str, own: ec.EllipticCurvePrivateKey | None) -> None:
+def _write_keys(paths: SitePaths, name: str, own: ec.EllipticCurvePrivateKey | None) -> None:
     """The private key first: a public one without it would be of no use."""
-    file = folder / "node.key"
+    file = paths.private_key
     key = own or (read_private_key(file) if file.exists() else ec.generate_private_key(ec.SECP384R1()))
     atomic_write(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))  # with mode 0600
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-    atomic_write(folder / "node.pub", line + f" {name}\n".encode())
+    atomic_write(paths.public_key, line + f" {name}\n".encode())
 
 
-def fingerprint_of(site: Site) -> str:
+def get_key_fingerprint(site: Site) -> str:
     """SHA-256 (hex) over the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
-    public = read_private_key(site.folder / "node.key").public_key()
+    public = read_private_key(site.private_key).public_key()
     return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def name_records(
+def set_records(
     site: Site,
     plan: Plan,
     data: str | None,
@@ -147,7 +148,7 @@ def name_records(
     """
     if collection is not None:
         check_name(collection)
-    document = site.folder / "data.json"
+    document = site.records
     if data is None and collection is not None:
         raise DataError(f"--collection {collection} says where the records of --data count: expected both")
     if data is None and document.exists():
@@ -189,9 +190,9 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
     return count
 
 
-def name_base(site: Site, plan: Plan, folder: Path) -> Site:
+def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
     """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
-    find_base_here(plan, file)
-    JsonDocument(site.folder / "site.json", SiteFile).write(file)
+    find_site_base(plan, file)
+    JsonDocument(site.description, SiteFile).write(file)
     return Site(site.folder)

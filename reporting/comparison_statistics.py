@@ -129,6 +129,7 @@ class Comparison:
     rows: tuple[Combination, ...]
     epsilon_together: float | None = None  # of all runs, for any single record; None where no ε covers them all
     delta_together: float | None = None
+    notes: tuple[str, ...] = ()  # about the records, such as how many are left out and why
 
     @property
     def failed(self) -> tuple[Measured, ...]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cotune.client.app import app as client_app
-from cotune.client.personalization.adaptation import Adapted, adapt, own_records, units_of
+from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
 from cotune.client.training.extensions import PERSONAL
 from cotune.data.dataset import Dataset, DatasetManifest
@@ -40,9 +40,11 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import model_of
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
+from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Judge, evaluate, predict
+from cotune.server.rounds.evaluation import Evaluator, evaluate, predict
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
@@ -73,14 +75,14 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Judged]:
             _make(path, name, plan, shares, folder)
         baseline = RunFolder(path)
         if not baseline.finished:
-            folder.events.tell("baseline_started", baseline=name)
+            folder.events.write(BaselineStarted(baseline=name))
             try:
                 train(InProcessGrid(client_app), baseline)
             except RunError as error:  # a comparison that cannot be made must not cost the run itself
-                folder.events.tell("baseline_failed", baseline=name, reason=str(error))
+                folder.events.write(BaselineFailed(baseline=name, reason=str(error)))
                 continue
         results[name] = _judge(folder, baseline)
-        folder.events.tell("baseline_finished", baseline=name, metrics=results[name].metrics.as_dict())
+        folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
     return results
 
 
@@ -140,7 +142,7 @@ def _judge(folder: RunFolder, baseline: RunFolder) -> Judged:
     return Judged(score(test.truth, told, len(test.labels)), tuple(told))
 
 
-def each_judge(folder: RunFolder) -> Judge:
+def each_judge(folder: RunFolder) -> Evaluator:
     """The mean over all organizations that have trained, each with its own model."""
 
     def judge(state: State) -> Metrics | None:
@@ -191,7 +193,7 @@ class Personalized:
         alone: What its head without privacy and without the others tells.
     """
 
-    adapted: dict[str, Adapted] = field(default_factory=dict)
+    adapted: dict[str, Adaptation] = field(default_factory=dict)
     told: dict[str, Told] = field(default_factory=dict)
     alone: dict[str, Told] = field(default_factory=dict)
 
@@ -213,22 +215,22 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
         try:
             adapted = _adapt(model, prepared, share, served, shared)
         except CotuneError as error:  # a comparison that cannot be made must not cost the run itself
-            folder.events.tell("adaptation_failed", organization=share.name, reason=str(error))
+            folder.events.write(AdaptationFailed(organization=share.name, reason=str(error)))
             continue
         if plan.personalize.methods:
             found.adapted[share.name] = adapted
             found.told[share.name] = _told(model, adapted.head, test)
         if fits_alone(plan, model):
             found.alone[share.name] = _told(model, adapted.alone, test)
-        folder.events.tell("adapted", organization=share.name, method=adapted.described)
+        folder.events.write(ModelAdapted(organization=share.name, method=adapted.described))
     return found
 
 
-def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adapted:
+def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adaptation:
     plan = prepared.plan
     records = prepared.records[share.file]
     held = Dataset(((records, share.rows),), plan.labels, plan.task)
-    own = own_records(_features(model, plan, served, held), held.targets, units_of(held), len(plan.labels))
+    own = build_own_records(_features(model, plan, served, held), held.targets, get_unit_numbers(held), len(plan.labels))
     return adapt(model, own, shared, plan.personalize, plan.seed)
 
 

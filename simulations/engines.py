@@ -16,7 +16,7 @@ from cotune.client.app import app as client_app
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.app import app as server_app
-from cotune.server.rounds.evaluation import judged_by
+from cotune.server.rounds.evaluation import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import each_judge
 
@@ -34,7 +34,7 @@ def check_engine(engine: str) -> None:
 
 def play_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    with judged_by(each_judge(folder)):
+    with register_evaluator(each_judge(folder)):
         ENGINES[engine](folder)
 
 

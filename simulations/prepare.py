@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cotune.client.budget import budget_of, check_examples, noise_multiplier
-from cotune.client.site_folder import SiteFile
+from cotune.client.budget import check_examples, get_budget, noise_multiplier
+from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.client.training.setup import check_stages
 from cotune.data.dataset import write_holdings
 from cotune.data.left_out import ELSEWHERE
@@ -147,7 +147,7 @@ def _noise(plan: Plan, shares: tuple[Share, ...]) -> dict[str, float]:
 def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
     policy = share.policy(plan)
     examples = share.public_examples(plan)
-    return noise_multiplier(plan, policy, budget_of(privacy, policy, examples), examples, 1)
+    return noise_multiplier(plan, policy, get_budget(privacy, policy, examples), examples, 1)
 
 
 def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFolder:
@@ -169,7 +169,8 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
-    write_holdings(folder / "data.json", plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
+    site = SitePaths(folder)
+    write_holdings(site.records, plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
-        atomic_write(folder / "policy.toml", dump_policy(shares[0].policy(plan)).encode())
-    JsonDocument(folder / "site.json", SiteFile).write(SiteFile(organization=name, simulated=True, device=device))
+        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
+    JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device))

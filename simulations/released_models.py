@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cotune.client.site import Site
+from cotune.client.site_folder import SitePaths
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.accounting.filters import renyi, renyi_epsilon
 
@@ -28,7 +29,7 @@ def steps_of_folder(run: Path) -> list[list[Steps]]:
 
 
 def _charged(site: Path) -> list[Steps]:
-    return Site(site).ledger().spent() if (site / "ledger.sqlite").exists() else []
+    return Site(site).ledger().spent() if SitePaths(site).ledger_file.exists() else []
 
 
 def epsilon_of_runs(runs: Iterable[Sequence[Sequence[Steps]]], delta: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.client.personalization.adaptation import units_of
+from cotune.client.personalization.adaptation import get_unit_numbers
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import score
 from cotune.data.types import names_in
@@ -44,7 +44,7 @@ class TestSet:
         self._place = {
             (file, int(row)): i for i, (file, row) in enumerate((file, row) for file, rows in prepared.test for row in rows)
         }
-        self._unit = np.asarray(units_of(held), dtype=np.int64)[self._record]
+        self._unit = np.asarray(get_unit_numbers(held), dtype=np.int64)[self._record]
 
     def own(self, share: Share) -> NDArray[np.bool_]:
         """(answers,) those on an organization's own held-out records."""

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.screen import screen
-from cotune.client.outline import changes, outline
+from cotune.client.plan_summary import diff_plans, summarize_plan
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 
@@ -32,11 +32,11 @@ def approve_plan(site: Path, plan_id: str, *, asks: bool) -> None:
     if plan.plan_id in approvals.ids():
         console.print(f"the plan {escape(plan.name)} ({plan.plan_id[:12]}…) is approved already")
         return
-    for line in outline(plan):
+    for line in summarize_plan(plan):
         console.print(escape(line))
     if last is not None:
         console.print(f"what differs from {escape(last.name)} ({last.plan_id[:12]}…), approved last:")
-        for line in changes(last, plan):
+        for line in diff_plans(last, plan):
             console.print(f"  {escape(line)}")
     if asks and not typer.confirm("Approve it?"):
         console.print("not approved: whenever it is asked for, it is declined")

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from cotune.cli.options import SiteOptions
 from cotune.cli.screen import print_json, screen
-from cotune.client.node.connection import Tried, try_connection, versions
-from cotune.client.policy_check import Broken
-from cotune.client.preflight import Checked, check
+from cotune.client.node.connection import ConnectionReport, check_connection, versions
+from cotune.client.policy_check import Violation
+from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
-from cotune.client.site_setup import name_base, name_records
+from cotune.client.site_setup import set_base_model, set_records
 from cotune.data.left_out import left_out_line
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
@@ -49,13 +49,13 @@ def check_site(site: Path, federation: str, options: SiteOptions, *, offline: bo
     invitation, plan = _read(federation)
     with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         opened = keep_site_options(opened, plan, options)
-        found = check(plan, opened)
+        found = run_preflight(plan, opened)
         tried = None
         if invitation is not None and not offline:
-            tried = try_connection(opened, invitation.address, invitation.certificates)
+            tried = check_connection(opened, invitation.address, invitation.certificates)
     about = None if invitation is None else _about(invitation)
     if as_json:
-        rules = [asdict(broken) | {"command": allowing(opened, broken)} for broken in found.broken]
+        rules = [asdict(broken) | {"command": format_allowing_command(opened, broken)} for broken in found.broken]
         connection = None if tried is None else asdict(tried)
         together = {"federation": about, "versions": versions(), "connection": connection, **asdict(found), "broken": rules}
         print_json(together)
@@ -91,17 +91,17 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
 
 def keep_site_options(site: Site, plan: Plan, options: SiteOptions) -> Site:
     """Write into the site where records and base model are, as far as the command line says so."""
-    name_records(
+    set_records(
         site, plan, options.data, text=options.text, label=options.label, unit=options.unit, collection=options.collection
     )
-    return site if options.model is None else name_base(site, plan, options.model)
+    return site if options.model is None else set_base_model(site, plan, options.model)
 
 
-def allowing(site: Site, broken: Broken) -> str | None:
+def format_allowing_command(site: Site, broken: Violation) -> str | None:
     """The command that would allow what a rule does not."""
-    if broken.allowing is None:
+    if broken.suggested_value is None:
         return None
-    setting = f"{broken.rule}={json.dumps(broken.allowing, ensure_ascii=False)}"
+    setting = f"{broken.rule}={json.dumps(broken.suggested_value, ensure_ascii=False)}"
     return f"cotune client policy {shlex.quote(str(site.folder))} --set {shlex.quote(setting)}"
 
 
@@ -126,7 +126,7 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
     console.print(f"protocol {about['protocol']}; installed here: {installed}")
 
 
-def _show_check(console: Console, site: Site, found: Checked, *, private: bool) -> None:
+def _show_check(console: Console, site: Site, found: PreflightReport, *, private: bool) -> None:
 
     console.print(f"[bold]{escape(found.organization)}[/bold]: {found.examples:,} examples, device {found.device}")
     line = left_out_line(found.left_out, found.examples)
@@ -146,7 +146,7 @@ def _show_check(console: Console, site: Site, found: Checked, *, private: bool) 
         console.print("[bold red]No differential privacy: the plan says privacy = none.[/bold red]")
 
 
-def _show_figures(console: Console, found: Checked) -> None:
+def _show_figures(console: Console, found: PreflightReport) -> None:
     """What the plan would spend and take, also where it is declined: anyone who changes a rule wants to know for what."""
     if found.epsilon is None or found.delta is None:
         return
@@ -167,18 +167,18 @@ def _show_figures(console: Console, found: Checked) -> None:
     console.print("tried on made-up records of full length; nothing was trained on, charged or sent")
 
 
-def show_broken(console: Console, site: Site, rules: tuple[Broken, ...], otherwise: str = "") -> None:
+def show_broken(console: Console, site: Site, rules: tuple[Violation, ...], otherwise: str = "") -> None:
     """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
     if not rules:
         console.print(f"[bold red]{escape(otherwise)}[/bold red]")
     for broken in rules:
         console.print(f"[bold red]declined by the rule {escape(broken.rule)}[/bold red]: {escape(broken.problem)}")
-        command = allowing(site, broken)
+        command = format_allowing_command(site, broken)
         if command is not None:
             console.print(f"  to allow it: {escape(command)}")
 
 
-def _show_connection(console: Console, tried: Tried) -> None:
+def _show_connection(console: Console, tried: ConnectionReport) -> None:
     if tried.problem is not None:
         console.print(f"[bold red]not connected[/bold red]: {escape(tried.problem)}")
         return

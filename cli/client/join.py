@@ -19,10 +19,10 @@ from cotune.cli.screen import screen
 from cotune.client.account import Account
 from cotune.client.node.node import run_node
 from cotune.client.node.trust import Trust
-from cotune.client.outline import outline
-from cotune.client.policy_check import Approvals, broken_rules
+from cotune.client.plan_summary import summarize_plan
+from cotune.client.policy_check import Approvals, find_violations
 from cotune.client.site import Site
-from cotune.client.site_setup import find_base_here, fingerprint_of, make_site
+from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site
 from cotune.client.training.observe import observe_client
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_up
@@ -45,7 +45,7 @@ def create_site(site: Path, name: str, *, device: str, key: Path | None) -> None
     console = screen()
     console.print(f"{escape(folder)} is the site of [bold]{escape(name)}[/bold]; it holds a private key, so keep it to yourself")
     console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
-    console.print(f"   {fingerprint_of(made)}")
+    console.print(f"   {get_key_fingerprint(made)}")
     console.print("2. look at the federation.toml that you get:")
     console.print(f"   cotune client check {folder} federation.toml --data records.csv")
     console.print(f"3. change {folder}/policy.toml where it is stricter than you want; then")
@@ -67,29 +67,29 @@ def join_federation(site: Path, federation: Path, options: SiteOptions) -> None:
     opened = keep_site_options(Site(site.expanduser()), invitation.plan, options)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
-    authority = opened.folder / "node" / "ca.crt"
+    authority = opened.node.certificates
     atomic_write(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
     console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
     with observe_client(Shown(console)):
-        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.folder / "node.key")
+        run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.private_key)
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
 
 
 def _show_plan(console: Console, site: Site, plan: Plan) -> None:
     """What it would do, and what the policy says: anyone who joins a plan that is declined takes no part until it is allowed."""
 
-    for line in outline(plan):
+    for line in summarize_plan(plan):
         console.print(escape(line))
     policy = site.policy()
     holdings = site.counted(plan)
     account = Account(plan, policy, site, holdings, draws=False)
-    broken = tuple(broken_rules(plan, policy, account.public_examples, account.hours()))
+    broken = tuple(find_violations(plan, policy, account.public_examples, account.hours()))
     if broken:
         show_broken(console, site, broken)
         console.print("[bold yellow]this plan is declined whenever it is asked for, until the policy allows it[/bold yellow]")
     else:
-        find_base_here(plan, site.file)
+        find_site_base(plan, site.file)
 
 
 class Shown:

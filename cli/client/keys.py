@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from cotune.client.node.keys import renew_key as renew_node_key
-from cotune.client.node.trust import Trust, learn
+from cotune.client.node.trust import Trust, record_renewals
 from cotune.client.site import Site
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import read_server_renewals
@@ -33,7 +33,7 @@ def trust_renewal(site: Path, renewal: Path) -> None:
     """
     folder = Site(site.expanduser()).folder
     renewals = read_server_renewals(renewal.expanduser())
-    learned = learn(folder, renewals)
+    learned = record_renewals(folder, renewals)
     newest = Trust.read(folder).newest.signing_key
     if not learned and newest not in [each.about.new for each in renewals]:
         raise RunError(

@@ -29,8 +29,8 @@ def show_ledger(site: Path, export: Path | None, *, as_json: bool) -> None:
     """
     opened = Site(site.expanduser())
     if export is not None:
-        atomic_write(export.expanduser(), json.dumps(ledger_report.export(opened), indent=1).encode())
-    found = ledger_report.overview(opened)
+        atomic_write(export.expanduser(), json.dumps(ledger_report.export_ledger(opened), indent=1).encode())
+    found = ledger_report.summarize_ledger(opened)
     if as_json:
         print_json(found)
     else:

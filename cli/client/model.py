@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cotune.cli.evaluate import figure, with_interval
 from cotune.cli.screen import print_json, screen
-from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_received
+from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.data.record_files import read_records
@@ -63,7 +63,7 @@ def evaluate_model(site: Path, data: str | None, plan: str, *, as_json: bool) ->
     """
     opened = Site(site.expanduser())
     with screen(stderr=True, quiet=as_json).status("fitting to own records"):
-        new = None if data is None else _new_records(opened, data, open_received(opened, plan).plan.labels)
+        new = None if data is None else _new_records(opened, data, open_final_model(opened, plan).plan.labels)
         found = evaluate_site(opened, new, plan)
     if as_json:
         print_json(found)
@@ -75,7 +75,7 @@ def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     """Read as the site's own records are."""
 
     try:
-        document = DatasetManifest.model_validate_json((site.folder / "data.json").read_bytes())
+        document = DatasetManifest.model_validate_json(site.records.read_bytes())
     except (OSError, ValueError):
         raise DataError(
             f"{site.folder} does not say how its records are read: name them with `cotune client check`",

@@ -37,7 +37,7 @@ def policy(
             "--set changes the policy of a site, and none was given: expected its folder before it", code="plan.missing_site"
         )
     after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
-    _write_policy(opened.folder / "policy.toml", after, settings)
+    _write_policy(opened.policy_file, after, settings)
     for rule in settings:
         table, _, key = rule.partition(".")
         old, new = (getattr(getattr(one, table), key) for one in (before, after))

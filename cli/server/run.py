@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from cotune.cli.screen import beginning, screen
 from cotune.flower.control_client import open_control
 from cotune.plan.load import check_tables, overrides_alone, read_document
 from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import percent, size
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.run_controller import (
@@ -32,7 +33,6 @@ from cotune.server.deployment.run_controller import (
     submit,
 )
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.documents import parse_json
 
 
 def run(
@@ -79,10 +79,10 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
-    from cotune.server.deployment.new_run import real_run  # loads PyTorch
+    from cotune.server.deployment.new_run import create_run  # loads PyTorch
 
     check_none_unfinished(federation, executor, leave=leave)
-    begun = real_run(federation, override, name)
+    begun = create_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(
             f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organizations were given: each decides by its policy,"
@@ -92,7 +92,7 @@ def _begin(
 
 
 def _show_result(console: Console, played: RunFolder) -> None:
-    summary: dict[str, Any] = parse_json((played.path / "summary.json").read_bytes())
+    summary = read_summary(played.path / "summary.json")
     if summary["privacy"]["mode"] == "none":
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
@@ -117,7 +117,7 @@ def _headline(rounds: Sequence[int]) -> str:
     return said if part == len(rounds) else f"[bold red]{said}[/bold red]"
 
 
-def _organizations(summary: dict[str, Any]) -> Table:
+def _organizations(summary: RunSummary) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organization", header_style="bold", pad_edge=False, box=None)
     for heading in ("rounds", "weight", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):

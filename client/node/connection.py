@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cotune.client.node.keys import next_key, take_next, write_public
+from cotune.client.node.keys import activate_next_key, read_next_key, write_public_key
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
+from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_certificates, read_private_key
 from cotune.errors import RunError
 from cotune.flower.fleet_client import FleetClient, FleetError, NodeRejected, connect
@@ -20,7 +21,7 @@ from cotune.protocol.connectivity import check_reachable
 from cotune.storage.files import is_locked
 
 
-class Entrance:
+class Connector:
     """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.
 
     root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time.
@@ -36,7 +37,7 @@ class Entrance:
         key: Path,
         connect: Callable[..., AbstractContextManager[FleetClient]] = connect,
     ) -> None:
-        self._site = site
+        self._site = SitePaths(site)
         self._address = address
         self._root = root_certificates
         self._key = key
@@ -44,7 +45,7 @@ class Entrance:
         self._certificates()
         present = read_private_key(key)
         if self._is_own_key:
-            write_public(site, present)  # a renewal may have been cut off before it
+            write_public_key(site, present)  # a renewal may have been cut off before it
 
     @contextmanager
     def __call__(self, known: int | None, anew: bool) -> Iterator[FleetClient]:
@@ -59,28 +60,28 @@ class Entrance:
 
     def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NodeRejected) -> FleetClient:
         """refused: raised again where there is no next key, or the server does not know that either."""
-        following = next_key(self._site) if self._is_own_key else None
+        following = read_next_key(self._site.folder) if self._is_own_key else None
         if following is None:
             raise refused
         try:
             fleet = held.enter_context(self._connect(self._address, certificates, following))
         except NodeRejected:
             raise refused from None
-        take_next(self._site, following)
+        activate_next_key(self._site.folder, following)
         return fleet
 
     @property
     def _is_own_key(self) -> bool:
-        return self._key == self._site / "node.key"
+        return self._key == self._site.private_key
 
     def _certificates(self) -> bytes | None:
-        if self._root == self._site / "node" / "ca.crt" and (self._site / "node" / "trust.json").exists():
-            return Trust.read(self._site).certificates()
+        if self._root == self._site.node.certificates and self._site.node.trust.exists():
+            return Trust.read(self._site.folder).certificates()
         return read_certificates(self._root)
 
 
 @dataclass(frozen=True)
-class Tried:
+class ConnectionReport:
     """expires: ISO 8601, of the server's certificate. problem: why this organization would not get in; None: it would.
 
     served: a node of this site runs, and holds the key at the server; whether it is connected, it says itself.
@@ -93,24 +94,24 @@ class Tried:
     served: bool = False
 
 
-def try_connection(site: Site, address: str, certificates: bytes | None) -> Tried:
+def check_connection(site: Site, address: str, certificates: bytes | None) -> ConnectionReport:
     """Connects with the organization's key, and leaves at once. Raises RunError for a key that cannot be used.
 
     While a node serves this site nobody else is let in with its key: then only the server is looked at.
     """
-    key = read_private_key(site.folder / "node.key")
+    key = read_private_key(site.private_key)
     try:
         expires = check_reachable(address, certificates)
     except RunError as error:
-        return Tried(address, str(error))
-    tried = Tried(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
-    if is_locked(site.folder / "node" / "lock"):
-        return Tried(**{**vars(tried), "served": True})
+        return ConnectionReport(address, str(error))
+    tried = ConnectionReport(address, None, expires.isoformat(timespec="seconds"), (expires - datetime.now(UTC)).days)
+    if is_locked(site.node.lock):
+        return ConnectionReport(**{**vars(tried), "served": True})
     try:
         with connect(address, certificates, key) as fleet:
             fleet.leave()
     except FleetError as error:
-        return Tried(**{**vars(tried), "problem": str(error)})
+        return ConnectionReport(**{**vars(tried), "problem": str(error)})
     return tried
 
 

@@ -28,63 +28,63 @@ from cryptography.hazmat.primitives.serialization import (
 
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
+from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_private_key
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import NodeRenewal, fingerprint
 from cotune.storage.files import atomic_write, exclusive_lock
 
-FORMER = "former.pub"  # in node/
 
-
-def public_keys(site: Path) -> list[EllipticCurvePublicKey]:
+def read_public_keys(site: Path) -> list[EllipticCurvePublicKey]:
     """The present one first, those before it, and one that is to follow. Raises RunError."""
-    file = site / "node" / FORMER
+    file = SitePaths(site).node.former_keys
     try:
         former = [load_ssh_public_key(line) for line in _lines(file)]
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}): expected a public key in each line") from None
-    return [read_private_key(site / "node.key").public_key(), *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
+    present = read_private_key(SitePaths(site).private_key).public_key()
+    return [present, *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
 
 
-def next_key(site: Path) -> EllipticCurvePrivateKey | None:
+def read_next_key(site: Path) -> EllipticCurvePrivateKey | None:
     """The key that is to follow, if one was made. Raises RunError."""
     file = _next(site)
     return read_private_key(file) if file.exists() else None
 
 
-def both_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
+def get_renewal_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
     """The present key, and the one that is to follow it, made where there is none. Raises RunError."""
     with _changing(site):
-        present = read_private_key(site / "node.key")
-        following = next_key(site)
+        present = read_private_key(SitePaths(site).private_key)
+        following = read_next_key(site)
         if following is None:
             following = ec.generate_private_key(ec.SECP384R1())
-            atomic_write(_next(site), private_bytes(following))
+            atomic_write(_next(site), encode_private_key(following))
         return present, following
 
 
-def take_next(site: Path, key: EllipticCurvePrivateKey) -> None:
+def activate_next_key(site: Path, key: EllipticCurvePrivateKey) -> None:
     """Puts the key that was to follow, and with which a server has let the node in, in the place of the present one.
 
     The former one is noted before it is gone, so that what it has signed can be verified; its private half is not kept.
     """
     with _changing(site):
-        following = next_key(site)
+        following = read_next_key(site)
         if following is None or following.public_key() != key.public_key():
             return  # another process has done it
-        present = read_private_key(site / "node.key").public_key()
-        file = site / "node" / FORMER
+        present = read_private_key(SitePaths(site).private_key).public_key()
+        file = SitePaths(site).node.former_keys
         line = present.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         lines = _lines(file)
         if line not in lines:
             atomic_write(file, b"".join(each + b"\n" for each in (*lines, line)))
-        os.replace(_next(site), site / "node.key")
-        write_public(site, key)
+        os.replace(_next(site), SitePaths(site).private_key)
+        write_public_key(site, key)
 
 
-def write_public(site: Path, key: EllipticCurvePrivateKey) -> None:
+def write_public_key(site: Path, key: EllipticCurvePrivateKey) -> None:
     """node.pub, with the comment that it has, where it is another key's."""
-    file = site / "node.pub"
+    file = SitePaths(site).public_key
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     before = file.read_bytes() if file.exists() else b""
     if not before.startswith(line):
@@ -92,13 +92,13 @@ def write_public(site: Path, key: EllipticCurvePrivateKey) -> None:
         atomic_write(file, b" ".join((line, comment)).strip() + b"\n")
 
 
-def private_bytes(key: EllipticCurvePrivateKey) -> bytes:
+def encode_private_key(key: EllipticCurvePrivateKey) -> bytes:
     """As OpenSSH keeps it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
 def _next(site: Path) -> Path:
-    return site / "node" / "next.key"
+    return SitePaths(site).node.next_key
 
 
 def _lines(file: Path) -> list[bytes]:
@@ -106,8 +106,9 @@ def _lines(file: Path) -> list[bytes]:
 
 
 def _changing(site: Path) -> AbstractContextManager[None]:
-    (site / "node").mkdir(mode=0o700, exist_ok=True)
-    return exclusive_lock(site / "node" / ".keys.lock")
+    node = SitePaths(site).node
+    node.create()
+    return exclusive_lock(node.keys_lock)
 
 
 def renew_key(site: Site) -> tuple[Path, str]:
@@ -122,9 +123,9 @@ def renew_key(site: Site) -> tuple[Path, str]:
         RunError: For a site that has joined no federation, keys that cannot be read, and a folder that cannot be written.
     """
     federation = Trust.read(site.folder).federation
-    file = site.folder / "node-renewal.json"
+    file = site.key_renewal
     try:
-        present, following = both_keys(site.folder)
+        present, following = get_renewal_keys(site.folder)
         renewal = _kept(file, federation, fingerprint(following.public_key()))
         if renewal is None:
             renewal = NodeRenewal.make(federation, site.organization, present, following)

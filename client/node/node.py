@@ -29,9 +29,10 @@ from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
-from cotune.client.node.connection import Entrance
-from cotune.client.node.worker import ResidentDied, TrainerProcess
-from cotune.client.training.observe import tell
+from cotune.client.node.connection import Connector
+from cotune.client.node.worker import TrainerDied, TrainerProcess
+from cotune.client.site_folder import NodePaths, SitePaths
+from cotune.client.training.observe import notify
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted, ChunkedMessage
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, RequestExpired
@@ -85,15 +86,16 @@ def run_node(
     Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
     certificates cannot be used.
     """
-    if not (site / "site.json").is_file():
+    paths = SitePaths(site)
+    if not paths.description.is_file():
         raise DataError(f"{site} is not a site: expected a folder with a site.json")
     _check_address(address)
-    connect = Entrance(site, address, root_certificates, key)
+    connect = Connector(site, address, root_certificates, key)
     stop = stop or threading.Event()
-    with _alone(site / "node"), _stopped_by_signals(stop):
+    with _alone(paths.node), _stopped_by_signals(stop):
         worker = TrainerProcess(site.resolve(), address)
         try:
-            Node(site / "node", worker, stop, AuditLog(site)).stay(connect)
+            Node(paths.node.folder, worker, stop, AuditLog(site)).stay(connect)
         finally:
             worker.stop()
 
@@ -108,8 +110,9 @@ class Node:
         self._worker = worker
         self._stop = stop
         self._sent = sent
-        self._request_file = folder / "request.pb"
-        self._id_file = folder / "id"
+        paths = NodePaths(folder)
+        self._request_file = paths.request
+        self._id_file = paths.id
         self._place = f"{platform.node()} {folder.resolve()}"
         self._deadline = 0.0  # of the request, by the clock that never jumps
         self._request = self._kept_request()
@@ -137,7 +140,7 @@ class Node:
                 lasted = time.monotonic() - started
                 wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
                 unforeseen = None if isinstance(error, FleetError) else error
-                tell("disconnected", reason=str(error))
+                notify("disconnected", reason=str(error))
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: FleetClient) -> None:
@@ -204,7 +207,7 @@ class Node:
     def _is_at(self, request: AnnouncedRequest) -> bool:
         """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
         if self._at and self._at == _content_of(request):
-            with suppress(ResidentDied):
+            with suppress(TrainerDied):
                 if self._worker.answer(_POLL_SECONDS) is None:
                     return True
         self._at = ""
@@ -217,12 +220,12 @@ class Node:
             self._worker.give(parcel)
             self._given = True
             _log.info("round %s of run %s begins", request.round, request.run)
-            tell("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
+            notify("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
         except Aborted as error:
             self._ask_anew(fleet, error)
-        except ResidentDied as error:
+        except TrainerDied as error:
             self._died(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
@@ -248,7 +251,7 @@ class Node:
         fleet.check_known()
         try:
             self._reply = self._worker.answer(_POLL_SECONDS)
-        except ResidentDied as error:
+        except TrainerDied as error:
             self._died(request, error)
         if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
             newer = self._receive(fleet)
@@ -257,7 +260,7 @@ class Node:
                 self._request = newer
                 self._accept(fleet, newer)
 
-    def _died(self, request: AnnouncedRequest, error: ResidentDied) -> None:
+    def _died(self, request: AnnouncedRequest, error: TrainerDied) -> None:
         """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
         again.
         """
@@ -266,7 +269,7 @@ class Node:
             return self._refuse(request, GENERIC_REFUSAL, str(error))
         self._again = True
         self._given = False
-        tell("again", round=request.round, reason=str(error))
+        notify("again", round=request.round, reason=str(error))
 
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -279,7 +282,7 @@ class Node:
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)
         entry = self._own_entry or self._last_entry()
         self._forget(fleet, request)
-        tell("answered", round=request.round, seconds=seconds, entry=entry)
+        notify("answered", round=request.round, seconds=seconds, entry=entry)
 
     def _last_entry(self) -> dict[str, Any]:
         """What the worker has entered about its answer."""
@@ -288,7 +291,7 @@ class Node:
     def _drop(self, fleet: FleetClient, reason: str) -> None:
         assert self._request is not None
         _log.warning("round %s of run %s is dropped: %s", self._request.round, self._request.run, reason)
-        tell("dropped", round=self._request.round, reason=reason)
+        notify("dropped", round=self._request.round, reason=reason)
         self._forget(fleet, self._request)
 
     def _forget(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
@@ -306,7 +309,7 @@ class Node:
 
     def _enter(self, fleet: FleetClient) -> None:
         _log.info("connected as node %s", fleet.node_id)
-        tell("connected", node=fleet.node_id)
+        notify("connected", node=fleet.node_id)
         self._known = fleet.node_id
         self._in_doubt = False
         try:
@@ -362,13 +365,13 @@ def _check_address(address: str) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(node: NodePaths) -> Iterator[None]:
     """Keeps a second node off a site."""
     try:
-        folder.mkdir(exist_ok=True)
+        node.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
-    with exclusive_lock(folder / "lock", f"another node serves {folder.parent}: stop it first, or leave it to its work"):
+        raise RunError(f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+    with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
         yield
 
 

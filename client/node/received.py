@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 
 from flwr.app import Message, MessageType
 
-from cotune.client.node.requests import verified
+from cotune.client.node.requests import verify_request
 from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
-from cotune.client.site_setup import model_here
+from cotune.client.site_setup import load_site_model
 from cotune.errors import CotuneError, RunError
 from cotune.flower.chunks import ChunkedMessage
 from cotune.plan.load import parse_plan
@@ -31,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _ARRAY_HEAD = 1024  # bytes of an array before its values, and some to spare
 
 
-def plan_of(request: Request) -> Plan:
+def read_plan(request: Request) -> Plan:
     """Raises PlanError; RunError for a text that is none, or not one of Unicode, and so has no hash; or that is another plan once
     it is read again, as from the file in which it waits for approval.
     """
@@ -58,7 +58,7 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[
     check(plan, policy)
     if not 1 <= round <= plan.rounds:
         raise RunError(f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds")
-    return state_shapes(plan, model_here(plan, site), round)
+    return state_shapes(plan, load_site_model(plan, site), round)
 
 
 def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
@@ -75,7 +75,7 @@ def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
         raise RunError("the request sends tensors beside the state: expected none, as the plan has no client term")
 
 
-def opened(parcel: ChunkedMessage, site: Site) -> Message:
+def read_message(parcel: ChunkedMessage, site: Site) -> Message:
     """The message of a request, if it is no larger than its plan makes one.
 
     Without its arrays where it is not signed, or the plan is not approved or cannot be read: anyone who answers refuses it for
@@ -86,9 +86,9 @@ def opened(parcel: ChunkedMessage, site: Site) -> Message:
     if not header.has_content():
         return header
     try:
-        unsigned = header.content if site.file.simulated else verified(header.content, site.folder)[0]
+        unsigned = header.content if site.file.simulated else verify_request(header.content, site.folder)[0]
         request = decode_header(unsigned)
-        plan = plan_of(request)
+        plan = read_plan(request)
         check = check_plan if header.metadata.message_type == MessageType.TRAIN else check_base_model
         expected = expected_shapes(plan, site, request.round, check)
     except CotuneError:

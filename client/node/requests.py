@@ -15,7 +15,8 @@ from typing import Any
 from flwr.app import RecordDict
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.node.trust import Trust, learn, note_use
+from cotune.client.node.trust import Trust, record_renewals, record_use
+from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_private_key
 from cotune.errors import Declined, RunError
 from cotune.plan.schema import Plan
@@ -41,7 +42,7 @@ _MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
 
 
 @dataclass(frozen=True)
-class Requested:
+class SignedRequest:
     """key: the server's, as hex. roster: fingerprints of those that took part in the round before."""
 
     statement: RequestStatement
@@ -65,7 +66,7 @@ class Requested:
         }
 
 
-def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> tuple[RecordDict, Requested]:
+def verify_request(content: RecordDict, folder: Path, now: datetime | None = None) -> tuple[RecordDict, SignedRequest]:
     """The message without its signature, and who has signed what. folder: of the site.
 
     Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, for another federation, and
@@ -74,7 +75,7 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
     rest, signed = detach(content)
     if signed is None:
         raise RunError("the request is not signed: expected a server whose cotune signs its requests")
-    learn(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
+    record_renewals(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
     trust = Trust.read(folder)
     statement = RequestStatement.parse(signed.text)
     keys = trust.signing_keys()
@@ -87,11 +88,11 @@ def verified(content: RecordDict, folder: Path, now: datetime | None = None) -> 
     if len(set(roster)) != statement.cohort or roster_digest(roster) != statement.roster:
         raise RunError("the roster of the request is not the one that was signed")
     if key != keys[0]:
-        note_use(folder, key, now)
-    return rest, Requested(statement, signed.signature, key, roster, trust.newest.signing_key)
+        record_use(folder, key, now)
+    return rest, SignedRequest(statement, signed.signature, key, roster, trust.newest.signing_key)
 
 
-def check_request(requested: Requested, kind: str, request: Request, plan: Plan, log: AuditLog) -> None:
+def check_request(requested: SignedRequest, kind: str, request: Request, plan: Plan, log: AuditLog) -> None:
     """Raises RunError for a header that is not the one that was signed, and for one that was asked before the last accepted."""
     statement = requested.statement
     found = {
@@ -111,13 +112,13 @@ def check_request(requested: Requested, kind: str, request: Request, plan: Plan,
         )
 
 
-def check_arrays(requested: Requested, request: Request) -> None:
+def check_arrays(requested: SignedRequest, request: Request) -> None:
     """Raises RunError for arrays that are not those that were signed."""
     if received_digest(request.state, request.sent) != requested.statement.received:
         raise RunError("the request holds other arrays than were signed: expected those of its server")
 
 
-def check_limits(requested: Requested, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:
+def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:
     """Raises Declined where too few took part in the round before, or too many rounds were begun today (UTC)."""
     rules = policy.training
     statement = requested.statement
@@ -135,7 +136,7 @@ def check_limits(requested: Requested, policy: Policy, log: AuditLog, now: datet
         )
 
 
-def countersign(content: RecordDict, kind: str, digest: str, requested: Requested, folder: Path) -> dict[str, str]:
+def countersign(content: RecordDict, kind: str, digest: str, requested: SignedRequest, folder: Path) -> dict[str, str]:
     """Signs an answer with the key of the organization's node; returns what the log says of it. digest: of its content.
 
     Raises RunError for a key that cannot be read.
@@ -145,7 +146,7 @@ def countersign(content: RecordDict, kind: str, digest: str, requested: Requeste
     return {"statement": statement.text(), "signature": signature}
 
 
-def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple[str, dict[str, str]]:
+def countersign_refusal(words: str, requested: SignedRequest, folder: Path) -> tuple[str, dict[str, str]]:
     """The words of a refusal under a signature, and what the log says of it: with the request, which is in no line of its own.
 
     Raises RunError as `countersign` does.
@@ -157,13 +158,13 @@ def countersign_refusal(words: str, requested: Requested, folder: Path) -> tuple
     return dump_refusal(words, statement, signature), entry
 
 
-def _countersigned(kind: str, digest: str, requested: Requested, folder: Path) -> tuple[ReplyStatement, str]:
+def _countersigned(kind: str, digest: str, requested: SignedRequest, folder: Path) -> tuple[ReplyStatement, str]:
     request = requested.statement
     statement = ReplyStatement(request.digest, request.recipient, kind, digest, requested.trusts)
-    return statement, sign(statement, read_private_key(folder / "node.key"))
+    return statement, sign(statement, read_private_key(SitePaths(folder).private_key))
 
 
-def last_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:
+def last_declarable_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:
     """Between which numbers of records the declared one has to be, by the last request to train by this plan; None: unknown."""
     for entry in log.newest_first():
         if entry.get("what") == "request":

@@ -18,6 +18,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.client.audit_log import AuditLog
+from cotune.client.site_folder import SitePaths
 from cotune.errors import RunError
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.key_renewal import ServerRenewal
@@ -140,7 +141,7 @@ class Trust(BaseModel):
         return self.model_copy(update={"generations": changed})
 
 
-def learn(site: Path, renewals: Sequence[ServerRenewal]) -> tuple[ServerRenewal, ...]:
+def record_renewals(site: Path, renewals: Sequence[ServerRenewal]) -> tuple[ServerRenewal, ...]:
     """Believes a server's new keys, durably, and enters that in the site's log. Returns the statements that were new.
 
     Raises RunError as `Trust.following` does, and for files that cannot be written.
@@ -163,7 +164,7 @@ def _unknown(trust: Trust, renewals: Iterable[ServerRenewal]) -> list[ServerRene
     return [each for each in renewals if not trust.find(each.about.new)]
 
 
-def note_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
+def record_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
     """The server has signed with a key that the site accepts: what it has replaced is at its end."""
     with _changing(site):
         before = Trust.read(site)
@@ -173,9 +174,10 @@ def note_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
 
 
 def _document(site: Path) -> JsonDocument[Trust]:
-    return JsonDocument(site / "node" / "trust.json", Trust, advice="remove it, and join with the federation.toml")
+    return JsonDocument(SitePaths(site).node.trust, Trust, advice="remove it, and join with the federation.toml")
 
 
 def _changing(site: Path) -> AbstractContextManager[None]:
-    (site / "node").mkdir(mode=0o700, exist_ok=True)
-    return exclusive_lock(site / "node" / ".trust.lock")
+    node = SitePaths(site).node
+    node.create()
+    return exclusive_lock(node.trust_lock)

@@ -23,7 +23,7 @@ from cotune.worker_process import WorkerProcess, receive_all
 _log = logging.getLogger(__name__)
 
 
-class ResidentDied(Exception):
+class TrainerDied(Exception):
     """The process ended before it answered."""
 
 
@@ -76,8 +76,8 @@ class TrainerProcess:
         """What it was at is lost, except for what the site keeps."""
         self._process.kill()
 
-    def _died(self) -> ResidentDied:
-        return ResidentDied(f"the training process ended with {self._process.wait()}: perhaps memory ran out")
+    def _died(self) -> TrainerDied:
+        return TrainerDied(f"the training process ended with {self._process.wait()}: perhaps memory ran out")
 
 
 def _work(pipe: Connection, folder: Path, server: str) -> None:
@@ -93,7 +93,7 @@ def _work(pipe: Connection, folder: Path, server: str) -> None:
 def _answer(parcel: ChunkedMessage, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
     from cotune.client.audit_log import AuditLog
-    from cotune.client.node.received import opened
+    from cotune.client.node.received import read_message
     from cotune.client.site import Site
 
     header = parcel.header("")
@@ -101,7 +101,7 @@ def _answer(parcel: ChunkedMessage, folder: Path, server: str = "") -> Message:
     site = UserConfig({"site": str(folder), "server": server})
     context = Context(about.run_id, about.dst_node_id, site, RecordDict(), UserConfig())
     try:
-        return app(opened(parcel, Site(folder)), context)
+        return app(read_message(parcel, Site(folder)), context)
     except Exception as error:  # such as a message of a kind that is not served
         foreseen = isinstance(error, TooLarge | Malformed)
         _log.error("the message could not be answered: %s", error, exc_info=None if foreseen else error)

@@ -78,7 +78,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Adapted:
+class Adaptation:
     """What an organization keeps.
 
     Attributes:
@@ -96,7 +96,7 @@ class Adapted:
     tried: dict[str, float]
 
 
-def own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int], classes: int) -> OwnRecords:
+def build_own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int], classes: int) -> OwnRecords:
     """Return the records that can be used: encoded, and of a class that the plan has.
 
     Args:
@@ -126,20 +126,20 @@ def _check_units(own: OwnRecords) -> None:
         )
 
 
-def units_of(held: Dataset) -> list[int]:
+def get_unit_numbers(held: Dataset) -> list[int]:
     """Return the number of each record's unit."""
     names = [(records.units or records.identities)[int(row)] for records, rows in held.parts for row in rows]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return [number[name] for name in names]
 
 
-def base_head(model: TrainableModel) -> State:
+def load_base_head(model: TrainableModel) -> State:
     """The head as the plan's seed makes it."""
     model.load({})
     return model.state(head_names(model))
 
 
-def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: PersonalizeConfig, seed: int) -> Adapted:
+def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: PersonalizeConfig, seed: int) -> Adaptation:
     """Choose the best head for an organization by its own records, and fit it to all of them.
 
     Args:
@@ -152,8 +152,8 @@ def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: Persona
     _check_units(own)
     candidates = _candidates(has_layer=last_layer(model) is not None)
     scores = {candidate: _Score() for candidate in candidates}
-    start = base_head(model)
-    for train, judge in parts(own, config.folds, seed):
+    start = load_base_head(model)
+    for train, judge in split_folds(own, config.folds, seed):
         for candidate, head in _fitted(model, train, shared, start, candidates):
             scores[candidate].add(head_scores(model, head, judge.features), judge.targets)
     allowed = [c for c in candidates if c.method in (SHARED, *config.methods)]
@@ -162,7 +162,7 @@ def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: Persona
     heads = dict(_fitted(model, own, shared, start, _needed(best, alone)))
     methods = dict.fromkeys(candidate.method for candidate in allowed)
     tried = {method: max(scores[c].accuracy for c in allowed if c.method == method) for method in methods}
-    return Adapted(best.method, best.described, heads[best], heads[alone], tried)
+    return Adaptation(best.method, best.described, heads[best], heads[alone], tried)
 
 
 @dataclass
@@ -229,7 +229,7 @@ def _mixed(one: State, other: State, part: float) -> State:
     return {name: (1 - part) * tensor + part * other[name] for name, tensor in one.items()}
 
 
-def parts(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
+def split_folds(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
     """(records to fit to, records to judge by), class by class: every part in turn, or of many records one."""
     _, first, unit = np.unique(own.units, return_index=True, return_inverse=True)
     strata = own.targets.numpy()[first]

@@ -17,10 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotune.client.app import ABOUT
-from cotune.client.personalization.adaptation import Adapted, OwnRecords, adapt, base_head, own_records, parts, units_of
+from cotune.client.personalization.adaptation import (
+    Adaptation,
+    OwnRecords,
+    adapt,
+    build_own_records,
+    get_unit_numbers,
+    load_base_head,
+    split_folds,
+)
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
-from cotune.client.site_setup import model_here
+from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import score
 from cotune.errors import ModelError, RunError
@@ -76,10 +84,10 @@ class AdaptedSite:
 
     folder: Path
     records: int
-    adapted: Adapted
+    adapted: Adaptation
 
 
-def open_received(site: Site, wanted: str = "") -> Received:
+def open_final_model(site: Site, wanted: str = "") -> Received:
     """Open the newest of the finished models, or the one whose plan's id begins with `wanted`.
 
     Raises:
@@ -102,7 +110,7 @@ def open_received(site: Site, wanted: str = "") -> Received:
 
 
 def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
-    found = {file.parent: _about(file) for file in sorted((site.folder / "models").glob(f"*/{ABOUT}"))}
+    found = {file.parent: _about(file) for file in sorted(site.models.glob(f"*/{ABOUT}"))}
     fitting = [folder for folder, about in found.items() if about["plan_id"].startswith(wanted)]
     if not fitting or (wanted and len(fitting) > 1):
         known = ", ".join(about["plan_id"][:12] for about in found.values()) or "none so far"
@@ -137,13 +145,13 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
 
     Raises:
         DataError: Without usable records.
-        RunError, ModelError: As `open_received`.
+        RunError, ModelError: As `open_final_model`.
     """
-    received = open_received(site, wanted)
+    received = open_final_model(site, wanted)
     own = _own(received, site.holdings(received.plan.labels))
     adapted = adapt(received.model, own, received.head, received.plan.personalize, received.plan.seed)
     received.model.load(adapted.head)
-    folder = (out or site.folder / "adapted" / received.folder.name).expanduser()
+    folder = (out or site.adapted_models / received.folder.name).expanduser()
     _check_free(folder)
     length = received.model.loaded.max_length
     card = model_card(received.plan, privacy=[STAYS], length=length, about=f"{adapted.described}: {STAYS}")
@@ -164,7 +172,9 @@ def _own(received: Received, held: Dataset) -> OwnRecords:
 
 
 def _fitted_to(model: TrainableModel, plan: Plan, held: Dataset) -> OwnRecords:
-    return own_records(encoded_features(held, model, {}, plan.model.precision), held.targets, units_of(held), len(plan.labels))
+    return build_own_records(
+        encoded_features(held, model, {}, plan.model.precision), held.targets, get_unit_numbers(held), len(plan.labels)
+    )
 
 
 def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> dict[str, Any]:
@@ -180,10 +190,10 @@ def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> d
         Plain values: `columns` (majority, alone, received, adapted) with metrics and intervals, and `worth`: the paired
         comparison of the adapted model with the one trained alone.
     """
-    received = open_received(site, wanted)
+    received = open_final_model(site, wanted)
     plan = received.plan
     own = _own(received, site.holdings(received.plan.labels))
-    train, judge = next(parts(own, _FOLDS, plan.seed)) if new is None else (own, _own(received, new))
+    train, judge = next(split_folds(own, _FOLDS, plan.seed)) if new is None else (own, _own(received, new))
     adapted = adapt(received.model, train, received.head, plan.personalize, plan.seed)
     told = {
         "majority": torch.full_like(judge.targets, int(train.targets.bincount(minlength=len(plan.labels)).argmax())),
@@ -214,7 +224,9 @@ def _told(model: TrainableModel, head: State, features: Tensor) -> Tensor:
     return told_by(head_scores(model, head, features))
 
 
-def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnRecords, OwnRecords], new: Dataset | None) -> Tensor:
+def _alone(
+    site: Site, received: Received, adapted: Adaptation, both: tuple[OwnRecords, OwnRecords], new: Dataset | None
+) -> Tensor:
     """What a head fitted to own records tells that knows nothing of the others.
 
     On the received encoder's features where that is still the base model's; else on those of the base model.
@@ -223,16 +235,16 @@ def _alone(site: Site, received: Received, adapted: Adapted, both: tuple[OwnReco
     plan = received.plan
     if all(stage.mode == "head" for stage in plan.stages):
         return _told(received.model, adapted.alone, judge.features)
-    base = model_here(plan, site)
+    base = load_site_model(plan, site)
     base.load({})
     own = _fitted_to(base, plan, site.holdings(plan.labels))
     if new is None:
-        train, judge = next(parts(own, _FOLDS, plan.seed))
+        train, judge = next(split_folds(own, _FOLDS, plan.seed))
     else:
         train = own
         judge = _fitted_to(base, plan, new)
     config = PersonalizeConfig(methods=("alone",), folds=plan.personalize.folds)
-    return _told(base, adapt(base, train, base_head(base), config, plan.seed).alone, judge.features)
+    return _told(base, adapt(base, train, load_base_head(base), config, plan.seed).alone, judge.features)
 
 
 def _answers(told: Tensor, judge: OwnRecords, classes: int) -> Answers:

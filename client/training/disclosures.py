@@ -37,8 +37,12 @@ class Disclosures:
         self.plan = account.plan
         self.policy = account.policy
 
-    def histogram(self, counts: Sequence[float]) -> dict[str, float]:
-        """Label -> how many records have it, with noise: once per run; empty unless plan and policy want it."""
+    def histogram(self, counts: Callable[[], Sequence[float]]) -> dict[str, float]:
+        """Return label -> how many records have it, with noise: once per run; empty unless plan and policy want it.
+
+        Args:
+            counts: Counts them, by label in the plan's order, once that is charged.
+        """
         if not (self.plan.tell.label_histogram and self.policy.tell.label_histogram == "noised"):
             return {}
         noised = self.account.once("label histogram", counts)
@@ -52,7 +56,7 @@ class Disclosures:
         if not self.plan.tell.local_metrics or self.policy.tell.local_metrics == "none":
             return {}
         if self.policy.tell.local_metrics == "clear":
-            self.account.leave_unprotected(round, "local metrics")
+            self.account.record_unprotected(round, "local metrics")
             right, records = map(float, correct())
         else:
             charge = self.account.reserve(round, self._one(), "local metrics")
@@ -76,7 +80,7 @@ class Disclosures:
             [noised] = self.account.noised([total(ceiling)], ceiling)
             self.account.ledger.settle(charge, 1)
             return {"loss": min(max(noised / declared, 0.0), ceiling)}
-        self.account.leave_unprotected(round, "local loss")
+        self.account.record_unprotected(round, "local loss")
         mean = total(math.inf) / count
         if not math.isfinite(mean):
             raise RunError(f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it")
@@ -86,7 +90,7 @@ class Disclosures:
         return Steps(self.policy.tell.noise_multiplier, 1.0, 1)
 
 
-def stated_noise(
+def reported_noise(
     account: Account,
     sigma: float,
     stage: Stage,

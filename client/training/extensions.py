@@ -24,7 +24,7 @@ from cotune.strategies.aggregator import build_client_term
 from cotune.strategies.types import Delta, LocalSteps
 
 
-class Correction:
+class ClientTermState:
     """Of one round at one organization. admitted: the last round whose update of it is in the model; 0: none.
 
     What is kept belongs to that round: were it of a later one, whose update never entered the model, client and server would
@@ -78,7 +78,7 @@ def _on(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -
 PERSONAL = "personal"  # the folder of what is kept
 
 
-class Personal:
+class PersonalParameters:
     """Of one round at one organization. Where the plan shares all that is trained, nothing here does anything.
 
     admitted: the last round whose update of it is in the model; 0: none, and the personal part starts as the base model has it.

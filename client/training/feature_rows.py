@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import TrainingSetup, all_right, of_each_slot
+from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
 from cotune.data.tasks.batching import bucket_of_length, fixed_batches
 from cotune.data.tasks.task import Target, losses_of
 from cotune.data.tasks.text import IGNORED
@@ -28,7 +28,7 @@ _MOST_SLOTS = 512  # rows of features in a batch
 _MOST_ENTRIES = 2**24  # of the gradients of a batch of features, and of the features themselves
 
 
-def on_features(
+def build_feature_setup(
     precision: str,
     model: TrainableModel,
     head: FeatureHead,
@@ -69,11 +69,11 @@ class _Given:
         return losses_of(self.scores(batch), batch["labels"], self.weights)
 
     def correct(self, batch: Batch) -> Tensor:
-        return all_right(self.scores(batch), batch["labels"])
+        return all_correct(self.scores(batch), batch["labels"])
 
-    def keep_apart(self, slots: int, width: int, lengths: Sequence[int] | None) -> None:
+    def check_independent_rows(self, slots: int, width: int, lengths: Sequence[int] | None) -> None:
         """See `check_independence`."""
-        per_slot = of_each_slot(self.head, self.loss, self.scores)
+        per_slot = build_slot_probe(self.head, self.loss, self.scores)
         check_independence(self.model, "head", self.precision, per_slot, slots=slots, width=width, lengths=lengths)
 
 
@@ -113,7 +113,7 @@ def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], unit
         exact=given.loss,
         correct=given.correct,
         samples=samples,
-        keep_apart=lambda: given.keep_apart(slots, width, None),
+        check_independent_rows=lambda: given.check_independent_rows(slots, width, None),
     )
 
 
@@ -157,7 +157,7 @@ def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units:
         exact=given.loss,
         correct=given.correct,
         samples=samples,
-        keep_apart=lambda: given.keep_apart(slots, width, lengths_of(given.model)),
+        check_independent_rows=lambda: given.check_independent_rows(slots, width, lengths_of(given.model)),
     )
 
 

@@ -20,5 +20,5 @@ def observe_client(observer: Observer) -> AbstractContextManager[None]:
     return _observers.register(observer)
 
 
-def tell(what: str, **details: Any) -> None:
+def notify(what: str, **details: Any) -> None:
     _observers.notify(what, details)

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cotune.client.account import Account
-from cotune.client.budget import check_examples
-from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.site import Site
-from cotune.client.site_setup import model_here
-from cotune.client.training.disclosures import Disclosures, stated_noise, statistics_of
-from cotune.client.training.extensions import Correction, Personal, RankMask
-from cotune.client.training.observe import tell
+from cotune.client.training.context import (
+    BEFORE_CHARGE,
+    BEFORE_RECORDS,
+    BEFORE_TRAINING,
+    BY_PUBLIC_NUMBER,
+    LocalContext,
+    run_checks,
+)
+from cotune.client.training.disclosures import Disclosures, reported_noise, statistics_of
+from cotune.client.training.extensions import ClientTermState, PersonalParameters, RankMask
+from cotune.client.training.observe import notify
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import Guard, check_gradients, optimizer_of, setting_of
+from cotune.client.training.setup import SanityChecks, build_optimizer, build_setup, check_gradients
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
-from cotune.plan.local_training import Stage
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
-from cotune.protocol.messages import received_digest
-from cotune.strategies.types import Update, difference, not_finite
-
-_MOST_VALUE = 1e4  # of a parameter; those of usable models are below 100, and extreme ones are how rounding errors are made large
+from cotune.strategies.types import Delta, Update, difference, not_finite
 
 
 def train_round(
@@ -43,156 +46,181 @@ def train_round(
     sent: Mapping[str, Tensor] | None = None,
     declarable: tuple[int, int] | None = None,
 ) -> Update:
-    """Trains one round from `state` and returns the update; the same request again gets the same update, without training.
+    """Train one round from `state` and return the update; the same request again gets the same update, without training.
 
-    admitted, sent: as in the request (see protocol/messages). declarable: see `policy_check.check_number`.
-    Raises DataError when the organization's records cannot be used, PrivacyError when its budget does not suffice.
+    The order is a promise: nothing reads a record before the plan is approved and allowed, what the server can see depends on the
+    public number of records alone, and no record takes part in training or in what is disclosed before it is charged (see
+    `client.training.context`).
+
+    Args:
+        plan: As it came, verified.
+        site: Of the organization.
+        round: Which one, from 1.
+        state: The shared parameters.
+        admitted: The last round whose update of this organization is in the model; 0: none.
+        sent: What the server sends beside the state.
+        declarable: Between which numbers of records the public one has to be; None: whatever the plan takes.
+
+    Raises:
+        Declined: The policy does not allow the plan, or not any more.
+        DataError: The organization's records cannot be used.
+        PrivacyError: The budget does not suffice, or the model cannot be trained privately.
+        RunError: The request is not one that the plan makes, or training failed.
     """
-    stage = plan.stage_of(round)
-    sent = sent or {}
-    if not 0 <= admitted < round:
-        raise RunError(f"the request for round {round} names round {admitted} as the last admitted one: expected an earlier one")
-    digest = received_digest(state, sent)
-    policy = site.policy()
-    Approvals(site).check(plan, policy)
-    check_plan(plan, policy)
-    if policy.tell.example_count == "declared" and policy.tell.declared_examples is not None:
-        check_number(plan, policy, policy.tell.declared_examples, declarable)
-    _check_values(state, "state")
-    _check_values(sent, "further tensors")
-    holdings = site.counted(plan)
-    account = Account(plan, policy, site, holdings, round=round)
-    examples = account.public_examples  # what is decided from here on is decided by this number alone
-    check_number(plan, policy, examples, declarable)
-    check_consent(plan, policy, examples)
-    finished = site.kept(plan.plan_id, round, digest)
+    context = LocalContext(plan, site, site.policy(), round, state, admitted, sent or {}, declarable)
+    run_checks(BEFORE_RECORDS, context)
+    run_checks(BY_PUBLIC_NUMBER, context)
+    finished = site.finished_update(plan.plan_id, round, context.received)
     if finished is not None:
         return finished
-    check_consent(plan, policy, examples, account.hours())
-    check_examples(examples, stage.local, site.organization)
-    model = model_here(plan, site)
-    limit_gpu_memory(policy, model.device)
-    model.load(state)
-    names = trained_names(plan, model, round)
-    personal = Personal(plan, site, model, round, admitted)
-    _check_state(state, personal.shared)
-    _check_sent(sent, state)
-    correction = Correction(plan, site, admitted, sent)
-    own_rank = RankMask(plan, stage, policy, model)
-    received = own_rank.held(model, personal.joined(state))
-    parameters = model.train_only(names)
-    batch = stage.local.sample_rate(examples) * examples
-    setting = setting_of(plan, stage, model, holdings, state, site.organization, expected_batch=batch)
-    optimizer = optimizer_of(stage.local, model, names, parameters)
-    named = dict(zip(names, parameters, strict=True))
-    guard = Guard(model, {name: received[name] for name in names}, noise=account.budget is not None)
-    teller = Disclosures(account)
-    if isinstance(plan.privacy, RecordPrivacy):
-        account.check_unanswered(round)
-        sigma = account.plan_noise(round)  # refuses before anything is charged
-        told = _tell(teller, setting, account, round)
-        noise = stated_noise(account, sigma, stage, optimizer, {name: named[name] for name in personal.shared})
-        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
-            steps = _train_privately(account, plan.privacy, sigma, stage, round, setting, optimizer, guard)
-        spent: float | None = account.stated_epsilon()
-    else:
-        account.leave_unprotected(round, "training")
-        told = _tell(teller, setting, account, round)
-        with correction.applied(optimizer, named), own_rank.applied(optimizer, named):
-            steps = _train_plainly(plan, stage, site, round, setting, optimizer, guard, examples)
-            spent = None
-            noise = None
-    delta = own_rank.sent(difference(model.state(personal.shared), received))
-    _check_finite(delta)
-    statistics = statistics_of(plan, model, personal.shared, setting)
-    update = Update(site.organization, round, delta, examples, steps, spent, told, noise, statistics, digest)
-    correction.keep(round, stage, delta)
-    personal.keep()
-    site.keep(update, plan.plan_id)
-    if account.budget is not None:
-        account.answered(round)
+    run_checks(BEFORE_TRAINING, context)
+    prepared = _prepare(context)
+    trained = _train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else _train_without_privacy(prepared)
+    update = _build_update(prepared, trained)
+    _keep(prepared, update)
     return update
 
 
-def _check_values(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Before a record is read: what came is finite, and of a size that parameters have."""
-    for name, tensor in tensors.items():
-        most = float(tensor.abs().max()) if tensor.numel() else 0.0
-        if not most <= _MOST_VALUE:
-            raise RunError(f"the request's {what} reach {most:.3g} in {name[:80]}: expected values of at most {_MOST_VALUE:g}")
+@dataclass(frozen=True)
+class _Prepared:
+    """A round that is ready to be trained: the model holds what was received, and only the stage's parameters are trained."""
+
+    context: LocalContext
+    setting: TrainingSetup
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]  # those that are trained
+    received: State  # what they start from
+    guard: SanityChecks
+    personal: PersonalParameters
+    correction: ClientTermState
+    own_rank: RankMask
+
+    def extended(self) -> ExitStack:
+        """During the block the client term and the smaller rank take part in every step."""
+        with ExitStack() as stack:
+            stack.enter_context(self.correction.applied(self.optimizer, self.parameters))
+            stack.enter_context(self.own_rank.applied(self.optimizer, self.parameters))
+            return stack.pop_all()
 
 
-def _check_state(state: State, names: Sequence[str]) -> None:
-    """Before anything is charged: the request must hold what the stage trains."""
-    lacking = [name for name in names if name not in state]
-    if lacking:
-        raise RunError(f"the request's state lacks {lacking[0]}: expected every parameter that the stage trains")
+@dataclass(frozen=True)
+class _Trained:
+    """What training gives beside the parameters."""
+
+    steps: int
+    disclosed: dict[str, float]
+    epsilon: float | None = None
+    noise: dict[str, float] | None = None
 
 
-def _check_sent(sent: Mapping[str, Tensor], state: State) -> None:
-    """Before anything is charged: what comes beside the state is about its parameters."""
-    for name, tensor in sent.items():
-        if name not in state or tensor.shape != state[name].shape:
-            raise RunError(
-                f"the request sends {name[:80]} {tuple(tensor.shape)} beside the state: expected a parameter of the state, in its"
-                " shape"
-            )
+def _prepare(context: LocalContext) -> _Prepared:
+    """Set the model to what was received. Records are encoded, by the frozen part of the model; nothing of it leaves."""
+    plan = context.plan
+    site = context.site
+    model = context.model
+    model.load(context.state)
+    personal = PersonalParameters(plan, site, model, context.round, context.admitted)
+    correction = ClientTermState(plan, site, context.admitted, context.sent)
+    own_rank = RankMask(plan, context.stage, context.policy, model)
+    received = own_rank.held(model, personal.joined(context.state))
+    names = trained_names(plan, model, context.round)
+    parameters = model.train_only(names)
+    setting = build_setup(
+        plan,
+        context.stage,
+        model,
+        context.account.holdings,
+        context.state,
+        site.organization,
+        expected_batch=context.expected_batch,
+    )
+    return _Prepared(
+        context,
+        setting,
+        build_optimizer(context.stage.local, model, names, parameters),
+        dict(zip(names, parameters, strict=True)),
+        received,
+        SanityChecks(model, {name: received[name] for name in names}, noise=context.account.budget is not None),
+        personal,
+        correction,
+        own_rank,
+    )
 
 
-def _train_privately(
-    account: Account,
-    privacy: RecordPrivacy,
-    sigma: float,
-    stage: Stage,
-    round: int,
-    setting: TrainingSetup,
-    optimizer: torch.optim.Optimizer,
-    guard: Guard,
-) -> int:
-    """Returns the steps taken. The ledger is charged before a record enters a batch."""
-    check_gradients(setting, privacy, stage.mode)
-    examples = account.public_examples
-    rate = stage.local.sample_rate(examples)
-    planned = stage.local.steps_of(examples)
-    charge = account.reserve(round, Steps(sigma, rate, planned))
+def _train_with_privacy(prepared: _Prepared) -> _Trained:
+    """Check the budget, then disclose and train; each is charged before a record takes part in it."""
+    context = prepared.context
+    run_checks(BEFORE_CHARGE, context)
+    disclosed = _disclose(prepared)
+    shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
+    noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
+    with prepared.extended():
+        steps = _private_training(prepared)
+    return _Trained(steps, disclosed, context.account.reported_epsilon(), noise)
+
+
+def _train_without_privacy(prepared: _Prepared) -> _Trained:
+    """Enter that the update leaves without privacy, then disclose and train."""
+    context = prepared.context
+    context.account.record_unprotected(context.round, "training")
+    disclosed = _disclose(prepared)
+    with prepared.extended():
+        reports = _plain_steps(prepared.setting, prepared.optimizer, _sampler(prepared))
+        steps = _follow(reports, prepared, None)
+    return _Trained(steps, disclosed)
+
+
+def _private_training(prepared: _Prepared) -> int:
+    """Train by DP-SGD and return the steps taken. The ledger is charged before a record enters a batch."""
+    context = prepared.context
+    account = context.account
+    privacy = context.plan.privacy
+    assert isinstance(privacy, RecordPrivacy)
+    check_gradients(prepared.setting, privacy, context.stage.mode)
+    rate = context.stage.local.sample_rate(context.examples)
+    charged = Steps(context.noise_multiplier, rate, context.stage.local.steps_of(context.examples))
+    charge = account.reserve(context.round, charged)
     began = time.monotonic()
     reports = private_steps(
-        setting.module,
-        optimizer,
-        setting.loss,
-        units=setting.units,
-        batches=setting.batches,
-        noise_multiplier=sigma,
+        prepared.setting.module,
+        prepared.optimizer,
+        prepared.setting.loss,
+        units=prepared.setting.units,
+        batches=prepared.setting.batches,
+        noise_multiplier=charged.noise_multiplier,
         clip_norm=privacy.clip_norm,
-        sample_rate=rate,
-        expected_batch=rate * examples,
-        steps=planned,
+        sample_rate=charged.sample_rate,
+        expected_batch=context.expected_batch,
+        steps=charged.count,
         clipping=privacy.clipping,
     )
-    taken = _follow(_in_time(reports, account), account.site.organization, round, account.epsilon(), guard)
+    taken = _follow(_within_hours(reports, account), prepared, account.epsilon())
     account.ledger.settle(charge, taken, time.monotonic() - began)
     return taken
 
 
-def _in_time(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
-    """The same, until the policy's hours are over: then Declined is raised, and the round counts as reserved."""
+def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
+    """Pass reports on until the policy's hours are over: then Declined is raised, and the round counts as reserved."""
     began = time.monotonic()
     before = account.hours()
-    most = account.policy.training.max_hours
+    allowed = account.policy.training.max_hours
     for report in reports:
         yield report
         hours = before + (time.monotonic() - began) / 3600
-        if hours >= most and report.step < report.steps:
-            raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {most:g}")
+        if hours >= allowed and report.step < report.steps:
+            raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}")
 
 
-def _tell(teller: Disclosures, setting: TrainingSetup, account: Account, round: int) -> dict[str, float]:
-    """What else the organization says, about its records and the received model."""
-    counts = list(account.holdings.label_counts().values())
+def _disclose(prepared: _Prepared) -> dict[str, float]:
+    """Compute what else the organization tells, about its records and the received model."""
+    account = prepared.context.account
+    round = prepared.context.round
+    setting = prepared.setting
+    disclosures = Disclosures(account)
     return {
-        **teller.histogram(counts),
-        **teller.metrics(lambda: _correct(setting), round),
-        **teller.loss(lambda ceiling: _total_loss(setting, ceiling), account.true_examples, round),
+        **disclosures.histogram(lambda: list(account.holdings.label_counts().values())),
+        **disclosures.metrics(lambda: _correct(setting), round),
+        **disclosures.loss(lambda ceiling: _total_loss(setting, ceiling), account.true_examples, round),
     }
 
 
@@ -214,25 +242,16 @@ def _total_loss(setting: TrainingSetup, ceiling: float) -> float:
     return sum(float(loss @ weights) for loss, weights in known)
 
 
-def _train_plainly(
-    plan: Plan,
-    stage: Stage,
-    site: Site,
-    round: int,
-    setting: TrainingSetup,
-    optimizer: torch.optim.Optimizer,
-    guard: Guard,
-    examples: int,
-) -> int:
-    """The same batches by Poisson sampling, but reproducible, and without clipping and noise. An empty batch takes no step."""
-    generator = seeded_generator(plan.seed, "batches", site.organization, round)
-    rate = stage.local.sample_rate(examples)
-    steps = stage.local.steps_of(examples)
-    sampler = PoissonSampler(setting.rows, rate, steps, generator)
-    return _follow(_plain_steps(setting, optimizer, sampler), site.organization, round, None, guard)
+def _sampler(prepared: _Prepared) -> PoissonSampler:
+    """Poisson samples of the rows, reproducible from the plan's seed: training without privacy."""
+    context = prepared.context
+    local = context.stage.local
+    generator = seeded_generator(context.plan.seed, "batches", context.site.organization, context.round)
+    return PoissonSampler(prepared.setting.rows, local.sample_rate(context.examples), local.steps_of(context.examples), generator)
 
 
 def _plain_steps(setting: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
+    """Steps without clipping and noise; an empty batch takes none."""
     for step, batch in enumerate(sampler, start=1):
         optimizer.zero_grad()
         total = 0.0
@@ -245,29 +264,63 @@ def _plain_steps(setting: TrainingSetup, optimizer: torch.optim.Optimizer, sampl
         yield StepReport(step, len(sampler), total if batch else None)
 
 
-def _follow(reports: Iterator[StepReport], organization: str, round: int, spent: float | None, guard: Guard) -> int:
-    """Runs the steps to the end, checks the first, and tells local observers of each; returns how many were taken.
+def _follow(reports: Iterator[StepReport], prepared: _Prepared, epsilon: float | None) -> int:
+    """Take the steps, check the first, tell local observers of each, and return how many were taken.
 
-    spent: ε with this round, which is reserved already.
+    Args:
+        epsilon: ε with this round, which is reserved already.
     """
     taken = 0
     for report in reports:
-        guard.after_step(report)
+        prepared.guard.after_step(report)
         taken = report.step
-        tell(
+        notify(
             "step",
-            organization=organization,
-            round=round,
+            organization=prepared.context.site.organization,
+            round=prepared.context.round,
             step=report.step,
             steps=report.steps,
             loss=report.loss,
-            epsilon=spent,
+            epsilon=epsilon,
         )
-    guard.after_round()
+    prepared.guard.after_round()
     return taken
 
 
-def _check_finite(delta: Mapping[str, Tensor]) -> None:
+def _build_update(prepared: _Prepared, trained: _Trained) -> Update:
+    context = prepared.context
+    model = context.model
+    shared = prepared.personal.shared
+    delta = prepared.own_rank.sent(difference(model.state(shared), prepared.received))
+    _check_finite(delta)
+    return Update(
+        context.site.organization,
+        context.round,
+        delta,
+        context.examples,
+        trained.steps,
+        trained.epsilon,
+        trained.disclosed,
+        trained.noise,
+        statistics_of(context.plan, model, shared, prepared.setting),
+        context.received,
+    )
+
+
+def _check_finite(delta: Delta) -> None:
     """A diverged model is not sent."""
     if not_finite(delta):
-        raise RunError("the local model is not finite any more: expected finite parameters; lower local.learning_rate")
+        raise RunError(
+            "the local model is not finite any more: expected finite parameters; lower local.learning_rate",
+            code="run.diverged",
+        )
+
+
+def _keep(prepared: _Prepared, update: Update) -> None:
+    """Keep what the next round goes on from and, last, the update: from then on the round is answered."""
+    context = prepared.context
+    prepared.correction.keep(context.round, context.stage, update.delta)
+    prepared.personal.keep()
+    context.site.keep(update, context.plan.plan_id)
+    if context.account.budget is not None:
+        context.account.answered(context.round)

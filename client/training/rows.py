@@ -38,7 +38,7 @@ class TrainingSetup:
     exact: Callable[[Batch], Tensor]
     correct: Callable[[Batch], Tensor]
     samples: Callable[[], TrainingSetup]
-    keep_apart: Callable[[], object]
+    check_independent_rows: Callable[[], object]
 
     def everything(self) -> Iterator[tuple[Tensor, Batch]]:
         """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
@@ -49,7 +49,7 @@ class TrainingSetup:
             yield weights[list(positions)], batch
 
 
-def of_each_slot(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
+def build_slot_probe(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
     """A batch -> all that training or what is told may take from it: scores, losses, and gradients."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
@@ -62,7 +62,7 @@ def of_each_slot(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Cal
     return answer
 
 
-def all_right(scores: Tensor, labels: Tensor) -> Tensor:
+def all_correct(scores: Tensor, labels: Tensor) -> Tensor:
     """Return (b,) which slots are classified rightly: with a label for each position, all of them. IGNORED ones always are."""
     right = (scores.argmax(dim=-1) == labels) | (labels == IGNORED)
     return right.reshape(len(right), -1).all(dim=1)

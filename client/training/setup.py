@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.feature_rows import on_features
-from cotune.client.training.observe import tell
-from cotune.client.training.rows import TrainingSetup, all_right, of_each_slot
+from cotune.client.training.feature_rows import build_feature_setup
+from cotune.client.training.observe import notify
+from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import fixed_batches, tight_batches
 from cotune.data.tasks.task import Target, example_losses, logits
@@ -40,7 +40,7 @@ _checked: WeakKeyDictionary[TrainableModel, set[_Checked]] = WeakKeyDictionary()
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 
 
-def setting_of(
+def build_setup(
     plan: Plan, stage: Stage, model: TrainableModel, holdings: Dataset, state: State, name: str, *, expected_batch: float
 ) -> TrainingSetup:
     """Return the stage's setting on the records of the organization `name`; the model must be set to `state`.
@@ -63,11 +63,11 @@ def setting_of(
             model,
             state,
             plan.model.precision,
-            lambda source, done, total: tell("features", organization=name, source=source, done=done, total=total),
+            lambda source, done, total: notify("features", organization=name, source=source, done=done, total=total),
         )
         precision = plan.model.precision
         weights = _weights_of(plan, model)
-        return on_features(precision, model, head, features, holdings.targets, expected_batch, holdings.units, weights)
+        return build_feature_setup(precision, model, head, features, holdings.targets, expected_batch, holdings.units, weights)
     return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
 
 
@@ -86,7 +86,7 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
         features = torch.cat([parts[i] for i in numbers])
         chosen = [targets[i] for i in numbers]
         weights = _weights_of(plan, model)
-        return on_features(plan.model.precision, model, head, features, chosen, float(records), units, weights)
+        return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)
     return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
 
 
@@ -169,7 +169,7 @@ def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -
             f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
             f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model"
         )
-    setting.keep_apart()
+    setting.check_independent_rows()
     return error
 
 
@@ -232,7 +232,7 @@ def _on_examples(
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
-        return all_right(scores(batch), batch["labels"])
+        return all_correct(scores(batch), batch["labels"])
 
     return TrainingSetup(
         module=model.module,
@@ -244,17 +244,17 @@ def _on_examples(
         exact=exact,
         correct=correct,
         samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
-        keep_apart=lambda: check_independence(
+        check_independent_rows=lambda: check_independence(
             model,
             stage.mode,
             "bfloat16" if low_precision else "float32",
-            of_each_slot(model.module, loss, scores),
+            build_slot_probe(model.module, loss, scores),
             slots=slots,
         ),
     )
 
 
-def optimizer_of(
+def build_optimizer(
     local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
     """Return the stage's optimizer, with the head in a group of its own rate."""
@@ -272,7 +272,7 @@ def optimizer_of(
 _USUAL = 100.0  # of a parameter of a usable model
 
 
-class Guard:
+class SanityChecks:
     """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
 
     def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:

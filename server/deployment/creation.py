@@ -26,7 +26,7 @@ from cotune.server.deployment.federation import FederationFolder, ServerConfig, 
 from cotune.server.deployment.handout import write_handout
 from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key
-from cotune.server.runs.run_model import without_place
+from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import content_of
 
@@ -109,7 +109,7 @@ def _resolved(plan: Plan, config: ServerConfig) -> Plan:
     base = find_base(plan.model)
     labels = _labels(plan, config.test, base_labels(base.path))
     model = plan.model.model_copy(update=base.pins)
-    return without_place(plan.model_copy(update={"labels": labels, "model": model}))
+    return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))
 
 
 def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.client.training.setup import setting_of
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
@@ -157,7 +157,7 @@ def _probe(
         """The noised sum of one step in which these units are; without units the noise alone."""
         model.load(state)
         rows = [row for number in present or [0] for row in units[number]]
-        setting = setting_of(plan, stage, model, _only(few, rows), state, "audit", expected_batch=mechanism.expected_batch)
+        setting = build_setup(plan, stage, model, _only(few, rows), state, "audit", expected_batch=mechanism.expected_batch)
         found = released(
             Subject(engine, setting.module, setting.loss, setting.units if present else [], setting.batches),
             replace(by, sample_rate=1.0),

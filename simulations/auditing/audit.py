@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from cotune.client.account import Account
-from cotune.client.budget import budget_of, check_examples, noise_multiplier
+from cotune.client.budget import check_examples, get_budget, noise_multiplier
 from cotune.client.site import Site
+from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.plan.parameters import model_of
@@ -184,7 +185,7 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
     _check(folder.plan)
     name = _chosen(organization, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
-    holdings = DatasetManifest.read(folder.path / site / "data.json", folder.plan.labels)
+    holdings = DatasetManifest.read(SitePaths(folder.path / site).records, folder.plan.labels)
     holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
     at = Site(folder.path / site)
     policy = at.policy()
@@ -243,7 +244,7 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     coins = private_generator()
     records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
     targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
-    budget = budget_of(plan.privacy, source.policy, examples)
+    budget = get_budget(plan.privacy, source.policy, examples)
     sigma = noise_multiplier(audited, source.policy, budget, examples, 1)
     delta = budget.delta
     error = (1 - confidence) / _TESTS

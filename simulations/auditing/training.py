@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import optimizer_of, setting_of
+from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.data.dataset import Dataset
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
@@ -97,7 +97,7 @@ class AuditedTraining:
         names = trained_names(self.plan, model, round)
         parameters = model.train_only(names)
         batch = stage.local.sample_rate(self.examples) * self.examples
-        setting = setting_of(self.plan, stage, model, self.holdings, self.state, self.organization, expected_batch=batch)
+        setting = build_setup(self.plan, stage, model, self.holdings, self.state, self.organization, expected_batch=batch)
         before = model.state(names)
         if stage != self._looked_at:
             self._look_inside(stage, setting, names)
@@ -140,7 +140,7 @@ class AuditedTraining:
     def _train(self, stage: Stage, setting: TrainingSetup, names: list[str], parameters: list[nn.Parameter]) -> None:
         planted = self._planted(setting, self.canaries, self.targets.canaries_in)
         mechanism = self._mechanism(stage)
-        optimizer = optimizer_of(stage.local, self.model, names, parameters)
+        optimizer = build_optimizer(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
         watch(optimizer, planted.canaries, mechanism.expected_batch, lambda sums: self._see(sums, mechanism))
         reports = private_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from cotune.errors import RunError
 from cotune.observers import Observer
 from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
-from cotune.server.runs.results import dumps
+from cotune.server.runs.results import to_json
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
 from cotune.simulations.comparison.workers import Room, import_all, make_folder, play_all, summary_of, task_of
@@ -65,22 +66,33 @@ def compare(
         _check_no_selection(folder)
         places = {cell.name: place_of(folder, cell) for cell in cells}
         todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]
-        listener("comparison_started", {"folder": str(folder), "cells": len(cells), "finished": len(cells) - len(todo)})
+        notes = notes_of(cells)
+        counts = {"cells": len(cells), "finished": len(cells) - len(todo)}
+        listener("comparison_started", {"folder": str(folder), **counts, "notes": notes})
         reasons = _play(todo, places, [places[c.name] for c in cells if c not in todo], jobs, device, imports, listener)
         measured = [measure(cell, folder, places[cell.name], reasons.get(cell.name, "")) for cell in cells]
+        epsilon, delta = _together(cells, places, measured)
         found = Comparison(
-            folder,
-            cells[0].plan.name,
-            tuple(varied),
-            chosen,
-            tuple(sorted({cell.plan.seed for cell in cells})),
-            any(cell.plan.privacy != "none" for cell in cells),
-            tuple(measured),
-            combine(measured, chosen),
-            *_together(cells, places, measured),
+            folder=folder,
+            plan=cells[0].plan.name,
+            variations=tuple(varied),
+            baseline=chosen,
+            seeds=tuple(sorted({cell.plan.seed for cell in cells})),
+            private=any(cell.plan.privacy != "none" for cell in cells),
+            cells=tuple(measured),
+            rows=combine(measured, chosen),
+            epsilon_together=epsilon,
+            delta_together=delta,
+            notes=notes,
         )
         _write(found)
     return found
+
+
+def notes_of(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Return the notes about the records of all cells, each once; of one that only some cells have, in how many."""
+    counts = Counter(note for cell in cells for note in dict.fromkeys(cell.notes))
+    return tuple(note if count == len(cells) else f"{note} (in {count} of {len(cells)} runs)" for note, count in counts.items())
 
 
 def _together(
@@ -119,16 +131,16 @@ def _play(
     room = Room.here(len(tasks), jobs, device)
     reasons = {}
     for path in finished:
-        room.saw(summary_of(path)["peak_memory_bytes"])
+        room.saw(summary_of(path).peak_memory_bytes or 0)
     for task, reason in play_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
             summary = summary_of(task.folder)
-            room.saw(summary["peak_memory_bytes"])
-            accuracy = summary["test"]["federated"]["accuracy"]
-            seconds = summary["seconds"]
+            room.saw(summary.peak_memory_bytes or 0)
+            accuracy = None if summary.test.federated is None else summary.test.federated.accuracy
+            seconds = summary.seconds
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
 
@@ -155,7 +167,7 @@ _COLUMNS = (
 def _write(found: Comparison) -> None:
     """results.csv, results.json and compare.html."""
     atomic_write(found.folder / "results.csv", _csv(found).encode())
-    atomic_write(found.folder / "results.json", dumps(_as_dict(found)))
+    atomic_write(found.folder / "results.json", to_json(_as_dict(found)))
     write_comparison(found, found.folder / "compare.html")
 
 
@@ -188,6 +200,7 @@ def _as_dict(found: Comparison) -> dict[str, Any]:
         "seeds": list(found.seeds),
         "epsilon_together": found.epsilon_together,
         "delta_together": found.delta_together,
+        "notes": list(found.notes),
         "rows": rows,
         "cells": [{**asdict(cell), "settings": dict(cell.settings)} for cell in found.cells],
     }

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
+from cotune.reporting.documents.summary import OrganizationWorth, read_summary
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.storage.documents import JsonDocument
@@ -81,13 +81,23 @@ _MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination under a seed, checked. plan: resolved. data: fingerprint of the records."""
+    """A combination under a seed, checked.
+
+    Attributes:
+        settings: Key -> value of each variation.
+        plan: Resolved.
+        plan_id: Of that plan.
+        data: Fingerprint of the records.
+        promise: What the plan promises its records.
+        notes: About the records, such as how many are left out and why.
+    """
 
     settings: Settings
     plan: Plan
     plan_id: str
     data: str
     promise: Promise
+    notes: tuple[str, ...] = ()
 
     @property
     def combination(self) -> str:
@@ -205,7 +215,7 @@ def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
         prepared = prepare(plan, device)
     except CotuneError as error:
         raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}", code=error.code) from None
-    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared))
+    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared), tuple(prepared.notes))
 
 
 def _check_distinct(cells: Sequence[Cell]) -> None:
@@ -236,7 +246,7 @@ def place_of(folder: Path, cell: Cell) -> Path:
 
 def is_finished(path: Path, cell: Cell) -> bool:
     try:
-        return bool(json.loads((path / "summary.json").read_bytes())["plan_id"] == cell.plan_id)
+        return read_summary(path / "summary.json").plan_id == cell.plan_id
     except (OSError, ValueError, KeyError):
         return False
 
@@ -247,37 +257,37 @@ def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
     if reason:
         return common
     try:
-        summary = json.loads((path / "summary.json").read_bytes())
+        summary = read_summary(path / "summary.json")
     except (OSError, ValueError):
         raise RunError(
             f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder",
             code="run.damaged_file",
         ) from None
-    own = [each["own"]["accuracy"] for each in summary["organizations"] if each["own"] and each["own"]["federated"]]
-    spent = [each["epsilon_spent"] for each in summary["organizations"] if each["epsilon_spent"] is not None]
+    own = [each.own.accuracy for each in summary.organizations if each.own and each.own.accuracy is not None]
+    spent = [each.epsilon_spent for each in summary.organizations if each.epsilon_spent is not None]
     return replace(
         common,
-        **summary["test"]["federated"],
-        status=summary["status"],
-        reason=summary["stopped"] or "",
+        **dict(summary.test.federated or {}),
+        status=summary.status,
+        reason=summary.stopped or "",
         worst=min(own, default=None),
         spread=statistics.pstdev(own) if own else None,
-        **_gain([each for each in summary["organizations"] if each["worth"]]),
-        bytes_up=summary["bytes"]["up"],
-        bytes_down=summary["bytes"]["down"],
-        seconds=summary["seconds"],
+        **_gain([each.worth for each in summary.organizations if each.worth]),
+        bytes_up=summary.bytes.up,
+        bytes_down=summary.bytes.down,
+        seconds=summary.seconds,
         epsilon=max(spent, default=None),
-        deltas=tuple(each["delta"] for each in summary["organizations"] if each["delta"] is not None),
-        curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
+        deltas=tuple(each.delta for each in summary.organizations if each.delta is not None),
+        curve=tuple((entry.round, entry.metrics.accuracy) for entry in summary.rounds if entry.metrics),
     )
 
 
-def _gain(compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _gain(compared: Sequence[OrganizationWorth]) -> dict[str, Any]:
     """Of the organizations whose own records say whether joining is worth it; nothing where nobody has trained alone."""
     if not compared:
         return {}
-    told = [each["worth"]["answer"] for each in compared]
+    told = [each.answer for each in compared]
     return {
-        "gain": statistics.fmean(each["gain"] for each in compared),
+        "gain": statistics.fmean(each.difference for each in compared),
         "answers": (told.count("yes"), told.count("no"), told.count("too close to tell")),
     }

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_charges
-from cotune.client.policy_check import broken_rules
+from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_charges
+from cotune.client.policy_check import find_violations
 from cotune.client.training.setup import check_stages
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import base_labels
@@ -119,7 +119,7 @@ def parse_examples(text: str) -> tuple[int, ...]:
 def _noise(plan: Plan, policy: Policy, examples: int) -> float | None:
     if not isinstance(plan.privacy, RecordPrivacy):
         return None
-    return noise_multiplier(plan, policy, budget_of(plan.privacy, policy, examples), examples, 1)
+    return noise_multiplier(plan, policy, get_budget(plan.privacy, policy, examples), examples, 1)
 
 
 _BUDGET = "budget.epsilon_per_run"
@@ -164,7 +164,7 @@ def new_policy(plan: Plan, members: Sequence[Member]) -> NewPolicy:
     """Return what new policies say to a plan whose base model is pinned."""
     found: dict[tuple[str, str], list[str]] = {}
     for member in members:
-        for broken in broken_rules(plan, Policy(), member.public):
+        for broken in find_violations(plan, Policy(), member.public):
             found.setdefault((broken.rule, broken.problem), []).append(member.name)
     refused = tuple(Refusal(rule, problem, tuple(names)) for (rule, problem), names in found.items())
     empty = set(_empty_lists())
@@ -197,7 +197,7 @@ def _bounds(plan: Plan, members: Sequence[Member], own: float) -> Iterator[OwnBo
 def _spent(plan: Plan, privacy: RecordPrivacy, policy: Policy, examples: int) -> tuple[float, float] | None:
     """σ and ε of a run; None where another rule does not let the organization join."""
     try:
-        budget = budget_of(privacy, policy, examples)
+        budget = get_budget(privacy, policy, examples)
         sigma = noise_multiplier(plan, policy, budget, examples, 1)
     except PrivacyError:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import optimizer_of, setting_of, synthetic_setup
+from cotune.client.training.setup import build_optimizer, build_setup, synthetic_setup
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
 from cotune.data.tasks.task import logits
@@ -132,7 +132,7 @@ class Stopwatch:
         """Length -> what a batch of a step costs, forward and backward; 0 -> what a step costs beside its batches."""
         self.model.load({})
         plan = self.plan if private else self.plan.model_copy(update={"privacy": "none"})
-        setting = setting_of(plan, stage, self.model, self.sample, {}, "sample", expected_batch=1.0)
+        setting = build_setup(plan, stage, self.model, self.sample, {}, "sample", expected_batch=1.0)
         rows = rows_at_once(stage, private=private)
         nothing = self._step(setting, stage, (), private=private)
         found = {0: nothing}
@@ -165,7 +165,7 @@ class Stopwatch:
 
     def _step(self, setting: TrainingSetup, stage: Stage, rows: Sequence[int], *, private: bool) -> Seconds:
         names = self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
-        optimizer = optimizer_of(stage.local, self.model, names, self.model.train_only(names))
+        optimizer = build_optimizer(stage.local, self.model, names, self.model.train_only(names))
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # nothing moves, however often it is measured
         privacy = self.plan.privacy

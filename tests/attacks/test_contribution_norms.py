@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import setting_of
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
@@ -95,7 +95,7 @@ def prepared(plan: Plan) -> tuple[TrainableModel, Dataset, State]:
 def setting_at(plan: Plan, model: TrainableModel, holdings: Dataset, state: State) -> TrainingSetup:
     """The setting as a client makes it at a state, without the checks that refuse some of these: the engine alone must bound."""
     model.load(state)
-    return setting_of(plan, plan.stage_of(1), model, holdings, state, "clinic", expected_batch=float(OTHERS))
+    return build_setup(plan, plan.stage_of(1), model, holdings, state, "clinic", expected_batch=float(OTHERS))
 
 
 def clipped_sum(setting: TrainingSetup, rows: range, clip: float) -> list[Tensor]:

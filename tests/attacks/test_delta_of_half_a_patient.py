@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.client.policy_check import broken_rules
+from cotune.client.policy_check import find_violations
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
@@ -28,7 +28,7 @@ def plan_with(delta: float | str) -> Plan:
 
 def refused(delta: float | str, records: int) -> bool:
     """Whether a strict policy refuses a plan for its δ."""
-    rules = {broken.rule for broken in broken_rules(plan_with(delta), Policy(), records)}
+    rules = {broken.rule for broken in find_violations(plan_with(delta), Policy(), records)}
     return bool(rules & {"budget.delta_times_records", "budget.delta_per_run"})
 
 

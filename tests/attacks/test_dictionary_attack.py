@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.ledger_report import export
+from cotune.client.ledger_report import export_ledger
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.types import identity_of
@@ -51,7 +51,7 @@ def guesses(text: str) -> Iterator[bytes]:
 
 
 def test_a_dictionary_finds_nothing_in_an_export(site: Site) -> None:
-    content = json.dumps(export(site))
+    content = json.dumps(export_ledger(site))
     assert not [text for text in DICTIONARY for guess in guesses(text) if guess.hex() in content]
 
 
@@ -69,7 +69,7 @@ def test_two_sites_know_the_same_record_by_different_names(tmp_path: Path) -> No
 def test_the_key_is_the_owners_and_is_never_exported(site: Site) -> None:
     key = site.folder / "ledger.key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    assert key.read_bytes().hex() not in json.dumps(export(site))
+    assert key.read_bytes().hex() not in json.dumps(export_ledger(site))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"x" * 32])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.outline import outline
+from cotune.client.plan_summary import summarize_plan
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.round import train_round
@@ -117,7 +117,7 @@ def test_nor_does_what_is_sent_beside_it(plan_of: Callable[..., Plan], site: Sit
 def test_who_approves_a_plan_is_shown_what_moves_the_model(plan_of: Callable[..., Plan]) -> None:
     local = {"batch_size": 13, "steps": 17, "learning_rate": 0.123, "head_learning_rate": 4.56}
     plan = plan_of(local=local, privacy={"epsilon": 2.25, "delta": 3e-7, "clip_norm": 0.789}, server={"max_update_norm": 4321})
-    shown = " ".join(outline(plan))
+    shown = " ".join(summarize_plan(plan))
     for value in ("13", "17", "0.123", "4.56", "2.25", "3e-07", "0.789", "4321"):
         assert value in shown
 

@@ -17,7 +17,7 @@ import pytest
 import cotune.privacy.mechanisms.dp_sgd as dp_sgd
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.client.site_setup import name_records
+from cotune.client.site_setup import set_records
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
@@ -147,5 +147,5 @@ def test_anyone_who_names_such_a_file_is_told(
     site = make(name, content)
     before = (site.folder / "data.json").read_bytes()
     with pytest.raises(DataError):
-        name_records(site, make_plan(), str(site.folder / name))
+        set_records(site, make_plan(), str(site.folder / name))
     assert (site.folder / "data.json").read_bytes() == before

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import setting_of
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
@@ -59,7 +59,7 @@ def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[TrainingS
     parameters = model.train_only(names)
     records = read_records(plan.data, task=plan.task)
     holdings = Dataset(((records, np.arange(1)),), plan.labels, plan.task)
-    setting = setting_of(plan, stage, model, holdings, model.state(names), "clinic", expected_batch=BATCH)
+    setting = build_setup(plan, stage, model, holdings, model.state(names), "clinic", expected_batch=BATCH)
     return setting, parameters
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cotune.client.budget import budget_of, noise_multiplier, planned_steps, planned_telling
+from cotune.client.budget import get_budget, noise_multiplier, planned_disclosures, planned_steps
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, deltas
 from cotune.privacy.config import RecordPrivacy
@@ -33,7 +33,7 @@ def promised_and_true(plan: Plan, records: int) -> tuple[float, float]:
     """δ as promised, and P(loss > ε) as it is in the joint distribution of N and what follows: the worse of both directions."""
     policy = Policy.permissive().model_copy(update={"tell": TellRules(example_count="noised", noise_multiplier=SIGMA)})
     assert isinstance(plan.privacy, RecordPrivacy)
-    assert [steps.mechanism for steps in planned_telling(plan, policy)] == ["geometric"]
+    assert [steps.mechanism for steps in planned_disclosures(plan, policy)] == ["geometric"]
     loss = geometric_epsilon(SIGMA)
     drawn = np.arange(records - 60, records + 61, 30)
     likely = np.exp(-loss * np.abs(drawn - records))
@@ -41,7 +41,7 @@ def promised_and_true(plan: Plan, records: int) -> tuple[float, float]:
     promised = 0.0
     true = np.zeros(2)
     for number, share in zip(drawn.tolist(), likely.tolist(), strict=True):
-        budget = budget_of(plan.privacy, policy, number)
+        budget = get_budget(plan.privacy, policy, number)
         sigma = noise_multiplier(plan, policy, budget, number, 1)
         training = [Steps(sigma, rate, count) for rate, count in planned_steps(plan, number)]
         told = loss if number >= records else -loss

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import check_gradients, setting_of
+from cotune.client.training.setup import build_setup, check_gradients
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows
@@ -89,7 +89,7 @@ def setting(plan: Plan, model: TrainableModel, rows: list[int], state: State) ->
     model.load(state)
     records = Records([TEXTS[i] for i in rows], [LABELS[i] for i in rows], "records")
     held = Dataset(((records, torch.arange(len(rows)).numpy()),), CLASSES)
-    return setting_of(plan, plan.stages[0], model, held, state, "clinic", expected_batch=16.0)
+    return build_setup(plan, plan.stages[0], model, held, state, "clinic", expected_batch=16.0)
 
 
 def prepared(folder: Path, config: type[Any], width: int, mode: str) -> tuple[Plan, TrainableModel, State]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.client.node.received import plan_of
+from cotune.client.node.received import read_plan
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.data.class_names import class_name
@@ -29,7 +29,7 @@ STRANGE = ["a\u200b\u0301", " \u200d x"]
 
 def asked(plan: Plan, *labels: str) -> Plan:
     table = {**json.loads(plan.canonical()), "labels": labels}
-    return plan_of(Request(json.dumps(table), 1, "clinic", {}))
+    return read_plan(Request(json.dumps(table), 1, "clinic", {}))
 
 
 def test_it_waits_beside_the_others_and_can_be_looked_at(make_plan: Callable[..., Plan], make_site: Callable[..., Site]) -> None:

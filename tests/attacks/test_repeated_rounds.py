@@ -16,7 +16,7 @@ import torch
 from dp_accounting.pld import privacy_loss_distribution
 
 from cotune.client.account import Account
-from cotune.client.budget import budget_of, noise_multiplier
+from cotune.client.budget import get_budget, noise_multiplier
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import PrivacyError
@@ -48,7 +48,7 @@ Array = np.ndarray[tuple[int], np.dtype[np.float64]]
 def charged(rounds: list[int], spent: list[Steps]) -> list[Steps]:
     """What the run has spent after these rounds were asked for, one after the other."""
     assert isinstance(PLAN.privacy, RecordPrivacy)
-    budget = budget_of(PLAN.privacy, POLICY, RECORDS)
+    budget = get_budget(PLAN.privacy, POLICY, RECORDS)
     done = list(spent)
     for round in rounds:
         sigma = noise_multiplier(PLAN, POLICY, budget, RECORDS, round, spent=done)

@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.preflight import check
+from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
@@ -66,7 +66,7 @@ def test_a_number_outside_of_the_range_is_declined_before_anything_is_spent(
     assert "tell.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
     assert not site.ledger_file.exists()
     assert not (site.folder / "outbox").exists()
-    assert [broken.rule for broken in check(plan, site).broken] == ["tell.example_count"]
+    assert [broken.rule for broken in run_preflight(plan, site).broken] == ["tell.example_count"]
 
 
 def test_a_declared_number_is_judged_before_the_records_are_read(

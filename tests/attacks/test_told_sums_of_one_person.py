@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cotune.client.training.round import _correct, _total_loss
-from cotune.client.training.setup import setting_of
+from cotune.client.training.setup import build_setup
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
@@ -43,7 +43,7 @@ def test_a_person_counts_for_one(base_model: Callable[[str], Path], tmp_path: Pa
         records = read_records(DataConfig(source=str(file), unit="patient_id"))
         held = Dataset(((records, np.arange(len(records))),), plan.labels).bounded(plan.privacy, plan.seed)
         model.load({})
-        setting = setting_of(plan, plan.stages[0], model, held, {}, name, expected_batch=4.0)
+        setting = build_setup(plan, plan.stages[0], model, held, {}, name, expected_batch=4.0)
         with torch.no_grad():
             sums.append([*_correct(setting), _total_loss(setting, CEILING) / CEILING, *held.label_counts().values()])
     changes = np.abs(np.subtract(*sums))

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.node import trust
-from cotune.client.node.requests import last_range
+from cotune.client.node.requests import last_declarable_range
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
 from cotune.errors import RunError
@@ -51,7 +51,7 @@ def test_a_long_statement_leaves_the_site_as_it_was(
     assert ask(first, site).has_content()
     entry = next(entry for entry in AuditLog(site.folder).entries() if entry["what"] == "request")
     assert RequestStatement.parse(entry["statement"]) == statement
-    assert last_range(AuditLog(site.folder), plan.plan_id) is None
+    assert last_declarable_range(AuditLog(site.folder), plan.plan_id) is None
     sign_request(second)
     assert ask(second, site).has_content()
 

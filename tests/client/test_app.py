@@ -84,7 +84,7 @@ def test_a_real_node_trains_on_its_own_site(plan: Plan, state: State, make_site:
     assert (update.organization, update.round, update.examples, update.steps) == ("clinic", 1, 60, 4)
     assert update.delta.keys() == state.keys()
     assert all(bool(d.any()) for d in update.delta.values())
-    kept = site.kept(plan.plan_id, 1, state_digest(state))
+    kept = site.finished_update(plan.plan_id, 1, state_digest(state))
     assert kept is not None
     assert all(torch.equal(kept.delta[name], update.delta[name]) for name in state)
 

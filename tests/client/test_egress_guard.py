@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.client.account import Account
-from cotune.client.egress_guard import GENERIC_REFUSAL, Blocked, check_reason, check_receipt, check_update
+from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, RunError
@@ -90,9 +90,9 @@ def test_an_honest_update_may_leave(case: Case) -> None:
 def test_it_may_leave_again_after_an_attempt_at_a_later_round(case: Case) -> None:
     """A server that lost the answer asks for it again; the ε of the attempt after it was charged meanwhile."""
     account = Account(case.plan, case.site.policy(), case.site, case.site.counted(case.plan), round=2)
-    stated = Account(case.plan, account.policy, case.site, account.holdings, round=1).stated_epsilon()
+    stated = Account(case.plan, account.policy, case.site, account.holdings, round=1).reported_epsilon()
     account.reserve(2, Steps(account.plan_noise(2), 0.2, 2))
-    assert account.stated_epsilon() > stated
+    assert account.reported_epsilon() > stated
     case.check()
 
 
@@ -182,7 +182,7 @@ def statistics(case: Case) -> None:
     case.arrays("statistics", **{f"fisher/{name}": Array(values)})
 
 
-def stated_noise(case: Case) -> None:
+def reported_noise(case: Case) -> None:
     case.content["noise_variance"] = MetricRecord(dict.fromkeys(case.content["delta"], 1.0))
 
 
@@ -208,7 +208,7 @@ def stated_noise(case: Case) -> None:
         another_state,
         a_told_metric,
         statistics,
-        stated_noise,
+        reported_noise,
     ],
 )
 def test_what_must_not_leave(case: Case, spoil: Callable[[Case], None]) -> None:
@@ -237,7 +237,7 @@ def test_the_number_of_records_is_what_the_rule_says(
     assert told is None or said in told
     assert isinstance(said, int)
     case.header(examples=said + 7)
-    with pytest.raises(Blocked, match=r"which is not what the rule tell\.example_count says"):
+    with pytest.raises(EgressBlocked, match=r"which is not what the rule tell\.example_count says"):
         case.check()
 
 
@@ -249,7 +249,7 @@ def test_what_was_allowed_when_it_was_trained_and_is_not_any_more(
     case.check()
     assert set(decode_update(case.content, plan.plan_id).told) == {"correct", "records"}
     (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), local_metrics="none")))
-    with pytest.raises(Blocked, match="tells 'correct', which plan and policy do not agree on"):
+    with pytest.raises(EgressBlocked, match="tells 'correct', which plan and policy do not agree on"):
         case.check()
 
 
@@ -262,7 +262,7 @@ def test_what_is_personal_never_leaves(make_plan: MakePlan, make_site: MakeSite,
     name, _ = case.some
     other = name.replace(".lora_A.", ".lora_B.")
     case.arrays("delta", **{other: Array(np.zeros((16, 2), dtype=np.float32))})
-    with pytest.raises(Blocked, match=r"has .*lora_B.* too much"):
+    with pytest.raises(EgressBlocked, match=r"has .*lora_B.* too much"):
         case.check()
 
 
@@ -274,7 +274,7 @@ def test_a_smaller_rank_leaves_in_its_own_shape_alone(make_plan: MakePlan, make_
     whole = np.zeros(tuple(case.request.state[name].shape), dtype=np.float32)
     assert whole.shape[0] == 2
     case.arrays("delta", **{name: Array(whole)})
-    with pytest.raises(Blocked, match=r"has the shape \(2, 16\), expected \(1, 16\)"):
+    with pytest.raises(EgressBlocked, match=r"has the shape \(2, 16\), expected \(1, 16\)"):
         case.check()
 
 
@@ -283,7 +283,7 @@ def test_statistics_leave_where_both_agree(make_plan: MakePlan, make_site: MakeS
     case = Case(plan, make_site(), state_for(plan))
     case.check()
     del case.content["statistics"]
-    with pytest.raises(Blocked, match="other statistics"):
+    with pytest.raises(EgressBlocked, match="other statistics"):
         case.check()
 
 
@@ -296,7 +296,7 @@ def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, 
     content = encode_receipt(honest)
     content["told"] = ConfigRecord({"accuracy": 0.9})
     for broken in (content, encode_receipt(Receipt("bank", plan.plan_id, honest.received))):
-        with pytest.raises(Blocked, match=r"the receipt is not that of this request alone|too much"):
+        with pytest.raises(EgressBlocked, match=r"the receipt is not that of this request alone|too much"):
             check_receipt(broken, request, plan, site)
 
 
@@ -317,14 +317,14 @@ def test_words_that_may_be_told() -> None:
             if f"{table}.{rule}" not in OF_RECORDS:
                 check_reason(said)
                 continue
-            with pytest.raises(Blocked):
+            with pytest.raises(EgressBlocked):
                 check_reason(said)
 
 
 @given(st.text().filter(lambda words: "." not in words))  # a rule's own name may be told
 def test_other_words_may_not(words: str) -> None:
     for reason in (words, f"{GENERIC_REFUSAL}{words} ", f"declined: its rule {words} does not allow this plan"):
-        with pytest.raises(Blocked):
+        with pytest.raises(EgressBlocked):
             check_reason(reason)
 
 
@@ -343,5 +343,5 @@ def test_noise_that_both_agree_on_may_be_stated(make_plan: MakePlan, make_site: 
     assert stated
     assert torch.tensor(list(stated.values())).gt(0).all()
     (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), noise_level=False)))
-    with pytest.raises(Blocked, match="states its noise where plan and policy do not agree on it"):
+    with pytest.raises(EgressBlocked, match="states its noise where plan and policy do not agree on it"):
         case.check()

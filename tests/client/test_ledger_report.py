@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.ledger_report import export, overview
+from cotune.client.ledger_report import export_ledger, summarize_ledger
 from cotune.client.site import Site
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
@@ -39,7 +39,7 @@ def site(make_site: MakeSite) -> Site:
 
 
 def test_the_overview_is_composed_from_the_events(site: Site) -> None:
-    [found] = overview(site)["collections"]
+    [found] = summarize_ledger(site)["collections"]
     small, grown = found["data_sets"]
     delta = delta_of("1/n^1.5", 1500)  # of the larger one
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
@@ -72,7 +72,7 @@ def test_each_collection_has_a_table_of_its_own(make_site: MakeSite) -> None:
         names[name] = ledger.know([bytes([number, i]) for i in range(50)])
         ledger.reserve(f"plan {name}", 1, Steps(1.5, 0.1, 10), data=names[name], collection=name)
     ledger.unprotected("plan x", 1, "training", data=names["wards"], collection="wards")
-    wards, images = overview(site)["collections"]
+    wards, images = summarize_ledger(site)["collections"]
     assert (wards["collection"], images["collection"]) == ("wards", "images")
     assert [d["fingerprint"] for d in wards["data_sets"]] == [names[""], names["wards"]]
     assert [d["fingerprint"] for d in images["data_sets"]] == [names[""], names["images"]]
@@ -88,7 +88,7 @@ def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
     delta = 1e-5
     data = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
     ledger.reserve("a" * 64, 1, steps, data=data, limits=[Limit("budget.epsilon_total", 8.0, delta)])
-    [found] = overview(site)["collections"]
+    [found] = summarize_ledger(site)["collections"]
     assert (found["delta"], found["composition"]) == (delta, "pld")  # the δ that was in force, not that of a rule
     assert found["epsilon"] == epsilon([steps], delta)
     assert found["epsilon_left"] == 8.0 - epsilon([steps], delta / 2)
@@ -98,7 +98,7 @@ def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
 
 def test_a_site_that_never_trained_has_no_ledger_and_gets_none(make_site: MakeSite) -> None:
     site = make_site()
-    assert overview(site) == {"organization": "clinic", "head": None, "collections": []}
+    assert summarize_ledger(site) == {"organization": "clinic", "head": None, "collections": []}
     assert not site.ledger_file.exists()
 
 
@@ -106,17 +106,17 @@ def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> Non
     """The program in the document, in an interpreter that cannot import cotune."""
     [program] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     file = tmp_path / "export.json"
-    file.write_text(json.dumps(export(site), indent=1))
+    file.write_text(json.dumps(export_ledger(site), indent=1))
     blocked = "import sys\nsys.modules['cotune'] = None\n"
     command = [sys.executable, "-W", "ignore", "-c", blocked + program, str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    [line, _], [table] = said, overview(site)["collections"]
+    [line, _], [table] = said, summarize_ledger(site)["collections"]
     _, _, spent, _, delta, *_ = line.split()
     assert float(delta) == table["delta"]
     assert float(spent) == pytest.approx(table["epsilon"], rel=0.01)
-    assert said[-1] == f"head {overview(site)['head']}"
+    assert said[-1] == f"head {summarize_ledger(site)['head']}"
 
-    tampered = export(site)
+    tampered = export_ledger(site)
     tampered["entries"][2]["body"]["count"] = 2
     file.write_text(json.dumps(tampered))
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -128,6 +128,6 @@ def test_what_left_without_privacy_is_not_passed_over(site: Site) -> None:
     ledger = site.ledger()
     small, _ = ledger.data_sets()
     ledger.unprotected("d" * 64, 4, "training", data=small.fingerprint, plan="plain")
-    for table in (*overview(site)["collections"], *export(site)["collections"]):
+    for table in (*summarize_ledger(site)["collections"], *export_ledger(site)["collections"]):
         [left] = table["unprotected"]
         assert (left["plan"], left["round"], left["what"]) == ("plain", 4, "training")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cotune.client.outline import changes, outline
+from cotune.client.plan_summary import diff_plans, summarize_plan
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
@@ -114,28 +114,28 @@ def test_a_damaged_list_approves_nothing(make_plan: MakePlan, make_site: MakeSit
 
 
 def test_a_plan_in_six_lines(make_plan: MakePlan) -> None:
-    lines = outline(make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, strategy="fedprox"))
+    lines = summarize_plan(make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, strategy="fedprox"))
     assert len(lines) == 6
     assert "3 rounds: 3 of head (4 steps, batches of 0.2)" in lines[2]
     assert any("ε = 2 at δ = 0.001" in line for line in lines)
     assert any("examples → mean → proximal" in line for line in lines)
-    assert any("NO differential privacy" in line for line in outline(make_plan()))
+    assert any("NO differential privacy" in line for line in summarize_plan(make_plan()))
 
 
 def test_what_differs_between_two_plans(make_plan: MakePlan) -> None:
     before = make_plan()
     after = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3}, labels=("bad", "good"))
-    lines = changes(before, after)
+    lines = diff_plans(before, after)
     assert "labels: ['bad', 'good', 'so'] → ['bad', 'good']" in lines
     assert "privacy: none → absent" in lines
     assert "privacy.epsilon: absent → 2.0" in lines
-    assert changes(before, before) == []
+    assert diff_plans(before, before) == []
     assert not any(line.startswith("model") for line in lines)
 
 
 def test_a_plan_cannot_hide_on_the_screen_what_it_says(make_plan: MakePlan) -> None:
     before = make_plan()
     after = make_plan(labels=("bad", "go\x1b[2Kod", "s\ro\n"))
-    for line in [*outline(after), *changes(before, after)]:
+    for line in [*summarize_plan(after), *diff_plans(before, after)]:
         assert line.isprintable()
-    assert "go\\u001b[2Kod" in outline(after)[0]
+    assert "go\\u001b[2Kod" in summarize_plan(after)[0]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cotune.client.budget import budget_of, noise_multiplier
-from cotune.client.preflight import check
+from cotune.client.budget import get_budget, noise_multiplier
+from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
@@ -25,10 +25,10 @@ STAGES = [{"mode": mode, "rounds": 1, "local": {"batch_size": 0.1}} for mode in 
 def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = make_plan(privacy=PRIVATE, train=STAGES)
     site = make_site()
-    found = check(plan, site)
+    found = run_preflight(plan, site)
     assert isinstance(plan.privacy, RecordPrivacy)
     policy = Policy.permissive()
-    sigma = noise_multiplier(plan, policy, budget_of(plan.privacy, policy, 60), 60, 1)
+    sigma = noise_multiplier(plan, policy, get_budget(plan.privacy, policy, 60), 60, 1)
     assert (found.declined, found.noise_multiplier, found.epsilon, found.delta) == (None, sigma, 2.0, 1e-3)
     assert (found.organization, found.examples, found.device, found.epsilon_spent) == ("clinic", 60, "cpu", 0.0)
     assert [(s.mode, s.rounds, s.steps, s.batch) for s in found.stages] == [(m, 1, 4, 6.0) for m in ("head", "lora", "full")]
@@ -44,8 +44,8 @@ def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: M
     """Anyone who is to change a rule wants to know for what: every rule, and the same figures as without them."""
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}, train=STAGES)
     strict = changed_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
-    found = check(plan, make_site(policy=strict))
-    allowed = check(plan, make_site(at="free"))
+    found = run_preflight(plan, make_site(policy=strict))
+    allowed = run_preflight(plan, make_site(at="free"))
     rules = [broken.rule for broken in found.broken]
     assert {"training.base_models", "training.units", "budget.epsilon_per_run", "training.min_examples"} <= set(rules)
     assert found.declined is not None
@@ -58,7 +58,7 @@ def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: M
 def test_a_model_that_is_not_allowed_is_not_fetched_to_be_tried(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = make_plan(privacy=PRIVATE)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"base": "nobody/no-model"})})
-    found = check(plan, make_site(policy=changed_policy(Policy.permissive(), {"training.base_models": []})))
+    found = run_preflight(plan, make_site(policy=changed_policy(Policy.permissive(), {"training.base_models": []})))
     assert [broken.rule for broken in found.broken] == ["training.base_models"]
     assert (found.epsilon, found.stages) == (2.0, ())
 
@@ -66,19 +66,19 @@ def test_a_model_that_is_not_allowed_is_not_fetched_to_be_tried(make_plan: MakeP
 def test_a_plan_that_does_not_fit_into_the_rest_is_declined(make_plan: MakePlan, make_site: MakeSite) -> None:
     allowed = Policy.permissive()
     tight = allowed.model_copy(update={"budget": allowed.budget.model_copy(update={"epsilon_total": 1.0})})
-    found = check(make_plan(privacy=PRIVATE), make_site(policy=tight))
+    found = run_preflight(make_plan(privacy=PRIVATE), make_site(policy=tight))
     assert found.declined is not None
     assert "budget.epsilon_total: the plan asks for ε = 2 in 3 rounds, and 1.00 of the total 1 are left" in found.declined
 
 
 def test_a_plan_without_privacy_is_only_judged(make_plan: MakePlan, make_site: MakeSite) -> None:
-    found = check(make_plan(privacy="none"), make_site())
+    found = run_preflight(make_plan(privacy="none"), make_site())
     assert (found.declined, found.epsilon, found.stages) == (None, None, ())
 
 
 def test_a_plan_without_labels_cannot_be_checked(make_plan: MakePlan, make_site: MakeSite) -> None:
     with pytest.raises(PlanError, match="the plan lists no labels: expected the plan as the coordinator runs it"):
-        check(make_plan(privacy=PRIVATE, labels=()), make_site())
+        run_preflight(make_plan(privacy=PRIVATE, labels=()), make_site())
 
 
 def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., Any]) -> None:
@@ -86,18 +86,18 @@ def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_
     plan = make_plan(privacy=PRIVATE)
     site = make_site()
     before = state_for(plan)
-    check(plan, site)
+    run_preflight(plan, site)
     after = state_for(plan)
     assert all(bool((before[name] == after[name]).all()) for name in before)
 
 
 def test_classes_that_the_plan_lacks_are_named_to_the_organization(make_plan: MakePlan, make_site: MakeSite) -> None:
     """In training they could not be: whether it fails would tell the server of single records."""
-    found = check(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
+    found = run_preflight(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
     [warning] = found.warnings
     assert "1 classes of the records are not among the plan's (bad, good, other)" in warning
     assert (found.declined, len(found.stages)) == (None, 1)
-    assert check(make_plan(privacy=PRIVATE), make_site()).warnings == ()
+    assert run_preflight(make_plan(privacy=PRIVATE), make_site()).warnings == ()
 
 
 def test_a_plan_that_has_none_of_the_labels_here_is_declined(make_plan: MakePlan, make_site: MakeSite) -> None:
@@ -108,7 +108,7 @@ def test_a_plan_that_has_none_of_the_labels_here_is_declined(make_plan: MakePlan
         source.write_text(f"text,label\na tree,{labels[0]}\nthe road,{labels[1]}\n", encoding="utf-8")
         plan = make_plan(privacy=PRIVATE, labels=("true", "false"), data={"source": str(source)})
         unknown = left_out(site, plan, DataConfig(source=str(source))).get("label unknown to the plan", 0)
-        found = check(plan, site)
+        found = run_preflight(plan, site)
         assert unknown == 2 - usable
         assert any("not one record can be learned from" in problem for problem in found.problems) is (usable == 0)
         assert (found.declined is not None) is (usable == 0)
@@ -121,10 +121,10 @@ def test_a_plan_that_ran_here_is_not_promised_again(
     site = make_site()
     for round in (1, 2):
         train_round(plan, site, round, state_for(plan))
-    found = check(plan, site)
+    found = run_preflight(plan, site)
     assert found.declined is not None
     assert "this plan has run here already (rounds 1–2)" in found.declined
-    assert check(make_plan(privacy=PRIVATE, seed=8), site).declined is None
+    assert run_preflight(make_plan(privacy=PRIVATE, seed=8), site).declined is None
 
 
 LEFT_OUT = """text,label,pid
@@ -145,7 +145,7 @@ so it is,so,anna
 def left_out(site: Site, plan: Plan, config: DataConfig) -> dict[str, int]:
     document = DatasetManifest(data=config, portions=(FileSlice(path=None),))
     (site.folder / "data.json").write_text(document.model_dump_json())
-    return dict(check(plan, site).left_out)
+    return dict(run_preflight(plan, site).left_out)
 
 
 def test_the_organization_sees_what_is_left_out_and_why(make_plan: MakePlan, make_site: MakeSite) -> None:
@@ -182,7 +182,7 @@ def test_a_site_without_a_usable_record_is_told_so(make_plan: MakePlan, make_sit
     source.write_text("text,label\n,good\n", encoding="utf-8")
     plan = make_plan(privacy=PRIVATE, data={"source": str(source)})
     assert left_out(site, plan, DataConfig(source=str(source))) == {"blank text": 1}
-    found = check(plan, site)
+    found = run_preflight(plan, site)
     assert found.examples == 0
     assert any("no record is usable" in warning for warning in found.warnings)
     few = make_site(policy=Policy.permissive())

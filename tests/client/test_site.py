@@ -53,7 +53,7 @@ def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) ->
     site = make_site()
     sent = update(epsilon=epsilon)
     site.keep(sent, "plan")
-    got = Site(site.folder).kept("plan", 4, "state")  # by another process
+    got = Site(site.folder).finished_update("plan", 4, "state")  # by another process
     assert got is not None
     assert (got.organization, got.round, got.examples, got.steps, got.epsilon) == ("clinic", 4, 60, 7, epsilon)
     assert got.delta.keys() == sent.delta.keys()
@@ -66,7 +66,7 @@ def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
     site = make_site()
     tensor = torch.arange(6.0).reshape(2, 3).T
     site.keep(update(delta={"w": tensor}), "plan")
-    got = site.kept("plan", 4, "state")
+    got = site.finished_update("plan", 4, "state")
     assert got is not None
     assert torch.equal(got.delta["w"], tensor)
 
@@ -74,18 +74,18 @@ def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
 @pytest.mark.parametrize("request_", [("other", 4, "state"), ("plan", 3, "state"), ("plan", 4, "other")])
 def test_another_request_gets_nothing(make_site: MakeSite, request_: tuple[str, int, str]) -> None:
     site = make_site()
-    assert site.kept("plan", 4, "state") is None
+    assert site.finished_update("plan", 4, "state") is None
     site.keep(update(), "plan")
-    assert site.kept(*request_) is None
-    assert site.kept("plan", 4, "state") is not None
+    assert site.finished_update(*request_) is None
+    assert site.finished_update("plan", 4, "state") is not None
 
 
 def test_only_the_last_update_is_kept(make_site: MakeSite) -> None:
     site = make_site()
     site.keep(update(), "plan")
     site.keep(update(round=5), "plan")
-    assert site.kept("plan", 4, "state") is None
-    assert site.kept("plan", 5, "state") is not None
+    assert site.finished_update("plan", 4, "state") is None
+    assert site.finished_update("plan", 5, "state") is not None
     assert [file.name for file in outbox(site).parent.iterdir()] == ["update.safetensors"]
 
 
@@ -119,9 +119,9 @@ def test_a_damaged_outbox_is_not_trained_over(make_site: MakeSite, damage: Calla
     site.keep(update(), "plan")
     damage(outbox(site))
     with pytest.raises(RunError, match=r"the outbox file .*update\.safetensors is damaged .*: remove it"):
-        site.kept("plan", 4, "state")
+        site.finished_update("plan", 4, "state")
     outbox(site).unlink()
-    assert site.kept("plan", 4, "state") is None
+    assert site.finished_update("plan", 4, "state") is None
 
 
 def test_the_ledger_is_the_sites_own(make_site: MakeSite) -> None:

@@ -19,7 +19,7 @@ from cotune.cli.client.join import Shown
 from cotune.client.audit_log import AuditLog
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
-from cotune.client.site_setup import fingerprint_of
+from cotune.client.site_setup import get_key_fingerprint
 from cotune.models.base_lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan
@@ -89,7 +89,7 @@ def test_the_fingerprint_is_the_one_that_the_coordinator_sees(cotune: Cotune, fo
     shown = cotune("client", "init", "site", "--name", "hospital-a").out
     member = Members(folder / "members.json").invite("hospital-a", read_public_key(folder / "site" / "node.pub"))
     assert member.fingerprint in shown
-    assert member.fingerprint == hashlib.sha256(member.key).hexdigest() == fingerprint_of(Site(folder / "site"))
+    assert member.fingerprint == hashlib.sha256(member.key).hexdigest() == get_key_fingerprint(Site(folder / "site"))
 
 
 def test_a_key_that_is_there_already_is_taken(cotune: Cotune, folder: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from cotune.client.node.connection import Entrance
-from cotune.client.node.keys import next_key, public_keys, renew_key, take_next
+from cotune.client.node.connection import Connector
+from cotune.client.node.keys import activate_next_key, read_next_key, read_public_keys, renew_key
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
-from cotune.client.site_setup import fingerprint_of, make_site, read_private_key
+from cotune.client.site_setup import get_key_fingerprint, make_site, read_private_key
 from cotune.errors import RunError
 from cotune.flower.fleet_client import FleetError, NodeRejected
 from cotune.protocol.key_renewal import fingerprint, read_node_renewal
@@ -65,8 +65,8 @@ class Server:
         yield "fleet"
 
 
-def entrance(site: Site, server: Server) -> Entrance:
-    return Entrance(site.folder, "localhost:1", None, site.folder / "node.key", server.connect)
+def entrance(site: Site, server: Server) -> Connector:
+    return Connector(site.folder, "localhost:1", None, site.folder / "node.key", server.connect)
 
 
 def enter(site: Site, server: Server) -> None:
@@ -75,19 +75,19 @@ def enter(site: Site, server: Server) -> None:
 
 
 def test_the_node_changes_over_once_the_coordinator_has_accepted(site: Site, members: Members) -> None:
-    old = fingerprint_of(site)
+    old = get_key_fingerprint(site)
     server = Server(members)
     _, new = renew_key(site)
     enter(site, server)
-    assert fingerprint_of(site) == old  # nobody has accepted it yet
+    assert get_key_fingerprint(site) == old  # nobody has accepted it yet
     accept(members, site)
     enter(site, server)
     assert server.entered == [old, new]
-    assert fingerprint_of(site) == new
+    assert get_key_fingerprint(site) == new
     assert read_public_key(site.folder / "node.pub") == members.active()[0].public_key
     assert (site.folder / "node.pub").read_text().split()[2:] == ["hospital-a"]
-    assert next_key(site.folder) is None
-    assert [fingerprint(key) for key in public_keys(site.folder)] == [new, old]
+    assert read_next_key(site.folder) is None
+    assert [fingerprint(key) for key in read_public_keys(site.folder)] == [new, old]
     assert (site.folder / "node.key").stat().st_mode & 0o777 == 0o600
     enter(site, server)
     assert server.entered[-1] == new
@@ -121,7 +121,7 @@ def test_a_second_renewal_follows_the_first(site: Site, members: Members) -> Non
         renew_key(site)
         accept(members, site)
         enter(site, server)
-        assert len(public_keys(site.folder)) == count
+        assert len(read_public_keys(site.folder)) == count
     assert len(set(server.entered)) == 2
 
 
@@ -130,7 +130,7 @@ def test_where_neither_key_is_known_nothing_is_taken(site: Site, members: Member
     members.revoke("hospital-a")
     with pytest.raises(NodeRejected):
         enter(site, Server(members))
-    assert next_key(site.folder) is not None
+    assert read_next_key(site.folder) is not None
 
 
 def test_a_server_that_is_away_is_no_reason_for_another_key(site: Site, members: Members) -> None:
@@ -140,7 +140,7 @@ def test_a_server_that_is_away_is_no_reason_for_another_key(site: Site, members:
     server.down = True
     with pytest.raises(FleetError):
         enter(site, server)
-    assert next_key(site.folder) is not None
+    assert read_next_key(site.folder) is not None
 
 
 def test_a_site_that_has_joined_nobody_has_nothing_to_renew(tmp_path: Path) -> None:
@@ -160,18 +160,18 @@ def test_a_kill_while_the_key_is_made_leaves_a_node_that_gets_in(
 def test_a_kill_while_the_key_is_taken_leaves_a_node_that_gets_in(
     site: Site, members: Members, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    old, (_, new) = fingerprint_of(site), renew_key(site)
+    old, (_, new) = get_key_fingerprint(site), renew_key(site)
     accept(members, site)
-    following = next_key(site.folder)
+    following = read_next_key(site.folder)
     copy = tmp_path / "copy"
     assert following is not None
     shutil.copytree(site.folder, copy)
     counts = []
-    for made in killed_before_each_change(monkeypatch, lambda: take_next(site.folder, following)):
+    for made in killed_before_each_change(monkeypatch, lambda: activate_next_key(site.folder, following)):
         counts.append(made)
         enter(site, Server(members))
         assert fingerprint(read_private_key(site.folder / "node.key").public_key()) == new
-        assert {fingerprint(key) for key in public_keys(site.folder)} == {old, new}
+        assert {fingerprint(key) for key in read_public_keys(site.folder)} == {old, new}
         assert read_public_key(site.folder / "node.pub") == members.active()[0].public_key
         shutil.rmtree(site.folder)
         shutil.copytree(copy, site.folder)
@@ -194,6 +194,6 @@ def test_only_the_sites_own_key_is_ever_replaced(site: Site, members: Members, t
     accept(members, site)
     with (
         pytest.raises(NodeRejected),
-        Entrance(site.folder, "localhost:1", None, tmp_path / "elsewhere.key", Server(members).connect)(None, False),
+        Connector(site.folder, "localhost:1", None, tmp_path / "elsewhere.key", Server(members).connect)(None, False),
     ):
         pass

@@ -27,7 +27,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node import node as node_module
 from cotune.client.node.node import Node, run_node
-from cotune.client.node.worker import ResidentDied
+from cotune.client.node.worker import TrainerDied
 from cotune.client.training.observe import observe_client
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted
@@ -130,7 +130,7 @@ class FakeWorker:
         assert self._message is not None
         if self.given[-1] in self._dies and self._times:
             self._times -= 1
-            raise ResidentDied("the training process ended with -9")
+            raise TrainerDied("the training process ended with -9")
         self._asked += 1
         return self._message if self._asked == 2 else None
 
@@ -280,7 +280,7 @@ def test_a_worker_that_is_killed_while_it_is_given_its_work_does_it_again(tmp_pa
         def give(self, message: Message) -> None:
             super().give(message)
             if len(self.given) == 1:
-                raise ResidentDied("the training process ended with -9")
+                raise TrainerDied("the training process ended with -9")
 
     fleet = FakeFleet(stop, request(1))
     worker = Killed()

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import RecordDict
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.node.requests import Requested, check_limits, verified
+from cotune.client.node.requests import SignedRequest, check_limits, verify_request
 from cotune.client.site import Site
 from cotune.errors import Declined
 from cotune.privacy.policy import Policy, changed_policy
@@ -19,10 +19,10 @@ from tests.support.signing import sign_request
 
 def asked(
     site: Site, kind: str = TRAIN, roster: tuple[str, ...] = ("a", "b"), *, round: int = 1, run: str = 32 * "1"
-) -> Requested:
+) -> SignedRequest:
     content = RecordDict({})
     sign_request(content, kind, roster=roster, round=round, run=run)
-    return verified(content, site.folder)[1]
+    return verify_request(content, site.folder)[1]
 
 
 def begun(site: Site, *rounds: int) -> AuditLog:

@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.node.trust import AUTHORITY_DAYS, Trust, TrustedServer, learn, note_use
+from cotune.client.node.trust import AUTHORITY_DAYS, Trust, TrustedServer, record_renewals, record_use
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
@@ -46,9 +46,9 @@ def site(tmp_path: Path, authorities: list[str]) -> Path:
 def test_new_keys_are_learned_one_after_the_other_and_once(
     site: Path, chain: list[ServerRenewal], authorities: list[str]
 ) -> None:
-    assert learn(site, chain[:1]) == tuple(chain[:1])
-    assert learn(site, chain) == tuple(chain[1:])
-    assert learn(site, chain) == ()
+    assert record_renewals(site, chain[:1]) == tuple(chain[:1])
+    assert record_renewals(site, chain) == tuple(chain[1:])
+    assert record_renewals(site, chain) == ()
     assert Trust.read(site).signing_keys() == HEX
     assert Trust.read(site).certificates().decode() == "".join(authorities)
     entries = AuditLog(site).entries()
@@ -64,16 +64,16 @@ def test_anyone_who_joined_in_between_takes_what_follows_it(tmp_path: Path, chai
 def test_a_key_ends_with_the_first_use_of_the_next_and_its_authority_a_month_later(
     site: Path, chain: list[ServerRenewal], authorities: list[str]
 ) -> None:
-    learn(site, chain[:1])
+    record_renewals(site, chain[:1])
     now = datetime.now(UTC)
-    note_use(site, HEX[0], now)
+    record_use(site, HEX[0], now)
     assert Trust.read(site).signing_keys() == HEX[:2]
-    note_use(site, HEX[1], now)
+    record_use(site, HEX[1], now)
     trust = Trust.read(site)
     assert trust.signing_keys() == HEX[1:2]
     assert trust.certificates(now + timedelta(days=AUTHORITY_DAYS)).decode() == authorities[0] + authorities[1]
     assert trust.certificates(now + timedelta(days=AUTHORITY_DAYS + 1)).decode() == authorities[1]
-    note_use(site, HEX[1], now + timedelta(days=9))
+    record_use(site, HEX[1], now + timedelta(days=9))
     assert Trust.read(site) == trust
 
 
@@ -81,7 +81,7 @@ def test_a_kill_leaves_the_trust_before_or_after(site: Path, chain: list[ServerR
     before = Trust.read(site)
     after = before.following(chain)
     seen = set[bool]()
-    for _ in killed_before_each_change(monkeypatch, lambda: learn(site, chain)):
+    for _ in killed_before_each_change(monkeypatch, lambda: record_renewals(site, chain)):
         assert Trust.read(site) in (before, after)
         seen.add(Trust.read(site) == after)
     assert seen == {False, True}
@@ -90,5 +90,5 @@ def test_a_kill_leaves_the_trust_before_or_after(site: Path, chain: list[ServerR
 def test_nothing_is_believed_that_cannot_be_entered_in_the_log(site: Path, chain: list[ServerRenewal]) -> None:
     (site / "audit.jsonl").mkdir()
     with pytest.raises(RunError):
-        learn(site, chain)
+        record_renewals(site, chain)
     assert Trust.read(site).signing_keys() == HEX[:1]

@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
-from cotune.client.node.worker import ResidentDied, TrainerProcess
+from cotune.client.node.worker import TrainerDied, TrainerProcess
 from cotune.client.site import Site
 from cotune.flower.chunks import ChunkedMessage
 from cotune.models.trainable import State
@@ -72,7 +72,7 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     assert resident.pid == before
     resident.give(message(content))
     os.kill(before, signal.SIGKILL)
-    with pytest.raises(ResidentDied, match="the training process ended with -9"):
+    with pytest.raises(TrainerDied, match="the training process ended with -9"):
         resident.answer(600)
     resident.give(message(content))
     assert answer(resident).has_content()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.client.personalization.adaptation import OwnRecords, adapt, base_head, own_records, parts
+from cotune.client.personalization.adaptation import OwnRecords, adapt, build_own_records, load_base_head, split_folds
 from cotune.errors import DataError
 from cotune.models.config import ModelConfig
 from cotune.models.head_fit import fit_head, head_scores
@@ -30,11 +30,11 @@ def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> Ow
     generator = torch.Generator().manual_seed(seed)
     targets = torch.multinomial(torch.tensor(mix, dtype=torch.float64), count, replacement=True, generator=generator)
     features = POINTS[targets] + 2 * torch.randn(count, 16, generator=generator)
-    return own_records(features, targets.tolist(), range(count), 3)
+    return build_own_records(features, targets.tolist(), range(count), 3)
 
 
 def shared_head(model: TrainableModel, own: OwnRecords) -> State:
-    start = base_head(model)
+    start = load_base_head(model)
     return fit_head(model, own.features, own.targets, start=start, toward=start, pull=0.001)
 
 
@@ -89,7 +89,7 @@ def test_records_of_one_unit_are_in_one_part(drawn: list[tuple[int, int]], folds
     if len(set(units)) < 2:
         return
     own = OwnRecords(torch.arange(len(units)).float()[:, None], torch.tensor(targets), np.arange(len(units)), np.asarray(units))
-    found = list(parts(own, folds, seed=3))
+    found = list(split_folds(own, folds, seed=3))
     judged = [int(row) for _, judge in found for row in judge.features[:, 0]]
     assert sorted(judged) == list(range(len(units)))  # every record judges once
     for train, judge in found:
@@ -100,6 +100,6 @@ def test_records_of_one_unit_are_in_one_part(drawn: list[tuple[int, int]], folds
 def test_records_that_cannot_be_used_are_left_out() -> None:
     features = torch.ones(4, 2)
     features[1] = torch.nan
-    assert own_records(features, [0, 1, -100, 2], [5, 6, 7, 8], 3).units.tolist() == [5, 8]
+    assert build_own_records(features, [0, 1, -100, 2], [5, 6, 7, 8], 3).units.tolist() == [5, 8]
     with pytest.raises(DataError, match="1 records"):
-        own_records(features, [0, 1, -100, 7], [5, 6, 7, 8], 3)
+        build_own_records(features, [0, 1, -100, 7], [5, 6, 7, 8], 3)

@@ -15,7 +15,7 @@ from transformers import pipeline
 
 from cotune.client.app import store_final_model
 from cotune.client.personalization import evaluation as own_model
-from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_received
+from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset, write_holdings
@@ -72,7 +72,7 @@ def test_an_adapted_model_is_exported_and_nothing_else_changes(received: tuple[P
     assert done.records == 60
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "No ε bounds" in card
-    opened = open_received(site)
+    opened = open_final_model(site)
     held = site.holdings(plan.labels)
     scores = head_scores(opened.model, done.adapted.head, encoded_features(held, opened.model, {}, "float32"))
     told = pipeline("text-classification", str(done.folder), truncation=True)(held.inputs(), top_k=None)
@@ -89,7 +89,7 @@ def test_the_shared_head_is_where_it_begins_and_alone_knows_nothing_of_it(
         site = make_site(at=f"site-{seed}")
         state = drawn(state_for(plan), seed)
         receive(plan, site, state)
-        opened = open_received(site)
+        opened = open_final_model(site)
         assert all(torch.equal(tensor, state[name]) for name, tensor in opened.head.items())
         assert set(opened.head) == set(state)
         opened.model.load({})
@@ -116,12 +116,12 @@ def test_a_site_without_a_finished_model_says_so(make_plan: MakePlan, make_site:
         adapt_site(site)
     folder = receive(plan, site, state_for(plan))
     with pytest.raises(RunError):
-        open_received(site, "ffff")
-    assert open_received(site, plan.plan_id[:6]).folder == folder
+        open_final_model(site, "ffff")
+    assert open_final_model(site, plan.plan_id[:6]).folder == folder
     about = json.loads((folder / "cotune.json").read_text())
     (folder / "cotune.json").write_text(json.dumps({**about, "plan": {**about["plan"], "seed": 8}}))
     with pytest.raises(RunError):
-        open_received(site)
+        open_final_model(site)
 
 
 def test_the_newest_of_several_is_taken(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
@@ -130,8 +130,8 @@ def test_the_newest_of_several_is_taken(make_plan: MakePlan, make_site: MakeSite
     site = make_site()
     receive(one, site, state_for(one))
     receive(two, site, state_for(two))
-    assert open_received(site).plan == two
-    assert open_received(site, one.plan_id).plan == one
+    assert open_final_model(site).plan == two
+    assert open_final_model(site, one.plan_id).plan == one
 
 
 def test_a_comparison_is_on_records_that_nothing_was_fitted_to(
@@ -237,5 +237,5 @@ def test_a_head_that_cannot_be_run_alone_is_refused(received: tuple[Plan, Site, 
     _, site, _ = received
     monkeypatch.setattr(own_model, "feature_head", lambda model: None)
     with pytest.raises(ModelError) as raised:
-        open_received(site)
+        open_final_model(site)
     assert "\n" not in str(raised.value)

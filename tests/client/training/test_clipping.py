@@ -20,7 +20,7 @@ from torch.nn import functional
 from cotune.client.training import feature_rows
 from cotune.client.training import setup as setting
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import check_gradients, check_stages, setting_of
+from cotune.client.training.setup import build_setup, check_gradients, check_stages
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.data.tasks.task import logits
@@ -128,7 +128,7 @@ def prepared(plan: Plan) -> tuple[TrainableModel, list[nn.Parameter], TrainingSe
     state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}
     model.load(state)
     parameters = model.train_only(names)
-    return model, parameters, setting_of(plan, stage, model, everything(plan), state, "clinic", expected_batch=4)
+    return model, parameters, build_setup(plan, stage, model, everything(plan), state, "clinic", expected_batch=4)
 
 
 def one_at_a_time(given: TrainingSetup, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
@@ -356,7 +356,7 @@ def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> N
     with pytest.raises(
         DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
     ):
-        setting_of(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic", expected_batch=4)
+        build_setup(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic", expected_batch=4)
 
 
 # --- what is told of records counts records

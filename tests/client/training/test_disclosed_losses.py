@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cotune.client.account import Account
-from cotune.client.budget import planned_telling
+from cotune.client.budget import planned_disclosures
 from cotune.client.site import Site
 from cotune.client.training import round as training
 from cotune.client.training.disclosures import Disclosures
@@ -74,7 +74,7 @@ def test_under_privacy_it_has_noise_and_is_within_the_budget(
     charges = site.ledger().charges()
     assert [(c.purpose, c.state) for c in charges] == [("local loss", "settled"), ("training", "settled")] * 2
     assert 0.97 * 2.0 <= epsilon([c.steps for c in charges], 1e-3) <= 2.0
-    assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 2)]
+    assert planned_disclosures(plan, policy) == [Steps(10.0, 1.0, 2)]
     assert unprotected(site) == []
 
 
@@ -118,7 +118,7 @@ def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
     model = model_of(plan, "cpu")
     state = state_for(plan)
     model.load(state)
-    setting = training.setting_of(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)
+    setting = training.build_setup(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)
     strange = torch.cat([torch.tensor([math.nan, math.inf, 7.0, 0.5]), torch.zeros(56)])
     object.__setattr__(setting, "batches", lambda rows: [(rows, strange)])
     object.__setattr__(setting, "loss", lambda batch: batch)

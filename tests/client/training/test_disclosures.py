@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cotune.client.account import Account
-from cotune.client.budget import planned_telling
+from cotune.client.budget import planned_disclosures
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined
@@ -196,5 +196,5 @@ def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: Ma
     purposes = ["example count", "label histogram", "local metrics", "training", "local metrics", "training"]
     assert [c.purpose for c in charges] == purposes
     assert 0.97 * 2.0 <= epsilon([c.steps for c in charges], 1e-3) <= 2.0  # all of it together is calibrated to ε
-    assert planned_telling(plan, policy) == [Steps(10.0, 1.0, 1, "geometric"), Steps(10.0, 1.0, 3)]
-    assert planned_telling(plan, policy, 2, counted=True) == [Steps(10.0, 1.0, 1)]
+    assert planned_disclosures(plan, policy) == [Steps(10.0, 1.0, 1, "geometric"), Steps(10.0, 1.0, 3)]
+    assert planned_disclosures(plan, policy, 2, counted=True) == [Steps(10.0, 1.0, 1)]

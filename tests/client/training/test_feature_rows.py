@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import _on_examples, setting_of
+from cotune.client.training.setup import _on_examples, build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
@@ -50,7 +50,7 @@ def both(plan: Plan) -> tuple[TrainableModel, TrainingSetup, TrainingSetup]:
     model.train_only(model.names("head"))
     records = read_records(plan.data, task=plan.task)
     held = Dataset(((records, np.arange(len(records))),), plan.labels, plan.task)
-    on_features = setting_of(plan, stage, model, held, {}, "clinic", expected_batch=4)
+    on_features = build_setup(plan, stage, model, held, {}, "clinic", expected_batch=4)
     return model, on_features, _on_examples(plan, stage, model, encoded_examples(held, model), held.units)
 
 
@@ -97,4 +97,4 @@ def test_the_shape_of_a_batch_is_decided_by_each_record_alone(plan: Plan) -> Non
     everybody = shapes(list(range(given.rows)))
     assert all(shapes([row]) == {row: everybody[row]} for row in range(given.rows))
     assert all(len(positions) < len(batch["labels"]) for positions, batch in given.batches(range(given.rows)))  # one is blank
-    given.keep_apart()
+    given.check_independent_rows()

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.client.account import Account
-from cotune.client.budget import budget_of, check_examples, noise_multiplier, planned_steps
+from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_steps
 from cotune.client.site import Site
+from cotune.client.training import context
 from cotune.client.training import round as training
 from cotune.client.training import setup as setting
 from cotune.client.training.observe import observe_client
@@ -509,7 +510,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
         raise AssertionError("nothing is to be trained")
 
     monkeypatch.setattr(training, "private_steps", untouched)
-    monkeypatch.setattr(training, "model_here", untouched)
+    monkeypatch.setattr(context, "load_site_model", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})
@@ -564,7 +565,7 @@ def test_the_noise_is_the_least_that_suffices(make_plan: MakePlan) -> None:
     plan = make_plan(privacy=PRIVATE)
     assert isinstance(plan.privacy, RecordPrivacy)
     policy = Policy.permissive()
-    budget = budget_of(plan.privacy, policy, 60)
+    budget = get_budget(plan.privacy, policy, 60)
     sigma = noise_multiplier(plan, policy, budget, 60, 1)
     assert pld_epsilon([Steps(sigma, 0.2, 12)], 1e-3) <= 2.0
     assert pld_epsilon([Steps(sigma * 0.98, 0.2, 12)], 1e-3) > 2.0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cotune.client.training.setup import Guard
+from cotune.client.training.setup import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import model_of
@@ -21,8 +21,8 @@ def model(make_plan: Callable[..., Plan]) -> TrainableModel:
     return model_of(make_plan(train="lora"), "cpu")
 
 
-def guard(model: TrainableModel, *, noise: bool = True) -> Guard:
-    return Guard(model, model.state(model.names("lora")), noise=noise)
+def guard(model: TrainableModel, *, noise: bool = True) -> SanityChecks:
+    return SanityChecks(model, model.state(model.names("lora")), noise=noise)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.preflight import check
+from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
@@ -47,7 +47,7 @@ def allow(site: Site, *units: str) -> None:
 def test_persons_are_charged_and_counted(site: Site, make_plan: MakePlan, state_for: Callable[..., State]) -> None:
     plan = make_plan(privacy=PERSONS)
     allow(site, "patient_id")
-    assert check(plan, site).declined is None
+    assert run_preflight(plan, site).declined is None
     update = train_round(plan, site, 1, state_for(plan))
     (data,) = site.ledger().data_sets()
     assert (data.unit, data.records) == ("patient_id", PEOPLE)
@@ -76,10 +76,10 @@ def test_the_same_records_are_not_charged_under_two_units(
     charges = site.ledger().charges()
     with pytest.raises(PrivacyError, match="record"):
         train_round(second, site, 1, state_for(second))
-    assert check(second, site).declined
+    assert run_preflight(second, site).declined
     assert site.ledger().charges() == charges
 
 
 def test_a_site_that_names_no_column_is_told_so(make_site: Callable[..., Site], make_plan: MakePlan) -> None:
     with pytest.raises(DataError, match=r"data\.unit"):
-        check(make_plan(privacy=PERSONS), make_site())
+        run_preflight(make_plan(privacy=PERSONS), make_site())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cotune.client.ledger_report import export
+from cotune.client.ledger_report import export_ledger
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.errors import DataError
@@ -44,7 +44,7 @@ def exported(tmp_path: Path) -> dict[str, Any]:
     images = ledger.know([i.to_bytes(16, "big") for i in range(500, 600)])
     ledger.settle(reserve("c", 1, Steps(20.0, 1.0, 1, "geometric"), images, "images"), 1)
     reserve("c", 1, Steps(2.0, 1.0, 1), images, "images")
-    found: dict[str, Any] = json.loads(json.dumps(export(site)))
+    found: dict[str, Any] = json.loads(json.dumps(export_ledger(site)))
     return found
 
 

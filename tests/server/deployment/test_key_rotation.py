@@ -13,10 +13,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.node.keys import next_key, renew_key, take_next
-from cotune.client.node.keys import public_keys as node_public_keys
-from cotune.client.node.requests import countersign, verified
-from cotune.client.node.trust import Trust, learn, note_use
+from cotune.client.node.keys import activate_next_key, read_next_key, renew_key
+from cotune.client.node.keys import read_public_keys as node_public_keys
+from cotune.client.node.requests import countersign, verify_request
+from cotune.client.node.trust import Trust, record_renewals, record_use
 from cotune.client.site_setup import make_site
 from cotune.errors import RunError
 from cotune.plan.load import parse_plan
@@ -30,7 +30,7 @@ from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.deployment.signing import public_hex, public_keys, read_signing_key
-from cotune.server.deployment.trail import SignedTrail, keys_of, read_trail
+from cotune.server.deployment.trail import SignedTrail, read_trail, read_verification_keys
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.kills import killed_before_each_change
 
@@ -75,7 +75,7 @@ def test_keys_are_announced_learned_and_put_into_use(fed: FederationFolder, site
     assert rotation.announce_keys(fed) == renewal
     assert signing_key(fed) == old
     assert rotation.read_renewals(fed.certificates) == read_server_renewals(fed.path / rotation.SERVER_RENEWALS) == [renewal]
-    learn(site, rotation.read_renewals(fed.certificates))
+    record_renewals(site, rotation.read_renewals(fed.certificates))
     assert believes(site, fed)
     rotation.activate_keys(fed)
     assert signing_key(fed) == renewal.about.new != old
@@ -84,7 +84,7 @@ def test_keys_are_announced_learned_and_put_into_use(fed: FederationFolder, site
     for host in ("fed.example.org", "localhost"):
         certificates.check_certificate(fed.certificates, host)
     assert believes(site, fed)
-    note_use(site, signing_key(fed))
+    record_use(site, signing_key(fed))
     assert believes(site, fed)
     assert rotation.read_announced(fed.certificates) is None
     assert rotation.read_renewals(fed.certificates) == [renewal]
@@ -98,7 +98,7 @@ def test_anyone_who_was_away_for_two_renewals_learns_both(fed: FederationFolder,
         rotation.activate_keys(fed)
     assert len(public_keys(fed.certificates)) == 3
     assert not believes(site, fed)
-    learn(site, rotation.read_renewals(fed.certificates))
+    record_renewals(site, rotation.read_renewals(fed.certificates))
     assert believes(site, fed)
 
 
@@ -132,7 +132,7 @@ def test_a_kill_while_they_are_made_leaves_the_old_ones(
     old = signing_key(fed)
     for _ in killed_before_each_change(monkeypatch, lambda: rotation.announce_keys(fed)):
         assert signing_key(fed) == old
-        learn(site, rotation.read_renewals(fed.certificates))
+        record_renewals(site, rotation.read_renewals(fed.certificates))
         assert believes(site, fed)
     assert len(Trust.read(site).generations) == 2
     assert [path.name for path in fed.certificates.glob(".next*")] == []
@@ -144,7 +144,7 @@ def test_a_kill_while_they_are_put_into_use_leaves_keys_that_work_and_is_finishe
     """Whether a site has learned them beside a request or not: before the first change nothing is used."""
     old = signing_key(fed)
     new = rotation.announce_keys(fed).about.new
-    learn(site, rotation.read_renewals(fed.certificates))
+    record_renewals(site, rotation.read_renewals(fed.certificates))
     shutil.copytree(fed.path, tmp_path / "copy")
     used = list[bool]()
     for made in killed_before_each_change(monkeypatch, lambda: rotation.activate_keys(fed)):
@@ -186,7 +186,7 @@ def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: Federatio
         """A request there, and an answer back."""
         [content] = encode_requests(fed.plan.canonical(), round, {}, [Recipient("north")])
         trail.sign(TRAIN, round, {"north": content}, [Recipient("north")], "", ["north"])
-        _, requested = verified(content, site.folder)
+        _, requested = verify_request(content, site.folder)
         log.append("request", **requested.entry())
         answer = RecordDict({"update": ConfigRecord({"round": round})})
         digest = content_digest(answer)
@@ -196,16 +196,16 @@ def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: Federatio
     play(1)
     renew_key(site)
     fed.members.renew(read_node_renewal(site.folder / "node-renewal.json"), fed.config.id)
-    following = next_key(site.folder)
+    following = read_next_key(site.folder)
     assert following is not None
-    take_next(site.folder, following)
+    activate_next_key(site.folder, following)
     rotation.announce_keys(fed)
     assert rotation.list_members_without_keys(fed) == ["north"]
     play(2)
     assert rotation.list_members_without_keys(fed) == []
     rotation.activate_keys(fed)
     play(3)
-    server, nodes = keys_of(folder)
+    server, nodes = read_verification_keys(folder)
     assert (len(server), len(nodes["north"])) == (2, 2)
     own = [each.signing_key for each in Trust.read(site.folder).generations]
     for server_keys, node_keys in ((server, nodes["north"]), (own, node_public_keys(site.folder))):

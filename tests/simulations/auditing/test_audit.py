@@ -138,7 +138,7 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     model.load({})
     names = model.names(stage.mode)
     parameters = model.train_only(names)
-    setting = audited_training.setting_of(plan, stage, model, holdings, {}, share.name, expected_batch=8)
+    setting = audited_training.build_setup(plan, stage, model, holdings, {}, share.name, expected_batch=8)
     before = model.state(names)
     generator = torch.Generator().manual_seed(0)
     delta = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in before.items()}

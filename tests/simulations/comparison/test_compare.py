@@ -132,6 +132,29 @@ def test_changed_records_are_not_served_from_before(plan_file: Path, tmp_path: P
     assert compare(plan_file, [WEIGHTINGS], **given).cells == first.cells
 
 
+def test_records_left_out_are_told(plan_file: Path, tmp_path: Path) -> None:
+    """Before anything is trained, and in all results: of a note that only some runs have, in how many."""
+    rows = [*sentences(200), (" ", "good"), ("", "bad")]
+    some = write_csv(tmp_path / "some.csv", rows)
+    all_of_them = write_csv(tmp_path / "all.csv", sentences(200))
+    told: list[dict[str, Any]] = []
+    found = compare(
+        plan_file,
+        [Variation("data.source", (str(some), str(all_of_them)))],
+        seeds=1,
+        out=tmp_path / "out",
+        jobs=1,
+        device="cpu",
+        listener=lambda event, fields: told.append(fields) if event == "comparison_started" else None,
+    )
+    (note,) = [note for note in found.notes if "2 blank texts" in note]
+    assert note.startswith("left out: ")
+    assert note.endswith("(in 1 of 2 runs)")
+    assert told[0]["notes"] == found.notes
+    assert json.loads((found.folder / "results.json").read_bytes())["notes"] == list(found.notes)
+    assert "2 blank texts" in (found.folder / "compare.html").read_text(encoding="utf-8")
+
+
 def test_a_plan_that_asks_for_baselines_gets_them(plan_file: Path, tmp_path: Path) -> None:
     asked = ["simulation.baselines=['pooled']"]
     found = compare(plan_file, [parse_variation("local.steps=1")], seeds=1, overrides=asked, out=tmp_path, jobs=1, device="cpu")
@@ -218,7 +241,7 @@ def test_the_page_stands_alone(found: Comparison) -> None:
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert names.count("polyline") == names.count("polygon") == 2 * 2  # a line and a band for each weighting in each facet
-    assert names.count("h2") == 3
+    assert names.count("h2") == 3 + bool(found.notes)
     assert "partition = iid" in text
     assert "One seed has the same initial model, the same partition" in text
     assert "Privacy noise and private sampling are not paired" not in text  # there is none

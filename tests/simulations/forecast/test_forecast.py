@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.budget import planned_telling
-from cotune.client.policy_check import broken_rules, check_consent
+from cotune.client.budget import planned_disclosures
+from cotune.client.policy_check import check_consent, find_violations
 from cotune.client.site import Site
 from cotune.errors import Declined, PlanError
 from cotune.privacy.accounting.composition import Steps, epsilon
@@ -106,7 +106,7 @@ def test_stated_numbers_need_no_data(toy_plan: NewPlan) -> None:
         ("org-2", 300, pytest.approx(40)),
         ("org-3", 5000, pytest.approx(40)),
     ]
-    telling = planned_telling(plan, Policy())
+    telling = planned_disclosures(plan, Policy())
     assert telling
     for o in seen.organizations:
         assert o.noise_multiplier is not None
@@ -145,7 +145,7 @@ def test_a_new_policy_says_what_a_site_will_say(toy_plan: NewPlan) -> None:
     said = seen.new_policy
     resolved = seen.plan
     for o in seen.organizations:
-        expected = {broken.rule for broken in broken_rules(resolved, Policy(), o.examples)}
+        expected = {broken.rule for broken in find_violations(resolved, Policy(), o.examples)}
         mine = {refusal.rule for refusal in said.refused if o.name in refusal.organizations}
         assert mine | set(said.to_fill_in) == expected
         assert "budget.epsilon_per_run" in mine

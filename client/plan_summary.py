@@ -13,7 +13,7 @@ from cotune.privacy.config import RecordPrivacy
 _MANY = 10_000  # records, where epochs and a batch in records make the steps depend on them
 
 
-def outline(plan: Plan) -> list[str]:
+def summarize_plan(plan: Plan) -> list[str]:
     """Six lines: which plan, which model, how much training, at which rates and bounds, what privacy, which strategy."""
     stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
@@ -68,7 +68,7 @@ def _privacy(plan: Plan) -> str:
     )
 
 
-def changes(before: Plan, after: Plan) -> list[str]:
+def diff_plans(before: Plan, after: Plan) -> list[str]:
     """One line for each key whose value differs: `key: old → new`."""
     old = dict(_flat(before.model_dump(mode="json")))
     new = dict(_flat(after.model_dump(mode="json")))

@@ -1,0 +1,193 @@
+"""One round at one organization: what is asked of it, and what is checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from cotune.client.account import Account
+from cotune.client.budget import check_examples
+from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
+from cotune.client.site import Site
+from cotune.client.site_setup import load_site_model
+from cotune.errors import RunError
+from cotune.models.trainable import State, TrainableModel
+from cotune.plan.local_training import Stage
+from cotune.plan.parameters import shared_names
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy
+from cotune.protocol.messages import received_digest
+
+_MAX_VALUE = 1e4  # of a parameter; those of usable models are below 100, and extreme ones are how rounding errors are made large
+
+
+@dataclass(frozen=True)
+class LocalContext:
+    """What a round at an organization works on. Records and model are read when they are first asked for.
+
+    Attributes:
+        round: Which round is asked for.
+        state: The shared parameters as the server has sent them.
+        admitted: The last round whose update of this organization is in the model; 0: none.
+        sent: What the server sends beside the state, by parameter.
+        declarable: Between which numbers of records the public one has to be; None: whatever the plan takes.
+    """
+
+    plan: Plan
+    site: Site
+    policy: Policy
+    round: int
+    state: State
+    admitted: int = 0
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+    declarable: tuple[int, int] | None = None
+
+    @cached_property
+    def stage(self) -> Stage:
+        """The stage of the plan that the round is in."""
+        return self.plan.stage_of(self.round)
+
+    @cached_property
+    def received(self) -> str:
+        """The digest of what the server has sent: the same request again has the same."""
+        return received_digest(self.state, self.sent)
+
+    @cached_property
+    def account(self) -> Account:
+        """The run's account. Reads which records there are."""
+        return Account(self.plan, self.policy, self.site, self.site.counted(self.plan), round=self.round)
+
+    @property
+    def examples(self) -> int:
+        """The public number of records: all that the server can see is decided by this number alone."""
+        return self.account.public_examples
+
+    @cached_property
+    def expected_batch(self) -> float:
+        """How many units a step is expected to have: B, a public number."""
+        return self.stage.local.sample_rate(self.examples) * self.examples
+
+    @cached_property
+    def model(self) -> TrainableModel:
+        """The plan's model on this machine, within the memory that the policy allows."""
+        model = load_site_model(self.plan, self.site)
+        limit_gpu_memory(self.policy, model.device)
+        return model
+
+    @cached_property
+    def noise_multiplier(self) -> float:
+        """σ of the round. Raises Declined or PrivacyError where the budget does not suffice; charges nothing."""
+        return self.account.plan_noise(self.round)
+
+
+Check = Callable[[LocalContext], None]
+
+
+def check_round(context: LocalContext) -> None:
+    """Check that the plan has the round, and that the last admitted one is before it. Raises PlanError, RunError."""
+    _ = context.stage
+    if not 0 <= context.admitted < context.round:
+        raise RunError(
+            f"the request for round {context.round} names round {context.admitted} as the last admitted one: expected an earlier"
+            " one",
+            code="run.wrong_round",
+        )
+
+
+def check_approval(context: LocalContext) -> None:
+    """Check that somebody here has approved the plan. Raises Declined."""
+    Approvals(context.site).check(context.plan, context.policy)
+
+
+def check_rules(context: LocalContext) -> None:
+    """Check the rules of the policy that ask nothing of the records. Raises Declined."""
+    check_plan(context.plan, context.policy)
+
+
+def check_declared_number(context: LocalContext) -> None:
+    """Check a number of records that the policy declares: the server would refuse another. Raises Declined."""
+    rules = context.policy.tell
+    if rules.example_count == "declared" and rules.declared_examples is not None:
+        check_number(context.plan, context.policy, rules.declared_examples, context.declarable)
+
+
+def check_values(context: LocalContext) -> None:
+    """Check that what was sent is finite, and of a size that parameters have. Raises RunError."""
+    for what, tensors in (("state", context.state), ("further tensors", context.sent)):
+        for name, tensor in tensors.items():
+            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if not largest <= _MAX_VALUE:
+                raise RunError(
+                    f"the request's {what} reach {largest:.3g} in {name[:80]}: expected values of at most {_MAX_VALUE:g}",
+                    code="run.extreme_values",
+                )
+
+
+def check_public_number(context: LocalContext) -> None:
+    """Check the public number of records, which may be drawn and charged here. Raises Declined."""
+    check_number(context.plan, context.policy, context.examples, context.declarable)
+
+
+def check_all_rules(context: LocalContext) -> None:
+    """Check all rules of the policy, by the public number of records. Raises Declined."""
+    check_consent(context.plan, context.policy, context.examples)
+
+
+def check_hours(context: LocalContext) -> None:
+    """Check the hours that the plan may train, by those that it has. Raises Declined."""
+    check_consent(context.plan, context.policy, context.examples, context.account.hours())
+
+
+def check_batch(context: LocalContext) -> None:
+    """Check that the records fill a batch. Raises DataError."""
+    check_examples(context.examples, context.stage.local, context.site.organization)
+
+
+def check_state(context: LocalContext) -> None:
+    """Check that the request holds every parameter that the stage trains and shares. Raises RunError."""
+    lacking = [name for name in shared_names(context.plan, context.model, context.round) if name not in context.state]
+    if lacking:
+        raise RunError(
+            f"the request's state lacks {lacking[0]}: expected every parameter that the stage trains", code="run.wrong_state"
+        )
+
+
+def check_sent(context: LocalContext) -> None:
+    """Check that what comes beside the state is about its parameters. Raises RunError."""
+    for name, tensor in context.sent.items():
+        if name not in context.state or tensor.shape != context.state[name].shape:
+            raise RunError(
+                f"the request sends {name[:80]} {tuple(tensor.shape)} beside the state: expected a parameter of the state, in its"
+                " shape",
+                code="run.wrong_state",
+            )
+
+
+def check_unanswered(context: LocalContext) -> None:
+    """Check that the round was not answered before, nor a later one. Raises PrivacyError."""
+    context.account.check_unanswered(context.round)
+
+
+def check_budget(context: LocalContext) -> None:
+    """Check that the budget suffices for this round and those after it. Raises Declined, PrivacyError."""
+    _ = context.noise_multiplier
+
+
+# The order in which a round is checked. Each group relies on those before it:
+# what refuses before the records are read cannot depend on a record, so that its refusal may be told to the server;
+BEFORE_RECORDS: tuple[Check, ...] = (check_round, check_approval, check_rules, check_declared_number, check_values)
+# what refuses by their number depends on the public number alone, also for a request that was answered before;
+BY_PUBLIC_NUMBER: tuple[Check, ...] = (check_public_number, check_all_rules)
+# what refuses a request that is to be trained, before the model is touched;
+BEFORE_TRAINING: tuple[Check, ...] = (check_hours, check_batch, check_state, check_sent)
+# and last, with record-level privacy, what refuses before anything is charged.
+BEFORE_CHARGE: tuple[Check, ...] = (check_unanswered, check_budget)
+
+
+def run_checks(checks: tuple[Check, ...], context: LocalContext) -> None:
+    """Run checks in their order; the first that fails raises."""
+    for check in checks:
+        check(context)
