@@ -27,7 +27,7 @@ from cotune.strategies import catalog as catalog
 from cotune.strategies import plugins
 from cotune.strategies.own_names import own_name
 from cotune.strategies.plugins import is_code
-from cotune.strategies.registry import FOLDERS
+from cotune.strategies.registry import FOLDERS, get_kind_label
 
 if TYPE_CHECKING:
     import click
@@ -171,7 +171,7 @@ def show(
 
 
 def _explain(console: Console, part: dict[str, Any]) -> None:
-    kind = part["kind"].replace("_", " ")
+    kind = get_kind_label(part["kind"])
     console.print(f"[bold]{escape(part['name'])}[/bold], a {'strategy' if kind == 'recipe' else kind}", soft_wrap=True)
     for line in (part.get("description") or part["summary"]).splitlines():
         console.print(escape(line), soft_wrap=True)
@@ -285,7 +285,7 @@ def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
 
 
 def _show_findings(console: Console, info: ComponentInfo, findings: list[Finding]) -> None:
-    kind = info.kind.replace("_", " ")
+    kind = get_kind_label(info.kind)
     console.print(f"[bold]{escape(info.name)}[/bold], a {kind}")
     table = Table("", "check", "what is wrong", box=None, header_style="bold", pad_edge=False)
     for finding in findings:
