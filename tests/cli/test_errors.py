@@ -162,7 +162,7 @@ def test_a_plan_that_cannot_be_read(cotune: Cotune, folder: Path, command: tuple
         (("simulate", "--data", "nowhere.csv"), "data.missing_file", 2),
         (("plan", "keys", "no such word"), "plan.unknown_key", 2),
         (("simulate", "--epsilon", "3"), "usage.invalid", 2),
-        (("client", "ledger", "nowhere"), "run.not_a_site", 1),
+        (("client", "ledger", "nowhere"), "data.not_a_site", 2),
     ],
 )
 def test_json_errors_have_a_code_and_the_sentence(
