@@ -10,7 +10,7 @@ from cotune.errors import PlanError, nearest
 from cotune.strategies.compatibility import PlanFacts, find_privacy_problem
 from cotune.strategies.config import RECIPES, Component, StrategyConfig, get_recipe_components
 from cotune.strategies.plugins import get_components
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, get_builtin_components
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, get_builtin_components, get_kind_label
 
 _SENDS = {
     "noise": "how much privacy noise its delta carries",
@@ -71,12 +71,12 @@ def describe_recipe(name: str) -> dict[str, Any]:
     given = get_recipe_components(name)
     strategy = StrategyConfig.model_validate(given)
     infos = [info for _, _, info in strategy.known_components()]
-    words = {_word(kind): _call(part, given.get(kind)) for kind, part in strategy.components()}
+    words = {get_kind_label(kind): _call(part, given.get(kind)) for kind, part in strategy.components()}
     term = f", with {words['client term']}" if "client term" in words else ""
     return {
         "kind": "recipe",
         "name": name,
-        "summary": " → ".join(words[_word(kind)] for kind in _CHAIN) + term,
+        "summary": " → ".join(words[get_kind_label(kind)] for kind in _CHAIN) + term,
         "parts": words,
         "lora": dict(RECIPES[name].get("lora", {})),
         "cite": _sources(name, strategy),
@@ -195,7 +195,3 @@ def _call(part: Component, given: Any) -> str:
     """The part's name, with the parameters that the recipe gives."""
     named = [f"{name} = {value}" for name, value in part.parameters.items() if isinstance(given, Mapping) and name in given]
     return f"{part.name} ({', '.join(named)})" if named else part.name
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")

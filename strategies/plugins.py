@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import PlanError, nearest
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, get_builtin_components, infer_component
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, get_builtin_components, get_kind_label, infer_component
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
@@ -55,7 +55,7 @@ def get_component(kind: Kind, name: str) -> ComponentInfo:
         return get_builtin_components(kind)[name]
     if name not in _entry_points(kind):
         raise ValueError(
-            f'unknown {_word(kind)} "{name}"{nearest(name, {**get_builtin_components(kind), **_entry_points(kind)})}'
+            f'unknown {get_kind_label(kind)} "{name}"{nearest(name, {**get_builtin_components(kind), **_entry_points(kind)})}'
         )
     return load_installed(kind, name)
 
@@ -72,9 +72,8 @@ def load_installed(kind: Kind, name: str) -> ComponentInfo:
         value = point.load()
     except Exception as error:
         raise PlanError(
-            f'the {_word(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be loaded'
-            f" ({type(error).__name__}: {error}): mend or remove the package",
-            code="plan.package_not_loaded",
+            f'the {get_kind_label(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be'
+            f" loaded ({type(error).__name__}: {error}): mend or remove the package"
         ) from error
     return component_from(kind, name, value)
 
@@ -170,9 +169,7 @@ def component_from(kind: Kind, name: str, value: Any) -> ComponentInfo:
     info = getattr(value, "component", None)
     if isinstance(info, ComponentInfo):
         if info.kind != kind:
-            raise PlanError(
-                f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place', code="plan.wrong_component_kind"
-            )
+            raise PlanError(f'"{name}" is a {get_kind_label(info.kind)}: expected a {get_kind_label(kind)} in its place')
         return info
     if kind == "fusion" and inspect.isclass(value):
         from cotune.strategies.flower import build_flower_component, is_flower_class
@@ -238,7 +235,3 @@ def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str
     if hasattr(info.build, "rehearse"):
         info.build.rehearse(parameters)
     return {"name": Path(name).name, **pin, **parameters}, info
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")
