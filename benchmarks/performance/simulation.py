@@ -321,7 +321,10 @@ def rounds_measured(meter: Meter, clients: int) -> Iterator[None]:
             clock.append(RoundClock(meter, clients))
         if event == "round_finished":
             clock[0].round_ends()
+            if fields["round"] == WARM:
+                meter.start_profile()
         if event == "run_finished":
+            meter.stop_profile()
             raise _Enough
 
     with observe_run(listener), suppress(_Enough):
