@@ -5,8 +5,9 @@ reads
 the tables of a plan need not wait for PyTorch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cotune.lazy_names import import_lazily
 
 if __name__ != "cotune.strategies":  # a second copy of every class would be made, and `except CotuneError` would miss
     raise ImportError(f"{__name__} is a part of the package cotune: expected `import cotune.strategies`")
@@ -53,11 +54,4 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = import_lazily(globals(), _MODULE_OF)

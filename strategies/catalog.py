@@ -10,7 +10,7 @@ from cotune.errors import PlanError, nearest
 from cotune.strategies.compatibility import Facts, privacy_problem
 from cotune.strategies.config import RECIPES, Part, StrategyConfig, parts_of
 from cotune.strategies.plugins import known
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, builtin
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, builtin, get_kind_label
 
 _SENDS = {
     "noise": "how much privacy noise its delta carries",
@@ -65,12 +65,12 @@ def recipe_described(name: str) -> dict[str, Any]:
     given = parts_of(name)
     strategy = StrategyConfig.model_validate(given)
     infos = [info for _, _, info in strategy.known_parts()]
-    words = {_word(kind): _call(part, given.get(kind)) for kind, part in strategy.parts()}
+    words = {get_kind_label(kind): _call(part, given.get(kind)) for kind, part in strategy.parts()}
     term = f", with {words['client term']}" if "client term" in words else ""
     return {
         "kind": "recipe",
         "name": name,
-        "summary": " → ".join(words[_word(kind)] for kind in _CHAIN) + term,
+        "summary": " → ".join(words[get_kind_label(kind)] for kind in _CHAIN) + term,
         "parts": words,
         "lora": dict(RECIPES[name].get("lora", {})),
         "cite": _sources(name, strategy),
@@ -189,7 +189,3 @@ def _call(part: Part, given: Any) -> str:
     """The part's name, with the parameters that the recipe gives."""
     named = [f"{name} = {value}" for name, value in part.parameters.items() if isinstance(given, Mapping) and name in given]
     return f"{part.name} ({', '.join(named)})" if named else part.name
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cotune.strategies.config import Part, StrategyConfig
-from cotune.strategies.registry import ComponentInfo, Kind, Visibility
+from cotune.strategies.registry import ComponentInfo, Kind, Visibility, get_kind_label
 
 _STATISTICS = {"fisher", "gram"}
 
@@ -68,11 +68,7 @@ def _problems(found: Found, facts: Facts) -> Iterator[str]:
     yield from _with_term(found.get("client_term"), found.get("weighting"), facts)
     for kind, (part, info) in found.items():
         for reason in _with_plan(part, info, facts):
-            yield f'the {_word(kind)} "{part.name}" {reason}'
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")
+            yield f'the {get_kind_label(kind)} "{part.name}" {reason}'
 
 
 def _between_parts(found: Found) -> Iterator[str]:
@@ -93,14 +89,14 @@ def _between_parts(found: Found) -> Iterator[str]:
     for kind, (part, info) in found.items():
         if optimizer and info.needs.sets_state and not _plain(optimizer[0]):
             yield (
-                f'the {_word(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
+                f'the {get_kind_label(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
                 f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
                 " no schedule"
             )
         if fusion and _counts_on_the_mean(info) and not fusion[1].is_mean:
             yield (
-                f'the {_word(kind)} "{part.name}" counts on the mean of what the organizations trained, and the fusion'
-                f' "{fusion[0].name}" gives something else: expected fusion = "mean", or another {_word(kind)}'
+                f'the {get_kind_label(kind)} "{part.name}" counts on the mean of what the organizations trained, and the fusion'
+                f' "{fusion[0].name}" gives something else: expected fusion = "mean", or another {get_kind_label(kind)}'
             )
 
 

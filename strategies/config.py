@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from cotune.errors import nearest
 from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, builtin
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, builtin, get_kind_label
 
 COMPLETE = {"complete": True}  # validation context: the strategy was dumped from a valid plan, and its parts are not imported
 
@@ -59,7 +59,7 @@ def _complete(kind: Kind, part: Any) -> Any:
     if isinstance(table, dict) and kind in _DEFAULT_PARTS:
         table.setdefault("name", _DEFAULT_PARTS[kind].name)  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        words = kind.replace("_", " ")
+        words = get_kind_label(kind)
         raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
     name = table.pop("name")
     sha256 = table.pop("sha256", None)

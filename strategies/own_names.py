@@ -10,7 +10,7 @@ from typing import Any
 
 from cotune.strategies.config import RECIPES
 from cotune.strategies.plugins import known
-from cotune.strategies.registry import FOLDERS
+from cotune.strategies.registry import FOLDERS, get_kind_label
 
 _MOST_FILES = 100  # of a folder that are looked into
 _MOST_BYTES = 1_000_000
@@ -33,7 +33,7 @@ def check_own_names(strategy: Any, folder: Path) -> None:
     for place in ("recipe", *_FROM_FILES):
         given = table.get(place)
         name = given.get("name") if isinstance(given, Mapping) else given
-        what = "strategy" if place == "recipe" else place.replace("_", " ")
+        what = "strategy" if place == "recipe" else get_kind_label(place)
         if isinstance(name, str) and (found := own_name(name, folder)):
             raise ValueError(f'unknown {what} "{name}": a rule in a file is named with its file, as "{found}"')
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import PlanError, nearest
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, builtin, undecorated
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, builtin, get_kind_label, undecorated
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
@@ -52,7 +52,7 @@ def part_named(kind: Kind, name: str) -> ComponentInfo:
     if name in builtin(kind):
         return builtin(kind)[name]
     if name not in _points(kind):
-        raise ValueError(f'unknown {_word(kind)} "{name}"{nearest(name, {**builtin(kind), **_points(kind)})}')
+        raise ValueError(f'unknown {get_kind_label(kind)} "{name}"{nearest(name, {**builtin(kind), **_points(kind)})}')
     return from_installed(kind, name)
 
 
@@ -68,8 +68,8 @@ def from_installed(kind: Kind, name: str) -> ComponentInfo:
         value = point.load()
     except Exception as error:
         raise PlanError(
-            f'the {_word(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be loaded'
-            f" ({type(error).__name__}: {error}): mend or remove the package"
+            f'the {get_kind_label(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be'
+            f" loaded ({type(error).__name__}: {error}): mend or remove the package"
         ) from error
     return part_of(kind, name, value)
 
@@ -157,7 +157,7 @@ def part_of(kind: Kind, name: str, value: Any) -> ComponentInfo:
     info = getattr(value, "part", None)
     if isinstance(info, ComponentInfo):
         if info.kind != kind:
-            raise PlanError(f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place')
+            raise PlanError(f'"{name}" is a {get_kind_label(info.kind)}: expected a {get_kind_label(kind)} in its place')
         return info
     if kind == "fusion" and inspect.isclass(value):
         from cotune.strategies.flower import flower_part, is_flower_class
@@ -216,7 +216,3 @@ def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str
     if hasattr(info.build, "rehearse"):
         info.build.rehearse(parameters)
     return {"name": Path(name).name, **pin, **parameters}, info
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")

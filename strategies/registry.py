@@ -32,6 +32,11 @@ _GIVEN = ("update", "updates", "context")  # arguments that the round fills in; 
 _Build = TypeVar("_Build", bound=Callable[..., Any])
 
 
+def get_kind_label(kind: str) -> str:
+    """Return the kind of a part in words, such as "server optimizer"."""
+    return kind.replace("_", " ")
+
+
 class Visibility(StrEnum):
     """What the server must see of the updates."""
 
@@ -119,7 +124,7 @@ class ComponentInfo:
         allow.
         """
         known = self.parameters
-        words = self.kind.replace("_", " ")
+        words = get_kind_label(self.kind)
         for key in given:
             if key not in known:
                 hint = nearest(key, known) if known else ": it takes no parameters"

@@ -64,7 +64,7 @@ def test_every_rule_declines_and_nothing_is_spent(
         raise AssertionError("a declined plan trains nothing")
 
     monkeypatch.setattr(training, "private_steps", untouched)
-    monkeypatch.setattr(training, "setting_of", untouched)
+    monkeypatch.setattr(training, "build_setup", untouched)
     with pytest.raises(Declined) as declined:
         train_round(plan, site, 1, state)
     assert declined.value.rule == rule
@@ -101,7 +101,7 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
         assert declined.value.rule == f"training.{next(iter(rules))}"
 
 
-def test_a_number_that_nobody_gave_is_asked_for_before_the_records_are(make_plan: MakePlan) -> None:
+def test_missing_declared_number_is_asked_for_first(make_plan: MakePlan) -> None:
     broken = policy(training={"min_examples": 100}, tell={"example_count": "declared"})
     with pytest.raises(Declined) as declined:
         check_consent(make_plan(privacy=PRIVATE), broken, 60)

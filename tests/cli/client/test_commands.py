@@ -112,3 +112,14 @@ def test_the_strict_policy_is_printed(cotune: Cotune, folder: Path) -> None:
     (folder / "site.json").write_text('{"organization": "clinic"}')
     (folder / "policy.toml").write_text("[budget]\nepsilon_total = 2.0\n")
     assert "epsilon_total = 2.0 " in cotune("client", "policy", ".").out
+
+
+def test_setting_a_rule_keeps_comments_and_order(cotune: Cotune, folder: Path) -> None:
+    (folder / "site.json").write_text('{"organization": "clinic"}')
+    written = "# agreed by the board on 2 November\n[training]  # what may be trained\nmax_rounds   = 20   # see the minutes\n"
+    (folder / "policy.toml").write_text(written)
+    done = cotune("client", "policy", ".", "--set", "training.max_rounds=50", "--set", "budget.own_epsilon=2.5")
+    assert (done.code, done.out) == (0, "training.max_rounds: 20 → 50\nbudget.own_epsilon: absent → 2.5\n")
+    kept = (folder / "policy.toml").read_text()
+    assert kept.startswith(written.replace("= 20 ", "= 50 "))
+    assert read_policy(folder / "policy.toml").budget.own_epsilon == 2.5
