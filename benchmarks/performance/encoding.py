@@ -130,7 +130,10 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     def listener(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
             marks.append((time.process_time(), training["cpu"], time.perf_counter(), training["wall"]))
+            if len(marks) == WARM:
+                meter.start_profile()
         if event == "run_finished":
+            meter.stop_profile()
             raise _Enough
 
     changes = [f"rounds={3 if smoke else ROUNDS}", "simulation.baselines=[]", "simulation.min_examples=20"]

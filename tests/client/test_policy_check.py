@@ -64,7 +64,7 @@ def test_every_rule_declines_and_nothing_is_spent(
         raise AssertionError("a declined plan trains nothing")
 
     monkeypatch.setattr(training, "DPSGD", untouched)
-    monkeypatch.setattr(training, "setting_of", untouched)
+    monkeypatch.setattr(training, "build_setup", untouched)
     with pytest.raises(Declined) as declined:
         train_round(plan, site, 1, state)
     assert declined.value.rule == rule
