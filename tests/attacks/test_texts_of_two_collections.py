@@ -50,7 +50,7 @@ def counted(folder: Path, rows: list[Row], collection: str) -> Dataset:
 
 def charge(folder: Path, held: Dataset) -> None:
     ledger = Site(folder).ledger()
-    data = ledger.know(held.unit_identities(), unit=str(held.unit), also=held.further_identities())
+    data = ledger.register_data_set(held.unit_identities(), unit=str(held.unit), also=held.further_identities())
     ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)
 
 
@@ -78,6 +78,8 @@ def test_a_patient_still_counts_in_one_collection(tmp_path: Path) -> None:
     assert held.left_out() == {"in another collection": 1}
     assert "a new text" not in held.inputs()
     ledger = Site(tmp_path / "site").ledger()
-    twice = ledger.know([*held.unit_identities(), *counted(tmp_path / "site", FIRST, "first").unit_identities()], unit="pid")
+    twice = ledger.register_data_set(
+        [*held.unit_identities(), *counted(tmp_path / "site", FIRST, "first").unit_identities()], unit="pid"
+    )
     with pytest.raises(PrivacyError):
         ledger.reserve("b", 1, Steps(0.7, 1.0, 1), data=twice, collection="second")
