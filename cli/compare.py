@@ -134,7 +134,7 @@ def showing_selection(console: Console) -> Iterator[Callable[[str, dict[str, Any
 
 def show_selected(console: Console, found: Selected, folder: Path) -> None:
     """The table at the end, and what it promises."""
-    from cotune.simulations.comparison.selected import statement_of
+    from cotune.simulations.comparison.selected import build_statement
 
     table = Table(header_style="bold", pad_edge=False, box=None)
     for key in found.settings:
@@ -144,7 +144,7 @@ def show_selected(console: Console, found: Selected, folder: Path) -> None:
     figures = (percent(found.test["accuracy"]), percent(found.test["f1"]), round_up(found.epsilon), f"{found.delta:.1e}")
     table.add_row(*(escape(value) for value in found.settings.values()), *figures)
     console.print(table)
-    for paragraph in statement_of(found):
+    for paragraph in build_statement(found):
         console.print(paragraph, markup=False)
     console.print(f"released      {folder}", soft_wrap=True, markup=False)
 

@@ -40,14 +40,14 @@ def evaluate(
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
     from cotune.data.record_files import read_records
     from cotune.ensembles.predictor import open_model
-    from cotune.models.evaluation.predictor import judge_records
+    from cotune.models.evaluation.predictor import evaluate_records
     from cotune.models.evaluation.quality import parse_threshold
 
     predictor = open_model(model, device, max_length)
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     with own_options():
         records = read_records(records_config(data, text, image, label, unit, encoding), None, predictor.task)
-    found = {"model": model, "data": data, **judge_records(predictor, records, limit)}
+    found = {"model": model, "data": data, **evaluate_records(predictor, records, limit)}
     if as_json:
         typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
     else:

@@ -21,7 +21,7 @@ from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Par
 from cotune.cli.screen import beginning, screen
 from cotune.errors import PlanError
 from cotune.plan.load import preset_names, preset_summary, preset_text
-from cotune.plan.reference import explained, keys_of
+from cotune.plan.reference import explain_key, list_keys
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import duration, size
@@ -276,7 +276,7 @@ def keys(
     from dataclasses import asdict
 
     word = (find or "").casefold()
-    found = [key for key in keys_of(Plan) if word in f"{key.name} {key.meaning}".casefold()]
+    found = [key for key in list_keys(Plan) if word in f"{key.name} {key.meaning}".casefold()]
     if not found:
         raise PlanError(f'no key has "{find}" in its name or meaning: `cotune plan keys` lists all')
     if as_json:
@@ -293,7 +293,7 @@ def explain(
     """Say what a key of a plan means, and how to set it."""
     from dataclasses import asdict
 
-    found = explained(key, Plan)
+    found = explain_key(key, Plan)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False))
     else:

@@ -107,10 +107,10 @@ def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshol
 
 def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
     """One class; of words a list of tags, None for one that was not read."""
-    from cotune.models.evaluation.quality import NOT_TOLD, told_classes
+    from cotune.models.evaluation.quality import NOT_PREDICTED, predict_classes
 
-    numbers = told_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
-    labels = [None if number == NOT_TOLD else predictor.labels[number] for number in numbers]
+    numbers = predict_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
+    labels = [None if number == NOT_PREDICTED else predictor.labels[number] for number in numbers]
     rows = [dict(zip(predictor.labels, row, strict=True)) for row in probabilities.tolist()]
     scores = [None if label is None else row[label] for label, row in zip(labels, rows, strict=True)]
     every = [None if label is None else row for label, row in zip(labels, rows, strict=True)]

@@ -128,7 +128,7 @@ class Account:
     def data(self) -> str:
         """The fingerprint of the data set; the ledger knows it from now on."""
         held = self.holdings
-        return self.ledger.know(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
+        return self.ledger.know(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:

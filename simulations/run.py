@@ -11,7 +11,7 @@ from typing import Any
 
 from cotune.errors import RunError
 from cotune.models.export import export_model
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.reporting.model_card import CARD
 from cotune.reporting.run_report import write_report
@@ -23,7 +23,7 @@ from cotune.simulations.baselines import (
     personalize,
     run_baselines,
 )
-from cotune.simulations.engines import check_engine, play_on
+from cotune.simulations.engines import check_engine, run_on
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.summary import summarize
 from cotune.storage.files import atomic_write
@@ -60,7 +60,7 @@ def simulate(
     noted(prepared.notes)
     folder = start(prepared, out, engine, device)
     with folder.locked():
-        play_on(engine, folder)
+        run_on(engine, folder)
         return complete(folder, prepared, time.monotonic() - began)
 
 
@@ -90,7 +90,7 @@ def resume(path: Path) -> Run:
         if not folder.finished:
             engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
             check_engine(engine)
-            play_on(engine, folder)
+            run_on(engine, folder)
         return complete(folder, prepared, before + time.monotonic() - began)
 
 
@@ -112,6 +112,6 @@ def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
     if folder.plan.keeps_personal:
         export_each(folder, state)
         return
-    model = model_of(folder.plan, folder.file.device)
+    model = get_plan_model(folder.plan, folder.file.device)
     model.load(state)
     export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})

@@ -152,10 +152,10 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
 
 
 def _show_check(console: Console, site: Site, found: PreflightReport, *, private: bool) -> None:
-    from cotune.data.left_out import left_out_line
+    from cotune.data.left_out import format_left_out
 
     console.print(f"[bold]{escape(found.organization)}[/bold]: {found.examples:,} examples, device {found.device}")
-    line = left_out_line(found.left_out, found.examples)
+    line = format_left_out(found.left_out, found.examples)
     if line is not None:
         console.print(escape(line))
     for warning in found.warnings:

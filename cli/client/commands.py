@@ -19,7 +19,7 @@ from cotune.cli.client.check import SiteFolder
 from cotune.cli.screen import screen
 from cotune.client.site_folder import SiteFolder as OpenedSite
 from cotune.errors import PlanError, RunError
-from cotune.plan.load import value_of
+from cotune.plan.load import parse_value
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
 from cotune.storage.files import atomic_write
@@ -114,7 +114,7 @@ def policy(
         return
     if opened is None:
         raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
-    after = changed_policy(before, {rule: value_of(text) for rule, text in settings.items()})
+    after = changed_policy(before, {rule: parse_value(text) for rule, text in settings.items()})
     atomic_write(opened.policy_file, dump_policy(after).encode())
     for rule in settings:
         table, _, key = rule.partition(".")

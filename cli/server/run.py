@@ -19,7 +19,7 @@ from rich.table import Table
 from cotune.cli.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
-from cotune.plan.load import check_tables, overrides_alone, read_document
+from cotune.plan.load import check_tables, parse_overrides, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import instant, percent, size
 from cotune.storage.documents import parse_json
@@ -84,7 +84,7 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
     if plan.is_file():
         check_tables(read_document(plan, overrides))
     else:
-        check_tables(overrides_alone(overrides), partial=True)
+        check_tables(parse_overrides(overrides), partial=True)
 
 
 def _begin(

@@ -156,7 +156,7 @@ def _train_round(run: _Run, before: Progress, number: int) -> Progress:
     example_bounds = run.session.read_members()
     selection = _select(run, before, number, example_bounds)
     start = _begin(run, before, number)
-    stage = run.plan.stage_of(number).mode
+    stage = run.plan.get_stage(number).mode
     run.folder.events.tell("round_started", round=number, stage=stage, organizations=list(selection.asked))
     combination = _combination(run, start)
     result = _collect(run, start, selection, combination, example_bounds)
@@ -240,7 +240,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     looks = looks_of(combination)
     kept = _metrics_before(run, start)
     is_applied = run.guard.accepts(served(run.plan, start.state, before.memory), kept, after, metrics)
-    entry = result.entry(run.plan.stage_of(number).mode, metrics, time.monotonic() - began)
+    entry = result.entry(run.plan.get_stage(number).mode, metrics, time.monotonic() - began)
     entry |= {"applied": is_applied, **seen(looks, result.asked), "suspects": [] if is_applied else suspects(looks)}
     _tell_small_weights(folder, before, number, entry["weights"])
     if not is_applied:

@@ -180,7 +180,7 @@ class RunFolder:
 
     def load(self) -> Progress:
         """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
-        from cotune.models.trainable import named_under  # loads PyTorch, which `cotune server status` does without
+        from cotune.models.trainable import strip_prefix  # loads PyTorch, which `cotune server status` does without
 
         checkpoints = self._checkpoints()
         if not checkpoints:
@@ -201,7 +201,7 @@ class RunFolder:
                 f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml;"
                 " a run goes on with the version of cotune that began it"
             )
-        return Progress(round, named_under("state/", tensors), named_under("memory/", tensors), history, clip_norm)
+        return Progress(round, strip_prefix("state/", tensors), strip_prefix("memory/", tensors), history, clip_norm)
 
     def history(self) -> tuple[dict[str, Any], ...]:
         """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cotune.data.readers.sources import path_of_base
+from cotune.data.readers.sources import get_base_path
 from cotune.models.base_lookup import FOLDER
-from cotune.models.trainable import State, TrainableModel, named_under
-from cotune.plan.parameters import model_of
+from cotune.models.trainable import State, TrainableModel, strip_prefix
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
@@ -23,19 +23,19 @@ from cotune.strategies.aggregator import build_server_optimizer
 
 def without_place(plan: Plan) -> Plan:
     """The same with the folder's last name alone."""
-    place = path_of_base(plan.model.base)
+    place = get_base_path(plan.model.base)
     return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
 
 
 def model_here(folder: RunFolder) -> TrainableModel:
-    """The model of a run's plan, on the run's device, as `plan.model.model_of` loads it."""
+    """The model of a run's plan, on the run's device, as `plan.parameters.get_plan_model` loads it."""
     plan = folder.plan if not folder.file.base else _naming(folder.plan, folder.file.base)
-    return model_of(plan, folder.file.device)
+    return get_plan_model(plan, folder.file.device)
 
 
 def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
     """The model to judge and to hand out: θ, or what the server optimizer makes of it."""
-    return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
+    return build_server_optimizer(plan.strategy).serve(state, strip_prefix("optimizer/", memory))
 
 
 def final_params(plan: Plan, progress: Progress) -> State:

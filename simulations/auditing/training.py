@@ -91,7 +91,7 @@ class AuditedTraining:
         return -moved
 
     def play(self, round: int) -> None:
-        stage = self.plan.stage_of(round)
+        stage = self.plan.get_stage(round)
         model = self.model
         model.load(self.state)
         names = trained_names(self.plan, model, round)
@@ -153,7 +153,7 @@ class AuditedTraining:
             clip_norm=self.privacy.clip_norm,
             sample_rate=mechanism.sample_rate,
             expected_batch=mechanism.expected_batch,
-            steps=stage.local.steps_of(self.examples),
+            steps=stage.local.steps_per_round(self.examples),
             clipping=self.privacy.clipping,
         )
         for _ in reports:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.plan.reference import pages
+from cotune.plan.reference import render_pages
 from cotune.server.rounds.round_result import RoundResult
 
 ROOT = Path(__file__).parents[2]
@@ -43,10 +43,10 @@ def named_in_rows(text: str) -> set[str]:
     return {name for cell in re.findall(r"^\| (.+?) \|", text, re.MULTILINE) for name in re.findall(r"`([\w.-]+)`", cell)}
 
 
-@pytest.mark.parametrize("name", list(pages()))
+@pytest.mark.parametrize("name", list(render_pages()))
 def test_every_key_of_plan_and_policy_is_on_its_page(name: str) -> None:
     """`python -m cotune.plan.reference docs` writes them."""
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages()[name]
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == render_pages()[name]
 
 
 def test_every_event_is_on_the_page_and_no_other() -> None:
