@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults check install clean flwr-run
+.PHONY: demo test test-faults check install bench clean flwr-run
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,11 @@ test: install
 
 test-faults: install
 	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m "crash or long"
+
+# ONLY="ledger fusion": these alone. SMOKE=1: in the smallest form, figures are not kept. PROFILE=folder: where the time goes.
+bench: install
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps pfl==0.6.0 prv-accountant==0.2.0  # a peer, wants an older dp-accounting
+	$(BIN)/python benchmarks/performance/run.py $(ONLY) $(if $(SMOKE),--smoke) $(if $(PROFILE),--profile $(PROFILE))
 
 check: install
 	PATH="$(abspath $(BIN)):$$PATH" scripts/check

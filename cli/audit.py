@@ -97,9 +97,9 @@ def audit(
             device=device,
         )
     if as_json:
-        from cotune.server.runs.results import dumps
+        from cotune.server.runs.results import to_json
 
-        typer.echo(dumps(result.as_dict()).decode())
+        typer.echo(to_json(result.as_dict()).decode())
     else:
         _show(console, result)
     if result.broken:

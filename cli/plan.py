@@ -258,9 +258,9 @@ def check(
 
             seen = forecast_for(options.without_data().load(), parse_examples(examples), device)
     if as_json:
-        from cotune.server.runs.results import dumps
+        from cotune.server.runs.results import to_json
 
-        typer.echo(dumps(seen.as_dict()).decode())
+        typer.echo(to_json(seen.as_dict()).decode())
     else:
         show_forecast(console, seen)
 

@@ -52,7 +52,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         name = f"[bold]collection {escape(table['collection'])}[/bold]: " if table["collection"] else ""
         console.print(
             f"{name}ε {round_up(table['epsilon'])} by {table['composition']} at δ = {table['delta']:.1e}, stated"
-            f" {round_up(table['epsilon_stated'])}"
+            f" {round_up(table['get_reported_epsilon'])}"
         )
         console.print(_runs(table))
     if found["head"]:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Par
 from cotune.cli.progress import showing_progress
 from cotune.cli.screen import screen
 from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note
 
@@ -60,9 +61,9 @@ def simulate(
                 options.load(), out, engine=engine or "in-process", device=device or "auto", noted=partial(_note, told)
             )
     if as_json:
-        from cotune.server.runs.results import dumps
+        from cotune.server.runs.results import to_json
 
-        typer.echo(dumps(result.summary).decode())
+        typer.echo(to_json(result.summary).decode())
     else:
         show(told, result)
 
@@ -112,7 +113,7 @@ def show(console: Console, result: Run) -> None:
         console.print(f'next: cotune predict {shlex.quote(str(result.folder))} "a text"; docs/use.md says what else')
 
 
-def _own_records(console: Console, summary: dict[str, Any]) -> Table:
+def _own_records(console: Console, summary: RunSummary) -> Table:
     """What each choice reaches on an organization's own held-out records, and whether joining and alone differ there."""
     columns = own_columns(summary)
     headings = {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
@@ -132,7 +133,7 @@ def _own_records(console: Console, summary: dict[str, Any]) -> Table:
     return table
 
 
-def _answer(console: Console, summary: dict[str, Any]) -> None:
+def _answer(console: Console, summary: RunSummary) -> None:
     """The verdict, and what it depends on; of the report's notes, the first ones."""
     verdict = judge(summary)
     console.print(f"[bold]{verdict.answer}:[/bold] {escape(verdict.sentence)}")
@@ -141,7 +142,7 @@ def _answer(console: Console, summary: dict[str, Any]) -> None:
             console.print(escape(note))
 
 
-def _comparison(summary: dict[str, Any]) -> Table:
+def _comparison(summary: RunSummary) -> Table:
     test = summary["test"]
     private = summary["privacy"]["mode"] != "none"
     table = Table(
@@ -165,7 +166,7 @@ def _comparison(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _organizations(summary: dict[str, Any]) -> Table:
+def _organizations(summary: RunSummary) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organization", header_style="bold", pad_edge=False, box=None)
     claim = summary["privacy"].get("claim")

@@ -23,12 +23,12 @@ def verify_trail(
     """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
     from cotune.client.audit_log import AuditLog
     from cotune.protocol.trail import compare_ends, read_coordinator_end, read_organization_end
-    from cotune.server.deployment.trail import keys_of, read_trail
+    from cotune.server.deployment.trail import read_trail, read_verification_keys
     from cotune.server.runs.run_folder import RunFolder
 
     folder = RunFolder(run.expanduser().resolve())
     entries = AuditLog.at(site_log.expanduser()).entries()
-    server, nodes = keys_of(folder)
+    server, nodes = read_verification_keys(folder)
     unsure = read_organization_end(entries, server, [key for keys in nodes.values() for key in keys]).for_run(folder.file.id)
     names = sorted(unsure.recipients())
     if len(names) != 1:

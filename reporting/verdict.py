@@ -9,9 +9,10 @@ from typing import Any
 
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
 from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import SPACE, percent, signed
 
-Summary = Mapping[str, Any]
+Summary = RunSummary | Mapping[str, Any]
 _MOST_NAMES = 5
 
 

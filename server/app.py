@@ -16,19 +16,20 @@ from cotune.flower.control_client import find_run_folder
 from cotune.flower.runtime_client import open_runtime_client
 from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
+from cotune.reporting.documents.events import RunFailed
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch
 from cotune.server.deployment.trail import SignedTrail
-from cotune.server.rounds.evaluation import evaluate, present_judge
+from cotune.server.rounds.evaluation import evaluate, get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session
 from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
-from cotune.server.runs.results import conclude
+from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.run_model import model_here
+from cotune.server.runs.run_model import load_run_model
 from cotune.server.transport.base import InProcessTransport
 from cotune.server.transport.node_registry import RegisteredNodes, Roster, SimulatedNodes
 from cotune.server.transport.superlink import SuperLinkTransport
@@ -38,49 +39,53 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Plays the unfinished rounds of the folder that the run configuration names as `run`; of a real run, which another process
-    must not play meanwhile, hands the model out too, and writes its report. Raises RunError.
+    """Train the unfinished rounds of the folder that the run configuration names as `run`.
+
+    The model of a real run, which no other process may train meanwhile, is delivered too, and its report is written.
+
+    Raises:
+        RunError: The run cannot go on.
     """
     folder = RunFolder(find_run_folder(str(context.run_config.get("run") or "")))
     if not folder.file.federation:
         return train(grid, folder)  # anyone who simulates holds the folder's lock
     clean_output()
     watch = RefusalWatch(Path(folder.file.federation) / "superlink" / "refused.json", folder.events)
-    with folder.locked(), _failures_told(folder), observe_run(watch):
+    with folder.locked(), _failures_reported(folder), observe_run(watch):
         if not folder.finished:
             train(grid, folder)
         deliver_model(grid, folder)
-        conclude(folder)
+        finalize_run(folder)
 
 
 @contextmanager
-def _failures_told(folder: RunFolder) -> Iterator[None]:
-    """Nobody watches this process: whatever ends it becomes an event, where the rounds have not told of it already."""
+def _failures_reported(folder: RunFolder) -> Iterator[None]:
+    """Report whatever ends this process, which nobody watches, as an event, unless the rounds have done so."""
     try:
         yield
     except CotuneError as error:
-        _tell_failure(folder, str(error))
+        _report_failure(folder, str(error))
         raise
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        _tell_failure(folder, f"the run cannot go on ({words}): mend that, and continue it with --resume")
+        _report_failure(folder, f"the run cannot go on ({words}): mend that, and continue it with --resume")
         raise
 
 
-def _tell_failure(folder: RunFolder, reason: str) -> None:
+def _report_failure(folder: RunFolder, reason: str) -> None:
     told = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
-    if not told or (told[0]["event"], told[0].get("reason")) != ("run_failed", reason):
-        folder.events.tell("run_failed", round=min(folder.last_round + 1, folder.plan.rounds), reason=reason)
+    if not told or (told[0].event, told[0].get("reason")) != ("run_failed", reason):
+        folder.events.write(RunFailed(round=min(folder.last_round + 1, folder.plan.rounds), reason=reason))
 
 
 def train(grid: Grid, folder: RunFolder) -> None:
-    """Runs the rounds, with the test set that the folder holds as judge (baselines and real runs may have none)."""
+    """Train the unfinished rounds, evaluated on the test set of the folder (baselines and real runs may have none)."""
     plan = folder.plan
-    model = model_here(folder)
+    model = load_run_model(folder)
     document = folder.path / "test" / "data.json"
     test = DatasetManifest.read(document, plan.labels) if document.exists() else None
 
-    def judge(state: State) -> Metrics | None:
+    def evaluate_test(state: State) -> Metrics | None:
         return None if test is None else evaluate(model, state, test, plan.model.precision)
 
     held = folder.path / "validation" / "data.json"
@@ -90,7 +95,9 @@ def train(grid: Grid, folder: RunFolder) -> None:
         assert validation is not None, "asked only where there are records"
         return evaluate(model, state, validation, plan.model.precision).accuracy
 
-    train_rounds(grid, folder, model, present_judge() if plan.keeps_personal else judge, score if validation else None)
+    train_rounds(
+        grid, folder, model, get_registered_evaluator() if plan.keeps_personal else evaluate_test, score if validation else None
+    )
 
 
 def train_rounds(
@@ -126,7 +133,7 @@ def open_session(grid: Grid, folder: RunFolder) -> Session:
 
 def _open_superlink(grid: Grid, folder: RunFolder, members: Members) -> SuperLinkTransport:
     line = open_runtime_client(grid)
-    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.tell)
+    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.write)
 
 
 def _read_roster(members: Members) -> Roster:

@@ -60,14 +60,16 @@ def read_config(path: Path) -> FrontConfig:
     try:
         config = FrontConfig.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): expected the front's configuration") from None
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}): expected the front's configuration", code="run.unreadable_config"
+        ) from None
     except ValueError as error:
         mistake = (
             format_validation_error(error, FrontConfig, "front's configuration")
             if isinstance(error, ValidationError)
             else f"{error}"
         )
-        raise RunError(f"{path}: {mistake}") from None
+        raise RunError(f"{path}: {mistake}", code="run.invalid_config") from None
     paths = {"certificates": path.parent / config.certificates, "members": path.parent / config.members}
     if config.refusals is not None:
         paths["refusals"] = path.parent / config.refusals

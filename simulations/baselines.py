@@ -40,9 +40,11 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
+from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Judge, evaluate, predict
+from cotune.server.rounds.evaluation import Evaluator, evaluate, predict
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
@@ -73,14 +75,14 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]
             _make(path, name, plan, shares, folder)
         baseline = RunFolder(path)
         if not baseline.finished:
-            folder.events.tell("baseline_started", baseline=name)
+            folder.events.write(BaselineStarted(baseline=name))
             try:
                 train(InProcessGrid(client_app), baseline)
             except RunError as error:  # a comparison that cannot be made must not cost the run itself
-                folder.events.tell("baseline_failed", baseline=name, reason=str(error))
+                folder.events.write(BaselineFailed(baseline=name, reason=str(error)))
                 continue
         results[name] = _evaluate(folder, baseline)
-        folder.events.tell("baseline_finished", baseline=name, metrics=results[name].metrics.as_dict())
+        folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
     return results
 
 
@@ -140,7 +142,7 @@ def _evaluate(folder: RunFolder, baseline: RunFolder) -> Evaluated:
     return Evaluated(compute_metrics(test.truth, told, len(test.labels)), tuple(told))
 
 
-def build_personal_evaluate(folder: RunFolder) -> Judge:
+def build_personal_evaluate(folder: RunFolder) -> Evaluator:
     """The mean over all organizations that have trained, each with its own model."""
 
     def judge(state: State) -> Metrics | None:
@@ -213,14 +215,14 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
         try:
             adapted = _adapt(model, prepared, share, served, shared)
         except CotuneError as error:  # a comparison that cannot be made must not cost the run itself
-            folder.events.tell("adaptation_failed", organization=share.name, reason=str(error))
+            folder.events.write(AdaptationFailed(organization=share.name, reason=str(error)))
             continue
         if plan.personalize.methods:
             found.adapted[share.name] = adapted
             found.told[share.name] = _predict_classes(model, adapted.head, test)
         if fits_alone(plan, model):
             found.alone[share.name] = _predict_classes(model, adapted.alone, test)
-        folder.events.tell("adapted", organization=share.name, method=adapted.described)
+        folder.events.write(ModelAdapted(organization=share.name, method=adapted.described))
     return found
 
 

@@ -16,7 +16,7 @@ from cotune.client.app import app as client_app
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.app import app as server_app
-from cotune.server.rounds.evaluation import judged_by
+from cotune.server.rounds.evaluation import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import build_personal_evaluate
 
@@ -34,7 +34,7 @@ def check_engine(engine: str) -> None:
 
 def run_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    with judged_by(build_personal_evaluate(folder)):
+    with register_evaluator(build_personal_evaluate(folder)):
         ENGINES[engine](folder)
 
 

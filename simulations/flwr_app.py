@@ -15,9 +15,9 @@ from flwr.app import Context
 from cotune.plan.load import load_plan
 from cotune.printable import clean_output
 from cotune.server.app import app as server_app
-from cotune.server.rounds.evaluation import judged_by
+from cotune.server.rounds.evaluation import register_evaluator
 from cotune.server.runs.events import observe_run
-from cotune.server.runs.run_folder import RunFolder, new_folder
+from cotune.server.runs.run_folder import RunFolder, pick_run_folder
 from cotune.simulations.baselines import build_personal_evaluate
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import complete, start
@@ -37,10 +37,10 @@ def simulation(context: Context) -> Iterator[None]:
     overrides = [line.strip() for line in config.get("set", "").replace(";", "\n").splitlines() if line.strip()]
     prepared = prepare(load_plan(config.get("plan") or "tweets", overrides))
     root = Path(config.get("root") or ".")
-    out = Path(config["out"]) if config.get("out") else root / new_folder(prepared.plan.name)
+    out = Path(config["out"]) if config.get("out") else root / pick_run_folder(prepared.plan.name)
     folder = start(prepared, out, "flower", "auto")
     context.run_config["run"] = str(folder.path)
-    with folder.locked(), observe_run(_print), judged_by(build_personal_evaluate(folder)):
+    with folder.locked(), observe_run(_print), register_evaluator(build_personal_evaluate(folder)):
         yield
         if RunFolder(folder.path).finished:
             result = complete(folder, prepared, time.monotonic() - began)

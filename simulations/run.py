@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cotune.errors import RunError
 from cotune.models.export import export_model
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD
 from cotune.reporting.run_report import write_report
-from cotune.server.runs.results import dumps, run_card
-from cotune.server.runs.run_folder import RunFolder, empty_folder, new_folder
+from cotune.server.runs.results import build_model_card, to_json
+from cotune.server.runs.run_folder import RunFolder, check_run_folder, pick_run_folder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     export_each,
@@ -34,7 +33,7 @@ class Run:
     """A finished run: its folder and its summary (see docs/run-folder.md)."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: RunSummary
 
 
 Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for anyone who would stop and mend them
@@ -66,7 +65,7 @@ def simulate(
 
 def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> RunFolder:
     """Makes the folder of a new run. Raises RunError when the folder is not empty or cannot be written."""
-    path = empty_folder(out or new_folder(prepared.plan.name))
+    path = check_run_folder(out or pick_run_folder(prepared.plan.name))
     try:
         return make_run(prepared, path, engine, device)
     except OSError as error:
@@ -86,7 +85,7 @@ def resume(path: Path) -> Run:
                 f"the data or the model of {path} are not what they were: expected those that plan.toml describes",
                 code="run.changed_inputs",
             )
-        before = sum(float(entry["seconds"]) for entry in folder.load().history)  # rounds that earlier processes finished
+        before = sum(float(entry.seconds) for entry in folder.load().history)  # rounds that earlier processes finished
         if not folder.finished:
             engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
             check_engine(engine)
@@ -101,12 +100,12 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
     personalized = personalize(folder, prepared, final_params(folder.plan, folder.load()))
     summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began)
     _export(folder, summary)
-    atomic_write(folder.path / "summary.json", dumps(summary))
+    atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")
-    return Run(folder.path, json.loads(dumps(summary)))
+    return Run(folder.path, summary)
 
 
-def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
+def _export(folder: RunFolder, summary: RunSummary) -> None:
     """The model of the run; or, where there is no common one, each organization's in its site."""
     state = final_params(folder.plan, folder.load())
     if folder.plan.keeps_personal:
@@ -114,4 +113,4 @@ def _export(folder: RunFolder, summary: dict[str, Any]) -> None:
         return
     model = get_plan_model(folder.plan, folder.file.device)
     model.load(state)
-    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
+    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})

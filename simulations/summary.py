@@ -14,9 +14,10 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.claim import Claim, claim_of, figures_of, worst
 from cotune.privacy.config import RecordPrivacy
+from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.rounds.evaluation import predict
-from cotune.server.runs.results import identity, performance
+from cotune.server.runs.results import describe_effort, describe_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
@@ -43,11 +44,11 @@ _EXACT = (  # figures of a simulation that are computed from training records as
 
 def summarize(
     folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Evaluated], personalized: Personalized, seconds: float
-) -> dict[str, Any]:
-    """The summary of a finished run as plain values. ε is composed from the organizations' ledgers, not from the plan."""
+) -> RunSummary:
+    """Return the summary of a finished run. ε is composed from the organizations' ledgers, not from the plan."""
     plan = folder.plan
     progress = folder.load()
-    metrics = Metrics(**progress.history[-1]["metrics"])
+    metrics = Metrics(**dict(progress.history[-1].metrics or {}))
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
     personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
@@ -63,8 +64,8 @@ def summarize(
     ]
     for each in organizations:
         each["gain"] = each["worth"] and each["worth"]["difference"]
-    return {
-        **identity(folder, progress),
+    table = {
+        **describe_run(folder, progress),
         "privacy": _privacy(folder, prepared, pooled is not None),
         "partition": partition_of(prepared),
         "data": {
@@ -83,9 +84,10 @@ def summarize(
             "pooled": pooled.metrics.as_dict() if pooled else None,
         },
         "organizations": organizations,
-        **performance(progress, seconds),
+        **describe_effort(progress, seconds),
         "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
     }
+    return RunSummary.model_validate(table)
 
 
 def _choices(
@@ -232,7 +234,7 @@ def _organization(
     examples = share.public_examples(folder.plan)
     private = isinstance(plan.privacy, RecordPrivacy)
     charges = _training(folder, share) if private else []
-    took_part = [e["round"] for e in progress.history if share.name in e["participants"]]
+    took_part = [e.round for e in progress.history if share.name in e.participants]
     spent = _spent(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else (None, None)
     return {
         "name": share.name,

@@ -12,7 +12,7 @@ import torch
 
 import cotune
 from cotune.client.site_folder import SiteFile
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.runs.run_folder import Progress
 from tests.support.federations import founded
 
@@ -96,7 +96,7 @@ def test_light_commands_do_not_load_pytorch(words: tuple[str, ...], tmp_path: Pa
 def test_server_status_loads_only_the_client_of_the_superlink(tmp_path: Path, base_model: Callable[[str], Path]) -> None:
     """Also with a run and a checkpoint; flwr is needed to ask the SuperLink who is connected."""
     federation = founded(tmp_path / "fed", base_model("bert"), "hospital-a")
-    run = real_run(federation)
+    run = create_run(federation)
     entry = {"round": 1, "stage": "head", "metrics": None, "epsilon": {}, "participants": [], "dropped": []}
     run.save(Progress(1, {"weight": torch.zeros(2)}, {}, (entry,)))
     assert SLOW & loaded_by(calling("server", "status", str(federation.path)), tmp_path) == {"flwr"}

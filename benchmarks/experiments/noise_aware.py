@@ -33,6 +33,7 @@ from cotune.plan.load import load_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.protocol.messages import decode_request, encode_update
+from cotune.server.app import train
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, make_site, prepare
 from cotune.strategies.registry import Needs, weighting
@@ -162,7 +163,7 @@ def run(folder: RunFolder) -> Seen:
     app = ClientApp()
 
     @app.train()
-    def train(message: Message, context: Context) -> Message:
+    def train_client(message: Message, context: Context) -> Message:
         request = decode_request(message.content)
         update = train_round(folder.plan, Site(Path(request.site)), request.round, dict(request.state))
         seen.rounds.setdefault(request.round, []).append(update)

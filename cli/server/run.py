@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group
@@ -21,8 +21,8 @@ from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.plan.load import check_tables, parse_overrides, read_document
 from cotune.privacy.accounting.rounding import round_up
+from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import instant, percent, size
-from cotune.storage.documents import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
     from cotune.server.deployment.federation import FederationFolder
@@ -90,11 +90,11 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
-    from cotune.server.deployment.new_run import real_run
+    from cotune.server.deployment.new_run import create_run
     from cotune.server.deployment.run_controller import check_none_unfinished
 
     check_none_unfinished(federation, executor, leave=leave)
-    begun = real_run(federation, override, name)
+    begun = create_run(federation, override, name)
     if begun.plan.plan_id != federation.plan.plan_id:
         console.print(
             f"--set makes another plan ({begun.plan.plan_id[:12]}…) than organizations were given: each decides by its policy,"
@@ -104,7 +104,7 @@ def _begin(
 
 
 def _show_result(console: Console, played: RunFolder) -> None:
-    summary: dict[str, Any] = parse_json((played.path / "summary.json").read_bytes())
+    summary = read_summary(played.path / "summary.json")
     if summary["privacy"]["mode"] == "none":
         console.print("[bold red]No record-level differential privacy: the plan says privacy = none.[/bold red]")
     if summary["stopped"] is not None:
@@ -129,7 +129,7 @@ def _headline(rounds: Sequence[int]) -> str:
     return said if part == len(rounds) else f"[bold red]{said}[/bold red]"
 
 
-def _organizations(summary: dict[str, Any]) -> Table:
+def _organizations(summary: RunSummary) -> Table:
     private = summary["privacy"]["mode"] != "none"
     table = Table("organization", header_style="bold", pad_edge=False, box=None)
     for heading in ("rounds", "weight", *(("ε stated",) if private else ()), "sent", "dropped", "quarantined", "has the model"):

@@ -32,7 +32,7 @@ from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key, public_hex, read_signing_key
-from cotune.server.runs.run_model import without_place
+from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import content_of
 
@@ -159,7 +159,7 @@ def _resolved(plan: Plan, config: ServerConfig) -> Plan:
     base = find_base(plan.model)
     labels = _labels(plan, config.test, read_base_labels(base.path))
     model = plan.model.model_copy(update=base.pins)
-    return without_place(plan.model_copy(update={"labels": labels, "model": model}))
+    return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))
 
 
 def _labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,15 +14,16 @@ from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.plan_checks import check_counts, notes_of
+from cotune.server.deployment.plan_checks import build_notes, check_example_bounds
 from cotune.server.rounds.feasibility import check_feasible
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, empty_folder, new_folder
-from cotune.server.runs.run_model import without_place
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, pick_run_folder
+from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.documents import JsonDocument
 
 
-def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
+def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
     """Makes the folder of a run of the federation's plan by its present members. name: of the folder; None: <time>-<plan>.
 
     Raises RunError without members or where the folder cannot be written, PlanError for overrides that are none and for a plan
@@ -34,7 +35,7 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
     if not people:
         raise RunError("the federation has no members: invite one first (`cotune server invite`)")
     check_feasible(plan, len(people), server_data=False)
-    check_counts(plan, federation.members.active())
+    check_example_bounds(plan, federation.members.active())
     if test := _test_file(federation):
         check_labels(read_records(plan.data.without_units(), test, plan.task), plan.labels)
     path = _folder(federation, plan, name)
@@ -49,8 +50,8 @@ def real_run(federation: FederationFolder, overrides: Sequence[str] = (), name: 
         folder = RunFolder.create(path, plan, file)
     except OSError as error:
         raise RunError(f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access") from None
-    for note in notes_of(plan, federation.members.active()):
-        folder.events.tell("note", text=note)
+    for note in build_notes(plan, federation.members.active()):
+        folder.events.write(Note(text=note))
     return folder
 
 
@@ -58,16 +59,16 @@ def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
     """The plan as members see it, and where its base model is, if it does not say. One that `--set` names is not told either."""
     if plan.model.base == federation.plan.model.base:
         return plan, str(federation.config.base or "")
-    return without_place(plan), str(get_base_path(plan.model.base) or "")
+    return hide_base_folder(plan), str(get_base_path(plan.model.base) or "")
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
     runs = federation.path / "runs"
     if name is None:
-        return new_folder(plan.name, runs)
+        return pick_run_folder(plan.name, runs)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise PlanError(f"{name[:100]!r} cannot be the name of a run: expected letters, digits, dots, hyphens and underscores")
-    return empty_folder(runs / name)
+    return check_run_folder(runs / name)
 
 
 def _test_file(federation: FederationFolder) -> Path | None:

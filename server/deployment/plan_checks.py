@@ -22,7 +22,7 @@ def with_robust_default(plan: Plan) -> Plan:
     return plan if first_problem(strategy, plan.facts) else plan.model_copy(update={"strategy": strategy})
 
 
-def check_counts(plan: Plan, members: Sequence[Member]) -> None:
+def check_example_bounds(plan: Plan, members: Sequence[Member]) -> None:
     """Raises RunError where the numbers of records of some members are agreed on and those of others are not."""
     agreed, others = _agreed(members)
     if _by_count(plan) and agreed and others:
@@ -33,7 +33,7 @@ def check_counts(plan: Plan, members: Sequence[Member]) -> None:
         )
 
 
-def notes_of(plan: Plan, members: Sequence[Member]) -> list[str]:
+def build_notes(plan: Plan, members: Sequence[Member]) -> list[str]:
     """What a coordinator should know before a run begins."""
     notes = []
     if _by_count(plan) and not _agreed(members)[0]:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from cotune.errors import RunError
+from cotune.reporting.documents.events import MessagesRefused
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.documents import JsonDocument
 
@@ -116,7 +117,7 @@ class RefusalWatch:
 
     def __init__(self, file: Path, events: Events) -> None:
         self._file = file
-        self._tell = events.tell
+        self._report = events.write
         self._seen = _before(file, events.path.with_name("refused-before.json")) | _told(events.path)
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ class RefusalWatch:
             more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was begun anew
             if more > 0:
                 self._seen[member] = refused.count
-                self._tell("messages_refused", organization=member, count=more, total=refused.count, reason=refused.reason)
+                self._report(MessagesRefused(organization=member, count=more, total=refused.count, reason=refused.reason))
 
 
 def _before(file: Path, kept: Path) -> dict[str, int]:

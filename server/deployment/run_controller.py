@@ -18,14 +18,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkUnreachable
 from cotune.observers import Observer
+from cotune.reporting.documents.events import Event
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
@@ -37,9 +38,9 @@ class Submission(BaseModel):
     """One attempt at a run. run_id: None where the SuperLink was asked and its answer is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    submitted: str
-    offset: int  # where the attempt begins in events.jsonl, in bytes
-    run_id: int | None = None
+    submitted: str = Field(description="When (UTC).")
+    offset: int = Field(description="Where the attempt begins in events.jsonl, in bytes.")
+    run_id: int | None = Field(None, description="The SuperLink's number of the run; null while its answer is not known.")
 
 
 def read_submission(folder: RunFolder) -> Submission | None:
@@ -293,10 +294,9 @@ def _watch(folder: RunFolder, executor: Executor, ticket: Submission, tell: Obse
         time.sleep(pace.poll)
 
 
-def _told(fields: dict[str, Any], tell: Observer) -> str:
-    event = str(fields.get("event", ""))
-    tell(event, {key: value for key, value in fields.items() if key not in ("at", "event")})
-    return event
+def _told(event: Event, tell: Observer) -> str:
+    tell(event.event, event.fields)
+    return event.event
 
 
 def _reason_for_end(executor: Executor, ticket: Submission) -> tuple[str | None, bool]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cotune.errors import RunError
 from cotune.flower.control_client import ControlClient
 from cotune.privacy.accounting.rounding import rounded_up
+from cotune.reporting.documents.events import Event, OtherEvent
+from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
-from cotune.server.runs.exclusions import left_out, strikes_of
-from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.exclusions import count_strikes, find_excluded
+from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {
@@ -32,7 +33,7 @@ _PHASES = {
 
 _OVER = ("run_finalized", "run_failed")
 
-History = Sequence[Mapping[str, Any]]  # of the finished rounds
+History = Sequence[RoundEntry]  # of the finished rounds
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _refused(federation: FederationFolder) -> Iterator[RefusedStatus]:
             yield RefusedStatus(who, is_member, refused.count, refused.reason, refused.at)
 
 
-def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[dict[str, Any]]]:
+def _newest(federation: FederationFolder) -> tuple[RunFolder | None, History, list[Event]]:
     paths = list(federation.runs())
     if not paths:
         return None, (), []
@@ -147,11 +148,11 @@ def _certificate(federation: FederationFolder) -> tuple[str | None, str | None]:
         return None, str(error)
 
 
-def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], *, plays: bool) -> RunStatus:
-    telling = [event for event in events if event["event"] in _PHASES or event["event"] == "round_started"]
-    last = telling[-1] if telling else {"event": ""}
+def _run(run: RunFolder, history: History, events: Sequence[Event], *, plays: bool) -> RunStatus:
+    telling = [event for event in events if event.event in _PHASES or event.event == "round_started"]
+    last = telling[-1] if telling else OtherEvent(event="")
     phase = "not begun" if not telling else _phase(last)
-    tested = [entry["metrics"]["accuracy"] for entry in history if entry["metrics"]]
+    tested = [entry.metrics.accuracy for entry in history if entry.metrics]
     return RunStatus(
         run=run.file.run,
         folder=str(run.path),
@@ -160,18 +161,18 @@ def _run(run: RunFolder, history: History, events: Sequence[Mapping[str, Any]], 
         created=run.file.created,
         round=len(history),
         rounds=run.plan.rounds,
-        phase=phase if plays or last["event"] in _OVER else "interrupted: `cotune server run --resume` goes on",
-        reason=last.get("reason") if last["event"] == "run_failed" else run.stopped,
-        last_event=events[-1]["event"] if events else None,
-        last_at=events[-1]["at"] if events else None,
+        phase=phase if plays or last.event in _OVER else "interrupted: `cotune server run --resume` goes on",
+        reason=last.get("reason") if last.event == "run_failed" else run.stopped,
+        last_event=events[-1].event if events else None,
+        last_at=events[-1].at if events else None,
         accuracy=tested[-1] if tested else None,
     )
 
 
-def _phase(last: Mapping[str, Any]) -> str:
-    if last["event"] == "awaiting_approval" and not last["organizations"]:
+def _phase(last: Event) -> str:
+    if last.event == "awaiting_approval" and not last["organizations"]:
         return "under way"
-    return _PHASES.get(last["event"], "under way")
+    return _PHASES.get(last.event, "under way")
 
 
 def _organization(
@@ -179,11 +180,11 @@ def _organization(
     connected: Mapping[str, str] | None,
     run: RunFolder | None,
     history: History,
-    events: Sequence[Mapping[str, Any]],
+    events: Sequence[Event],
 ) -> OrganizationStatus:
     name = member.name
-    stated = epsilon_stated(history).get(name)
-    rounds = [entry["round"] for entry in history if name in entry["participants"]]
+    stated = get_reported_epsilon(history).get(name)
+    rounds = [entry.round for entry in history if name in entry.participants]
     return OrganizationStatus(
         name=name,
         invited=member.invited,
@@ -192,41 +193,41 @@ def _organization(
         last_round=max(rounds, default=0),
         word=_word(member, run, history, events),
         epsilon=None if stated is None else rounded_up(stated),
-        bytes_up=bytes_of(events, name),
-        weight=weight_of(history, name),
-        strikes=0 if run is None else strikes_of(run, history)[name],
+        bytes_up=get_received_bytes(events, name),
+        weight=get_last_weight(history, name),
+        strikes=0 if run is None else count_strikes(run, history)[name],
     )
 
 
-def _word(member: Member, run: RunFolder | None, history: History, events: Sequence[Mapping[str, Any]]) -> str:
+def _word(member: Member, run: RunFolder | None, history: History, events: Sequence[Event]) -> str:
     """The last that is known of an organization in the run."""
     name = member.name
     if member.revoked is not None:
         return "revoked"
     if run is None or name not in [who.name for who in run.file.participants]:
         return "not in a run yet" if run is None else "not in this run"
-    if name in left_out(run, history):
+    if name in find_excluded(run, history):
         return "left out after refused updates or time-outs"
-    has_model = name in confirmed(run)
+    has_model = name in read_deliveries(run)
     said = _last_said(name, events)
-    if has_model and not any(name in entry["participants"] for entry in history):
+    if has_model and not any(name in entry.participants for entry in history):
         return f"{said}; has the finished model"
     return "has the finished model" if has_model else said
 
 
-def _last_said(name: str, events: Sequence[Mapping[str, Any]]) -> str:
+def _last_said(name: str, events: Sequence[Event]) -> str:
     for event in reversed(events):
         if event.get("organization") == name and (said := _said(event)):
             return said
-        if event["event"] == "awaiting_approval" and name in event["organizations"]:
+        if event.event == "awaiting_approval" and name in event["organizations"]:
             return f"has yet to approve the plan, asked in round {event['round']}"
-        if event["event"] == "round_started" and name in event["organizations"]:
+        if event.event == "round_started" and name in event["organizations"]:
             return f"asked in round {event['round']}"
     return "not asked yet"
 
 
-def _said(event: Mapping[str, Any]) -> str:
-    match event["event"]:
+def _said(event: Event) -> str:
+    match event.event:
         case "update_received":
             return f"answered in round {event['round']}"
         case "update_quarantined":

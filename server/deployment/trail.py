@@ -37,11 +37,12 @@ from cotune.protocol.signatures import (
     roster_digest,
     sign,
 )
+from cotune.reporting.documents.trail import ReplySigned, RequestSigned
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.key_rotation import read_renewals
 from cotune.server.deployment.signing import next_serial, public_keys, read_signing_key
 from cotune.server.runs.events import Events, read_events
-from cotune.server.runs.exclusions import Fate
+from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder
 
 
@@ -63,7 +64,7 @@ class SignedTrail:
         recipients: Iterable[Recipient],
         received: str,
         cohort: Iterable[str],
-        fates: Mapping[str, Fate] | None = None,
+        fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
         """Puts a signature into each request, and enters it. cohort: names of those that took part in the round before.
         fates: what became of earlier updates, of those that have to know.
@@ -78,7 +79,7 @@ class SignedTrail:
         keys = {name: member.fingerprint for name, member in members.items()}
         roster = sorted(keys[name] for name in set(cohort) & keys.keys())
         for who in recipients:
-            fate = (fates or {}).get(who.organization, Fate())
+            fate = (fates or {}).get(who.organization, StrikeRecord())
             member = members.get(who.organization)
             least, most = (member.examples if member and kind == TRAIN else None) or (0, 0)
             statement = RequestStatement(
@@ -100,7 +101,7 @@ class SignedTrail:
                 strikes=fate.strikes,
             )
             signature = sign(statement, key)
-            self._log.tell("request", statement=statement.text(), signature=signature, roster=roster)
+            self._log.write(RequestSigned(statement=statement.text(), signature=signature, roster=roster))
             about = {"roster": "\n".join(roster), **({"renewals": renewed} if renewed else {})}
             attach(contents[who.organization], statement, signature, **about)
             self._requests[_answer_to(kind), round, who.organization] = statement.digest
@@ -143,7 +144,7 @@ class SignedTrail:
             return "it is not what its organization has signed"
         if not self._is_of(statement.sender, statement, signed):
             return "its signature is not that of its organization's key"
-        self._log.tell("reply", round=round, **about, statement=signed.text, signature=signed.signature)
+        self._log.write(ReplySigned(round=round, **about, statement=signed.text, signature=signed.signature))
         return ""
 
     def _is_of(self, organization: str, statement: ReplyStatement, signed: Signed) -> bool:
@@ -151,7 +152,7 @@ class SignedTrail:
         return any(is_signed_by_node(statement, signed.signature, key) for key in keys)
 
 
-def keys_of(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
+def read_verification_keys(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
     """The keys by which signatures of a run are checked: the federation's, and each organization's, former ones included.
 
     Raises RunError for a simulation, which signs nothing.
@@ -179,6 +180,6 @@ def _answer_to(kind: str) -> str:
 def read_trail(run: Path) -> list[dict[str, Any]]:
     """The lines of a trail: of the folder of a run, or of a copy of its file. Raises RunError where there is none."""
     try:
-        return read_events(run / "trail.jsonl" if run.is_dir() else run)
+        return [entry.as_json() for entry in read_events(run / "trail.jsonl" if run.is_dir() else run)]
     except OSError as error:
         raise RunError(f"{run} has no trail ({error.strerror}): expected that of a run of a federation") from None

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from cotune.data.tasks.task import Metrics
 from cotune.models.trainable import State
+from cotune.reporting.documents.rounds import MetricsEntry, SuspectEntry
 from cotune.strategies.aggregator import Aggregator, Combination, UpdateLook
 
 _DIGITS = 6
@@ -37,7 +37,7 @@ class AccuracyGuard:
         self._validate = validate
         self.active = most < 1 and (validate is not None or by_test_set)
 
-    def accepts(self, before: State, metrics_before: Mapping[str, float] | None, after: State, metrics: Metrics | None) -> bool:
+    def accepts(self, before: State, metrics_before: MetricsEntry | None, after: State, metrics: Metrics | None) -> bool:
         """Tell whether the accuracy has not fallen by more than is accepted; true where no records judge.
 
         Args:
@@ -52,44 +52,51 @@ class AccuracyGuard:
             return self._validate(before) - self._validate(after) <= self._most + _ROUNDING
         if metrics_before is None or metrics is None:
             return True
-        return metrics_before["accuracy"] - metrics.accuracy <= self._most + _ROUNDING
+        return metrics_before.accuracy - metrics.accuracy <= self._most + _ROUNDING
 
 
-def looks_of(combination: Combination) -> dict[str, UpdateLook]:
+def read_update_looks(combination: Combination) -> dict[str, UpdateLook]:
     """Of the round's updates; nothing of them under client-level privacy, where a whole organization is protected."""
     return combination.looks() if isinstance(combination, Aggregator) else {}
 
 
-def seen(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, Any]:
-    """Weights and norms as they stand in the history."""
-    names = [name for name in order if name in looks]
-    return {
-        "weights": {name: round(looks[name].share, _DIGITS) for name in names},
-        "norms": {name: float(f"{looks[name].norm:.4g}") for name in names},
-    }
+def rounded_weights(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, float]:
+    """Return organization -> its share of the round as it stands in the history."""
+    return {name: round(looks[name].share, _DIGITS) for name in order if name in looks}
 
 
-def suspects(looks: Mapping[str, UpdateLook]) -> list[dict[str, Any]]:
-    """Who stood out most, the first first; fewer than half of them, but one at least where there are three.
+def rounded_norms(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, float]:
+    """Return organization -> norm of its update as it stands in the history."""
+    return {name: _rounded(looks[name].norm) for name in order if name in looks}
 
-    By the distance to the middle of the updates; where the server has not held them, by weight times norm, as that moves a mean.
+
+def find_suspects(looks: Mapping[str, UpdateLook]) -> list[SuspectEntry]:
+    """Return the updates that stood out most, the first first: fewer than half of them, but one at least where there are three.
+
+    They are ordered by their distance to the middle of the updates; where the server has not held them, by weight times norm, as
+    that moves a mean.
     """
     if len(looks) < 3:
         return []
     length = statistics.median(look.norm for look in looks.values())
 
-    def strange(name: str) -> float:
+    def strangeness(name: str) -> float:
         look = looks[name]
         return look.distance if look.distance is not None else look.share * max(look.norm, length)
 
-    found = sorted(looks, key=lambda name: (-strange(name), name))[: (len(looks) - 1) // 2]
-    return [
-        {
-            "organization": name,
-            "norm": float(f"{looks[name].norm:.4g}"),
-            "median_norm": float(f"{length:.4g}"),
-            "cosine": None if looks[name].cosine is None else round(looks[name].cosine or 0.0, 3),
-            "weight": round(looks[name].share, _DIGITS),
-        }
-        for name in found
-    ]
+    found = sorted(looks, key=lambda name: (-strangeness(name), name))[: (len(looks) - 1) // 2]
+    return [_suspect(name, looks[name], length) for name in found]
+
+
+def _suspect(name: str, look: UpdateLook, median_norm: float) -> SuspectEntry:
+    return SuspectEntry(
+        organization=name,
+        norm=_rounded(look.norm),
+        median_norm=_rounded(median_norm),
+        cosine=None if look.cosine is None else round(look.cosine, 3),
+        weight=round(look.share, _DIGITS),
+    )
+
+
+def _rounded(norm: float) -> float:
+    return float(f"{norm:.4g}")

@@ -54,7 +54,7 @@ class SpillBuffer:
         except (FileNotFoundError, ValueError) as error:
             raise RunError(
                 f"{file} cannot be read ({error}): expected the update that was put there; resume the run",
-                code="run.damaged_file",
+                code="run.damaged_document",
             ) from None
         assert update is not None
         file.unlink()

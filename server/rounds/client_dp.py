@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -11,36 +10,40 @@ from cotune.errors import PrivacyError
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.client_dp import PrivateMean, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
-from cotune.server.runs.client_privacy import account_of, client_level_noise
+from cotune.reporting.documents.rounds import ClientPrivacyEntry
+from cotune.server.runs.client_privacy import compute_round_noise, open_client_account
 from cotune.server.runs.run_folder import Progress, RunFolder
 
 
 class ClientLevelPrivacy:
-    """Of one run.
-
-    Raises PrivacyError when the plan's client-level privacy cannot be given, its account is lost, or the plan asks for another δ
-    or a larger ε for all runs than the federation's first run fixed.
-    """
+    """Client-level privacy of one run: its account, and the noise of its rounds."""
 
     def __init__(self, folder: RunFolder, privacy: ClientPrivacy) -> None:
+        """Open the account of a run.
+
+        Raises:
+            PrivacyError: When the plan's client-level privacy cannot be given, its account is lost, or the plan asks for another
+                δ or a larger ε for all runs than the federation's first run fixed.
+        """
         self.privacy = privacy
-        self.account = account_of(folder, privacy)
+        self.account = open_client_account(folder, privacy)
         self.account.check()
-        self.noise = client_level_noise(folder.plan, len(folder.file.participants))
+        self.noise = compute_round_noise(folder.plan, len(folder.file.participants))
 
     @classmethod
     def of(cls, folder: RunFolder) -> ClientLevelPrivacy | None:
-        """None where the plan asks for none."""
+        """Return that of a run; None where the plan asks for none."""
         return None if folder.plan.client_privacy is None else cls(folder, folder.plan.client_privacy)
 
     def reason_to_stop(self, progress: Progress) -> str | None:
-        """Why the next round must not be played, before anybody is asked to train; None when it may."""
+        """Return why the next round must not be trained, before anybody is asked to; None when it may."""
         charged = {round for round, _ in self.account.charges()}
         missing = [round for round in range(1, progress.round + 1) if round not in charged]
         if missing:
             raise PrivacyError(
                 f"the privacy account {self.account.path} has no charge for round {missing[0]}, which was played: expected one"
-                " for every round; restore it from a backup"
+                " for every round; restore it from a backup",
+                code="privacy.account_incomplete",
             )
         if self.account.allows(self.noise.charge):
             return None
@@ -52,20 +55,22 @@ class ClientLevelPrivacy:
         )
 
     def new_mean(self, shapes: Mapping[str, Tensor], before: Progress) -> PrivateMean:
+        """Return an empty noised mean for the parameters of a round."""
         return PrivateMean(shapes, self.clip_norm(before), self.noise)
 
     def clip_norm(self, before: Progress) -> float:
-        """C of the round after `before`."""
+        """Return C of the round after `before`."""
         return self.privacy.clip_norm if before.clip_norm is None else before.clip_norm
 
     def next_clip_norm(self, before: Progress, mean: PrivateMean) -> float:
+        """Return C of the round after the one with this mean."""
         used = self.clip_norm(before)
         return used if mean.unclipped is None else next_clip_norm(self.privacy, used, mean.unclipped)
 
     def charge(self, round: int) -> None:
-        """Before the noise of a round is drawn."""
+        """Charge a round to the account, before its noise is drawn."""
         self.account.charge(round, self.noise.charge)
 
-    def entry(self, before: Progress, mean: PrivateMean) -> dict[str, Any]:
-        """What a round's entry in summary.json says."""
-        return {"epsilon": self.account.spent(), "clip_norm": self.clip_norm(before), "unclipped": mean.unclipped}
+    def entry(self, before: Progress, mean: PrivateMean) -> ClientPrivacyEntry:
+        """Return what a round's entry in summary.json says."""
+        return ClientPrivacyEntry(epsilon=self.account.spent(), clip_norm=self.clip_norm(before), unclipped=mean.unclipped)

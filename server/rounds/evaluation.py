@@ -16,16 +16,16 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.observers import Registry
 
 _BATCH = 64
-Judge = Callable[[State], Metrics | None]
-_judges = Registry[Judge]()
+Evaluator = Callable[[State], Metrics | None]
+_judges = Registry[Evaluator]()
 
 
-def judged_by(judge: Judge) -> AbstractContextManager[None]:
+def register_evaluator(judge: Evaluator) -> AbstractContextManager[None]:
     """During the block, runs of this process whose organizations have models of their own are judged by it."""
     return _judges.register(judge)
 
 
-def present_judge() -> Judge:
+def get_registered_evaluator() -> Evaluator:
     """The judge of such a run; without one, as in a real federation, nobody sees these models."""
     return _judges.newest or (lambda _: None)
 

@@ -23,20 +23,32 @@ from cotune.plan.schema import Plan
 from cotune.privacy.client_dp import PrivateMean
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
 from cotune.protocol.signatures import TRAIN
-from cotune.server.rounds.accuracy_guard import AccuracyGuard, looks_of, seen, suspects
+from cotune.reporting.documents.events import (
+    ClientExcluded,
+    RoundFinished,
+    RoundNotApplied,
+    RoundStarted,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    WeightIsSmall,
+)
+from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
+from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, read_update_looks, rounded_norms, rounded_weights
 from cotune.server.rounds.buffers import UpdateStore
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.replies import UpdateReceiver
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
-from cotune.server.rounds.round_result import RoundResult
-from cotune.server.rounds.selection import cohort_of, enough, remember_waiting, select
+from cotune.server.rounds.round_result import RoundResult, metrics_entry
+from cotune.server.rounds.selection import build_cohort, count_to_complete, record_waiting, select
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.step import Score, apply_update, begin_round, broadcast_extras, round_context
 from cotune.server.rounds.update_validation import UpdateSpec
-from cotune.server.runs.exclusions import fates_of, left_out, remember
+from cotune.server.runs.exclusions import find_excluded, read_strike_records, record_strikes
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.run_model import served
+from cotune.server.runs.run_model import inference_params
 from cotune.server.transport.base import Transport
 from cotune.server.transport.node_registry import REVOKED
 from cotune.strategies.aggregator import Combination, build_aggregator
@@ -107,13 +119,14 @@ def run_rounds(session: Session, model: TrainableModel, evaluate: Evaluate, scor
     plan = folder.plan
     progress = folder.load()
     client_level = ClientLevelPrivacy.of(folder)
-    folder.events.tell(
-        "run_started",
-        folder=str(folder.path),
-        plan=plan.name,
-        plan_id=plan.plan_id,
-        rounds=plan.rounds,
-        resumed_after=progress.round,
+    folder.events.write(
+        RunStarted(
+            folder=str(folder.path),
+            plan=plan.name,
+            plan_id=plan.plan_id,
+            rounds=plan.rounds,
+            resumed_after=progress.round,
+        )
     )
     guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=session.is_real)
     with closing(session.open_transport()) as transport:
@@ -131,14 +144,14 @@ def _train(run: _Run, progress: Progress) -> Progress:
             progress = _train_round(run, progress, number)
             folder.save(progress)
         except (RunError, PrivacyError) as error:
-            folder.events.tell("run_failed", round=number, reason=str(error))
+            folder.events.write(RunFailed(round=number, reason=str(error)))
             raise
         except OSError as error:
             reason = f"round {number} cannot go on ({error}): make room, or mend the permissions, then continue with --resume"
-            folder.events.tell("run_failed", round=number, reason=reason)
+            folder.events.write(RunFailed(round=number, reason=reason))
             raise RunError(reason, code="run.not_writable") from None
-        folder.events.tell("round_finished", **progress.history[-1])
-    folder.events.tell("run_finished", rounds=run.plan.rounds)
+        folder.events.write(RoundFinished(**progress.history[-1]))
+    folder.events.write(RunFinished(rounds=run.plan.rounds))
     return progress
 
 
@@ -147,7 +160,7 @@ def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
     if not progress.round:
         raise RunError(f"the run ends without a model: {reason}; start a new run", code="run.no_model")
     folder.stop(reason)
-    folder.events.tell("run_stopped", rounds=progress.round, reason=reason)
+    folder.events.write(RunStopped(rounds=progress.round, reason=reason))
     return progress
 
 
@@ -157,7 +170,7 @@ def _train_round(run: _Run, before: Progress, number: int) -> Progress:
     selection = _select(run, before, number, example_bounds)
     start = _begin(run, before, number)
     stage = run.plan.get_stage(number).mode
-    run.folder.events.tell("round_started", round=number, stage=stage, organizations=list(selection.asked))
+    run.folder.events.write(RoundStarted(round=number, stage=stage, organizations=list(selection.asked)))
     combination = _combination(run, start)
     result = _collect(run, start, selection, combination, example_bounds)
     _check_quorum(run, result)
@@ -195,7 +208,7 @@ def _collect(
         selection,
         _requests(run, start, selection, sent, spec),
         receiver,
-        run.folder.events.tell,
+        run.folder.events.write,
         is_real=run.session.is_real,
     ).collect()
     receiver.end_round()
@@ -209,8 +222,8 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
     contents = dict(zip(asked, encode_requests(run.plan.canonical(), start.number, start.state, recipients, sent), strict=True))
-    cohort = cohort_of(folder, before.history, asked)
-    fates = fates_of(folder, before.history)
+    cohort = build_cohort(folder, before.history, asked)
+    fates = read_strike_records(folder, before.history)
     run.session.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)
     return Requests(start.number, MessageType.TRAIN, contents, spec.max_bytes)
 
@@ -224,8 +237,8 @@ def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[R
 def _check_quorum(run: _Run, result: RoundResult) -> None:
     """Raises RunError where too few updates came; strikes and waiting organizations of the failed round are remembered."""
     if not result.has_quorum:
-        remember(run.folder, result.strikes)
-        remember_waiting(run.folder, result.number, result.dropped)
+        record_strikes(run.folder, result.strikes)
+        record_waiting(run.folder, result.number, result.dropped)
     result.check_quorum(run.plan)
 
 
@@ -235,45 +248,48 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     number = start.number
     before = start.before
     moved, memory = apply_update(run.plan, before, start.state, combination.result(), start.context)
-    after = served(run.plan, moved, memory)
+    after = inference_params(run.plan, moved, memory)
     metrics = run.evaluate(after)
-    looks = looks_of(combination)
+    looks = read_update_looks(combination)
     kept = _metrics_before(run, start)
-    is_applied = run.guard.accepts(served(run.plan, start.state, before.memory), kept, after, metrics)
-    entry = result.entry(run.plan.get_stage(number).mode, metrics, time.monotonic() - began)
-    entry |= {"applied": is_applied, **seen(looks, result.asked), "suspects": [] if is_applied else suspects(looks)}
-    _tell_small_weights(folder, before, number, entry["weights"])
+    is_applied = run.guard.accepts(inference_params(run.plan, start.state, before.memory), kept, after, metrics)
+    known: dict[str, Any] = {
+        "applied": is_applied,
+        "weights": rounded_weights(looks, result.asked),
+        "norms": rounded_norms(looks, result.asked),
+        "suspects": [] if is_applied else find_suspects(looks),
+    }
+    entry = result.entry(run.plan.get_stage(number).mode, metrics, time.monotonic() - began).model_copy(update=known)
+    _report_small_weights(folder, before, entry)
     if not is_applied:
         moved = dict(start.state)
         memory = dict(before.memory)
-        entry |= {"metrics": kept, "metrics_not_applied": entry["metrics"]}
-        accuracy = metrics and metrics.accuracy
-        folder.events.tell("round_not_applied", round=number, accuracy=accuracy, suspects=entry["suspects"])
+        accuracy = None if metrics is None else metrics.accuracy
+        folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects))
+        entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
     clip_norm = None
     if run.client_level and isinstance(combination, PrivateMean):
-        entry["client_privacy"] = run.client_level.entry(before, combination)
+        entry = entry.model_copy(update={"client_privacy": run.client_level.entry(before, combination)})
         clip_norm = run.client_level.next_clip_norm(before, combination)
     return Progress(number, moved, memory, (*before.history, entry), clip_norm)
 
 
-def _metrics_before(run: _Run, start: _Start) -> Mapping[str, float] | None:
+def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
     """Metrics of the model that the round begins with, where the guard may need them."""
     if not run.guard.active:
         return None
     before = start.before
     if before.history:
-        found: Mapping[str, float] | None = before.history[-1]["metrics"]
-        return found
-    metrics = run.evaluate(served(run.plan, start.state, before.memory))  # of what everybody received
-    return None if metrics is None else metrics.as_dict()
+        return before.history[-1].metrics
+    return metrics_entry(run.evaluate(inference_params(run.plan, start.state, before.memory)))  # of what everybody received
 
 
-def _tell_small_weights(folder: RunFolder, before: Progress, number: int, weights: Mapping[str, float]) -> None:
+def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry) -> None:
     """Once: who trains for the whole ε and has hardly a say, most often because others state their numbers by another rule."""
-    known = {name for entry in before.history for name in entry.get("weights", {})}
-    for name, share in weights.items():
-        if name not in known and share * len(weights) < _SMALL_WEIGHT:
-            folder.events.tell("weight_is_small", round=number, organization=name, weight=share)
+    known = {name for each in before.history for name in each.weights}
+    for name, share in entry.weights.items():
+        if name not in known and share * len(entry.weights) < _SMALL_WEIGHT:
+            folder.events.write(WeightIsSmall(round=entry.round, organization=name, weight=share))
 
 
 def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]) -> Selection:
@@ -287,7 +303,7 @@ def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]
     excluded = _excluded(run, before, number, members)
     needs_several = run.session.is_real and len(folder.file.participants) >= 2
     asked = [person.name for person in select(folder, number, excluded)]
-    complete = enough(run.plan, len(asked))
+    complete = count_to_complete(run.plan, len(asked))
     needed = config.needed(complete, fuses=needs_several) if asked else 0
     if needed > len(asked) > 0:
         raise RunError(
@@ -301,13 +317,13 @@ def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]
 def _excluded(run: _Run, before: Progress, number: int, members: Mapping[str, Any]) -> list[str]:
     """Who may not take part any more; each is told of once. Raises RunError where nobody is left."""
     folder = run.folder
-    struck = left_out(folder, before.history)
+    struck = find_excluded(folder, before.history)
     revoked = [who.name for who in folder.file.participants if who.name not in members]
-    known = before.history[-1].get("left_out", []) if before.history else []
+    known = before.history[-1].left_out if before.history else []
     strikes = f"{run.plan.server.strikes} of its updates were refused, or did not come in time"
     for names, reason in ((struck, strikes), (revoked, REVOKED)):
         for name in [name for name in names if name not in known]:
-            folder.events.tell("client_excluded", round=number, organization=name, reason=reason)
+            folder.events.write(ClientExcluded(round=number, organization=name, reason=reason))
     excluded = sorted({*struck, *revoked})
     if len(excluded) >= len(folder.file.participants):
         everybody = ", ".join(excluded)[:500]

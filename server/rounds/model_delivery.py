@@ -17,12 +17,13 @@ from flwr.app import Message, MessageType, RecordDict
 from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import Recipient, decode_receipt, encode_requests, received_digest
 from cotune.protocol.signatures import FINISHED, RECEIPT
+from cotune.reporting.documents.events import Delivered, DeliveryFailed, DeliveryStarted
 from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.update_validation import one_line
-from cotune.server.runs.deliveries import confirmed, record_delivery
-from cotune.server.runs.exclusions import Fate, fates_of, left_out
+from cotune.server.runs.deliveries import read_deliveries, record_delivery
+from cotune.server.runs.exclusions import StrikeRecord, find_excluded, read_strike_records
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.server.transport.base import Reply, Transport
@@ -56,9 +57,9 @@ def deliver(session: Session) -> list[str]:
 
 def _deliver_model(session: Session, progress: Progress, members: Members) -> list[str]:
     folder = session.folder
-    without = {*left_out(folder, progress.history), *confirmed(folder)}
+    without = {*find_excluded(folder, progress.history), *read_deliveries(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
-    folder.events.tell("delivery_started", organizations=lacking)
+    folder.events.write(DeliveryStarted(organizations=lacking))
     if not progress.round or not lacking:
         return []
     state = final_params(folder.plan, progress)
@@ -74,8 +75,8 @@ def _deliver_model(session: Session, progress: Progress, members: Members) -> li
 def _notify_excluded(session: Session, progress: Progress, members: Members) -> None:
     """Send a request of the same kind without a model: an organization answers it with a refusal, and enters it in its log."""
     folder = session.folder
-    out = left_out(folder, progress.history)
-    fates = fates_of(folder, progress.history)
+    out = find_excluded(folder, progress.history)
+    fates = read_strike_records(folder, progress.history)
     fates = {p.name: fates[p.name] for p in folder.file.participants if p.name in out and p.name in members}
     if not progress.round or not fates:
         return
@@ -93,9 +94,9 @@ def _sign(
     contents: Mapping[str, RecordDict],
     recipients: list[Recipient],
     received: str,
-    fates: Mapping[str, Fate] | None = None,
+    fates: Mapping[str, StrikeRecord] | None = None,
 ) -> None:
-    cohort = progress.history[-1]["participants"]
+    cohort = progress.history[-1].participants
     session.trail.sign(FINISHED, progress.round, contents, recipients, received, cohort, fates)
 
 
@@ -119,7 +120,7 @@ class _Delivery:
         self._outcomes: dict[str, Outcome] = {}
         self._began = time.monotonic()
         self._has_looked = False  # whether who is connected was known when organizations were asked last
-        self._confirmed_before = len(confirmed(self._folder))
+        self._confirmed_before = len(read_deliveries(self._folder))
 
     @property
     def _max_wait(self) -> float:
@@ -188,9 +189,9 @@ class _Delivery:
         self._outcomes[name] = outcome
         if isinstance(outcome, Accepted):
             record_delivery(self._folder, name)
-            self._folder.events.tell("delivered", organization=name)
+            self._folder.events.write(Delivered(organization=name))
         else:
-            self._folder.events.tell("delivery_failed", organization=name, reason=outcome.reason)
+            self._folder.events.write(DeliveryFailed(organization=name, reason=outcome.reason))
 
     def _read(self, message: Message, name: str) -> Outcome:
         """A stranger's message may be wrong in any way, and must not keep the others from their model."""

@@ -21,10 +21,21 @@ from typing import Protocol
 
 from cotune.errors import RunError
 from cotune.plan.rounds_config import RoundsConfig
+from cotune.reporting.documents.events import (
+    AwaitingApproval,
+    Event,
+    LateUpdateIgnored,
+    LateUpdateReceived,
+    UpdateDropped,
+    UpdateQuarantined,
+    UpdateReceived,
+    Waiting,
+)
+from cotune.reporting.documents.rounds import LateEntry
 from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
-from cotune.server.rounds.round_result import LateUpdate, RoundResult
+from cotune.server.rounds.round_result import RoundResult
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import LEFT, REVOKED, Node
 
@@ -33,7 +44,7 @@ _FIRST_LOOK_SECONDS = 10.0  # for the first look at who is connected, however sh
 _RETRY_BACKOFF = 2.0
 _COMPLETE = "the round was complete before it answered"
 
-TellEvent = Callable[..., None]  # the event's name, and its fields
+Report = Callable[[Event], None]
 
 
 class Receiver(Protocol):
@@ -89,7 +100,7 @@ class Round:
         selection: Selection,
         requests: Requests,
         receiver: Receiver,
-        tell: TellEvent,
+        report: Report,
         *,
         is_real: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -102,7 +113,7 @@ class Round:
             selection: Who is asked, and how many updates are needed.
             requests: One for each of them.
             receiver: Reads their replies.
-            tell: Called with every event.
+            report: Called with every event.
             is_real: Whether organizations work side by side, so that their times can be compared.
             clock: Seconds, monotonic.
         """
@@ -111,13 +122,13 @@ class Round:
         self._selection = selection
         self._number = requests.round
         self._receiver = receiver
-        self._tell = tell
+        self._report = report
         self._is_real = is_real
         self._clock = clock
         self._needed = selection.needed
         self._eligible = len(selection.asked)  # who was asked and is not revoked
         self._outcomes: dict[str, Outcome] = {}
-        self._late: list[LateUpdate] = []
+        self._late: list[LateEntry] = []
         self._late_rejected: list[str] = []
         self._late_bytes = 0
         self._approvals = PendingApprovals()
@@ -183,35 +194,35 @@ class Round:
         if isinstance(reply.content, Lost) or not self._receiver.is_new_late(reply):
             return
         if not self._receiver.folds(reply.round) or name in self._selection.excluded:
-            self._tell("late_update_ignored", round=self._number, organization=name, of_round=reply.round)
+            self._report(LateUpdateIgnored(round=self._number, organization=name, of_round=reply.round))
             return
         outcome = self._receiver.receive_late(reply)
         if isinstance(outcome, Accepted):
-            self._late.append(LateUpdate(name, reply.round))
+            self._late.append(LateEntry(organization=name, round=reply.round))
             self._late_bytes += outcome.bytes
             size = outcome.bytes
-            self._tell("late_update_received", round=self._number, organization=name, of_round=reply.round, bytes=size)
+            self._report(LateUpdateReceived(round=self._number, organization=name, of_round=reply.round, bytes=size))
             return
         if isinstance(outcome, Rejected):
             self._late_rejected.append(name)
-        self._tell_outcome(reply.round, name, outcome)
+        self._report_outcome(reply.round, name, outcome)
 
     def _record(self, name: str, outcome: Outcome) -> None:
         """The only place where an organization's outcome of this round is set."""
         self._tracker.settle(name)
         if self._approvals.discard(name):
-            self._tell_approvals()
+            self._report_approvals()
         self._outcomes[name] = outcome
-        self._tell_outcome(self._number, name, outcome)
+        self._report_outcome(self._number, name, outcome)
 
-    def _tell_outcome(self, round: int, name: str, outcome: Outcome) -> None:
+    def _report_outcome(self, round: int, name: str, outcome: Outcome) -> None:
         match outcome:
             case Accepted(bytes=size, steps=steps, epsilon=epsilon):
-                self._tell("update_received", round=round, organization=name, bytes=size, steps=steps, epsilon=epsilon)
+                self._report(UpdateReceived(round=round, organization=name, bytes=size, steps=steps, epsilon=epsilon))
             case Rejected(reason=reason, file=file):
-                self._tell("update_quarantined", round=round, organization=name, reason=reason, file=file)
+                self._report(UpdateQuarantined(round=round, organization=name, reason=reason, file=file))
             case _:
-                self._tell("update_dropped", round=round, organization=name, reason=outcome.reason)
+                self._report(UpdateDropped(round=round, organization=name, reason=outcome.reason))
 
     @property
     def _accepted(self) -> list[str]:
@@ -234,7 +245,7 @@ class Round:
             if reported != here and self._transport.last_seen():
                 reported = here
                 missing = [name for name in asked if name not in here]
-                self._tell("waiting", round=self._number, connected=here, needed=self._needed, absent=missing)
+                self._report(Waiting(round=self._number, connected=here, needed=self._needed, absent=missing))
             self._drop_revoked()
             if len(self._tracker.open) < self._needed:
                 return  # too few may take part any more
@@ -275,10 +286,10 @@ class Round:
         since = self._tracker.connected_at(name)
         self._tracker.postpone(name)
         if self._approvals.add(name, self._clock(), since):
-            self._tell_approvals()
+            self._report_approvals()
 
-    def _tell_approvals(self) -> None:
-        self._tell("awaiting_approval", round=self._number, organizations=self._approvals.names())
+    def _report_approvals(self) -> None:
+        self._report(AwaitingApproval(round=self._number, organizations=self._approvals.names()))
 
     # --- who is given up
 

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cotune.data.tasks.task import Metrics
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.rounds import DroppedEntry, LateEntry, MetricsEntry, RoundEntry
 from cotune.server.outcomes import Accepted, Lost, Outcome, Rejected, TimedOut
-from cotune.server.rounds.selection import advice
+from cotune.server.rounds.selection import explain_waiting
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LateUpdate:
-    """An update of an earlier round that enters this one.
-
-    Attributes:
-        organization: Whose it is.
-        round: The round that it was trained for.
-    """
-
-    organization: str
-    round: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class RoundResult:
     excluded: tuple[str, ...]
     needed: int
     outcomes: Mapping[str, Outcome]
-    late: tuple[LateUpdate, ...] = ()
+    late: tuple[LateEntry, ...] = ()
     late_rejected: tuple[str, ...] = ()
     late_bytes: int = 0
     bytes_down: int = 0
@@ -106,32 +94,37 @@ class RoundResult:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in self.dropped.items())
         raise RunError(
             f"round {self.number} got {len(self.participants)} of {len(self.asked)} updates, expected at least {self.needed}"
-            f" ({_quorum(plan)}); {reasons[:1000]}{advice(self.dropped)}",
+            f" ({_quorum(plan)}); {reasons[:1000]}{explain_waiting(self.dropped)}",
             code="run.no_quorum",
         )
 
-    def entry(self, stage: str, metrics: Metrics | None, seconds: float) -> dict[str, Any]:
+    def entry(self, stage: str, metrics: Metrics | None, seconds: float) -> RoundEntry:
         """Return the round as it stands in summary.json, independent of the order in which replies came."""
         accepted = self._of_kind(Accepted)
         late = sorted(self.late, key=lambda each: (each.round, each.organization))
-        return {
-            "round": self.number,
-            "stage": stage,
-            "metrics": metrics.as_dict() if metrics else None,
-            "epsilon": {name: each.epsilon for name, each in accepted.items() if each.epsilon is not None},
-            "told": {name: dict(each.disclosures) for name, each in accepted.items() if each.disclosures},
-            "client_privacy": None,
-            "participants": self.participants,
-            "dropped": [{"organization": name, "reason": reason} for name, reason in self.dropped.items()],
-            "quarantined": self.quarantined,
-            "timed_out": self.timed_out,
-            "absent": self.absent,
-            "left_out": list(self.excluded),
-            "late": [{"organization": each.organization, "round": each.round} for each in late],
-            "bytes_up": sum(each.bytes for each in accepted.values()) + self.late_bytes,
-            "bytes_down": self.bytes_down,
-            "seconds": round(seconds, 3),
-        }
+        return RoundEntry(
+            round=self.number,
+            stage=stage,
+            metrics=metrics_entry(metrics),
+            epsilon={name: each.epsilon for name, each in accepted.items() if each.epsilon is not None},
+            told={name: dict(each.disclosures) for name, each in accepted.items() if each.disclosures},
+            client_privacy=None,
+            participants=self.participants,
+            dropped=[DroppedEntry(organization=name, reason=reason) for name, reason in self.dropped.items()],
+            quarantined=self.quarantined,
+            timed_out=self.timed_out,
+            absent=self.absent,
+            left_out=list(self.excluded),
+            late=late,
+            bytes_up=sum(each.bytes for each in accepted.values()) + self.late_bytes,
+            bytes_down=self.bytes_down,
+            seconds=round(seconds, 3),
+        )
+
+
+def metrics_entry(metrics: Metrics | None) -> MetricsEntry | None:
+    """Return metrics as they stand in documents."""
+    return None if metrics is None else MetricsEntry(**metrics.as_dict())
 
 
 def _quorum(plan: Plan) -> str:

@@ -1,12 +1,10 @@
-"""Who is asked to train in a round: everybody, each by chance (Poisson, `server.sample_rate`), or so many (`sample_size`).
+"""Who is asked to train in a round, and the roster of organizations that is signed with each request.
 
-How many take part, as an organization's rule `training.min_cohort` sees it: the roster that is signed with each request.
+Everybody is asked, each by chance (Poisson, `server.sample_rate`), or a fixed number (`sample_size`).
 
-It names those that took part in the round before; before the first round, those that are asked. Anyone who declined only because
-these were too few counts as well, or else those who have the rule would wait for each other: in the round before, and in the
-attempt at this round that failed, of which there is no other trace than cohort.json.
-
-cohort.json    in the folder of a run: the round that failed, and who declined it only by that rule
+The roster is what an organization's rule `training.min_cohort` goes by. It names those that took part in the round before; before
+the first round, those that are asked. Organizations that declined only because these were too few count as well, or else those
+that have the rule would wait for each other: in the round before, and in the attempt at this round that failed (cohort.json).
 """
 
 from __future__ import annotations
@@ -15,106 +13,119 @@ import math
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from cotune.errors import PlanError, RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random import keyed_generator, seeded_generator
+from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, RunFolder
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
 
 
-def select(folder: RunFolder, round: int, without: Collection[str] = ()) -> list[Participant]:
-    """The organizations of a round, in the order in which their updates are added; possibly none. The same again when a round is
-    repeated after a crash.
+def select(folder: RunFolder, round: int, exclude: Collection[str] = ()) -> list[Participant]:
+    """Select the organizations of a round; the same again when the round is repeated after a crash.
 
-    Drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
-    operating system gave this run, and that stays with the server. without: those that may not take part any more; others take
-    their place where so many are asked. Raises PlanError where more are to be asked than there are.
+    They are drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
+    operating system gave this run, and that stays with the server.
+
+    Args:
+        folder: The folder of the run.
+        round: Number of the round.
+        exclude: Names of those that may not take part any more; with a fixed number, others take their place.
+
+    Returns:
+        The organizations in the order in which their updates are added; possibly none.
+
+    Raises:
+        PlanError: Where more are to be asked than there are.
     """
     plan = folder.plan
-    people = folder.file.participants
+    organizations = folder.file.participants
     if plan.server.sample_size:
-        check_sample_size(plan, len(people))
-        return _drawn(plan, round, [person for person in people if person.name not in without])
+        check_sample_size(plan, len(organizations))
+        return _draw_sample(plan, round, [each for each in organizations if each.name not in exclude])
     if plan.server.sample_rate >= 1:
-        return [person for person in people if person.name not in without]
+        return [each for each in organizations if each.name not in exclude]
     secret = plan.client_privacy is not None and plan.client_privacy.amplification
-    generator = _private(folder.path, round) if secret else seeded_generator(plan.seed, "selection", round)
-    chosen = [person for person in people if generator.random() < plan.server.sample_rate]
-    return [person for person in chosen if person.name not in without]
+    generator = _secret_generator(folder.path, round) if secret else seeded_generator(plan.seed, "selection", round)
+    chosen = [each for each in organizations if generator.random() < plan.server.sample_rate]
+    return [each for each in chosen if each.name not in exclude]
 
 
-def _drawn(plan: Plan, round: int, people: Sequence[Participant]) -> list[Participant]:
-    """So many in their order; after them, as they were drawn, those that are asked beyond."""
+def _draw_sample(plan: Plan, round: int, organizations: Sequence[Participant]) -> list[Participant]:
+    """The sample in the order of the organizations; after it, as they were drawn, those that are asked beyond."""
     size = plan.server.sample_size
-    asked = min(len(people), math.ceil(size * (1 + plan.server.over_selection) - 1e-9))
+    asked = min(len(organizations), math.ceil(size * (1 + plan.server.over_selection) - 1e-9))
     generator = seeded_generator(plan.seed, "selection", round)
-    drawn: list[int] = [int(i) for i in generator.choice(len(people), asked, replace=False)] if people else []
-    return [people[i] for i in [*sorted(drawn[:size]), *drawn[size:]]]
+    drawn: list[int] = [int(i) for i in generator.choice(len(organizations), asked, replace=False)] if organizations else []
+    return [organizations[i] for i in [*sorted(drawn[:size]), *drawn[size:]]]
 
 
-def enough(plan: Plan, asked: int) -> int:
-    """How many updates close a round: those of all that were asked, or of the first so many."""
+def count_to_complete(plan: Plan, asked: int) -> int:
+    """Return how many updates complete a round: those of all that were asked, or of the first so many."""
     return min(asked, plan.server.sample_size) if plan.server.over_selection else asked
 
 
 def check_sample_size(plan: Plan, organizations: int) -> None:
-    """Raises PlanError when the plan asks more organizations in a round than there are."""
+    """Check that the plan asks no more organizations in a round than there are. Raises PlanError."""
     if plan.server.sample_size > organizations:
         raise PlanError(
             f"the plan has server.sample_size = {plan.server.sample_size} and {organizations} organizations: expected at most as"
-            " many as there are, or 0 for all of them"
+            " many as there are, or 0 for all of them",
+            code="plan.sample_too_large",
         )
 
 
-def _private(path: Path, round: int) -> np.random.Generator:
+def _secret_generator(path: Path, round: int) -> np.random.Generator:
     file = path / "selection.key"
     if not file.exists():
         atomic_write(file, secrets.token_hex(32).encode())
     key = file.read_text(encoding="ascii", errors="replace").strip()
     if len(key) != 64:
-        raise RunError(f"{file} is damaged: expected 64 hexadecimal digits; restore it, as another key would draw rounds again")
+        raise RunError(
+            f"{file} is damaged: expected 64 hexadecimal digits; restore it, as another key would draw rounds again",
+            code="run.damaged_document",
+        )
     return keyed_generator(key, "selection", round)
 
 
 _RULE = "training.min_cohort"
 
 
-class _Cohort(BaseModel):
+class WaitingFile(BaseModel):
     """cohort.json: who waited for others in a round that failed."""
 
-    round: int
-    waiting: list[str]
+    round: int = Field(description="The round that failed.")
+    waiting: list[str] = Field(description="Organizations that declined it by their rule `training.min_cohort` alone.")
 
 
-def cohort_of(folder: RunFolder, history: tuple[Mapping[str, Any], ...], asked: Iterable[str]) -> list[str]:
-    """The names on the roster of the round after `history`. asked: of that round."""
+def build_cohort(folder: RunFolder, history: Sequence[RoundEntry], asked: Iterable[str]) -> list[str]:
+    """Return the names on the roster of the round after `history`, in which `asked` are asked."""
     if not history:
         return list(asked)
     last = history[-1]
-    dropped = {str(who["organization"]): str(who.get("reason", "")) for who in last.get("dropped", ())}
-    return [*last["participants"], *waiting_in(dropped), *_waiting_before(folder, len(history) + 1)]
+    dropped = {who.organization: who.reason for who in last.dropped}
+    return [*last.participants, *find_waiting(dropped), *_waiting_before(folder, len(history) + 1)]
 
 
-def waiting_in(dropped: Mapping[str, str]) -> list[str]:
-    """Who has declined by the rule alone. dropped: organization -> reason."""
+def find_waiting(dropped: Mapping[str, str]) -> list[str]:
+    """Return who has declined by the rule alone, of organization -> reason."""
     return [name for name, reason in dropped.items() if _RULE in reason]
 
 
-def remember_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
-    """That a round failed in which these waited for each other: when it is played again, they count."""
-    if waiting := waiting_in(dropped):
-        JsonDocument(folder.path / "cohort.json", _Cohort).write(_Cohort(round=round, waiting=waiting))
+def record_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
+    """Remember that a round failed in which organizations waited for each other: they count when it is repeated."""
+    if waiting := find_waiting(dropped):
+        JsonDocument(folder.path / "cohort.json", WaitingFile).write(WaitingFile(round=round, waiting=waiting))
 
 
-def advice(dropped: Mapping[str, str]) -> str:
-    """What a coordinator can do where a round failed by the rule; "" where it did not."""
-    waiting = waiting_in(dropped)
+def explain_waiting(dropped: Mapping[str, str]) -> str:
+    """Return what a coordinator can do where a round failed by the rule; "" where it did not."""
+    waiting = find_waiting(dropped)
     if not waiting:
         return ""
     return (
@@ -126,7 +137,7 @@ def advice(dropped: Mapping[str, str]) -> str:
 def _waiting_before(folder: RunFolder, round: int) -> list[str]:
     """A damaged file is none: the roster is then as short as it was."""
     try:
-        found = JsonDocument(folder.path / "cohort.json", _Cohort).read()
+        found = JsonDocument(folder.path / "cohort.json", WaitingFile).read()
     except RunError:
         return []
     return found.waiting if found is not None and found.round == round else []

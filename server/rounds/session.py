@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 
 from cotune.protocol.messages import Recipient
 from cotune.protocol.signatures import parse_refusal
-from cotune.server.runs.exclusions import Fate
+from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport.base import Transport
 
@@ -28,7 +28,7 @@ class Trail(Protocol):
         recipients: Iterable[Recipient],
         received: str,
         cohort: Iterable[str],
-        fates: Mapping[str, Fate] | None = None,
+        fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
         """Put a signature into each request, and record it.
 
@@ -76,7 +76,7 @@ class NoTrail:
         recipients: Iterable[Recipient],
         received: str,
         cohort: Iterable[str],
-        fates: Mapping[str, Fate] | None = None,
+        fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
         """Leave the requests as they are."""
 

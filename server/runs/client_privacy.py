@@ -10,7 +10,7 @@ from cotune.privacy.config import ClientPrivacy
 from cotune.server.runs.run_folder import RunFolder
 
 
-def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
+def open_client_account(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
     """Return the account of the run: the federation's, or its own where it is a simulation.
 
     A run of before runs had an id goes on with the account in its own folder.
@@ -22,8 +22,8 @@ def account_of(folder: RunFolder, privacy: ClientPrivacy) -> ClientLevelAccount:
     return ClientLevelAccount(home / "client-privacy.jsonl", privacy.epsilon, privacy.delta, run, total)
 
 
-def client_level_noise(plan: Plan, organizations: int) -> RoundNoise:
-    """Of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
+def compute_round_noise(plan: Plan, organizations: int) -> RoundNoise:
+    """Return the noise of each round of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
     rounds = plan.rounds
     return round_noise(plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate)

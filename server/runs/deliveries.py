@@ -8,7 +8,7 @@ from cotune.server.runs.run_folder import RunFolder
 from cotune.storage.documents import JsonDocument
 
 
-def confirmed(folder: RunFolder) -> dict[str, str]:
+def read_deliveries(folder: RunFolder) -> dict[str, str]:
     """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
     return _document(folder).read() or {}
 
@@ -16,7 +16,7 @@ def confirmed(folder: RunFolder) -> dict[str, str]:
 def record_delivery(folder: RunFolder, organization: str) -> None:
     """Note durably that an organization has confirmed the model, now."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    _document(folder).write({**confirmed(folder), organization: now})
+    _document(folder).write({**read_deliveries(folder), organization: now})
 
 
 def _document(folder: RunFolder) -> JsonDocument[dict[str, str]]:

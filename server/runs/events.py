@@ -7,10 +7,10 @@ import threading
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from cotune.errors import RunError
 from cotune.observers import Observer, Registry
+from cotune.reporting.documents.events import Event, parse_event
 from cotune.storage.documents import parse_json
 
 _observers = Registry[Observer]()
@@ -22,9 +22,10 @@ def observe_run(observer: Observer) -> AbstractContextManager[None]:
 
 
 class Events:
-    """Appends to one file. A line that a crash cut short is ended first, and skipped by `read_events`.
+    """A file of events, one JSON object per line.
 
-    Anyone who only looks at a run leaves the file as it is: its writer may be in the middle of a line.
+    A line that a crash cut short is ended before the next one is written, and skipped by `read_events`.
+    Readers leave the file as it is: its writer may be in the middle of a line.
     """
 
     def __init__(self, path: Path, *, silent: bool = False) -> None:
@@ -33,11 +34,14 @@ class Events:
         self._lock = threading.Lock()
         self._begun = False
 
-    def tell(self, event: str, **fields: Any) -> None:
-        """Raises RunError where the file cannot be written."""
-        line = json.dumps(
-            {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, ensure_ascii=False
-        )
+    def write(self, event: Event) -> None:
+        """Append an event, with the present time, and call the observers.
+
+        Raises:
+            RunError: Where the file cannot be written.
+        """
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"at": at, **event.as_json()}, ensure_ascii=False)
         with self._lock:
             try:
                 self._begin()
@@ -47,10 +51,11 @@ class Events:
                 self._begun = False  # a part of the line may be there
                 raise RunError(
                     f"{self.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue"
-                    " with --resume"
+                    " with --resume",
+                    code="run.not_writable",
                 ) from None
         if not self.silent:
-            _observers.notify(event, fields)
+            _observers.notify(event.event, event.fields)
 
     def _begin(self) -> None:
         if self._begun:
@@ -62,27 +67,30 @@ class Events:
         self._begun = True
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+def read_events(path: Path) -> list[Event]:
+    """Return the events of all whole lines."""
     return _parsed(path.read_bytes())
 
 
-def _parsed(content: bytes) -> list[dict[str, Any]]:
-    found = list[dict[str, Any]]()
+def _parsed(content: bytes) -> list[Event]:
+    found = list[Event]()
     for line in content.split(b"\n"):  # splitlines would also cut at a line separator inside a text
         try:
             event = parse_json(line)
         except ValueError:
             continue  # cut short by a crash, perhaps within a letter
         if isinstance(event, dict) and "event" in event:
-            found.append(event)
+            found.append(parse_event(event))
     return found
 
 
-def follow(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines from this byte on that another process has written so far, and the byte to go on from.
+def follow(path: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """Read the events that another process has written from a byte on, as far as it has.
 
     A line without its end is left for the next call; one that a crash cut short is skipped.
+
+    Returns:
+        The events, and the byte to go on from.
     """
     try:
         with path.open("rb") as stream:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from cotune.reporting.documents.events import Event, LateUpdateReceived, UpdateReceived
+from cotune.reporting.documents.rounds import RoundEntry
 
 
-def epsilon_stated(history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Organization -> ε as it stated it last."""
-    return {name: _number(value) for entry in history for name, value in entry["epsilon"].items()}
+def get_reported_epsilon(history: Iterable[RoundEntry]) -> dict[str, float]:
+    """Return organization -> ε as it stated it last."""
+    return {name: value for entry in history for name, value in entry.epsilon.items()}
 
 
-def weight_of(history: Iterable[Mapping[str, Any]], name: str) -> float | None:
-    """The share of an organization in the last round that it took part in, of 1; None where it took part in none."""
-    shares = [entry["weights"][name] for entry in history if name in entry.get("weights", {})]
-    return float(shares[-1]) if shares else None
+def get_last_weight(history: Iterable[RoundEntry], name: str) -> float | None:
+    """Return the share of an organization in the last round that it took part in, of 1; None where it took part in none."""
+    shares = [entry.weights[name] for entry in history if name in entry.weights]
+    return shares[-1] if shares else None
 
 
-def bytes_of(events: Iterable[Mapping[str, Any]], name: str) -> int:
-    """Of the updates of an organization that were received, interrupted rounds included."""
-    own = (event for event in events if event.get("organization") == name)
-    return sum(int(event["bytes"]) for event in own if event["event"] in ("update_received", "late_update_received"))
-
-
-def _number(value: float) -> float:
-    """Older runs admitted whatever was stated; an integer in JSON may be larger than any float."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+def get_received_bytes(events: Iterable[Event], name: str) -> int:
+    """Return the size of all updates of an organization that were received, interrupted rounds included."""
+    received = (event for event in events if isinstance(event, UpdateReceived | LateUpdateReceived))
+    return sum(event.bytes for event in received if event.organization == name)

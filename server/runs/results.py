@@ -22,23 +22,27 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claim import claim_of
 from cotune.privacy.config import RecordPrivacy
+from cotune.reporting.documents.base import Document
+from cotune.reporting.documents.events import Event, RunFinalized
+from cotune.reporting.documents.rounds import MetricsEntry
+from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.privacy_statement import client_statement, stated
 from cotune.reporting.run_report import write_report
-from cotune.server.runs.client_privacy import account_of, client_level_noise
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.client_privacy import compute_round_noise, open_client_account
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
-from cotune.server.runs.exclusions import left_out
-from cotune.server.runs.history import bytes_of, epsilon_stated, weight_of
+from cotune.server.runs.exclusions import find_excluded
+from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.runs.run_model import final_params, model_here
+from cotune.server.runs.run_model import final_params, load_run_model
 from cotune.storage.files import atomic_write
 
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
 _PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-accounting")
 
 
-def identity(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Which run of which plan, on which model, and how it ended."""
     plan = folder.plan
     return {
@@ -50,18 +54,18 @@ def identity(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         "engine": folder.file.engine,
         "status": "finished" if folder.stopped is None else "stopped",
         "stopped": folder.stopped,
-        "client_privacy": client_privacy(folder, progress),
+        "client_privacy": describe_client_privacy(folder, progress),
         "model": {
             "base": plan.model.base,
             "base_hash": plan.model.base_hash,
-            "parameters": model_here(folder).parameter_count(),
+            "parameters": load_run_model(folder).parameter_count(),
             "shared_parameters": sum(t.numel() for t in progress.state.values()),
         },
         "labels": list(plan.labels),
     }
 
 
-def performance(progress: Progress, seconds: float) -> dict[str, Any]:
+def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
     """What the rounds were, and what they took."""
     return {
         "rounds": list(progress.history),
@@ -72,14 +76,14 @@ def performance(progress: Progress, seconds: float) -> dict[str, Any]:
     }
 
 
-def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
+def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
     """From the server's account; None where the plan asks for none."""
     plan = folder.plan
     privacy = folder.plan.client_privacy
     if privacy is None:
         return None
-    noise = client_level_noise(plan, len(folder.file.participants))
-    account = account_of(folder, privacy)
+    noise = compute_round_noise(plan, len(folder.file.participants))
+    account = open_client_account(folder, privacy)
     charged = [steps for _, steps in account.charges()]
     return {
         "epsilon": privacy.epsilon,
@@ -99,22 +103,27 @@ def client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | No
     }
 
 
-def run_card(plan: Plan, summary: Mapping[str, Any], length: int) -> str:
+def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
     """Return the card of a run's model. length: tokens that it reads of a text."""
-    client_level = summary["client_privacy"]
-    test = summary["test"]
-    more = [] if client_level is None else [*client_level["statement"]]
+    test = summary.test
+    more = [] if summary.client_privacy is None else summary.client_privacy.statement
     return model_card(
         plan,
-        privacy=[*summary["privacy"]["statement"][:_ABOUT_THE_RUN], *more],
+        privacy=[*summary.privacy.statement[:_ABOUT_THE_RUN], *more],
         length=length,
-        test={"this model": test["federated"], "always the most frequent class": test["majority"]},
-        examples=test["examples"],
+        test={"this model": _values(test.federated), "always the most frequent class": _values(test.majority)},
+        examples=test.examples,
     )
 
 
-def dumps(summary: Mapping[str, Any]) -> bytes:
-    return json.dumps(summary, indent=1, ensure_ascii=False).encode()
+def _values(metrics: MetricsEntry | None) -> dict[str, float] | None:
+    return None if metrics is None else metrics.as_json()
+
+
+def to_json(document: Document | Mapping[str, Any]) -> bytes:
+    """Return a document as indented JSON."""
+    values = document.as_json() if isinstance(document, Document) else document
+    return json.dumps(values, indent=1, ensure_ascii=False).encode()
 
 
 def _total(progress: Progress, key: str) -> int:
@@ -140,7 +149,7 @@ _NOT_KNOWN = (
 )
 
 
-def conclude(folder: RunFolder) -> dict[str, Any]:
+def finalize_run(folder: RunFolder) -> RunSummary:
     """Writes model/, summary.json and report.html, each in one step, and returns the summary; again, it replaces them.
 
     Where every organization has a model of its own there is no model/. The folder must have a finished round.
@@ -149,37 +158,38 @@ def conclude(folder: RunFolder) -> dict[str, Any]:
     summary = summarize(folder, progress)
     if not folder.plan.keeps_personal:
         _export(folder, progress, summary)
-    atomic_write(folder.path / "summary.json", dumps(summary))
+    atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")
-    folder.events.tell("run_finalized", summary=str(folder.path / "summary.json"))
+    folder.events.write(RunFinalized(summary=str(folder.path / "summary.json")))
     return summary
 
 
-def _export(folder: RunFolder, progress: Progress, summary: Mapping[str, Any]) -> None:
-    model = model_here(folder)
+def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
+    model = load_run_model(folder)
     model.load(final_params(folder.plan, progress))
-    export_model(model, folder.path / "model", {CARD: run_card(folder.plan, summary, model.loaded.max_length)})
+    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
 
 
-def summarize(folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def summarize(folder: RunFolder, progress: Progress) -> RunSummary:
     """The summary of a real run as plain values (schema 1)."""
     events = read_events(folder.path / "events.jsonl") if (folder.path / "events.jsonl").exists() else []
-    return {
-        **identity(folder, progress),
+    table = {
+        **describe_run(folder, progress),
         "federation": folder.file.federation,
         "privacy": _privacy(folder, progress),
         "partition": None,
         "worth": None,
         "test": _test(folder, progress),
         "organizations": [_organization(folder, who.name, progress, events) for who in folder.file.participants],
-        **performance(progress, sum(float(entry["seconds"]) for entry in progress.history)),
+        **describe_effort(progress, sum(float(entry.seconds) for entry in progress.history)),
         "reproduce": [f"cotune server run {folder.file.federation}"],
     }
+    return RunSummary.model_validate(table)
 
 
 def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     privacy = folder.plan.privacy
-    spent = epsilon_stated(progress.history)
+    spent = get_reported_epsilon(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
     claim = claim_of(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
     return {
@@ -202,7 +212,7 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Of the coordinator's own test set; without one, nothing was measured."""
     document = folder.path / "test" / "data.json"
-    metrics = progress.history[-1]["metrics"]
+    metrics = progress.history[-1].metrics
     nothing = {
         "examples": 0,
         "majority": None,
@@ -219,18 +229,18 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     return {**nothing, "examples": len(test), "majority": constant.as_dict()}
 
 
-def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Event]) -> dict[str, Any]:
     privacy = folder.plan.privacy
     return {
         "name": name,
         **dict.fromkeys(_NOT_KNOWN),
-        "epsilon_spent": epsilon_stated(progress.history).get(name),
+        "epsilon_spent": get_reported_epsilon(progress.history).get(name),
         "epsilon_allowed": privacy.epsilon if isinstance(privacy, RecordPrivacy) else None,
-        "rounds": sum(name in entry["participants"] for entry in progress.history),
-        "bytes_up": bytes_of(events, name),
-        "weight": weight_of(progress.history, name),
-        "dropped": sum(dropped["organization"] == name for entry in progress.history for dropped in entry["dropped"]),
-        "quarantined": sum(name in entry["quarantined"] for entry in progress.history),
-        "left_out": name in left_out(folder, progress.history),
-        "delivered": name in confirmed(folder),
+        "rounds": sum(name in entry.participants for entry in progress.history),
+        "bytes_up": get_received_bytes(events, name),
+        "weight": get_last_weight(progress.history, name),
+        "dropped": sum(dropped.organization == name for entry in progress.history for dropped in entry.dropped),
+        "quarantined": sum(name in entry.quarantined for entry in progress.history),
+        "left_out": name in find_excluded(folder, progress.history),
+        "delivered": name in read_deliveries(folder),
     }

@@ -26,14 +26,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 
-from cotune.errors import RunError
+from cotune.errors import RunError, reason_of
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
+from cotune.reporting.documents.rounds import RoundEntry
+from cotune.server.runs.documents import CheckpointHeader
 from cotune.server.runs.events import Events
 from cotune.storage.documents import JsonDocument, parse_json, parse_toml
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
@@ -46,33 +48,35 @@ if TYPE_CHECKING:
 
 
 class Participant(BaseModel):
-    """An organization of the run; `site`: in simulations, its folder within the run's."""
+    """An organization of the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    site: str = ""
+    name: str = Field(description="Its name.")
+    site: str = Field("", description="In simulations: its folder within the run's.")
 
 
 class RunFile(BaseModel):
     """run.json."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    run: str
-    id: str = ""  # drawn by `RunFolder.create`: what accounts know the run by, as a name may be given twice; "": from before
-    created: str
-    engine: str
-    device: str = "auto"
-    participants: tuple[Participant, ...]
-    data: str = ""  # fingerprint of the records
-    federation: str = ""  # the federation's folder; "": a simulation
-    base: str = ""  # the folder of the base model, where the plan tells members its name alone; "": as the plan says
-    silent: bool = False  # a baseline: its events are written but not shown
+    run: str = Field(description="Name of the run.")
+    id: str = Field("", description="Drawn when the run is made: accounts know the run by it, as a name may be given twice.")
+    created: str = Field(description="When the run was made (UTC).")
+    engine: str = Field(description="`in-process`, `ray`, `flower` or `superlink`.")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    participants: tuple[Participant, ...] = Field(description="Organizations, in the order in which updates are added.")
+    data: str = Field("", description="Simulation: fingerprint of the records.")
+    federation: str = Field("", description="Real run: folder of the federation.")
+    base: str = Field(
+        "", description="Folder of the base model, where the plan tells members its name alone; empty: as the plan says."
+    )
+    silent: bool = Field(False, description="Whether it is a baseline, whose events are written and not shown.")
 
 
 class StoppedFile(BaseModel):
     """stopped.json."""
 
-    reason: str
+    reason: str = Field(description="Why the run ended before its last round.")
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,14 @@ class Progress:
     round: int = 0
     state: State = field(default_factory=dict)
     memory: State = field(default_factory=dict)  # of the server optimizer
-    history: tuple[dict[str, Any], ...] = ()  # one entry per round, as in summary.json
+    history: tuple[RoundEntry, ...] = ()  # one entry per round, as in summary.json
     clip_norm: float | None = None  # of the next round, under client-level privacy
 
     @property
     def admitted(self) -> dict[str, int]:
         """Organization -> the last round whose update of it is in the model."""
-        applied = [entry for entry in self.history if entry.get("applied", True)]
-        return {name: int(entry["round"]) for entry in applied for name in entry["participants"]}
+        applied = [entry for entry in self.history if entry.applied]
+        return {name: entry.round for entry in applied for name in entry.participants}
 
 
 class RunFolder:
@@ -113,7 +117,9 @@ class RunFolder:
         except (OSError, ValueError, RunError):
             found = None
         if found is None:
-            raise RunError(f"{path} is not the folder of a run: expected one with plan.toml and run.json") from None
+            raise RunError(
+                f"{path} is not the folder of a run: expected one with plan.toml and run.json", code="run.not_a_run"
+            ) from None
         self.file = found
         for name in self.plan.strategy.files:
             if (path / name.rpartition(":")[0]).exists():
@@ -122,7 +128,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
-        """Draws the run's id and writes plan.toml and, last, run.json: from then on it is the folder of a run."""
+        """Draw the run's id, and write plan.toml and, last, run.json: from then on it is the folder of a run."""
         named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
             atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
@@ -142,7 +148,7 @@ class RunFolder:
         return None if found is None else found.reason
 
     def stop(self, reason: str) -> None:
-        """Ends the run before its last round, for good."""
+        """End the run before its last round, for good."""
         self._stopped_file.write(StoppedFile(reason=reason))
 
     @property
@@ -157,20 +163,20 @@ class RunFolder:
 
     @property
     def last_round(self) -> int:
-        """The last finished one; 0 where none is."""
+        """The last finished round; 0 where none is."""
         return max(self._checkpoints(), default=0)
 
     def save(self, progress: Progress) -> None:
-        """Makes the round durable: after this returns, it is never repeated."""
+        """Write a checkpoint: when this returns, the round is durable and never repeated."""
         from safetensors.torch import save  # loads PyTorch, which `cotune server status` does without
 
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
         tensors |= {  # copies: a rule may remember a tensor of the state, and safetensors writes none twice
             f"memory/{n}": t.contiguous().clone() for n, t in progress.memory.items()
         }
-        about = {"round": progress.round, "plan_id": self.plan.plan_id, "history": list(progress.history)}
-        about |= {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
-        content = save(tensors, metadata={"checkpoint": json.dumps(about)})
+        clip_norm = {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
+        header = CheckpointHeader(round=progress.round, plan_id=self.plan.plan_id, history=list(progress.history), **clip_norm)
+        content = save(tensors, metadata={"checkpoint": json.dumps(header.as_json())})
         file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
         remove_parts(file)
         atomic_write(file, content)
@@ -179,7 +185,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def load(self) -> Progress:
-        """The last finished round; an empty progress where none is. Raises RunError for a damaged or foreign checkpoint."""
+        """Read the last checkpoint; an empty progress where there is none. Raises RunError for a damaged or foreign one."""
         from cotune.models.trainable import strip_prefix  # loads PyTorch, which `cotune server status` does without
 
         checkpoints = self._checkpoints()
@@ -188,66 +194,79 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="pt") as file:
-                about = parse_json(file.metadata()["checkpoint"])
-                round = about["round"]
-                plan_id = about["plan_id"]
-                history = tuple(about["history"])
-                clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
+                header = CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"]))
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
-        if plan_id != self.plan.plan_id:
+            raise RunError(
+                f"the checkpoint {path} is damaged ({reason_of(error)}): remove it to go on from the round before",
+                code="run.damaged_checkpoint",
+            ) from None
+        if header.plan_id != self.plan.plan_id:
             raise RunError(
                 f"the checkpoint {path} belongs to another plan: expected {self.plan.plan_id[:12]}, as in plan.toml;"
-                " a run goes on with the version of cotune that began it"
+                " a run goes on with the version of cotune that began it",
+                code="run.foreign_checkpoint",
             )
-        return Progress(round, strip_prefix("state/", tensors), strip_prefix("memory/", tensors), history, clip_norm)
+        state = strip_prefix("state/", tensors)
+        memory = strip_prefix("memory/", tensors)
+        return Progress(header.round, state, memory, tuple(header.history), header.clip_norm)
 
-    def history(self) -> tuple[dict[str, Any], ...]:
-        """The rounds that are finished, also while another process plays; tensors are not read. Raises RunError as `load`."""
+    def history(self) -> tuple[RoundEntry, ...]:
+        """Read the finished rounds without tensors, also while another process trains. Raises RunError as `load` does."""
         checkpoints = self._checkpoints()
         if not checkpoints:
             return ()
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="np") as file:
-                return tuple(parse_json(file.metadata()["checkpoint"])["history"])
+                return tuple(CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"])).history)
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"the checkpoint {path} is damaged ({error}): remove it to go on from the round before") from None
+            raise RunError(
+                f"the checkpoint {path} is damaged ({reason_of(error)}): remove it to go on from the round before",
+                code="run.damaged_checkpoint",
+            ) from None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process off the same run during the block. Raises RunError."""
+        """Keep a second process off the same run during the block. Raises RunError."""
         with lock_folder(self.path):
             yield
 
 
-def new_folder(name: str, runs: Path = Path("runs")) -> Path:
-    """runs/<time>-<plan>, not yet taken."""
+def pick_run_folder(name: str, runs: Path = Path("runs")) -> Path:
+    """Return a path that is not yet taken: runs/<time>-<plan>."""
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9._-]', '-', name)}"
     candidates = [runs / stem, *(runs / f"{stem}-{i}" for i in range(2, 1000))]
     return next(path for path in candidates if not path.exists())
 
 
-def empty_folder(path: Path) -> Path:
-    """The folder itself, as an absolute path. Raises RunError where something is in it already."""
+def check_run_folder(path: Path) -> Path:
+    """Return the folder of a new run as an absolute path. Raises RunError where something is in it already."""
     path = path.expanduser().resolve()
     if (path / "run.json").exists():
         raise RunError(
-            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out"
+            f"{path} holds a run already: expected a new folder; continue that run with --resume, or choose another --out",
+            code="run.folder_exists",
         )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path} is not an empty folder: expected a new one for the run; choose another --out")
+        raise RunError(
+            f"{path} is not an empty folder: expected a new one for the run; choose another --out", code="run.folder_exists"
+        )
     return path
 
 
 @contextmanager
-def lock_folder(path: Path, patience: float = 0.5) -> Iterator[None]:
-    """Keeps a second process off a folder during the block. patience: seconds, as one that only looks holds it for a moment.
+def lock_folder(path: Path, timeout: float = 0.5) -> Iterator[None]:
+    """Keep a second process off a folder during the block.
 
-    Raises RunError, also where the folder cannot be written.
+    Args:
+        path: The folder.
+        timeout: Seconds to wait for the lock: a process that only looks holds it for a moment.
+
+    Raises:
+        RunError: Another process holds it, or the folder cannot be written.
     """
-    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=patience):
+    with exclusive_lock(path / ".lock", f"another process is working on {path}: wait for it, or stop it first", timeout=timeout):
         yield

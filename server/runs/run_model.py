@@ -21,27 +21,27 @@ from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
 
 
-def without_place(plan: Plan) -> Plan:
-    """The same with the folder's last name alone."""
+def hide_base_folder(plan: Plan) -> Plan:
+    """Return the plan as members see it: of a base model in a folder, the folder's last name alone."""
     place = get_base_path(plan.model.base)
-    return plan if place is None else _naming(plan, f"{FOLDER}{place.name}")
+    return plan if place is None else _with_base(plan, f"{FOLDER}{place.name}")
 
 
-def model_here(folder: RunFolder) -> TrainableModel:
-    """The model of a run's plan, on the run's device, as `plan.parameters.get_plan_model` loads it."""
-    plan = folder.plan if not folder.file.base else _naming(folder.plan, folder.file.base)
+def load_run_model(folder: RunFolder) -> TrainableModel:
+    """Load the model of a run's plan on the run's device."""
+    plan = folder.plan if not folder.file.base else _with_base(folder.plan, folder.file.base)
     return get_plan_model(plan, folder.file.device)
 
 
-def served(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
-    """The model to judge and to hand out: θ, or what the server optimizer makes of it."""
+def inference_params(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
+    """Return the parameters to evaluate and to deliver: θ, or what the server optimizer makes of it."""
     return build_server_optimizer(plan.strategy).serve(state, strip_prefix("optimizer/", memory))
 
 
 def final_params(plan: Plan, progress: Progress) -> State:
-    """The served model of a run after its last finished round."""
-    return served(plan, progress.state, progress.memory)
+    """Return the parameters to deliver after the last finished round."""
+    return inference_params(plan, progress.state, progress.memory)
 
 
-def _naming(plan: Plan, base: str) -> Plan:
+def _with_base(plan: Plan, base: str) -> Plan:
     return plan.model_copy(update={"model": plan.model.model_copy(update={"base": base})})

@@ -98,9 +98,10 @@ class Transport(Protocol):
 
 
 class InProcessTransport:
-    """In this thread: the first organization's answer, then the second's; one answer is held at a time."""
+    """Makes all calls in this thread: the first organization's reply, then the second's; one is in memory at a time."""
 
     def __init__(self, grid: Grid, nodes: NodeRegistry) -> None:
+        """Create the transport of a simulation over its grid and nodes."""
         self._grid = grid
         self._nodes = nodes
         self._round = 0

@@ -1,12 +1,11 @@
 """Which node belongs to which organization, who is connected, and who has left of its own accord.
 
-In a real run an organization is known by its public key alone, never by what somebody says. In a simulation the i-th organization
-is at the i-th node; with fewer nodes than organizations, nodes serve several.
+In a real run an organization is known by its public key alone, never by what it says. In a simulation the i-th organization is at
+the i-th node; with fewer nodes than organizations, nodes serve several.
 
-Who has left of its own accord, as by Ctrl-C, and whose machine or network is gone.
-
-The SuperLink shows both as offline. But a node is online until its heartbeats are missing, at a time that the SuperLink tells
-beforehand; anyone who leaves is offline before that time, which the SuperLink then moves to the present.
+The SuperLink shows as offline both those that have left of their own accord, as by Ctrl-C, and those whose machine or network is
+gone. They differ in time: a node is online until its heartbeats are missing, at a time that the SuperLink tells beforehand; one
+that leaves is offline before that time, which the SuperLink then moves to the present.
 """
 
 from __future__ import annotations
@@ -25,7 +24,13 @@ _LOOKS = 2  # a node that connects anew may be offline for a moment
 
 @dataclass(frozen=True)
 class Seen:
-    """An organization's node at one look. until: when it is, or was, offline without another heartbeat, in seconds since 1970."""
+    """An organization's node at one look.
+
+    Attributes:
+        organization: Whose node it is.
+        online: Whether it is online.
+        until: When it is, or was, offline without another heartbeat, in seconds since 1970.
+    """
 
     organization: str
     online: bool
@@ -33,7 +38,11 @@ class Seen:
 
 
 class Presence:
-    """Look after look. left: who is offline, and had left before."""
+    """Tells apart who has left and who is gone, look after look.
+
+    Attributes:
+        left: Organizations that are offline as they have left of their own accord.
+    """
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}  # of those that were online
@@ -41,6 +50,7 @@ class Presence:
         self.left: frozenset[str] = frozenset()
 
     def look(self, nodes: Iterable[Seen]) -> None:
+        """Take the nodes of one look into account."""
         for node in nodes:
             if node.online:
                 self._until[node.organization] = node.until
@@ -55,23 +65,30 @@ REVOKED = "its invitation was revoked"
 
 @dataclass(frozen=True)
 class Node:
-    """since: when it last connected, as the SuperLink says it."""
+    """The node of an organization.
+
+    Attributes:
+        id: Flower's number of it.
+        since: When it last connected, as the SuperLink says.
+    """
 
     id: int
     since: str = ""
 
 
 class NodeRegistry(Protocol):
+    """Knows which node belongs to which organization."""
+
     def connected(self) -> Mapping[str, Node]:
-        """Organization -> node, of those that are connected now. Asks the grid, and may fail as that does."""
+        """Return organization -> node of those that are connected now. Asks the grid, and may fail as that does."""
         ...
 
     def left(self) -> frozenset[str]:
-        """Those that had left of their own accord at that look."""
+        """Return those that had left of their own accord at that look."""
         ...
 
     def revoked(self) -> frozenset[str]:
-        """Those that may not take part any more, at that look."""
+        """Return those that may not take part any more, at that look."""
         ...
 
 
@@ -100,6 +117,8 @@ class SimulatedNodes:
 
 
 class Nodes(Protocol):
+    """A connection to a SuperLink."""
+
     def get_nodes(self) -> Iterable[RegisteredNode]: ...
 
 
@@ -132,7 +151,7 @@ class RegisteredNodes:
         self._revoked: frozenset[str] = frozenset()
 
     def connected(self) -> dict[str, Node]:
-        """Raises RunError for a damaged list of members."""
+        """Return organization -> node of those that are connected. Raises RunError for a damaged list of members."""
         roster = self._read_roster()
         names = roster.names
         self._revoked = roster.revoked

@@ -1,8 +1,7 @@
-"""The post of a real run: a line whose calls may be slow, hang or fail.
+"""The transport of a real run: over a SuperLink, whose calls may be slow, hang or fail.
 
-Requests are handed over, and answers fetched, by threads of their own, so that anyone who hangs holds up nobody else, nor the end
-of
-a round or of the process.
+Requests are sent, and replies fetched, by threads of their own: one that hangs holds up neither the others nor the end of a round
+or of the process.
 """
 
 from __future__ import annotations
@@ -23,45 +22,54 @@ from flwr.app import Message
 from cotune.errors import RunError
 from cotune.flower.chunks import Aborted, Malformed, TooLarge
 from cotune.flower.runtime_client import RunStopped, RuntimeClient
+from cotune.reporting.documents.events import ConnectionLost, ConnectionRestored, Event, OrganizationLeft
 from cotune.server.outcomes import Lost, Rejected
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _WATCH_SECONDS = 0.5  # between two looks at who is connected
-_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is out of reach
-_POLL_SECONDS = 0.1  # between two looks for answers, at least
-_MOST_POLL_SECONDS = 1.0
-_LATER = 0.05  # of the time without an answer so far: looks become rarer, and an answer is found late by that share at most
-_LONGEST_WAIT_SECONDS = 2.0  # before a look that failed is made again
-_AWAY_SECONDS = 5.0  # without an answer from the SuperLink: whatever it was handing over then may be lost
-_SLOW_SECONDS = 20.0  # without a piece of an answer: it may have been cut off while it was sent
-_AT_A_TIME = 4  # answers that are fetched, or wait to be added: each is as large as the model
-_HELD_UP_SECONDS = 30.0  # who hangs for so long holds up nobody else any more
+_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is unreachable
+_POLL_SECONDS = 0.1  # between two looks for replies, at least
+_MAX_POLL_SECONDS = 1.0
+_POLL_GROWTH = 0.05  # of the time without a reply so far: a reply is found late by that share at most
+_MAX_BACKOFF_SECONDS = 2.0  # before a look that failed is made again
+_AWAY_SECONDS = 5.0  # without an answer from the SuperLink: replies that it was handing over may be lost
+_SLOW_SECONDS = 20.0  # without a chunk of a reply: it may have been cut off while it was sent
+_MAX_REPLIES = 4  # fetched at a time, or waiting to be read: each is as large as the model
+_HELD_UP_SECONDS = 30.0  # a call that hangs for so long is overtaken
 _CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
-Tell = Callable[..., None]
+Report = Callable[[Event], None]
 
 
 @dataclass(eq=False)
-class _Asked:
-    """A request that may be answered. since: when its answer began to be fetched; infinite once that was found slow. latest: when
-    the last piece of it came.
+class _SentRequest:
+    """A request that may be answered.
+
+    Attributes:
+        round: Its round.
+        organization: Who was sent.
+        max_bytes: Size of the largest reply that is taken.
+        fetching_since: When its reply began to be fetched; None: there is none yet; infinite once that was found slow.
+        last_chunk: When the last chunk of the reply came.
     """
 
     round: int
     organization: str
     max_bytes: int
-    since: float | None = None
-    latest: float = 0.0
+    fetching_since: float | None = None
+    last_chunk: float = 0.0
 
-    def came(self) -> None:
-        self.latest = time.monotonic()
+    def note_chunk(self) -> None:
+        """Note that a chunk of the reply has come."""
+        self.last_chunk = time.monotonic()
 
 
-class _Turns:
-    """One after the other. Anyone who hangs is overtaken by one, not by all at once: each would send all that is not there
-    yet."""
+class _SendLock:
+    """Lets one thread send at a time. One that hangs is overtaken by one other, not by all at once, as each would send everything
+    that is not there yet.
+    """
 
     def __init__(self) -> None:
         self._free = threading.Condition()
@@ -69,7 +77,7 @@ class _Turns:
         self._since = 0.0
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def acquired(self) -> Iterator[None]:
         ours = object()
         with self._free:
             while self._holder and (left := self._since + _HELD_UP_SECONDS - time.monotonic()) > 0:
@@ -86,20 +94,27 @@ class _Turns:
 
 
 class SuperLinkTransport:
-    """In threads of its own, which end with the process however they hang."""
+    """Sends and fetches in threads of its own, which end with the process however they hang (see `base.Transport`)."""
 
-    def __init__(self, line: RuntimeClient, nodes: NodeRegistry, tell: Tell) -> None:
+    def __init__(self, line: RuntimeClient, nodes: NodeRegistry, report: Report) -> None:
+        """Connect, and begin to watch who is connected.
+
+        Args:
+            line: The connection to the SuperLink.
+            nodes: Which node belongs to which organization.
+            report: Called with events of the connection.
+        """
         self._line = line
         self._nodes = nodes
-        self._tell = tell
-        self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # whether it is one of those at a time
-        self._hands = threading.Semaphore(_AT_A_TIME)
-        self._turns = _Turns()
-        self._asked: dict[str, _Asked] = {}  # number -> request
+        self._report = report
+        self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # a reply, and whether it holds a slot
+        self._slots = threading.Semaphore(_MAX_REPLIES)
+        self._send_lock = _SendLock()
+        self._sent: dict[str, _SentRequest] = {}  # number -> request
         self._closed = threading.Event()
         self._stopped = threading.Event()
         self._found: Mapping[str, Node] = {}
-        self._told_left: frozenset[str] = frozenset()
+        self._reported_left: frozenset[str] = frozenset()
         self._last_seen = 0.0
         self._began = time.monotonic()
         self._failure = ""
@@ -114,18 +129,18 @@ class SuperLinkTransport:
 
     def _start(self, name: str, work: Callable[..., None], *arguments: Any) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        thread = threading.Thread(target=self._until_stopped, args=(work, *arguments), name=f"cotune-{name}", daemon=True)
+        thread = threading.Thread(target=self._run_until_stopped, args=(work, *arguments), name=f"cotune-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
+    def _run_until_stopped(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
             work(*arguments)
         except RunStopped:
             self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
-        """Whose answer may have been lost on the way counts as connected anew: Flower hands over each answer only once."""
+        """Return who is connected; one whose reply may be lost counts as connected anew, as Flower hands over each reply once."""
         self._check()
         lost = {name: self._returns + self._doubts[name] for name in self._found}
         return {name: replace(node, since=f"{node.since} {lost[name]}") for name, node in self._found.items()}
@@ -154,74 +169,79 @@ class SuperLinkTransport:
             except RunStopped:
                 raise
             except Exception as error:
-                self._failure = _words(error)
+                self._failure = _describe(error)
                 refused = refused or isinstance(error, httpx.ConnectError)
             self._closed.wait(_WATCH_SECONDS)
 
     def _doubt_the_slow(self) -> None:
-        for asked in list(self._asked.values()):
-            if asked.since is not None and time.monotonic() - max(asked.since, asked.latest) > _SLOW_SECONDS:
-                asked.since = math.inf  # once
-                self._doubts[asked.organization] += 1
+        for sent in list(self._sent.values()):
+            if sent.fetching_since is not None and time.monotonic() - max(sent.fetching_since, sent.last_chunk) > _SLOW_SECONDS:
+                sent.fetching_since = math.inf  # once
+                self._doubts[sent.organization] += 1
 
     def _check(self) -> None:
-        """Tells when the connection is lost, or back. Raises RunError when the run was stopped."""
+        """Report when the connection is lost or restored. Raises RunError when the run was stopped."""
         if self._stopped.is_set():
-            raise RunError("the run was stopped at the SuperLink: expected it to go on; continue it with --resume")
+            raise RunError(
+                "the run was stopped at the SuperLink: expected it to go on; continue it with --resume",
+                code="run.stopped_at_superlink",
+            )
         away = time.monotonic() - max(self._last_seen, self._began) > _SILENT_SECONDS
         if away and not self._away:
-            self._tell(
-                "connection_lost", reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds"
+            self._report(
+                ConnectionLost(reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds")
             )
         elif self._away and not away:
-            self._tell("connection_restored")
+            self._report(ConnectionRestored())
         self._away = away
-        self._tell_who_left()
+        self._report_left()
 
-    def _tell_who_left(self) -> None:
+    def _report_left(self) -> None:
         left = self.left()
-        before = self._told_left
-        self._told_left = left
+        before = self._reported_left
+        self._reported_left = left
         for name in sorted(left - before):
-            self._tell("organization_left", organization=name)
+            self._report(OrganizationLeft(organization=name))
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
-        self._start(organization, self._hand_over, _Asked(round, organization, max_bytes), message)
+        self._start(organization, self._push, _SentRequest(round, organization, max_bytes), message)
 
-    def _hand_over(self, asked: _Asked, message: Message) -> None:
-        """One after the other: what several requests have in common is sent once."""
+    def _push(self, sent: _SentRequest, message: Message) -> None:
+        """Send a request; one after the other, so that what several requests have in common is sent once."""
         try:
-            with self._turns.taken():
+            with self._send_lock.acquired():
                 if self._closed.is_set():
                     return
                 number = self._line.push(message)
         except RunStopped:
             raise
         except Exception as error:
-            return self._lose(asked, f"its request could not be handed over: {_words(error)}")
+            return self._report_lost(sent, f"its request could not be handed over: {_describe(error)}")
         if not number:
-            return self._lose(asked, "the SuperLink did not take its request")
-        self._asked[number] = asked
+            return self._report_lost(sent, "the SuperLink did not take its request")
+        self._sent[number] = sent
         self._active = time.monotonic()
 
-    def _lose(self, asked: _Asked, reason: str) -> None:
-        self._replies.put((Reply(asked.round, asked.organization, Lost(reason)), False))
+    def _report_lost(self, sent: _SentRequest, reason: str) -> None:
+        self._replies.put((Reply(sent.round, sent.organization, Lost(reason)), False))
 
     def _collect(self) -> None:
         wait = _POLL_SECONDS
         while not self._closed.wait(wait):
-            waiting = [(number, asked) for number, asked in list(self._asked.items()) if asked.since is None]
-            some = [dict(waiting[first : first + _AT_A_TIME]) for first in range(0, len(waiting), _AT_A_TIME)]
+            waiting = [(number, sent) for number, sent in list(self._sent.items()) if sent.fetching_since is None]
+            some = [dict(waiting[first : first + _MAX_REPLIES]) for first in range(0, len(waiting), _MAX_REPLIES)]
             answered = [self._look(few) for few in some]
-            wait = self._pause() if all(answered) else min(_LONGEST_WAIT_SECONDS, 2 * wait)
+            wait = self._pause() if all(answered) else min(_MAX_BACKOFF_SECONDS, 2 * wait)
 
     def _pause(self) -> float:
-        """Seconds until the next look: a SuperLink answers some thirty calls a second, from all organizations together."""
-        return min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * (time.monotonic() - self._active)))
+        """Return seconds until the next look: a SuperLink answers some thirty calls a second, of all organizations together."""
+        return min(_MAX_POLL_SECONDS, max(_POLL_SECONDS, _POLL_GROWTH * (time.monotonic() - self._active)))
 
-    def _look(self, waiting: Mapping[str, _Asked]) -> bool:
-        """Whether the SuperLink has said who has answered. A few at a time: a call that takes too long loses all answers that it
-        was to announce. Where it fails at one of them, that one must not hide the answers of the others.
+    def _look(self, waiting: Mapping[str, _SentRequest]) -> bool:
+        """Ask which requests have replies, and begin to fetch those; return whether the SuperLink has answered.
+
+        A few are asked for at a time, as a call that takes too long loses all replies that it was to announce. Where it fails at
+        one of them, that one must not hide the replies of the others.
         """
         try:
             found = self._line.announced(list(waiting))
@@ -229,36 +249,36 @@ class SuperLinkTransport:
             raise
         except Exception as error:  # it is busy, or starting; `_watch` tells of it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
-                looked = [self._look({number: asked}) for number, asked in waiting.items()]
+                looked = [self._look({number: sent}) for number, sent in waiting.items()]
                 return any(looked)
             if _may_be_gone(error):
-                self._doubts.update(asked.organization for asked in waiting.values())
+                self._doubts.update(sent.organization for sent in waiting.values())
             return False
         for number in found.keys() & waiting.keys():
             self._active = time.monotonic()
-            waiting[number].since = self._active
+            waiting[number].fetching_since = self._active
             self._start(waiting[number].organization, self._fetch, number, waiting[number], found[number])
         return True
 
-    def _fetch(self, number: str, asked: _Asked, answer: Any) -> None:
-        held = self._hands.acquire(timeout=_HELD_UP_SECONDS)
+    def _fetch(self, number: str, sent: _SentRequest, answer: Any) -> None:
+        held = self._slots.acquire(timeout=_HELD_UP_SECONDS)
         try:
-            reply = self._fetch_reply(asked, answer)
+            reply = self._fetch_reply(sent, answer)
             if reply is None:
-                asked.since = None
+                sent.fetching_since = None
             else:
-                self._asked.pop(number, None)
+                self._sent.pop(number, None)
                 self._replies.put((reply, held))
                 held = False
         finally:
             if held:
-                self._hands.release()
+                self._slots.release()
 
-    def _fetch_reply(self, asked: _Asked, answer: Any) -> Reply | None:
+    def _fetch_reply(self, sent: _SentRequest, answer: Any) -> Reply | None:
         """Return None where the reply is to be looked for again."""
         content: Message | Lost | Rejected | None
         try:
-            content = self._line.fetch(answer, asked.max_bytes, asked.came)
+            content = self._line.fetch(answer, sent.max_bytes, sent.note_chunk)
         except RunStopped:
             raise
         except (TooLarge, Malformed) as error:
@@ -266,11 +286,11 @@ class SuperLinkTransport:
         except Aborted as error:
             content = Lost(f"its answer was cut off: {error}")
         except Exception as error:
-            self._doubts[asked.organization] += _may_be_gone(error)
+            self._doubts[sent.organization] += _may_be_gone(error)
             return None
         if isinstance(content, Message) and content.has_error() and content.error.code in _LOST:
             content = Lost("it has left, or its machine or network is gone; it is asked again when it comes back")
-        return None if content is None else Reply(asked.round, asked.organization, content)
+        return None if content is None else Reply(sent.round, sent.organization, content)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         """Yield replies; the place of one that was fetched is free again once the next is asked for."""
@@ -288,36 +308,34 @@ class SuperLinkTransport:
                 yield reply
             finally:
                 if held:
-                    self._hands.release()
+                    self._slots.release()
 
     def _settle(self, round: int, organization: str) -> None:
-        """Whatever else it was asked in this round needs no answer."""
-        for number, asked in list(self._asked.items()):
-            if (asked.round, asked.organization) == (round, organization):
-                self._asked.pop(number, None)
+        """Drop the other copies of a request that was answered."""
+        for number, sent in list(self._sent.items()):
+            if (sent.round, sent.organization) == (round, organization):
+                self._sent.pop(number, None)
 
     def forget(self, round: int) -> None:
-        for number, asked in list(self._asked.items()):
-            if asked.round <= round:
-                self._asked.pop(number, None)
+        for number, sent in list(self._sent.items()):
+            if sent.round <= round:
+                self._sent.pop(number, None)
 
     def close(self) -> None:
-        """Ends the threads, but for those that hang: they end with the process."""
+        """End the threads, but for those that hang: they end with the process."""
         self._closed.set()
-        self._asked.clear()
+        self._sent.clear()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _may_be_gone(error: Exception) -> bool:
-    """Whether an answer may have been handed over when a call failed: not where the call did not get there, nor where it was
-    refused before anything was handed over.
-    """
+    """Return whether a reply may have been handed over when a call failed: not where the call never arrived or was refused."""
     if isinstance(error, httpx.HTTPStatusError):
         return not error.request.url.path.endswith("/pull-messages")
     return not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
 
 
-def _words(error: Any) -> str:
+def _describe(error: Any) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -14,7 +14,7 @@ from cotune.errors import RunError
 from cotune.observers import Observer
 from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
-from cotune.server.runs.results import dumps
+from cotune.server.runs.results import to_json
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.grid import (
     GridPoint,
@@ -25,7 +25,7 @@ from cotune.simulations.comparison.grid import (
     parse_variation,
     read_measured,
 )
-from cotune.simulations.comparison.workers import WorkerSlots, build_task, import_all, make_folder, read_summary, run_all
+from cotune.simulations.comparison.workers import WorkerSlots, build_task, import_all, make_folder, read_run_summary, run_all
 from cotune.simulations.released_models import compose_epsilon, get_steps_by_organization
 from cotune.storage.files import atomic_write
 
@@ -139,16 +139,16 @@ def _play(
     room = WorkerSlots.here(len(tasks), jobs, device)
     reasons = {}
     for path in finished:
-        room.saw(read_summary(path)["peak_memory_bytes"])
+        room.saw(read_run_summary(path).peak_memory_bytes or 0)
     for task, reason in run_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
-            summary = read_summary(task.folder)
-            room.saw(summary["peak_memory_bytes"])
-            accuracy = summary["test"]["federated"]["accuracy"]
-            seconds = summary["seconds"]
+            summary = read_run_summary(task.folder)
+            room.saw(summary.peak_memory_bytes or 0)
+            accuracy = None if summary.test.federated is None else summary.test.federated.accuracy
+            seconds = summary.seconds
             listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
     return reasons
 
@@ -175,7 +175,7 @@ _COLUMNS = (
 def _write(found: Comparison) -> None:
     """results.csv, results.json and compare.html."""
     atomic_write(found.folder / "results.csv", _csv(found).encode())
-    atomic_write(found.folder / "results.json", dumps(_as_dict(found)))
+    atomic_write(found.folder / "results.json", to_json(_as_dict(found)))
     write_comparison(found, found.folder / "compare.html")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
+from cotune.reporting.documents.summary import OrganizationWorth, read_summary
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.storage.documents import JsonDocument
@@ -248,7 +248,7 @@ def get_run_path(folder: Path, cell: GridPoint) -> Path:
 
 def is_finished(path: Path, cell: GridPoint) -> bool:
     try:
-        return bool(json.loads((path / "summary.json").read_bytes())["plan_id"] == cell.plan_id)
+        return read_summary(path / "summary.json").plan_id == cell.plan_id
     except (OSError, ValueError, KeyError):
         return False
 
@@ -259,37 +259,37 @@ def read_measured(cell: GridPoint, folder: Path, path: Path, reason: str) -> Mea
     if reason:
         return common
     try:
-        summary = json.loads((path / "summary.json").read_bytes())
+        summary = read_summary(path / "summary.json")
     except (OSError, ValueError):
         raise RunError(
             f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder",
             code="run.damaged_file",
         ) from None
-    own = [each["own"]["accuracy"] for each in summary["organizations"] if each["own"] and each["own"]["federated"]]
-    spent = [each["epsilon_spent"] for each in summary["organizations"] if each["epsilon_spent"] is not None]
+    own = [each.own.accuracy for each in summary.organizations if each.own and each.own.accuracy is not None]
+    spent = [each.epsilon_spent for each in summary.organizations if each.epsilon_spent is not None]
     return replace(
         common,
-        **summary["test"]["federated"],
-        status=summary["status"],
-        reason=summary["stopped"] or "",
+        **dict(summary.test.federated or {}),
+        status=summary.status,
+        reason=summary.stopped or "",
         worst=min(own, default=None),
         spread=statistics.pstdev(own) if own else None,
-        **_gain([each for each in summary["organizations"] if each["worth"]]),
-        bytes_up=summary["bytes"]["up"],
-        bytes_down=summary["bytes"]["down"],
-        seconds=summary["seconds"],
+        **_gain([each.worth for each in summary.organizations if each.worth]),
+        bytes_up=summary.bytes.up,
+        bytes_down=summary.bytes.down,
+        seconds=summary.seconds,
         epsilon=max(spent, default=None),
-        deltas=tuple(each["delta"] for each in summary["organizations"] if each["delta"] is not None),
-        curve=tuple((entry["round"], entry["metrics"]["accuracy"]) for entry in summary["rounds"] if entry["metrics"]),
+        deltas=tuple(each.delta for each in summary.organizations if each.delta is not None),
+        curve=tuple((entry.round, entry.metrics.accuracy) for entry in summary.rounds if entry.metrics),
     )
 
 
-def _gain(compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _gain(compared: Sequence[OrganizationWorth]) -> dict[str, Any]:
     """Of the organizations whose own records say whether joining is worth it; nothing where nobody has trained alone."""
     if not compared:
         return {}
-    told = [each["worth"]["answer"] for each in compared]
+    told = [each.answer for each in compared]
     return {
-        "gain": statistics.fmean(each["gain"] for each in compared),
+        "gain": statistics.fmean(each.difference for each in compared),
         "answers": (told.count("yes"), told.count("no"), told.count("too close to tell")),
     }

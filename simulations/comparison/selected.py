@@ -21,7 +21,7 @@ from cotune.plan.schema import Plan
 from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import selection_statement
-from cotune.server.runs.results import dumps
+from cotune.server.runs.results import to_json
 from cotune.storage.files import atomic_write, sync
 
 _SCHEMA = 1
@@ -86,7 +86,7 @@ def release(found: Selected, plan: Plan, model: Path, folder: Path) -> None:
     atomic_write(folder / "plan.toml", dump_plan(plan).encode())
     atomic_write(folder / "compare.html", _page(found).encode(errors="replace"))
     table = {"schema": _SCHEMA, **asdict(found), "statement": build_statement(found)}
-    atomic_write(folder / "results.json", dumps(table))
+    atomic_write(folder / "results.json", to_json(table))
 
 
 def read_released(folder: Path) -> Selected | None:

@@ -27,12 +27,21 @@ from cotune.observers import Observer
 from cotune.privacy.accounting.selection import draw_repetitions
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.reporting.comparison_statistics import Variation
+from cotune.reporting.documents.summary import RunSummary
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import build_grid, get_baseline
 from cotune.simulations.comparison.selected import Selected, read_released, release
-from cotune.simulations.comparison.workers import Task, WorkerSlots, build_task, import_all, make_folder, read_summary, run_all
+from cotune.simulations.comparison.workers import (
+    Task,
+    WorkerSlots,
+    build_task,
+    import_all,
+    make_folder,
+    read_run_summary,
+    run_all,
+)
 from cotune.storage.documents import JsonDocument
 
 
@@ -109,7 +118,7 @@ class _Selection:
 
     def _release(self, draws: Sequence[int], runs: Sequence[Path]) -> Selected:
         """Release the run with the best score: of equals the first, which is any of them, as they were drawn alike."""
-        scores = {i: read_summary(run)["test"]["federated"]["accuracy"] for i, run in enumerate(runs) if _has_model(run)}
+        scores = {i: _accuracy(read_run_summary(run)) for i, run in enumerate(runs) if _has_model(run)}
         if not scores:
             raise RunError(
                 "no run ended with a model, so that nothing is released: expected plans that train; the reasons, which must not"
@@ -118,7 +127,7 @@ class _Selection:
             )
         best = max(scores, key=lambda i: scores[i])
         cell = self.candidates.cells[draws[best]]
-        test = read_summary(runs[best])["test"]
+        test = read_run_summary(runs[best]).test
         found = Selected(
             plan=cell.plan.name,
             vary={variation.key: list(variation.values) for variation in self.variations},
@@ -128,8 +137,8 @@ class _Selection:
             settings=dict(cell.settings),
             seed=cell.plan.seed,
             plan_id=cell.plan_id,
-            test=test["federated"],
-            test_examples=test["examples"],
+            test=dict(test.federated or {}),
+            test_examples=test.examples,
             epsilon=self.candidates.epsilon_selected(runs),
             delta=self.candidates.delta,
             epsilon_one_run=self.candidates.epsilon_one_run,
@@ -190,7 +199,7 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
     room = WorkerSlots.here(len(todo), jobs, device)
     for task, reason in run_all(todo, room, imports, _nobody):
         if _has_model(task.folder):
-            room.saw(read_summary(task.folder)["peak_memory_bytes"])
+            room.saw(read_run_summary(task.folder).peak_memory_bytes or 0)
         elif not _has_failed(task.folder):
             raise RunError(
                 f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on",
@@ -200,6 +209,11 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
 
 def _nobody(event: str, fields: dict[str, Any]) -> None:
     """Hears what runs do: what a terminal shows would leave."""
+
+
+def _accuracy(summary: RunSummary) -> float:
+    """Of the federated model, on the common test set."""
+    return 0.0 if summary.test.federated is None else summary.test.federated.accuracy
 
 
 def _is_over(run: Path) -> bool:

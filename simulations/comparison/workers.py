@@ -26,6 +26,7 @@ from cotune.errors import CotuneError, RunError
 from cotune.models.device import pick_device
 from cotune.observers import Observer
 from cotune.plan.load import parse_plan
+from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.server.runs.events import observe_run
 from cotune.simulations.comparison.grid import GridPoint
 from cotune.strategies.plugins import read_file, source_of
@@ -239,7 +240,6 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def read_summary(run: Path) -> dict[str, Any]:
+def read_run_summary(run: Path) -> RunSummary:
     """Return the summary of a finished run."""
-    found: dict[str, Any] = json.loads((run / "summary.json").read_bytes())
-    return found
+    return read_summary(run / "summary.json")

@@ -20,7 +20,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
 from cotune.server.rounds.step import begin_round
-from cotune.server.runs.client_privacy import client_level_noise
+from cotune.server.runs.client_privacy import compute_round_noise
 from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, build_members, get_members, new_policy
 from cotune.simulations.forecast.stopwatch import Seconds
 from cotune.simulations.forecast.timing import estimate
@@ -140,7 +140,7 @@ def _client_privacy(expected: Expected, parameters: int) -> ClientForecast | Non
     privacy = expected.plan.client_privacy
     if privacy is None:
         return None
-    noise = client_level_noise(plan, len(expected.members))
+    noise = compute_round_noise(plan, len(expected.members))
     planned = [replace(noise.charge, count=plan.rounds)]
     return ClientForecast(
         epsilon(planned, privacy.delta),

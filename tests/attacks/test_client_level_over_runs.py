@@ -19,7 +19,7 @@ import pytest
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
-from cotune.server.runs.client_privacy import account_of
+from cotune.server.runs.client_privacy import open_client_account
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from tests.support.run_folders import NewRun
 
@@ -67,7 +67,7 @@ def test_more_for_all_runs_together_is_said_in_the_plan_and_kept(new_run: NewRun
     assert played[-1] == 0
     last = run_of(new_run, home, "last", epsilon_total=20.0)
     assert last.plan.client_privacy is not None
-    account = account_of(last, last.plan.client_privacy)
+    account = open_client_account(last, last.plan.client_privacy)
     everything = [steps for charged in account.runs().values() for _, steps in charged]
     assert epsilon(everything, 1e-5) <= account.spent_in_all_runs() <= 20.0
     assert all(isinstance(steps, Steps) for steps in everything)
@@ -91,7 +91,7 @@ def test_a_name_that_is_used_again_is_another_run(new_run: NewRun, tmp_path: Pat
     shutil.rmtree(first.path)
     again = run_of(new_run, home, "name", epsilon_total=20.0)
     assert again.plan.client_privacy is not None
-    account = account_of(again, again.plan.client_privacy)
+    account = open_client_account(again, again.plan.client_privacy)
     assert account.charges() == []
     assert play(again) > 0
     assert next(len(charged) for charged in account.runs().values()) == played

@@ -15,12 +15,13 @@ import pytest
 from cotune.errors import RunError
 from cotune.flower.control_client import open_control
 from cotune.server.runs.events import Events, follow, read_events
+from tests.support.events import make_event
 
 
 @pytest.mark.parametrize("line", [b"null", b"[1]", b"7", b'"event"', b"{}", b"\x00" * 50, b"\xff\xfe"])
 def test_a_line_that_is_no_event_is_read_past(tmp_path: Path, line: bytes) -> None:
     events = Events(tmp_path / "events.jsonl", silent=True)
-    events.tell("run_started")
+    events.write(make_event("run_started"))
     events.path.write_bytes(line + b"\n" + events.path.read_bytes() + line + b"\n")
     assert [event["event"] for event in read_events(events.path)] == ["run_started"]
     assert [event["event"] for event in follow(events.path)[0]] == ["run_started"]

@@ -27,6 +27,7 @@ from cotune.protocol.federation_file import read_invitation
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.documents import parse_json, parse_toml
 from tests.support.console import Cotune
+from tests.support.events import make_event
 
 DOCUMENTS = {
     "long key": ".".join(["a"] * 100_000) + " = 1",
@@ -68,7 +69,7 @@ def test_a_log_of_an_organization_and_events_are_read_past_it(tmp_path: Path, li
     assert AuditLog.at(file).last() == {}
     events = Events(tmp_path / "events.jsonl", silent=True)
     events.path.write_bytes(line + b"\n")
-    events.tell("run_started")
+    events.write(make_event("run_started"))
     assert [event["event"] for event in read_events(events.path)] == ["run_started"]
     with pytest.raises(ValueError, match="too deep"):
         parse_json(line)

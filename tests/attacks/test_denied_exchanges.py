@@ -42,7 +42,7 @@ from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import round as round_module
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, model_of
@@ -130,7 +130,7 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
     grid = joined(folder, sites)
     train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     assert deliver_model(grid, folder) == []
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_deliveries(folder)) == list(NAMES)
     return folder, sites
 
 

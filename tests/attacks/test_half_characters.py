@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.flower.chunks import ChunkedMessage, Malformed
 from cotune.server.runs.events import Events, read_events
+from tests.support.events import make_event
 from tests.support.organizations import adding
 from tests.support.rounds import impatient, play
 from tests.support.run_folders import NewRun
@@ -101,5 +102,5 @@ def test_an_honest_message_is_put_together(monkeypatch: pytest.MonkeyPatch) -> N
 def test_words_of_half_a_character_are_entered_and_read_as_they_were_signed(tmp_path: Path) -> None:
     """A refusal is signed over its words, which the trail keeps."""
     events = Events(tmp_path / "trail.jsonl", silent=True)
-    events.tell("reply", words=HALF)
+    events.write(make_event("reply", words=HALF))
     assert read_events(events.path)[0]["words"] == HALF

@@ -27,9 +27,10 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site_setup import make_site
 from cotune.printable import Clean
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.processes import extract_reason
 from tests.support.console import Cotune, Outcome
+from tests.support.events import make_event
 from tests.support.federations import founded
 
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x1b[1A\x1b[8m\x9b31m\x9d0;y\x9c\u202e\u2066\u200b\U000e0041\x7f\x08\rover[link=http://h]z[/link][/bold]"
@@ -165,10 +166,10 @@ def test_a_log_of_what_was_sent(cotune: Cotune, site: Path) -> None:
 
 
 def test_what_a_run_has_told_and_its_members(cotune: Cotune, fed: FederationFolder) -> None:
-    run = real_run(fed, name="one")
-    run.events.tell("run_started", rounds=2)
-    run.events.tell("update_dropped", round=1, organization="hospital-b", reason=HOSTILE)
-    run.events.tell("run_failed", round=1, reason=f"{HOSTILE}\nrun two: finished")
+    run = create_run(fed, name="one")
+    run.events.write(make_event("run_started", rounds=2))
+    run.events.write(make_event("update_dropped", round=1, organization="hospital-b", reason=HOSTILE))
+    run.events.write(make_event("run_failed", round=1, reason=f"{HOSTILE}\nrun two: finished"))
     for words in ((), ("--json",)):
         done = cotune("server", "status", fed.path, *words)
         assert "over" in done.out

@@ -15,7 +15,7 @@ from cotune.server.outcomes import Accepted
 from cotune.server.rounds import round as round_module
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
-from cotune.server.runs.exclusions import left_out, strikes_of
+from cotune.server.runs.exclusions import count_strikes, find_excluded
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, model_of
 from tests.support.run_folders import NewRun
@@ -37,8 +37,8 @@ def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRu
     assert [entry["timed_out"] for entry in progress.history] == [["org-2"]] * 3 + [[]] * 2
     assert [entry["left_out"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
     assert [d["organization"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
-    assert left_out(folder, progress.history) == ["org-2"]
-    assert strikes_of(folder, progress.history) == {"org-2": 3}
+    assert find_excluded(folder, progress.history) == ["org-2"]
+    assert count_strikes(folder, progress.history) == {"org-2": 3}
     [event] = told(folder, "client_excluded")
     assert (event["organization"], event["round"]) == ("org-2", 4)
 

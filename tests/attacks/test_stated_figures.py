@@ -18,7 +18,7 @@ from cotune.privacy.accounting.rounding import round_up, rounded_up
 from cotune.reporting.formatting import duration, percent, scientific, signed, size
 from cotune.reporting.run_report import render_report
 from cotune.server.app import train_rounds
-from cotune.server.runs.results import summarize
+from cotune.server.runs.results import summarize, to_json
 from tests.support.organizations import adding, federation, model_of, update
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, wild
@@ -75,7 +75,7 @@ def test_a_run_that_holds_one_already_is_shown(new_run: NewRun, value: float) ->
     grid = wild(folder, {"org-1": stating(epsilon=8.0), "org-2": stating(epsilon=8.0)})
     progress = train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
     progress.history[0]["epsilon"]["org-2"] = value
-    summary = json.loads(json.dumps(summarize(folder, progress)))
+    summary = json.loads(to_json(summarize(folder, progress)))
     assert "org-2" in render_report(summary)
 
 

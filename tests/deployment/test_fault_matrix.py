@@ -17,7 +17,7 @@ import pytest
 from cotune.client.audit_log import AuditLog
 from cotune.client.ledger_report import summarize_ledger
 from cotune.client.site import Site
-from cotune.server.runs.exclusions import left_out
+from cotune.server.runs.exclusions import find_excluded
 from tests.support.attackers import (
     ADDRESSES,
     IDLE,
@@ -208,7 +208,7 @@ def attack(kind: Kind, page: Page, what: str, deed: Deed, *options: str) -> list
         fed.wait(lambda: "mallory" in fed.online())
         fed.run(*options)
         check_end(kind, page, what, "every round", struck, "mallory, in the run's events")
-    assert left_out(fed.newest(), fed.newest().load().history) == ["mallory"]
+    assert find_excluded(fed.newest(), fed.newest().load().history) == ["mallory"]
     told = [event for event in fed.events() if event.get("organization") == "mallory"]
     assert [event["event"] for event in told].count("delivery_failed") == 1  # who is left out is told of the end like everybody
     return [event for event in told if event["event"] != "delivery_failed"]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient
-from cotune.server.runs.exclusions import left_out
+from cotune.server.runs.exclusions import find_excluded
 from tests.support.attackers import ADDRESSES, DISTURBANCES, IDLE, Attacker, bomb, disturb_the_store, flood, locked
 from tests.support.deployment import Deployment, bring_back, deployment, weights
 
@@ -110,6 +110,6 @@ def test_a_member_that_attacks_is_named_and_left_out(fed: Deployment) -> None:
     history = run.load().history
     assert [entry["participants"] for entry in history] == [["north"]] * 4
     assert [entry["quarantined"] for entry in history] == [["south"]] * 3 + [[]]
-    assert left_out(run, history) == ["south"]
+    assert find_excluded(run, history) == ["south"]
     assert attacker.answers == [*DISTURBANCES, httpx.codes.OK, httpx.codes.OK, httpx.codes.OK]
     assert sum(event["count"] for event in fed.events("messages_refused") if event["organization"] == "south") >= 1

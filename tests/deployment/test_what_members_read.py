@@ -22,7 +22,7 @@ from cotune.protocol.messages import decode_header
 from cotune.protocol.signatures import SIGNED, detach
 from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from tests.support.served import free_port, serving, until
 
 pytestmark = pytest.mark.long
@@ -57,7 +57,7 @@ def listens(port: int) -> bool:
 def test_a_member_learns_no_place_no_host_and_no_user(folder: FederationFolder) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     folder.members.invite("hospital-a", key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
-    run = real_run(folder, name="one")
+    run = create_run(folder, name="one")
     with serving(folder) as served:
         until(lambda: served.keys() == served.members() and listens(folder.config.port), served.log)
         authority = (folder.certificates / "ca.crt").read_bytes()

@@ -55,7 +55,7 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
     assert final_model(result.folder)
     text = printed(show, result)
     assert f"client-level privacy: ε {6.0:.2f} of 6" in text or "client-level privacy: ε 5.9" in text
-    json.dumps(summary, allow_nan=False)
+    json.dumps(summary.as_json(), allow_nan=False)
 
 
 def test_who_trains_alone_or_on_pooled_data_has_no_central_noise(toy_plan: NewPlan, tmp_path: Path) -> None:

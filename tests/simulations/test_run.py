@@ -27,7 +27,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import two_digits
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run, read_events
-from cotune.server.runs.run_folder import new_folder
+from cotune.server.runs.run_folder import pick_run_folder
 from cotune.simulations.run import Run, simulate
 from tests.support.datasets import sentences, write_csv
 from tests.support.matrix import crossed
@@ -483,9 +483,9 @@ def test_a_folder_that_is_taken_is_left_alone(plain: Done, toy_plan: NewPlan, tm
 
 def test_a_new_folder_is_named_by_time_and_plan_and_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = new_folder("toy")
+    first = pick_run_folder("toy")
     first.mkdir(parents=True)
-    second = new_folder("toy")
+    second = pick_run_folder("toy")
     assert first.parent == second.parent == Path("runs")
     assert first.name.endswith("-toy")
     assert not second.exists()

@@ -11,10 +11,12 @@ from rich.console import Console
 from cotune.cli.progress import remote_line, showing_remote_progress
 from cotune.cli.server.run import _show_result
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.runs.run_folder import Progress
 from tests.support.console import Cotune
+from tests.support.events import make_event
 from tests.support.federations import founded
+from tests.support.summaries import empty_summary
 
 
 @pytest.fixture
@@ -54,16 +56,16 @@ def test_status_works_while_nothing_runs(cotune: Cotune, fed: FederationFolder) 
     assert (done.code, done.err) == (0, "")
     for words in ("federation toy: the server does not run", "certificate until 20", "no run yet", "hospital-b", "unknown"):
         assert words in done.out
-    run = real_run(fed, name="one")
-    run.events.tell("run_started", rounds=2)
+    run = create_run(fed, name="one")
+    run.events.write(make_event("run_started", rounds=2))
     done = cotune("server", "status", fed.path)
     for words in ("run one, plan toy", "round 0 of 2, under way", "last event: run_started"):
         assert words in done.out
 
 
 def test_status_says_how_many_organizations_are_in_the_model(cotune: Cotune, fed: FederationFolder) -> None:
-    run = real_run(fed)
-    run.events.tell("run_started", rounds=2)
+    run = create_run(fed)
+    run.events.write(make_event("run_started", rounds=2))
     assert "in this model" not in cotune("server", "status", fed.path).out  # there is none yet
     for number, participants in ((1, ["hospital-a"]), (2, ["hospital-a", "hospital-b"])):
         whole = {"round": number, "stage": "head", "metrics": None, "epsilon": {}, "participants": participants, "dropped": []}
@@ -75,12 +77,11 @@ def test_status_says_how_many_organizations_are_in_the_model(cotune: Cotune, fed
 def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
     fed: FederationFolder, rounds: tuple[int, int], part: int
 ) -> None:
-    run = real_run(fed)
+    run = create_run(fed)
     console = Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
     asked = {"weight": None, "epsilon_spent": None, "bytes_up": 0, "dropped": 0, "quarantined": 0, "delivered": True}
     members = [{"name": who.name, "rounds": count, **asked} for who, count in zip(run.file.participants, rounds, strict=True)]
-    summary = {"privacy": {"mode": "none"}, "stopped": None, "organizations": members, "test": {"federated": None}, "rounds": []}
-    (run.path / "summary.json").write_text(json.dumps({**summary, "bytes": {"up": 0, "down": 0}}), encoding="utf-8")
+    (run.path / "summary.json").write_text(json.dumps(empty_summary(organizations=members).as_json()), encoding="utf-8")
     _show_result(console, run)
     [line] = [line for line in console.export_text(styles=True).splitlines() if "in this model" in line]
     assert f"{part} of 2 organizations" in line
@@ -101,8 +102,10 @@ def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
     cotune: Cotune, fed: FederationFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
-    run = real_run(fed, name="one")
-    run.events.tell("update_dropped", round=1, organization="hospital-b", reason="declined: its rule privacy does not allow it")
+    run = create_run(fed, name="one")
+    run.events.write(
+        make_event("update_dropped", round=1, organization="hospital-b", reason="declined: its rule privacy does not allow it")
+    )
     lines = [line.split() for line in cotune("server", "status", fed.path).out.splitlines()]
     told = "hospital-b unknown – – – 0 B – dropped in round 1: declined: its rule privacy does not allow it"
     assert told.split() in lines

@@ -30,7 +30,7 @@ from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.deployment.signing import public_hex, public_keys, read_signing_key
-from cotune.server.deployment.trail import SignedTrail, keys_of, read_trail
+from cotune.server.deployment.trail import SignedTrail, read_trail, read_verification_keys
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.kills import killed_before_each_change
 
@@ -205,7 +205,7 @@ def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: Federatio
     assert rotation.list_members_without_keys(fed) == []
     rotation.activate_keys(fed)
     play(3)
-    server, nodes = keys_of(folder)
+    server, nodes = read_verification_keys(folder)
     assert (len(server), len(nodes["north"])) == (2, 2)
     own = [each.signing_key for each in Trust.read(site.folder).generations]
     for server_keys, node_keys in ((server, nodes["north"]), (own, node_public_keys(site.folder))):

@@ -12,6 +12,7 @@ from cotune.server.deployment.refusals import RefusalLog, RefusalWatch, read_ref
 from cotune.server.runs.events import Events, observe_run, read_events
 from cotune.storage import documents
 from cotune.storage.files import atomic_write
+from tests.support.events import make_event
 
 
 @pytest.fixture
@@ -107,15 +108,15 @@ def told(events: Events) -> list[tuple[str, int, str]]:
 
 def test_the_run_names_anyone_who_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
     noted(file, "south", 2, "its tree holds an object that the server has sent")
-    events.tell("update_received", round=1, organization="north")
+    events.write(make_event("update_received", round=1, organization="north"))
     assert told(events) == []
-    events.tell("update_dropped", round=1, organization="south", reason="no reply")
+    events.write(make_event("update_dropped", round=1, organization="south", reason="no reply"))
     assert told(events) == [("south", 2, "its tree holds an object that the server has sent")]
     noted(file, "south", 3, "it replies to nothing")
     noted(file, "north", 1, "it is no announcement")
-    events.tell("round_finished", round=1)
+    events.write(make_event("round_finished", round=1))
     assert sorted(told(events)[1:]) == [("north", 1, "it is no announcement"), ("south", 3, "it replies to nothing")]
-    events.tell("round_finished", round=2)
+    events.write(make_event("round_finished", round=2))
     assert len(told(events)) == 3
 
 
@@ -123,22 +124,22 @@ def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path
     noted(file, "south", 7)
     made = Events(tmp_path / "events.jsonl")
     with observe_run(RefusalWatch(file, made)):
-        made.tell("round_finished", round=1)
+        made.write(make_event("round_finished", round=1))
         assert told(made) == []
         noted(file, "south", 1)
-        made.tell("round_finished", round=2)
+        made.write(make_event("round_finished", round=2))
     assert [(who, count) for who, count, _ in told(made)] == [("south", 1)]
 
 
 def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) -> None:
     """As somebody removes it, or it was damaged."""
     noted(file, "south", 5)
-    events.tell("round_finished", round=1)
+    events.write(make_event("round_finished", round=1))
     os.unlink(file)
     noted(file, "south", 2)
-    events.tell("round_finished", round=2)
+    events.write(make_event("round_finished", round=2))
     noted(file, "south", 1)
-    events.tell("round_finished", round=3)
+    events.write(make_event("round_finished", round=3))
     assert [count for _, count, _ in told(events)] == [5, 2, 1]
 
 
@@ -151,13 +152,13 @@ def test_what_was_refused_between_a_kill_and_the_next_process_is_told_once(file:
     first = Events(tmp_path / "events.jsonl")
     with observe_run(RefusalWatch(file, first)):
         noted(file, "south", 2)
-        first.tell("round_finished", round=1)
+        first.write(make_event("round_finished", round=1))
         noted(file, "south", 3)  # it is killed before it looks again
     noted(file, "north", 1)
     for _ in range(2):
         again = Events(tmp_path / "events.jsonl")
         with observe_run(RefusalWatch(file, again)):
-            again.tell("run_started", rounds=2)
+            again.write(make_event("run_started", rounds=2))
     assert [(who, count) for who, count, _ in told(again)] == [("south", 2), ("south", 3), ("north", 1)]
 
 
@@ -168,7 +169,7 @@ def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: 
     events = Events(tmp_path / "events.jsonl")
     with observe_run(RefusalWatch(file, events)):
         noted(file, "south", 1)
-        events.tell("round_finished", round=1)
+        events.write(make_event("round_finished", round=1))
     assert [(who, count) for who, count, _ in told(events)] == [("south", 1)]
 
 

@@ -17,7 +17,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.run_controller import (
     PollInterval,
     check_none_unfinished,
@@ -30,6 +30,7 @@ from cotune.server.deployment.run_controller import (
 )
 from cotune.server.runs.events import Events
 from cotune.server.runs.run_folder import RunFolder, lock_folder
+from tests.support.events import make_event
 from tests.support.federations import FakeSuperLink, Step, away, founded
 from tests.support.unreliable_grid import full_disk
 
@@ -53,7 +54,7 @@ def federation(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationF
 
 @pytest.fixture
 def run(federation: FederationFolder) -> RunFolder:
-    return real_run(federation, name="one")
+    return create_run(federation, name="one")
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def tells(run: RunFolder, event: str, **fields: Any) -> Step:
     """The run goes on, and writes an event."""
 
     def step(run_id: int) -> RunState:
-        Events(run.path / "events.jsonl").tell(event, **fields)
+        Events(run.path / "events.jsonl").write(make_event(event, **fields))
         return GOING
 
     return step
@@ -207,10 +208,10 @@ def test_a_server_that_runs_is_known_by_its_lock(federation: FederationFolder) -
 
 
 def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: RunFolder) -> None:
-    run.events.tell("of an earlier attempt")
+    run.events.write(make_event("of an earlier attempt"))
     superlink = FakeSuperLink([[going, going, tells(run, "run_finalized")]])
     submit(run, superlink, PACE)
-    run.events.tell("round_finished", round=1)
+    run.events.write(make_event("round_finished", round=1))
     assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_finalized", {})]
     assert len(superlink.started) == 1
 
@@ -255,12 +256,12 @@ def test_a_process_that_died_is_noticed_before_the_superlink_does(
 
     def dies(run_id: int) -> RunState:
         holder = held("hearing")
-        run.events.tell(first)
+        run.events.write(make_event(first))
         threading.Timer(0.1, holder.kill).start()
         return GOING
 
     def concludes(run_id: int) -> RunState:
-        run.events.tell("run_finalized")
+        run.events.write(make_event("run_finalized"))
         return GOING
 
     superlink = FakeSuperLink([[dies, *[going] * 1000], [concludes]])
@@ -331,7 +332,7 @@ def test_the_newest_run_is_gone_on_with_or_the_one_that_is_named(federation: Fed
     with pytest.raises(RunError, match="has no run to go on with"):
         newest(federation)
     for name in ("begun-first", "another"):
-        real_run(federation, name=name)
+        create_run(federation, name=name)
     assert newest(federation).path.name == "another"
     assert newest(federation, "begun-first").path.name == "begun-first"
     with pytest.raises(RunError, match="no run called 'c'"):

@@ -15,9 +15,10 @@ from cotune.errors import RunError
 from cotune.flower.control_client import ControlClient
 from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.status import OrganizationStatus, Status, connections, look
 from cotune.server.runs.run_folder import Progress, RunFolder
+from tests.support.events import make_event
 from tests.support.federations import FakeSuperLink, founded
 
 
@@ -26,12 +27,16 @@ def federation(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationF
     return founded(tmp_path / "fed", base_model("bert"), "a", "b", "c", privacy={"epsilon": 8.0})
 
 
+def metrics(accuracy: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+
+
 def finish(run: RunFolder, round: int, **entry: Any) -> None:
     """A round as the coordinator writes it: checkpoint, then event."""
     before = run.load()
     whole = {"round": round, "stage": "head", "metrics": None, "epsilon": {}, "participants": [], "dropped": [], **entry}
     run.save(Progress(round, {}, {}, (*before.history, whole)))
-    run.events.tell("round_finished", **whole)
+    run.events.write(make_event("round_finished", **whole))
 
 
 def of(status: Status, name: str) -> OrganizationStatus:
@@ -71,13 +76,16 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
 
 
 def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:
-    run = real_run(federation)
-    tell = run.events.tell
+    run = create_run(federation)
+
+    def tell(name: str, **fields: Any) -> None:
+        run.events.write(make_event(name, **fields))
+
     assert [o.word for o in look(federation, None).organizations] == ["not asked yet"] * 3
     tell("run_started", rounds=2)
     tell("round_started", round=1, organizations=["a", "b", "c"])
     tell("update_received", round=1, organization="a", bytes=600, steps=3, epsilon=1.234)
-    tell("update_quarantined", round=1, organization="b", reason="its norm is 7e9")
+    tell("update_quarantined", round=1, organization="b", reason="its norm is 7e9", file="b.safetensors")
     tell("update_dropped", round=1, organization="b", reason="refused: its norm is 7e9")
     status = look(federation, None)
     assert [o.word for o in status.organizations] == [
@@ -86,7 +94,7 @@ def test_the_last_word_of_each_organization(federation: FederationFolder) -> Non
         "asked in round 1",
     ]
     assert of(status, "a").bytes_up == 600
-    finish(run, 1, participants=["a"], epsilon={"a": 1.231}, metrics={"accuracy": 0.5})
+    finish(run, 1, participants=["a"], epsilon={"a": 1.231}, metrics=metrics(0.5))
     tell("round_started", round=2, organizations=["a", "c"])
     tell("update_dropped", round=2, organization="c", reason="declined: its rule privacy does not allow this plan")
     status = look(federation, None)
@@ -98,7 +106,7 @@ def test_the_last_word_of_each_organization(federation: FederationFolder) -> Non
 
 
 def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> None:
-    run = real_run(federation, ["server.strikes=1"])
+    run = create_run(federation, ["server.strikes=1"])
     finish(run, 1, participants=["a", "b"], quarantined=["c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     words = [o.word for o in look(federation, None).organizations]
@@ -106,18 +114,20 @@ def test_left_out_and_delivered_are_last_words(federation: FederationFolder) -> 
 
 
 def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) -> None:
-    run = real_run(federation)
-    run.events.tell("run_started", rounds=2)
+    run = create_run(federation)
+    run.events.write(make_event("run_started", rounds=2))
     for event, phase in (("waiting", "interrupted"), ("run_finalized", "finished")):
-        run.events.tell(event)
+        run.events.write(make_event(event))
         status = look(federation, {}, plays=False).run
         assert status is not None
         assert status.phase.startswith(phase)
 
 
 def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
-    run = real_run(federation)
-    run.events.tell("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
+    run = create_run(federation)
+    run.events.write(
+        make_event("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
+    )
     finish(run, 1, participants=["b", "c"])
     (run.path / "delivered.json").write_text(json.dumps({"a": "2026-01-01T00:00:00+00:00"}))
     declined = "dropped in round 1: declined: its rule privacy does not allow this plan"
@@ -125,7 +135,7 @@ def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: 
 
 
 def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: FederationFolder) -> None:
-    run = real_run(federation, name="one")
+    run = create_run(federation, name="one")
 
     def stands() -> tuple[int, str, float | None, str | None]:
         found = look(federation, None).run
@@ -133,19 +143,19 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
         return found.round, found.phase, found.accuracy, found.reason
 
     assert stands() == (0, "not begun", None, None)
-    run.events.tell("run_started", rounds=2)
-    run.events.tell("waiting", connected=["a"], needed=2, absent=["b", "c"])
+    run.events.write(make_event("run_started", rounds=2))
+    run.events.write(make_event("waiting", connected=["a"], needed=2, absent=["b", "c"]))
     assert stands() == (0, "waiting for organizations", None, None)
-    run.events.tell("round_started", round=1, organizations=["a"])
-    finish(run, 1, metrics={"accuracy": 0.75})
+    run.events.write(make_event("round_started", round=1, organizations=["a"]))
+    finish(run, 1, metrics=metrics(0.75))
     assert stands() == (1, "under way", 0.75, None)
-    run.events.tell("run_failed", round=2, reason="too few")
+    run.events.write(make_event("run_failed", round=2, reason="too few"))
     assert stands() == (1, "failed", 0.75, "too few")
-    run.events.tell("run_started", rounds=2)
+    run.events.write(make_event("run_started", rounds=2))
     finish(run, 2)
-    run.events.tell("run_finished", rounds=2)
+    run.events.write(make_event("run_finished", rounds=2))
     assert stands() == (2, "handing out the model", 0.75, None)
-    run.events.tell("run_finalized")
+    run.events.write(make_event("run_finalized"))
     assert stands() == (2, "finished", 0.75, None)
     found = look(federation, None).run
     assert found is not None
@@ -153,7 +163,7 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
 
 
 def test_a_round_that_is_durable_counts_though_its_event_was_lost(federation: FederationFolder) -> None:
-    run = real_run(federation)
+    run = create_run(federation)
     finish(run, 1, participants=["a"])
     run.events.path.unlink()
     status = look(federation, None)
@@ -169,5 +179,5 @@ def test_a_certificate_that_nobody_would_accept_is_a_problem(federation: Federat
 
 
 def test_it_is_plain_json(federation: FederationFolder) -> None:
-    real_run(federation)
+    create_run(federation)
     assert json.loads(json.dumps(asdict(look(federation, None))))["organizations"][0]["name"] == "a"

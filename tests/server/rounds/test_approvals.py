@@ -18,7 +18,8 @@ from cotune.server.deployment.status import look
 from cotune.server.rounds import approvals
 from cotune.server.rounds import round as round_module
 from cotune.server.rounds.approvals import PendingApprovals, awaits_approval
-from cotune.server.runs.exclusions import strikes_of
+from cotune.server.runs.events import observe_run
+from cotune.server.runs.exclusions import count_strikes
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
@@ -61,7 +62,7 @@ def not_approved(folder: RunFolder, **approves_at: int) -> WildGrid:
     return grid
 
 
-def test_a_run_that_nobody_has_approved_waits_and_goes_on_once_they_have(new_run: NewRun) -> None:
+def test_run_without_approval_waits_and_goes_on(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1))
     grid = not_approved(folder, org_1=4, org_2=3, org_3=5)
     progress = play(folder, grid)
@@ -72,7 +73,7 @@ def test_a_run_that_nobody_has_approved_waits_and_goes_on_once_they_have(new_run
     assert {name for event in told(folder, "awaiting_approval") for name in event["organizations"]} == set(NAMES)
 
 
-def test_a_round_that_needs_everybody_waits_for_the_last_and_asks_the_others_once(new_run: NewRun) -> None:
+def test_round_needing_everybody_waits_for_the_last_approval(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"quorum": 1.0, "strikes": 1}))
     grid = not_approved(folder, org_2=6)
     progress = play(folder, grid)
@@ -81,10 +82,10 @@ def test_a_round_that_needs_everybody_waits_for_the_last_and_asks_the_others_onc
     assert grid.pushed == {"org-1": 2, "org-2": 7, "org-3": 2}
     assert [event["organizations"] for event in told(folder, "awaiting_approval")] == [["org-2"], []]
     assert dropped(progress) == [{}, {}]
-    assert strikes_of(folder, progress.history) == {}
+    assert count_strikes(folder, progress.history) == {}
 
 
-def test_with_a_quorum_rounds_begin_without_those_who_have_not_approved_and_they_join_later(new_run: NewRun) -> None:
+def test_round_with_quorum_begins_without_late_approvals(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=3, server={"quorum": 0.5, "absent_seconds": 3600.0, "strikes": 1}))
     grid = not_approved(folder)
     round_of = grid.groups["org-3"]
@@ -127,7 +128,7 @@ def test_the_status_says_while_it_waits_that_it_does(new_run: NewRun) -> None:
     assert "approve" in seen[0].run.phase
 
 
-def test_after_the_bound_the_run_stops_names_them_and_can_be_resumed(new_run: NewRun) -> None:
+def test_run_stops_after_approval_seconds_and_resumes(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"approval_seconds": 0.2}))
     with pytest.raises(RunError, match=r"got 1 of 3 updates, expected at least 2.*org-2: nobody.*org-3: nobody"):
         play(folder, not_approved(folder, org_2=0, org_3=0))
@@ -157,7 +158,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
     assert [event["organizations"] for event in told(folder, "awaiting_approval")] == [["org-3"], ["org-3"], []]
 
 
-def test_anyone_who_is_waited_for_beyond_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun) -> None:
+def test_approval_after_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun) -> None:
     """Approved long after the round's deadline, it has as much time to train as anybody; a silent one gets no more for it."""
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.6, "deadline_seconds": 1.2}))
     grid = not_approved(folder, org_2=30)
@@ -178,15 +179,13 @@ def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch:
     monkeypatch.setattr(approvals, "_backoff", lambda times: 3600.0)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = not_approved(folder, org_2=2)
-    tell = folder.events.tell
 
-    def joins_again(event: str, **fields: Any) -> None:
-        tell(event, **fields)
+    def joins_again(event: str, fields: dict[str, Any]) -> None:
         if event == "awaiting_approval":
             grid.since["org-2"] = "later"
 
-    folder.events.tell = joins_again  # type: ignore[method-assign]
-    assert play(folder, grid).history[0]["participants"] == list(NAMES)
+    with observe_run(joins_again):
+        assert play(folder, grid).history[0]["participants"] == list(NAMES)
     assert grid.pushed["org-2"] == 2
 
 

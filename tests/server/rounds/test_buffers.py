@@ -47,7 +47,7 @@ def test_in_their_order_nothing_touches_the_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "inbox").exists()
 
 
-def test_what_a_crash_left_is_removed_and_a_damaged_file_is_a_run_error(tmp_path: Path) -> None:
+def test_spill_buffer_removes_leftovers_and_names_damaged_files(tmp_path: Path) -> None:
     SpillBuffer(tmp_path).put(3, update("a"))
     inbox = SpillBuffer(tmp_path)
     assert files(tmp_path) == []

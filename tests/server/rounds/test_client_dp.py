@@ -20,7 +20,7 @@ from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.selection import select
-from cotune.server.runs.client_privacy import account_of
+from cotune.server.runs.client_privacy import open_client_account
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.support.organizations import Answer, adding, federation, model_of, update
@@ -50,7 +50,7 @@ def gaps(state: State, start: State) -> torch.Tensor:
 
 def charges(folder: RunFolder) -> list[tuple[int, Steps]]:
     assert folder.plan.client_privacy is not None
-    return account_of(folder, folder.plan.client_privacy).charges()
+    return open_client_account(folder, folder.plan.client_privacy).charges()
 
 
 def crashes_in_round(number: int) -> Answer:
@@ -103,7 +103,7 @@ def test_the_server_optimizer_comes_after_the_noise(new_run: NewRun) -> None:
 
 
 @pytest.mark.usefixtures("silent")
-def test_adaptive_clipping_is_checkpointed_and_moves_towards_the_norms(new_run: NewRun) -> None:
+def test_adaptive_clip_norm_is_checkpointed_and_follows_norms(new_run: NewRun) -> None:
     """All norms are above C: it grows by e^(η/2) a round, through a crash as well."""
     adaptive = {"clipping": "adaptive", "clip_norm": 0.1, "clip_learning_rate": 0.4}
     folder = private_run(new_run, "org-1", client_privacy=adaptive, rounds=3)
@@ -157,7 +157,7 @@ def interrupted(folder: RunFolder, round: int) -> None:
         )
 
 
-def test_a_crash_between_charge_and_checkpoint_is_charged_again_and_the_run_ends_within_its_budget(new_run: NewRun) -> None:
+def test_round_repeated_after_a_crash_is_charged_again(new_run: NewRun) -> None:
     folder = private_run(new_run, rounds=3)
     interrupted(folder, 2)
     assert [round for round, _ in charges(folder)] == [1, 2]
@@ -175,7 +175,7 @@ def test_a_crash_between_charge_and_checkpoint_is_charged_again_and_the_run_ends
     assert (told["event"], told["rounds"], told["reason"]) == ("run_stopped", 2, folder.stopped)
 
 
-def test_a_run_whose_budget_was_spent_on_its_first_round_has_no_model(new_run: NewRun) -> None:
+def test_run_with_budget_spent_on_first_round_has_no_model(new_run: NewRun) -> None:
     folder = private_run(new_run, rounds=1)
     interrupted(folder, 1)
     with pytest.raises(RunError, match="ends without a model: round 1 would exceed"):
@@ -220,7 +220,7 @@ def test_sampling_by_the_plans_seed_is_the_same_in_every_run(new_run: NewRun) ->
     assert not (one.path / "selection.key").exists()
 
 
-def test_amplification_draws_by_a_secret_of_the_run_that_a_resumed_run_keeps(new_run: NewRun) -> None:
+def test_amplified_selection_draws_by_a_secret_kept_on_resume(new_run: NewRun) -> None:
     people = [f"org-{i}" for i in range(50)]
     settings = {"client_privacy": {"amplification": True}, "server": {"sample_rate": 0.3}}
     one, other = (private_run(new_run, *people, **settings) for _ in range(2))

@@ -14,9 +14,10 @@ from cotune.errors import RunError
 from cotune.protocol.signatures import RequestStatement, detach
 from cotune.server.app import train_rounds
 from cotune.server.rounds import round as round_module
-from cotune.server.rounds.selection import cohort_of, remember_waiting
+from cotune.server.rounds.selection import build_cohort, record_waiting
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.transport import superlink as superlink_transport
+from tests.support.events import round_entry
 from tests.support.organizations import adding, model_of
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, told, wild
@@ -62,7 +63,7 @@ def wanting(least: int) -> Callable[[str, RequestStatement], str]:
     return declines
 
 
-def test_those_who_wait_for_each_other_go_on_when_the_run_is_continued(new_run: NewRun) -> None:
+def test_organizations_waiting_for_each_other_go_on_on_resume(new_run: NewRun) -> None:
     """Two took part in round 1, and each of the three wants three: without a trace of who waited, round 2 fails for ever."""
     folder = real(new_run("org-1", "org-2", "org-3", rounds=3, server={"quorum": 0.6}))
     with pytest.raises(RunError, match=r"training\.min_cohort.*--resume"):
@@ -86,26 +87,26 @@ def test_a_run_of_too_few_organizations_says_so_each_time(new_run: NewRun) -> No
 
 def test_one_that_declines_otherwise_does_not_count(new_run: NewRun) -> None:
     folder = new_run("a", "b", "c")
-    remember_waiting(folder, 2, {"a": WAITS, "b": OTHER, "c": "no reply within 5 seconds"})
-    entry = {"participants": ["c"], "dropped": []}
-    assert sorted(cohort_of(folder, (entry,), ["a", "b", "c"])) == ["a", "c"]
+    record_waiting(folder, 2, {"a": WAITS, "b": OTHER, "c": "no reply within 5 seconds"})
+    entry = round_entry(participants=["c"])
+    assert sorted(build_cohort(folder, (entry,), ["a", "b", "c"])) == ["a", "c"]
 
 
 def test_who_waited_in_another_round_does_not_count(new_run: NewRun) -> None:
     folder = new_run("a", "b")
-    remember_waiting(folder, 3, {"a": WAITS})
-    assert cohort_of(folder, ({"participants": ["b"], "dropped": []},), ["a", "b"]) == ["b"]
+    record_waiting(folder, 3, {"a": WAITS})
+    assert build_cohort(folder, (round_entry(participants=["b"]),), ["a", "b"]) == ["b"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"5", json.dumps({"round": 2, "waiting": 7}).encode()])
 def test_a_damaged_file_leaves_the_roster_as_it_was(new_run: NewRun, content: bytes) -> None:
     folder = new_run("a", "b")
     Path(folder.path / "cohort.json").write_bytes(content)
-    assert cohort_of(folder, ({"participants": ["b"], "dropped": []},), ["a", "b"]) == ["b"]
+    assert build_cohort(folder, (round_entry(participants=["b"]),), ["a", "b"]) == ["b"]
 
 
-def test_before_the_first_round_it_is_who_is_asked_and_then_who_took_part_or_waited(new_run: NewRun) -> None:
+def test_cohort_is_asked_at_first_then_participants_and_waiting(new_run: NewRun) -> None:
     folder = new_run("a", "b")
-    assert cohort_of(folder, (), ["a", "b"]) == ["a", "b"]
+    assert build_cohort(folder, (), ["a", "b"]) == ["a", "b"]
     dropped = [{"organization": "b", "reason": OTHER}, {"organization": "c", "reason": WAITS}]
-    assert cohort_of(folder, ({"participants": ["a"], "dropped": dropped},), ["a", "b", "c"]) == ["a", "c"]
+    assert build_cohort(folder, (round_entry(participants=["a"], dropped=dropped),), ["a", "b", "c"]) == ["a", "c"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cotune.errors import RunError
-from cotune.server.runs.exclusions import left_out, remember
+from cotune.server.runs.exclusions import find_excluded, record_strikes
 from cotune.server.runs.run_folder import RunFolder
+from tests.support.events import round_entry
 from tests.support.organizations import adding
 from tests.support.rounds import play, wrong_shape
 from tests.support.run_folders import NewRun
@@ -14,20 +15,20 @@ from tests.support.unreliable_grid import real, told, wild
 
 
 def test_so_many_refused_updates_leave_an_organization_out(new_run: NewRun) -> None:
-    history = [{"quarantined": ["a", "b"]}, {"quarantined": ["a"]}, {}, {"quarantined": ["c", "a", "b"]}]
+    history = [round_entry(quarantined=names) for names in (["a", "b"], ["a"], [], ["c", "a", "b"])]
     for strikes, out in ((0, []), (1, ["a", "b", "c"]), (2, ["a", "b"]), (3, ["a"]), (4, [])):
-        assert left_out(new_run(server={"strikes": strikes}), history) == out
+        assert find_excluded(new_run(server={"strikes": strikes}), history) == out
 
 
 def test_those_of_failed_rounds_count_as_well(new_run: NewRun) -> None:
     folder = new_run(server={"strikes": 3})
     for names in ([], ["b"], ["b", "a"]):
-        remember(folder, names)
-    assert left_out(RunFolder(folder.path), []) == []
-    assert left_out(RunFolder(folder.path), [{"quarantined": ["b", "c"]}]) == ["b"]
+        record_strikes(folder, names)
+    assert find_excluded(RunFolder(folder.path), []) == []
+    assert find_excluded(RunFolder(folder.path), [round_entry(quarantined=["b", "c"])]) == ["b"]
 
 
-def test_a_run_that_needs_everybody_goes_on_without_anyone_who_is_refused_again_and_again(new_run: NewRun) -> None:
+def test_run_needing_everybody_goes_on_without_the_excluded(new_run: NewRun) -> None:
     """Each attempt fails, as the quorum does, until it has as many strikes as the plan allows."""
     folder = real(new_run("org-1", "org-2", rounds=2, server={"quorum": 1.0, "strikes": 2}))
     answers = {"org-1": adding(1.0), "org-2": wrong_shape}
@@ -45,5 +46,5 @@ def test_a_damaged_file(new_run: NewRun, content: str) -> None:
     folder = new_run()
     (folder.path / "strikes.json").write_text(content)
     with pytest.raises(RunError, match=r"strikes\.json is damaged .*remove it") as error:
-        left_out(folder, [])
+        find_excluded(folder, [])
     assert error.value.code == "run.damaged_document"

@@ -125,7 +125,7 @@ TABLE = {"model": {"base": "b"}, "data": {"source": "d"}, "privacy": "none", "se
         ),
     ],
 )
-def test_what_late_updates_cannot_be_folded_into_is_refused_with_a_way_out(changes: dict[str, Any], reason: str) -> None:
+def test_late_fold_is_refused_for_rules_that_cannot_fold(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(PlanError) as error:
         parse_plan({**TABLE, **changes})
     assert reason in str(error.value)

@@ -136,7 +136,7 @@ def test_fewer_nodes_serve_several_organizations_each(new_run: NewRun) -> None:
     assert_moved(train_rounds(two, folder, model_of(folder.plan), lambda state: None).state, start, by=3.0)
 
 
-def test_organizations_that_are_not_simulated_have_no_site_in_their_requests(new_run: NewRun) -> None:
+def test_requests_of_real_organizations_name_no_site(new_run: NewRun) -> None:
     simulated = new_run("org-1", rounds=1)
     file = RunFile(run="real", created="2026-01-01T00:00:00+00:00", engine="flower", participants=(Participant(name="org-1"),))
     folder = RunFolder.create(simulated.path.parent / "real", simulated.plan, file)
@@ -204,7 +204,7 @@ class Delayed(InProcessGrid):
         return super().pull_messages(ready)
 
 
-def test_the_order_of_the_replies_does_not_change_a_bit_of_the_result(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_replies_does_not_change_the_result(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("org-1", "org-2", "org-3")
 
     def random(request: Request) -> Any:
@@ -303,7 +303,7 @@ BAD: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_update_is_dropped_with_its_reason_and_the_round_goes_on(new_run: NewRun, kind: str) -> None:
+def test_bad_update_is_dropped_with_its_reason(new_run: NewRun, kind: str) -> None:
     answer, reason = BAD[kind]
     folder = new_run("good-1", "bad", "good-2", rounds=2, server={"max_update_norm": 1e4})
     PLAN_ID[:] = [folder.plan.plan_id]
@@ -331,7 +331,7 @@ def test_an_update_as_the_wire_test_helper_makes_it_is_good(new_run: NewRun) -> 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_whatever_epsilon_an_organization_states_history_and_events_stay_valid_json(new_run: NewRun, value: float) -> None:
+def test_any_stated_epsilon_leaves_history_valid_json(new_run: NewRun, value: float) -> None:
     def states(request: Request) -> Any:
         return record(request, epsilon=value)
 

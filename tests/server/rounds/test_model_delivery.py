@@ -16,7 +16,7 @@ from cotune.server.app import deliver_model, main, train_rounds
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.rounds import model_delivery as delivery
 from cotune.server.rounds import round as round_module
-from cotune.server.runs.deliveries import confirmed
+from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.delivery import finished, receipt, receiving
@@ -46,7 +46,7 @@ def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun)
     for request in seen:
         assert (request.round, request.plan, request.admitted) == (2, folder.plan.canonical(), 2)
         assert received_digest(request.state) == received_digest(folder.load().state)
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_deliveries(folder)) == list(NAMES)
     assert sorted(event["organization"] for event in told(folder, "delivered")) == list(NAMES)
     seen.clear()
     assert deliver_model(receiving(folder, seen), folder) == []
@@ -64,7 +64,7 @@ def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) 
     ]
     assert deliver_model(receiving(folder, seen), folder) == []
     assert [request.organization for request in seen] == ["org-2"]
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_deliveries(folder)) == list(NAMES)
 
 
 def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
@@ -101,7 +101,7 @@ def silent(new_run: NewRun, **server: Any) -> tuple[RunFolder, WildGrid]:
     return folder, grid
 
 
-def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: NewRun) -> None:
+def test_silent_organization_does_not_hold_up_the_delivery(new_run: NewRun) -> None:
     """Without the rule this test takes ten minutes."""
     folder, grid = silent(new_run)
     assert deliver_model(grid, folder) == ["org-2"]
@@ -110,7 +110,7 @@ def test_one_that_is_silent_does_not_hold_up_the_end_and_gets_it_later(new_run: 
     ]
     assert deliver_model(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
     assert deliver_model(receiving(folder), folder) == []
-    assert sorted(confirmed(folder)) == list(NAMES)
+    assert sorted(read_deliveries(folder)) == list(NAMES)
 
 
 def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
@@ -121,7 +121,7 @@ def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
 
 
 @pytest.mark.parametrize("change", [{"patience": 0.0}, {}])
-def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
+def test_delivery_hurries_nobody_while_most_are_silent(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, change: dict[str, float]
 ) -> None:
     monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 1.0)
@@ -133,7 +133,7 @@ def test_nobody_is_hurried_without_the_rule_or_while_most_are_silent(
     assert "org-2" not in deliver_model(grid, folder)
 
 
-def test_a_superlink_that_never_answers_does_not_hold_it_up_for_ever(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_superlink_does_not_hold_up_the_delivery(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_FIRST_LOOK_SECONDS", 0.3)
     folder = finished(new_run)
     grid = receiving(folder)
@@ -154,19 +154,19 @@ def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     seen = list[Request]()
     assert deliver_model(receiving(folder, seen), folder) == []
     assert {request.organization: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
-    assert set(confirmed(folder)) == {"org-1"}
+    assert set(read_deliveries(folder)) == {"org-1"}
 
 
 @pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organization": "org-2"}, {"plan_id": "0" * 64}])
 def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str, str]) -> None:
     folder = finished(new_run)
     assert deliver_model(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
-    assert sorted(confirmed(folder)) == ["org-2", "org-3"]
+    assert sorted(read_deliveries(folder)) == ["org-2", "org-3"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "its receipt is for another model or organization"
 
 
-def test_one_that_cannot_is_shown_and_one_that_was_lost_is_asked_again(new_run: NewRun) -> None:
+def test_delivery_names_failures_and_repeats_lost_requests(new_run: NewRun) -> None:
     def fails(request: Request) -> Receipt:
         raise OSError("disk full")
 
@@ -182,7 +182,7 @@ def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
     folder = finished(new_run)
     (folder.path / "delivered.json").write_text("[]")
     with pytest.raises(RunError, match=r"delivered\.json is damaged .*: expected organizations with times") as error:
-        confirmed(folder)
+        read_deliveries(folder)
     assert error.value.code == "run.damaged_document"
 
 
@@ -193,13 +193,13 @@ def context(folder: RunFolder) -> Context:
     return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"run": str(folder.path)})  # type: ignore[arg-type]
 
 
-def test_the_app_plays_a_real_run_hands_the_model_out_and_does_so_again_for_anyone_who_lacks_it(new_run: NewRun) -> None:
+def test_app_trains_delivers_and_delivers_again_to_the_lacking(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"absent_seconds": 0.2, "quorum": 0.5}))
     grid = receiving(folder)
     grid.offline = {"org-3"}
     main(grid, context(folder))
     assert folder.finished
-    assert sorted(confirmed(folder)) == ["org-1", "org-2"]
+    assert sorted(read_deliveries(folder)) == ["org-1", "org-2"]
     seen = list[Request]()
     main(receiving(folder, seen), context(folder))
     assert [request.organization for request in seen] == ["org-3"]
@@ -213,9 +213,7 @@ def test_the_app_leaves_a_run_alone_that_another_process_plays(new_run: NewRun) 
     assert not folder.events.path.exists()
 
 
-def test_what_nobody_thought_of_becomes_an_event_and_what_was_told_is_told_once(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_error_becomes_an_event_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = real(new_run(*NAMES, server={"wait_seconds": 0.0, "quorum": 1.0}))
     grid = receiving(folder)
     grid.offline = set(NAMES)

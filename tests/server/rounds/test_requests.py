@@ -19,6 +19,7 @@ from cotune.flower.chunks import Malformed, TooLarge
 from cotune.flower.runtime_client import RunStopped
 from cotune.protocol.messages import Request
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, update
@@ -53,7 +54,7 @@ def noise(request: Request) -> Any:
 # --- who is asked
 
 
-def test_organizations_are_known_by_their_keys_wherever_their_nodes_are(new_run: NewRun) -> None:
+def test_organizations_are_known_by_their_keys(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2))
     progress = play(folder, wild(folder, everybody(1.0, 2.0, 6.0)))
     assert_moved(progress.state, initial(folder), by=6.0)
@@ -68,7 +69,7 @@ def test_a_request_lives_as_long_as_the_round_and_names_it(new_run: NewRun) -> N
     assert all(90 < ttl <= 100 for ttl in grid.ttls["org-1"])
 
 
-def test_anyone_who_was_revoked_is_not_asked_and_the_quorum_is_of_the_others(new_run: NewRun) -> None:
+def test_revoked_organization_is_not_asked_nor_in_the_quorum(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 100.0))
 
@@ -102,7 +103,7 @@ def test_a_round_waits_for_its_quorum_to_be_connected(new_run: NewRun) -> None:
     assert waiting == {"event": "waiting", "round": 1, "connected": ["org-1"], "needed": 2, "absent": ["org-2", "org-3"]}
 
 
-def test_a_quorum_that_does_not_come_ends_the_run_which_can_be_resumed(new_run: NewRun) -> None:
+def test_missing_quorum_ends_the_run_which_can_be_resumed(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0, "wait_seconds": 0.1}))
     grid = wild(folder, everybody(1.0, 1.0, 1.0))
     grid.offline = {"org-2"}
@@ -161,7 +162,7 @@ def test_what_is_lost_three_times_is_left_and_the_run_goes_on(new_run: NewRun, f
     assert grid.pushed["org-2"] == 3
 
 
-def test_anyone_who_connects_anew_is_asked_again_as_its_request_may_be_lost(new_run: NewRun) -> None:
+def test_reconnected_organization_is_asked_again(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.swallowed["org-2"] = 1
@@ -170,7 +171,7 @@ def test_anyone_who_connects_anew_is_asked_again_as_its_request_may_be_lost(new_
     assert grid.pushed["org-2"] == 2
 
 
-def test_anyone_who_connects_anew_again_and_again_is_asked_ten_times(new_run: NewRun) -> None:
+def test_reconnecting_organization_is_asked_ten_times(new_run: NewRun) -> None:
     """Several faults may fall into one round; a node that never stays is no reason to send the model for ever."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5, "deadline_seconds": 2.0}))
     grid = wild(folder, everybody(1.0, 3.0))
@@ -225,9 +226,7 @@ def test_one_that_hangs_holds_up_neither_the_others_nor_the_end(new_run: NewRun)
     assert all(thread.daemon for thread in threads)
 
 
-def test_a_superlink_that_is_silent_is_told_of_once_and_so_is_its_return(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_superlink_is_reported_once_and_its_return_too(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
@@ -270,9 +269,7 @@ def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, mo
 
 
 @pytest.mark.parametrize("method", ["get_nodes", "push_messages", "pull_messages"])
-def test_a_run_that_is_stopped_at_the_superlink_ends_and_can_be_resumed(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
+def test_run_stopped_at_the_superlink_ends_and_resumes(new_run: NewRun, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
 
@@ -305,7 +302,7 @@ def test_the_order_of_arrival_does_not_change_a_bit(new_run: NewRun) -> None:
 # --- over-selection
 
 
-def test_the_first_so_many_close_a_round_and_the_others_are_shown(new_run: NewRun) -> None:
+def test_first_replies_complete_a_round_and_others_are_reported(new_run: NewRun) -> None:
     server = {"sample_size": 2, "over_selection": 0.5}
     folder = real(new_run(*NAMES, rounds=1, server=server))
     grid = wild(folder, dict.fromkeys(NAMES, adding(1.0)))
@@ -317,7 +314,7 @@ def test_the_first_so_many_close_a_round_and_the_others_are_shown(new_run: NewRu
     assert progress.history[0]["quarantined"] == progress.history[0]["absent"] == []
 
 
-def test_anyone_who_fails_is_replaced_by_one_that_was_asked_beyond(new_run: NewRun) -> None:
+def test_failed_organization_is_replaced_by_one_asked_beyond(new_run: NewRun) -> None:
     folder = new_run(*NAMES, rounds=6, server={"sample_size": 2, "over_selection": 0.5, "quorum": 1.0})
     progress = simulate(folder, {**everybody(1.0, 1.0), "org-3": raises})
     assert [sorted(entry["participants"]) for entry in progress.history] == [["org-1", "org-2"]] * 6
@@ -326,17 +323,14 @@ def test_anyone_who_fails_is_replaced_by_one_that_was_asked_beyond(new_run: NewR
 # --- strikes
 
 
-def test_after_so_many_refused_updates_an_organization_is_left_out_also_by_a_run_that_was_resumed(new_run: NewRun) -> None:
+def test_organization_is_excluded_after_strikes_also_on_resume(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=4, server={"strikes": 2}))
-    tell = folder.events.tell
 
-    def until_the_first_round_is_over(event: str, **fields: Any) -> None:
-        tell(event, **fields)
+    def until_the_first_round_is_over(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
             raise ConnectionError
 
-    folder.events.tell = until_the_first_round_is_over  # type: ignore[method-assign]
-    with pytest.raises(ConnectionError):
+    with observe_run(until_the_first_round_is_over), pytest.raises(ConnectionError):
         play(folder, wild(folder, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
     again = RunFolder(folder.path)
     progress = play(again, wild(again, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
@@ -419,7 +413,7 @@ def test_an_answer_that_cannot_be_taken_is_a_strike(new_run: NewRun, trouble: Ex
     assert files(folder.path / "quarantine") == ["round-00001-org-2.safetensors", "round-00002-org-2.safetensors"]
 
 
-def test_what_nobody_asked_for_is_refused_and_no_words_reach_the_terminal_as_they_are(new_run: NewRun) -> None:
+def test_disclosure_not_asked_for_is_rejected_and_sanitized(new_run: NewRun) -> None:
     folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"quorum": 0.3}))
 
     def chats(request: Request) -> Any:
@@ -447,7 +441,7 @@ def test_what_the_plan_asks_for_is_taken(new_run: NewRun) -> None:
 
 
 @pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])
-def test_a_count_outside_what_was_agreed_with_the_member_is_refused(new_run: NewRun, count: int, expected: str) -> None:
+def test_count_outside_the_agreed_bounds_is_rejected(new_run: NewRun, count: int, expected: str) -> None:
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}), examples={"org-2": (5, 20)})
     progress = play(folder, wild(folder, {"org-1": adding(1.0, 1000), "org-2": adding(1.0, count)}))
     assert dropped(progress) == [{"org-2": f"it declares {count} examples, expected {expected}"}]
@@ -471,7 +465,7 @@ def test_an_answer_far_larger_than_the_request_is_refused_unread(new_run: NewRun
     assert (folder.path / "quarantine" / event["file"]).is_file()
 
 
-def test_the_history_is_plain_json_in_the_order_of_the_organizations(new_run: NewRun) -> None:
+def test_history_is_plain_json_in_the_order_of_organizations(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1))
     grid = wild(folder, everybody(1.0, 1.0, 1.0))
     grid.delay = {"org-1": 0.1, "org-2": 0.05}
@@ -509,9 +503,7 @@ def test_an_answer_that_is_lost_on_the_way_is_asked_for_again(new_run: NewRun) -
     assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
 
 
-def test_an_answer_that_was_cut_off_while_it_was_sent_is_asked_for_again(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reply_that_was_cut_off_is_asked_for_again(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a node that was killed: Flower goes on to wait for the rest of it, and the node has sent it anew long since."""
     monkeypatch.setattr(superlink_transport, "_SLOW_SECONDS", 0.2)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
@@ -526,9 +518,7 @@ def test_an_answer_that_was_cut_off_while_it_was_sent_is_asked_for_again(
 
 
 @pytest.mark.parametrize("how", ["refuses", "is silent"])
-def test_anyone_who_has_not_answered_is_asked_again_when_the_superlink_is_back(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_missing_replies_are_asked_for_when_superlink_is_back(new_run: NewRun, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """It may have been killed between marking an answer as handed over and handing it over, however soon it is back."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0))
@@ -584,7 +574,7 @@ def test_what_a_stranger_names_cannot_write_on_the_screen(new_run: NewRun) -> No
 
 
 @pytest.mark.parametrize("most", [0, 200, 300, 600, 1000, 1400, 1800])
-def test_a_disk_that_is_full_ends_the_run_in_a_sentence_and_it_goes_on_from_there(new_run: NewRun, most: int) -> None:
+def test_full_disk_ends_the_run_in_a_sentence_and_it_resumes(new_run: NewRun, most: int) -> None:
     """Whichever file does not fit: events, an update that came before its turn, one that was refused, the checkpoint."""
     answers = {"org-1": noise, "org-2": noise, "org-3": wrong_shape}
     changes = {"rounds": 2, "server": {"max_update_norm": 1e12}}

@@ -7,7 +7,7 @@ import pytest
 
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.server.rounds.selection import check_sample_size, enough, select
+from cotune.server.rounds.selection import check_sample_size, count_to_complete, select
 from tests.support.run_folders import NewRun
 
 PEOPLE = tuple(f"org-{i}" for i in range(10))
@@ -21,7 +21,7 @@ def test_everybody_is_asked_by_default(new_run: NewRun) -> None:
     assert names(new_run, 1) == list(PEOPLE)
 
 
-def test_so_many_are_asked_in_every_round_in_their_order_and_the_same_again_after_a_crash(new_run: NewRun) -> None:
+def test_sample_is_in_order_and_the_same_after_a_crash(new_run: NewRun) -> None:
     for round in range(1, 30):
         asked = names(new_run, round, server={"sample_size": 3})
         assert len(asked) == 3
@@ -56,7 +56,7 @@ def test_one_way_to_sample() -> None:
         parse_plan({**table, **private})
 
 
-def test_beyond_the_sample_some_more_are_asked_after_it_and_no_more_than_there_are(new_run: NewRun) -> None:
+def test_over_selection_asks_more_after_the_sample(new_run: NewRun) -> None:
     """ceil(3 · 1.5) = 5, ceil(4 · 1.25) = 5, ceil(5 · 1.2) = 6, whatever 1.2 is in binary."""
     for size, more, asked in ((3, 0.5, 5), (4, 0.25, 5), (5, 0.2, 6), (3, 0.0, 3), (8, 10.0, 10)):
         server = {"sample_size": size, "over_selection": more}
@@ -66,9 +66,9 @@ def test_beyond_the_sample_some_more_are_asked_after_it_and_no_more_than_there_a
             assert found[:size] == sorted(found[:size])
             assert found == names(new_run, round, server=server)
     plan = new_run(*PEOPLE, server={"sample_size": 3, "over_selection": 0.5}).plan
-    assert [enough(plan, asked) for asked in (5, 3, 2)] == [3, 3, 2]
-    assert enough(new_run(*PEOPLE, server={"sample_size": 3}).plan, 3) == 3
-    assert enough(new_run(*PEOPLE).plan, 10) == 10
+    assert [count_to_complete(plan, asked) for asked in (5, 3, 2)] == [3, 3, 2]
+    assert count_to_complete(new_run(*PEOPLE, server={"sample_size": 3}).plan, 3) == 3
+    assert count_to_complete(new_run(*PEOPLE).plan, 10) == 10
 
 
 def test_others_take_the_place_of_those_that_are_left_out(new_run: NewRun) -> None:

@@ -22,7 +22,7 @@ def played(folder: RunFolder, answers: Mapping[str, Answer]) -> list[tuple[int, 
     return [(event["round"], event["organization"], event["weight"]) for event in told(folder, "weight_is_small")]
 
 
-def test_a_member_that_states_one_record_among_thousands_is_shown_once(new_run: NewRun) -> None:
+def test_member_with_one_record_among_thousands_is_reported_once(new_run: NewRun) -> None:
     """By hand: 1 of 2,001; a tenth of an equal share is 1 of 30."""
     counts = {"org-1": 1_000, "org-2": 1, "org-3": 1_000}
     folder = new_run(*counts, rounds=3, strategy="fedavg")
@@ -38,7 +38,7 @@ def test_below_a_tenth_of_an_equal_share(new_run: NewRun, small: int, shown: boo
     assert bool(found) is shown
 
 
-def test_nothing_is_said_where_the_weights_do_not_follow_the_counts(new_run: NewRun) -> None:
+def test_small_weights_are_not_reported_without_count_weighting(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=1, strategy={"weighting": "uniform"})
     assert played(folder, {"org-1": adding(1.0, examples=10_000), "org-2": adding(1.0, examples=1)}) == []
 
@@ -47,7 +47,7 @@ class _Killed(BaseException):
     """As by SIGKILL."""
 
 
-def test_anyone_who_comes_later_is_shown_when_it_comes_and_a_resumed_run_repeats_nothing(new_run: NewRun) -> None:
+def test_small_weight_is_reported_when_first_seen_not_on_resume(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", "org-3", rounds=3, strategy="fedavg", server={"quorum": 0.5})
     large = adding(1.0, examples=1_000)
     small = adding(1.0, examples=1)

@@ -48,6 +48,6 @@ def test_what_does_not_agree_is_refused(shapes: dict[str, tuple[int, ...]], reas
     assert verdict(**shapes) == reason
 
 
-def test_without_the_plans_consent_a_smaller_rank_is_a_wrong_shape() -> None:
+def test_smaller_rank_needs_the_consent_of_the_plan() -> None:
     assert verdict(allowed=False) is None
     assert verdict(allowed=False, a=(2, 7), b=(5, 2)) == "x.a has the shape (2, 7), expected (4, 7)"

@@ -86,9 +86,7 @@ finite = st.floats(-1e3, 1e3, width=32)
 
 
 @given(weight=st.lists(finite, min_size=6, max_size=6), bias=st.lists(finite, min_size=2, max_size=2), limit=st.floats(1e-3, 1e4))
-def test_an_update_passes_exactly_when_its_norm_over_all_parameters_is_within_the_limit(
-    weight: list[float], bias: list[float], limit: float
-) -> None:
+def test_update_passes_exactly_within_the_norm_limit(weight: list[float], bias: list[float], limit: float) -> None:
     norm = float(np.linalg.norm(np.array([*weight, *bias], dtype=np.float64)))
     reason = verdict(limit, delta={"head.weight": torch.tensor(weight).reshape(2, 3), "head.bias": torch.tensor(bias)})
     if norm > limit * (1 + 1e-9):
@@ -105,7 +103,7 @@ def test_one_value_that_is_not_finite_is_enough_to_refuse(place: int, value: flo
     assert reason == "it has values that are not finite"
 
 
-def test_where_weights_depend_on_it_noise_must_be_stated_and_above_zero() -> None:
+def test_noise_must_be_above_zero_where_weights_depend_on_it() -> None:
     """Otherwise who states nothing, or 0, would count for more than all who are honest."""
 
     def needed(**changes: Any) -> str | None:
@@ -154,7 +152,7 @@ def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
     assert found("") is not None
 
 
-def test_an_answer_may_be_as_large_as_what_is_asked_for_and_a_little_more() -> None:
+def test_max_bytes_is_what_is_asked_for_and_a_little_more() -> None:
     assert max_bytes(0, {}, {}) == 2**20
     arrays = 4 * (6 + 9 + 2)
     assert max_bytes(100, {"w": (2, 3)}, {"g": (3, 3), "f": (2,)}) == 2**20 + 400 + arrays + 3 * (1024 + 4)

@@ -13,8 +13,8 @@ from cotune.errors import ModelError
 from cotune.models.base_lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.server.deployment.federation import FederationFolder, write_config
-from cotune.server.deployment.new_run import real_run
-from cotune.server.runs.run_model import model_here
+from cotune.server.deployment.new_run import create_run
+from cotune.server.runs.run_model import load_run_model
 from tests.support.federations import founded
 
 
@@ -23,19 +23,19 @@ def fed(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolder:
     return founded(tmp_path / "fed", base_model("bert"), "north", "south")
 
 
-def test_a_run_has_the_federations_plan_and_loads_the_coordinators_folder(fed: FederationFolder) -> None:
-    run = real_run(fed)
+def test_run_has_federation_plan_and_coordinators_base_folder(fed: FederationFolder) -> None:
+    run = create_run(fed)
     assert run.plan.plan_id == fed.invitation.plan.plan_id
     assert "/" not in run.plan.model.base
-    assert model_here(run).loaded.folder.content_hash == run.plan.model.base_hash
+    assert load_run_model(run).loaded.folder.content_hash == run.plan.model.base_hash
 
 
 def test_a_folder_that_set_names_is_not_told_either(fed: FederationFolder, base_model: Callable[[str], Path]) -> None:
     other = base_model("distilbert").resolve()
     wanted = find_base(ModelConfig(base=str(other)))
-    run = real_run(fed, [f"model.base={other}", f"model.base_hash={wanted.content_hash}"])
+    run = create_run(fed, [f"model.base={other}", f"model.base_hash={wanted.content_hash}"])
     assert run.plan.model.base == f"folder:{other.name}"
-    assert model_here(run).loaded.folder.path == other
+    assert load_run_model(run).loaded.folder.path == other
 
 
 def test_a_federation_of_before_keeps_its_plan(fed: FederationFolder) -> None:
@@ -45,13 +45,13 @@ def test_a_federation_of_before_keeps_its_plan(fed: FederationFolder) -> None:
     (fed.path / "plan.toml").write_text(text.replace(fed.plan.model.base, str(place)), encoding="utf-8")
     write_config(fed.path, fed.config.model_copy(update={"base": None}))
     again = FederationFolder(fed.path)
-    run = real_run(again)
+    run = create_run(again)
     assert run.plan.plan_id == again.plan.plan_id
     assert run.plan.model.base == str(place)
-    assert model_here(run).loaded.folder.path == place
+    assert load_run_model(run).loaded.folder.path == place
 
 
-def test_a_member_names_its_own_copy_and_nothing_is_fetched_by_the_name(
+def test_member_names_its_own_copy_and_nothing_is_fetched(
     fed: FederationFolder, base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of that name in the working directory is not taken, nor what the hub has under it."""

@@ -8,18 +8,18 @@ import pytest
 
 from cotune.data.dataset import DatasetManifest
 from cotune.errors import CotuneError
-from cotune.server.deployment.new_run import real_run
-from cotune.server.runs.run_folder import new_folder
+from cotune.server.deployment.new_run import create_run
+from cotune.server.runs.run_folder import pick_run_folder
 from tests.support.datasets import sentences, write_csv
 from tests.support.federations import founded
 
 Base = Callable[[str], Path]
 
 
-def test_a_run_is_that_of_the_members_in_the_order_of_their_invitation(tmp_path: Path, base_model: Base) -> None:
+def test_run_has_the_members_in_the_order_of_invitation(tmp_path: Path, base_model: Base) -> None:
     federation = founded(tmp_path / "fed", base_model("bert"), "zurich", "basel", "gone", "aarau")
     federation.members.revoke("gone")
-    run = real_run(federation)
+    run = create_run(federation)
     assert [who.name for who in run.file.participants] == ["zurich", "basel", "aarau"]
     assert {who.site for who in run.file.participants} == {""}
     assert (run.file.engine, run.file.device, run.file.federation) == ("superlink", "cpu", str(tmp_path / "fed"))
@@ -31,21 +31,21 @@ def test_a_run_is_that_of_the_members_in_the_order_of_their_invitation(tmp_path:
 
 def test_all_records_of_the_coordinator_are_the_test_set(tmp_path: Path, base_model: Base) -> None:
     records = write_csv(tmp_path / "test.csv", sentences(37))
-    run = real_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records))
+    run = create_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records))
     assert len(DatasetManifest.read(run.path / "test" / "data.json", run.plan.labels)) == 37
 
 
 def test_nobody_need_say_whose_the_test_records_are(tmp_path: Path, base_model: Base) -> None:
     records = write_csv(tmp_path / "test.csv", sentences(37))
     privacy = {"unit": "patient_id", "max_records": 2}
-    run = real_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records, privacy=privacy))
+    run = create_run(founded(tmp_path / "fed", base_model("bert"), "a", test=records, privacy=privacy))
     assert run.plan.data.unit == "patient_id"
     assert len(DatasetManifest.read(run.path / "test" / "data.json", run.plan.labels)) == 37
 
 
 def test_overrides_make_another_plan_and_a_name_another_folder(tmp_path: Path, base_model: Base) -> None:
     federation = founded(tmp_path / "fed", base_model("bert"), "a")
-    run = real_run(federation, ["rounds=3", "local.steps=4"], "second")
+    run = create_run(federation, ["rounds=3", "local.steps=4"], "second")
     assert (run.plan.rounds, run.plan.local.steps, run.path.name) == (3, 4, "second")
     assert run.plan.plan_id != federation.plan.plan_id
 
@@ -72,7 +72,7 @@ def test_what_cannot_be_run_is_refused_before_there_is_a_folder(
 ) -> None:
     federation = founded(tmp_path / "fed", base_model("bert"), *names, **changes)
     with pytest.raises(CotuneError, match=sentence):
-        real_run(federation, overrides, name)
+        create_run(federation, overrides, name)
     assert not list((federation.path / "runs").iterdir())
 
 
@@ -80,18 +80,18 @@ def test_test_records_of_a_class_that_the_plan_lacks_are_refused(tmp_path: Path,
     records = write_csv(tmp_path / "test.csv", sentences(37))
     federation = founded(tmp_path / "fed", base_model("bert"), "a", test=records)
     with pytest.raises(CotuneError, match="holds classes that the plan does not list"):
-        real_run(federation, ['labels=["bad", "good"]'])
+        create_run(federation, ['labels=["bad", "good"]'])
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, base_model: Base) -> None:
     federation = founded(tmp_path / "fed", base_model("bert"), "a")
-    real_run(federation, name="one")
+    create_run(federation, name="one")
     with pytest.raises(CotuneError, match="holds a run already"):
-        real_run(federation, name="one")
+        create_run(federation, name="one")
 
 
 def test_folders_that_are_made_in_one_second_have_two_names(tmp_path: Path) -> None:
-    first = new_folder("a plan", tmp_path)
+    first = pick_run_folder("a plan", tmp_path)
     first.mkdir()
-    assert new_folder("a plan", tmp_path) != first
+    assert pick_run_folder("a plan", tmp_path) != first
     assert first.name.endswith("-a-plan")

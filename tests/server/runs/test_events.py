@@ -14,6 +14,7 @@ from cotune.errors import RunError
 from cotune.server.app import train_rounds
 from cotune.server.runs.events import Events, follow, observe_run, read_events
 from cotune.server.runs.run_folder import RunFolder
+from tests.support.events import make_event
 from tests.support.organizations import adding, federation, model_of
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import full_disk
@@ -63,7 +64,7 @@ def told(path: Path) -> list[dict[str, Any]]:
 
 
 def test_an_event_is_one_line_with_its_time_and_its_fields(path: Path) -> None:
-    Events(path).tell("round_started", round=3, organizations=["Zürich", 'a "quoted"\nname'], reason=None)
+    Events(path).write(make_event("round_started", round=3, organizations=["Zürich", 'a "quoted"\nname'], reason=None))
     (line,) = path.read_text(encoding="utf-8").splitlines()
     event = json.loads(line)
     at = datetime.fromisoformat(event.pop("at"))
@@ -75,64 +76,62 @@ def test_an_event_is_one_line_with_its_time_and_its_fields(path: Path) -> None:
 def test_listeners_hear_what_is_written_during_their_block_only(path: Path) -> None:
     events = Events(path)
     heard = list[Any]()
-    events.tell("before")
+    events.write(make_event("before"))
     with pytest.raises(ValueError, match="end of the block"), observe_run(lambda event, fields: heard.append((event, fields))):
-        events.tell("within", round=1)
-        Events(path, silent=True).tell("silent")
+        events.write(make_event("within", round=1))
+        Events(path, silent=True).write(make_event("silent"))
         raise ValueError("end of the block")
-    events.tell("after")
+    events.write(make_event("after"))
     assert heard == [("within", {"round": 1})]
     assert [event["event"] for event in read_events(path)] == ["before", "within", "silent", "after"]
 
 
 def test_a_last_line_that_a_crash_cut_short_is_ended_and_skipped(path: Path) -> None:
     events = Events(path)
-    events.tell("first")
-    events.tell("second", reason="cut")
+    events.write(make_event("first"))
+    events.write(make_event("second", reason="cut"))
     path.write_bytes(path.read_bytes()[:-5])
     assert [event["event"] for event in read_events(path)] == ["first"]
-    Events(path).tell("third")
+    Events(path).write(make_event("third"))
     assert [event["event"] for event in read_events(path)] == ["first", "third"]
     assert len(path.read_bytes().splitlines()) == 3
 
 
-def test_a_line_that_a_full_disk_cut_short_does_not_spoil_the_next(path: Path) -> None:
+def test_line_cut_short_by_a_full_disk_leaves_the_next_whole(path: Path) -> None:
     events = Events(path)
-    events.tell("first")
+    events.write(make_event("first"))
     with full_disk(path.stat().st_size + 20), pytest.raises(RunError, match=r"events\.jsonl cannot be written \(.*make room"):
-        events.tell("second")
+        events.write(make_event("second"))
     assert path.read_bytes()[-20:].startswith(b'{"at"')
-    events.tell("third")
+    events.write(make_event("third"))
     assert [event["event"] for event in read_events(path)] == ["first", "third"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(kept=st.integers(0, 200), name=st.text(st.characters(codec="utf-8"), max_size=12))
-def test_wherever_the_cut_is_whole_events_are_read_and_the_file_goes_on(
-    tmp_path_factory: pytest.TempPathFactory, kept: int, name: str
-) -> None:
+def test_whole_events_are_read_wherever_a_line_is_cut(tmp_path_factory: pytest.TempPathFactory, kept: int, name: str) -> None:
     path = tmp_path_factory.mktemp("cut") / "events.jsonl"
     events = Events(path)
-    events.tell("first", organization=name)
+    events.write(make_event("first", organization=name))
     whole = len(path.read_bytes())
-    events.tell("second", organization=f"Köln {name} 北京")
+    events.write(make_event("second", organization=f"Köln {name} 北京"))
     content = path.read_bytes()
     cut = min(whole + kept, len(content) - 2)  # somewhere in the second line
     path.write_bytes(content[:cut])
-    Events(path).tell("third", organization=name)
+    Events(path).write(make_event("third", organization=name))
     assert told(path) == [{"event": "first", "organization": name}, {"event": "third", "organization": name}]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n"])
 def test_a_reason_with_any_line_separator_in_it_is_read_back(path: Path, separator: str) -> None:
-    Events(path).tell("update_dropped", reason=f"one{separator}two")
+    Events(path).write(make_event("update_dropped", reason=f"one{separator}two"))
     assert told(path) == [{"event": "update_dropped", "reason": f"one{separator}two"}]
 
 
 def _tell_many(path: Path, who: int) -> None:
     events = Events(path)
     for i in range(200):
-        events.tell("step", who=who, i=i, padding="x" * 300)
+        events.write(make_event("step", who=who, i=i, padding="x" * 300))
 
 
 def test_lines_of_several_writers_do_not_mix(path: Path) -> None:
@@ -179,7 +178,7 @@ def test_a_follower_hears_every_event_once_however_it_is_written(
 ) -> None:
     path = tmp_path_factory.mktemp("follow") / "events.jsonl"
     for name in names:
-        Events(path).tell("update_received", organization=name)
+        Events(path).write(make_event("update_received", organization=name))
     content = path.read_bytes()
     whole = read_events(path)
     growing = path.with_name("growing.jsonl")
@@ -193,20 +192,20 @@ def test_a_follower_hears_every_event_once_however_it_is_written(
     assert (offset, follow(growing, offset)) == (len(content), ([], len(content)))
 
 
-def test_a_follower_waits_for_the_end_of_a_line_and_skips_what_was_cut_short(path: Path) -> None:
+def test_follow_waits_for_line_ends_and_skips_cut_lines(path: Path) -> None:
     assert follow(path) == ([], 0)
     events = Events(path)
-    events.tell("first")
+    events.write(make_event("first"))
     first, offset = follow(path)
-    events.tell("second")
+    events.write(make_event("second"))
     path.write_bytes(path.read_bytes()[:-5])
     assert [event["event"] for event in first] == ["first"]
     assert follow(path, offset) == ([], offset)
-    Events(path).tell("third")
+    Events(path).write(make_event("third"))
     assert [event["event"] for event in follow(path, offset)[0]] == ["third"]
 
 
-def test_anyone_who_only_looks_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
+def test_reader_leaves_an_unfinished_line_to_its_writer(new_run: NewRun) -> None:
     folder = new_run("a")
     folder.events.path.write_bytes(b'{"event": "fir')
     RunFolder(folder.path)
@@ -216,7 +215,7 @@ def test_anyone_who_only_looks_leaves_an_unfinished_line_to_its_writer(new_run: 
 def _tell_slowly(path: Path) -> None:
     events = Events(path)
     for i in range(300):
-        events.tell("step", i=i, padding="x" * (i * 50))
+        events.write(make_event("step", i=i, padding="x" * (i * 50)))
 
 
 def test_a_follower_beside_the_writer_misses_nothing(path: Path) -> None:

@@ -14,12 +14,12 @@ from transformers import pipeline
 from cotune.data.dataset import DatasetManifest
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.rounds.evaluation import evaluate
 from cotune.server.runs.events import read_events
-from cotune.server.runs.results import conclude
+from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.runs.run_model import final_params, model_here
+from cotune.server.runs.run_model import final_params, load_run_model
 from tests.support.datasets import sentences, write_csv
 from tests.support.federations import founded
 from tests.support.html import Page
@@ -58,13 +58,13 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
         made = founded(
             tmp_path / "fed", base_model("bert"), "zurich", "basel", test=test, **{"server": {"quorum": 0.5}, **changes}
         )
-        folder = real_run(made, name="one")
+        folder = create_run(made, name="one")
         private = folder.plan.privacy != "none"
         answers = {
             "zurich": stating(*(1.001, 2.5) if private else (None, None)),
             "basel": stating(*(0.75, -1) if private else (None, -1)),
         }
-        model = model_here(folder)
+        model = load_run_model(folder)
         document = folder.path / "test" / "data.json"
         held = DatasetManifest.read(document, folder.plan.labels) if records else None
         judge = lambda state: evaluate(model, state, held, "float32") if held else None  # noqa: E731
@@ -77,7 +77,7 @@ def played(tmp_path: Path, base_model: Base) -> Callable[..., RunFolder]:
 def test_of_organizations_it_knows_what_they_sent_and_stated(played: Callable[..., RunFolder]) -> None:
     folder = played(privacy={"epsilon": 8.0})
     (folder.path / "delivered.json").write_text(json.dumps({"zurich": "2026-01-01T00:00:00+00:00"}))
-    summary = conclude(folder)
+    summary = finalize_run(folder)
     zurich, basel = summary["organizations"]
     assert {key for key in zurich if zurich[key] is None} == NOT_KNOWN
     assert (zurich["epsilon_spent"], zurich["epsilon_allowed"], zurich["rounds"], zurich["dropped"]) == (2.5, 8.0, 2, 0)
@@ -92,7 +92,7 @@ def test_of_organizations_it_knows_what_they_sent_and_stated(played: Callable[..
 
 def test_without_a_test_set_nobody_claims_an_accuracy(played: Callable[..., RunFolder]) -> None:
     folder = played(privacy={"epsilon": 8.0})
-    summary = conclude(folder)
+    summary = finalize_run(folder)
     assert summary["test"] == {
         "examples": 0,
         **dict.fromkeys(["majority", "alone", "alone_without_privacy", "federated", "adapted", "pooled"]),
@@ -105,9 +105,9 @@ def test_without_a_test_set_nobody_claims_an_accuracy(played: Callable[..., RunF
     assert page.row("basel")[:3] == ["1 of 2", "50.0 %", "0.75 of 8.00"]
 
 
-def test_with_a_test_set_the_model_is_measured_against_the_best_constant(played: Callable[..., RunFolder]) -> None:
+def test_test_set_compares_the_model_with_the_best_constant(played: Callable[..., RunFolder]) -> None:
     folder = played(90)
-    summary = conclude(folder)
+    summary = finalize_run(folder)
     labels = [label for _, label in sentences(90)]
     most = max(labels.count(label) for label in set(labels))
     assert summary["test"]["majority"]["accuracy"] == pytest.approx(most / 90)
@@ -121,7 +121,7 @@ def test_with_a_test_set_the_model_is_measured_against_the_best_constant(played:
 
 def test_the_exported_model_is_the_served_one(played: Callable[..., RunFolder]) -> None:
     folder = played(30)
-    conclude(folder)
+    finalize_run(folder)
     served = pipeline("text-classification", str(folder.path / "model"))
     texts = [text for text, _ in sentences(30)]
     told = [folder.plan.labels.index(answer["label"]) for answer in served(texts)]
@@ -132,7 +132,7 @@ def test_the_exported_model_is_the_served_one(played: Callable[..., RunFolder]) 
 
 
 def test_epsilon_is_said_to_be_stated(played: Callable[..., RunFolder]) -> None:
-    text = " ".join(conclude(played(privacy={"epsilon": 8.0}))["privacy"]["statement"])
+    text = " ".join(finalize_run(played(privacy={"epsilon": 8.0}))["privacy"]["statement"])
     assert "the highest stated is 2.50" in text
     assert "cannot check it" in text
     assert "baselines" not in text
@@ -141,6 +141,6 @@ def test_epsilon_is_said_to_be_stated(played: Callable[..., RunFolder]) -> None:
 
 def test_concluding_again_writes_the_same(played: Callable[..., RunFolder]) -> None:
     folder = played(privacy={"epsilon": 8.0})
-    first = conclude(folder)
-    second = conclude(folder)
+    first = finalize_run(folder)
+    second = finalize_run(folder)
     assert {**first, "peak_memory_bytes": 0} == {**second, "peak_memory_bytes": 0}

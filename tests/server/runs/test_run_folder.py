@@ -138,7 +138,7 @@ def test_rules_may_remember_a_tensor_of_the_state_or_one_twice(new_run: NewRun) 
     assert all(torch.equal(found.memory[name], kept) for name, kept in memory.items())
 
 
-def test_a_checkpoint_is_a_plain_safetensors_file_with_everything_in_it(new_run: NewRun) -> None:
+def test_checkpoint_is_a_plain_safetensors_file(new_run: NewRun) -> None:
     folder = new_run()
     folder.save(progress(1))
     with safe_open(folder.path / "checkpoints" / "round-00001.safetensors", framework="pt") as file:
@@ -156,7 +156,7 @@ def test_as_many_checkpoints_stay_as_the_plan_says(new_run: NewRun, keep: int, l
     assert_same(folder.load(), progress(5))
 
 
-def test_a_round_that_could_not_be_written_leaves_the_round_before(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_round_that_cannot_be_written_leaves_the_one_before(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = new_run(rounds=5, keep_checkpoints=1)
     folder.save(progress(1))
 
@@ -171,7 +171,7 @@ def test_a_round_that_could_not_be_written_leaves_the_round_before(new_run: NewR
     assert_same(RunFolder(folder.path).load(), progress(1))
 
 
-def test_what_a_killed_process_left_half_written_is_ignored_and_goes_when_the_round_is_written(new_run: NewRun) -> None:
+def test_half_written_checkpoint_is_ignored_and_removed(new_run: NewRun) -> None:
     folder = new_run(rounds=5)
     folder.save(progress(1))
     part = folder.path / "checkpoints" / ".round-00002.safetensors.k3xq.part"
@@ -228,7 +228,7 @@ HOLDER = (
 )
 
 
-def test_a_second_process_is_kept_off_until_the_first_ends_however_it_ends(new_run: NewRun) -> None:
+def test_second_process_is_kept_off_until_the_first_ends(new_run: NewRun) -> None:
     folder = new_run()
     with folder.locked():
         pass  # let go again

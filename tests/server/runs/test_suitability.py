@@ -9,7 +9,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
-from cotune.server.deployment.new_run import real_run
+from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.plan_checks import with_robust_default
 from cotune.server.runs.events import read_events
 from tests.support.federations import founded
@@ -23,7 +23,7 @@ def test_a_plan_that_names_nothing_gets_it(tmp_path: Path, base_model: BaseModel
     assert (plan.strategy.weighting.name, plan.strategy.fusion.name) == ("examples", "robust")
 
 
-def test_a_preset_with_a_server_optimizer_alone_gets_it_and_keeps_that() -> None:
+def test_preset_with_server_optimizer_gets_the_robust_fusion() -> None:
     plan = load_plan("tweets", ["strategy.server_optimizer.momentum=0.5"])
     changed = with_robust_default(plan)
     assert changed.strategy.fusion.name == "robust"
@@ -50,16 +50,16 @@ def test_counts_that_are_agreed_on_with_some_alone_start_no_run(tmp_path: Path, 
     federation = founded(tmp_path / "fed", base_model("bert"), "a", "b")
     federation.members.invite("a", LINES[0], (10, 20))
     with pytest.raises(RunError, match=r"a and not with b"):
-        real_run(federation)
+        create_run(federation)
     federation.members.invite("b", LINES[1], (10, 20))
-    assert not [note for note in notes(real_run(federation)) if "agreed" in note]
+    assert not [note for note in notes(create_run(federation)) if "agreed" in note]
 
 
-def test_where_nothing_is_agreed_and_where_there_are_too_few_a_run_says_so(tmp_path: Path, base_model: BaseModel) -> None:
-    said = notes(real_run(founded(tmp_path / "few", base_model("bert"), "a", "b")))
+def test_run_notes_counts_not_agreed_on_and_few_organizations(tmp_path: Path, base_model: BaseModel) -> None:
+    said = notes(create_run(founded(tmp_path / "few", base_model("bert"), "a", "b")))
     assert len(said) == 2
     four = founded(tmp_path / "four", base_model("bert"), "a", "b", "c", "d")
-    assert len(notes(real_run(four))) == 1
+    assert len(notes(create_run(four))) == 1
 
 
 def notes(run: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from flwr.app import Message
@@ -13,6 +14,7 @@ from cotune.flower.nodes import RegisteredNode
 from cotune.server.app import deliver_model
 from cotune.server.deployment.node_registration import reconcile
 from cotune.server.rounds import model_delivery as delivery
+from cotune.server.runs.events import observe_run
 from cotune.server.transport import node_registry as presence
 from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import LEFT, Presence, Seen
@@ -48,7 +50,7 @@ def test_whose_heartbeats_are_missing_has_not_left(times: list[float], looks: in
 
 
 @given(HEARTBEATS, st.floats(0.001, 60.0))
-def test_anyone_who_is_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
+def test_node_offline_before_its_time_has_left_and_comes_back(times: list[float], early: float) -> None:
     seen = Presence()
     until = max(times)
     seen.look([Seen("a", True, until), Seen("b", True, until)])
@@ -87,19 +89,16 @@ def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
         if name == "org-2" and grid.pushed[name] == 1:
             grid.left.add(name)
 
-    tell = folder.events.tell
-
-    def joins(event: str, **fields: str) -> None:
-        tell(event, **fields)
+    def joins(event: str, fields: dict[str, Any]) -> None:
         if event == "organization_left":
             grid.left.clear()
 
     grid.on_push = leaves
-    folder.events.tell = joins  # type: ignore[method-assign,assignment]
-    assert play(folder, grid).history[0]["participants"] == list(NAMES)
+    with observe_run(joins):
+        assert play(folder, grid).history[0]["participants"] == list(NAMES)
 
 
-def test_anyone_who_has_left_when_the_model_is_handed_out_is_named(new_run: NewRun) -> None:
+def test_organization_that_left_before_delivery_is_named(new_run: NewRun) -> None:
     folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 0.3, "quorum": 0.5})
     grid = receiving(folder)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None

@@ -106,7 +106,7 @@ def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("pieces", "seconds", "anew"), [(10, 0.1, False), (1, 1.0, True)])
-def test_whose_answer_comes_slowly_is_not_taken_for_one_that_was_cut_off(
+def test_slow_reply_is_not_taken_for_one_cut_off(
     monkeypatch: pytest.MonkeyPatch, pieces: int, seconds: float, anew: bool
 ) -> None:
     """Who is asked again sends it all again, and is late for the next round."""

@@ -1,0 +1,104 @@
+"""A round as it stands in the history of a run: in its checkpoints, in `rounds` of summary.json, and in `round_finished`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from cotune.reporting.documents.base import Document, Number
+
+
+class MetricsEntry(Document):
+    """Metrics in [0, 1]; precision, recall and F1 are macro means over the classes."""
+
+    accuracy: Number = Field(description="Share of the records (with tags: of the words) that are told right.")
+    precision: Number = Field(description="Macro mean over the classes.")
+    recall: Number = Field(description="Macro mean over the classes.")
+    f1: Number = Field(description="Macro mean over the classes.")
+
+
+class DroppedEntry(Document):
+    """An organization that was asked and has no update in the model."""
+
+    organization: str = Field(description="Its name.")
+    reason: str = Field(description="Why.")
+
+
+class LateEntry(Document):
+    """An update of an earlier round that entered this one."""
+
+    organization: str = Field(description="Whose it is.")
+    round: int = Field(description="The round that it was trained for.")
+
+
+class SuspectEntry(Document):
+    """An update that stood out in a round that was not applied."""
+
+    organization: str = Field(description="Whose it is.")
+    norm: Number = Field(description="L2 norm of the update.")
+    median_norm: Number = Field(description="Median of the norms of the round.")
+    cosine: Number | None = Field(description="Cosine to the middle of the updates; null where the server does not hold them.")
+    weight: Number = Field(description="Its share of the round, of 1.")
+
+
+class ClientPrivacyEntry(Document):
+    """Client-level privacy of a round."""
+
+    epsilon: Number = Field(description="ε spent so far.")
+    clip_norm: Number = Field(description="The clip norm that the round used.")
+    unclipped: Number | None = Field(description="Noised fraction of updates within it; null with fixed clipping.")
+
+
+class RoundEntry(Document):
+    """One finished round."""
+
+    round: int = Field(description="Number of the round, from 1.")
+    stage: str = Field(description="What was trained: `head`, `lora` or `full`.")
+    metrics: MetricsEntry | None = Field(None, description="Metrics on the common test set; null without one.")
+    epsilon: dict[str, Number] = Field(
+        default_factory=dict, description="Organization → ε spent so far, or the most that it may spend, as it stated it."
+    )
+    told: dict[str, dict[str, Number]] = Field(
+        default_factory=dict, description="Organization → what else it told, by name (table `tell` of a plan)."
+    )
+    client_privacy: ClientPrivacyEntry | None = Field(None, description="Client-level privacy; null without it.")
+    participants: list[str] = Field(default_factory=list, description="Organizations whose update entered the round.")
+    dropped: list[DroppedEntry] = Field(
+        default_factory=list, description="Organizations that were asked and have no update in it, with the reason."
+    )
+    quarantined: list[str] = Field(
+        default_factory=list, description="Organizations whose update was rejected, also a late one: a strike each."
+    )
+    timed_out: list[str] = Field(
+        default_factory=list,
+        description="Those of `dropped` that were connected and did not reply in time: a strike each, where at least half of"
+        " those who were asked replied.",
+    )
+    absent: list[str] = Field(
+        default_factory=list, description="Those of `dropped` that were not connected, or were lost and did not come back."
+    )
+    left_out: list[str] = Field(
+        default_factory=list,
+        description="Organizations that were not selected any more, after `server.strikes` strikes or as they were revoked.",
+    )
+    late: list[LateEntry] = Field(default_factory=list, description="Updates of earlier rounds that entered this one.")
+    bytes_up: int = Field(0, description="Size of the updates, as Flower serializes arrays and values.")
+    bytes_down: int = Field(0, description="Size of the requests.")
+    seconds: Number = Field(0.0, description="Wall clock.")
+    applied: bool = Field(
+        True,
+        description="False where the accuracy fell by more than `server.max_accuracy_drop` on the coordinator's validation"
+        " records, or in a real run without them on its test set: the state before the round stayed.",
+    )
+    weights: dict[str, Number] = Field(
+        default_factory=dict,
+        description="Organization → its share of the round, of 1; empty under client-level privacy.",
+    )
+    norms: dict[str, Number] = Field(
+        default_factory=dict, description="Organization → L2 norm of its update; empty under client-level privacy."
+    )
+    suspects: list[SuspectEntry] = Field(
+        default_factory=list, description="Of a round that was not applied: the updates that stood out most, the first first."
+    )
+    metrics_not_applied: MetricsEntry | None = Field(
+        None, description="Of a round that was not applied: its metrics; `metrics` are those of the state that stayed."
+    )

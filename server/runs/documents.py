@@ -1,0 +1,32 @@
+"""The small JSON documents in the folder of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from cotune.reporting.documents.base import Document, Number
+from cotune.reporting.documents.rounds import RoundEntry
+
+
+class CheckpointHeader(Document):
+    """What a checkpoint says beside its tensors."""
+
+    round: int = Field(description="The last finished round.")
+    plan_id: str = Field(description="SHA-256 of the plan's canonical form.")
+    history: list[RoundEntry] = Field(description="One entry per finished round, as in `rounds[]` of summary.json.")
+    clip_norm: Number | None = Field(None, description="With adaptive clipping of client-level privacy: that of the next round.")
+
+
+class QuarantineHeader(Document):
+    """What a file in quarantine says beside its arrays."""
+
+    organization: str = Field(description="Who has sent it.")
+    round: int = Field(description="Number of the round.")
+    reason: str = Field(description="What is wrong with it.")
+    at: str = Field(description="When it was rejected (UTC).")
+    bytes: int = Field(description="Size of the arrays.")
+    sha256: str = Field(description="SHA-256 over the arrays.")
+    arrays: list[str] = Field(description="The arrays as their headers describe them.")
+    records: dict[str, dict[str, Any]] = Field(description="The other records, as text.")

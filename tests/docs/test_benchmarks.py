@@ -1,0 +1,106 @@
+"""That the performance benchmarks run, in their smallest form and in this process: what they say of time is not looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cotune.simulations.comparison.workers import import_all
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "performance"
+import_all([str(FOLDER / "harness.py"), str(FOLDER / "page.py"), str(FOLDER / "run.py")])
+
+from harness import Figure, Results, Row, Sample, all_benchmarks, load_benchmark, measure  # noqa: E402
+from page import write_page  # noqa: E402
+from run import run_one, store  # noqa: E402
+
+ALONE = """
+from harness import Benchmark, Contender, Figure
+def body(meter, folder, smoke):
+    assert not (folder / "setup").read_text() == "in this process"
+    with meter.measure(units=2, label="a"):
+        data = bytearray(50_000_000)
+        data[::4096] = b"x" * len(data[::4096])
+def fail(meter, folder, smoke):
+    raise ValueError("on purpose")
+def setup(folder, smoke):
+    import os
+    (folder / "setup").write_text(str(os.getpid()))
+BENCHMARK = Benchmark("alone", 99, "Alone", (
+    Contender("one", body), Contender("two", fail), Contender("three", body, needs=("no_such_module",)),
+), lambda results: [results.row("x", "one", Figure()), results.row("x", "two", Figure())], setup)
+"""
+
+
+def test_contenders_run_in_turn_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "alone_benchmark.py"
+    file.write_text(ALONE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "work"
+    folder.mkdir()
+    results = measure(file, folder, repeats=2)
+    assert len(results.samples["one"]) == 2
+    assert all(sample.cpu > 0 and sample.units == 2 and sample.peak > 40e6 for sample in results.samples["one"])
+    assert results.failed["two"].endswith("ValueError: on purpose")
+    assert results.failed["three"] == "no_such_module is not installed"
+    rows = load_benchmark(file).rows(results)
+    assert rows[0].figure is not None
+    assert rows[1].figure is None
+    assert "on purpose" in rows[1].note
+
+
+def test_row_compares_medians_per_unit() -> None:
+    results = Results(
+        {"ours": [Sample(cpu=4, units=2), Sample(cpu=6, units=2), Sample(cpu=20, units=2)], "base": [Sample(cpu=2)]}
+    )
+    row = results.row("w", "ours", Figure(), against="base", goal="≤ 1 ×", reached=lambda ms, ratio: ratio <= 1)
+    assert (row.figure, row.ratio, row.reached) == (3000.0, 1.5, False)
+    assert row.spread == pytest.approx(8 / 2 / 3)
+    assert results.row("w", "absent", Figure(), goal="≤ 1 ×", reached=lambda ms, ratio: True).reached is None
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all benchmarks: what was found out about an encoder is not found out again."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("file", all_benchmarks(), ids=lambda file: file.stem)
+def test_benchmark_runs_in_its_smallest_form(file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_CACHE", str(cache))
+    entry = run_one(file, smoke=True, isolated=False)
+    benchmark = load_benchmark(file)
+    missing = {contender.name for contender in benchmark.contenders if contender.missing}
+    assert set(entry["failed"]) <= missing
+    ran = {contender.name for contender in benchmark.contenders if contender.in_smoke} - missing
+    assert set(entry["samples"]) == ran
+    figures = [row["figure"] for row in entry["rows"] if row["figure"] is not None]
+    assert figures
+    assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
+    store(tmp_path / "results", file.stem, entry)
+    assert f"## {benchmark.title}" in (tmp_path / "results" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_page_is_made_from_the_json_and_keeps_what_people_wrote(tmp_path: Path) -> None:
+    rows = [
+        Row("a step", "ours", 12.345, "ms", 0.1, 2.5, "theirs", "≤ 2 ×", False),
+        Row("a step", "theirs", None, "ms", note="not measured"),
+    ]
+    entry = {
+        "number": 1, "title": "Steps", "about": "What is a step?\n\nMore.", "at": "2026-01-01T00:00+00:00", "seconds": 3,
+        "load": [1.0, 2.0], "commit": "abc", "smoke": False, "rows": [vars(row) for row in rows], "failed": {"theirs": "x | y"},
+        "samples": {},
+    }  # fmt: skip
+    store(tmp_path, "steps", entry)
+    page = tmp_path / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    assert "| a step | ours | 12.3 ms | 10 % | 2.5 × theirs | ≤ 2 × | **no** |" in text
+    assert "| a step (not measured) | theirs | – |" in text
+    assert "**0 of 1 goals reached.**" in text
+    page.write_text("By people.\n\n" + text[text.index("<!-- below") :], encoding="utf-8")
+    write_page(tmp_path / "performance.json", page)
+    assert page.read_text(encoding="utf-8").startswith("By people.\n\n<!-- below")
+    assert json.loads((tmp_path / "performance.json").read_text(encoding="utf-8"))["benchmarks"]["steps"]["commit"] == "abc"
