@@ -1,4 +1,4 @@
-"""One run's account at an organization: its ledger, seen for one plan and one data set, and the public number of its records."""
+"""One run's account at an organization: its ledger for one plan and one data set, and the public number of its records."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ _DELTA = 1e-10  # at which the draw of N is held against the total: below that o
 class Account:
     """What a run has spent and may spend.
 
-    round: that charges are entered for. draws: false where nothing may be charged, for the organization's own eyes: then a number
-    that is yet to be noised or declared is guessed from the true one. generator: only tests give one.
+    Args:
+        holdings: The records that count under the plan's promise.
+        round: The round that charges are entered for.
+        draws: Whether anything may be charged. False for the organization's own eyes: a number of records that is yet to be
+            noised or declared is then guessed from the true one.
+        generator: Of the noise; only tests give one.
     """
 
     def __init__(
@@ -57,15 +61,17 @@ class Account:
 
     @property
     def true_examples(self) -> int:
-        """n, in units of privacy. It decides nothing that anybody else can see: see `public_examples`."""
+        """n, in units of privacy. It decides nothing that anyone else can see: see `public_examples`."""
         return len(self.holdings.units)
 
     @cached_property
     def public_examples(self) -> int:
-        """N, at least 1: the number of records as everybody may know it. Sample rate, batch, noise, steps and δ follow from it.
+        """N, at least 1: the number of records that may be public. Sample rate, batch, noise, steps and δ follow from it.
 
-        A noised one is charged, then drawn, then remembered for the rest of the plan. Raises Declined where the policy declares
-        a number and does not say which.
+        A noised one is charged, then drawn, then kept for the rest of the plan.
+
+        Raises:
+            Declined: The policy declares a number and does not say which, or too little is left to draw one.
         """
         rules = self.policy.tell
         count = self.true_examples
@@ -112,44 +118,50 @@ class Account:
 
     @cached_property
     def budget(self) -> Budget | None:
-        """None without record-level privacy, where training is not charged. Raises PrivacyError for a δ that says nothing."""
+        """What a run may spend; None without record-level privacy, where training is not charged.
+
+        Raises:
+            PrivacyError: δ is so large that it promises nothing.
+        """
         privacy = self.plan.privacy
         return get_budget(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
 
     @cached_property
     def generator(self) -> np.random.Generator:
+        """The source of noise."""
         return self._generator or private_generator()
 
     @cached_property
     def ledger(self) -> Ledger:
+        """The site's ledger, which is created where it is missing."""
         return self.site.ledger()
 
     @cached_property
     def data(self) -> str:
-        """The fingerprint of the data set; the ledger knows it from now on."""
+        """The fingerprint of the data set, which is entered in the ledger when it is first asked for."""
         held = self.holdings
         return self.ledger.know(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:
-        """Where in the ledger the run counts; as the site's description of its records says."""
+        """The collection that the run's charges count in, as the site's description of its records says; "": all."""
         return self.holdings.collection
 
     def hours(self) -> float:
-        """Of training that this run has taken, as far as its rounds were finished and charged."""
+        """Return the hours of training that this run has taken, as far as its rounds were finished and charged."""
         if not self.site.ledger_file.exists():
             return 0.0
         return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
 
     def check_unanswered(self, round: int) -> None:
-        """Whether a round may be trained: each is answered once, and none after a later one.
+        """Check that a round may be trained: each is answered once, and none after a later one.
 
-        The ε of a run is composed on the ground that all its parameters are fixed before the first answer
-        (`privacy.accounting.filters`). A
-        server that could have a round again, on another state, or go back, would choose by the answers what comes next.
+        ε of a run is composed under the assumption that all its parameters are fixed before the first answer (see
+        `privacy.accounting.filters`). A server that could have a round again on another state, or go back, would choose by the
+        answers what comes next.
 
         Raises:
-            PrivacyError: For a round up to the last one that was answered.
+            PrivacyError: The round, or a later one, was answered (`privacy.answered_round`).
         """
         last = self.ledger.last_answered(self.plan.plan_id)
         kept = self.site.last_finished_round(self.plan.plan_id) or 0
@@ -165,11 +177,15 @@ class Account:
             )
 
     def answered(self, round: int) -> None:
-        """Enters that a round's update is whole and may leave."""
+        """Enter in the ledger that a round's update is complete and may leave."""
         self.ledger.answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
-        """σ for a round and those after it (see `noise_multiplier`). Raises Declined or PrivacyError; charges no training."""
+        """Return σ for a round and those after it (see `budget.noise_multiplier`); no training is charged.
+
+        Raises:
+            Declined, PrivacyError: The budget does not suffice.
+        """
         assert self.budget is not None, "without privacy there is no noise"
         self.ledger.check_unit(self.data)
         return noise_multiplier(
@@ -184,13 +200,20 @@ class Account:
         )
 
     def spent_in_total(self) -> float:
-        """ε of all runs that count with this one, as it counts against the total if this run begins."""
+        """Return ε of all runs that count with this one, as it counts against the total if this run begins."""
         assert self.budget is not None, "without privacy nothing is spent"
         histories = self.ledger.histories(self.collection, "budget.epsilon_total")
         return Total(self.plan.plan_id, self.budget.total_epsilon, self.budget.total_delta, histories).spent()
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
-        """Charges steps before they run, durably. Raises Declined when they would exceed what the policy allows."""
+        """Charge steps before they run, durably.
+
+        Returns:
+            The number of the charge, to settle it.
+
+        Raises:
+            Declined: They would exceed what the policy allows; nothing is charged.
+        """
         return self._reserve(round, steps, purpose, self._limits())
 
     def once(self, what: str, compute: Callable[[], Sequence[float]]) -> list[float]:
@@ -214,29 +237,32 @@ class Account:
         return drawn
 
     def noised(self, values: Sequence[float], sensitivity: float) -> list[float]:
-        """Sums with Gaussian noise, both on a grid, so that no low bit tells a sum (see `privacy.mechanisms.noise`).
+        """Return sums with Gaussian noise, both on a grid, so that no low bit reveals a sum (see `privacy.mechanisms.noise`).
 
-        sensitivity: how much one unit of privacy changes the sums at most, in L2. Rounding them to the grid may add one step for
-        each entry, at most 2⁻¹⁸ of the sensitivity, for which the noise is enlarged.
+        Args:
+            values: The sums.
+            sensitivity: How much one unit of privacy changes them at most, in L2. Rounding to the grid may add one step for each
+                entry, at most 2⁻¹⁸ of the sensitivity, for which the noise is enlarged.
         """
         enlarged = sensitivity * (1 + 2.0**-17 * math.sqrt(len(values)))
         total = torch.tensor(list(values), dtype=torch.float64)
         return list(add_gaussian_noise(total, enlarged, self.policy.tell.noise_multiplier, self.generator).tolist())
 
     def record_unprotected(self, round: int, what: str) -> None:
-        """Enters what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
+        """Enter what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
         plan = self.plan
         self.ledger.unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
 
     def epsilon(self) -> float:
-        """ε of this run's charges at the run's δ."""
+        """Return ε of this run's charges at the run's δ."""
         assert self.budget is not None, "without privacy nothing is spent"
         return epsilon(self.ledger.spent(self.plan.plan_id, self.collection), self.budget.delta)
 
     def reported_epsilon(self) -> float:
-        """For the server: rounded up to two digits. It follows from N and from charges whose σ every update shows anyway.
+        """Return ε for the server, rounded up to two digits.
 
-        An answer that is asked for again states what it stated: not what attempts at later rounds were charged since.
+        It follows from N and from charges whose σ every update shows anyway. An answer that is asked for again reports the same:
+        not what attempts at later rounds were charged since.
         """
         assert self.budget is not None, "without privacy nothing is spent"
         charged = self.ledger.spent(self.plan.plan_id, self.collection, answered=self.round)

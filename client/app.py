@@ -1,10 +1,8 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
-The first thing that happens to every request: who approved its plan, and what it may hold (node/received.py). The last thing that
-happens to every answer: it is checked once more (egress_guard.py), and entered in the organization's own log of
-what it has sent (audit_log.py).
-
-The finished model of a plan: what every organization is given at the end, as a Hugging Face folder in its site.
+Every request is checked first for who approved its plan and for what it may hold (node/received.py). Every answer is checked
+once more (egress_guard.py), and entered in the organization's own log of what it has sent (audit_log.py). At the end every
+organization is given the finished model, which is stored in its site as a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -63,17 +61,23 @@ ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and
 
 
 def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
-    """Exports the model, with the own part where the plan lets organizations keep one, and returns its folder; no record is read.
+    """Store the finished model, joined with the parameters that stay here, and return its folder. No record is read.
 
-    The same model again changes nothing. Raises Declined for a plan that nobody here has approved, or a base model that is not
-    allowed; ModelError for parameters that are not the plan's; RunError for a round that is none of the plan's, and for a model
-    that cannot be written.
+    The same model again changes nothing.
+
+    Raises:
+        Declined: Nobody here has approved the plan, or its base model is not allowed.
+        ModelError: The parameters are not the plan's.
+        RunError: The plan does not have the round, or the model cannot be written.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
-        raise RunError(f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds")
+        raise RunError(
+            f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds",
+            code="run.wrong_round",
+        )
     folder = site.models / f"{plan.name}-{plan.plan_id[:12]}"
     about = {
         "plan_id": plan.plan_id,
@@ -84,9 +88,11 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         model = load_site_model(plan, site)
         state = dict(request.state)
         if broken := not_finite(state):
-            raise RunError(f"the finished model is not finite in {broken[:80]}: expected finite parameters")
+            raise RunError(
+                f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
+            )
         model.load(state)
-        PersonalParameters(plan, site, model, request.round, request.admitted).joined(state)
+        PersonalParameters(plan, site, model, request.round, request.admitted).join(state)
         card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
         _write(model, folder, card, about)
     return folder
@@ -104,7 +110,8 @@ def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, A
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise RunError(
             f"the finished model cannot be written to {folder} ({reason}): make room, or mend the permissions, and ask the"
-            " coordinator to hand it out again (`cotune server run --resume`)"
+            " coordinator to hand it out again (`cotune server run --resume`)",
+            code="run.not_writable",
         ) from None
 
 
@@ -123,90 +130,98 @@ def _read(file: Path) -> object:
 
 _log = logging.getLogger(__name__)
 _CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
-_MOST_NAMES = 50  # of what was told, in a line of the log
+_MAX_NAMES = 50  # of what was told, in a line of the log
 
 app = ClientApp()
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round."""
-    return _answered(message, context, TRAIN, _update)
+    """Train one round."""
+    return _handle(message, context, TRAIN, _update)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """The finished model is kept; what is answered is a receipt, and no figure."""
-    return _answered(message, context, FINISHED, _receipt)
+    """Store the finished model. The answer is a receipt, and no figure."""
+    return _handle(message, context, FINISHED, _receipt)
 
 
 @dataclass
-class _Asked:
-    """What is known of a request so far; server: who asks."""
+class _Exchange:
+    """What is known of a request so far.
+
+    Attributes:
+        server: Who asks, as the log names it.
+        signed: The signed request; None at a simulated organization, which is asked without signatures.
+    """
 
     server: str
     request: Request | None = None
     plan: Plan | None = None
     site: Site | None = None
     log: AuditLog | None = None
-    signed: SignedRequest | None = None  # by a real server; a simulated organization is asked without
+    signed: SignedRequest | None = None  # by a real server; a simulated organization is exchange without
 
 
 _Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
 _Work = Callable[[Request, Plan, Site, SignedRequest | None], _Answer]
 
 
-def _answered(message: Message, context: Context, kind: str, work: _Work) -> Message:
-    """A failure is answered, not raised: the text of an exception may hold data and would go to the server."""
-    asked = _Asked(str(context.node_config.get("server") or ""))
+def _handle(message: Message, context: Context, kind: str, work: _Work) -> Message:
+    """Handle a request. A failure is answered, not raised: the text of an exception may hold data, and would go to the server."""
+    exchange = _Exchange(str(context.node_config.get("server") or ""))
     try:
-        asked.log = _log_of(context)
+        exchange.log = _log_of(context)
         received = message.content
-        if asked.log is not None:
-            received, asked.signed = verify_request(received, asked.log.file.parent)
-        asked.request = decode_header(received)
-        asked.site = _site(asked.request, context)
-        asked.plan = read_plan(asked.request)
-        _check_signed(asked, kind)
-        expected = expected_shapes(asked.plan, asked.site, asked.request.round, _CONSENT[kind])
-        asked.request = decode_request(received)
-        check_received(asked.request, asked.plan, expected)
-        _accept(asked)
-        what, content, about = work(asked.request, asked.plan, asked.site, asked.signed)
+        if exchange.log is not None:
+            received, exchange.signed = verify_request(received, exchange.log.file.parent)
+        exchange.request = decode_header(received)
+        exchange.site = _site(exchange.request, context)
+        exchange.plan = read_plan(exchange.request)
+        _check_signed(exchange, kind)
+        expected = expected_shapes(exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind])
+        exchange.request = decode_request(received)
+        check_received(exchange.request, exchange.plan, expected)
+        _accept(exchange)
+        what, content, about = work(exchange.request, exchange.plan, exchange.site, exchange.signed)
         sizes = record_sizes(content)
-        _enter(asked, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(asked, what, content))
+        _log_entry(exchange, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(exchange, what, content))
         return Message(content, reply_to=message)
     except CotuneError as error:
         _log.warning("request refused: %s", error)
-        return _refusal(message, asked, error, str(error))
+        return _refusal(message, exchange, error, str(error))
     except Exception as error:
         _log.exception("request failed")
-        return _refusal(message, asked, error, f"{type(error).__name__}: {error}")
+        return _refusal(message, exchange, error, f"{type(error).__name__}: {error}")
 
 
-def _check_signed(asked: _Asked, kind: str) -> None:
+def _check_signed(exchange: _Exchange, kind: str) -> None:
     """Whether the header is the one that was signed, before an array is read. Raises RunError."""
-    if asked.signed is not None and asked.log is not None:
-        assert asked.request is not None
-        assert asked.plan is not None
-        check_request(asked.signed, kind, asked.request, asked.plan, asked.log)
+    if exchange.signed is not None and exchange.log is not None:
+        assert exchange.request is not None
+        assert exchange.plan is not None
+        check_request(exchange.signed, kind, exchange.request, exchange.plan, exchange.log)
 
 
-def _accept(asked: _Asked) -> None:
+def _accept(exchange: _Exchange) -> None:
     """Enters a request whose arrays are those that were signed, and that the site's limits allow. Raises RunError, Declined."""
-    if asked.signed is None or asked.log is None:
+    if exchange.signed is None or exchange.log is None:
         return
-    assert asked.request is not None
-    assert asked.site is not None
-    check_arrays(asked.signed, asked.request)
-    check_limits(asked.signed, asked.site.policy(), asked.log)
-    _tell_of_strikes(asked.signed.statement, asked.plan)
-    if asked.signed.is_notice:
-        raise RunError(f"the coordinator has left this organization out of the run: {printable(asked.signed.statement.refused)}")
-    _enter(asked, "request", **asked.signed.entry())
+    assert exchange.request is not None
+    assert exchange.site is not None
+    check_arrays(exchange.signed, exchange.request)
+    check_limits(exchange.signed, exchange.site.policy(), exchange.log)
+    _report_strikes(exchange.signed.statement, exchange.plan)
+    if exchange.signed.is_notice:
+        raise RunError(
+            f"the coordinator has left this organization out of the run: {printable(exchange.signed.statement.refused)}",
+            code="run.excluded",
+        )
+    _log_entry(exchange, "request", **exchange.signed.entry())
 
 
-def _tell_of_strikes(statement: RequestStatement, plan: Plan | None) -> None:
+def _report_strikes(statement: RequestStatement, plan: Plan | None) -> None:
     """What the server says of earlier updates, in the organization's own log: or only the coordinator would know."""
     if not statement.strikes:
         return
@@ -220,12 +235,12 @@ def _tell_of_strikes(statement: RequestStatement, plan: Plan | None) -> None:
     )
 
 
-def _countersigned(asked: _Asked, what: str, content: RecordDict) -> dict[str, Any]:
+def _countersigned(exchange: _Exchange, what: str, content: RecordDict) -> dict[str, Any]:
     """Signs an answer, and returns what the log says of that; a simulated organization signs nothing."""
-    digest = content_digest(content) if asked.log is not None else ""
-    if asked.signed is None or asked.site is None:
+    digest = content_digest(content) if exchange.log is not None else ""
+    if exchange.signed is None or exchange.site is None:
         return {"sha256": digest}
-    return {"sha256": digest, **countersign(content, what, digest, asked.signed, asked.site.folder)}
+    return {"sha256": digest, **countersign(content, what, digest, exchange.signed, exchange.site.folder)}
 
 
 def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | None) -> _Answer:
@@ -240,7 +255,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
     )
     content = encode_update(trained, plan.plan_id)
     update, account = check_update(content, request, plan, site)
-    about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MOST_NAMES], "epsilon": update.epsilon}
+    about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MAX_NAMES], "epsilon": update.epsilon}
     if isinstance(plan.privacy, RecordPrivacy):
         about["epsilon_spent"] = account.epsilon()
         about["epsilon_allowed"] = site.policy().budget.epsilon_for(plan.privacy.epsilon)
@@ -259,12 +274,18 @@ def _site(request: Request, context: Context) -> Site:
     given = context.node_config.get("site")
     simulated = "partition-id" in context.node_config
     if given is None and not (simulated and request.site):
-        raise RunError('this node does not know its site: expected --node-config with site="FOLDER"')
+        raise RunError('this node does not know its site: expected --node-config with site="FOLDER"', code="run.no_site")
     site = Site(Path(str(given or request.site)))
     if given is None and not site.file.simulated:
-        raise RunError("a request named a site that is not a simulated one: expected the node's own configuration to name it")
+        raise RunError(
+            "a request named a site that is not a simulated one: expected the node's own configuration to name it",
+            code="run.foreign_site",
+        )
     if site.organization != request.organization:
-        raise RunError(f"a request for {request.organization} came to {site.organization}: expected one for this organization")
+        raise RunError(
+            f"a request for {request.organization} came to {site.organization}: expected one for this organization",
+            code="run.wrong_recipient",
+        )
     return site
 
 
@@ -275,32 +296,32 @@ def _log_of(context: Context) -> AuditLog | None:
     return None if site is None or site.file.simulated else AuditLog(site.folder)
 
 
-def _refusal(message: Message, asked: _Asked, error: Exception, detail: str) -> Message:
+def _refusal(message: Message, exchange: _Exchange, error: Exception, detail: str) -> Message:
     """A simulated organization says everything; a real one only which rule declined, or that something failed."""
-    if asked.site is not None and asked.site.file.simulated:
+    if exchange.site is not None and exchange.site.file.simulated:
         return refusal(message, detail)
-    said = _sayable(error)
+    said = _public_message(error)
     try:
-        sent, signed = _signed_refusal(said, asked)
-        _enter(asked, "blocked" if isinstance(error, EgressBlocked) else "refusal", said=said, reason=detail, **signed)
+        sent, signed = _signed_refusal(said, exchange)
+        _log_entry(exchange, "blocked" if isinstance(error, EgressBlocked) else "refusal", said=said, reason=detail, **signed)
     except Exception as problem:  # a plan may hold what cannot be written; raised, it would go to the server
         _log.error("the log of what was sent lacks a refusal: %s", problem)
         sent = GENERIC_REFUSAL
     return refusal(message, sent)
 
 
-def _signed_refusal(said: str, asked: _Asked) -> tuple[str, dict[str, str]]:
+def _signed_refusal(said: str, exchange: _Exchange) -> tuple[str, dict[str, str]]:
     """What is sent, and what the log says of the signature; without one where the request is nobody's, or for another."""
-    if asked.signed is None or asked.site is None or asked.signed.statement.recipient != asked.site.organization:
+    if exchange.signed is None or exchange.site is None or exchange.signed.statement.recipient != exchange.site.organization:
         return said, {}
     try:
-        return countersign_refusal(said, asked.signed, asked.site.folder)
+        return countersign_refusal(said, exchange.signed, exchange.site.folder)
     except RunError as problem:
         _log.error("a refusal could not be signed: %s", problem)
         return said, {}
 
 
-def _sayable(error: Exception) -> str:
+def _public_message(error: Exception) -> str:
     said = error.public if isinstance(error, Declined) else GENERIC_REFUSAL
     try:
         check_reason(said)
@@ -309,12 +330,12 @@ def _sayable(error: Exception) -> str:
     return said
 
 
-def _enter(asked: _Asked, what: str, **about: Any) -> None:
+def _log_entry(exchange: _Exchange, what: str, **about: Any) -> None:
     """In the log of what was sent."""
-    if asked.log is None:
+    if exchange.log is None:
         return
-    if asked.plan is not None:
-        about = {"plan_id": asked.plan.plan_id, "plan": asked.plan.name, **about}
-    if asked.request is not None:
-        about = {"round": asked.request.round, **about}
-    asked.log.append(what, server=asked.server, **about)
+    if exchange.plan is not None:
+        about = {"plan_id": exchange.plan.plan_id, "plan": exchange.plan.name, **about}
+    if exchange.request is not None:
+        about = {"round": exchange.request.round, **about}
+    exchange.log.append(what, server=exchange.server, **about)

@@ -1,7 +1,4 @@
-"""How much noise an organization adds, so that all rounds of a plan stay within its budget.
-
-The total that an organization allows over all runs, in every collection that a run's charges concern.
-"""
+"""How much noise an organization adds, so that all rounds of a plan stay within its budget, and all plans within its total."""
 
 from __future__ import annotations
 
@@ -24,9 +21,12 @@ _TOLERANCE = 1e-3  # relative, of a noise multiplier
 
 @dataclass(frozen=True)
 class Total:
-    """ε at δ for a run and all others that count with it.
+    """The limit of a run and all others that count with it.
 
-    histories: of every collection that the run's charges concern, with those made so far; none: nothing was ever charged.
+    Attributes:
+        plan_id: Of the run.
+        epsilon: What all may spend, at `delta`.
+        histories: Of every collection that the run's charges concern, with the charges so far; empty: nothing was ever charged.
     """
 
     plan_id: str
@@ -36,18 +36,18 @@ class Total:
 
     @property
     def others(self) -> bool:
-        """Whether another run was charged there."""
+        """Whether another run was charged in these collections."""
         return any(set(history.runs) - {self.plan_id} for history in self.histories)
 
     def after(self, steps: Sequence[Steps]) -> float:
-        """ε that the run's further steps would bring the most burdened of these collections to."""
+        """Return the ε that further steps of the run would bring the most burdened of these collections to."""
         return max(
             epsilon_over_runs(history.with_steps(self.plan_id, steps), self.epsilon, min(self.delta, history.delta))
             for history in self.histories or [History("", {})]
         )
 
     def spent(self) -> float:
-        """ε so far, as it counts for this run: by the filter where there was another run before."""
+        """Return ε so far, as it counts for this run: by the filter where there was another run before."""
         return max((self._spent(history) for history in self.histories), default=0.0)
 
     def _spent(self, history: History) -> float:
@@ -57,7 +57,14 @@ class Total:
         return epsilon_filter([s for steps in history.runs.values() for s in steps], self.epsilon, delta / 2)
 
     def smallest_noise(self, steps_at: Callable[[float], Sequence[Steps]], low: float, high: float) -> float:
-        """The smallest σ between two with which the steps fit into the total, to one part in a thousand; infinite: none does."""
+        """Return the smallest σ in [low, high] with which the steps fit into the total, to one part in a thousand.
+
+        Args:
+            steps_at: σ -> the steps.
+
+        Returns:
+            Infinity where none fits.
+        """
         if self.after(steps_at(high)) > self.epsilon:
             return math.inf
         while high / low > 1 + _TOLERANCE:
@@ -66,7 +73,7 @@ class Total:
         return high
 
 
-_MOST_NOISE = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
+_MAX_NOISE_RATIO = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Budget:
     total_delta: float
 
     def limits(self, plan_id: str) -> list[Limit]:
+        """Return the limits of a charge, as the ledger holds it against them."""
         return [
             Limit("budget.epsilon_per_run", self.epsilon, self.delta, plan_id),
             Limit("budget.epsilon_total", self.total_epsilon, self.total_delta),
@@ -86,7 +94,11 @@ class Budget:
 
 
 def get_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
-    """The plan's ε or the organization's own, whichever is smaller. Raises PrivacyError for a δ that says nothing."""
+    """Return the budget of a run: the plan's ε or the organization's own, whichever is smaller.
+
+    Raises:
+        PrivacyError: δ of the total is so large that it promises nothing.
+    """
     rules = policy.budget
     return Budget(
         rules.epsilon_for(privacy.epsilon), privacy.delta_for(examples), rules.epsilon_total, total_delta(policy, examples)
@@ -94,19 +106,20 @@ def get_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
 
 
 def total_delta(policy: Policy, examples: int) -> float:
-    """δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
+    """Return δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
     delta = delta_of(policy.budget.delta_total, examples)
     most = policy.budget.largest_delta(examples)
     if delta > most:
         raise PrivacyError(
             f"budget.delta_total = {policy.budget.delta_total} gives δ = {delta:.2g} for {examples} examples; expected at most"
-            f' {most:.2g}: choose a smaller δ in policy.toml, such as "1/n^1.5"'
+            f' {most:.2g}: choose a smaller δ in policy.toml, such as "1/n^1.5"',
+            code="privacy.delta_too_large",
         )
     return delta
 
 
 def check_examples(examples: int, local: LocalTraining, organization: str) -> None:
-    """Raises DataError when the records do not fill a batch."""
+    """Check that the records fill a batch. Raises DataError."""
     needed = local.batch_size if local.batch_size >= 1 else 1 / local.batch_size
     if examples < needed:
         raise DataError(
@@ -117,7 +130,7 @@ def check_examples(examples: int, local: LocalTraining, organization: str) -> No
 
 
 def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple[float, int]]:
-    """(sample rate, steps) of every stage from a round on, for an organization with `examples` records."""
+    """Return (sample rate, steps) of every stage from a round on, for the public number of records."""
     planned = []
     last = 0
     for stage in plan.stages:
@@ -129,10 +142,12 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
 
 
 def planned_disclosures(plan: Plan, policy: Policy, first_round: int = 1, *, counted: bool = False) -> list[Steps]:
-    """What is to be told with noise from a round on: each a Gaussian mechanism on one or two sums, charged like
-    training, and the number of records by a geometric one.
+    """Return what is to be disclosed with noise from a round on, as it will be charged.
 
-    counted: whether the number of records is told already.
+    Each is a Gaussian mechanism on one or two sums, charged like training; the number of records is disclosed by a geometric one.
+
+    Args:
+        counted: Whether the number of records is disclosed already.
     """
     rounds = plan.rounds - first_round + 1
     number = policy.tell.example_count == "noised" and not counted  # drawn before the first round, whichever that is
@@ -146,7 +161,7 @@ def planned_disclosures(plan: Plan, policy: Policy, first_round: int = 1, *, cou
 
 
 def planned_charges(plan: Plan, policy: Policy, sigma: float, examples: int) -> list[Steps]:
-    """All that a run is to be charged: what it tells with noise, and every step at σ. examples: the public number."""
+    """Return all that a run will be charged: what it discloses with noise, and every step at σ."""
     return [*planned_disclosures(plan, policy), *(Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples))]
 
 
@@ -161,13 +176,20 @@ def noise_multiplier(
     histories: Sequence[History] = (),
     counted: bool = False,
 ) -> float:
-    """σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
+    """Return σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
-    examples: the public number. counted: whether its draw is among what is spent.
-    spent: charges of this run. histories: of every collection that its charges concern, this run's included.
-    More than planned may have been spent: a crash in the middle of a round counts. Then the rest of the budget is spread over the
-    remaining steps. Raises Declined when the run does not fit into what is left of the total, PrivacyError when its rest is so
-    small that the update would be mere noise.
+    More than planned may have been spent, as a crash in the middle of a round counts. Then the rest of the budget is spread over
+    the remaining steps.
+
+    Args:
+        examples: The public number of records.
+        spent: Charges of this run.
+        histories: Of every collection that its charges concern, this run's included.
+        counted: Whether the draw of the number of records is among what is spent.
+
+    Raises:
+        Declined: The run does not fit into what is left of the total.
+        PrivacyError: The rest of the run's budget is so small that the update would be mere noise.
     """
     sigma = calibrate(
         planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_disclosures(plan, policy)
@@ -185,13 +207,14 @@ def noise_multiplier(
     if total.after(to_come(needed)) > total.epsilon:
         if len(spent) <= counted and (total.others or budget.epsilon > total.epsilon):
             raise _too_much_in_total(plan, budget, examples, sigma, total, telling)
-        needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MOST_NOISE * sigma))
-    if needed > _MOST_NOISE * sigma:
+        needed = total.smallest_noise(to_come, needed, 1.01 * max(needed, _MAX_NOISE_RATIO * sigma))
+    if needed > _MAX_NOISE_RATIO * sigma:
         raise PrivacyError(
             f"this plan has spent ε = {round_up(epsilon(list(spent), budget.delta))} of {budget.epsilon:g} here already, in an"
             f" earlier run of it or in rounds that were interrupted: the {plan.rounds - round + 1} rounds to come would need more"
-            f" than {_MOST_NOISE:g} times the planned noise; for another run agree on another seed, else leave the rest to"
-            " the others"
+            f" than {_MAX_NOISE_RATIO:g} times the planned noise; for another run agree on another seed, else leave the rest to"
+            " the others",
+            code="privacy.budget_spent",
         )
     return needed
 

@@ -1,9 +1,8 @@
-"""The last look at what is about to leave an organization: nothing besides what plan and policy have agreed on.
+"""The last check of what is about to leave an organization: only what plan and policy agree on.
 
-It reads the encoded message, not what training has computed, and compares it with request, plan, policy, records and ledger anew:
-a mistake anywhere before shows here, and then nothing leaves.
-
-What an organization answers instead of an update: an error reply whose words hold nothing of its data.
+The encoded message is decoded and compared with request, plan, policy, records and ledger anew, independently of what training
+has computed: a mistake anywhere before shows here, and then nothing leaves. A refusal says nothing of the data: only which public
+rule has declined, or the generic sentence.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ _REFUSED = 1001  # error code of a reply in which an organization says why it di
 
 
 def refusal(message: Message, reason: str) -> Message:
+    """Return the reply that says, instead of an update, why the organization did not train."""
     return Message(Error(_REFUSED, reason), reply_to=message)
 
 
@@ -58,6 +58,8 @@ _DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow 
 class EgressBlocked(RunError):
     """Something was about to leave that was not agreed on."""
 
+    code = "run.egress_blocked"
+
     def __init__(self, problem: str) -> None:
         super().__init__(
             f"nothing was sent: {problem}; this is a mistake in cotune, or in what was changed here: please report it"
@@ -65,7 +67,7 @@ class EgressBlocked(RunError):
 
 
 def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) -> tuple[Update, Account]:
-    """The update that the message holds, and the account that it was compared with. Raises Blocked."""
+    """Check an encoded update, and return it with the account that it was compared with. Raises EgressBlocked."""
     with _own_message():
         update = decode_update(content, plan.plan_id)
     policy = site.policy()
@@ -77,7 +79,7 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
 
 
 def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:
-    """Raises Blocked for anything but the receipt of this request."""
+    """Check that an encoded receipt is that of this request and nothing else. Raises EgressBlocked."""
     expected = Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent))
     with _own_message():
         found = decode_receipt(content)
@@ -95,7 +97,7 @@ def _own_message() -> Iterator[None]:
 
 
 def check_reason(reason: str) -> None:
-    """Raises Blocked for words of a refusal that are not among those that say nothing of the records."""
+    """Check that the words of a refusal are among those that say nothing of the records. Raises EgressBlocked."""
     declined = _DECLINED.fullmatch(reason)
     rules = Policy().model_dump()
     known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS

@@ -1,4 +1,4 @@
-"""What an organization's ledger says, for its own people and for auditors: per collection, per run, ε and what is left."""
+"""A report on an organization's ledger, for its own people and for auditors: ε spent and left, per collection and per run."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ from cotune.storage.append_only_log import Entry
 
 
 def summarize_ledger(site: Site) -> dict[str, Any]:
-    """The ledger as plain values, one table for each collection ("" where there is none).
+    """Return the ledger as plain values, one table for each collection ("" where there is none).
 
-    ε is composed anew from the charges that count there, at the smallest δ that was in force. composition says how: "pld" for one
-    run, "renyi filter, order α" over several, whose plans may have been chosen after seeing answers (see
-    `privacy.accounting.filters`).
-    epsilon is that of what was noised; `unprotected` lists what left beside it without any privacy, which no ε bounds. Raises
-    PrivacyError for a ledger that is damaged, and makes none where there is none.
+    ε is composed anew from the charges that count there, at the smallest δ that was in force: `composition` is "pld" for one run,
+    "renyi filter, order α" over several, whose plans may depend on earlier answers (see `privacy.accounting.filters`).
+    `epsilon` is that of what was noised; `unprotected` lists what left without any privacy, which no ε bounds. No ledger is
+    created where there is none.
+
+    Raises:
+        PrivacyError: The ledger is damaged.
     """
     return _books(site, events=False)[0]
 
 
 def export_ledger(site: Site) -> dict[str, Any]:
-    """The overview with every event that counts in each collection, and the log itself: all that an auditor needs.
+    """Return the summary with every event that counts in each collection, and the log itself: all that an auditor needs.
 
     ε follows from the events with dp-accounting alone, and the hashes of the log from SHA-256 alone (see docs/ledger.md).
     """

@@ -1,4 +1,4 @@
-"""A plan for people: what it would do, in a few lines, and how it differs from another."""
+"""A plan summarized for people, and compared with another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 
-_MANY = 10_000  # records, where epochs and a batch in records make the steps depend on them
+_MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the steps depend on them
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Six lines: which plan, which model, how much training, at which rates and bounds, what privacy, which strategy."""
+    """Return six lines: plan, base model, amount of training, rates and bounds, privacy, strategy."""
     stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
@@ -44,7 +44,7 @@ def _rates(plan: Plan) -> str:
 def _longest(plan: Plan) -> str:
     if plan.server.max_update_norm is not None:
         return f"updates of a norm of at most {plan.server.max_update_norm:g}"
-    found = [bound_norm_by_gradients(plan, stage, _MANY) for stage in plan.stages]
+    found = [bound_norm_by_gradients(plan, stage, _MANY_RECORDS) for stage in plan.stages]
     if None in found:
         return "no bound on the norm of updates follows from the plan but that of the others in a round"
     return f"updates of a norm of at most {max(x for x in found if x is not None):.3g} and what their noise adds"
@@ -69,7 +69,7 @@ def _privacy(plan: Plan) -> str:
 
 
 def diff_plans(before: Plan, after: Plan) -> list[str]:
-    """One line for each key whose value differs: `key: old → new`."""
+    """Return one line for each key whose value differs: `key: old → new`."""
     old = dict(_flat(before.model_dump(mode="json")))
     new = dict(_flat(after.model_dump(mode="json")))
     keys = [*old, *(key for key in new if key not in old)]

@@ -1,9 +1,8 @@
-"""Whether an organization's policy allows a plan. The policy overrules the plan; what is not allowed is not trained.
+"""Whether an organization allows a plan: by the rules of its policy, and by the approval of a person.
 
-Which plans an organization has approved: nothing of it is touched for any other, unless its policy says so.
-
-plans/<plan id>.json   in the site: the plans that came, approved or not, as canonical JSON
-approved.jsonl         which were approved, when, and by which command
+The policy overrules the plan; what is not allowed is not trained. No record is read for a plan that nobody has approved, unless
+the policy says `training.approval = "none"`. The plans that came are kept as canonical JSON, plans/<plan id>.json in the site;
+approved.jsonl says which were approved, when, and by which command.
 """
 
 from __future__ import annotations
@@ -30,7 +29,13 @@ from cotune.storage.files import atomic_write, exclusive_lock
 
 @dataclass(frozen=True)
 class Violation:
-    """A rule that a plan breaks. allowing: a value of it that would allow the plan; None: none would that is worth having."""
+    """A rule that a plan breaks.
+
+    Attributes:
+        rule: Its full key in policy.toml, such as "training.max_rounds".
+        problem: What was got, and what was expected.
+        suggested_value: A value of the rule that would allow the plan; None where none is worth having.
+    """
 
     rule: str
     problem: str
@@ -38,40 +43,54 @@ class Violation:
 
 
 def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> None:
-    """Raises Declined for the first rule of the policy that the plan breaks.
+    """Check all rules of the policy.
 
-    examples: records that the organization holds. hours: of training that the plan has taken so far.
+    Args:
+        examples: The public number of records.
+        hours: Of training that the plan has taken so far.
+
+    Raises:
+        Declined: For the first rule that the plan breaks.
     """
     for broken in find_violations(plan, policy, examples, hours):
         raise Declined(broken.rule, broken.problem)
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:
-    """The same for the rules that ask nothing of the records: to be checked before those are read, as even a failure to read them
-    may tell of one.
+    """Check the rules that ask nothing of the records.
+
+    They are checked before records are read, as even a failure to read them may reveal something of one.
+
+    Raises:
+        Declined: For the first rule that the plan breaks.
     """
     for broken in _of_plan(plan, policy, hours=0.0):
         raise Declined(broken.rule, broken.problem)
 
 
 def check_base_model(plan: Plan, policy: Policy) -> None:
-    """Raises Declined for a base model that the policy does not name."""
+    """Check that the policy names the plan's base model. Raises Declined."""
     for broken in _not_allowed(plan, policy):
         if broken.rule == "training.base_models":
             raise Declined(broken.rule, broken.problem)
 
 
 def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> None:
-    """Raises Declined for a public number of records that the coordinator would refuse, so that nothing is trained for it.
+    """Check that the coordinator would take the public number of records, so that nothing is trained in vain.
 
-    declarable: between which numbers it has to be, as the coordinator has signed; None: whatever the plan takes.
+    Args:
+        examples: The public number.
+        declarable: The smallest and the largest that the coordinator has signed for; None: whatever the plan takes.
+
+    Raises:
+        Declined: The coordinator would refuse it.
     """
     for broken in find_number_violations(plan, policy, examples, declarable):
         raise Declined(broken.rule, broken.problem)
 
 
 def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Violation]:
-    """The rule by which the public number is, where that is not one that the coordinator takes."""
+    """Find the rule that gives a public number of records which the coordinator does not take; see `check_number`."""
     least, most = declarable or (1, plan.server.max_examples)
     most = min(most, plan.server.max_examples)
     if not least <= examples <= most:
@@ -84,7 +103,10 @@ def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable
 
 
 def find_violations(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Violation]:
-    """All of them. What depends on the number of records comes last: an earlier answer says nothing about it."""
+    """Find all rules that the plan breaks; see `check_consent`.
+
+    Those that depend on the number of records come last: that an earlier one declines says nothing about the number.
+    """
     yield from _of_plan(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _too_large_delta(plan.privacy, policy, examples)
@@ -184,7 +206,7 @@ def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 
 def missing_number_message() -> str:
-    """What is wrong with a policy that declares a number of records and does not say which."""
+    """Return what is wrong with a policy that declares a number of records and does not say which."""
     return "the policy declares a number of records and gives none, expected tell.declared_examples near the true number"
 
 
@@ -231,18 +253,21 @@ def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Violation]:
 
 
 def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
-    """Lets this process take no more GPU memory than the policy allows: more raises torch's out-of-memory error."""
+    """Limit the GPU memory of this process to what the policy allows: torch raises its out-of-memory error beyond it."""
     if policy.training.max_gpu_memory_gib is not None and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, policy.training.max_gpu_memory_gib * 2**30 / whole), device)
 
 
-_MOST_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
-_MOST_CHARACTERS = 1_000_000
+_MAX_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
+_MAX_CHARACTERS = 1_000_000
 
 
 class Approvals:
-    """Of one site. Read anew by every call: they are given by one process and asked for by another."""
+    """The plans that a site has approved, and those that wait for it.
+
+    They are read anew by every call: one process approves, and another one asks.
+    """
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -250,9 +275,12 @@ class Approvals:
         self._approved = site.approved_plans
 
     def check(self, plan: Plan, policy: Policy) -> None:
-        """Raises Declined for a plan that nobody here has approved, and keeps it to be looked at.
+        """Check that somebody here has approved the plan; keep it to be looked at if not.
 
-        At a simulated organization there is nobody to ask: anyone who simulates it has chosen the plan.
+        A simulated organization has nobody to ask: those who simulate it have chosen the plan.
+
+        Raises:
+            Declined: Nobody has approved it.
         """
         if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
             return
@@ -261,7 +289,11 @@ class Approvals:
         raise Declined("training.approval", f"nobody has approved the plan {plan.name}; look at it and approve it by `{command}`")
 
     def approve(self, plan: Plan, how: str) -> None:
-        """Durable when this returns. how: the command that approves. An approved plan is not approved again."""
+        """Approve a plan, durably; one that is approved already stays as it is.
+
+        Args:
+            how: The command that approves it.
+        """
         with exclusive_lock(self.site.approval_lock):
             if plan.plan_id in self.ids():
                 return
@@ -271,7 +303,7 @@ class Approvals:
             atomic_write(self._approved, before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def ids(self) -> list[str]:
-        """Of the plans that were approved, in that order. Raises RunError for a damaged file."""
+        """Return the ids of the approved plans, in the order of their approval. Raises RunError for a damaged file."""
         try:
             lines = self._approved.read_text(encoding="utf-8").splitlines()
             return [str(parse_json(line)["plan_id"]) for line in lines]
@@ -280,21 +312,26 @@ class Approvals:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self._approved} is damaged ({type(error).__name__}): expected one JSON object with a plan_id in each line;"
-                " remove it, and approve the plans again"
+                " remove it, and approve the plans again",
+                code="run.damaged_document",
             ) from None
 
     def pending(self) -> list[Plan]:
-        """The plans that came and were not approved, in the order of their ids."""
+        """Return the plans that came and were not approved, in the order of their ids."""
         approved = set(self.ids())
         return [self._read(file) for file in sorted(self._plans.glob("*.json")) if file.stem not in approved]
 
     def last(self) -> Plan | None:
-        """The plan that was approved last, if it is still here."""
+        """Return the plan that was approved last, if it is still here."""
         ids = self.ids()
         return self._read(self._file(ids[-1])) if ids and self._file(ids[-1]).exists() else None
 
     def find(self, prefix: str = "") -> Plan:
-        """The plan whose id begins so; without a prefix, the only pending one. Raises RunError where that is none, or several."""
+        """Return the plan whose id begins with a prefix; without one, the only pending plan.
+
+        Raises:
+            RunError: There is none, or several.
+        """
         approved = set(self.ids())
         wanted = [
             f for f in sorted(self._plans.glob("*.json")) if (f.stem.startswith(prefix) if prefix else f.stem not in approved)
@@ -302,15 +339,18 @@ class Approvals:
         if len(wanted) == 1:
             return self._read(wanted[0])
         if not wanted and not prefix:
-            raise RunError("no plan waits for approval: one does once it was asked for, or join with its federation.toml")
+            raise RunError(
+                "no plan waits for approval: one does once it was asked for, or join with its federation.toml",
+                code="run.no_such_plan",
+            )
         known = ", ".join(f"{plan.plan_id[:12]} ({plan.name})" for plan in self.pending()) or "none"
         what = f"{len(wanted)} plans begin with {prefix[:64]!r}" if prefix else f"{len(wanted)} plans wait for approval"
-        raise RunError(f"{what}: expected the id of one; waiting: {known}")
+        raise RunError(f"{what}: expected the id of one; waiting: {known}", code="run.no_such_plan")
 
     def _keep_pending(self, plan: Plan) -> None:
         waiting = sum(file.stem not in set(self.ids()) for file in self._plans.glob("*.json"))
         content = plan.canonical()
-        if not self._file(plan.plan_id).exists() and waiting < _MOST_PENDING and len(content) <= _MOST_CHARACTERS:
+        if not self._file(plan.plan_id).exists() and waiting < _MAX_PENDING and len(content) <= _MAX_CHARACTERS:
             atomic_write(self._file(plan.plan_id), content.encode())
 
     def _file(self, plan_id: str) -> Path:
@@ -320,7 +360,11 @@ class Approvals:
         try:
             plan = parse_plan(parse_json(file.read_bytes()))
         except (OSError, ValueError) as error:
-            raise RunError(f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again") from None
+            raise RunError(
+                f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again", code="run.damaged_document"
+            ) from None
         if plan.plan_id != file.stem:
-            raise RunError(f"{file} is not the plan that came under this id: somebody has changed it; remove it")
+            raise RunError(
+                f"{file} is not the plan that came under this id: somebody has changed it; remove it", code="run.changed_plan"
+            )
         return plan

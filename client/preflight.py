@@ -1,4 +1,4 @@
-"""What a plan would mean for an organization before it joins: the policy's verdict, the noise, one real step on its hardware.
+"""What a plan would mean for an organization, before it joins: the policy's verdict, the noise, one real step on its hardware.
 
 The steps are taken on made-up records as long as the plan allows; no record is trained on, nothing is charged, nothing is sent.
 """
@@ -35,9 +35,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StageCheck:
-    """One stage. gradient_error: relative, of the clipped sum against single records. seconds: of one step of `batch` records.
+    """One stage, tried.
 
-    peak_memory_bytes: the most that was held, on the GPU where one is used, else by the whole process so far.
+    Attributes:
+        mode: What it trains.
+        rounds: How many it has.
+        steps: Of one round.
+        batch: Records that a step is expected to have.
+        gradient_error: Relative, of the clipped sum against gradients of single records.
+        seconds: Of one step.
+        peak_memory_bytes: The most that was held, on the GPU where one is used, else by the whole process so far.
     """
 
     mode: str
@@ -51,17 +58,29 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """The verdict, for the organization's own eyes.
+    """What a plan would mean, for the organization's own eyes.
 
-    declined: why not, the rule first; the figures are told as far as they are known even then. problems: what no rule says.
-    left_out: how many rows of the files contribute nothing, by reason.
+    Attributes:
+        organization: Its name.
+        examples: Units of privacy that it holds.
+        device: What it would train on.
+        declined: Why not, a rule first; None: it would train. Figures are given as far as they are known even then.
+        broken: Every rule that does not allow the plan.
+        problems: What keeps it from training that is no rule.
+        warnings: What does not, and makes the run worth less.
+        left_out: How many rows of the files contribute nothing, by reason.
+        noise_multiplier: σ of the first round.
+        epsilon: ε of the run, at `delta`.
+        epsilon_spent: Of all runs that count with this one.
+        epsilon_total: What all may spend.
+        stages: As they were tried.
     """
 
     organization: str
     examples: int
     device: str
     declined: str | None
-    broken: tuple[Violation, ...] = ()  # every rule that does not allow the plan
+    broken: tuple[Violation, ...] = ()
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -74,11 +93,18 @@ class PreflightReport:
 
 
 def run_preflight(plan: Plan, site: Site) -> PreflightReport:
-    """Judges the plan and, with privacy, tries it. Raises DataError and ModelError where records or model cannot be read."""
+    """Check a plan against policy, records and budget and, with privacy, try one step of each stage.
+
+    Raises:
+        PlanError: The plan lists no labels.
+        DataError: The records cannot be read.
+        ModelError: The base model cannot be read, and the policy would allow it.
+    """
     if not plan.labels:
         raise PlanError(
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
-            " give the plan.toml of a run, or list labels in the plan"
+            " give the plan.toml of a run, or list labels in the plan",
+            code="plan.no_labels",
         )
     policy = site.policy()
     holdings = site.counted(plan)
@@ -216,22 +242,22 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)
-    setting = synthetic_setup(plan, stage, model, max(1, round(batch)))
-    error = check_gradients(setting, plan.privacy, stage.mode)
+    setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
+    error = check_gradients(setup, plan.privacy, stage.mode)
     guard = SanityChecks(model, model.state(names), noise=True)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     reports = private_steps(
-        setting.module,
+        setup.module,
         build_optimizer(stage.local, model, names, parameters),
-        setting.loss,
-        units=setting.units,
-        batches=setting.batches,
+        setup.loss,
+        units=setup.units,
+        batches=setup.batches,
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
         sample_rate=1.0,
-        expected_batch=float(setting.rows),
+        expected_batch=float(setup.rows),
         steps=1,
         clipping=plan.privacy.clipping,
     )

@@ -1,4 +1,4 @@
-"""An organization's site with what is computed of it: its records, its ledger, and what it keeps from round to round."""
+"""An organization's site, opened: its records, its ledger, and the tensors that it keeps from round to round."""
 
 from __future__ import annotations
 
@@ -21,37 +21,47 @@ from cotune.strategies.types import Update
 
 
 class Site(SiteFolder):
-    """The folder with what is computed of it: records, ledger, and the tensors that are kept."""
+    """A site with its records, its ledger, and the tensors that are kept."""
 
     def holdings(self, labels: tuple[str, ...]) -> Dataset:
-        """The organization's own records."""
+        """Read the organization's own records. Raises DataError."""
         return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
 
     def counted(self, plan: Plan) -> Dataset:
-        """Those that count under the plan's promise: of no other collection, and of a unit no more than it may have."""
+        """Read the records that count under the plan's promise: of no other collection, and no more of a unit than it allows."""
         held = self.holdings(plan.labels)
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
 
     def ledger(self) -> Ledger:
+        """Open the ledger, which is created where it is missing. Raises PrivacyError where it is damaged."""
         return Ledger(self.ledger_file)
 
     def keep(self, update: Update, plan_id: str) -> None:
-        """Puts a finished update into the outbox, durably, in place of the one before."""
+        """Put a finished update into the outbox, durably, in place of the one before."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
         atomic_write(self.outbox, content)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Keeps a run's tensors after a round, durably. what: a folder of their own. since: the round that they go on from."""
+        """Keep a run's tensors after a round, durably.
+
+        Args:
+            what: The folder that they are kept in; see `SitePaths.kept_folder`.
+            since: The round whose tensors they go on from.
+        """
         folder = self.kept_folder(plan_id, what)
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
 
     def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
-        """What was kept after a round. What it does not go on from goes: a server that has lost its last checkpoint asks for the
-        round before once more, but for no older one. Raises RunError when it is lost.
+        """Return what was kept after a round, and remove what it does not go on from.
+
+        A server that has lost its last checkpoint asks for the round before once more, but for no older one.
+
+        Raises:
+            RunError: What was kept cannot be read (`run.lost_state`).
         """
         folder = self.kept_folder(plan_id, what)
         found, since = _load_kept(folder / _file_of(round))
@@ -61,12 +71,19 @@ class Site(SiteFolder):
         return found
 
     def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
-        """What was kept last, whether its round was admitted or not; empty where nothing was. Changes nothing."""
+        """Return what was kept last, whether its round was admitted or not; empty where nothing was."""
         files = sorted(self.kept_folder(plan_id, what).glob("round-*.safetensors"))
         return _load_kept(files[-1])[0] if files else {}
 
     def finished_update(self, plan_id: str, round: int, received: str) -> Update | None:
-        """The update that answers exactly this request, if it was finished before."""
+        """Return the update that answers exactly this request, if it was finished before.
+
+        Args:
+            received: The digest of what the request holds.
+
+        Raises:
+            RunError: The outbox is damaged.
+        """
         file = self.outbox
         try:
             return read_update(file, plan_id=plan_id, round=round, received=received)
@@ -76,7 +93,7 @@ class Site(SiteFolder):
             raise _damaged(file, error) from None
 
     def last_finished_round(self, plan_id: str) -> int | None:
-        """The round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
+        """Return the round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
         try:
             return round_of(self.outbox, plan_id)
         except ValueError as error:
@@ -84,7 +101,9 @@ class Site(SiteFolder):
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:
-    return RunError(f"the outbox file {file} is damaged ({error}): remove it to go on with the next round")
+    return RunError(
+        f"the outbox file {file} is damaged ({error}): remove it to go on with the next round", code="run.damaged_document"
+    )
 
 
 def _file_of(round: int) -> str:
@@ -100,5 +119,6 @@ def _load_kept(file: Path) -> tuple[dict[str, Tensor], int]:
         round = int(file.stem.removeprefix("round-"))
         raise RunError(
             f"what was kept after round {round} cannot be read from {file} ({error}): expected it to be there, as the server"
-            " counts on it; restore the site from a backup, or start a new run"
+            " counts on it; restore the site from a backup, or start a new run",
+            code="run.lost_state",
         ) from None

@@ -1,10 +1,7 @@
-"""An organization's site, made: its folder with key pair, strict policy and ledger; and what it says about records and model.
+"""Set up an organization's site: its folder with key pair, strict policy and ledger, its records, and its base model.
 
-The files by which a node and its server know each other.
-
-The base model of a plan as it is found here: under the plan's name for it, or in the folder that the organization has named.
-
-Its hash decides in both cases whether it is the right one.
+The base model of a plan is found under the plan's name for it, or in the folder that the organization has named; its hash decides
+in both cases whether it is the right one.
 """
 
 from __future__ import annotations
@@ -37,41 +34,49 @@ from cotune.storage.files import atomic_write
 
 
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:
-    """Raises RunError, also where others may read the file."""
+    """Read a node's private key. Raises RunError, also where other users may read the file."""
     try:
         key = load_ssh_private_key(file.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise RunError(f"{file} is not a key for a node: expected a private key as `ssh-keygen -t ecdsa -b 384 -N ''` makes it")
+        raise RunError(
+            f"{file} is not a key for a node: expected a private key as `ssh-keygen -t ecdsa -b 384 -N ''` makes it",
+            code="run.wrong_key_file",
+        )
     if file.stat().st_mode & 0o077:
-        raise RunError(f"the private key {file} is open to others: expected a file for its owner alone; run `chmod 600 {file}`")
+        raise RunError(
+            f"the private key {file} is open to others: expected a file for its owner alone; run `chmod 600 {file}`",
+            code="run.exposed_key",
+        )
     return key
 
 
 def read_certificates(file: Path | None) -> bytes | None:
-    """PEM; None where no file is given. Raises RunError."""
+    """Read certificates in PEM; None where no file is given. Raises RunError."""
     if file is None:
         return None
     try:
         content = file.read_bytes()
         ssl.create_default_context(cadata=content.decode("ascii"))
     except (OSError, ValueError, ssl.SSLError):
-        raise RunError(f"{file} holds no certificates: expected the server's ca.crt, in PEM") from None
+        raise RunError(
+            f"{file} holds no certificates: expected the server's ca.crt, in PEM", code="run.wrong_certificates"
+        ) from None
     return content
 
 
 def load_site_model(plan: Plan, site: Site) -> TrainableModel:
-    """The plan's model, as `plan.parameters.get_plan_model` loads it, on the site's device."""
+    """Return the plan's model on the site's device; see `plan.parameters.get_plan_model`. Raises ModelError."""
     return get_plan_model(_with_own_base(plan, site.file), site.file.device)
 
 
 def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
-    """Raises ModelError, which says how another folder is named."""
+    """Find the plan's base model on this machine. Raises ModelError, which says how another folder is named."""
     try:
         return find_base(_with_own_base(plan, file).model)
     except ModelError as error:
-        raise ModelError(f"{error}; a copy of it in another folder is named with --model FOLDER") from None
+        raise ModelError(f"{error}; a copy of it in another folder is named with --model FOLDER", code=error.code) from None
 
 
 def _with_own_base(plan: Plan, file: SiteFile) -> Plan:
@@ -82,17 +87,25 @@ def _with_own_base(plan: Plan, file: SiteFile) -> Plan:
 
 
 def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None = None) -> Site:
-    """A new site, for its owner alone. key: a private key as ssh-keygen makes it, to be copied; None: a new one (ECDSA, P-384).
+    """Create a site, readable by its owner alone.
 
-    site.json is written last: what a crash has left is no site, and may be made again with the key that is there. Raises
-    PlanError for a name that is none, DeviceError for a device that is not here, RunError for a site or a key that is there
-    already, and for a folder that cannot be written.
+    site.json is written last: what a crash leaves is no site, and can be created again with the key that is there.
+
+    Args:
+        key: A private key as ssh-keygen makes it, which is copied; None: a new one (ECDSA, P-384).
+
+    Raises:
+        PlanError: The name is not one.
+        DeviceError: The device is not here.
+        RunError: There is a site or a key already, or the folder cannot be written.
     """
     check_name(name)
     pick_device(device)
     paths = SitePaths(folder)
     if paths.description.exists() or (key is not None and paths.private_key.exists()):
-        raise RunError(f"{folder} is a site already: expected a new folder; its key and ledger are not written over")
+        raise RunError(
+            f"{folder} is a site already: expected a new folder; its key and ledger are not written over", code="run.site_exists"
+        )
     own = None if key is None else read_private_key(key)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,7 +116,9 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
         JsonDocument(paths.description, SiteFile).write(SiteFile(organization=name, device=device))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise RunError(f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it") from None
+        raise RunError(
+            f"{folder} cannot be made a site ({reason}): expected a folder that can be written; check it", code="run.not_writable"
+        ) from None
     site = Site(folder)
     site.ledger()
     return site
@@ -119,7 +134,7 @@ def _write_keys(paths: SitePaths, name: str, own: ec.EllipticCurvePrivateKey | N
 
 
 def get_key_fingerprint(site: Site) -> str:
-    """SHA-256 (hex) over the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
+    """Return the SHA-256 (hex) of the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
     public = read_private_key(site.private_key).public_key()
     return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
@@ -134,9 +149,10 @@ def set_records(
     unit: str | None = None,
     collection: str | None = None,
 ) -> int:
-    """Writes data.json, once the records were read; columns that are not given are the plan's. Returns how many there are.
+    """Describe the site's records in data.json, once they could be read, and return how many there are.
 
-    Somebody is here to read what is wrong: other than in a round, records of which none is usable are refused.
+    Columns that are not given are the plan's. Other than in a round, records of which none is usable are refused: somebody is
+    here to read what is wrong.
 
     Args:
         data: A file, a folder of images, or package:NAME; None: what data.json says already.
@@ -150,16 +166,18 @@ def set_records(
         check_name(collection)
     document = site.records
     if data is None and collection is not None:
-        raise DataError(f"--collection {collection} says where the records of --data count: expected both")
+        raise DataError(f"--collection {collection} says where the records of --data count: expected both", code="data.no_source")
     if data is None and document.exists():
         held = site.holdings(plan.labels)
         if held.task != plan.task:
             raise DataError(
-                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with --data"
+                f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with"
+                " --data",
+                code="data.wrong_task",
             )
         return len(held)
     if data is None:
-        raise DataError(f"{site.folder} does not say where the records are: name their file with --data")
+        raise DataError(f"{site.folder} does not say where the records are: name their file with --data", code="data.no_source")
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
     columns = {get_task(plan.task).key: text, "label": label, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
@@ -169,7 +187,7 @@ def set_records(
         )
     except ValueError:
         named = ", ".join(repr(name) for name in columns.values() if name is not None)
-        raise DataError(f"the columns {named} cannot be had: expected different ones") from None
+        raise DataError(f"the columns {named} cannot be had: expected different ones", code="data.wrong_columns") from None
     return _write_once_read(document, described, plan)
 
 
@@ -181,17 +199,17 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
         count = len(DatasetManifest.read(draft, plan.labels, lenient=True))
         if not count:
             DatasetManifest.read(draft, plan.labels)  # read strictly, it says why
-            raise DataError("none of the records is usable: expected some; look at the file")
+            raise DataError("none of the records is usable: expected some; look at the file", code="data.no_usable_record")
         os.replace(draft, document)
     except DataError as error:
-        raise DataError(str(error).replace("--set data.", "--")) from None
+        raise DataError(str(error).replace("--set data.", "--"), code=error.code) from None
     finally:
         draft.unlink(missing_ok=True)
     return count
 
 
 def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
-    """Writes to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
+    """Write to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
     find_site_base(plan, file)
     JsonDocument(site.description, SiteFile).write(file)

@@ -31,9 +31,9 @@ def _members(annotation: Any) -> set[Any]:
     return set(get_args(annotation)) or {annotation}
 
 
-_MOST_KEYS = 3  # that a hint names
-_ALIKE = 0.75  # of difflib's ratio: a slip of the finger, and no other word
-_DEPTH = 3  # of tables in tables that it looks into
+_MAX_KEYS = 3  # that a hint names
+_MIN_SIMILARITY = 0.75  # of difflib's ratio: a slip of the finger, and no other word
+_MAX_DEPTH = 3  # of tables in tables that it looks into
 _WORDS = {  # where pydantic's own words mean nothing to anyone who writes TOML
     "tuple_type": 'expected a list, such as ["a", "b"]',
     "dict_type": "expected a table, with its keys under a heading in brackets",
@@ -79,7 +79,7 @@ def check_path(key: str, model: type[BaseModel], document: str, *, anything_belo
             return
         if at not in known:
             hint = meant_key(at[-1], paths, _known_keys(model, at[:-1]))
-            raise PlanError(f'the {document} has an unknown key "{".".join(at)}"{hint}')
+            raise PlanError(f'the {document} has an unknown key "{".".join(at)}"{hint}', code="plan.unknown_key")
 
 
 def meant_key(name: str, paths: Iterable[tuple[str, ...]], beside: Sequence[str]) -> str:
@@ -92,7 +92,7 @@ def meant_key(name: str, paths: Iterable[tuple[str, ...]], beside: Sequence[str]
     """
     known = list(paths)
     elsewhere = _called(name, known)
-    if not elsewhere and not difflib.get_close_matches(name, beside, n=1, cutoff=_ALIKE):
+    if not elsewhere and not difflib.get_close_matches(name, beside, n=1, cutoff=_MIN_SIMILARITY):
         elsewhere = _like(name, known)
     return f"; did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest(name, beside)
 
@@ -110,7 +110,7 @@ def keys_like(name: str, model: type[BaseModel]) -> list[str]:
 
 def _like(name: str, paths: Sequence[tuple[str, ...]]) -> list[str]:
     wanted = name.replace("-", "_").casefold()
-    close = difflib.get_close_matches(wanted, {path[-1] for path in paths}, n=1, cutoff=_ALIKE)
+    close = difflib.get_close_matches(wanted, {path[-1] for path in paths}, n=1, cutoff=_MIN_SIMILARITY)
     return _called(close[0], paths) if close else []
 
 
@@ -129,14 +129,14 @@ def _called(name: str, paths: Sequence[tuple[str, ...]]) -> list[str]:
     wanted = name.replace("-", "_").casefold()
     found = [path for path in paths if wanted in (path[-1], ".".join(path))]
     found.sort(key=lambda path: (len(path), path[0].count("_"), path))
-    return [".".join(path) for path in found[:_MOST_KEYS]]
+    return [".".join(path) for path in found[:_MAX_KEYS]]
 
 
 def _paths(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The keys of a document below its first level and on it; those of a list of tables have no path of their own."""
     for key, field in model.model_fields.items():
         yield (*above, key)
-        if len(above) < _DEPTH and key != "train":
+        if len(above) < _MAX_DEPTH and key != "train":
             for inner in models_in(field.annotation):
                 yield from _paths(inner, (*above, key))
 

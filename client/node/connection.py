@@ -1,4 +1,4 @@
-"""How a node connects with its site's keys, and whether a server lets the organization in, found out before it joins."""
+"""How a node connects with its site's keys, and a check of whether a server lets the organization in."""
 
 from __future__ import annotations
 
@@ -22,11 +22,17 @@ from cotune.storage.files import is_locked
 
 
 class Connector:
-    """Where a node goes in. Keys and authorities are read anew for every connection: both may be renewed while the node stays.
+    """Connects a node to its server. Keys and authorities are read anew for every connection, as both may be renewed meanwhile.
 
-    root_certificates: PEM; where it is the site's own node/ca.crt, the authorities are those that the site trusts at the time.
-    key: where it is the site's own node.key, the one that is to follow is tried once a server refuses the present one. Raises
-    RunError for files that cannot be used.
+    Args:
+        site: The folder of the site.
+        address: host:port of the server.
+        root_certificates: A PEM file. For the site's own node/ca.crt, the authorities are those that the site trusts at the time.
+        key: A private key. For the site's own node.key, the next key is tried once a server refuses the present one.
+        connect: Opens a connection, as `flower.fleet_client.connected`.
+
+    Raises:
+        RunError: A file cannot be used.
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class Connector:
 
     @contextmanager
     def __call__(self, known: int | None, anew: bool) -> Iterator[FleetClient]:
-        """As `connected`."""
+        """Connect, as `flower.fleet_client.connected` does."""
         certificates = self._certificates()
         with ExitStack() as held:
             try:
@@ -82,9 +88,14 @@ class Connector:
 
 @dataclass(frozen=True)
 class ConnectionReport:
-    """expires: ISO 8601, of the server's certificate. problem: why this organization would not get in; None: it would.
+    """Whether the organization would be let in.
 
-    served: a node of this site runs, and holds the key at the server; whether it is connected, it says itself.
+    Attributes:
+        address: Of the server.
+        problem: Why it would not; None: it would.
+        expires: When the server's certificate expires, ISO 8601.
+        days_left: Until then.
+        served: Whether a node of this site runs, and holds the key at the server: only the server was looked at then.
     """
 
     address: str
@@ -95,9 +106,12 @@ class ConnectionReport:
 
 
 def check_connection(site: Site, address: str, certificates: bytes | None) -> ConnectionReport:
-    """Connects with the organization's key, and leaves at once. Raises RunError for a key that cannot be used.
+    """Connect with the organization's key, and leave at once.
 
-    While a node serves this site nobody else is let in with its key: then only the server is looked at.
+    While a node serves this site, nobody else is let in with its key: then only the server is looked at.
+
+    Raises:
+        RunError: The key cannot be used.
     """
     key = read_private_key(site.private_key)
     try:
@@ -116,7 +130,7 @@ def check_connection(site: Site, address: str, certificates: bytes | None) -> Co
 
 
 def versions() -> dict[str, str]:
-    """Of what has a say in whether two sides understand each other, and in what training costs."""
+    """Return the versions that decide whether two sides understand each other, and what training costs."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("cotune", "flwr", "torch", "transformers", "opacus"):
         try:

@@ -1,12 +1,11 @@
-"""The keys by which servers know an organization's node: the present one, the next one, and how it is renewed.
+"""The keys by which servers know an organization's node: the present one, the next one, and the former ones.
 
 node.key, node.pub      in the site: the present one
 node/next.key           made by `cotune client renew-key`; takes the place of node.key once the server lets the node in with it
 node/former.pub         the public halves of those that were replaced, one a line
 
-A process that is killed between any two writes leaves the present key, or the next one in its place; the same again finishes it.
-
-An organization renews the key by which servers know its node: a statement for the coordinator, signed by the old key.
+A process that is killed between any two writes leaves the present key, or the next one in its place; the same call again finishes
+the renewal. The coordinator learns of a new key by a statement that the old key has signed.
 """
 
 from __future__ import annotations
@@ -36,24 +35,26 @@ from cotune.storage.files import atomic_write, exclusive_lock
 
 
 def read_public_keys(site: Path) -> list[EllipticCurvePublicKey]:
-    """The present one first, those before it, and one that is to follow. Raises RunError."""
+    """Return the present public key, then the former ones. Raises RunError."""
     file = SitePaths(site).node.former_keys
     try:
         former = [load_ssh_public_key(line) for line in _lines(file)]
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise RunError(f"{file} is damaged ({type(error).__name__}): expected a public key in each line") from None
+        raise RunError(
+            f"{file} is damaged ({type(error).__name__}): expected a public key in each line", code="run.damaged_document"
+        ) from None
     present = read_private_key(SitePaths(site).private_key).public_key()
     return [present, *(key for key in former if isinstance(key, EllipticCurvePublicKey))]
 
 
 def read_next_key(site: Path) -> EllipticCurvePrivateKey | None:
-    """The key that is to follow, if one was made. Raises RunError."""
+    """Return the next key, if one was made. Raises RunError."""
     file = _next(site)
     return read_private_key(file) if file.exists() else None
 
 
 def get_renewal_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
-    """The present key, and the one that is to follow it, made where there is none. Raises RunError."""
+    """Return the present key and the next one, which is made where there is none. Raises RunError."""
     with _changing(site):
         present = read_private_key(SitePaths(site).private_key)
         following = read_next_key(site)
@@ -64,9 +65,9 @@ def get_renewal_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurve
 
 
 def activate_next_key(site: Path, key: EllipticCurvePrivateKey) -> None:
-    """Puts the key that was to follow, and with which a server has let the node in, in the place of the present one.
+    """Replace the present key by the next one, once a server has let the node in with it.
 
-    The former one is noted before it is gone, so that what it has signed can be verified; its private half is not kept.
+    The public half of the former key is noted first, so that what it has signed can be verified; its private half is not kept.
     """
     with _changing(site):
         following = read_next_key(site)
@@ -83,7 +84,7 @@ def activate_next_key(site: Path, key: EllipticCurvePrivateKey) -> None:
 
 
 def write_public_key(site: Path, key: EllipticCurvePrivateKey) -> None:
-    """node.pub, with the comment that it has, where it is another key's."""
+    """Write node.pub, with the comment that it has, where it is another key's."""
     file = SitePaths(site).public_key
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     before = file.read_bytes() if file.exists() else b""
@@ -93,7 +94,7 @@ def write_public_key(site: Path, key: EllipticCurvePrivateKey) -> None:
 
 
 def encode_private_key(key: EllipticCurvePrivateKey) -> bytes:
-    """As OpenSSH keeps it."""
+    """Encode a private key as OpenSSH keeps it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
@@ -112,7 +113,7 @@ def _changing(site: Path) -> AbstractContextManager[None]:
 
 
 def renew_key(site: Site) -> tuple[Path, str]:
-    """Makes the next key, and the statement that the coordinator is to be given. The same again renews the same key.
+    """Make the next key, and the statement for the coordinator. The same call again renews the same key.
 
     Until the coordinator has accepted it, the node goes on with the present key; from then on it uses the next one by itself.
 
@@ -131,7 +132,9 @@ def renew_key(site: Site) -> tuple[Path, str]:
             renewal = NodeRenewal.make(federation, site.organization, present, following)
             atomic_write(file, renewal.text().encode() + b"\n")
     except OSError as error:
-        raise RunError(f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+        raise RunError(
+            f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
+        ) from None
     return file, fingerprint(following.public_key())
 
 

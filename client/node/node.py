@@ -1,13 +1,15 @@
-"""The resident node: stays connected to a server, answers its requests by the cotune that is installed here, and comes back.
+"""The resident node: stays connected to a server, answers its requests, and reconnects.
 
-Nothing that the server sends is executed. Training runs in a process of its own (worker.py), so that heartbeats go on
-meanwhile and a crash costs one answer. A request is kept until it is answered: a node that was killed goes on with it.
+No code is ever received: sites only run their locally installed cotune. Training runs in a process of its own (worker.py), so
+that heartbeats go on meanwhile, and a crash costs one answer. A request is kept until it is answered: a node that was killed
+goes on with it.
 
 node/request.pb    in the site: the request that is being answered, without its content
 node/id            the node's number at the server, while it is online, and where that is: a copy of the site is another node
 node/lock          held by the process that serves the site
 
-What a run's bundle (Flower's FAB, a zip archive) holds. It is looked at and never unpacked.
+A run's bundle (Flower's FAB, a zip archive) is inspected and never unpacked: a run whose bundle holds more than configuration is
+refused.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _PLAIN = {".info/CONTENT", "LICENSE"}
 
 
 def reason_to_refuse(content: bytes) -> str | None:
-    """Why a run with this bundle is not served: it holds more than configuration. The words may be told to the server."""
+    """Return why a run with this bundle is not served; None where it holds configuration only. The server may be told."""
     try:
         names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
@@ -58,11 +60,11 @@ def reason_to_refuse(content: bytes) -> str | None:
 
 
 _POLL_SECONDS = 0.1
-_MOST_POLL_SECONDS = 1.0
-_LATER = 0.05  # of the time that it has waited already: it asks less and less often, and is late by that share at most
+_MAX_POLL_SECONDS = 1.0
+_BACKOFF = 0.05  # of the time that it has waited already: it asks less and less often, and is late by that share at most
 # before it connects again
-_FIRST_WAIT_SECONDS = 0.5
-_LONGEST_WAIT_SECONDS = 10.0
+_MIN_WAIT_SECONDS = 0.5
+_MAX_WAIT_SECONDS = 10.0
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
@@ -70,40 +72,47 @@ Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # a
 
 
 class Worker(Protocol):
-    """Who answers: a TrainerProcess."""
+    """What answers messages: see `TrainerProcess`."""
 
-    def give(self, parcel: ChunkedMessage) -> None: ...
-    def answer(self, seconds: float) -> Message | None: ...
+    def submit(self, parcel: ChunkedMessage) -> None: ...
+    def poll(self, seconds: float) -> Message | None: ...
 
 
 def run_node(
     site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
 ) -> None:
-    """Serves the organization of the folder `site` until SIGINT, SIGTERM or `stop`, whatever happens to the server.
+    """Serve an organization until SIGINT, SIGTERM or `stop`, whatever happens to the server.
 
-    address: host:port of the server, or of the TLS front before it. root_certificates: a PEM file; without one, those that this
-    machine trusts. key: the file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
-    Raises DataError when the folder is not a site, RunError when another node serves it, or when the address, the key or the
-    certificates cannot be used.
+    Args:
+        site: The organization's folder.
+        address: host:port of the server, or of the TLS proxy before it.
+        root_certificates: A PEM file; None: those that this machine trusts.
+        key: The file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
+
+    Raises:
+        DataError: The folder is not a site.
+        RunError: Another node serves it, or the address, the key or the certificates cannot be used.
     """
     paths = SitePaths(site)
     if not paths.description.is_file():
-        raise DataError(f"{site} is not a site: expected a folder with a site.json")
+        raise DataError(f"{site} is not a site: expected a folder with a site.json", code="data.not_a_site")
     _check_address(address)
     connect = Connector(site, address, root_certificates, key)
     stop = stop or threading.Event()
-    with _alone(paths.node), _stopped_by_signals(stop):
+    with _exclusive_node(paths.node), _stopped_by_signals(stop):
         worker = TrainerProcess(site.resolve(), address)
         try:
-            Node(paths.node.folder, worker, stop, AuditLog(site)).stay(connect)
+            Node(paths.node.folder, worker, stop, AuditLog(site)).run(connect)
         finally:
             worker.stop()
 
 
 class Node:
-    """What a node does with connections and a worker: one request at a time, until `stop`.
+    """Answers one request at a time by a worker, until `stop`.
 
-    folder: what it keeps. sent: where its own refusals are entered before they leave; the worker enters what it answers.
+    Args:
+        folder: What it keeps, node/ of the site.
+        sent: Where its own refusals are entered before they leave; the worker enters what it answers.
     """
 
     def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
@@ -118,16 +127,18 @@ class Node:
         self._request = self._kept_request()
         self._known = self._kept_id()
         self._in_doubt = True  # whether the server may have handed over a request that never arrived: it does so once
-        self._opened = self._given = self._again = False  # its content was asked for; the worker has it; for the second time
-        self._at = ""  # the content that the worker is at for a number which this node has no more
+        self._is_opened = self._is_submitted = self._is_retry = (
+            False  # its content was asked for; the worker has it; for the second time
+        )
+        self._worker_content = ""  # the content that the worker is at for a number which this node has no more
         self._reply: Message | None = None
         self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
         self._began = self._active = time.monotonic()  # the request; when there was something to do last
         self._newest: dict[int, int] = {}  # run -> its newest round
         self._fit_run: int | None = None  # the last run whose bundle was found fit
 
-    def stay(self, connect: Connect) -> None:
-        """Connects, serves, and connects again when the connection breaks off; waits longer after each failure."""
+    def run(self, connect: Connect) -> None:
+        """Connect and serve, and reconnect when the connection breaks off, with growing delays."""
         wait = 0.0
         while not self._stop.wait(wait):
             started = time.monotonic()
@@ -138,18 +149,18 @@ class Node:
                     self._leave(fleet)
             except Exception as error:  # a node that stays must outlive what nobody thought of, too
                 lasted = time.monotonic() - started
-                wait = _next_wait(0.0 if lasted > _LONGEST_WAIT_SECONDS else wait)
+                wait = _next_wait(0.0 if lasted > _MAX_WAIT_SECONDS else wait)
                 unforeseen = None if isinstance(error, FleetError) else error
                 notify("disconnected", reason=str(error))
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: FleetClient) -> None:
-        """Until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
+        """Serve until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
         while not self._stop.is_set():
             try:
                 if not self._step(fleet):
                     waited = time.monotonic() - self._active
-                    self._stop.wait(min(_MOST_POLL_SECONDS, max(_POLL_SECONDS, _LATER * waited)))
+                    self._stop.wait(min(_MAX_POLL_SECONDS, max(_POLL_SECONDS, _BACKOFF * waited)))
             except RequestExpired as error:
                 if self._request is None:
                     raise
@@ -164,7 +175,7 @@ class Node:
             self._accept(fleet, self._request)
         elif self._reply is not None:
             self._send(fleet, self._request, self._reply)
-        elif self._given:
+        elif self._is_submitted:
             self._wait_for_reply(fleet, self._request)
         else:
             self._begin(fleet, self._request)
@@ -201,37 +212,37 @@ class Node:
                 _log.warning("run %s is refused: %s", request.run, refused)
                 return self._refuse(request, refused, refused)
             self._fit_run = request.run
-        if not self._is_at(request):
-            self._give(fleet, request)
+        if not self._is_working_on(request):
+            self._submit(fleet, request)
 
-    def _is_at(self, request: AnnouncedRequest) -> bool:
+    def _is_working_on(self, request: AnnouncedRequest) -> bool:
         """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
-        if self._at and self._at == _content_of(request):
+        if self._worker_content and self._worker_content == _content_of(request):
             with suppress(TrainerDied):
-                if self._worker.answer(_POLL_SECONDS) is None:
+                if self._worker.poll(_POLL_SECONDS) is None:
                     return True
-        self._at = ""
+        self._worker_content = ""
         return False
 
-    def _give(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
+    def _submit(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         try:
             parcel = fleet.open(request)
-            self._opened = True
-            self._worker.give(parcel)
-            self._given = True
+            self._is_opened = True
+            self._worker.submit(parcel)
+            self._is_submitted = True
             _log.info("round %s of run %s begins", request.round, request.run)
             notify("begun", round=request.round, trains=request.header.metadata.message_type == MessageType.TRAIN)
         except FleetError:
             raise
         except Aborted as error:
-            self._ask_anew(fleet, error)
+            self._request_resend(fleet, error)
         except TrainerDied as error:
-            self._died(request, error)
+            self._handle_death(request, error)
         except Exception as error:  # what a stranger sent may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
-    def _ask_anew(self, fleet: FleetClient, error: Aborted) -> None:
+    def _request_resend(self, fleet: FleetClient, error: Aborted) -> None:
         """The server's call was cut off, as by a SuperLink that was killed: anyone who connects anew is asked again."""
         self._drop(fleet, f"{error}; it is to be asked again")
         self._in_doubt = True
@@ -250,9 +261,9 @@ class Node:
     def _wait_for_reply(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         fleet.check_known()
         try:
-            self._reply = self._worker.answer(_POLL_SECONDS)
+            self._reply = self._worker.poll(_POLL_SECONDS)
         except TrainerDied as error:
-            self._died(request, error)
+            self._handle_death(request, error)
         if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
             newer = self._receive(fleet)
             if newer is not None:
@@ -260,15 +271,15 @@ class Node:
                 self._request = newer
                 self._accept(fleet, newer)
 
-    def _died(self, request: AnnouncedRequest, error: TrainerDied) -> None:
+    def _handle_death(self, request: AnnouncedRequest, error: TrainerDied) -> None:
         """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
         again.
         """
         _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
-        if self._again:
+        if self._is_retry:
             return self._refuse(request, GENERIC_REFUSAL, str(error))
-        self._again = True
-        self._given = False
+        self._is_retry = True
+        self._is_submitted = False
         notify("again", round=request.round, reason=str(error))
 
     def _is_late(self) -> bool:
@@ -296,11 +307,11 @@ class Node:
 
     def _forget(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
-        opened = self._opened
+        opened = self._is_opened
         self._request = None
         self._reply = None
         self._own_entry = {}
-        self._opened = self._given = self._again = False
+        self._is_opened = self._is_submitted = self._is_retry = False
         with suppress(OSError):
             self._request_file.unlink()
         if opened:
@@ -317,7 +328,7 @@ class Node:
         except OSError as error:
             _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
-            self._at = _content_of(self._request) if self._given and self._reply is None else ""
+            self._worker_content = _content_of(self._request) if self._is_submitted and self._reply is None else ""
             self._drop(fleet, "the server knows this node by another number now, and asks it anew")
 
     def _leave(self, fleet: FleetClient) -> None:
@@ -354,23 +365,28 @@ def _content_of(request: AnnouncedRequest) -> str:
 
 
 def _next_wait(last: float) -> float:
-    longest = min(_LONGEST_WAIT_SECONDS, max(_FIRST_WAIT_SECONDS, 2 * last))
+    longest = min(_MAX_WAIT_SECONDS, max(_MIN_WAIT_SECONDS, 2 * last))
     return longest * random.uniform(0.8, 1.0)  # not all nodes at once
 
 
 def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise RunError(f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443')
+        raise RunError(
+            f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443',
+            code="run.wrong_address",
+        )
 
 
 @contextmanager
-def _alone(node: NodePaths) -> Iterator[None]:
+def _exclusive_node(node: NodePaths) -> Iterator[None]:
     """Keeps a second node off a site."""
     try:
         node.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise RunError(f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions") from None
+        raise RunError(
+            f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
+        ) from None
     with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
         yield
 

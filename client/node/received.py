@@ -1,4 +1,4 @@
-"""What a request may hold, decided by the plan and the model here alone, before any of its arrays is put together or loaded.
+"""What a request may hold: decided by the plan and the model here, before any of its arrays is assembled or loaded.
 
 A request comes from a server that is not trusted: it may be larger than any plan makes one, and its state may name parameters
 that no round has trained, so that another model would take the place of the base model that the organization has approved.
@@ -32,55 +32,76 @@ _ARRAY_HEAD = 1024  # bytes of an array before its values, and some to spare
 
 
 def read_plan(request: Request) -> Plan:
-    """Raises PlanError; RunError for a text that is none, or not one of Unicode, and so has no hash; or that is another plan once
-    it is read again, as from the file in which it waits for approval.
+    """Read the plan of a request.
+
+    Raises:
+        PlanError: It is not a valid plan.
+        RunError: It is not JSON, not Unicode text (which would have no hash), or another plan when its canonical form is read
+            again, as from the file in which it waits for approval.
     """
     try:
         plan = parse_plan(json.loads(request.plan))
         plan.canonical().encode()
         if parse_plan(json.loads(plan.canonical())) != plan:
-            raise RunError("the plan is another one when it is read again: expected the canonical form of one plan")
+            raise RunError(
+                "the plan is another one when it is read again: expected the canonical form of one plan",
+                code="run.ambiguous_plan",
+            )
     except UnicodeEncodeError:
-        raise RunError("the plan holds half a character: expected Unicode text") from None
+        raise RunError("the plan holds half a character: expected Unicode text", code="run.unreadable_plan") from None
     except (ValueError, RecursionError) as error:
-        raise RunError(f"the plan cannot be read ({type(error).__name__}): expected JSON") from None
+        raise RunError(f"the plan cannot be read ({type(error).__name__}): expected JSON", code="run.unreadable_plan") from None
     return plan
 
 
 def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape, of what the state of a request for a round may hold (`plan.model.state_shapes`).
+    """Return parameter -> shape of what the state of a request for a round may hold; see `plan.parameters.state_shapes`.
 
-    No record is read; a model is looked for once the plan is approved and the policy allows it. Raises Declined; ModelError for a
-    base model not found here; RunError for a round that is none of the plan's.
+    No record is read, and no model is loaded before the plan is approved and the policy allows it.
+
+    Raises:
+        Declined: The plan is not approved, or not allowed.
+        ModelError: The base model is not found here.
+        RunError: The plan does not have the round.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check(plan, policy)
     if not 1 <= round <= plan.rounds:
-        raise RunError(f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds")
+        raise RunError(
+            f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
+        )
     return state_shapes(plan, load_site_model(plan, site), round)
 
 
 def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
-    """Raises RunError for a state with other names or shapes than those of the rounds so far, before anything is charged."""
+    """Check that the state has the names and shapes of the rounds so far, before anything is charged. Raises RunError."""
     for name, tensor in request.state.items():
         if name not in expected:
             raise RunError(
                 f"the request's state holds {name[:80]}, which no round up to {request.round} trains: expected those parameters"
-                " alone, and the approved base model for the rest"
+                " alone, and the approved base model for the rest",
+                code="run.wrong_state",
             )
         if tuple(tensor.shape) != expected[name]:
-            raise RunError(f"the request's {name[:80]} has the shape {tuple(tensor.shape)}, expected {expected[name]}")
+            raise RunError(
+                f"the request's {name[:80]} has the shape {tuple(tensor.shape)}, expected {expected[name]}",
+                code="run.wrong_state",
+            )
     if request.sent and plan.strategy.client_term is None:
-        raise RunError("the request sends tensors beside the state: expected none, as the plan has no client term")
+        raise RunError(
+            "the request sends tensors beside the state: expected none, as the plan has no client term", code="run.wrong_state"
+        )
 
 
 def read_message(parcel: ChunkedMessage, site: Site) -> Message:
-    """The message of a request, if it is no larger than its plan makes one.
+    """Read the message of a request, if it is no larger than its plan makes one.
 
-    Without its arrays where it is not signed, or the plan is not approved or cannot be read: anyone who answers refuses it for
-    the
-    same reason. Raises TooMuch, Malformed.
+    It is read without its arrays where it is not signed, or its plan is not approved or cannot be read: the app refuses it for
+    the same reason.
+
+    Raises:
+        TooLarge, Malformed: The message is not one that the plan makes.
     """
     header = parcel.header("request", SIGNED)
     if not header.has_content():

@@ -1,8 +1,9 @@
-"""A request as its server has signed it: verified before anything of it is loaded or charged, and answered under a signature.
+"""Signed requests: verified before anything of them is loaded or charged, and answered under a signature.
 
-What is refused: no signature, or one of another key; a request of another federation, for another organization, of another kind;
-one whose plan, round or arrays are not those that were signed; and one that was asked before another that was accepted. The last
-request itself may come again: an answer may have been lost. The server's new keys may come with it (trust.py).
+Refused are requests without a signature, or with one of another key; of another federation, for another organization, or of
+another kind; whose plan, round or arrays are not those that were signed; and that are older than one that was accepted (a
+replay). The last request itself may come again, as an answer may have been lost. The server's new keys may come with it
+(trust.py).
 """
 
 from __future__ import annotations
@@ -38,12 +39,20 @@ from cotune.protocol.signatures import (
     sign,
 )
 
-_MOST_LOGGED = 200  # fingerprints of a roster in a line of the log
+_MAX_LOGGED = 200  # fingerprints of a roster in a line of the log
 
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """key: the server's, as hex. roster: fingerprints of those that took part in the round before."""
+    """A request whose signature was verified.
+
+    Attributes:
+        statement: What was signed.
+        signature: Of the statement.
+        key: The server's signing key, as hex.
+        roster: Fingerprints of the nodes that took part in the round before.
+        trusts: The newest signing key of the server that the site trusts, as hex.
+    """
 
     statement: RequestStatement
     signature: str
@@ -53,47 +62,61 @@ class SignedRequest:
 
     @property
     def is_notice(self) -> bool:
-        """Whether no model comes, but the word that the organization was left out of the run."""
+        """Whether it holds no model but the notice that the organization was excluded from the run."""
         return self.statement.kind == FINISHED and self.statement.strikes > 0
 
     def entry(self) -> dict[str, Any]:
-        """What the log of what was sent says of it."""
+        """Return what the audit log says of it."""
         return {
             "statement": self.statement.text(),
             "signature": self.signature,
             "key": self.key,
-            "roster": list(self.roster[:_MOST_LOGGED]),
+            "roster": list(self.roster[:_MAX_LOGGED]),
         }
 
 
 def verify_request(content: RecordDict, folder: Path, now: datetime | None = None) -> tuple[RecordDict, SignedRequest]:
-    """The message without its signature, and who has signed what. folder: of the site.
+    """Verify the signature of a request.
 
-    Raises RunError for a signature that is missing, malformed, or not of a key that the site accepts, for another federation, and
-    for new keys of the server that its old one has not signed.
+    Args:
+        content: The message.
+        folder: Of the site.
+
+    Returns:
+        The content without its signature, and the signed request.
+
+    Raises:
+        RunError: The signature is missing, malformed, or not of a key that the site accepts; the request is of another
+            federation; or the server's new keys are not signed by its old one.
     """
     rest, signed = detach(content)
     if signed is None:
-        raise RunError("the request is not signed: expected a server whose cotune signs its requests")
+        raise RunError("the request is not signed: expected a server whose cotune signs its requests", code="run.unsigned")
     record_renewals(folder, ServerRenewal.parse_all(signed.about.pop("renewals", "")))
     trust = Trust.read(folder)
     statement = RequestStatement.parse(signed.text)
     keys = trust.signing_keys()
     key = next((key for key in keys if is_signed_by_server(statement, signed.signature, key)), None)
     if key is None:
-        raise RunError(f"the signature of the request is not of the server of {trust.name}: expected its signing key")
+        raise RunError(
+            f"the signature of the request is not of the server of {trust.name}: expected its signing key",
+            code="run.wrong_signature",
+        )
     if statement.federation != trust.federation:
-        raise RunError(f"the request is of federation {statement.federation[:12]}: expected {trust.federation[:12]}")
+        raise RunError(
+            f"the request is of federation {statement.federation[:12]}: expected {trust.federation[:12]}",
+            code="run.wrong_federation",
+        )
     roster = tuple(signed.about.get("roster", "").split())
     if len(set(roster)) != statement.cohort or roster_digest(roster) != statement.roster:
-        raise RunError("the roster of the request is not the one that was signed")
+        raise RunError("the roster of the request is not the one that was signed", code="run.wrong_roster")
     if key != keys[0]:
         record_use(folder, key, now)
     return rest, SignedRequest(statement, signed.signature, key, roster, trust.newest.signing_key)
 
 
 def check_request(requested: SignedRequest, kind: str, request: Request, plan: Plan, log: AuditLog) -> None:
-    """Raises RunError for a header that is not the one that was signed, and for one that was asked before the last accepted."""
+    """Check that a header is the one that was signed, and not older than the last one accepted. Raises RunError."""
     statement = requested.statement
     found = {
         "kind": kind,
@@ -104,22 +127,28 @@ def check_request(requested: SignedRequest, kind: str, request: Request, plan: P
     }
     for name, value in found.items():
         if getattr(statement, name) != value:
-            raise RunError(f"the request has {name} = {value!s:.80}: expected {getattr(statement, name)!s:.80}, as was signed")
+            raise RunError(
+                f"the request has {name} = {value!s:.80}: expected {getattr(statement, name)!s:.80}, as was signed",
+                code="run.wrong_signature",
+            )
     last = _last(log, statement.federation)
     if last is not None and statement != last and statement.serial <= last.serial:
         raise RunError(
-            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}"
+            f"the request of {statement.at} for round {statement.round} is an old one: expected one signed after {last.at}",
+            code="run.replayed",
         )
 
 
 def check_arrays(requested: SignedRequest, request: Request) -> None:
-    """Raises RunError for arrays that are not those that were signed."""
+    """Check that the arrays are those that were signed. Raises RunError."""
     if received_digest(request.state, request.sent) != requested.statement.received:
-        raise RunError("the request holds other arrays than were signed: expected those of its server")
+        raise RunError(
+            "the request holds other arrays than were signed: expected those of its server", code="run.wrong_signature"
+        )
 
 
 def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:
-    """Raises Declined where too few took part in the round before, or too many rounds were begun today (UTC)."""
+    """Check that enough took part in the round before, and that not too many rounds were begun today (UTC). Raises Declined."""
     rules = policy.training
     statement = requested.statement
     if statement.kind != TRAIN:
@@ -137,9 +166,19 @@ def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: d
 
 
 def countersign(content: RecordDict, kind: str, digest: str, requested: SignedRequest, folder: Path) -> dict[str, str]:
-    """Signs an answer with the key of the organization's node; returns what the log says of it. digest: of its content.
+    """Sign an answer with the key of the organization's node.
 
-    Raises RunError for a key that cannot be read.
+    Args:
+        content: The answer, to which the signature is attached.
+        kind: What it is, such as "update".
+        digest: Of the content.
+        folder: Of the site.
+
+    Returns:
+        What the audit log says of it.
+
+    Raises:
+        RunError: The key cannot be read.
     """
     statement, signature = _countersigned(kind, digest, requested, folder)
     attach(content, statement, signature)
@@ -147,9 +186,13 @@ def countersign(content: RecordDict, kind: str, digest: str, requested: SignedRe
 
 
 def countersign_refusal(words: str, requested: SignedRequest, folder: Path) -> tuple[str, dict[str, str]]:
-    """The words of a refusal under a signature, and what the log says of it: with the request, which is in no line of its own.
+    """Sign a refusal.
 
-    Raises RunError as `countersign` does.
+    Returns:
+        The signed words, and what the audit log says of them: with the request, which has no entry of its own.
+
+    Raises:
+        RunError: The key cannot be read.
     """
     digest = refusal_digest(words)
     statement, signature = _countersigned(REFUSAL, digest, requested, folder)
@@ -165,7 +208,7 @@ def _countersigned(kind: str, digest: str, requested: SignedRequest, folder: Pat
 
 
 def last_declarable_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:
-    """Between which numbers of records the declared one has to be, by the last request to train by this plan; None: unknown."""
+    """Return between which numbers the declared one has to be, by the last request to train by this plan; None: unknown."""
     for entry in log.newest_first():
         if entry.get("what") == "request":
             statement = RequestStatement.parse(str(entry.get("statement")))

@@ -2,9 +2,9 @@
 
 node/trust.json    in the site; written when it joins, and when the server's keys are renewed
 
-A server's new keys are believed by a statement of the newest that is trusted, and of no other: not of one that was replaced, so
-that anyone who has stolen that cannot lead a site astray. Both are accepted until the server uses the new ones; from then on the
-former signs nothing any more, and its authority is believed for another month, as a server's certificate takes a restart.
+New keys of a server are accepted by a statement of the newest trusted key alone: a stolen key that was replaced cannot introduce
+another. Both keys are accepted until the server uses the new one; from then on the former signs nothing any more, and its
+authority is trusted for another month, as a new server certificate takes a restart.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from cotune.protocol.key_renewal import ServerRenewal
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import exclusive_lock
 
-_MOST_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
+_MAX_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
 
 
 class TrustedServer(BaseModel):
     """One generation of a server's keys.
 
-    until: the last day (UTC) on which its authority is believed, where it was replaced; from then on it signs no requests.
+    Attributes:
+        signing_key: Ed25519, as hex.
+        certificates: Of its authorities, in PEM.
+        until: The last day (UTC) on which its authorities are trusted, where it was replaced; a replaced key signs no requests.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,16 +44,22 @@ class TrustedServer(BaseModel):
     until: date | None = None
 
     def is_accepted(self, today: date) -> bool:
+        """Return whether its authorities are trusted on a day."""
         return self.until is None or today <= self.until
 
     def replaced(self, until: date) -> TrustedServer:
-        """One that was replaced already keeps its own end."""
+        """Return it as one that was replaced; one that was already keeps its own end."""
         return self if self.until is not None else self.model_copy(update={"until": until})
 
 
 class Trust(BaseModel):
-    """trust.json. generations: the oldest first; those that have ended stay, so that an old federation.toml is known as such, and
-    what they have signed can be verified.
+    """trust.json.
+
+    Attributes:
+        federation: Its id.
+        name: Its name.
+        generations: Of the server's keys, the oldest first. Those that have ended stay, so that an old federation.toml is
+            known as such, and what they have signed can be verified.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +69,7 @@ class Trust(BaseModel):
 
     @classmethod
     def read(cls, site: Path) -> Trust:
-        """Raises RunError."""
+        """Read a site's trust. Raises RunError where it has joined no federation, or the file is damaged."""
         found = _document(site).read()
         if found is None:
             raise RunError(
@@ -72,8 +81,10 @@ class Trust(BaseModel):
 
     @classmethod
     def join(cls, site: Path, invitation: Invitation) -> Trust:
-        """Trusts the server of an invitation, durably. An invitation of keys that were replaced since takes nothing back; one of
-        other keys, which somebody here has chosen to believe, ends those before.
+        """Trust the server of an invitation, durably.
+
+        An invitation with keys that were replaced since takes nothing back; one with other keys, which somebody here has
+        chosen to trust, ends those before.
         """
         offered = TrustedServer(signing_key=invitation.signing_key, certificates=invitation.certificates.decode())
         trust = cls(federation=invitation.id, name=invitation.name, generations=(offered,))
@@ -89,51 +100,59 @@ class Trust(BaseModel):
         return self.model_copy(update={"generations": (*ended, newest)})
 
     def write(self, site: Path) -> Trust:
+        """Write it to the site, durably."""
         _document(site).write(self)
         return self
 
     def find(self, signing_key: str) -> TrustedServer | None:
+        """Return the generation with a signing key, if there is one."""
         return next((each for each in self.generations if each.signing_key == signing_key), None)
 
     @property
     def newest(self) -> TrustedServer:
+        """The newest generation, whose statements introduce the next."""
         return self.generations[-1]
 
     def signing_keys(self) -> list[str]:
-        """Those that may sign a request."""
+        """Return the keys that may sign a request."""
         return [each.signing_key for each in self.generations if each.until is None]
 
     def certificates(self, now: datetime | None = None) -> bytes:
-        """PEM: the authorities that vouch for the server."""
+        """Return the authorities that vouch for the server, in PEM."""
         today = (now or datetime.now(UTC)).date()
         accepted = [each.certificates for each in self.generations if each.is_accepted(today)]
         return "".join(dict.fromkeys(accepted)).encode()
 
     def following(self, renewals: Iterable[ServerRenewal]) -> Trust:
-        """The same with the keys that the statements add, one after the other; those of keys that are known change nothing.
+        """Return the trust with the keys that statements add, one after the other; known keys change nothing.
 
-        Raises RunError for a statement in the name of the newest key that is not its own, or is of another federation, and for
-        more keys than a server ever has.
+        Raises:
+            RunError: A statement in the name of the newest key is not signed by it, or is of another federation; or there are
+                more keys than a server ever has.
         """
         trust = self
         for renewal in renewals:
             about = renewal.about
             if about.old != trust.newest.signing_key or trust.find(about.new):
                 continue
-            if len(trust.generations) >= _MOST_GENERATIONS:
+            if len(trust.generations) >= _MAX_GENERATIONS:
                 raise RunError(
                     f"the server of {trust.name} has renewed its keys {len(trust.generations)} times: expected fewer; ask the"
-                    " coordinator why, remove node/trust.json of the site, and join with a new federation.toml"
+                    " coordinator why, remove node/trust.json of the site, and join with a new federation.toml",
+                    code="run.too_many_renewals",
                 )
             renewal.check()
             if about.federation != trust.federation:
-                raise RunError(f"the statement is of federation {about.federation[:12]}: expected {trust.federation[:12]}")
+                raise RunError(
+                    f"the statement is of federation {about.federation[:12]}: expected {trust.federation[:12]}",
+                    code="run.wrong_federation",
+                )
             added = TrustedServer(signing_key=about.new, certificates=renewal.certificates)
             trust = trust.model_copy(update={"generations": (*trust.generations, added)})
         return trust
 
     def using(self, signing_key: str, now: datetime | None = None) -> Trust:
-        """The same once the server was seen to use a key: those before it are replaced."""
+        """Return the trust once the server was seen to use a key: those before it are replaced."""
         until = (now or datetime.now(UTC)).date() + timedelta(days=AUTHORITY_DAYS)
         keys = [each.signing_key for each in self.generations]
         first = keys.index(signing_key)
@@ -142,9 +161,13 @@ class Trust(BaseModel):
 
 
 def record_renewals(site: Path, renewals: Sequence[ServerRenewal]) -> tuple[ServerRenewal, ...]:
-    """Believes a server's new keys, durably, and enters that in the site's log. Returns the statements that were new.
+    """Trust a server's new keys, durably, and enter that in the site's audit log.
 
-    Raises RunError as `Trust.following` does, and for files that cannot be written.
+    Returns:
+        The statements that were new.
+
+    Raises:
+        RunError: As `Trust.following`, or a file cannot be written.
     """
     if not _unknown(Trust.read(site), renewals):
         return ()
@@ -165,7 +188,7 @@ def _unknown(trust: Trust, renewals: Iterable[ServerRenewal]) -> list[ServerRene
 
 
 def record_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
-    """The server has signed with a key that the site accepts: what it has replaced is at its end."""
+    """Note that the server has signed with a key that the site accepts: those before it are replaced."""
     with _changing(site):
         before = Trust.read(site)
         after = before.using(signing_key, now)

@@ -1,4 +1,4 @@
-"""The process that trains for a node: the cotune that is installed here, with the model of the last plan kept between rounds.
+"""The process that trains for a node, by the cotune that is installed here; it keeps the model of the last plan between rounds.
 
 It is started afresh (spawn), ends with the node however that ends, and may itself end at any moment: the node lives on.
 """
@@ -28,9 +28,13 @@ class TrainerDied(Exception):
 
 
 class TrainerProcess:
-    """Answers one message at a time for the site in `folder`. server: who asks, as its own log of what was sent names it.
+    """A process that answers one message at a time for a site.
 
-    Messages come to it in their pieces: what they may become is decided where the model is (received.py).
+    Messages are handed over in their chunks: what they may hold is decided where the model is (received.py).
+
+    Args:
+        folder: Of the site.
+        server: Who asks, as the audit log names it.
     """
 
     def __init__(self, folder: Path, server: str = "") -> None:
@@ -47,10 +51,11 @@ class TrainerProcess:
     def pid(self) -> int | None:
         return self._process.pid
 
-    def give(self, parcel: ChunkedMessage) -> None:
-        """Starts work on a message, in a new process if the old one has ended, or is at a message that nobody waits for any more.
+    def submit(self, parcel: ChunkedMessage) -> None:
+        """Start work on a message, in a new process if the old one has ended, or is busy with a message that was given up.
 
-        Raises ResidentDied.
+        Raises:
+            TrainerDied: The process ended.
         """
         if self._busy or not self._process.is_alive():
             self.stop()
@@ -61,8 +66,12 @@ class TrainerProcess:
         except OSError:
             raise self._died() from None
 
-    def answer(self, seconds: float) -> Message | None:
-        """The reply, when it comes within so many seconds. Raises ResidentDied."""
+    def poll(self, seconds: float) -> Message | None:
+        """Return the reply, if it comes within so many seconds.
+
+        Raises:
+            TrainerDied: The process ended.
+        """
         try:
             if not self._process.pipe.poll(seconds):
                 return None
@@ -73,7 +82,7 @@ class TrainerProcess:
             raise self._died() from None
 
     def stop(self) -> None:
-        """What it was at is lost, except for what the site keeps."""
+        """Kill the process. What it was doing is lost, except for what the site keeps."""
         self._process.kill()
 
     def _died(self) -> TrainerDied:

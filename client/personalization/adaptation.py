@@ -32,7 +32,7 @@ from cotune.privacy.mechanisms.random import seeded_generator
 
 _PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
 _PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix
-_MANY = 2000  # records, from which on one part judges instead of every one in turn
+_MANY_RECORDS = 2000  # records, from which on one part judges instead of every one in turn
 SHARED = "federated"  # the model as it came
 
 
@@ -122,7 +122,8 @@ def _check_units(own: OwnRecords) -> None:
     if (units := len(np.unique(own.units))) < 2:
         raise DataError(
             f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
-            " use the model as it came, with `cotune predict` and `cotune evaluate`"
+            " use the model as it came, with `cotune predict` and `cotune evaluate`",
+            code="data.too_few_records",
         )
 
 
@@ -240,7 +241,7 @@ def split_folds(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRec
         groups = rng.permutation(np.flatnonzero(strata == stratum))
         fold[groups] = (dealt + np.arange(len(groups))) % folds
         dealt += len(groups)
-    for number in range(1 if len(own.targets) >= _MANY else folds):
+    for number in range(1 if len(own.targets) >= _MANY_RECORDS else folds):
         judging = (fold == number)[unit]
         if judging.any() and not judging.all():
             yield own.at(~judging), own.at(judging)

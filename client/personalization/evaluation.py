@@ -1,4 +1,4 @@
-"""The model that a site has received, adapted to the site's own records and compared with what it reaches alone.
+"""The finished model of a site, adapted to its own records and compared with what it reaches alone.
 
 All of it happens here: nothing is sent, and as nothing leaves, nothing is noised and no ε is charged. What is fitted to the
 records may reveal single ones, so that an adapted model is to stay where the records are.
@@ -97,14 +97,18 @@ def open_final_model(site: Site, wanted: str = "") -> Received:
     folder, plan = _chosen(site, wanted)
     loaded, labels, task = load_finished(str(folder), plan.model.max_length)
     if (labels, task) != (plan.labels, plan.task):
-        raise ModelError(f"{folder} is not the model of its plan: expected the classes {', '.join(plan.labels)[:80]}; remove it")
+        raise ModelError(
+            f"{folder} is not the model of its plan: expected the classes {', '.join(plan.labels)[:80]}; remove it",
+            code="model.wrong_plan",
+        )
     model = TrainableModel(loaded, None, plan.seed, pick_device(site.file.device))
     head = model.state(head_names(model))
     draw_head(loaded.module, parameter_seed(plan.seed, "head"))  # before anything is remembered: the model's base from now on
     if feature_head(model) is None:
         raise ModelError(
             f"the head of the model of the plan {plan.name} cannot be run without its encoder: expected one that can be fitted by"
-            " itself; use it as it came, with `cotune predict` and `cotune evaluate`"
+            " itself; use it as it came, with `cotune predict` and `cotune evaluate`",
+            code="model.no_feature_head",
         )
     return Received(folder, plan, model, head)
 
@@ -117,13 +121,17 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
         of_plan = f" of a plan {wanted[:64]}" if wanted else ""
         raise RunError(
             f"{site.folder} has {len(fitting)} finished models{of_plan}: expected one, which comes when a run has ended; models"
-            f" of the plans {known} are here"
+            f" of the plans {known} are here",
+            code="run.no_such_model",
         )
     newest = max(fitting, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
     about = found[newest]  # an earlier version has kept the plan's id alone
     plan = parse_plan(about["plan"]) if "plan" in about else Approvals(site).find(about["plan_id"])
     if plan.plan_id != about["plan_id"]:
-        raise RunError(f"{newest / ABOUT} does not hold the plan of its model: expected it as it came; remove the folder")
+        raise RunError(
+            f"{newest / ABOUT} does not hold the plan of its model: expected it as it came; remove the folder",
+            code="run.damaged_document",
+        )
     return newest, plan
 
 
@@ -132,7 +140,9 @@ def _about(file: Path) -> dict[str, Any]:
         found = parse_json(file.read_bytes())
         return {**found, "plan_id": str(found["plan_id"])}
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{file} is damaged: expected the plan of a finished model; remove its folder") from None
+        raise RunError(
+            f"{file} is damaged: expected the plan of a finished model; remove its folder", code="run.damaged_document"
+        ) from None
 
 
 def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> AdaptedSite:
@@ -163,7 +173,9 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
 def _check_free(folder: Path) -> None:
     """An export replaces a folder: that must be an earlier one."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / ABOUT).exists())):
-        raise RunError(f"{folder} holds something else than an adapted model: choose another folder with --out")
+        raise RunError(
+            f"{folder} holds something else than an adapted model: choose another folder with --out", code="run.folder_not_empty"
+        )
 
 
 def _own(received: Received, held: Dataset) -> OwnRecords:

@@ -1,11 +1,10 @@
-"""What an organization tells the server beside its update, as far as plan and policy agree.
+"""What an organization discloses to the server beside its delta, as far as plan and policy agree.
 
-What is noised is a Gaussian mechanism on sums, which one record changes by a known amount at most: charged to the ledger before
-it is computed. What is told once per run is drawn once and remembered, so that asking again reveals nothing new.
-
-What an organization says about the privacy noise in its delta: where the plan's weighting asks and its policy agrees.
-
-What some fusions want beside a delta: squared gradients and inputs of the trained model on the own records, without noise.
+- Label histogram, metrics and loss: with noise, a Gaussian mechanism on sums that one record changes by a known amount at most,
+  charged to the ledger before they are computed. What is disclosed once per run is drawn once and kept, so that asking again
+  reveals nothing new.
+- The variance of the privacy noise in its delta, which follows from public numbers.
+- Statistics that some fusions need (squared gradients, products of inputs): without noise, never under record-level privacy.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_v
 
 
 class Disclosures:
-    """Tells for one account."""
+    """Computes what an organization discloses about its records and the received model, and charges it to one account."""
 
     def __init__(self, account: Account) -> None:
         self.account = account
@@ -49,9 +48,11 @@ class Disclosures:
         return {f"label {label}": value for label, value in zip(self.plan.labels, noised, strict=True)}
 
     def metrics(self, correct: Callable[[], tuple[float, int]], round: int) -> dict[str, float]:
-        """Records that the received model classifies rightly, of how many; empty unless plan and policy want it.
+        """Return how many records the received model classifies correctly, and of how many; empty unless plan and policy want it.
 
-        correct: computes both. One unit changes both by one at most: the sensitivity of the pair is √2.
+        Args:
+            correct: Computes both, once they are charged. One unit changes each by one at most: the sensitivity of the pair is
+                √2.
         """
         if not self.plan.tell.local_metrics or self.policy.tell.local_metrics == "none":
             return {}
@@ -65,11 +66,17 @@ class Disclosures:
         return {"correct": right, "records": records}
 
     def loss(self, total: Callable[[float], float], count: int, round: int) -> dict[str, float]:
-        """The received model's mean loss in nats; empty unless the plan's strategy asks for it.
+        """Return the received model's mean loss in nats; empty unless the plan's strategy asks for it.
 
-        total: c -> Σ min(ℓ_i, c) over the own records, of which there are `count`. With noise, c is the policy's ceiling, which
-        is then the sensitivity of the sum, and the divisor is the public number of records. Without
-        privacy the delta says more than the loss, and no noise is added. Raises RunError for a loss that is not finite.
+        With noise, the loss of a record is cut at the policy's ceiling, which is then the sensitivity of the sum, and the divisor
+        is the public number of records. Without privacy the delta reveals more than the loss, and no noise is added.
+
+        Args:
+            total: c -> Σ min(ℓ_i, c) over the own records, once that is charged.
+            count: How many records there are.
+
+        Raises:
+            RunError: The loss is not finite.
         """
         if "loss" not in self.plan.strategy.sends:
             return {}
@@ -83,7 +90,10 @@ class Disclosures:
         self.account.record_unprotected(round, "local loss")
         mean = total(math.inf) / count
         if not math.isfinite(mean):
-            raise RunError(f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it")
+            raise RunError(
+                f"the received model's loss is {mean}: expected a finite one, as the plan weighs updates by it",
+                code="run.loss_not_finite",
+            )
         return {"loss": mean}
 
     def _one(self) -> Steps:
@@ -97,9 +107,12 @@ def reported_noise(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
 ) -> dict[str, float] | None:
-    """Parameter name -> variance of the noise on each coordinate of its delta; None where nothing is to be said.
+    """Return parameter name -> variance of the noise on each entry of its delta; None where plan and policy do not want it.
 
-    sigma: the noise multiplier of the round, which follows from public numbers, as all of this does.
+    All of it follows from public numbers.
+
+    Args:
+        sigma: The noise multiplier of the round.
     """
     plan = account.plan
     policy = account.policy
@@ -113,8 +126,10 @@ def reported_noise(
 def noise_variance(
     local: LocalTraining, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, scale: float, steps: int
 ) -> dict[str, float]:
-    """The variances to 3 significant digits after `steps` steps. scale: σC/B, standard deviation of the noise on a step's
-    gradient.
+    """Return the variance of each parameter's noise after `steps` steps, to 3 significant digits.
+
+    Args:
+        scale: σC/B, the standard deviation of the noise on a step's gradient.
     """
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     found = {}
@@ -125,37 +140,49 @@ def noise_variance(
     return found
 
 
-def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
-    """The arrays of `plan.statistics.statistic_shapes`, float32 on the CPU; empty unless the plan's fusion wants some.
+def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
+    """Compute the statistics that the plan's fusion needs, float32 on the CPU; empty where it needs none.
 
-    names: parameters that travel. The model must be set to the state after training. Raises PrivacyError under record-level
-    privacy, which no noise here would keep. Costs one backward pass per record (fisher), one forward pass over all
-    records (gram) and, for as long as it takes, 8 bytes for each entry.
+    Costs one backward pass per record (fisher), or one forward pass over all records (gram), and 8 bytes for each entry
+    meanwhile.
+
+    Args:
+        model: Set to the state after training.
+        names: The parameters that are shared.
+
+    Returns:
+        The arrays of `plan.parameters.statistic_shapes`.
+
+    Raises:
+        PrivacyError: The plan promises record-level privacy, which these would break.
     """
     found: dict[str, Tensor] = {}
     if isinstance(plan.privacy, RecordPrivacy) and {"fisher", "gram"} & set(plan.strategy.sends):
-        raise PrivacyError("the plan asks for statistics of the records that no noise protects: expected privacy = none")
+        raise PrivacyError(
+            "the plan asks for statistics of the records that no noise protects: expected privacy = none",
+            code="privacy.unprotected_statistics",
+        )
     if "fisher" in plan.strategy.sends:
-        found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setting).items()}
+        found |= {f"fisher/{name}": f for name, f in _fisher(dict(model.parameters()), names, setup).items()}
     if "gram" in plan.strategy.sends:
-        found |= {f"gram/{name}": g for name, g in _grams(model, names, setting).items()}
+        found |= {f"gram/{name}": g for name, g in _grams(model, names, setup).items()}
     return {name: tensor.to("cpu", torch.float32) for name, tensor in found.items()}
 
 
-def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
+def _fisher(own: dict[str, nn.Parameter], names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
     """The mean over the records of each record's squared gradient: the diagonal of the empirical Fisher information."""
     parameters = [own[name] for name in names]
     squares = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-    for row in range(setting.rows):
-        loss = setting.exact(setting.alone(row)).sum()
+    for row in range(setup.rows):
+        loss = setup.exact(setup.alone(row)).sum()
         for square, gradient in zip(squares, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 square += gradient.double().square()
-    return {name: square / setting.rows for name, square in zip(names, squares, strict=True)}
+    return {name: square / setup.rows for name, square in zip(names, squares, strict=True)}
 
 
 @torch.no_grad()
-def _grams(model: TrainableModel, names: Sequence[str], setting: TrainingSetup) -> dict[str, Tensor]:
+def _grams(model: TrainableModel, names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
     """XᵀX / n of every trained linear layer: X has a row for each position of a record that is not padding, and a column of ones
     where the bias is trained.
     """
@@ -168,13 +195,13 @@ def _grams(model: TrainableModel, names: Sequence[str], setting: TrainingSetup) 
         grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
         hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
     try:
-        for _, batch in setting.everything():
+        for _, batch in setup.everything():
             mask.now = batch.get("attention_mask")
-            setting.exact(batch)
+            setup.exact(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: gram / setting.rows for name, gram in grams.items()}
+    return {name: gram / setup.rows for name, gram in grams.items()}
 
 
 class _Mask:

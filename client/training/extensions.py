@@ -1,9 +1,4 @@
-"""What a plan adds to plain training: client terms, parameters that stay with the organization, and smaller ranks.
-
-What an organization trains and keeps to itself: its own part of the model, durable from round to round.
-
-An organization that trains a smaller rank than the plan's adapters have: the first rows of A and columns of B alone.
-"""
+"""What a plan adds to plain training: client terms, parameters that stay with the organization, and smaller ranks."""
 
 from __future__ import annotations
 
@@ -25,10 +20,17 @@ from cotune.strategies.types import Delta, LocalSteps
 
 
 class ClientTermState:
-    """Of one round at one organization. admitted: the last round whose update of it is in the model; 0: none.
+    """The client term of a plan's strategy in one round: added to gradients, with state that is kept from round to round.
 
-    What is kept belongs to that round: were it of a later one, whose update never entered the model, client and server would
-    count on different things. Raises RunError when it is lost.
+    What is kept belongs to the last admitted round: were it of a later one, whose update never entered the model, client and
+    server would rely on different states.
+
+    Args:
+        admitted: The last round whose update of this organization is in the model; 0: none.
+        sent: What the server sends beside the state.
+
+    Raises:
+        RunError: What was kept is lost.
     """
 
     def __init__(self, plan: Plan, site: Site, admitted: int, sent: Mapping[str, Tensor]) -> None:
@@ -41,8 +43,8 @@ class ClientTermState:
         self.kept = site.recall(plan.plan_id, admitted) if keeps and admitted else {}
 
     @contextmanager
-    def applied(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """During the block every step of the optimizer sees gradient + term: DP-SGD has left the noised gradient by then."""
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """During the block, add the term to the gradient before every step: under DP-SGD, to the gradient that has its noise."""
         if self.plan.strategy.client_term is None:
             yield
             return
@@ -63,7 +65,7 @@ class ClientTermState:
             hook.remove()
 
     def keep(self, round: int, stage: Stage, delta: Delta) -> None:
-        """After training, before the update is handed over."""
+        """Keep the term's state after training, before the update is finished."""
         if self.plan.strategy.keeps_state:
             assert stage.local.steps is not None, "a plan whose term keeps state gives steps"
             local = LocalSteps(stage.local.learning_rate, stage.local.momentum, stage.local.steps)
@@ -79,10 +81,16 @@ PERSONAL = "personal"  # the folder of what is kept
 
 
 class PersonalParameters:
-    """Of one round at one organization. Where the plan shares all that is trained, nothing here does anything.
+    """The parameters that are trained and stay with the organization; none where the plan shares all that is trained.
 
-    admitted: the last round whose update of it is in the model; 0: none, and the personal part starts as the base model has it.
-    What is kept belongs to that round, as the shared part that it was trained with does. Raises RunError when it is lost.
+    What is kept belongs to the last admitted round, as the shared part that it was trained with does.
+
+    Args:
+        admitted: The last round whose update of this organization is in the model; 0: none, and the personal parameters start as
+            in the base model.
+
+    Raises:
+        RunError: What was kept is lost.
     """
 
     def __init__(self, plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> None:
@@ -95,8 +103,8 @@ class PersonalParameters:
         self.names = [name for name in trained_names(plan, model, round) if name not in set(self.shared)]
         self.kept = site.recall(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}
 
-    def joined(self, state: State) -> State:
-        """The state with the own part beside it; a model that is set to the received one is set to this one."""
+    def join(self, state: State) -> State:
+        """Return the received state with the personal parameters, and set the model to it."""
         if not self.names:
             return state
         joined = {**state, **self.model.state(self.names), **self.kept}
@@ -104,17 +112,17 @@ class PersonalParameters:
         return joined
 
     def keep(self) -> None:
-        """After training, before the update is handed over."""
+        """Keep the personal parameters after training, before the update is finished."""
         if self.names:
             own = self.model.state(self.names)
             self.site.remember(self.plan.plan_id, self.round, own, PERSONAL, since=self.admitted)
 
 
 class RankMask:
-    """Of one round at one organization. Where its rank is the plan's, nothing here does anything.
+    """Adapters of a smaller rank than the plan's: the first rows of A and columns of B alone. Does nothing at the plan's rank.
 
-    The other slices are 0 while it trains, A and B together: they take no part in the model and get no gradient, so that they
-    take nothing of a clip norm either. Noise on them is thrown away after it was added, which is post-processing.
+    The other slices are 0 during training, in A and B together: they take no part in the model and get no gradient, so that they
+    take nothing of the clip norm either. Noise on them is discarded after it was added, which is post-processing.
     """
 
     def __init__(self, plan: Plan, stage: Stage, policy: Policy, model: TrainableModel) -> None:
@@ -124,8 +132,8 @@ class RankMask:
         self.columns = {adapter.b for adapter in self.adapters}
         self.names = {adapter.a for adapter in self.adapters} | self.columns
 
-    def held(self, model: TrainableModel, state: State) -> State:
-        """The state that it trains from; a model that is set to the received one is set to this one."""
+    def mask_state(self, model: TrainableModel, state: State) -> State:
+        """Return the state with the other slices set to 0, and set the model to it."""
         if not self.names:
             return state
         held = {**state, **{name: self._masked(name, tensor) for name, tensor in model.state(sorted(self.names)).items()}}
@@ -133,8 +141,8 @@ class RankMask:
         return held
 
     @contextmanager
-    def applied(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """During the block no step moves the slices that are not held: DP-SGD has left the noised gradient by then."""
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """During the block, set the gradient of the other slices to 0 before every step, after DP-SGD has added its noise."""
 
         def mask(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             for name in self.names & parameters.keys():
@@ -147,8 +155,8 @@ class RankMask:
         finally:
             hook.remove()
 
-    def sent(self, delta: Delta) -> Delta:
-        """Without the slices that are not held."""
+    def trim(self, delta: Delta) -> Delta:
+        """Return a delta without the other slices."""
         return {name: self._slices(name, tensor).clone() if name in self.names else tensor for name, tensor in delta.items()}
 
     def _slices(self, name: str, tensor: Tensor) -> Tensor:

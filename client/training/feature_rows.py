@@ -24,8 +24,8 @@ from cotune.models.probes import bucket_lengths
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 
-_MOST_SLOTS = 512  # rows of features in a batch
-_MOST_ENTRIES = 2**24  # of the gradients of a batch of features, and of the features themselves
+_MAX_SLOTS = 512  # rows of features in a batch
+_MAX_ENTRIES = 2**24  # of the gradients of a batch of features, and of the features themselves
 
 
 def build_feature_setup(
@@ -38,7 +38,7 @@ def build_feature_setup(
     units: Sequence[Unit],
     weights: Tensor | None = None,
 ) -> TrainingSetup:
-    """Return the setting of a head that is trained on features.
+    """Return the setup of a head that is trained on features.
 
     Args:
         precision: What the features were computed in (`model.precision` of a plan).
@@ -176,7 +176,7 @@ def _slots_for(head: nn.Module, expected_batch: float, entries: int = 1) -> int:
     entries: Of a row's features.
     """
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
-    most = min(_MOST_SLOTS, max(16, _MOST_ENTRIES // max(1, trained, entries)))
+    most = min(_MAX_SLOTS, max(16, _MAX_ENTRIES // max(1, trained, entries)))
     slots = 16
     while slots * 2 <= most and slots < expected_batch:
         slots *= 2

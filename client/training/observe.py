@@ -21,4 +21,5 @@ def observe_client(observer: Observer) -> AbstractContextManager[None]:
 
 
 def notify(what: str, **details: Any) -> None:
+    """Tell all observers of an event."""
     _observers.notify(what, details)

@@ -86,20 +86,20 @@ class _Prepared:
     """A round that is ready to be trained: the model holds what was received, and only the stage's parameters are trained."""
 
     context: LocalContext
-    setting: TrainingSetup
+    setup: TrainingSetup
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, nn.Parameter]  # those that are trained
     received: State  # what they start from
-    guard: SanityChecks
+    sanity_checks: SanityChecks
     personal: PersonalParameters
     correction: ClientTermState
     own_rank: RankMask
 
-    def extended(self) -> ExitStack:
+    def attach_extensions(self) -> ExitStack:
         """During the block the client term and the smaller rank take part in every step."""
         with ExitStack() as stack:
-            stack.enter_context(self.correction.applied(self.optimizer, self.parameters))
-            stack.enter_context(self.own_rank.applied(self.optimizer, self.parameters))
+            stack.enter_context(self.correction.attach(self.optimizer, self.parameters))
+            stack.enter_context(self.own_rank.attach(self.optimizer, self.parameters))
             return stack.pop_all()
 
 
@@ -122,10 +122,10 @@ def _prepare(context: LocalContext) -> _Prepared:
     personal = PersonalParameters(plan, site, model, context.round, context.admitted)
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
-    received = own_rank.held(model, personal.joined(context.state))
+    received = own_rank.mask_state(model, personal.join(context.state))
     names = trained_names(plan, model, context.round)
     parameters = model.train_only(names)
-    setting = build_setup(
+    setup = build_setup(
         plan,
         context.stage,
         model,
@@ -136,7 +136,7 @@ def _prepare(context: LocalContext) -> _Prepared:
     )
     return _Prepared(
         context,
-        setting,
+        setup,
         build_optimizer(context.stage.local, model, names, parameters),
         dict(zip(names, parameters, strict=True)),
         received,
@@ -154,7 +154,7 @@ def _train_with_privacy(prepared: _Prepared) -> _Trained:
     disclosed = _disclose(prepared)
     shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
     noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
-    with prepared.extended():
+    with prepared.attach_extensions():
         steps = _private_training(prepared)
     return _Trained(steps, disclosed, context.account.reported_epsilon(), noise)
 
@@ -164,8 +164,8 @@ def _train_without_privacy(prepared: _Prepared) -> _Trained:
     context = prepared.context
     context.account.record_unprotected(context.round, "training")
     disclosed = _disclose(prepared)
-    with prepared.extended():
-        reports = _plain_steps(prepared.setting, prepared.optimizer, _sampler(prepared))
+    with prepared.attach_extensions():
+        reports = _plain_steps(prepared.setup, prepared.optimizer, _sampler(prepared))
         steps = _follow(reports, prepared, None)
     return _Trained(steps, disclosed)
 
@@ -176,17 +176,17 @@ def _private_training(prepared: _Prepared) -> int:
     account = context.account
     privacy = context.plan.privacy
     assert isinstance(privacy, RecordPrivacy)
-    check_gradients(prepared.setting, privacy, context.stage.mode)
+    check_gradients(prepared.setup, privacy, context.stage.mode)
     rate = context.stage.local.sample_rate(context.examples)
     charged = Steps(context.noise_multiplier, rate, context.stage.local.steps_per_round(context.examples))
     charge = account.reserve(context.round, charged)
     began = time.monotonic()
     reports = private_steps(
-        prepared.setting.module,
+        prepared.setup.module,
         prepared.optimizer,
-        prepared.setting.loss,
-        units=prepared.setting.units,
-        batches=prepared.setting.batches,
+        prepared.setup.loss,
+        units=prepared.setup.units,
+        batches=prepared.setup.batches,
         noise_multiplier=charged.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sample_rate=charged.sample_rate,
@@ -215,29 +215,29 @@ def _disclose(prepared: _Prepared) -> dict[str, float]:
     """Compute what else the organization tells, about its records and the received model."""
     account = prepared.context.account
     round = prepared.context.round
-    setting = prepared.setting
+    setup = prepared.setup
     disclosures = Disclosures(account)
     return {
         **disclosures.histogram(lambda: list(account.holdings.label_counts().values())),
-        **disclosures.metrics(lambda: _correct(setting), round),
-        **disclosures.loss(lambda ceiling: _total_loss(setting, ceiling), account.true_examples, round),
+        **disclosures.metrics(lambda: _correct(setup), round),
+        **disclosures.loss(lambda ceiling: _total_loss(setup, ceiling), account.true_examples, round),
     }
 
 
 @torch.no_grad()
-def _correct(setting: TrainingSetup) -> tuple[float, int]:
+def _correct(setup: TrainingSetup) -> tuple[float, int]:
     """How many units the module classifies rightly, of how many; of a unit, the fraction of its records."""
-    right = (float(setting.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setting.everything())
-    return sum(right), len(setting.units)
+    right = (float(setup.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setup.everything())
+    return sum(right), len(setup.units)
 
 
 @torch.no_grad()
-def _total_loss(setting: TrainingSetup, ceiling: float) -> float:
+def _total_loss(setup: TrainingSetup, ceiling: float) -> float:
     """Σ min(ℓ_i, ceiling), of a unit the mean over its records, so that it changes the sum by the ceiling at most.
 
     A record whose loss is not a number counts for the ceiling, as a failure would tell of it.
     """
-    losses = ((setting.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setting.everything())
+    losses = ((setup.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setup.everything())
     known = ((loss.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling), weights) for loss, weights in losses)
     return sum(float(loss @ weights) for loss, weights in known)
 
@@ -248,17 +248,17 @@ def _sampler(prepared: _Prepared) -> PoissonSampler:
     local = context.stage.local
     generator = seeded_generator(context.plan.seed, "batches", context.site.organization, context.round)
     return PoissonSampler(
-        prepared.setting.rows, local.sample_rate(context.examples), local.steps_per_round(context.examples), generator
+        prepared.setup.rows, local.sample_rate(context.examples), local.steps_per_round(context.examples), generator
     )
 
 
-def _plain_steps(setting: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
+def _plain_steps(setup: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
     """Steps without clipping and noise; an empty batch takes none."""
     for step, batch in enumerate(sampler, start=1):
         optimizer.zero_grad()
         total = 0.0
-        for _, rows in setting.batches(batch):
-            loss = setting.loss(rows).sum() / len(batch)
+        for _, rows in setup.batches(batch):
+            loss = setup.loss(rows).sum() / len(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if batch:
@@ -274,7 +274,7 @@ def _follow(reports: Iterator[StepReport], prepared: _Prepared, epsilon: float |
     """
     taken = 0
     for report in reports:
-        prepared.guard.after_step(report)
+        prepared.sanity_checks.after_step(report)
         taken = report.step
         notify(
             "step",
@@ -285,7 +285,7 @@ def _follow(reports: Iterator[StepReport], prepared: _Prepared, epsilon: float |
             loss=report.loss,
             epsilon=epsilon,
         )
-    prepared.guard.after_round()
+    prepared.sanity_checks.after_round()
     return taken
 
 
@@ -293,7 +293,7 @@ def _build_update(prepared: _Prepared, trained: _Trained) -> Update:
     context = prepared.context
     model = context.model
     shared = prepared.personal.shared
-    delta = prepared.own_rank.sent(difference(model.state(shared), prepared.received))
+    delta = prepared.own_rank.trim(difference(model.state(shared), prepared.received))
     _check_finite(delta)
     return Update(
         context.site.organization,
@@ -304,7 +304,7 @@ def _build_update(prepared: _Prepared, trained: _Trained) -> Update:
         trained.epsilon,
         trained.disclosed,
         trained.noise,
-        statistics_of(context.plan, model, shared, prepared.setting),
+        statistics_of(context.plan, model, shared, prepared.setup),
         context.received,
     )
 

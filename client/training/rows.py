@@ -25,8 +25,8 @@ class TrainingSetup:
         loss: A batch -> the loss of each slot, of its row alone; zero for blank slots.
         exact: The same in float32.
         correct: A batch -> which slots the module classifies rightly.
-        samples: The same setting on three made-up rows, to check gradients with.
-        keep_apart: Raises PrivacyError where a row's numbers depend on more than the row.
+        samples: The same setup on three made-up rows, to check gradients with.
+        check_independent_rows: Raises PrivacyError where a row's numbers depend on more than the row.
     """
 
     module: nn.Module

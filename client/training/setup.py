@@ -43,7 +43,7 @@ _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in 
 def build_setup(
     plan: Plan, stage: Stage, model: TrainableModel, holdings: Dataset, state: State, name: str, *, expected_batch: float
 ) -> TrainingSetup:
-    """Return the stage's setting on the records of the organization `name`; the model must be set to `state`.
+    """Build the stage's training setup on the records of the organization `name`; the model must be set to `state`.
 
     Args:
         expected_batch: Rows of a step, a public number: it decides the shape of batches of features.
@@ -54,7 +54,8 @@ def build_setup(
     if holdings.task != plan.task:
         raise DataError(
             f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: mend its description of"
-            " holdings, or take no part in this plan"
+            " holdings, or take no part in this plan",
+            code="data.wrong_task",
         )
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
@@ -72,7 +73,7 @@ def build_setup(
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
-    """Return the stage's setting on so many made-up records, as long as the plan allows: what it costs, without any record."""
+    """Build the stage's training setup on made-up records, as long as the plan allows: what it costs, without a record."""
     task = model.loaded.task
     reader = model.loaded.reader
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
@@ -141,14 +142,14 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     known.add(key)
 
 
-def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
+def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
     """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
 
     Raises:
         PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
             then this model cannot be trained privately in this mode and arithmetic.
     """
-    made_up = setting.samples()
+    made_up = setup.samples()
     try:
         error = check_clipping(
             made_up.module,
@@ -161,15 +162,16 @@ def check_gradients(setting: TrainingSetup, privacy: RecordPrivacy, mode: str) -
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
         reason = _why_no_gradients(raised, made_up.module)
         raise PrivacyError(
-            f"train = {mode} cannot be had with differential privacy for this model ({reason}): expected a gradient for each"
-            " record; use another train mode or model"
+            f"train = {mode} does not support per-example gradients for this model ({reason}): use another train mode or model",
+            code="privacy.no_per_example_gradients",
         ) from None
     if not error <= _MAX_GRADIENT_ERROR:
         raise PrivacyError(
             f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
-            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model"
+            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model",
+            code="privacy.wrong_gradients",
         )
-    setting.check_independent_rows()
+    setup.check_independent_rows()
     return error
 
 
@@ -190,7 +192,7 @@ def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
     try:
         weights = plan.weights_of_classes()
     except ValueError as error:  # of a plan whose labels were found in the records
-        raise PlanError(f"the plan is not valid: {error}") from None
+        raise PlanError(f"the plan is not valid: {error}", code="plan.invalid") from None
     return None if weights is None else torch.tensor(weights, device=model.device)
 
 
@@ -257,7 +259,7 @@ def _on_examples(
 def build_optimizer(
     local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Return the stage's optimizer, with the head in a group of its own rate."""
+    """Build the stage's optimizer, with the head in a group of its own learning rate."""
     head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
     encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
     head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate
@@ -269,11 +271,18 @@ def build_optimizer(
     return adam(groups, weight_decay=local.weight_decay)
 
 
-_USUAL = 100.0  # of a parameter of a usable model
+_MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
 
 
 class SanityChecks:
-    """Watches one round. before: the trained parameters as they were received. noise: whether every step adds noise."""
+    """Sanity checks of one round: exactly the trainable parameters change.
+
+    A model that is wired wrongly costs one step, and no more.
+
+    Args:
+        before: The trained parameters as they were received.
+        noise: Whether every step adds noise.
+    """
 
     def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
         self.model = model
@@ -282,24 +291,31 @@ class SanityChecks:
         self.frozen = self._checksums()
 
     def after_step(self, report: StepReport) -> None:
-        """Raises RunError when the first step changed a frozen parameter, or left one without the noise that it was to get."""
+        """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
         if report.step > 1:
             return
         changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
         if changed:
-            raise RunError(f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move")
+            raise RunError(
+                f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move",
+                code="run.frozen_parameter_changed",
+            )
         still = [name for name in self._still() if self._usual(name)]
         if self.noise and still:
             raise RunError(
                 f"the first step did not move {still[0]}: expected every shared parameter to get its noise; it takes no part in"
-                " the forward pass of this model, so use another train mode"
+                " the forward pass of this model, so use another train mode",
+                code="run.parameter_not_trained",
             )
 
     def after_round(self) -> None:
-        """Raises RunError when nothing moved in the whole round: an adapter that is not wired in."""
+        """Check that the round changed something: an adapter that is not wired in would not. Raises RunError."""
         still = self._still()
         if len(still) == len(self.before) and all(self._usual(name) for name in still):
-            raise RunError("no parameter moved in this round: expected every shared one to be trained; check the train mode")
+            raise RunError(
+                "no parameter moved in this round: expected every shared one to be trained; check the train mode",
+                code="run.nothing_trained",
+            )
 
     def _still(self) -> list[str]:
         own = dict(self.model.parameters())
@@ -308,7 +324,7 @@ class SanityChecks:
     def _usual(self, name: str) -> bool:
         """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
         value = self.before[name]
-        return value.numel() == 0 or float(value.abs().max()) < _USUAL
+        return value.numel() == 0 or float(value.abs().max()) < _MAX_USUAL_VALUE
 
     def _checksums(self) -> dict[str, int]:
         """The sum of every frozen tensor's bits, parameters and buffers."""

@@ -74,7 +74,7 @@ def test_a_wide_roster_does_not_break_the_chain(plan: Plan, site: Site, state_fo
 
 def test_keys_are_not_renewed_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ServerRenewal, "check", lambda self: None)  # as if the certificates were real
-    monkeypatch.setattr(trust, "_MOST_GENERATIONS", 20)
+    monkeypatch.setattr(trust, "_MAX_GENERATIONS", 20)
     keys = [SERVER_KEY, *(Ed25519PrivateKey.generate() for _ in range(40))]
     known = TrustedServer(signing_key=keys[0].public_key().public_bytes_raw().hex(), certificates="")
     believed = Trust(federation=FEDERATION, name="tests", generations=(known,))

@@ -182,7 +182,7 @@ def test_a_real_site_says_only_that_it_failed(
     assert all(word in caplog.text for word in telling)  # the organization itself can read it
 
 
-def test_a_real_site_names_the_rule_that_declines_and_nothing_else(
+def test_real_site_names_only_the_declining_rule(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
@@ -202,7 +202,7 @@ def test_a_real_site_names_the_rule_that_declines_and_nothing_else(
         ({}, {}, 0.02, "expected at most 1/60"),
     ],
 )
-def test_plan_after_plan_a_server_does_not_learn_how_many_records_there_are(
+def test_series_of_plans_does_not_reveal_the_record_count(
     make_plan: MakePlan,
     make_site: MakeSite,
     state_for: StateFor,
@@ -221,7 +221,7 @@ def test_plan_after_plan_a_server_does_not_learn_how_many_records_there_are(
     assert problem in AuditLog(site.folder).last()["reason"]
 
 
-def test_whether_records_can_be_read_is_not_told_to_a_plan_that_is_declined(
+def test_declined_plan_is_not_told_whether_records_are_readable(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
 ) -> None:
     plan = make_plan()

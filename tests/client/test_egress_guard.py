@@ -241,9 +241,7 @@ def test_the_number_of_records_is_what_the_rule_says(
         case.check()
 
 
-def test_what_was_allowed_when_it_was_trained_and_is_not_any_more(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_kept_update_is_refused_once_the_policy_forbids_it(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE, tell={"local_metrics": True})
     case = Case(plan, make_site(), state_for(plan))
     case.check()

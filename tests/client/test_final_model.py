@@ -149,7 +149,7 @@ def weights_of(folder: Path) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
+def test_model_is_whole_after_a_full_disk(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = make_plan()
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_sentence_and_the_model_comes_whole_the_next_time(
 
 
 @pytest.mark.parametrize("size", [0, 20])
-def test_a_model_whose_last_file_could_not_be_written_is_not_taken_as_finished(
+def test_model_without_its_last_file_is_not_finished(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     plan = make_plan()

@@ -94,7 +94,7 @@ def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make
     assert approvals.find() == plans[1]
 
 
-def test_a_plan_that_was_changed_on_disk_is_not_shown_as_the_one_that_came(make_plan: MakePlan, make_site: MakeSite) -> None:
+def test_plan_changed_on_disk_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
     site = make_site(policy=EACH)
     plan = make_plan()
     with pytest.raises(Declined):

@@ -101,7 +101,7 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
         assert declined.value.rule == f"training.{next(iter(rules))}"
 
 
-def test_a_number_that_nobody_gave_is_asked_for_before_the_records_are(make_plan: MakePlan) -> None:
+def test_missing_declared_number_is_asked_for_first(make_plan: MakePlan) -> None:
     broken = policy(training={"min_examples": 100}, tell={"example_count": "declared"})
     with pytest.raises(Declined) as declined:
         check_consent(make_plan(privacy=PRIVATE), broken, 60)

@@ -91,7 +91,7 @@ def test_the_model_is_as_it_was(make_plan: MakePlan, make_site: MakeSite, state_
     assert all(bool((before[name] == after[name]).all()) for name in before)
 
 
-def test_classes_that_the_plan_lacks_are_named_to_the_organization(make_plan: MakePlan, make_site: MakeSite) -> None:
+def test_unknown_classes_are_named_to_the_organization(make_plan: MakePlan, make_site: MakeSite) -> None:
     """In training they could not be: whether it fails would tell the server of single records."""
     found = run_preflight(make_plan(privacy=PRIVATE, labels=("bad", "good", "other")), make_site())
     [warning] = found.warnings

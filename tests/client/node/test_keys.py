@@ -93,7 +93,7 @@ def test_the_node_changes_over_once_the_coordinator_has_accepted(site: Site, mem
     assert server.entered[-1] == new
 
 
-def test_the_coordinator_shuts_the_old_key_out_and_keeps_what_was_agreed(site: Site, members: Members) -> None:
+def test_renewal_shuts_the_old_key_out(site: Site, members: Members) -> None:
     before = members.active()[0]
     other = make_site(site.folder.parent / "other", "hospital-b", device="cpu")
     members.invite("hospital-b", read_public_key(other.folder / "node.pub"))
@@ -157,7 +157,7 @@ def test_a_kill_while_the_key_is_made_leaves_a_node_that_gets_in(
     enter(site, Server(members))
 
 
-def test_a_kill_while_the_key_is_taken_leaves_a_node_that_gets_in(
+def test_node_gets_in_after_a_kill_while_it_takes_its_key(
     site: Site, members: Members, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     old, (_, new) = get_key_fingerprint(site), renew_key(site)
@@ -178,9 +178,7 @@ def test_a_kill_while_the_key_is_taken_leaves_a_node_that_gets_in(
     assert counts == [0, 1, 2, 3]
 
 
-def test_a_kill_while_the_coordinator_accepts_leaves_one_key_of_the_two(
-    site: Site, members: Members, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_coordinator_keeps_one_key_after_a_kill(site: Site, members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
     _, new = renew_key(site)
     for _ in killed_before_each_change(monkeypatch, lambda: accept(members, site)):
         assert len(members.active()) == 1

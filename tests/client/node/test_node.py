@@ -121,12 +121,12 @@ class FakeWorker:
         self._asked = 0
         self._message: Message | None = None
 
-    def give(self, message: Message) -> None:
+    def submit(self, message: Message) -> None:
         self._message = message
         self._asked = 0
         self.given.append(str(message.content["asked"]["round"]))
 
-    def answer(self, seconds: float) -> Message | None:
+    def poll(self, seconds: float) -> Message | None:
         assert self._message is not None
         if self.given[-1] in self._dies and self._times:
             self._times -= 1
@@ -148,9 +148,7 @@ def reasons(fleet: FakeFleet) -> list[str | None]:
     return [reply.error.reason for reply in fleet.sent]
 
 
-def test_requests_are_answered_one_by_one_and_the_bundle_of_a_run_is_looked_at_once(
-    tmp_path: Path, stop: threading.Event
-) -> None:
+def test_requests_are_answered_in_turn_and_bundles_checked_once(tmp_path: Path, stop: threading.Event) -> None:
     fleet = FakeFleet(stop, request(1), request(2))
     worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
@@ -172,7 +170,7 @@ def test_a_bundle_with_code_is_refused_and_nothing_is_trained(tmp_path: Path, st
 
 
 @pytest.mark.parametrize("asked", [[request(1, ttl=1e-9)], [request(3), request(2)]])
-def test_what_nobody_waits_for_any_more_is_dropped_with_a_log_line(
+def test_outdated_request_is_dropped_and_logged(
     tmp_path: Path, stop: threading.Event, asked: list[AnnouncedRequest], caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = FakeFleet(stop, *asked)
@@ -197,7 +195,7 @@ def test_a_clock_that_has_jumped_drops_nothing(tmp_path: Path, stop: threading.E
     assert reply.metadata.created_at + reply.metadata.ttl == pytest.approx(end)
 
 
-def test_a_request_that_is_kept_for_longer_than_it_lives_is_dropped(tmp_path: Path, stop: threading.Event) -> None:
+def test_expired_request_is_dropped(tmp_path: Path, stop: threading.Event) -> None:
     (tmp_path / "request.pb").write_bytes(request().to_bytes())
     an_hour_ago = time.time() - 3600
     os.utime(tmp_path / "request.pb", (an_hour_ago, an_hour_ago))
@@ -211,8 +209,8 @@ def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading
     class Slow(FakeWorker):
         """Never done with round 1."""
 
-        def answer(self, seconds: float) -> Message | None:
-            return None if self.given[-1] == "1" else super().answer(seconds)
+        def poll(self, seconds: float) -> Message | None:
+            return None if self.given[-1] == "1" else super().poll(seconds)
 
     monkeypatch.setattr(node_module, "_OVERDUE_SECONDS", 0.0)
     fleet = FakeFleet(stop, request(1, ttl=0.2), request(2))
@@ -275,10 +273,10 @@ def test_a_worker_that_is_killed_does_its_work_again(tmp_path: Path, stop: threa
     assert fleet.sent[0].has_content()
 
 
-def test_a_worker_that_is_killed_while_it_is_given_its_work_does_it_again(tmp_path: Path, stop: threading.Event) -> None:
+def test_worker_killed_at_submission_is_given_its_work_again(tmp_path: Path, stop: threading.Event) -> None:
     class Killed(FakeWorker):
-        def give(self, message: Message) -> None:
-            super().give(message)
+        def submit(self, message: Message) -> None:
+            super().submit(message)
             if len(self.given) == 1:
                 raise TrainerDied("the training process ended with -9")
 
@@ -298,7 +296,7 @@ def test_a_worker_that_dies_of_its_work_costs_that_answer_only(tmp_path: Path, s
     assert fleet.sent[1].has_content()
 
 
-def test_a_message_that_cannot_be_read_is_answered_without_a_word_of_it(tmp_path: Path, stop: threading.Event) -> None:
+def test_unreadable_message_is_refused_in_generic_words(tmp_path: Path, stop: threading.Event) -> None:
     fleet = FakeFleet(stop, request(), open=[TypeError("secret")])
     worker = FakeWorker()
     serve(tmp_path, stop, fleet, worker)
@@ -368,7 +366,7 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
         raise NodeRejected("the server does not let this node in")
         yield
 
-    Node(tmp_path, FakeWorker(), stop).stay(refused)
+    Node(tmp_path, FakeWorker(), stop).run(refused)
     first, *others = stop.waited
     assert first == 0.0
     assert 0.4 <= others[0] <= 0.5
@@ -387,7 +385,7 @@ def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
         came.append((known, anew))
         yield waiting.pop(0)
 
-    node.stay(connect)
+    node.run(connect)
     return came
 
 
@@ -399,7 +397,7 @@ def test_it_comes_back_by_its_number_and_leaves_when_stopped(tmp_path: Path, sto
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_request_that_may_have_been_lost_on_its_way_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
+def test_request_that_may_be_lost_is_asked_for_again(tmp_path: Path, stop: threading.Event) -> None:
     """The server hands it over once: anyone who comes back after that call leaves first, so that the server sees it."""
     broken = FakeFleet(stop, request(), receive=[FleetError("broken")])
     after = FakeFleet(stop, request())
@@ -426,14 +424,14 @@ def test_it_outlives_what_nobody_thought_of(tmp_path: Path, stop: threading.Even
 
 
 @pytest.mark.parametrize(("place", "known"), [(".", 9), ("copy", None)])
-def test_a_killed_node_comes_back_by_its_number_and_a_copy_of_its_site_does_not(
+def test_killed_node_keeps_its_number_and_a_copy_does_not(
     tmp_path: Path, stop: threading.Event, place: str, known: int | None
 ) -> None:
     (tmp_path / "id").write_text(f"9 {platform.node()} {(tmp_path / place).resolve()}", encoding="utf-8")
     assert stay(Node(tmp_path, FakeWorker(), stop), FakeFleet(stop)) == [(known, True)]
 
 
-def test_a_server_set_up_anew_does_not_get_an_answer_for_the_old_one(tmp_path: Path, stop: threading.Event) -> None:
+def test_new_server_gets_no_answer_for_the_old_one(tmp_path: Path, stop: threading.Event) -> None:
     (tmp_path / "request.pb").write_bytes(request(node=NODE + 1).to_bytes())
     fleet = FakeFleet(stop)
     worker = FakeWorker()
@@ -492,8 +490,7 @@ def test_the_log_says_nothing_of_the_key(tmp_path: Path, key: Path, caplog: pyte
     """Against a port where nobody listens."""
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
     stop = threading.Event()
-    threading.Timer(1.0, stop.set).start()
-    with caplog.at_level(logging.DEBUG, "cotune"):
+    with observe_client(lambda event, fields: stop.set()), caplog.at_level(logging.DEBUG, "cotune"):
         run_node(tmp_path, "127.0.0.1:1", key=key, stop=stop)
     assert "nothing listens at 127.0.0.1:1" in caplog.text
     assert all(line not in caplog.text for line in key.read_text().splitlines()[1:-1])
@@ -512,14 +509,12 @@ class Unhurried(FakeWorker):
 
     done = False
 
-    def answer(self, seconds: float) -> Message | None:
+    def poll(self, seconds: float) -> Message | None:
         return self._message if self.done else None
 
 
 @pytest.mark.parametrize(("content", "given"), [("content", ["1", "1"]), ("another", ["1", "1"])])
-def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
-    tmp_path: Path, stop: threading.Event, content: str, given: list[str]
-) -> None:
+def test_renumbered_node_goes_on_with_its_request(tmp_path: Path, stop: threading.Event, content: str, given: list[str]) -> None:
     """As after a renewed key: training goes on, and its update, which is kept, answers; other content is given at once."""
     worker = Unhurried()
     waited = list[int]()
@@ -535,14 +530,14 @@ def test_a_node_with_another_number_goes_on_with_what_it_is_asked_anew(
     with pytest.raises(NodeRejected):
         node.serve(Refusing(stop, asked_anew(request(), NODE)))
     assert worker.given == ["1"]
-    answer = worker.answer
+    answer = worker.poll
 
     def later(seconds: float) -> Message | None:
         waited.append(len(worker.given))
         worker.done = len(waited) >= 3
         return answer(seconds)
 
-    worker.answer = later  # type: ignore[method-assign]
+    worker.poll = later  # type: ignore[method-assign]
     second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
     second.node_id = NODE + 1
     node._enter(second)

@@ -61,7 +61,7 @@ def test_anyone_who_joined_in_between_takes_what_follows_it(tmp_path: Path, chai
         assert start.following(chain).signing_keys() == HEX[number:]
 
 
-def test_a_key_ends_with_the_first_use_of_the_next_and_its_authority_a_month_later(
+def test_key_ends_when_the_next_is_used_and_its_authority_later(
     site: Path, chain: list[ServerRenewal], authorities: list[str]
 ) -> None:
     record_renewals(site, chain[:1])

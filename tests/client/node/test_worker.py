@@ -32,7 +32,7 @@ def message(content: RecordDict, kind: str = MessageType.TRAIN) -> ChunkedMessag
 
 
 def answer(resident: TrainerProcess, seconds: float = 600) -> Message:
-    reply = resident.answer(seconds)
+    reply = resident.poll(seconds)
     assert reply is not None
     assert len(reply.metadata.reply_to_message_id) == 64
     return reply
@@ -45,17 +45,17 @@ def resident(make_site: Callable[..., Site]) -> Iterator[TrainerProcess]:
     made.stop()
 
 
-def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
+def test_trainer_answers_all_and_is_restarted_when_killed(
     resident: TrainerProcess, make_plan: Callable[..., Plan], state_for: Callable[..., State]
 ) -> None:
     plan = make_plan()
     (content,) = encode_requests(plan.canonical(), 1, state_for(plan), [Recipient("clinic")])
     sign_request(content)
-    resident.give(message(content))
+    resident.submit(message(content))
     assert decode_update(detach(answer(resident).content)[0], plan.plan_id).organization == "clinic"
     log = AuditLog(resident._folder)
     for unfit in (message(RecordDict()), message(content, MessageType.QUERY)):  # malformed, and of a kind that is not served
-        resident.give(unfit)
+        resident.submit(unfit)
         assert answer(resident).error.reason == GENERIC_REFUSAL
         assert log.last()["what"] == "refusal"
     assert [e["what"] for e in log.entries()] == [
@@ -67,22 +67,22 @@ def test_it_trains_answers_what_it_cannot_read_and_comes_back_when_killed(
     before = resident.pid
     assert before is not None
     os.kill(before, signal.SIGTERM)  # of the node alone is asked to stop
-    resident.give(message(content))
+    resident.submit(message(content))
     answer(resident)
     assert resident.pid == before
-    resident.give(message(content))
+    resident.submit(message(content))
     os.kill(before, signal.SIGKILL)
     with pytest.raises(TrainerDied, match="the training process ended with -9"):
-        resident.answer(600)
-    resident.give(message(content))
+        resident.poll(600)
+    resident.submit(message(content))
     assert answer(resident).has_content()
     assert resident.pid != before
 
 
 def test_a_message_that_nobody_waits_for_any_more_gives_way(resident: TrainerProcess) -> None:
     before = resident.pid
-    resident.give(message(RecordDict()))
-    resident.give(message(RecordDict()))
+    resident.submit(message(RecordDict()))
+    resident.submit(message(RecordDict()))
     assert resident.pid != before
     assert answer(resident).has_error()
-    assert resident.answer(0.2) is None  # one answer only
+    assert resident.poll(0.2) is None  # one answer only

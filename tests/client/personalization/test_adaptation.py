@@ -43,7 +43,7 @@ def accuracy(model: TrainableModel, head: State, of: OwnRecords) -> float:
     return float((told == of.targets).float().mean())
 
 
-def test_of_few_and_skewed_records_something_of_the_others_model_is_kept(model: TrainableModel) -> None:
+def test_few_skewed_records_keep_part_of_the_shared_model(model: TrainableModel) -> None:
     """Thirty records of another mix: better than the shared model as it came, and better than alone."""
     mix = (6.0, 1.0, 1.0)
     shared = shared_head(model, records(2000, seed=2))

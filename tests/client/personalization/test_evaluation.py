@@ -80,9 +80,7 @@ def test_an_adapted_model_is_exported_and_nothing_else_changes(received: tuple[P
         assert {one["label"]: one["score"] for one in each} == pytest.approx(dict(zip(plan.labels, row, strict=True)), abs=1e-4)
 
 
-def test_the_shared_head_is_where_it_begins_and_alone_knows_nothing_of_it(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_adaptation_starts_from_the_shared_head(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan()
     starts = []
     for seed in (5, 6):
@@ -97,7 +95,7 @@ def test_the_shared_head_is_where_it_begins_and_alone_knows_nothing_of_it(
     assert all(torch.equal(tensor, starts[1][name]) for name, tensor in starts[0].items())
 
 
-def test_a_second_time_replaces_the_first_and_foreign_folders_stay(received: tuple[Plan, Site, State], tmp_path: Path) -> None:
+def test_second_adaptation_replaces_only_the_first(received: tuple[Plan, Site, State], tmp_path: Path) -> None:
     _, site, _ = received
     first = adapt_site(site, tmp_path / "mine")
     assert contents(first.folder) == contents(adapt_site(site, tmp_path / "mine").folder)

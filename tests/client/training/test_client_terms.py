@@ -30,7 +30,7 @@ def constant(state: State, value: float) -> State:
 
 
 @pytest.mark.parametrize("train", ["head", "lora", "full"])
-def test_under_privacy_the_term_is_added_after_clipping_and_noise(
+def test_term_is_added_after_clipping_and_noise(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A c of 100 everywhere moves every parameter by −η·100; the clipped sum and its noise are the same to rounding."""
@@ -83,7 +83,7 @@ def test_the_next_round_goes_on_from_the_last_admitted_update(
 
 
 @pytest.mark.parametrize("strategy", ["scaffold", "feddyn"])
-def test_a_server_that_has_lost_its_last_checkpoint_can_go_on_from_the_one_before(
+def test_server_can_go_on_from_its_checkpoint_before_the_last(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, strategy: str
 ) -> None:
     """Round 3 was admitted and round 4 asked for when the checkpoint of round 3 turned out to be damaged: round 3 is asked for
@@ -101,7 +101,7 @@ def test_a_server_that_has_lost_its_last_checkpoint_can_go_on_from_the_one_befor
 
 
 @pytest.mark.parametrize("privacy", ["none", PRIVATE])
-def test_a_crash_before_the_update_is_in_the_outbox_costs_no_agreement(
+def test_crash_before_the_outbox_keeps_both_sides_in_step(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, privacy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept is that of the update that was handed over, not of the one that was lost; a resend finds both unchanged."""
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_a_server_sends_beside_the_state_is_looked_at_before_anything_is_charged(
+def test_tensors_beside_the_state_are_checked_before_the_charge(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, wrong: str
 ) -> None:
     plan = make_plan(privacy=PRIVATE, strategy="scaffold")

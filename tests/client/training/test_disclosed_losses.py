@@ -109,9 +109,7 @@ def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: Ma
     assert np.std(draws) == pytest.approx(4 / 60, rel=0.05)
 
 
-def test_no_record_changes_the_clipped_sum_by_more_than_the_ceiling(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_clipped_loss_sum_changes_by_the_ceiling_at_most(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     """Also one whose loss is not a number, or endless."""
     plan = make_plan(strategy=WEIGHTED)
     site = make_site()

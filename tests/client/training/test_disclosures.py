@@ -95,9 +95,7 @@ def test_a_crash_before_the_number_is_told_counts_as_spent(make_plan: MakePlan, 
     assert [(c.purpose, c.state) for c in again.ledger.charges()] == [("example count", "reserved"), ("example count", "settled")]
 
 
-def test_a_number_that_a_later_round_drew_is_in_the_stated_epsilon(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_reported_epsilon_includes_a_number_drawn_later(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     """A server that asked for round 3 first, in a request that fails, was told ε = 1.02 in round 1; the ledger said 1.30."""
     policy = tells(example_count="noised", noise_multiplier=5.0)
     plan = make_plan(privacy=PRIVATE, rounds=3)

@@ -70,7 +70,7 @@ def seen(given: TrainingSetup) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_losses_gradients_and_answers_are_those_of_the_whole_model(plan: Plan) -> None:
+def test_head_setup_equals_the_whole_model(plan: Plan) -> None:
     _, on_features, on_examples = both(plan)
     losses, gradients, right = seen(on_features)
     expected_losses, expected_gradients, expected_right = seen(on_examples)

@@ -601,9 +601,7 @@ def test_without_privacy_no_noise_is_stated(make_plan: MakePlan, make_site: Make
     assert train_round(plan, make_site(), 1, state_for(plan)).noise_variance is None
 
 
-def test_the_stated_noise_is_that_of_plain_sgd_for_head_and_encoder(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_reported_noise_is_that_of_plain_sgd(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     """T (ησC/B)² with B = 0.2 · 60, and the head's own rate."""
     local = {"learning_rate": 0.1, "head_learning_rate": 0.4, "momentum": 0.0}
     plan = make_plan(train="full", privacy=PRIVATE, local=local, strategy={"weighting": "noise_aware"})
@@ -624,9 +622,7 @@ def test_the_outbox_keeps_the_stated_noise(make_plan: MakePlan, make_site: MakeS
     assert train_round(plan, site, 1, state).noise_variance == train_round(plan, site, 1, state).noise_variance is not None
 
 
-def test_no_noise_is_stated_where_nobody_needs_it_or_the_policy_keeps_it(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_noise_is_reported_only_where_needed_and_allowed(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE)
     assert train_round(plan, make_site(at="one"), 1, state_for(plan)).noise_variance is None
     plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
@@ -638,7 +634,7 @@ def test_no_noise_is_stated_where_nobody_needs_it_or_the_policy_keeps_it(
 
 
 @pytest.mark.parametrize("declared", [40, 50, 4000])
-def test_the_stated_noise_does_not_tell_a_number_of_records_that_is_kept(
+def test_reported_noise_does_not_reveal_the_record_count(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, declared: int
 ) -> None:
     """It is that of an organization of the declared size: the same for any true size."""

@@ -105,7 +105,7 @@ def test_private_round_charges_before_records_take_part(
     ]
 
 
-def test_noised_number_of_records_is_charged_when_it_is_first_needed(
+def test_noised_record_count_is_charged_at_first_use(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, events: list[str]
 ) -> None:
     plan = make_plan(privacy=PRIVATE)
