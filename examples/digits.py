@@ -118,7 +118,8 @@ def write_digits(folder: Path) -> Path:
     plan = folder / "digits.toml"
     model.mkdir(parents=True, exist_ok=True)
     DigitsModel(DigitsConfig()).save_pretrained(model)
-    processor = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "do_normalize": False}
+    processor = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": SIDE, "width": SIDE}}
+    processor |= {"do_rescale": True, "do_normalize": False}
     (model / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     images, targets = load_digits(return_X_y=True)
     table = {"image": [_png(image) for image in images], "label": [str(target) for target in targets]}

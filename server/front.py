@@ -56,7 +56,7 @@ class FrontConfig(ConfigTable):
 
 
 def read_config(path: Path) -> FrontConfig:
-    """Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
+    """Read front.toml. Raises RunError for a file that cannot be read, is not TOML, or has a key that is unknown or wrong."""
     try:
         config = FrontConfig.model_validate(parse_toml(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -76,8 +76,8 @@ def read_config(path: Path) -> FrontConfig:
     return config.model_copy(update=paths)
 
 
-class Keys:
-    """Whose a public key is, by members.json as it is now: read again when it has changed; a damaged one changes nothing."""
+class MemberKeys:
+    """Finds whose a public key is, by members.json, which is read again when it has changed; a damaged one changes nothing."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -86,7 +86,7 @@ class Keys:
         self._names: dict[bytes, str] = {}
 
     def __call__(self, key: bytes) -> str | None:
-        state = self._look()
+        state = self._file_state()
         if state != self._state:
             self._state = state
             try:
@@ -95,7 +95,7 @@ class Keys:
                 log.error("%s", error)
         return self._names.get(key)
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _file_state(self) -> tuple[int, int, int] | None:
         try:
             found = self._file.stat()
         except OSError:
@@ -104,7 +104,7 @@ class Keys:
 
 
 def setup(config: FrontConfig) -> ProxySetup:
-    """Raises RunError for certificates that organizations would not accept, and a damaged list of members."""
+    """Build what the proxy needs. Raises RunError for certificates that organizations would not accept, and a damaged list."""
     expiry = certificates.check_certificate(config.certificates)
     log.info("the certificate expires on %s", f"{expiry:%Y-%m-%d}")
     Members(config.members).all()
@@ -115,7 +115,7 @@ def setup(config: FrontConfig) -> ProxySetup:
         _server_context(config.certificates),
         config.superlink_port,
         ssl.create_default_context(cafile=str(config.certificates / "ca.crt")),
-        Keys(config.members),
+        MemberKeys(config.members),
         FLEET_FORMAT,
         refusals.note if refusals else ignore_refusal,
         config.limits,

@@ -1,4 +1,4 @@
-"""The gradient of each row of a batch by itself, by Opacus' hooks, and the sum of the gradients of each unit.
+"""The gradient of each row of a batch by itself, of linear layers and by Opacus' hooks, and the sum for each unit.
 
 Nothing here decides what a row contributes: see `clipping`.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +25,7 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.privacy.mechanisms.linear_gradients import recording
 from cotune.privacy.mechanisms.noise import Grid
 
 Batch = dict[str, Tensor]
@@ -63,7 +64,7 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
         RuntimeError, AttributeError: From `gradients`, for a trained parameter that takes no part in the forward pass.
     """
     parameters = tuple(p for p in module.parameters() if p.requires_grad)
-    hooks = GradSampleHooks(module, loss_reduction="sum", strict=True)
+    hooks = _HooksBesideLinear(module)
 
     def gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
         _forget(parameters)
@@ -71,16 +72,44 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses = loss(batch)
             losses.sum().backward()  # type: ignore[no-untyped-call]
+        _check_recorded(hooks.linear)
         found = [_of(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse to find a norm from
         _forget(parameters)
         return losses.detach(), found
 
     try:
-        yield PerExample(parameters, gradients)
+        with recording(hooks.linear):
+            yield PerExample(parameters, gradients)
     finally:
         hooks.cleanup()
         for p in module.parameters():
             p.grad = None
+
+
+class _HooksBesideLinear(GradSampleHooks):  # type: ignore[misc]
+    """Opacus' hooks on all layers with trained parameters but plain linear ones, which record by themselves.
+
+    Attributes:
+        linear: Those layers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.linear: list[nn.Linear] = []
+        super().__init__(module, loss_reduction="sum", strict=True)
+
+    def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Called by Opacus for the module, and by itself for each of its parts."""
+        for layer in super().iterate_submodules(module):
+            if type(layer) is nn.Linear:
+                self.linear.append(layer)
+            else:
+                yield layer
+
+
+def _check_recorded(layers: Sequence[nn.Linear]) -> None:
+    """A layer that records gives its parameters no other gradient: one that is there came past the layer."""
+    if any(p.grad is not None for layer in layers for p in layer.parameters(recurse=False)):
+        raise RuntimeError("a trained parameter takes part in the forward pass past its own layer, as a tied one does")
 
 
 @register_grad_sampler(nn.LayerNorm)  # type: ignore[untyped-decorator]

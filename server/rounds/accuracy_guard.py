@@ -1,11 +1,11 @@
 """A round that makes the model much worse on the coordinator's records is not applied: the state before it stays.
 
-The coordinator's validation records judge where it has some. Otherwise its test set judges a real run: figures on that set are
-then those of a model that was chosen by it, if by coarse steps only. A simulated run is never judged by its test set: that holds
+The coordinator's validation records decide where it has some. Otherwise its test set decides in a real run: figures on that set
+are then those of a model that was chosen by it, if by coarse steps only. In a simulated run the test set never decides: it holds
 records of the simulated organizations, it is small, and the reported accuracy would be one that was selected for.
 
-A refused round is kept in the history as not applied, with what stood out: anyone who is shown may be hostile, or unlike the
-others.
+A round that is not applied is kept in the history, with the updates that stood out: such an organization may be hostile, or only
+unlike the others.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _ROUNDING = 1e-9
 class AccuracyGuard:
     """Decides whether a round is applied."""
 
-    def __init__(self, most: float, validate: Callable[[State], float] | None, *, by_test_set: bool) -> None:
+    def __init__(self, max_drop: float, validate: Callable[[State], float] | None, *, by_test_set: bool) -> None:
         """Create the guard of a run.
 
         Args:
-            most: Fall of the accuracy that is still accepted, in fractions of the records that judge; from 1 on every fall is.
+            max_drop: Fall of the accuracy that is still accepted, as a share of the records that decide; from 1 on every fall is.
             validate: A state's accuracy on the coordinator's validation records, 0 to 1; None where it has none.
             by_test_set: Whether the test set judges in their place.
         """
-        self._most = most
+        self._max_drop = max_drop
         self._validate = validate
-        self.active = most < 1 and (validate is not None or by_test_set)
+        self.active = max_drop < 1 and (validate is not None or by_test_set)
 
     def accepts(self, before: State, metrics_before: MetricsEntry | None, after: State, metrics: Metrics | None) -> bool:
-        """Tell whether the accuracy has not fallen by more than is accepted; true where no records judge.
+        """Return whether the accuracy has not fallen by more than is accepted; true where no records decide.
 
         Args:
             before: The model that the round began with, as it is served.
@@ -49,14 +49,14 @@ class AccuracyGuard:
         if not self.active:
             return True
         if self._validate is not None:
-            return self._validate(before) - self._validate(after) <= self._most + _ROUNDING
+            return self._validate(before) - self._validate(after) <= self._max_drop + _ROUNDING
         if metrics_before is None or metrics is None:
             return True
-        return metrics_before.accuracy - metrics.accuracy <= self._most + _ROUNDING
+        return metrics_before.accuracy - metrics.accuracy <= self._max_drop + _ROUNDING
 
 
 def read_update_looks(combination: Combination) -> dict[str, UpdateLook]:
-    """Of the round's updates; nothing of them under client-level privacy, where a whole organization is protected."""
+    """Return how the updates of a round look; nothing under client-level privacy, where a whole organization is protected."""
     return combination.looks() if isinstance(combination, Aggregator) else {}
 
 

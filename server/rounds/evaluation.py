@@ -1,4 +1,4 @@
-"""How good the shared model is on the common test set; and who judges in its place where there is no common model."""
+"""How good the shared model is on the common test set, and what evaluates a run where there is no common model."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from cotune.observers import Registry
 
 _BATCH = 64
 Evaluator = Callable[[State], Metrics | None]
-_judges = Registry[Evaluator]()
+_evaluators = Registry[Evaluator]()
 
 
-def register_evaluator(judge: Evaluator) -> AbstractContextManager[None]:
-    """During the block, runs of this process whose organizations have models of their own are judged by it."""
-    return _judges.register(judge)
+def register_evaluator(evaluator: Evaluator) -> AbstractContextManager[None]:
+    """Let runs of this process whose organizations have models of their own be evaluated by a function, during the block."""
+    return _evaluators.register(evaluator)
 
 
 def get_registered_evaluator() -> Evaluator:
-    """The judge of such a run; without one, as in a real federation, nobody sees these models."""
-    return _judges.newest or (lambda _: None)
+    """Return what evaluates such a run; without one, as in a real federation, nobody sees these models."""
+    return _evaluators.newest or (lambda _: None)
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
-    """Metrics of the model in a state."""
+    """Return metrics of the model in a state on the test set."""
     return compute_metrics(test.truth, predict(model, state, test, precision), len(test.labels))
 
 
 @torch.no_grad()
 def predict(model: TrainableModel, state: State, test: Dataset, precision: str) -> list[int]:
-    """What the model in a state tells, in the order of `test.truth`.
+    """Return the class numbers that the model in a state predicts, in the order of `test.truth`.
 
     While the encoder is as it came, only the head is computed, on kept features.
     """
@@ -53,10 +53,10 @@ def _predict(model: TrainableModel, test: Dataset) -> list[int]:
     task = model.loaded.task
     order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
     collate = task.collator(model.module, model.loaded.reader, model.device)
-    told: list[tuple[int, ...]] = [()] * len(examples)
+    predicted: list[tuple[int, ...]] = [()] * len(examples)
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
         batch = [examples[i] for i in rows]
         for row, answer in zip(rows, task.answers(logits(model.module, collate(batch)), batch), strict=True):
-            told[row] = answer
-    return [number for answer in told for number in answer]
+            predicted[row] = answer
+    return [number for answer in predicted for number in answer]

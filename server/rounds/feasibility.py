@@ -16,10 +16,16 @@ _MAX_FAILURE_RATE = 1e-3  # how often a run may end because too few organization
 
 
 def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None:
-    """Whether so many organizations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file.
+    """Check that so many organizations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file.
 
-    server_data: whether the server has validation records. Raises PlanError, or PrivacyError where client-level privacy cannot
-    be given.
+    Args:
+        plan: The plan.
+        organizations: How many there are.
+        server_data: Whether the server has validation records.
+
+    Raises:
+        PlanError: They do not.
+        PrivacyError: Client-level privacy cannot be given.
     """
     check_sample_size(plan, organizations)
     size = plan.server.sample_size

@@ -19,7 +19,7 @@ _ANY_STEPS = 10**9  # where the plan gives epochs: each update's steps are held 
 
 
 def begin_round(model: TrainableModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
-    """The state, with what this round adds to it at its present values; and the names that the organizations share."""
+    """Return the state, with what this round adds to it at its present values, and the names that organizations share."""
     model.load(state)
     names = shared_names(plan, model, round)
     wanted = [*names, *rewritten_names(plan, model, round)]
@@ -29,7 +29,7 @@ def begin_round(model: TrainableModel, plan: Plan, state: State, round: int) -> 
 def round_context(
     plan: Plan, model: TrainableModel, before: Progress, state: State, round: int, *, organizations: int, score: Score | None
 ) -> RoundContext:
-    """What the fusion and the weighting of a round may know."""
+    """Return what the fusion and the weighting of a round may know."""
     stage = plan.get_stage(round)
     local = stage.local
     return RoundContext(
@@ -46,14 +46,14 @@ def round_context(
 
 
 def broadcast_extras(plan: Plan, before: Progress) -> dict[str, Tensor]:
-    """What the plan's client term sends to the organizations beside the state."""
+    """Return what the plan's client term sends to the organizations beside the state."""
     return build_client_term(plan.strategy).send(_remembered(before, "term"))
 
 
 def apply_update(
     plan: Plan, before: Progress, state: State, fused: Delta | Aggregate, context: RoundContext
 ) -> tuple[State, State]:
-    """The next state, and all that the parts remember: fusion → the client term's server half → server optimizer."""
+    """Return the next state, and all that the parts remember: fusion → the client term's server half → server optimizer."""
     fused = fused if isinstance(fused, Aggregate) else Aggregate(fused)
     if not fused.delta:
         return dict(state), dict(before.memory)  # nobody was asked

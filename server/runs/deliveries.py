@@ -9,7 +9,7 @@ from cotune.storage.documents import JsonDocument
 
 
 def read_deliveries(folder: RunFolder) -> dict[str, str]:
-    """Organization -> when it confirmed that it has the model (UTC). Raises RunError for a damaged file."""
+    """Return organization -> when it confirmed the finished model (UTC). Raises RunError for a damaged file."""
     return _document(folder).read() or {}
 
 

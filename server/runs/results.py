@@ -1,9 +1,7 @@
 """What came out of a run: summary.json, and for a real run the exported model and the report.
 
-A coordinator knows less than a simulation: nothing of an organization's records, and of its ε what it states. What is not known
-is None in the summary, and no sentence of the report is about it.
-
-What summary.json says of every run, simulated or real: what the server knows by itself. See docs/run-folder.md.
+The parts of the summary that the server knows by itself are shared with simulations. Of a real run a coordinator knows less:
+nothing of an organization's records, and of its ε what it states. What is not known is None, and the report does not mention it.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ _PACKAGES = ("cotune", "flwr", "torch", "transformers", "opacus", "peft", "dp-ac
 
 
 def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Which run of which plan, on which model, and how it ended."""
+    """Return which run of which plan it is, on which model, and how it ended."""
     plan = folder.plan
     return {
         "schema": 1,
@@ -66,7 +64,7 @@ def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 
 def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
-    """What the rounds were, and what they took."""
+    """Return what the rounds were, and what they took."""
     return {
         "rounds": list(progress.history),
         "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
@@ -77,7 +75,7 @@ def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
 
 
 def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, Any] | None:
-    """From the server's account; None where the plan asks for none."""
+    """Return client-level privacy from the server's account; None where the plan asks for none."""
     plan = folder.plan
     privacy = folder.plan.client_privacy
     if privacy is None:
@@ -104,7 +102,7 @@ def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, 
 
 
 def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
-    """Return the card of a run's model. length: tokens that it reads of a text."""
+    """Return the card of a run's model, which reads `length` tokens of a text."""
     test = summary.test
     more = [] if summary.client_privacy is None else summary.client_privacy.statement
     return model_card(
@@ -150,7 +148,7 @@ _NOT_KNOWN = (
 
 
 def finalize_run(folder: RunFolder) -> RunSummary:
-    """Writes model/, summary.json and report.html, each in one step, and returns the summary; again, it replaces them.
+    """Write model/, summary.json and report.html, each in one step, and return the summary.
 
     Where every organization has a model of its own there is no model/. The folder must have a finished round.
     """
@@ -171,7 +169,7 @@ def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
 
 
 def summarize(folder: RunFolder, progress: Progress) -> RunSummary:
-    """The summary of a real run as plain values (schema 1)."""
+    """Return the summary of a real run."""
     events = read_events(folder.path / "events.jsonl") if (folder.path / "events.jsonl").exists() else []
     table = {
         **describe_run(folder, progress),

@@ -29,7 +29,7 @@ from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import ReplyStatement
 from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
 from cotune.server.deployment.members import Members
-from cotune.server.front import Keys
+from cotune.server.front import MemberKeys
 from tests.support.calls import new_key, public
 from tests.support.signing import FEDERATION, SERVER_KEY, sign_request
 
@@ -242,7 +242,7 @@ def test_an_old_statement_does_not_bring_an_old_key_back(members: Members) -> No
 
 
 def test_the_front_knows_the_old_key_no_more(members: Members, tmp_path: Path) -> None:
-    keys = Keys(tmp_path / "members.json")
+    keys = MemberKeys(tmp_path / "members.json")
     assert (keys(public(OWN)), keys(public(NEXT))) == ("north", None)
     members.renew(make(OWN, NEXT), FEDERATION)
     assert (keys(public(OWN)), keys(public(NEXT))) == (None, "north")

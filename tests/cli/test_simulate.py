@@ -227,8 +227,9 @@ def test_options_are_short_for_keys_and_set_wins(cotune: Cotune, folder: Path) -
 
 
 def test_resume_goes_on_and_says_so(cotune: Cotune, folder: Path) -> None:
-    assert cotune("simulate", "toy.toml", "--out", "whole").code == 0
-    assert cotune("simulate", "toy.toml", "--out", "run").code == 0
+    no_baselines = ("--set", "simulation.baselines=[]")
+    assert cotune("simulate", "toy.toml", "--out", "whole", *no_baselines).code == 0
+    assert cotune("simulate", "toy.toml", "--out", "run", *no_baselines).code == 0
     (folder / "run" / "checkpoints" / "round-00002.safetensors").unlink()
     (folder / "run" / "summary.json").unlink()
     shown = cotune("simulate", "--resume", "run")
@@ -284,7 +285,8 @@ def test_the_live_display_on_a_terminal(folder: Path) -> None:
 
 
 def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: Path) -> None:
-    shown = script("simulate", "toy.toml", "--out", "run", "--set", "privacy={epsilon=3}", "--set", "train=full")
+    changes = ("privacy={epsilon=3}", "train=full", "local.steps=1", 'simulation.baselines=["pooled"]')
+    shown = script("simulate", "toy.toml", "--out", "run", *(word for change in changes for word in ("--set", change)))
     assert shown.code == 0
     assert shown.err == ""
     assert "\x1b" not in shown.out

@@ -276,7 +276,7 @@ def test_killed_again_and_again(request: pytest.FixtureRequest, page: Page, kept
             rounds = finished
             since = 0
         what = rng.choice(WHAT)
-        if since < KILLS_BETWEEN_ROUNDS and kind.fed.found(what) is not None:
+        if since < KILLS_BETWEEN_ROUNDS and kind.fed.get_running(what) is not None:
             kill(kind, what)()
             times += 1
             since += 1

@@ -48,7 +48,10 @@ def test_plain_sgd_by_hand() -> None:
     assert bound_norm_by_gradients(plan, plan.stages[0], 1_000) == pytest.approx(2 * 3 * 0.5 * 4)
 
 
-@given(st.floats(0.01, 10), st.floats(0, 0.95), st.floats(0, 0.2), st.integers(1, 30), st.integers(0, 2**32))
+STEPS = (1, 4, 13, 30)  # few, as noise is calibrated for each
+
+
+@given(st.floats(0.01, 10), st.floats(0, 0.95), st.floats(0, 0.2), st.sampled_from(STEPS), st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
 def test_the_worst_gradients_stay_below_it(rate: float, momentum: float, decay: float, steps: int, seed: int) -> None:
     """torch's own SGD on aligned gradients of the clip norm and Gaussian noise, from some parameters."""

@@ -97,7 +97,13 @@ def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("recipe", "privacy"), [("ffa_lora", {"epsilon": 8.0}), ("flora", "none"), ("flexlora", "none"), ("hetlora", "none")]
+    ("recipe", "privacy"),
+    [
+        ("ffa_lora", {"epsilon": 8.0}),
+        ("flora", "none"),
+        pytest.param("flexlora", "none", marks=pytest.mark.long),
+        pytest.param("hetlora", "none", marks=pytest.mark.long),
+    ],
 )
 def test_every_organization_trains_its_own_rank(toy_plan: NewPlan, tmp_path: Path, recipe: str, privacy: Any) -> None:
     ranks = [2, 4, 8]

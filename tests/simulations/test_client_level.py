@@ -35,7 +35,7 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
         client_privacy={**CENTRAL, "clipping": clipping},
         strategy=UNIFORM,
         privacy={"epsilon": 3.0} if record else "none",
-        simulation={"clients": 3},
+        simulation={"clients": 3, "baselines": []},
     )
     result = simulate(plan, tmp_path / "run", device="cpu")
     summary = result.summary
@@ -60,10 +60,11 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
 
 def test_who_trains_alone_or_on_pooled_data_has_no_central_noise(toy_plan: NewPlan, tmp_path: Path) -> None:
     """Nor is it asked by chance: the baselines are those of the same plan without either, bit for bit."""
-    with_it = toy_plan(client_privacy=CENTRAL, strategy=UNIFORM, server={"sample_rate": 0.5, "quorum": 0.01})
-    one, other = (
-        simulate(p, tmp_path / str(i), device="cpu").summary for i, p in enumerate((with_it, toy_plan(strategy=UNIFORM)))
-    )
+    given: dict[str, Any] = {"strategy": UNIFORM, "rounds": 2, "train": "full"}
+    given["local"] = {"learning_rate": 0.02, "momentum": 0.0, "steps": 2}
+    with_it = toy_plan(client_privacy=CENTRAL, server={"sample_rate": 0.5, "quorum": 0.01}, **given)
+    without = toy_plan(**given)
+    one, other = (simulate(p, tmp_path / str(i), device="cpu").summary for i, p in enumerate((with_it, without)))
     assert one["test"]["alone"] == other["test"]["alone"]
     assert one["test"]["pooled"] == other["test"]["pooled"]
 
@@ -131,7 +132,7 @@ def test_a_run_that_its_budget_stops_is_finished_and_says_so(toy_plan: NewPlan, 
 
 
 def test_noise_aware_weighting_in_a_whole_run(toy_plan: NewPlan, tmp_path: Path) -> None:
-    plan = toy_plan(privacy={"epsilon": 8.0}, strategy={"weighting": "noise_aware"})
+    plan = toy_plan(privacy={"epsilon": 8.0}, strategy={"weighting": "noise_aware"}, simulation={"baselines": ["pooled"]})
     summary = simulate(plan, tmp_path / "run", device="cpu").summary
     assert all(entry["participants"] == ["org-1", "org-2"] for entry in summary["rounds"])
     assert summary["test"]["pooled"]["accuracy"] > 0.6  # without privacy no noise is stated, and none is asked for

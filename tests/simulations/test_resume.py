@@ -44,7 +44,6 @@ CHECKPOINT = {"path": "*/checkpoints/round-00003.safetensors"}
 FEW = (
     Moment("update_received", {"round": 2, "organization": "org-1"}),
     Moment("renamed", CHECKPOINT),
-    Moment("baseline_started", {"baseline": "pooled"}),
 )
 MANY = (
     Moment("round_started", {"round": 1}),
@@ -69,7 +68,8 @@ MANY = (
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, moments: Sequence[Moment]
 ) -> None:
-    plan = slow(toy_plan)
+    baselines = sorted({m.fields["baseline"].partition("/")[0] for m in moments if m.what == "baseline_started"})
+    plan = slow(toy_plan, simulation={"baselines": baselines})
     # of one length: a request names the folder, and its bytes are counted
     whole = tmp_path / "whole"
     run = tmp_path / "other"
@@ -113,7 +113,7 @@ def test_the_console_script_goes_on_where_training_was_killed(toy_plan: NewPlan,
 
 # --- with privacy: what was spent stays spent
 
-STEPS = 10
+STEPS = 4
 
 
 def charges(run: Path, organization: str) -> list[tuple[int, float, float, int, str]]:
@@ -180,7 +180,7 @@ def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPl
 
 def test_without_any_budget_left_the_organization_says_so(toy_plan: NewPlan, tmp_path: Path) -> None:
     """A ledger that was charged for other reasons is not overrun."""
-    plan = toy_plan(privacy={"epsilon": 1.0}, local={"batch_size": 0.2, "learning_rate": 1.0})
+    plan = toy_plan(privacy={"epsilon": 1.0}, local={"batch_size": 0.2, "learning_rate": 1.0}, simulation={"baselines": []})
     run = tmp_path / "run"
 
     def spends(event: str, fields: dict[str, Any]) -> None:
@@ -212,7 +212,9 @@ def stopped(toy_plan: NewPlan, tmp_path: Path) -> Path:
 
     source = write_csv(tmp_path / "mine.csv", sentences(240))
     base = shutil.copytree(toy_plan().model.base, tmp_path / "base")
-    plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
+    plan = toy_plan(
+        data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation={"baselines": ["pooled"]}
+    )
     with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), observe_run(breaks):
         simulate(plan, run, device="cpu")
     (site / "aside").rename(site / "data.json")
@@ -227,7 +229,9 @@ def test_a_failed_run_goes_on_after_its_last_finished_round(stopped: Path, tmp_p
     assert told(stopped, "run_started", resumed_after=1) == 1
     source = tmp_path / "mine.csv"
     base = tmp_path / "base"
-    plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0})
+    plan = toy_plan(
+        data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation={"baselines": ["pooled"]}
+    )
     assert same(final_model(stopped), final_model(simulate(plan, tmp_path / "whole", device="cpu").folder))
 
 

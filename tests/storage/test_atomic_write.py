@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,33 +61,41 @@ def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: 
 
 
 WRITER = """
-import sys
+import os, signal, sys, tempfile
 from pathlib import Path
 from cotune.storage.files import atomic_write
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(act):
+    def acts(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            die()
+        return act(*arguments, **options)
+    return acts
+
 file = Path(sys.argv[1])
-contents = [b"a" * 300_000, b"b" * 700_000]
-atomic_write(file, contents[0])
-print("ready", flush=True)
-while True:
-    for content in contents[::-1]:
-        atomic_write(file, content)
+left = int(sys.argv[2])
+atomic_write(file, b"a" * 300_000)
+for owner, name in ((tempfile, "mkstemp"), (os, "fdopen"), (os, "fsync"), (os, "replace")):
+    setattr(owner, name, counted(getattr(owner, name)))
+atomic_write(file, b"b" * 700_000)
+die()
 """
 
 
+@pytest.mark.crash
 def test_a_killed_process_leaves_a_whole_file(tmp_path: Path) -> None:
-    file = tmp_path / "file.bin"
-    seen: set[bytes] = set()
-    attempt = 0
-    while attempt < 10 or (len(seen) < 2 and attempt < 24):
-        attempt += 1
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(file)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        with process.stdout:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(0.002 * 1.35**attempt)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+    """Killed before the temporary file is made, opened, synchronized and renamed, before its folder is synchronized, and after."""
+    seen = []
+    for moment in range(1, 7):
+        file = tmp_path / f"{moment}.bin"
+        done = subprocess.run([sys.executable, "-c", WRITER, str(file), str(moment)])
+        assert done.returncode == -signal.SIGKILL
         content = file.read_bytes()
         assert content in (b"a" * 300_000, b"b" * 700_000)
-        seen.add(content[:1])
-    assert seen == {b"a", b"b"}
+        seen.append(content[:1])
+    assert seen == [b"a"] * 4 + [b"b"] * 2

@@ -22,6 +22,7 @@ with exclusive_lock(Path(sys.argv[1]), "held"):
 """
 
 
+@pytest.mark.crash
 def test_lock_is_released_by_kill(tmp_path: Path) -> None:
     file = tmp_path / "lock"
     command = [sys.executable, "-c", HOLDER, str(file)]

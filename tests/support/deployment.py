@@ -171,13 +171,13 @@ class Deployment:
         return _below(self.processes["server"].pid, words[what])
 
     def kill(self, what: str) -> None:
-        process = self.wait(lambda: self.found(what))
+        process = self.wait(lambda: self.get_running(what))
         process.kill()
         if what in self.processes:
             self.processes[what].wait()
         until(lambda: not _runs(process))
 
-    def create_federation(self, what: str) -> psutil.Process | None:
+    def get_running(self, what: str) -> psutil.Process | None:
         with suppress(LookupError, psutil.NoSuchProcess):
             return self.find(what)
         return None

@@ -45,6 +45,7 @@ def resident(make_site: Callable[..., Site]) -> Iterator[TrainerProcess]:
     made.stop()
 
 
+@pytest.mark.crash
 def test_trainer_answers_all_and_is_restarted_when_killed(
     resident: TrainerProcess, make_plan: Callable[..., Plan], state_for: Callable[..., State]
 ) -> None:

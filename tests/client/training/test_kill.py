@@ -45,7 +45,9 @@ def read(notes: Path) -> list[dict[str, Any]]:
 
 # one round has about 15 moments: its charge, its steps, its files; those of later rounds are in reach once it is finished
 @pytest.mark.parametrize(
-    "moments", [(3, 6, 9, 12), pytest.param((*range(1, 17), 20, 25), marks=pytest.mark.long)], ids=["few", "every one of a round"]
+    "moments",
+    [(3, 6, 9, 12), pytest.param((*range(1, 17), 20, 25), marks=(pytest.mark.long, pytest.mark.timeout(3600)))],
+    ids=["few", "every one of a round"],
 )
 def test_no_step_runs_that_was_not_charged_before(
     make_plan: Callable[..., Plan],

@@ -147,6 +147,7 @@ def test_a_ledger_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert_one_sentence(raised.value)
 
 
+@pytest.mark.crash
 def test_a_killed_process_leaves_its_reservation(ledger: Ledger) -> None:
     ledger.settle(ledger.reserve("plan", 1, ROUND), 20)
     code = "charge = ledger.reserve('plan', 2, Steps(1.0, 0.05, 20)); print(charge, flush=True)\nsys.stdin.read()"

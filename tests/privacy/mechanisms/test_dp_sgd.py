@@ -57,10 +57,11 @@ class Outside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
         self.last = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.last(torch.tanh(self.first(x)))) + x @ self.first.weight.t() @ self.last.weight.t()
+        return cast(Tensor, self.last(self.norm(self.first(x)))) + 3 * x[:, :3] * self.norm.weight[:3]
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

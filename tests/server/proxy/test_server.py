@@ -21,7 +21,7 @@ from cotune.errors import RunError
 from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch, read_refusals
-from cotune.server.front import FrontConfig, Keys, read_config, setup
+from cotune.server.front import FrontConfig, MemberKeys, read_config, setup
 from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.server import TlsProxy
 from cotune.server.runs.events import Events, read_events
@@ -288,7 +288,7 @@ def test_anyone_who_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder
 
 def test_a_list_of_members_that_is_damaged_meanwhile_leaves_those_who_were_known(tmp_path: Path) -> None:
     members = Members(tmp_path / "members.json")
-    keys = Keys(tmp_path / "members.json")
+    keys = MemberKeys(tmp_path / "members.json")
     assert keys(public(NORTH)) is None
     members.invite("north", NORTH.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
     assert keys(public(NORTH)) == "north"

@@ -228,6 +228,7 @@ HOLDER = (
 )
 
 
+@pytest.mark.crash
 def test_second_process_is_kept_off_until_the_first_ends(new_run: NewRun) -> None:
     folder = new_run()
     with folder.locked():

@@ -18,6 +18,7 @@ from cotune.simulations.comparison.grid import parse_variation
 from cotune.simulations.comparison.workers import import_all
 from tests.support.simulations import rounds_played, table
 
+ROUNDS = 5
 WEIGHTINGS = parse_variation("strategy.weighting=examples,uniform")
 
 
@@ -61,7 +62,7 @@ def interrupt(start: Callable[..., BaseProcess], plan_file: Path, out: Path, rou
 
     By then the workers must be gone.
     """
-    vary = ("--vary", "strategy.weighting=examples,uniform", "--seeds", "2", "--set", "rounds=8")
+    vary = ("--vary", "strategy.weighting=examples,uniform", "--seeds", "2", "--set", f"rounds={ROUNDS}")
     process = start("compare", plan_file, *vary, "--jobs", "2", "--device", "cpu", "--out", out)
     assert process.pid is not None
     until(lambda: rounds_played(out) > rounds)
@@ -70,7 +71,7 @@ def interrupt(start: Callable[..., BaseProcess], plan_file: Path, out: Path, rou
     os.kill(process.pid, how)
     process.join(600)
     until(lambda: not any(alive(pid) for pid in workers), 600)
-    assert rounds < rounds_played(out) < 32
+    assert rounds < rounds_played(out) < 4 * ROUNDS
     return process.exitcode
 
 
@@ -78,15 +79,16 @@ in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks
 
 
 @in_proc
+@pytest.mark.crash
 def test_a_killed_comparison_leaves_nobody_and_goes_on(
     plan_file: Path, tmp_path: Path, cotune: Callable[..., BaseProcess]
 ) -> None:
-    assert interrupt(cotune, plan_file, tmp_path / "killed", 9, signal.SIGKILL) == -signal.SIGKILL
-    eight: dict[str, Any] = {"seeds": 2, "overrides": ["rounds=8"], "jobs": 1, "device": "cpu"}
-    again = compare(plan_file, [WEIGHTINGS], out=tmp_path / "killed", **eight)
-    assert rounds_played(again.folder) <= 32  # a round that was saved and not told before the kill is not told again
-    assert [len(list(cell.glob("checkpoints/round-*"))) for cell in (again.folder / "cells").iterdir()] == [8] * 4
-    whole = compare(plan_file, [WEIGHTINGS], out=tmp_path / "played", **eight)
+    assert interrupt(cotune, plan_file, tmp_path / "killed", ROUNDS, signal.SIGKILL) == -signal.SIGKILL
+    given: dict[str, Any] = {"seeds": 2, "overrides": [f"rounds={ROUNDS}"], "jobs": 1, "device": "cpu"}
+    again = compare(plan_file, [WEIGHTINGS], out=tmp_path / "killed", **given)
+    assert rounds_played(again.folder) <= 4 * ROUNDS  # a round that was saved and not told before the kill is not told again
+    assert [len(list(cell.glob("checkpoints/round-*"))) for cell in (again.folder / "cells").iterdir()] == [ROUNDS] * 4
+    whole = compare(plan_file, [WEIGHTINGS], out=tmp_path / "played", **given)
     assert table(again.folder, "seconds") == table(whole.folder, "seconds")
 
 
@@ -97,6 +99,7 @@ def test_an_interrupt_ends_the_workers_too(plan_file: Path, tmp_path: Path, cotu
     assert told[-1] == "cotune: stopped; finished runs are kept: the same command again goes on from there"
 
 
+@pytest.mark.crash
 def test_a_process_that_dies_costs_its_cell_only(plan_file: Path, tmp_path: Path) -> None:
     """Here one of two workers, as it starts."""
     module = tmp_path / "dies_once.py"
