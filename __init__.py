@@ -4,9 +4,10 @@ What stands in `__all__` is the public interface, with the names of `cotune.stra
 else may change without notice. Names are imported when they are first used, as PyTorch takes seconds to load.
 """
 
-from importlib import import_module
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cotune.lazy_names import import_lazily
 
 if TYPE_CHECKING:
     from cotune.errors import CotuneError, DataError, Declined, DeviceError, ModelError, PlanError, PrivacyError, RunError
@@ -73,14 +74,7 @@ __all__ = [
     "weighting",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"cotune.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = import_lazily(globals(), _MODULES)
 
 
 def __dir__() -> list[str]:

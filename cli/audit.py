@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanOptions, Set, Task, Text
-from cotune.cli.screen import beginning, screen
+from cotune.cli.options import AsJson, with_options
+from cotune.cli.plan_options import PlanOptions
+from cotune.cli.screen import beginning, print_json, screen
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import SPACE, duration, percent, scientific
 
@@ -34,6 +36,7 @@ _LIMITS = (
 )
 
 
+@with_options(PlanOptions, without=("plan",))
 def audit(
     subject: Annotated[
         str | None,
@@ -43,14 +46,8 @@ def audit(
             show_default=False,
         ),
     ] = None,
-    data: Data = None,
-    task: Task = None,
-    text: Text = None,
-    label: Label = None,
-    model: Model = None,
-    clients: Clients = None,
-    partition: Partition = None,
-    by: By = None,
+    *,
+    options: PlanOptions,
     organization: Annotated[str | None, typer.Option(help="Whose records; default: the first organization's.")] = None,
     canaries: Annotated[
         int | None,
@@ -66,24 +63,23 @@ def audit(
         ),
     ] = False,
     confidence: Annotated[float, typer.Option(min=0.5, max=1.0, help="With which all bounds hold together; below 1.")] = 0.95,
-    override: Set = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a lower bound on the ε that training really spends; exit with 1 if it is above the claim."""
+    """Measure a lower bound on the ε that training really spends; exits with 1 if it is above the claim."""
     if confidence >= 1:
         raise typer.BadParameter("expected a confidence below 1, such as 0.95: nothing is certain")
     if tight and rounds is not None:
         raise typer.BadParameter("--tight audits one step in each stage of the plan: leave --rounds out")
     targets = canaries or (_MANY if tight else _SOME)
-    options = PlanOptions(subject, data, task, text, label, model, clients, partition, by, override)
+    options = replace(options, plan=subject)
     run = (Path(options.source) / "run.json").exists()
     if run and options.given:
         raise typer.BadParameter("a run is audited as it was: --set is for plans, and so are --data and the like")
     if not run:
         options.check_files()
     beginning(f"{options.source}: loading PyTorch, then records and base model; then training with canaries", quiet=as_json)
-    from cotune.simulations.auditing.audit import audit as run_audit
+    from cotune.simulations.auditing.audit import audit as run_audit  # loads PyTorch
 
     console = screen()
     with screen(stderr=True, quiet=as_json).status("training with canaries"):
@@ -97,9 +93,7 @@ def audit(
             device=device,
         )
     if as_json:
-        from cotune.server.runs.results import to_json
-
-        typer.echo(to_json(result.as_dict()).decode())
+        print_json(result.as_dict())
     else:
         _show(console, result)
     if result.broken:

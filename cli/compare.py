@@ -1,159 +1,20 @@
-"""`cotune compare`: strategies side by side on the same data and seeds, with error bars.
-
-What is shown while a comparison goes on: live bars on a terminal, a line for each finished cell elsewhere.
-
-What `cotune compare --private-selection` shows: how it begins and what is released, and nothing of single runs.
-"""
+"""`cotune compare`: strategies side by side on the same data and seeds, with error bars."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
-from cotune.cli.screen import beginning, screen
-from cotune.privacy.accounting.rounding import round_up
-from cotune.reporting.formatting import duration, percent, size
-
-if TYPE_CHECKING:
-    from cotune.reporting.comparison_statistics import Combination, Comparison, Settings, Variation
-    from cotune.simulations.comparison.selected import Selected
+from cotune.cli.options import AsJson, Device, with_options
+from cotune.cli.plan_options import PlanOptions
+from cotune.cli.screen import beginning
 
 
-_CHECK_SECONDS = 10.0  # between two plain lines about checking
-
-
-@contextmanager
-def showing_cells(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """A listener for `compare`, which shows what it hears during the block."""
-    if not console.is_terminal:
-        yield _Lines(console).event
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Live(console, progress).event
-
-
-class _Lines:
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.done = 0
-        self.cells = 0
-        self.told = time.monotonic()
-
-    def print(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, markup=False)
-
-    def event(self, event: str, fields: dict[str, Any]) -> None:
-        if event == "cell_checked":
-            self._checking(fields)
-        elif event == "comparison_started":
-            self.cells = fields["cells"]
-            self.done = fields["finished"]
-            for note in fields["notes"]:
-                self.print(note)
-            self.print(f"{self.cells} runs, {self.done} of them finished before, in {fields['folder']}")
-        elif event == "cell_finished":
-            self.done += 1
-            spent = duration(fields["seconds"])
-            self.print(f"{self.done}/{self.cells} {fields['cell']}: test accuracy {fields['accuracy']:.3f}, {spent}")
-        elif event == "cell_failed":
-            self.done += 1
-            self.print(f"{self.done}/{self.cells} {fields['cell']} failed: {fields['reason']}")
-
-    def _checking(self, fields: dict[str, Any]) -> None:
-        """At the first combination how many there are, and from time to time how far it is."""
-        if not fields["checked"]:
-            self.print(f"checking {_counted(fields)} against data and model")
-        elif time.monotonic() - self.told <= _CHECK_SECONDS:
-            return
-        else:
-            self.print(f"checked {fields['checked']} of {fields['cells']}")
-        self.told = time.monotonic()
-
-
-def _counted(fields: dict[str, Any]) -> str:
-    """Such as "16 combinations, each under 5 seeds"."""
-    combinations = f"{fields['combinations']} combination{'s' if fields['combinations'] > 1 else ''}"
-    return combinations if fields["seeds"] == 1 else f"{combinations}, each under {fields['seeds']} seeds,"
-
-
-class _Live(_Lines):
-    """The same lines above a bar for all cells and one for each that is running."""
-
-    def __init__(self, console: Console, progress: Progress) -> None:
-        super().__init__(console)
-        self.progress = progress
-        self.bars: dict[str, TaskID] = {}
-
-    def event(self, event: str, fields: dict[str, Any]) -> None:
-        super().event(event, fields)
-        if event == "cell_checked":
-            return
-        if event == "comparison_started":
-            self.progress.remove_task(self.bars.pop("checking plans"))
-            self.bars[""] = self.progress.add_task("runs", total=self.cells, completed=self.done)
-        elif event == "cell_started":
-            self.bars[fields["cell"]] = self.progress.add_task(escape(fields["cell"]), total=fields["rounds"])
-        elif event == "cell_round":
-            self.progress.update(self.bars[fields["cell"]], completed=fields["round"])
-        else:
-            self.progress.remove_task(self.bars.pop(fields["cell"]))
-            self.progress.update(self.bars[""], completed=self.done)
-
-    def _checking(self, fields: dict[str, Any]) -> None:
-        if "checking plans" not in self.bars:
-            super()._checking(fields)
-            self.bars["checking plans"] = self.progress.add_task("checking plans", total=fields["cells"])
-        self.progress.update(self.bars["checking plans"], completed=fields["checked"])
-
-
-@contextmanager
-def showing_selection(console: Console) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """A listener for `select`, with a sign of life on a terminal. How many runs there are is a secret, so that nothing counts."""
-    with console.status("checking plans") as status:
-
-        def listen(event: str, fields: dict[str, Any]) -> None:
-            if event == "selection_started":
-                cost = f"ε = {round_up(fields['epsilon'])} at δ = {fields['delta']:.1e}"
-                line = f"choosing among {fields['plans']} plans in {fields['folder']}: {cost} for what is released"
-                console.print(line, soft_wrap=True, markup=False)
-                status.update("playing a secret number of runs")
-
-        yield listen
-
-
-def show_selected(console: Console, found: Selected, folder: Path) -> None:
-    """The table at the end, and what it promises."""
-    from cotune.simulations.comparison.selected import build_statement
-
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    for key in found.settings:
-        table.add_column(escape(key), overflow="fold")
-    for heading in ("accuracy", "macro F1", "ε", "δ"):
-        table.add_column(heading, justify="right")
-    figures = (percent(found.test["accuracy"]), percent(found.test["f1"]), round_up(found.epsilon), f"{found.delta:.1e}")
-    table.add_row(*(escape(value) for value in found.settings.values()), *figures)
-    console.print(table)
-    for paragraph in build_statement(found):
-        console.print(paragraph, markup=False)
-    console.print(f"released      {folder}", soft_wrap=True, markup=False)
-
-
-_WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
-
-
+@with_options(PlanOptions)
 def compare(
-    plan: PlanArgument = None,
+    options: PlanOptions,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,15 +25,6 @@ def compare(
         int | None, typer.Option(min=1, help="How many: the plan's own and those after it; default: 5.", show_default=False)
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="The value that others are compared with; default: the first.")] = None,
-    data: Data = None,
-    task: Task = None,
-    text: Text = None,
-    label: Label = None,
-    model: Model = None,
-    clients: Clients = None,
-    partition: Partition = None,
-    by: By = None,
-    override: Set = None,
     gain: Annotated[
         bool,
         typer.Option("--gain", help="Train each organization alone, too, and show what joining brings it on its own records."),
@@ -190,135 +42,17 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs beside each other; default: as cores and memory allow, 1 on a GPU.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Play every combination under every seed and show what differs; finished runs are kept, the same command goes on."""
-    options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
+    """Run a grid of plans over several seeds and compare them. Resumable."""
     options.check_files(vary or ())
     beginning(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
-    from cotune.simulations.comparison.grid import parse_variation
+    from cotune.cli import comparison  # loads PyTorch
 
-    told = screen(stderr=as_json)
-    variations = [parse_variation(each) for each in vary or []]
     given = [*options.overrides, *(['simulation.baselines=["alone"]'] if gain else [])]
-    common: dict[str, Any] = {"overrides": given, "out": out, "jobs": jobs, "device": device}
-    if private_selection is not None:
-        if seeds not in (None, 1) or baseline is not None:
-            raise typer.BadParameter(
-                "a private selection takes no --seeds and no --baseline: another seed would test on records that train"
-            )
-        _select(told, as_json, options.source, variations, private_selection, common)
-        return
-    grid = {"seeds": 5 if seeds is None else seeds, "baseline": baseline, **common}
-    _compare(told, as_json, options.source, variations, grid)
-
-
-def _compare(console: Console, as_json: bool, source: str, variations: list[Variation], options: dict[str, Any]) -> None:
-    from cotune.simulations.comparison.compare import compare as play
-
-    with showing_cells(console) as listener:
-        found = play(source, variations, listener=listener, **options)
-    if as_json:
-        typer.echo((found.folder / "results.json").read_text(encoding="utf-8"))
+    grid = comparison.Grid(options.source, tuple(vary or ()), given, out, jobs, device)
+    if private_selection is None:
+        comparison.compare_grid(grid, 5 if seeds is None else seeds, baseline, as_json=as_json)
     else:
-        show(console, found)
-    if found.failed:
-        raise typer.Exit(1)
-
-
-def _select(
-    console: Console,
-    as_json: bool,
-    source: str,
-    variations: list[Variation],
-    expected_runs: float,
-    options: dict[str, Any],
-) -> None:
-    from cotune.simulations.comparison.selection import select
-
-    with showing_selection(console) as listener:
-        found, folder = select(source, variations, expected_runs=expected_runs, listener=listener, **options)
-    if as_json:
-        typer.echo((folder / "results.json").read_text(encoding="utf-8"))
-    else:
-        show_selected(console, found, folder)
-
-
-def show(console: Console, found: Comparison) -> None:
-    """The tables at the end, one for each facet."""
-    from cotune.reporting.comparison_report import GAIN, TIME, answer, facets_of, few_seeds, has_gain, together, words
-
-    costs = console.width >= _WIDE
-    for facet, rows in facets_of(found):
-        console.print(_table(found, facet, rows, costs=costs))
-        if said := answer(rows, found.baseline):
-            console.print(f"[bold]{escape(said)}[/bold]")
-    for cell in found.failed:
-        console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
-    for note in found.notes:
-        console.print(escape(note))
-    if few := few_seeds(found):
-        console.print(few)
-    console.print(
-        "accuracy: of the last model, on everybody's test records; worst and spread: over the organizations' own accuracies"
-    )
-    console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
-    if costs:
-        console.print(TIME)
-    if has_gain(found):
-        console.print(GAIN)
-    if found.private:
-        console.print(together(found))
-    for file in ("compare.html", "results.csv", "results.json"):
-        console.print(f"{file:<13} {found.folder / file}", soft_wrap=True)
-    console.print("next: the same command with further values or seeds plays only those; it also goes on where it was stopped")
-
-
-def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs: bool) -> Table:
-    from cotune.reporting.comparison_report import answers_of, has_gain, points, words
-
-    title = escape(words(facet)) or None
-    gain = has_gain(found)
-    table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
-    table.add_column(escape(found.variations[0].key), overflow="fold")
-    headings = (
-        "accuracy %",
-        "difference",
-        "p",
-        "worst %",
-        "spread",
-        *(("gain", "worth it") if gain else ()),
-        *(("up", "down", "time") if costs else ()),
-    )
-    for heading in (*headings, *(("ε",) if found.private else ()), "runs"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for row in rows:
-        gained = (points(row.gain, apart=True), answers_of(row)) if gain else ()
-        figures = (
-            *_quality(row, found.baseline),
-            *gained,
-            *(_costs(row) if costs else ()),
-            *((_spent(row),) if found.private else ()),
-        )
-        finished = f"{len(row.cells) - len(row.failed)} of {len(row.cells)}"
-        style = "bold" if row.difference and row.difference.significant else None
-        table.add_row(escape(row.value), *figures, finished, style=style)
-    return table
-
-
-def _quality(row: Combination, baseline: str) -> tuple[str, ...]:
-    from cotune.reporting.comparison_report import points, verdict
-
-    apart = points(row.difference.estimate if row.difference else None, apart=True)
-    p = verdict(row).removeprefix("p ").removeprefix("= ")
-    return points(row.accuracy), "baseline" if row.value == baseline else apart, p, points(row.worst), points(row.spread)
-
-
-def _costs(row: Combination) -> tuple[str, ...]:
-    sent = ("–" if count is None else size(count) for count in (row.bytes_up, row.bytes_down))
-    return *sent, "–" if row.seconds is None else duration(row.seconds)
-
-
-def _spent(row: Combination) -> str:
-    return "–" if row.epsilon is None else round_up(row.epsilon)
+        comparison.select_privately(grid, private_selection, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from cotune.cli.evaluate import figure, records_config
+from cotune.cli.options import AsJson, Device
 from cotune.cli.plan_options import own_options
-from cotune.cli.predict import Device
-from cotune.cli.screen import beginning, screen
+from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_base, check_file, check_new
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def distill(
     max_length: Annotated[int, typer.Option(min=2, max=32768, help="Tokens that the student reads of a text.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of a new head, adapters and the order of the inputs.")] = 0,
     license: Annotated[str, typer.Option(help="License of the public inputs, to be recorded beside the student.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
     """Train a model to predict what others predict: big into small, or several into one. An interrupted one goes on."""
@@ -81,7 +80,7 @@ def distill(
     work = Distillation(opened, teachers, base, config, inputs, truth, out.expanduser(), device, license)
     found = run_distillation(work)
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         _show(screen(), found, out)
 

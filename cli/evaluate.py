@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.plan_options import own_options
-from cotune.cli.predict import Device, Length, ModelSource, ThresholdOption
-from cotune.cli.screen import beginning, screen
+from cotune.cli.options import Device
+from cotune.cli.predict import Length, ModelSource, ThresholdOption
+from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.config import DataConfig
 from cotune.data.readers.sources import check_source
 from cotune.errors import DataError
@@ -35,35 +35,30 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with every threshold and bin.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Measure a fine-tuned model: by class, confusion matrix, AUROC and AUPRC, calibration, entities of tags. Nothing is sent."""
+    """Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
-    from cotune.data.record_files import read_records
-    from cotune.ensembles.predictor import open_model
-    from cotune.models.evaluation.predictor import evaluate_records
-    from cotune.models.evaluation.quality import parse_threshold
+    from cotune.cli.predictions import evaluate_records  # loads PyTorch
 
-    predictor = open_model(model, device, max_length)
-    limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
-    with own_options():
-        records = read_records(records_config(data, text, image, label, unit, encoding), None, predictor.task)
-    found = {"model": model, "data": data, **evaluate_records(predictor, records, limit)}
+    config = records_config(data, text, image, label, unit, encoding)
+    result = evaluate_records(model, config, threshold=threshold, max_length=max_length, device=device)
+    found = {"model": model, "data": data, **result}
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         _show(screen(), found)
 
 
-def records_config(data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str) -> Any:
-    from pydantic import ValidationError
-
+def records_config(
+    data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str
+) -> DataConfig:
     source = data if data.startswith("package:") else str(Path(data).expanduser())
     given = {"source": source, "text": text, "image": image, "label": label, "unit": unit, "encoding": encoding}
     try:
         return DataConfig.model_validate({key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise DataError(f"the records cannot be read so: {reason}") from None
+        raise DataError(f"the records cannot be read so: {reason}", code="data.invalid_description") from None
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.evaluate import figure, records_config, with_interval
+from cotune.cli.options import AsJson, Device
 from cotune.cli.plan_options import own_options
-from cotune.cli.predict import Device, Length
-from cotune.cli.screen import beginning, screen
+from cotune.cli.predict import Length
+from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_new, check_source
 from cotune.ensembles.fusion import METHODS, Method
 
@@ -34,7 +34,7 @@ def fuse(
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
     seed: Annotated[int, typer.Option(min=0, help="Of the folds on which the fusion is measured.")] = 0,
     max_length: Length = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
     """Fuse the predictions of several models, and compare the result with each of them. Nothing is sent."""
@@ -58,7 +58,7 @@ def fuse(
         fusion = fit_and_write(chosen, judgment, opened, out.expanduser())
         found |= {"out": str(out), "temperatures": list(fusion.temperatures), "weights": list(fusion.weights)}
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         _show(screen(), found)
 

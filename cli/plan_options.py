@@ -31,19 +31,7 @@ if TYPE_CHECKING:
 
 
 PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organization."),
-]
-Task = Annotated[str | None, typer.Option(help="sequence-classification, token-classification or image-classification.")]
-Text = Annotated[str | None, typer.Option(help="Column with the text, or with its words.")]
-Label = Annotated[str | None, typer.Option(help="Column with the class, or with the words' tags.")]
-Model = Annotated[str | None, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")]
-Clients = Annotated[int | None, typer.Option(help="How many organizations the file is split over.")]
-Partition = Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")]
-By = Annotated[str | None, typer.Option(help="Column that names each record's organization: short for --partition column:NAME.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 
 _KEYS = {
     "data": "data.source",
@@ -66,16 +54,23 @@ class PlanOptions:
     Raises typer.BadParameter for --by beside what it stands for.
     """
 
-    plan: str | None = None
-    data: str | None = None
-    task: str | None = None
-    text: str | None = None
-    label: str | None = None
-    model: str | None = None
-    clients: int | None = None
-    partition: str | None = None
-    by: str | None = None
-    override: list[str] | None = None
+    plan: PlanArgument = None
+    data: Annotated[
+        str | None,
+        typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organization."),
+    ] = None
+    task: Annotated[str | None, typer.Option(help="sequence-classification, token-classification or image-classification.")] = (
+        None
+    )
+    text: Annotated[str | None, typer.Option(help="Column with the text, or with its words.")] = None
+    label: Annotated[str | None, typer.Option(help="Column with the class, or with the words' tags.")] = None
+    model: Annotated[str | None, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None
+    clients: Annotated[int | None, typer.Option(help="How many organizations the file is split over.")] = None
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")] = None
+    by: Annotated[
+        str | None, typer.Option(help="Column that names each record's organization: short for --partition column:NAME.")
+    ] = None
+    override: Set = None
 
     def __post_init__(self) -> None:
         if self.plan is not None and _holds_records(Path(self.plan)):
@@ -182,7 +177,7 @@ def own_options() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("--set data.", "--")) from None
+        raise DataError(str(error).replace("--set data.", "--"), code=error.code) from None
 
 
 def _document(error: click.NoSuchOption) -> tuple[str, type[BaseModel]] | None:

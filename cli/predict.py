@@ -5,28 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.plan_options import own_options
-from cotune.cli.screen import beginning, screen
+from cotune.cli.options import Device
+from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_file
 from cotune.errors import DataError
 from cotune.storage.files import atomic_write
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cotune.data.unlabeled import Row
-    from cotune.models.evaluation.predictor import Classifier
-    from cotune.models.evaluation.quality import Threshold
-
 
 _WIDE = 60  # characters of a text that a table shows
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "jsonl"}
@@ -39,7 +31,6 @@ ThresholdOption = Annotated[
     typer.Option(metavar="CLASS=P", help="Tell this class wherever its probability is at least P, else the best of the others."),
 ]
 Length = Annotated[int | None, typer.Option(min=2, max=32768, help="Tokens to read of a text; default: as in training.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 def predict(
@@ -59,7 +50,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with the probability of every class.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Say which class a fine-tuned model gives to texts, words or images. Nothing is sent."""
+    """Classify texts, words or images with a fine-tuned model. Nothing is sent."""
     if bool(given) == (file is not None):
         raise typer.BadParameter('expected texts after the model, or --file FILE: cotune predict MODEL "a text"')
     if text is not None and image is not None:
@@ -69,54 +60,22 @@ def predict(
     if file is not None:
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
-    from cotune.data.unlabeled import read_typed, read_unlabeled
-    from cotune.ensembles.predictor import open_model
-    from cotune.models.evaluation.quality import parse_threshold
+    from cotune.cli.predictions import predict_rows  # loads PyTorch
 
-    predictor = open_model(model, device, max_length)
-    limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     column = text if text is not None else image
-    with own_options():
-        rows = (
-            read_typed(given or [], predictor.task)
-            if file is None
-            else read_unlabeled(file.expanduser(), predictor.task, column=column, encoding=encoding)
-        )
-    found = list(_predictions(predictor, rows, limit))
+    inputs = given or [] if file is None else file.expanduser()
+    found = predict_rows(
+        model, inputs, column=column, encoding=encoding, threshold=threshold, max_length=max_length, device=device
+    )
     if out is not None:
         _write(out.expanduser(), found)
         typer.echo(f"{len(found):,} rows: {out}")
     elif as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         _show(screen(), found)
     if all(each["reason"] for each in found):
         raise typer.Exit(1)
-
-
-def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
-    """One plain table for each row, in order."""
-    probabilities = iter(predictor.probabilities([row.given for row in rows if row.given is not None]))
-    for number, row in enumerate(rows, 1):
-        about = {"row": number, "input": row.shown}
-        if row.given is None:
-            yield {**about, "label": None, "score": None, "scores": None, "reason": row.reason}
-        else:
-            yield {**about, **_answer(predictor, next(probabilities), threshold), "reason": ""}
-
-
-def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
-    """One class; of words a list of tags, None for one that was not read."""
-    from cotune.models.evaluation.quality import NOT_PREDICTED, predict_classes
-
-    numbers = predict_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
-    labels = [None if number == NOT_PREDICTED else predictor.labels[number] for number in numbers]
-    rows = [dict(zip(predictor.labels, row, strict=True)) for row in probabilities.tolist()]
-    scores = [None if label is None else row[label] for label, row in zip(labels, rows, strict=True)]
-    every = [None if label is None else row for label, row in zip(labels, rows, strict=True)]
-    if predictor.task == "token-classification":
-        return {"label": labels, "score": scores, "scores": every}
-    return {"label": labels[0], "score": scores[0], "scores": every[0]}
 
 
 def _show(console: Console, found: Sequence[dict[str, Any]]) -> None:
@@ -157,7 +116,9 @@ def _write(file: Path, found: Sequence[dict[str, Any]]) -> None:
     try:
         atomic_write(file, content.encode("utf-8", "replace"))
     except OSError as error:
-        raise DataError(f"{file} cannot be written ({error.strerror}): choose another file with --out") from None
+        raise DataError(
+            f"{file} cannot be written ({error.strerror}): choose another file with --out", code="data.unwritable_output"
+        ) from None
 
 
 def _csv(found: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,36 +10,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.screen import screen
+from cotune.cli.options import AsJson
+from cotune.cli.screen import print_json, screen
 from cotune.errors import DataError
 from cotune.privacy.accounting.rounding import round_up
 from cotune.storage.documents import parse_json
 
-app = typer.Typer(no_args_is_help=True, help="What an exported privacy ledger proves.")
 
-
-@app.callback()
-def _group() -> None:
-    """Keeps `verify` a subcommand while it is the only one."""
-
-
-@app.command()
 def verify(
     export: Annotated[Path, typer.Argument(help="A file that `cotune client ledger SITE --export FILE` wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Compute an exported ledger anew: its hash chain, its charges, and ε by several accountants. Exit code 1: it is wrong."""
-    from cotune.privacy.ledger import verification
+    """Recompute an exported ledger: hash chain, charges, and ε by several accountants. Exits with 1 if it is wrong."""
+    from cotune.privacy.ledger import verification  # loads PyTorch
 
     try:
         content = parse_json(export.expanduser().read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{export} cannot be read ({error}): expected an exported ledger") from None
+        raise DataError(
+            f"{export} cannot be read ({error}): expected an exported ledger", code="data.unreadable_export"
+        ) from None
     if not isinstance(content, dict):
-        raise DataError(f"{export} holds no table: expected an exported ledger")
-    found = verification.verify(content)
+        raise DataError(f"{export} holds no table: expected an exported ledger", code="data.malformed_export")
+    found = verification.verify_export(content)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        print_json(found)
     else:
         _show(screen(), found)
     if not found["valid"]:
@@ -52,7 +46,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         name = f"[bold]collection {escape(table['collection'])}[/bold]: " if table["collection"] else ""
         console.print(
             f"{name}ε {round_up(table['epsilon'])} by {table['composition']} at δ = {table['delta']:.1e}, stated"
-            f" {round_up(table['get_reported_epsilon'])}"
+            f" {round_up(table['epsilon_stated'])}"
         )
         console.print(_runs(table))
     if found["head"]:

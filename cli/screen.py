@@ -6,11 +6,13 @@ breaks too; of rich's markup, styles that commands use are understood, and nothi
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
+import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.errors import MarkupError
 from rich.segment import Segment
@@ -67,6 +69,11 @@ def beginning(what: str, *, quiet: bool = False) -> None:
     console = Screen(stderr=True, quiet=quiet)
     if console.is_terminal:
         console.print(what, style="dim", markup=False)
+
+
+def print_json(value: object) -> None:
+    """Print the result of a command for programs: indented JSON, and nothing else on standard output."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _past_the_filter(stream: object) -> IO[str] | None:

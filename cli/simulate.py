@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.plan_options import AsJson, By, Clients, Data, Label, Model, Partition, PlanArgument, PlanOptions, Set, Task, Text
+from cotune.cli.options import AsJson, with_options
+from cotune.cli.plan_options import PlanOptions
 from cotune.cli.progress import showing_progress
-from cotune.cli.screen import screen
+from cotune.cli.screen import print_json, screen
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
@@ -28,30 +29,23 @@ if TYPE_CHECKING:
 _WIDE = 90  # columns of a terminal, for two spaces between those of the verdict
 
 
+@with_options(PlanOptions)
 def simulate(
-    plan: PlanArgument = None,
-    data: Data = None,
-    task: Task = None,
-    text: Text = None,
-    label: Label = None,
-    model: Model = None,
-    clients: Clients = None,
-    partition: Partition = None,
-    by: By = None,
-    override: Set = None,
+    options: PlanOptions,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/<time>-<plan>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder after its last finished round.")] = None,
     engine: Annotated[str | None, typer.Option(help="in-process, or ray (Flower's Simulation Runtime).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate a federation on this machine, and see whether it pays off."""
-    options = PlanOptions(plan, data, task, text, label, model, clients, partition, by, override)
-    if resume is not None and (plan is not None or options.given or any(each is not None for each in (out, engine, device))):
+    """Simulate a federation on this machine, and show whether joining pays off."""
+    if resume is not None and (
+        options.plan is not None or options.given or any(each is not None for each in (out, engine, device))
+    ):
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
     told = screen(stderr=as_json)
     _begin(told, options, resume)
-    from cotune.simulations import run as simulations
+    from cotune.simulations import run as simulations  # loads PyTorch
 
     with showing_progress(told):
         if resume is not None:
@@ -61,9 +55,7 @@ def simulate(
                 options.load(), out, engine=engine or "in-process", device=device or "auto", noted=partial(_note, told)
             )
     if as_json:
-        from cotune.server.runs.results import to_json
-
-        typer.echo(to_json(result.summary).decode())
+        print_json(result.summary.as_json())
     else:
         show(told, result)
 

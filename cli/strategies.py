@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,16 +17,17 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from cotune.cli.screen import screen
+from cotune.cli.options import AsJson
+from cotune.cli.screen import print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import parse_value
 from cotune.reporting.pages import render_text
 from cotune.storage.files import atomic_write
 from cotune.strategies import catalog as catalog
 from cotune.strategies import plugins
-from cotune.strategies.own_names import own_name
+from cotune.strategies.own_names import find_own_name
 from cotune.strategies.plugins import is_code
-from cotune.strategies.registry import FOLDERS
+from cotune.strategies.registry import FOLDERS, get_kind_label
 
 if TYPE_CHECKING:
     import click
@@ -52,9 +54,9 @@ def _tables() -> Iterator[str]:
     yield from ("## Strategies by name", "")
     yield from _table(
         ("name", "parts", "adapters", "the server sees", "record-level ε", "client-level ε", "source"),
-        [_recipe(recipe) for recipe in catalog.recipes()],
+        [_recipe(recipe) for recipe in catalog.list_recipes()],
     )
-    parts = catalog.parts(installed=False)
+    parts = catalog.list_components(installed=False)
     for kind, heading in _HEADINGS.items():
         found = [part for part in parts if part["kind"] == kind]
         if found:
@@ -96,7 +98,6 @@ _PAGE_HEADINGS = {
     "server_optimizer": "server optimizers",
     "client_term": "client terms",
 }
-AsJson = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
 
 
 class _Named(TyperGroup):
@@ -107,9 +108,10 @@ class _Named(TyperGroup):
 
 
 app = typer.Typer(
+    add_completion=False,
     cls=_Named,
     subcommand_metavar="[NAME | COMMAND]",
-    help="Strategies and their parts: list them, explain one by its NAME, begin and check one's own.",
+    help="List strategies and their parts, explain one by NAME, start and check one of your own.",
 )
 
 
@@ -122,11 +124,11 @@ def overview(
     """List all strategies and parts; with a NAME, explain it."""
     if context.invoked_subcommand is not None:
         return
-    found = [*catalog.recipes(), *catalog.parts()]
+    found = [*catalog.list_recipes(), *catalog.list_components()]
     if page is not None:
         _renew(page)
     elif as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         _list(screen(), found)
 
@@ -157,11 +159,11 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
 def show(
     name: Annotated[str, typer.Argument(help="A strategy or a part; my_rules.py:my_fusion.")], as_json: AsJson = False
 ) -> None:
-    """Explain a strategy or a part; my_rules.py:my_fusion one of your own."""
+    """Explain a strategy or a part, or a rule of your own such as my_rules.py:my_fusion."""
     _check_own_name(name)
-    found = [catalog.described(_page_part(name, None))] if is_code(name) else catalog.search(name)
+    found = [catalog.describe_component(_page_part(name, None))] if is_code(name) else catalog.search(name)
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
         return
     console = screen()
     for part in found:
@@ -169,7 +171,7 @@ def show(
 
 
 def _explain(console: Console, part: dict[str, Any]) -> None:
-    kind = part["kind"].replace("_", " ")
+    kind = get_kind_label(part["kind"])
     console.print(f"[bold]{escape(part['name'])}[/bold], a {'strategy' if kind == 'recipe' else kind}", soft_wrap=True)
     for line in (part.get("description") or part["summary"]).splitlines():
         console.print(escape(line), soft_wrap=True)
@@ -208,14 +210,16 @@ def new(
     kind: Annotated[Literal["fusion", "weighting", "server_optimizer"], typer.Option(help="What the rule is.")] = "fusion",
     out: Annotated[Path | None, typer.Option(help="The file to write; default: NAME.py.")] = None,
 ) -> None:
-    """Begin a rule of one's own: a file with the rule, and a test that runs the conformance checks."""
+    """Start a rule of your own: a file with the rule, and a test that runs the conformance checks."""
     file = out or Path(f"{name}.py")
     test = file.with_name(f"test_{file.stem}.py")
     if not name.isidentifier() or not file.stem.isidentifier() or file.suffix != ".py":
-        raise PlanError(f'expected a Python name and a file such as my_rules.py, got "{name}" and {file}')
+        raise PlanError(
+            f'expected a Python name and a file such as my_rules.py, got "{name}" and {file}', code="plan.invalid_rule_name"
+        )
     taken = [path for path in (file, test) if path.exists()]
     if taken:
-        raise PlanError(f"{taken[0]} exists already: expected another --out, as nothing is overwritten")
+        raise PlanError(f"{taken[0]} exists already: expected another --out, as nothing is overwritten", code="plan.file_exists")
     words = {"name": name, "file": file.name, "module": file.stem, "test": test.name}
     file.write_text(render_text(f"rules/{kind}.py.j2", **words), encoding="utf-8")
     test.write_text(render_text("rules/test.py.j2", **words), encoding="utf-8")
@@ -233,20 +237,18 @@ def check(
     given: Annotated[list[str] | None, typer.Option("--set", metavar="PARAMETER=VALUE", help="A parameter; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a part does what it says of itself; exit code 1 if it does not."""
-    from dataclasses import asdict
-
-    from cotune.strategies.conformance import check_part
+    """Check that a part does what it declares; exits with 1 if it does not."""
+    from cotune.strategies.conformance import check_component  # loads PyTorch
 
     _check_own_name(name)
     info = _page_part(name, kind)
     parameters = {key.strip(): parse_value(value) for key, _, value in (text.partition("=") for text in given or [])}
     try:
-        findings = check_part(info, parameters)
+        findings = check_component(info, parameters)
     except ValueError as error:
-        raise PlanError(str(error)) from None
+        raise PlanError(str(error), code="plan.invalid_part") from None
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+        print_json([asdict(finding) for finding in findings])
     else:
         _show_findings(screen(), info, findings)
     if not all(finding.passed for finding in findings):
@@ -255,29 +257,35 @@ def check(
 
 def _check_own_name(name: str) -> None:
     """Raises PlanError for the name of a rule without that of its file."""
-    if found := own_name(name, Path()):
-        raise PlanError(f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"')
+    if found := find_own_name(name, Path()):
+        raise PlanError(
+            f'there is neither a strategy nor a part "{name}": a rule in a file is named with its file, as "{found}"',
+            code="plan.unknown_part",
+        )
 
 
 def _page_part(name: str, kind: Kind | None) -> ComponentInfo:
     """The part of that name, or in that file or package."""
     if plugins.is_file(name):
-        found = plugins.object_in(name, plugins.read_file(name, Path()))
-        info: ComponentInfo | None = getattr(found, "part", None)
-        return plugins.part_of(kind or (info.kind if info else "fusion"), name, found)
+        found = plugins.load_object(name, plugins.register_file(name, Path()))
+        info: ComponentInfo | None = getattr(found, "component", None)
+        return plugins.component_from(kind or (info.kind if info else "fusion"), name, found)
     if plugins.is_code(name):
         return plugins.load_code("fusion", name, "")
     if name.endswith(".py"):
-        raise PlanError(f"{name} is a file: expected the name of the rule in it, too, such as {name}:{Path(name).stem}")
-    of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.known(k)]
+        raise PlanError(
+            f"{name} is a file: expected the name of the rule in it, too, such as {name}:{Path(name).stem}",
+            code="plan.incomplete_rule_name",
+        )
+    of_name = [k for k in ([kind] if kind else FOLDERS) if name in plugins.get_components(k)]
     try:
-        return plugins.part_named(of_name[0] if of_name else kind or "fusion", name)
+        return plugins.get_component(of_name[0] if of_name else kind or "fusion", name)
     except ValueError as error:
-        raise PlanError(str(error)) from None
+        raise PlanError(str(error), code="plan.unknown_part") from None
 
 
 def _show_findings(console: Console, info: ComponentInfo, findings: list[Finding]) -> None:
-    kind = info.kind.replace("_", " ")
+    kind = get_kind_label(info.kind)
     console.print(f"[bold]{escape(info.name)}[/bold], a {kind}")
     table = Table("", "check", "what is wrong", box=None, header_style="bold", pad_edge=False)
     for finding in findings:

@@ -1,31 +1,34 @@
-"""`cotune server verify-trail` and `cotune client sent --verify`: what was asked and answered, checked at both ends."""
+"""What `cotune server verify-trail` and `cotune client sent --verify` show: requests and replies, checked at both ends."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from cotune.cli.screen import screen
+from cotune.client.audit_log import AuditLog
+from cotune.client.node.keys import read_public_keys
+from cotune.client.node.trust import Trust
+from cotune.client.site import Site
 from cotune.errors import RunError
+from cotune.protocol.trail import TrailComparison, TrailEnd, compare_ends, read_coordinator_end, read_organization_end
+from cotune.server.deployment.trail import read_trail, read_verification_keys
+from cotune.server.runs.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from cotune.client.site import Site
-    from cotune.protocol.trail import TrailComparison, TrailEnd
 
+def verify_run(run: Path, site_log: Path) -> None:
+    """Compare the trail of a run with an organization's log, and print what they do not have in common.
 
-def verify_trail(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, such as FED/runs/<run>.")],
-    site_log: Annotated[Path, typer.Option("--site-log", help="An organization's audit.jsonl, or a copy of it.")],
-) -> None:
-    """Compare the trail of a run with an organization's log: signatures, and what one of them lacks."""
-    from cotune.client.audit_log import AuditLog
-    from cotune.protocol.trail import compare_ends, read_coordinator_end, read_organization_end
-    from cotune.server.deployment.trail import read_trail, read_verification_keys
-    from cotune.server.runs.run_folder import RunFolder
+    Args:
+        run: The folder of a run.
+        site_log: An organization's audit.jsonl, or a copy of it.
 
+    Raises:
+        RunError: Where the log is not that of one organization of the run.
+        typer.Exit: With 1, where the two contradict each other.
+    """
     folder = RunFolder(run.expanduser().resolve())
     entries = AuditLog.at(site_log.expanduser()).entries()
     server, nodes = read_verification_keys(folder)
@@ -34,7 +37,8 @@ def verify_trail(
     if len(names) != 1:
         raise RunError(
             f"{site_log} holds requests of this run to {', '.join(names) or 'nobody'}: expected the log of one organization that"
-            " took part in it"
+            " took part in it",
+            code="run.foreign_log",
         )
     node = nodes.get(names[0], ())
     coordinator = read_coordinator_end(read_trail(folder.path), names[0], server, node)
@@ -42,13 +46,7 @@ def verify_trail(
 
 
 def verify_sent(site: Site, trail: Path | None) -> None:
-    """Checks the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
-    from cotune.client.audit_log import AuditLog
-    from cotune.client.node.keys import read_public_keys
-    from cotune.client.node.trust import Trust
-    from cotune.protocol.trail import compare_ends, read_coordinator_end, read_organization_end
-    from cotune.server.deployment.trail import read_trail
-
+    """Check the signatures in an organization's log and, with a copy of a run's trail.jsonl, that both agree."""
     server = [each.signing_key for each in Trust.read(site.folder).generations]
     node = read_public_keys(site.folder)
     own = read_organization_end(AuditLog(site.folder).entries(), server, node)
@@ -60,8 +58,6 @@ def verify_sent(site: Site, trail: Path | None) -> None:
 
 
 def _of_the_same_runs(own: TrailEnd, other: TrailEnd) -> TrailEnd:
-    from cotune.protocol.trail import TrailEnd
-
     runs = {request.run for request in other.requests.values()}
     parts = [own.for_run(run) for run in sorted(runs)]
     requests = {digest: request for part in parts for digest, request in part.requests.items()}

@@ -17,7 +17,7 @@ from cotune.data.units import RECORD
 from cotune.errors import Declined, PrivacyError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
@@ -114,7 +114,7 @@ class Account:
     def _undeclared(self) -> int:
         if self.draws:
             raise Declined("tell.declared_examples", missing_number_message())
-        return max(1, two_digits(self.true_examples))
+        return max(1, round_to_two_digits(self.true_examples))
 
     @cached_property
     def budget(self) -> Budget | None:
@@ -140,7 +140,7 @@ class Account:
     def data(self) -> str:
         """The fingerprint of the data set, which is entered in the ledger when it is first asked for."""
         held = self.holdings
-        return self.ledger.know(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
+        return self.ledger.register_data_set(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:
@@ -163,7 +163,7 @@ class Account:
         Raises:
             PrivacyError: The round, or a later one, was answered (`privacy.answered_round`).
         """
-        last = self.ledger.last_answered(self.plan.plan_id)
+        last = self.ledger.last_answered_round(self.plan.plan_id)
         kept = self.site.last_finished_round(self.plan.plan_id) or 0
         if kept > last:  # a process was killed right after it had kept the update
             self.answered(kept)
@@ -178,7 +178,7 @@ class Account:
 
     def answered(self, round: int) -> None:
         """Enter in the ledger that a round's update is complete and may leave."""
-        self.ledger.answer(self.plan.plan_id, round, data=self.data)
+        self.ledger.record_answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
         """Return σ for a round and those after it (see `budget.noise_multiplier`); no training is charged.
@@ -232,7 +232,7 @@ class Account:
     def _drawn(self, what: str, steps: Steps, limits: Sequence[Limit], draw: Callable[[], list[float]]) -> list[float]:
         charge = self._reserve(self.round, steps, what, limits)
         drawn = draw()
-        self.ledger.tell(self.plan.plan_id, self.data, what, drawn)
+        self.ledger.record_disclosure(self.plan.plan_id, self.data, what, drawn)
         self.ledger.settle(charge, 1)
         return drawn
 
@@ -251,7 +251,7 @@ class Account:
     def record_unprotected(self, round: int, what: str) -> None:
         """Enter what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
         plan = self.plan
-        self.ledger.unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
+        self.ledger.record_unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
 
     def epsilon(self) -> float:
         """Return ε of this run's charges at the run's δ."""
@@ -269,7 +269,7 @@ class Account:
         return math.ceil(epsilon(charged, self.budget.delta) * 100 - 1e-9) / 100
 
     def _told(self, what: str) -> list[float] | None:
-        return self.ledger.told(self.plan.plan_id, what)
+        return self.ledger.get_disclosure(self.plan.plan_id, what)
 
     def _reserve(self, round: int, steps: Steps, purpose: str, limits: Sequence[Limit]) -> int:
         plan = self.plan

@@ -55,7 +55,7 @@ from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, conten
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write, sync
-from cotune.strategies.types import not_finite
+from cotune.strategies.types import find_not_finite
 
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
 
@@ -87,7 +87,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     if _read(folder / ABOUT) != about:
         model = load_site_model(plan, site)
         state = dict(request.state)
-        if broken := not_finite(state):
+        if broken := find_not_finite(state):
             raise RunError(
                 f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
             )

@@ -12,7 +12,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
 from cotune.privacy.accounting.filters import epsilon_filter, epsilon_over_runs
 from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.config import RecordPrivacy, delta_of
+from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.ledger.charges import History, Limit
 from cotune.privacy.policy import Policy
 
@@ -107,7 +107,7 @@ def get_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
 
 def total_delta(policy: Policy, examples: int) -> float:
     """Return δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
-    delta = delta_of(policy.budget.delta_total, examples)
+    delta = compute_delta(policy.budget.delta_total, examples)
     most = policy.budget.largest_delta(examples)
     if delta > most:
         raise PrivacyError(

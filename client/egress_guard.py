@@ -34,7 +34,7 @@ from cotune.protocol.messages import (
     received_digest,
 )
 from cotune.strategies.sums import norm
-from cotune.strategies.types import Update, not_finite
+from cotune.strategies.types import Update, find_not_finite
 
 GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
 _REFUSED = 1001  # error code of a reply in which an organization says why it did not train
@@ -122,7 +122,7 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
     expected = statistic_shapes(plan, model, names) if allowed else {}
     if {name: tuple(tensor.shape) for name, tensor in update.statistics.items()} != expected:
         yield "the update holds other statistics of the records than plan and policy agree on"
-    if not_finite(update.statistics):
+    if find_not_finite(update.statistics):
         yield "its statistics are not finite"
 
 
@@ -138,7 +138,7 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Trai
     for name, tensor in update.delta.items():
         if tuple(tensor.shape) != expected.get(name):
             yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
-    if not_finite(update.delta):
+    if find_not_finite(update.delta):
         yield "the update is not finite"
     start = norm({name: request.state[name] for name in names if name in request.state})
     entries = sum(tensor.numel() for tensor in update.delta.values())

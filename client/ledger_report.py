@@ -6,17 +6,17 @@ from dataclasses import asdict
 from typing import Any
 
 from cotune.client.site import Site
-from cotune.privacy.accounting.filters import composition, epsilon_over_runs, epsilon_spent, rate_over_runs
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
-from cotune.privacy.config import delta_of
+from cotune.privacy.accounting.filters import describe_composition, epsilon_over_runs, epsilon_spent, true_positive_rate_over_runs
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
+from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import (
     Charge,
     DataSet,
-    charged_elsewhere,
-    collections_of,
-    counted_for,
-    data_sets_of,
-    histories_of,
+    build_histories,
+    find_charged_elsewhere,
+    list_collections,
+    list_counted_charges,
+    list_data_sets,
 )
 from cotune.privacy.ledger.verification import FORMAT
 from cotune.privacy.policy import BudgetRules
@@ -48,9 +48,9 @@ def export_ledger(site: Site) -> dict[str, Any]:
 
 def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
     entries = site.ledger().entries() if site.ledger_file.exists() else []
-    known = list(data_sets_of(entries).values())
+    known = list(list_data_sets(entries).values())
     rules = site.policy().budget
-    names = collections_of(entries) if entries else []
+    names = list_collections(entries) if entries else []
     tables = [_collection(rules, entries, name, known, events=events) for name in names]
     return {
         "organization": site.organization,
@@ -60,9 +60,9 @@ def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
 
 
 def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list[DataSet], *, events: bool) -> dict[str, Any]:
-    [history] = histories_of(entries, name, "budget.epsilon_total")
-    counted = list(counted_for(entries, name))
-    elsewhere = charged_elsewhere(entries, name) - {charge.data for charge in counted}
+    [history] = build_histories(entries, name, "budget.epsilon_total")
+    counted = list(list_counted_charges(entries, name))
+    elsewhere = find_charged_elsewhere(entries, name) - {charge.data for charge in counted}
     held = [data for data in known if data.fingerprint not in elsewhere]
     delta = history.delta if history.delta < 1 else _delta(rules, held)
     counted_as = epsilon_over_runs(history.runs, rules.epsilon_total, delta)
@@ -72,8 +72,8 @@ def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list
         "delta": delta,
         "epsilon": epsilon_spent(history.runs, rules.epsilon_total, delta),
         "epsilon_at_small_delta": epsilon_spent(history.runs, rules.epsilon_total, delta, at=SMALL_DELTA),
-        "true_positive_rate": rate_over_runs(history.runs, rules.epsilon_total, delta, FALSE_POSITIVE_RATE),
-        "composition": composition(history.runs, rules.epsilon_total, delta),
+        "true_positive_rate": true_positive_rate_over_runs(history.runs, rules.epsilon_total, delta, FALSE_POSITIVE_RATE),
+        "composition": describe_composition(history.runs, rules.epsilon_total, delta),
         "epsilon_total": rules.epsilon_total,
         "epsilon_left": max(0.0, rules.epsilon_total - counted_as),
         "unprotected": [_left(e) for e in entries if e.kind == "unprotected" and e.body.get("collection", "") in ("", name)],
@@ -83,7 +83,7 @@ def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list
 
 def _delta(rules: BudgetRules, held: list[DataSet]) -> float:
     """δ of the largest data set, where no charge names one; that of every statement, where no data set is known."""
-    return min((delta_of(rules.delta_total, max(1, data.records)) for data in held), default=SMALL_DELTA)
+    return min((compute_delta(rules.delta_total, max(1, data.records)) for data in held), default=SMALL_DELTA)
 
 
 def _data_set(data: DataSet) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
         "interrupted": sum(c.state == "reserved" for c in own),
         "first": own[0].at,
         "last": own[-1].at,
-        **run_figures(steps, delta),
+        **compute_run_figures(steps, delta),
     }
 
 

@@ -21,7 +21,7 @@ from cotune.client.site import Site
 from cotune.errors import Declined, RunError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.config import RecordPrivacy, delta_of
+from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.policy import Policy
 from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write, exclusive_lock
@@ -143,7 +143,7 @@ def _telling(plan: Plan, policy: Policy) -> Iterator[Violation]:
             True,
         )
     if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
-        parts = ", ".join(part.name for _, part, info in plan.strategy.known_parts() if "loss" in info.needs.sends)
+        parts = ", ".join(part.name for _, part, info in plan.strategy.known_components() if "loss" in info.needs.sends)
         yield Violation(
             "tell.local_loss",
             f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
@@ -230,7 +230,7 @@ def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Violation]:
 
 def _too_large_delta(privacy: RecordPrivacy, policy: Policy, examples: int) -> Iterator[Violation]:
     wanted = privacy.delta_for(examples)
-    allowed = delta_of(policy.budget.delta_per_run, examples)
+    allowed = compute_delta(policy.budget.delta_per_run, examples)
     if wanted > allowed:
         problem = f"the plan asks for δ = {wanted:.2g}, expected at most {allowed:.2g}"
         yield Violation("budget.delta_per_run", problem, privacy.delta)

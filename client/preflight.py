@@ -28,7 +28,7 @@ from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
 T = TypeVar("T")
 
@@ -248,21 +248,18 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-    reports = private_steps(
-        setup.module,
-        build_optimizer(stage.local, model, names, parameters),
-        setup.loss,
-        units=setup.units,
-        batches=setup.batches,
+    config = DPSGDConfig(
         noise_multiplier=sigma,
         clip_norm=plan.privacy.clip_norm,
         sample_rate=1.0,
         expected_batch=float(setup.rows),
         steps=1,
-        clipping=plan.privacy.clipping,
+        clipping_mode=plan.privacy.clipping,
     )
+    optimizer = build_optimizer(stage.local, model, names, parameters)
+    steps = DPSGDSetup(setup.module, optimizer, setup.loss, setup.units, setup.batches)
     began = time.perf_counter()
-    for report in reports:
+    for report in DPSGD(config).run(steps):
         guard.after_step(report)
     if on_gpu:
         torch.cuda.synchronize(model.device)

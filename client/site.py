@@ -31,7 +31,7 @@ class Site(SiteFolder):
         """Read the records that count under the plan's promise: of no other collection, and no more of a unit than it allows."""
         held = self.holdings(plan.labels)
         if held.collection and self.ledger_file.exists():
-            held = held.apart(self.ledger().elsewhere, plan.privacy)
+            held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
 
     def ledger(self) -> Ledger:

@@ -23,10 +23,10 @@ from cotune.plan.schema import Plan
 from cotune.plan.tables import PlanTables
 from cotune.storage.config_table import check_path, format_validation_error
 from cotune.storage.documents import parse_toml
-from cotune.strategies.compatibility import first_problem
+from cotune.strategies.compatibility import find_problem
 from cotune.strategies.config import COMPLETE, expand
 from cotune.strategies.own_names import check_own_names
-from cotune.strategies.plugins import pinned
+from cotune.strategies.plugins import pin_code
 
 
 def preset_names() -> list[str]:
@@ -201,11 +201,11 @@ def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
     try:
         check_own_names(table.get("strategy"), folder)
         table = expand(table)
-        table["strategy"], infos = pinned(table.get("strategy", {}), folder)
+        table["strategy"], infos = pin_code(table.get("strategy", {}), folder)
     except ValueError as error:
         raise PlanError(f"the plan is not valid: strategy: {error}", code="plan.strategy") from None
     plan = parse_plan(table)
-    problem = first_problem(plan.strategy, plan.facts, infos)
+    problem = find_problem(plan.strategy, plan.facts, infos)
     if problem:
         raise PlanError(f"the plan is not valid: {problem}", code="plan.strategy")
     return plan

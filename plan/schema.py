@@ -14,7 +14,7 @@ from cotune.errors import nearest
 from cotune.plan.local_training import Stage
 from cotune.plan.tables import PlanTables
 from cotune.privacy.config import RecordPrivacy
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig, expand, is_complete
 
 
@@ -78,7 +78,7 @@ class Plan(PlanTables):
     def _strategy_fits(self, info: ValidationInfo) -> Self:
         if is_complete(info):
             return self
-        problem = first_problem(self.strategy, self.facts)
+        problem = find_problem(self.strategy, self.facts)
         if problem:
             raise ValueError(problem)
         return self
@@ -136,10 +136,10 @@ class Plan(PlanTables):
         raise ValueError(f"expected a round from 1 to {last}, got {round}")
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> PlanFacts:
         """What decides which strategies the plan can have."""
         locals_ = [stage.local for stage in self.stages]
-        return Facts(
+        return PlanFacts(
             record_privacy=self.privacy != "none",
             client_privacy=self.client_privacy is not None,
             sums_only=self.server.visibility == "sum",

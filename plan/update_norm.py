@@ -19,8 +19,8 @@ from cotune.errors import PrivacyError
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import calibrate
-from cotune.privacy.accounting.rounding import two_digits
-from cotune.privacy.config import RecordPrivacy, delta_of
+from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.privacy.config import RecordPrivacy, compute_delta
 
 _UNDERSTATED = 2.0  # times as many records in a batch as the declared number expects: a site is warned beyond that
 _OWN_BUDGET = 10.0  # times the plan's noise: of organizations that spend less than it allows
@@ -40,7 +40,7 @@ def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, 
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
-    found = _bound_norm(plan, stage, two_digits(max(1, examples)), entries, start)
+    found = _bound_norm(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
     return found if found is not None and found <= _MAX_BOUND else None
 
 
@@ -112,7 +112,7 @@ def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
     planned = tuple(
         (stage.local.sample_rate(examples), stage.rounds * stage.local.steps_per_round(examples)) for stage in plan.stages
     )
-    return _calibrated(planned, privacy.epsilon, delta_of(privacy.delta, examples))
+    return _calibrated(planned, privacy.epsilon, compute_delta(privacy.delta, examples))
 
 
 @lru_cache(maxsize=256)

@@ -27,14 +27,14 @@ _UNCOVERED = (
 
 @dataclass(frozen=True)
 class Figures:
-    """How much some steps give away.
+    """The privacy loss of some steps, in several measures.
 
     Attributes:
         epsilon: ε at `delta`, an upper bound.
         delta: δ.
         epsilon_at_small_delta: ε of the same steps at δ = 1e-6.
         gaussian_mu: μ of Gaussian differential privacy.
-        true_positive_rate: The share of the members, at most, that an attack finds at 1 % false alarms.
+        true_positive_rate: The largest share of the members that a membership attack finds at 1 % false alarms.
     """
 
     epsilon: float
@@ -49,10 +49,16 @@ class Claim:
     """What is promised, to whom, against whom, and what is not.
 
     Attributes:
+        mechanism: In words.
         unit: "record", or the column whose values are protected with all of their records.
-        max_records: Records of a unit that count at most; None for a record.
+        max_records: The largest number of records of a unit that count; None for a record.
+        neighbors: The neighboring relation, in words.
+        adversary: The threat model, in words.
+        accountant: Which accountant computed the figures.
+        epsilon_allowed: ε that the plan allows each organization.
+        delta_rule: δ as the plan gives it.
         figures: Of the organization that spent most; None where it is not known.
-        public: What counts as known to everybody.
+        public: What is assumed to be known to everybody.
         not_covered: What no figure of this claim bounds.
     """
 
@@ -93,8 +99,8 @@ class Claim:
         ]
 
 
-def figures_of(spent: Sequence[Steps], delta: float) -> Figures:
-    """Return the figures of all the steps together, at δ and at 1e-6."""
+def compute_figures(spent: Sequence[Steps], delta: float) -> Figures:
+    """Return the figures of all the steps composed, at δ and at 1e-6."""
     return Figures(
         epsilon(spent, delta),
         delta,
@@ -104,27 +110,27 @@ def figures_of(spent: Sequence[Steps], delta: float) -> Figures:
     )
 
 
-def run_figures(spent: Sequence[Steps], delta: float) -> dict[str, float]:
+def compute_run_figures(spent: Sequence[Steps], delta: float) -> dict[str, float]:
     """Return the figures of one run by their names, without δ, which a ledger states once for all runs."""
-    return {name: value for name, value in asdict(figures_of(spent, delta)).items() if name != "delta"}
+    return {name: value for name, value in asdict(compute_figures(spent, delta)).items() if name != "delta"}
 
 
-def worst(figures: Mapping[str, Figures]) -> Figures | None:
-    """Return the largest of every figure: the organizations' records are disjoint, so that nothing adds up over them."""
+def max_figures(figures: Mapping[str, Figures]) -> Figures | None:
+    """Return the largest of every figure over organizations, whose records are disjoint; None for no organization."""
     if not figures:
         return None
     return Figures(*(max(column) for column in zip(*(tuple(asdict(each).values()) for each in figures.values()), strict=True)))
 
 
-def claim_of(
+def build_claim(
     privacy: RecordPrivacy, figures: Figures | None, *, number_is_public: bool = False, not_covered: Sequence[str] = ()
 ) -> Claim:
     """Return what a plan's `privacy` table promises.
 
     Args:
-        figures: Of what was spent (see `worst`), or planned.
-        number_is_public: Whether an organization gives its true number of units away: then a unit is replaced by an empty one.
-        not_covered: What this run shows beside what is always uncovered.
+        privacy: The table. figures: Of what was spent (see `max_figures`), or planned. number_is_public: Whether an organization
+        discloses its true number of units: then neighbors replace a unit by an empty one. not_covered: What this run leaves
+        uncovered, in addition to what every run does.
     """
     is_record = privacy.unit == "record"
     one = "one record" if is_record else f"all records of one {privacy.unit}"
@@ -162,11 +168,11 @@ def _figure_rows(figures: Figures | None) -> list[tuple[str, str]]:
             f"ε = {round_up(figures.epsilon)} at δ = {figures.delta:.1e}; {round_up(figures.epsilon_at_small_delta)} at 1e-06",
         ),
         ("Gaussian μ", round_up(figures.gaussian_mu)),
-        ("Attack", attack_line(figures.true_positive_rate)),
+        ("Attack", describe_attack(figures.true_positive_rate)),
     ]
 
 
-def attack_line(true_positive_rate: float) -> str:
-    """Return what an attack finds at most, in words; of the share of the members, rounded up."""
+def describe_attack(true_positive_rate: float) -> str:
+    """Return a sentence on how many members an attack finds, the share rounded up."""
     share = round_up(100 * true_positive_rate)
     return f"at {100 * FALSE_POSITIVE_RATE:g} % false alarms an attacker finds at most {share} % of the members"

@@ -1,6 +1,6 @@
-"""The tables of a plan that say what is promised: to each record or unit of an organization, and to whole organizations.
+"""The privacy tables of a plan: what is promised to each record or unit of an organization, and to whole organizations.
 
-They are data alone, checked by pydantic: no module that this one imports loads PyTorch or SciPy.
+Data only, checked by pydantic: no module that this one imports loads PyTorch or SciPy.
 """
 
 from __future__ import annotations
@@ -46,22 +46,29 @@ class RecordPrivacy(ConfigTable):
         return self
 
     def delta_for(self, examples: int) -> float:
-        """δ for an organization with `examples` records.
+        """Return δ for an organization with that many records.
 
-        Raises PrivacyError when δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
-        would satisfy it), and for fewer than 2 records.
+        Raises:
+            PrivacyError: When δ is larger than 1/n, where the guarantee would be empty (publishing one whole record at random
+            would
+                satisfy it), and for fewer than 2 records.
         """
-        delta = delta_of(self.delta, examples)
+        delta = compute_delta(self.delta, examples)
         if examples < 2 or delta * examples > 1:
             raise PrivacyError(
                 f"privacy.delta = {self.delta} gives δ = {delta:.2g} for {examples} examples; expected at most 1/{examples}"
-                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.5"'
+                ' = one over the number of examples: choose a smaller δ, such as "1/n^1.5"',
+                code="privacy.delta_too_large",
             )
         return delta
 
 
 def check_delta(rule: float | str) -> float | str:
-    """The rule for δ as it is, a text that is a number as the number. Raises ValueError for what is neither."""
+    """Return the rule for δ: a number, also where it was given as text, or a text such as "1/n^1.5".
+
+    Raises:
+        ValueError: For anything else, and for a number outside of (0, 1).
+    """
     if isinstance(rule, str):
         if _delta_exponent(rule) is not None:
             return rule
@@ -74,21 +81,25 @@ def check_delta(rule: float | str) -> float | str:
     return rule
 
 
-def delta_of(rule: float | str, examples: int) -> float:
-    """δ by a rule (a number, or "1/n^p") for `examples` records."""
+def compute_delta(rule: float | str, examples: int) -> float:
+    """Return δ for that many records by a rule, a number or "1/n^p".
+
+    >>> compute_delta("1/n^1.5", 100), compute_delta(1e-5, 100)
+    (0.001, 1e-05)
+    """
     exponent = _delta_exponent(rule) if isinstance(rule, str) else None
     return float(rule) if exponent is None else float(max(examples, 1) ** -exponent)
 
 
 def _delta_exponent(rule: str) -> float | None:
-    """p of the rule "1/n^p" (or "1/n"); None where it is no such rule or p < 1."""
+    """Return p of the rule "1/n^p" (or "1/n"); None for any other text, and for p < 1."""
     match = re.fullmatch(r"1\s*/\s*n(?:\s*(?:\^|\*\*)\s*(\d+(?:\.\d+)?))?", rule.strip())
     exponent = float(match[1] or 1) if match else 0.0
     return exponent if exponent >= 1 else None
 
 
 class ClientPrivacy(ConfigTable):
-    """What every organization is promised about its taking part (the `client_privacy` table of a plan)."""
+    """What every organization is promised about its participation (the `client_privacy` table of a plan)."""
 
     epsilon: float = Field(8.0, gt=0, le=100, description="ε allowed over the whole run")
     epsilon_total: float | None = Field(

@@ -1,7 +1,7 @@
-"""An organization's own limits, which overrule any plan: policy.toml in its site.
+"""The policy of an organization (policy.toml in its site): limits of its own, which overrule any plan.
 
-The defaults are the strict ones: a plan is declined unless the organization has allowed what it asks for. A simulated
-organization without a policy allows everything.
+The defaults are strict: a plan is declined unless the organization has allowed what it asks for. A simulated organization without
+a policy allows everything.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from cotune.storage.documents import parse_toml
 _EVERYTHING = ("*",)
 
 
-def _each(values: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> tuple[str, ...]:
-    """Raises ValueError for a value that no plan can have: the rule would never match, and nobody would see why."""
+def _check_each(values: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> tuple[str, ...]:
+    """Return the values, each "*" or one that a plan can have; any other would silently never match.
+
+    Raises:
+        ValueError: For a value that no plan can have.
+    """
     for value in values:
         if value != "*" and not pattern.fullmatch(value):
             raise ValueError(f'{value[:80]!r} can never match: expected {expected}, or "*"')
@@ -32,7 +36,7 @@ def _each(values: tuple[str, ...], pattern: re.Pattern[str], expected: str) -> t
 
 
 class BudgetRules(ConfigTable):
-    """How much privacy may be spent (the `budget` table). ε is composed over all charges, at the δ beside it."""
+    """How much privacy may be spent (the `budget` table). ε is composed over all charges, at the δ of the same table."""
 
     own_epsilon: float | None = Field(None, gt=0, description="ε for a run, where it is smaller than the plan's: more noise")
     epsilon_per_run: float = Field(3.0, gt=0, description="a plan that would spend more in one run is declined")
@@ -44,11 +48,11 @@ class BudgetRules(ConfigTable):
     delta_total: float | str = Field("1/n^1.5", description="δ at which epsilon_total is measured")
 
     def epsilon_for(self, planned: float) -> float:
-        """ε of a run: the plan's, or the organization's own where that is smaller."""
+        """Return ε of a run: the plan's, or the organization's own where that is smaller."""
         return min(planned, self.own_epsilon or planned)
 
     def largest_delta(self, examples: int) -> float:
-        """δ that `delta_times_records` allows for so many records."""
+        """Return the largest δ that `delta_times_records` allows for that many records."""
         return self.delta_times_records / max(1, examples) * (1 + 1e-9)
 
     @field_validator("delta_per_run", "delta_total")
@@ -85,28 +89,28 @@ class TrainingRules(ConfigTable):
     @field_validator("base_models")
     @classmethod
     def _whole_hashes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """A part of a hash would never match."""
-        return _each(
+        """Refuse a part of a hash, which would never match."""
+        return _check_each(
             value, re.compile("[0-9a-f]{64}"), "the 64 hexadecimal digits of a base model's hash, as `client check` shows"
         )
 
     @field_validator("tasks")
     @classmethod
     def _known_tasks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _each(value, re.compile("|".join(get_args(TaskName))), f"one of {', '.join(get_args(TaskName))}")
+        return _check_each(value, re.compile("|".join(get_args(TaskName))), f"one of {', '.join(get_args(TaskName))}")
 
     @field_validator("train_modes")
     @classmethod
     def _known_modes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _each(value, re.compile("head|lora|full"), "head, lora or full")
+        return _check_each(value, re.compile("head|lora|full"), "head, lora or full")
 
     def rank_for(self, planned: int) -> int:
-        """Rank of the adapters that are trained: the plan's, or the organization's own where that is smaller."""
+        """Return the rank of the adapters to train: the plan's, or the organization's own where that is smaller."""
         return min(planned, self.own_rank or planned)
 
 
-class TellRules(ConfigTable):
-    """What may be told to the server beside the update (the `tell` table); what is noised is charged to the ledger."""
+class DisclosureRules(ConfigTable):
+    """What may be disclosed to the server beside the update (the `tell` table); noised numbers are charged to the ledger."""
 
     example_count: Literal["exact", "rounded", "noised", "declared"] = Field(
         "noised",
@@ -130,17 +134,20 @@ class TellRules(ConfigTable):
 
 
 class Policy(ConfigTable):
-    """policy.toml."""
+    """What an organization allows: the content of policy.toml."""
 
     budget: BudgetRules = BudgetRules()
     training: TrainingRules = TrainingRules()
-    tell: TellRules = TellRules()
+    tell: DisclosureRules = DisclosureRules()
 
     @classmethod
     def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
-        """A simulated organization's: allows everything; `epsilon`, `rank`: its own ε for a run, and rank of adapters.
+        """Return the policy of a simulated organization, which allows everything.
 
-        examples: the number that it declares; None: its true one is public.
+        Args:
+            epsilon: Its own ε for a run, where it is smaller than the plan's.
+            rank: Its own rank of adapters, where it is smaller than the plan's.
+            examples: The number of records that it declares; None: its true number is public.
         """
         return cls(
             budget=BudgetRules(
@@ -160,7 +167,7 @@ class Policy(ConfigTable):
                 fusions=_EVERYTHING,
                 client_terms=_EVERYTHING,
             ),
-            tell=TellRules(
+            tell=DisclosureRules(
                 example_count="declared" if examples else "exact",
                 declared_examples=examples,
                 local_metrics="noised",
@@ -172,28 +179,43 @@ class Policy(ConfigTable):
 
 
 def read_policy(file: Path) -> Policy:
-    """The policy in a TOML file. Raises PlanError, in one sentence, for an unreadable file or an unknown rule."""
+    """Return the policy in a TOML file.
+
+    Raises:
+        PlanError: For an unreadable file, an unknown rule, or a value that a rule cannot have.
+    """
     try:
         return Policy.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
     except ValidationError as error:
-        raise PlanError(f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)") from None
+        raise PlanError(
+            f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)", code="plan.invalid_policy"
+        ) from None
     except (OSError, ValueError) as error:
         raise PlanError(
-            f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`"
+            f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`",
+            code="plan.policy_unreadable",
         ) from None
 
 
 def check_rules(names: Iterable[str]) -> None:
-    """Check that a policy has rules of these full names, such as training.max_rounds. Raises PlanError."""
+    """Check that these are full names of rules, such as training.max_rounds.
+
+    Raises:
+        PlanError: For an unknown rule.
+    """
     tables = dict(Policy())
     rules = {f"{name}.{rule}" for name, table in tables.items() for rule in type(table).model_fields}
     for name in names:
         if name not in rules:
-            raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}')
+            raise PlanError(f'the policy has no rule "{name}"{nearest(name, rules)}', code="plan.unknown_rule")
 
 
-def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
-    """The policy with other values for some rules, such as {"training.max_rounds": 50}. Raises PlanError for what is none."""
+def change_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
+    """Return the policy with other values for some rules, such as {"training.max_rounds": 50}.
+
+    Raises:
+        PlanError: For an unknown rule, or a value that a rule cannot have.
+    """
     check_rules(changes)
     tables = policy.model_dump()
     for key, value in changes.items():
@@ -202,11 +224,11 @@ def changed_policy(policy: Policy, changes: Mapping[str, Any]) -> Policy:
     try:
         return Policy.model_validate(tables)
     except ValidationError as error:
-        raise PlanError(format_validation_error(error, Policy, "policy")) from None
+        raise PlanError(format_validation_error(error, Policy, "policy"), code="plan.invalid_policy") from None
 
 
 def dump_policy(policy: Policy) -> str:
-    """The policy as TOML with a comment for each rule: `read_policy` gives the same again."""
+    """Return the policy as TOML, with a comment for each rule; `read_policy` reads the same policy back."""
     lines: list[str] = []
     for name in Policy.model_fields:
         rules = getattr(policy, name)

@@ -16,7 +16,7 @@ from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base_lookup import FOLDER
 from cotune.plan.schema import Plan
-from cotune.privacy.claim import claim_of
+from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
 
 CARD = "README.md"  # its name in the folder of a model
@@ -60,7 +60,7 @@ def promised(plan: Plan) -> list[str]:
     """Return what a plan promises about the records of every organization, where what was spent is not known."""
     if not isinstance(plan.privacy, RecordPrivacy):
         return ["No differential privacy for records: the plan says privacy = none. The model may reveal single records."]
-    claim = claim_of(plan.privacy, None)
+    claim = build_claim(plan.privacy, None)
     return [
         f"Record-level differential privacy: ε at most {claim.epsilon_allowed:g} at δ = {claim.delta_rule} for what each"
         f" organization has sent, as the plan says (neighboring data sets: {claim.neighbors}). {claim.mechanism}.",

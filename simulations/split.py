@@ -17,7 +17,7 @@ from cotune.data.record_files import organization_name
 from cotune.data.records import Records
 from cotune.errors import DataError, PlanError
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.privacy.policy import Policy
@@ -37,7 +37,7 @@ class Share:
 
     def public_examples(self, plan: Plan) -> int:
         """N: rounded down to two digits, which a simulated organization declares; without privacy the true number."""
-        return two_digits(self.units) if isinstance(plan.privacy, RecordPrivacy) else self.units
+        return round_to_two_digits(self.units) if isinstance(plan.privacy, RecordPrivacy) else self.units
 
     def policy(self, plan: Plan) -> Policy:
         """Allows everything, with its own ε, rank and public number."""

@@ -12,7 +12,7 @@ from cotune.data.types import class_names_in
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.claim import Claim, claim_of, figures_of, worst
+from cotune.privacy.claim import Claim, build_claim, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
@@ -181,9 +181,9 @@ def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Cla
     for share in prepared.shares:
         spent = _charged(folder, share)
         delta = privacy.delta_for(share.public_examples(folder.plan))
-        figures[share.name] = figures_of(spent, delta)
+        figures[share.name] = compute_figures(spent, delta)
     clear = ("the local metrics, which organizations told as they are",) if _in_clear(folder) else ()
-    return claim_of(privacy, worst(figures), not_covered=(*clear, *_EXACT))
+    return build_claim(privacy, max_figures(figures), not_covered=(*clear, *_EXACT))
 
 
 def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> float:

@@ -5,26 +5,27 @@ reads
 the tables of a plan need not wait for PyTorch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cotune.lazy_names import import_lazily
 
 if __name__ != "cotune.strategies":  # a second copy of every class would be made, and `except CotuneError` would miss
     raise ImportError(f"{__name__} is a part of the package cotune: expected `import cotune.strategies`")
 
 if TYPE_CHECKING:
     from cotune.strategies.client_terms.base import ClientTerm
-    from cotune.strategies.config import Part, StrategyConfig
+    from cotune.strategies.config import Component, StrategyConfig
     from cotune.strategies.registry import Needs, Visibility, client_term, fusion, server_optimizer, weighting
     from cotune.strategies.server_optimizers.base import ServerOptimizer
-    from cotune.strategies.sums import Sums, mean_of, norm, weighted
+    from cotune.strategies.sums import Sums, norm, weighted, weighted_mean
     from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, apply_delta, difference
 
 __all__ = [
     "Aggregate",
     "ClientTerm",
+    "Component",
     "Delta",
     "Needs",
-    "Part",
     "RoundContext",
     "ServerOptimizer",
     "StrategyConfig",
@@ -36,28 +37,21 @@ __all__ = [
     "client_term",
     "difference",
     "fusion",
-    "mean_of",
     "norm",
     "server_optimizer",
     "weighted",
+    "weighted_mean",
     "weighting",
 ]
 
 _MODULES = {
     "client_terms.base": ("ClientTerm",),
-    "config": ("Part", "StrategyConfig"),
+    "config": ("Component", "StrategyConfig"),
     "registry": ("Needs", "Visibility", "client_term", "fusion", "server_optimizer", "weighting"),
     "server_optimizers.base": ("ServerOptimizer",),
-    "sums": ("Sums", "mean_of", "norm", "weighted"),
+    "sums": ("Sums", "weighted_mean", "norm", "weighted"),
     "types": ("Delta", "Aggregate", "RoundContext", "Update", "WeightedUpdate", "apply_delta", "difference"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = import_lazily(globals(), _MODULE_OF)

@@ -27,7 +27,7 @@ from cotune.strategies.config import StrategyConfig
 from cotune.strategies.registry import ComponentInfo, Visibility
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import Contribution, norm, total
-from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, not_finite
+from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, find_not_finite
 
 
 class Combination(Protocol):
@@ -39,7 +39,7 @@ class Combination(Protocol):
 
 
 @dataclass(frozen=True)
-class UpdateLook:
+class UpdateSummary:
     """share: of the round's weight. norm: of the update as it came. distance, cosine: to the middle of the updates (the median of
     every coordinate); None where the server has not held them, or where two cannot have a middle.
     """
@@ -104,13 +104,17 @@ class Aggregator:
 
         Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
         """
-        if not_finite(update.delta):
-            raise RunError(f"the update of {update.organization[:80]} is not finite: expected finite values")
+        if find_not_finite(update.delta):
+            raise RunError(
+                f"the update of {update.organization[:80]} is not finite: expected finite values", code="run.update_not_finite"
+            )
         self._count += 1
         if self._streams:
             self._add_up(self._weighed(update, _discounted(self._weigh(update), staleness)))
         elif staleness:
-            raise RunError(f"the update of {update.organization[:80]} is late: expected a rule that adds updates up")
+            raise RunError(
+                f"the update of {update.organization[:80]} is late: expected a rule that adds updates up", code="run.update_late"
+            )
         else:
             self._held.append(update)
 
@@ -119,7 +123,8 @@ class Aggregator:
         if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in values):
             raise RunError(
                 f'the weighting "{self._weighting[0].name}" gave {update.organization[:80]} the weight {weight!r:.60}: expected a'
-                " finite number, 0 or more"
+                " finite number, 0 or more",
+                code="run.invalid_weight",
             )
         length = norm(update.delta)
         mean = sum(values) / max(1, len(values))
@@ -138,15 +143,19 @@ class Aggregator:
         if not self._count:
             return Aggregate({}, 0)  # nobody was asked in this round
         info, parameters = self._fusion
-        least = info.least(**parameters)
+        least = info.min_updates(**parameters)
         if self._count < least:
             raise RunError(
                 f'the fusion "{info.name}" needs {least} updates, and the round has {self._count}: ask more organizations, raise'
-                " server.quorum, or choose another fusion"
+                " server.quorum, or choose another fusion",
+                code="run.too_few_updates",
             )
         weighed = [] if self._streams else self._weigh_all()
         if not self._weights > 0:
-            raise RunError(f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above')
+            raise RunError(
+                f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above',
+                code="run.no_weight",
+            )
         found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
         fused = found if isinstance(found, Aggregate) else Aggregate(found)
         self._given = fused.weights
@@ -155,12 +164,12 @@ class Aggregator:
         _check(info.name, fused.delta, self._context.state)
         return Aggregate(fused.delta, self._count, self._squares / self._weights, fused.memory)
 
-    def looks(self) -> dict[str, UpdateLook]:
+    def summarize_updates(self) -> dict[str, UpdateSummary]:
         """Organization -> what its update looked like; after `result`."""
         total_weight = sum(weight for weight, _ in self._seen.values())
         shares = self._given or {name: weight / total_weight for name, (weight, _) in self._seen.items() if total_weight > 0}
         return {
-            name: UpdateLook(shares.get(name, 0.0), length, *self._places.get(name, (None, None)))
+            name: UpdateSummary(shares.get(name, 0.0), length, *self._places.get(name, (None, None)))
             for name, (_, length) in self._seen.items()
         }
 
@@ -182,7 +191,8 @@ class Aggregator:
                 self._contribute = self._passes.send(sums)
                 if self._streams:
                     raise RunError(
-                        f'the fusion "{self._fusion[0].name}" asks for a second pass: expected needs.visibility to say so'
+                        f'the fusion "{self._fusion[0].name}" asks for a second pass: expected needs.visibility to say so',
+                        code="run.undeclared_pass",
                     )
         except StopIteration as end:
             result: Delta | Aggregate = end.value
@@ -197,21 +207,26 @@ def _discounted(weight: Any, staleness: int) -> Any:
 
 
 def _bound(info: ComponentInfo, parameters: Mapping[str, Any], context: RoundContext) -> Callable[..., Any]:
-    return partial(info.build, **parameters, **({"context": context} if info.wants_context else {}))
+    return partial(info.build, **parameters, **({"context": context} if info.needs_context else {}))
 
 
 def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
     for key, tensor in delta.items():
         if state and key not in state:
             raise RunError(
-                f'the fusion "{name}" gave a delta of {key[:80]}, which the model has not: expected its own parameters'
+                f'the fusion "{name}" gave a delta of {key[:80]}, which the model has not: expected its own parameters',
+                code="run.invalid_aggregate",
             )
         if key in state and state[key].shape != tensor.shape:
             raise RunError(
-                f'the fusion "{name}" gave {key} {tuple(tensor.shape)}: expected {tuple(state[key].shape)}, as in the model'
+                f'the fusion "{name}" gave {key} {tuple(tensor.shape)}: expected {tuple(state[key].shape)}, as in the model',
+                code="run.invalid_aggregate",
             )
         if not bool(tensor.isfinite().all()):
-            raise RunError(f'the fusion "{name}" gave values for {key} that are not finite: expected a finite delta')
+            raise RunError(
+                f'the fusion "{name}" gave values for {key} that are not finite: expected a finite delta',
+                code="run.invalid_aggregate",
+            )
 
 
 def build_aggregator(strategy: StrategyConfig, context: RoundContext) -> Aggregator:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cotune.errors import PlanError, nearest
-from cotune.strategies.compatibility import Facts, privacy_problem
-from cotune.strategies.config import RECIPES, Part, StrategyConfig, parts_of
-from cotune.strategies.plugins import known
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, builtin
+from cotune.strategies.compatibility import PlanFacts, find_privacy_problem
+from cotune.strategies.config import RECIPES, Component, StrategyConfig, get_recipe_components
+from cotune.strategies.plugins import get_components
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Visibility, get_builtin_components, get_kind_label
 
 _SENDS = {
     "noise": "how much privacy noise its delta carries",
@@ -21,27 +21,33 @@ _SENDS = {
 _CHAIN: tuple[Kind, ...] = ("weighting", "fusion", "server_optimizer")
 
 
-def parts(*, installed: bool = True) -> list[dict[str, Any]]:
+def list_components(*, installed: bool = True) -> list[dict[str, Any]]:
     """Every part of cotune, and of installed packages if wanted, by kind and name."""
-    return [described(info) for kind in FOLDERS for info in (known(kind) if installed else builtin(kind)).values()]
+    return [
+        describe_component(info)
+        for kind in FOLDERS
+        for info in (get_components(kind) if installed else get_builtin_components(kind)).values()
+    ]
 
 
-def recipes() -> list[dict[str, Any]]:
+def list_recipes() -> list[dict[str, Any]]:
     """Every recipe, by name."""
-    return [recipe_described(name) for name in sorted(RECIPES)]
+    return [describe_recipe(name) for name in sorted(RECIPES)]
 
 
 def search(name: str) -> list[dict[str, Any]]:
     """The recipe of that name, and the parts. Raises PlanError for an unknown name."""
-    recipe = [recipe_described(name)] if name in RECIPES else []
-    found = recipe + [described(known(kind)[name]) for kind in FOLDERS if name in known(kind)]
+    recipe = [describe_recipe(name)] if name in RECIPES else []
+    found = recipe + [describe_component(get_components(kind)[name]) for kind in FOLDERS if name in get_components(kind)]
     if not found:
-        everything = {*RECIPES, *(known_name for kind in FOLDERS for known_name in known(kind))}
-        raise PlanError(f'there is neither a strategy nor a part "{name}"{nearest(name, everything)}')
+        everything = {*RECIPES, *(known_name for kind in FOLDERS for known_name in get_components(kind))}
+        raise PlanError(
+            f'there is neither a strategy nor a part "{name}"{nearest(name, everything)}', code="plan.unknown_strategy"
+        )
     return found
 
 
-def described(info: ComponentInfo) -> dict[str, Any]:
+def describe_component(info: ComponentInfo) -> dict[str, Any]:
     """A part in words: what it does, its parameters, and what it means for everybody."""
     return {
         "kind": info.kind,
@@ -60,23 +66,23 @@ def described(info: ComponentInfo) -> dict[str, Any]:
     }
 
 
-def recipe_described(name: str) -> dict[str, Any]:
+def describe_recipe(name: str) -> dict[str, Any]:
     """A recipe in words: its parts, and what they mean together."""
-    given = parts_of(name)
+    given = get_recipe_components(name)
     strategy = StrategyConfig.model_validate(given)
-    infos = [info for _, _, info in strategy.known_parts()]
-    words = {_word(kind): _call(part, given.get(kind)) for kind, part in strategy.parts()}
+    infos = [info for _, _, info in strategy.known_components()]
+    words = {get_kind_label(kind): _call(part, given.get(kind)) for kind, part in strategy.components()}
     term = f", with {words['client term']}" if "client term" in words else ""
     return {
         "kind": "recipe",
         "name": name,
-        "summary": " → ".join(words[_word(kind)] for kind in _CHAIN) + term,
+        "summary": " → ".join(words[get_kind_label(kind)] for kind in _CHAIN) + term,
         "parts": words,
         "lora": dict(RECIPES[name].get("lora", {})),
         "cite": _sources(name, strategy),
         "sees": str(max(map(_visibility, infos), key=list(Visibility).index)),
-        "sends": list(dict.fromkeys(word for info in infos for word in described(info)["sends"])),
-        "state": next((word for info in infos if (word := described(info)["state"])), ""),
+        "sends": list(dict.fromkeys(word for info in infos for word in describe_component(info)["sends"])),
+        "state": next((word for info in infos if (word := describe_component(info)["state"])), ""),
         "record_privacy": max(map(_record_privacy, infos), key=_severity),
         "client_privacy": _recipe_client_privacy(infos, "weighting" in given),
     }
@@ -85,16 +91,16 @@ def recipe_described(name: str) -> dict[str, Any]:
 def _sources(name: str, strategy: StrategyConfig) -> list[str]:
     """The recipe's own, or those of the parts that make it what it is: equal weights do so only where nothing else is named."""
     own = RECIPES[name].get("cite")
-    given = parts_of(name)
+    given = get_recipe_components(name)
     telling = [kind for kind in given if kind != "weighting" or len(given) == 1] or ["fusion"]
-    found = [info.cite for kind, _, info in strategy.known_parts() if kind in telling and info.cite]
+    found = [info.cite for kind, _, info in strategy.known_components() if kind in telling and info.cite]
     return [own] if own else list(dict.fromkeys(found))
 
 
 def _recipe_client_privacy(infos: Sequence[ComponentInfo], weighs: bool) -> str:
     """A recipe that leaves the weighting open can have the one that client-level privacy wants."""
     worst = max((_client_privacy(info) for info in infos if weighs or info.kind != "weighting"), key=_severity)
-    if not worst.startswith("yes") or all(privacy_problem(info, Facts(client_privacy=True)) is None for info in infos):
+    if not worst.startswith("yes") or all(find_privacy_problem(info, PlanFacts(client_privacy=True)) is None for info in infos):
         return worst.partition(":")[0] if worst.startswith("yes") else worst
     return 'yes: with strategy.weighting = "uniform"'
 
@@ -104,7 +110,7 @@ def _severity(words: str) -> int:
 
 
 def _record_privacy(info: ComponentInfo) -> str:
-    problem = privacy_problem(info, Facts(record_privacy=True))
+    problem = find_privacy_problem(info, PlanFacts(record_privacy=True))
     if problem:
         return f"no: it {problem}"
     if "loss" in info.needs.sends:
@@ -114,7 +120,7 @@ def _record_privacy(info: ComponentInfo) -> str:
 
 
 def _client_privacy(info: ComponentInfo) -> str:
-    problem = privacy_problem(info, Facts(client_privacy=True))
+    problem = find_privacy_problem(info, PlanFacts(client_privacy=True))
     if problem:
         return f"no: it {problem}"
     return "yes: it comes after the noise" if info.kind == "server_optimizer" else "yes"
@@ -185,11 +191,7 @@ def _bounds(about: Mapping[str, Any]) -> str:
     return ", ".join(f"{word} {member[key]:g}" for member in given for key, word in _BOUNDS.items() if key in member)
 
 
-def _call(part: Part, given: Any) -> str:
+def _call(part: Component, given: Any) -> str:
     """The part's name, with the parameters that the recipe gives."""
     named = [f"{name} = {value}" for name, value in part.parameters.items() if isinstance(given, Mapping) and name in given]
     return f"{part.name} ({', '.join(named)})" if named else part.name
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from cotune.strategies.config import Part, StrategyConfig
-from cotune.strategies.registry import ComponentInfo, Kind, Visibility
+from cotune.strategies.config import Component, StrategyConfig
+from cotune.strategies.registry import ComponentInfo, Kind, Visibility, get_kind_label
 
 _STATISTICS = {"fisher", "gram"}
 
 
 @dataclass(frozen=True)
-class Facts:
+class PlanFacts:
     """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
     organizations that each round asks. organizations: that it asks in a round, at least; None where that is not known before the
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
@@ -38,22 +38,22 @@ class Facts:
     folds_late: bool = False
 
 
-Found = Mapping[Kind, tuple[Part, ComponentInfo]]
+Found = Mapping[Kind, tuple[Component, ComponentInfo]]
 
 
-def first_problem(strategy: StrategyConfig, facts: Facts, infos: Mapping[Kind, ComponentInfo] | None = None) -> str | None:
+def find_problem(strategy: StrategyConfig, facts: PlanFacts, infos: Mapping[Kind, ComponentInfo] | None = None) -> str | None:
     """Why the strategy cannot be had, in words; None when it can. infos: of parts that are code, where it has been run."""
-    found: Found = {kind: (part, info) for kind, part, info in strategy.known_parts()}
-    opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.parts() if kind in (infos or {})}
+    found: Found = {kind: (part, info) for kind, part, info in strategy.known_components()}
+    opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.components() if kind in (infos or {})}
     return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
 
 
-def privacy_problem(info: ComponentInfo, facts: Facts) -> str | None:
+def find_privacy_problem(info: ComponentInfo, facts: PlanFacts) -> str | None:
     """Why a part cannot be had with the privacy that a plan promises, in words; None when it can."""
     return next(_privacy(info, facts), None)
 
 
-def _sending(strategy: StrategyConfig, facts: Facts) -> Iterator[str]:
+def _sending(strategy: StrategyConfig, facts: PlanFacts) -> Iterator[str]:
     """What the plan itself says that organizations send: it need not be what its parts want."""
     statistics = sorted(_STATISTICS & set(strategy.sends))
     if facts.record_privacy and statistics:
@@ -63,16 +63,12 @@ def _sending(strategy: StrategyConfig, facts: Facts) -> Iterator[str]:
         )
 
 
-def _problems(found: Found, facts: Facts) -> Iterator[str]:
+def _problems(found: Found, facts: PlanFacts) -> Iterator[str]:
     yield from _between_parts(found)
     yield from _with_term(found.get("client_term"), found.get("weighting"), facts)
     for kind, (part, info) in found.items():
         for reason in _with_plan(part, info, facts):
-            yield f'the {_word(kind)} "{part.name}" {reason}'
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")
+            yield f'the {get_kind_label(kind)} "{part.name}" {reason}'
 
 
 def _between_parts(found: Found) -> Iterator[str]:
@@ -93,19 +89,19 @@ def _between_parts(found: Found) -> Iterator[str]:
     for kind, (part, info) in found.items():
         if optimizer and info.needs.sets_state and not _plain(optimizer[0]):
             yield (
-                f'the {_word(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
+                f'the {get_kind_label(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
                 f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
                 " no schedule"
             )
         if fusion and _counts_on_the_mean(info) and not fusion[1].is_mean:
             yield (
-                f'the {_word(kind)} "{part.name}" counts on the mean of what the organizations trained, and the fusion'
-                f' "{fusion[0].name}" gives something else: expected fusion = "mean", or another {_word(kind)}'
+                f'the {get_kind_label(kind)} "{part.name}" counts on the mean of what the organizations trained, and the fusion'
+                f' "{fusion[0].name}" gives something else: expected fusion = "mean", or another {get_kind_label(kind)}'
             )
 
 
 def _with_term(
-    term: tuple[Part, ComponentInfo] | None, weighting: tuple[Part, ComponentInfo] | None, facts: Facts
+    term: tuple[Component, ComponentInfo] | None, weighting: tuple[Component, ComponentInfo] | None, facts: PlanFacts
 ) -> Iterator[str]:
     if not term or not weighting:
         return
@@ -134,12 +130,12 @@ def _counts_on_the_mean(info: ComponentInfo) -> bool:
     return info.needs.mean or info.needs.client_state or info.needs.receives
 
 
-def _plain(optimizer: Part) -> bool:
+def _plain(optimizer: Component) -> bool:
     plain = {"lr": 1.0, "momentum": 0.0, "schedule": "constant", "warmup": 0}
     return optimizer.name == "sgd" and optimizer.parameters == plain
 
 
-def _with_plan(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[str]:
+def _with_plan(part: Component, info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
     yield from _privacy(info, facts)
     yield from _participation(part, info, facts)
     yield from _training(info, facts)
@@ -147,7 +143,7 @@ def _with_plan(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[str]:
         yield from _lateness(info)
 
 
-def _privacy(info: ComponentInfo, facts: Facts) -> Iterator[str]:
+def _privacy(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
     needs = info.needs
     statistics = sorted(_STATISTICS & set(needs.sends))
     if facts.record_privacy and statistics:
@@ -173,9 +169,9 @@ def _privacy(info: ComponentInfo, facts: Facts) -> Iterator[str]:
         yield 'compares the updates, and server.visibility allows one sum: expected weighting = "examples" or "uniform"'
 
 
-def _participation(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[str]:
+def _participation(part: Component, info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
     needs = info.needs
-    least = info.least(**part.parameters)
+    least = info.min_updates(**part.parameters)
     if facts.participation < needs.participation:
         yield (
             f"needs every organization at least every {1 / needs.participation:g} rounds, and each is asked with"
@@ -190,7 +186,7 @@ def _participation(part: Part, info: ComponentInfo, facts: Facts) -> Iterator[st
         yield f"needs {least} updates in a round, and the plan {asks}: expected {more}"
 
 
-def _training(info: ComponentInfo, facts: Facts) -> Iterator[str]:
+def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
     needs = info.needs
     wrong = [name for name in facts.optimizers if needs.optimizers and name not in needs.optimizers]
     if wrong:

@@ -14,8 +14,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cotune.errors import nearest
-from cotune.strategies.plugins import NO_TERM, is_code, is_file, load_code, part_named
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, builtin
+from cotune.strategies.plugins import CLIENT_TERM_ADVICE, get_component, is_code, is_file, load_code
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, get_builtin_components, get_kind_label
 
 COMPLETE = {"complete": True}  # validation context: the strategy was dumped from a valid plan, and its parts are not imported
 
@@ -25,7 +25,7 @@ def is_complete(info: ValidationInfo) -> bool:
     return bool(info.context and info.context.get("complete"))
 
 
-class Part(BaseModel):
+class Component(BaseModel):
     """A part of a strategy: its name and its parameters, as in `{ name = "sgd", lr = 0.5 }`, or the name alone.
 
     sha256: of the file, where the name is `file.py:function`.
@@ -41,32 +41,32 @@ class Part(BaseModel):
 
     def info(self, kind: Kind) -> ComponentInfo:
         """What the part says of itself. Runs the code that it names. Raises PlanError for a file that is not the plan's."""
-        return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else part_named(kind, self.name)
+        return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else get_component(kind, self.name)
 
 
-_DEFAULT_PARTS: dict[Kind, Part] = {
-    "weighting": Part(name="examples", cap=0),
-    "fusion": Part(name="mean"),
-    "server_optimizer": Part(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
+_DEFAULT_COMPONENTS: dict[Kind, Component] = {
+    "weighting": Component(name="examples", cap=0),
+    "fusion": Component(name="mean"),
+    "server_optimizer": Component(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
 }
 
 
 def _complete(kind: Kind, part: Any) -> Any:
     """A part with all its parameters, so that a plan says everything. Code is not opened: see `plugins`."""
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
-    if isinstance(table, Part):
+    if isinstance(table, Component):
         table = table.model_dump()
-    if isinstance(table, dict) and kind in _DEFAULT_PARTS:
-        table.setdefault("name", _DEFAULT_PARTS[kind].name)  # parameters alone are those of the default
+    if isinstance(table, dict) and kind in _DEFAULT_COMPONENTS:
+        table.setdefault("name", _DEFAULT_COMPONENTS[kind].name)  # parameters alone are those of the default
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
-        words = kind.replace("_", " ")
+        words = get_kind_label(kind)
         raise ValueError(f"expected the name of a {words}, or a table with its name and parameters, got {part!r:.80}")
     name = table.pop("name")
     sha256 = table.pop("sha256", None)
     if not is_code(name):
-        return {"name": name, **part_named(kind, name).check(table)}
+        return {"name": name, **get_component(kind, name).check(table)}
     if kind == "client_term":
-        raise ValueError(f'"{name}" names code: {NO_TERM}')
+        raise ValueError(f'"{name}" names code: {CLIENT_TERM_ADVICE}')
     if is_file(name) and sha256 is None:
         raise ValueError(f'"{name}" came without the SHA-256 of the file: expected a plan that was read from its own file')
     return {"name": name, "sha256": sha256, **table}
@@ -77,13 +77,13 @@ class StrategyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weighting: Part = Field(_DEFAULT_PARTS["weighting"], description="who counts how much")
-    fusion: Part = Field(_DEFAULT_PARTS["fusion"], description="how the deltas become one")
-    server_optimizer: Part = Field(
-        _DEFAULT_PARTS["server_optimizer"],
+    weighting: Component = Field(_DEFAULT_COMPONENTS["weighting"], description="who counts how much")
+    fusion: Component = Field(_DEFAULT_COMPONENTS["fusion"], description="how the deltas become one")
+    server_optimizer: Component = Field(
+        _DEFAULT_COMPONENTS["server_optimizer"],
         description="how the one delta moves the model",
     )
-    client_term: Part | None = Field(None, description="what organizations add to their gradients; absent: nothing")
+    client_term: Component | None = Field(None, description="what organizations add to their gradients; absent: nothing")
     sends: tuple[Payload, ...] = Field((), description="what organizations send beside their deltas; found from the parts")
 
     @field_validator(*FOLDERS, mode="before")
@@ -100,7 +100,7 @@ class StrategyConfig(BaseModel):
         if isinstance(table, Mapping) and "weighting" not in table and "fusion" in table:
             fusion = table["fusion"]
             name = fusion.get("name") if isinstance(fusion, Mapping) else fusion
-            if isinstance(name, str) and not is_code(name) and not part_named("fusion", name).needs.weights:
+            if isinstance(name, str) and not is_code(name) and not get_component("fusion", name).needs.weights:
                 return {**table, "weighting": "uniform"}
         return table
 
@@ -112,14 +112,16 @@ class StrategyConfig(BaseModel):
         """
         if is_complete(info):
             return self
-        others = [(kind, part) for kind, part in self.parts() if part != _DEFAULT_PARTS.get(kind) and not is_code(part.name)]
+        others = [
+            (kind, part) for kind, part in self.components() if part != _DEFAULT_COMPONENTS.get(kind) and not is_code(part.name)
+        ]
         asked = {payload for kind, part in others for payload in part.info(kind).needs.sends}
         object.__setattr__(self, "sends", tuple(sorted(asked | set(self.sends))))
         return self
 
-    def parts(self) -> list[tuple[Kind, Part]]:
+    def components(self) -> list[tuple[Kind, Component]]:
         """The parts that the strategy has."""
-        found: list[tuple[Kind, Part | None]] = [
+        found: list[tuple[Kind, Component | None]] = [
             ("weighting", self.weighting),
             ("fusion", self.fusion),
             ("server_optimizer", self.server_optimizer),
@@ -127,14 +129,14 @@ class StrategyConfig(BaseModel):
         ]
         return [(kind, part) for kind, part in found if part is not None]
 
-    def known_parts(self) -> list[tuple[Kind, Part, ComponentInfo]]:
+    def known_components(self) -> list[tuple[Kind, Component, ComponentInfo]]:
         """Without those that are code, which must be run to be known."""
-        return [(kind, part, part.info(kind)) for kind, part in self.parts() if not is_code(part.name)]
+        return [(kind, part, part.info(kind)) for kind, part in self.components() if not is_code(part.name)]
 
     @property
     def files(self) -> dict[str, str]:
         """Parts in files: `file.py:function` -> SHA-256 of the file."""
-        return {part.name: part.sha256 or "" for _, part in self.parts() if is_file(part.name)}
+        return {part.name: part.sha256 or "" for _, part in self.components() if is_file(part.name)}
 
     @property
     def compares_noise(self) -> bool:
@@ -197,7 +199,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def parts_of(name: str) -> dict[str, Any]:
+def get_recipe_components(name: str) -> dict[str, Any]:
     """The parts that a recipe names, as a plan would have them."""
     return {key: value for key, value in RECIPES[name].items() if key not in ("lora", "cite")}
 
@@ -214,10 +216,10 @@ def expand(table: Mapping[str, Any]) -> dict[str, Any]:
     name = str(given["recipe"])
     if name not in RECIPES and ":" not in name:
         for kind in FOLDERS:
-            if name in builtin(kind):
+            if name in get_builtin_components(kind):
                 raise ValueError(f'"{name}" is a part and no strategy: expected strategy.{kind} = "{name}"')
         raise ValueError(f'unknown strategy "{name}"{nearest(name, RECIPES)}')
-    wanted = {"fusion": "mean", **parts_of(name)} if name in RECIPES else {"fusion": {"name": name}}
+    wanted = {"fusion": "mean", **get_recipe_components(name)} if name in RECIPES else {"fusion": {"name": name}}
     strategy = {**wanted, **{key: _with_name(wanted.get(key), value) for key, value in given.items() if key != "recipe"}}
     lora = _lora(name, RECIPES.get(name, {}).get("lora", {}), table)
     return {**table, "strategy": strategy, **({"lora": lora} if lora else {})}

@@ -54,34 +54,40 @@ def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
     return inspect.isclass(value) and issubclass(value, Strategy)
 
 
-def flower_strategy(name: str) -> ComponentInfo:
+def load_flower_strategy(name: str) -> ComponentInfo:
     """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or cannot be had."""
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise PlanError(f'"{name}" cannot be imported ({error}): expected a class such as flwr.serverapp.strategy:Krum') from None
+        raise PlanError(
+            f'"{name}" cannot be imported ({error}): expected a class such as flwr.serverapp.strategy:Krum',
+            code="plan.flower_import_failed",
+        ) from None
     found = getattr(module, class_name, None)
     if not is_flower_class(found):
         known = [n for n, v in vars(module).items() if is_flower_class(v) and not inspect.isabstract(v) and n not in _INSTEAD]
-        raise PlanError(f'{module_name} has no strategy "{class_name}"{nearest(class_name, known)}')
-    return flower_part(name, found)
+        raise PlanError(f'{module_name} has no strategy "{class_name}"{nearest(class_name, known)}', code="plan.unknown_strategy")
+    return build_flower_component(name, found)
 
 
-def flower_part(name: str, build: type[Strategy]) -> ComponentInfo:
+def build_flower_component(name: str, build: type[Strategy]) -> ComponentInfo:
     """A strategy's class as a fusion; its constructor's plain parameters are those of the part. Raises PlanError."""
     for refused, instead in _INSTEAD.items():
         if issubclass(build, getattr(flower, refused)):
-            raise PlanError(f"{name} wants of organizations what they do not do for a strategy of Flower's: expected {instead}")
+            raise PlanError(
+                f"{name} wants of organizations what they do not do for a strategy of Flower's: expected {instead}",
+                code="plan.flower_unsupported",
+            )
     return ComponentInfo(
         "fusion",
         name,
         FlowerFusion(name, build),
         "Beutel et al., Flower, 2020, https://arxiv.org/abs/2007.14390",
         Needs(visibility=Visibility.PER_CLIENT, sets_state=True),
-        least=lambda min_train_nodes=1, min_available_nodes=1, **_: max(1, min_train_nodes, min_available_nodes),
-        scales=False,
-        keeps=False,
+        min_updates=lambda min_train_nodes=1, min_available_nodes=1, **_: max(1, min_train_nodes, min_available_nodes),
+        homogeneous=False,
+        idempotent=False,
     )
 
 
@@ -125,7 +131,10 @@ class FlowerFusion:
             with _as_server():
                 strategy = self.strategy(**parameters)
         except Exception as error:
-            raise PlanError(f"{self.name} cannot be made ({type(error).__name__}: {error}): change its parameters") from error
+            raise PlanError(
+                f"{self.name} cannot be made ({type(error).__name__}: {error}): change its parameters",
+                code="plan.flower_not_built",
+            ) from error
         for name, value in _OURS.items():
             if hasattr(strategy, name):
                 setattr(strategy, name, value)
@@ -137,7 +146,7 @@ class FlowerFusion:
             with _as_server(), self._failing(1):
                 self._configured(self.build(parameters), {"x": np.zeros(1)}, 1, 1)
         except RunError as error:
-            raise PlanError(str(error)) from None
+            raise PlanError(str(error), code="plan.flower_unsupported") from None
 
     @contextmanager
     def _failing(self, round: int) -> Iterator[None]:
@@ -146,7 +155,9 @@ class FlowerFusion:
         except CotuneError:
             raise
         except Exception as error:
-            raise RunError(f"{self.name} failed in round {round} ({type(error).__name__}: {error})") from error
+            raise RunError(
+                f"{self.name} failed in round {round} ({type(error).__name__}: {error})", code="run.flower_failed"
+            ) from error
 
     def _configured(self, strategy: Strategy, arrays: Mapping[str, Any], count: int, round: int) -> list[Message]:
         """What it would send to organizations, looked through, and a message of ours to each instead."""
@@ -173,7 +184,7 @@ class FlowerFusion:
         return memory
 
     def _refuse(self, what: str, expected: str) -> NoReturn:
-        raise RunError(f"{self.name} {what}: expected {expected}")
+        raise RunError(f"{self.name} {what}: expected {expected}", code="run.flower_unsupported")
 
 
 def _constructor(build: type) -> dict[str, inspect.Parameter]:
@@ -192,7 +203,10 @@ def _constructor(build: type) -> dict[str, inspect.Parameter]:
             break
     for name, p in found.items():
         if p.default is p.empty and not _is_plain(p):
-            raise PlanError(f"{build.__name__} cannot be made from a plan, as its {name} is neither a number nor a text")
+            raise PlanError(
+                f"{build.__name__} cannot be made from a plan, as its {name} is neither a number nor a text",
+                code="plan.flower_unsupported",
+            )
     return found
 
 
@@ -234,11 +248,17 @@ class _Roll(Grid):
     def get_node_ids(self) -> Iterable[int]:
         self._asked += 1
         if self._asked > _PATIENCE:
-            raise RunError("a strategy of Flower's waits for more organizations to come: expected one that takes those that have")
+            raise RunError(
+                "a strategy of Flower's waits for more organizations to come: expected one that takes those that have",
+                code="run.flower_unsupported",
+            )
         return range(1, self._count + 1)
 
     def _silent(self, *_: Any, **__: Any) -> NoReturn:
-        raise RunError("a strategy of Flower's talks to organizations by itself: expected one that leaves this to its caller")
+        raise RunError(
+            "a strategy of Flower's talks to organizations by itself: expected one that leaves this to its caller",
+            code="run.flower_unsupported",
+        )
 
     set_run = create_message = push_messages = pull_messages = send_and_receive = _silent
     run = property(_silent)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cotune.strategies.config import RECIPES
-from cotune.strategies.plugins import known
-from cotune.strategies.registry import FOLDERS
+from cotune.strategies.plugins import get_components
+from cotune.strategies.registry import FOLDERS, get_kind_label
 
-_MOST_FILES = 100  # of a folder that are looked into
+_MAX_FILES = 100  # of a folder that are looked into
 _MOST_BYTES = 1_000_000
 _FROM_FILES = tuple(kind for kind in FOLDERS if kind != "client_term")
 
@@ -33,12 +33,12 @@ def check_own_names(strategy: Any, folder: Path) -> None:
     for place in ("recipe", *_FROM_FILES):
         given = table.get(place)
         name = given.get("name") if isinstance(given, Mapping) else given
-        what = "strategy" if place == "recipe" else place.replace("_", " ")
-        if isinstance(name, str) and (found := own_name(name, folder)):
+        what = "strategy" if place == "recipe" else get_kind_label(place)
+        if isinstance(name, str) and (found := find_own_name(name, folder)):
             raise ValueError(f'unknown {what} "{name}": a rule in a file is named with its file, as "{found}"')
 
 
-def own_name(name: str, folder: Path) -> str | None:
+def find_own_name(name: str, folder: Path) -> str | None:
     """Return `my_rules.py:name` where a Python file in the folder defines what cotune does not know by that name; else None.
 
     >>> own_name("fedavg", Path()), own_name("no such rule", Path())
@@ -47,7 +47,7 @@ def own_name(name: str, folder: Path) -> str | None:
     if not name.isidentifier() or name in RECIPES:
         return None
     files = [file for file in _files(name, folder) if _defines(file, name)]
-    if not files or any(name in known(kind) for kind in FOLDERS):
+    if not files or any(name in get_components(kind) for kind in FOLDERS):
         return None
     return f"{files[0].name}:{name}"
 
@@ -56,7 +56,7 @@ def _files(name: str, folder: Path) -> Iterator[Path]:
     """The file of that name, then the others."""
     yield folder / f"{name}.py"
     with contextlib.suppress(OSError):
-        yield from sorted(folder.glob("*.py"))[:_MOST_FILES]
+        yield from sorted(folder.glob("*.py"))[:_MAX_FILES]
 
 
 def _defines(file: Path, name: str) -> bool:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import PlanError, nearest
-from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, builtin, undecorated
+from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, get_builtin_components, get_kind_label, infer_component
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _FLOWER = re.compile(r"flwr(\.\w+)*:[A-Za-z_]\w*")
-NO_TERM = (
+CLIENT_TERM_ADVICE = (
     "expected one of cotune, or of a package that every organization has installed, as no client runs code that a plan brings"
 )
 _read: dict[str, tuple[Path, bytes]] = {}  # by SHA-256: the files that this process has read
@@ -42,42 +42,46 @@ def is_code(name: str) -> bool:
 # --- installed
 
 
-def known(kind: Kind) -> Mapping[str, ComponentInfo]:
+def get_components(kind: Kind) -> Mapping[str, ComponentInfo]:
     """The parts that can be named: those of cotune, and those of installed packages (entry points `cotune.fusions` …)."""
-    return dict(sorted({**{name: from_installed(kind, name) for name in _points(kind)}, **builtin(kind)}.items()))
+    return dict(
+        sorted({**{name: load_installed(kind, name) for name in _entry_points(kind)}, **get_builtin_components(kind)}.items())
+    )
 
 
-def part_named(kind: Kind, name: str) -> ComponentInfo:
+def get_component(kind: Kind, name: str) -> ComponentInfo:
     """A part of cotune or of an installed package, which alone is imported. Raises ValueError for an unknown name."""
-    if name in builtin(kind):
-        return builtin(kind)[name]
-    if name not in _points(kind):
-        raise ValueError(f'unknown {_word(kind)} "{name}"{nearest(name, {**builtin(kind), **_points(kind)})}')
-    return from_installed(kind, name)
+    if name in get_builtin_components(kind):
+        return get_builtin_components(kind)[name]
+    if name not in _entry_points(kind):
+        raise ValueError(
+            f'unknown {get_kind_label(kind)} "{name}"{nearest(name, {**get_builtin_components(kind), **_entry_points(kind)})}'
+        )
+    return load_installed(kind, name)
 
 
-def _points(kind: Kind) -> dict[str, EntryPoint]:
+def _entry_points(kind: Kind) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=f"cotune.{FOLDERS[kind]}")}
 
 
 @cache
-def from_installed(kind: Kind, name: str) -> ComponentInfo:
+def load_installed(kind: Kind, name: str) -> ComponentInfo:
     """The part that an entry point means. Imports its package. Raises PlanError where that fails."""
-    point = _points(kind)[name]
+    point = _entry_points(kind)[name]
     try:
         value = point.load()
     except Exception as error:
         raise PlanError(
-            f'the {_word(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be loaded'
-            f" ({type(error).__name__}: {error}): mend or remove the package"
+            f'the {get_kind_label(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be'
+            f" loaded ({type(error).__name__}: {error}): mend or remove the package"
         ) from error
-    return part_of(kind, name, value)
+    return component_from(kind, name, value)
 
 
 # --- files
 
 
-def read_file(name: str, folder: Path) -> str:
+def register_file(name: str, folder: Path) -> str:
     """SHA-256 of the file in `file.py:function`, relative to `folder`; from then on the process knows its content. Runs nothing.
 
     Raises PlanError where it cannot be read.
@@ -86,30 +90,32 @@ def read_file(name: str, folder: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise PlanError(f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names") from None
+        raise PlanError(
+            f"{path} cannot be read ({error.strerror}): expected the Python file that the plan names", code="plan.code_unreadable"
+        ) from None
     digest = hashlib.sha256(content).hexdigest()
     _read[digest] = path, content
     return digest
 
 
-def content_of(name: str, sha256: str) -> bytes:
+def get_content(name: str, sha256: str) -> bytes:
     """The file of that content, which this process has read. Raises PlanError."""
     return _content(name, sha256)[1]
 
 
-def source_of(name: str, sha256: str) -> str:
+def get_source(name: str, sha256: str) -> str:
     """`file.py:function` with the whole path of the file, so that another process can read it. Raises PlanError."""
     return f"{_content(name, sha256)[0]}:{name.rpartition(':')[2]}"
 
 
-def object_in(name: str, sha256: str) -> Any:
+def load_object(name: str, sha256: str) -> Any:
     """What `file.py:function` means, in the file of that content. Runs the file. Raises PlanError."""
     path, _ = _content(name, sha256)
     module = _run(sha256)
     wanted = name.rpartition(":")[2]
     found = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
     if wanted not in found:
-        raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}')
+        raise PlanError(f'{path} has no "{wanted}"{nearest(wanted, found)}', code="plan.code_lacks_name")
     return getattr(module, wanted)
 
 
@@ -117,7 +123,8 @@ def _content(name: str, sha256: str) -> tuple[Path, bytes]:
     if sha256 not in _read:
         raise PlanError(
             f"{name.rpartition(':')[0]} is not the file that the plan was made with (SHA-256 {sha256[:12]}…): put that one"
-            " beside the plan, or make a new plan with the changed one"
+            " beside the plan, or make a new plan with the changed one",
+            code="plan.code_changed",
         )
     return _read[sha256]
 
@@ -132,7 +139,9 @@ def _run(sha256: str) -> Any:
     try:
         exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))  # what was hashed, not what is there by now
     except Exception as error:
-        raise PlanError(f"{path} cannot be run ({type(error).__name__}: {error}): expected a Python file that can be") from error
+        raise PlanError(
+            f"{path} cannot be run ({type(error).__name__}: {error}): expected a Python file that can be", code="plan.code_failed"
+        ) from error
     return module
 
 
@@ -142,37 +151,42 @@ def _run(sha256: str) -> Any:
 def load_code(kind: Kind, name: str, sha256: str) -> ComponentInfo:
     """The part that a name of code means (see `is_code`). Runs it. Raises PlanError."""
     if kind == "client_term":
-        raise PlanError(f'client_term = "{name}" names code: {NO_TERM}')
+        raise PlanError(f'client_term = "{name}" names code: {CLIENT_TERM_ADVICE}', code="plan.client_term_is_code")
     if is_file(name):
-        return part_of(kind, Path(name).name, object_in(name, sha256))
+        return component_from(kind, Path(name).name, load_object(name, sha256))
     if kind != "fusion":
-        raise PlanError(f'{kind} = "{name}" names a strategy of Flower\'s, which is whole: expected strategy = "{name}"')
-    from cotune.strategies.flower import flower_strategy
+        raise PlanError(
+            f'{kind} = "{name}" names a strategy of Flower\'s, which is whole: expected strategy = "{name}"',
+            code="plan.wrong_component_kind",
+        )
+    from cotune.strategies.flower import load_flower_strategy
 
-    return flower_strategy(name)
+    return load_flower_strategy(name)
 
 
-def part_of(kind: Kind, name: str, value: Any) -> ComponentInfo:
+def component_from(kind: Kind, name: str, value: Any) -> ComponentInfo:
     """What a function or class says of itself; one that says nothing needs to see each update. Raises PlanError."""
-    info = getattr(value, "part", None)
+    info = getattr(value, "component", None)
     if isinstance(info, ComponentInfo):
         if info.kind != kind:
-            raise PlanError(f'"{name}" is a {_word(info.kind)}: expected a {_word(kind)} in its place')
+            raise PlanError(f'"{name}" is a {get_kind_label(info.kind)}: expected a {get_kind_label(kind)} in its place')
         return info
     if kind == "fusion" and inspect.isclass(value):
-        from cotune.strategies.flower import flower_part, is_flower_class
+        from cotune.strategies.flower import build_flower_component, is_flower_class
 
         if is_flower_class(value):
-            return flower_part(name, value)
+            return build_flower_component(name, value)
     if inspect.isclass(value) == (kind in ("weighting", "fusion")):
         wanted = (
             "a function, or a strategy of Flower's" if kind == "fusion" else "a function" if kind == "weighting" else "a class"
         )
-        raise PlanError(f'"{name}" is a {type(value).__name__}: expected {wanted} with @{kind} on it')
-    return undecorated(kind, name, value)
+        raise PlanError(
+            f'"{name}" is a {type(value).__name__}: expected {wanted} with @{kind} on it', code="plan.wrong_component_kind"
+        )
+    return infer_component(kind, name, value)
 
 
-def pinned(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, ComponentInfo]]:
+def pin_code(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, ComponentInfo]]:
     """The `strategy` table of a plan with every part that is code completed, and these parts. Runs them.
 
     folder: of the plan. A file is named without its folder: that is nobody else's business, and a run keeps the file beside
@@ -200,7 +214,9 @@ def _check_names(parts: Sequence[Mapping[str, Any]]) -> None:
     for part in parts:
         file = part["name"].rpartition(":")[0]
         if digests.setdefault(file, part["sha256"]) != part["sha256"]:
-            raise PlanError(f"the plan names two files {file} with different content: expected one, or two names")
+            raise PlanError(
+                f"the plan names two files {file} with different content: expected one, or two names", code="plan.code_ambiguous"
+            )
 
 
 def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str, Any], ComponentInfo]:
@@ -208,15 +224,14 @@ def _completed(kind: Kind, part: dict[str, Any], folder: Path) -> tuple[dict[str
     stated = part.pop("sha256", None)
     pin: dict[str, str] = {}
     if is_file(name) and kind != "client_term":
-        pin = {"sha256": read_file(name, folder)}
+        pin = {"sha256": register_file(name, folder)}
         if stated not in (None, pin["sha256"]):
-            raise PlanError(f"{name.rpartition(':')[0]} is not the file that the plan was made with: expected SHA-256 {stated}")
+            raise PlanError(
+                f"{name.rpartition(':')[0]} is not the file that the plan was made with: expected SHA-256 {stated}",
+                code="plan.code_changed",
+            )
     info = load_code(kind, name, pin.get("sha256", ""))
     parameters = info.check(part)
     if hasattr(info.build, "rehearse"):
         info.build.rehearse(parameters)
     return {"name": Path(name).name, **pin, **parameters}, info
-
-
-def _word(kind: Kind) -> str:
-    return kind.replace("_", " ")

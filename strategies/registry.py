@@ -28,8 +28,13 @@ FOLDERS: dict[Kind, str] = {
     "server_optimizer": "server_optimizers",
     "client_term": "client_terms",
 }
-_GIVEN = ("update", "updates", "context")  # arguments that the round fills in; all others are the plan's
+_INJECTED = ("update", "updates", "context")  # arguments that the round fills in; all others are the plan's
 _Build = TypeVar("_Build", bound=Callable[..., Any])
+
+
+def get_kind_label(kind: str) -> str:
+    """Return the kind of a part in words, such as "server optimizer"."""
+    return kind.replace("_", " ")
 
 
 class Visibility(StrEnum):
@@ -42,17 +47,25 @@ class Visibility(StrEnum):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a part asks of a run; the compatibility checks read it.
+    """What a component asks of a run; the compatibility checks read it.
 
-    sends: what organizations must send beside their deltas. receives: it sends them tensors beside the model. client_state:
-    organizations keep tensors between rounds. participation: the least fraction of them that each round must ask. optimizers: the
-    local optimizers it assumes (empty: any). momentum: whether these may have momentum. weights: whether it uses the weights of
-    the weighting. by_parameter: it treats every entry by itself, so that weights may differ between parameters. adapters: the
-    values of lora.factors that it is for (empty: it need not know of adapters). mixed_ranks: organizations may train smaller
-    ranks. rewrites: what it changes of adapters, trained or not. sets_state: its result is a new state rather than a direction,
-    which a server optimizer must not bend. mean: it counts on a fusion that is the weighted mean, as terms that keep or
-    receive tensors do anyway. server_data: it judges by validation records of the server. client_privacy: why
-    client-level privacy cannot be had with it (empty: it can).
+    Attributes:
+        visibility: What the server must see of the updates.
+        sends: What organizations must send beside their deltas.
+        receives: Whether it broadcasts tensors to organizations beside the model.
+        client_state: Whether organizations keep tensors between rounds.
+        participation: The smallest fraction of the organizations that each round must ask.
+        optimizers: The local optimizers that it assumes; empty: any.
+        momentum: Whether local optimizers may have momentum.
+        weights: Whether it uses the weights of the weighting.
+        by_parameter: Whether it treats every entry by itself, so that weights may differ between parameters.
+        adapters: The values of lora.factors that it is for; empty: it need not know of adapters.
+        mixed_ranks: Whether organizations may train adapters of smaller ranks.
+        rewrites: What it changes of adapters, trained or not.
+        sets_state: Whether its result is a new state rather than a direction, which a server optimizer must not bend.
+        mean: Whether it counts on a fusion that is the weighted mean, as terms that keep or receive tensors do anyway.
+        server_data: Whether it judges updates by validation records of the server.
+        client_privacy: Why client-level privacy cannot be had with it; empty: it can.
     """
 
     visibility: Visibility = Visibility.SUM
@@ -75,10 +88,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class ComponentInfo:
-    """A part. build: a function (weighting, fusion) or a dataclass (server optimizer, client term). cite: its source.
+    """What a component of a strategy says of itself.
 
-    least: parameters -> how many updates a round must have at least. scales: c·Δ_k for all k gives c·D. keeps: identical deltas
-    give that delta.
+    Attributes:
+        kind: weighting, fusion, server optimizer or client term.
+        name: What a plan calls it.
+        build: A function (weighting, fusion) or a dataclass (server optimizer, client term).
+        cite: Its source.
+        needs: What it asks of a run.
+        min_updates: Parameters -> how many updates a round must have at least.
+        homogeneous: Whether a fusion of c·Δ_k for all k gives c·D.
+        idempotent: Whether a fusion of identical deltas gives that delta.
     """
 
     kind: Kind
@@ -86,9 +106,9 @@ class ComponentInfo:
     build: Callable[..., Any]
     cite: str
     needs: Needs
-    least: Callable[..., int] = field(default=lambda **_: 1)
-    scales: bool = True
-    keeps: bool = True
+    min_updates: Callable[..., int] = field(default=lambda **_: 1)
+    homogeneous: bool = True
+    idempotent: bool = True
 
     @property
     def summary(self) -> str:
@@ -98,7 +118,7 @@ class ComponentInfo:
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """Those that a plan may give."""
-        return {name: p for name, p in inspect.signature(self.build).parameters.items() if name not in _GIVEN}
+        return {name: p for name, p in inspect.signature(self.build).parameters.items() if name not in _INJECTED}
 
     @property
     def sees_all(self) -> bool:
@@ -108,10 +128,10 @@ class ComponentInfo:
     @property
     def is_mean(self) -> bool:
         """Whether a fusion gives the weighted mean of what was trained, entry by entry."""
-        return self.needs.by_parameter and self.scales and self.keeps and not self.needs.sends
+        return self.needs.by_parameter and self.homogeneous and self.idempotent and not self.needs.sends
 
     @property
-    def wants_context(self) -> bool:
+    def needs_context(self) -> bool:
         return "context" in inspect.signature(self.build).parameters
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +139,7 @@ class ComponentInfo:
         allow.
         """
         known = self.parameters
-        words = self.kind.replace("_", " ")
+        words = get_kind_label(self.kind)
         for key in given:
             if key not in known:
                 hint = nearest(key, known) if known else ": it takes no parameters"
@@ -151,11 +171,11 @@ class ComponentInfo:
 
 
 def _decorator(
-    kind: Kind, name: str, cite: str, least: Callable[..., int] | None, scales: bool, keeps: bool, needs: Needs
+    kind: Kind, name: str, cite: str, min_updates: Callable[..., int] | None, homogeneous: bool, idempotent: bool, needs: Needs
 ) -> Callable[[_Build], _Build]:
     def mark(build: _Build) -> _Build:
-        info = ComponentInfo(kind, name, build, cite, needs, least or (lambda **_: 1), scales, keeps)
-        build.part = info  # type: ignore[attr-defined]
+        info = ComponentInfo(kind, name, build, cite, needs, min_updates or (lambda **_: 1), homogeneous, idempotent)
+        build.component = info  # type: ignore[attr-defined]
         return build
 
     return mark
@@ -173,12 +193,12 @@ def fusion(
     *,
     cite: str,
     needs: Needs = Needs(),
-    least: Callable[..., int] | None = None,
-    scales: bool = True,
-    keeps: bool = True,
+    min_updates: Callable[..., int] | None = None,
+    homogeneous: bool = True,
+    idempotent: bool = True,
 ) -> Callable[[_Build], _Build]:
     """Marks `f(updates, …) -> Delta`, or a generator of contributions (see `sums`), which never sees a single update."""
-    return _decorator("fusion", name, cite, least, scales, keeps, needs)
+    return _decorator("fusion", name, cite, min_updates, homogeneous, idempotent, needs)
 
 
 def server_optimizer(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
@@ -191,21 +211,21 @@ def client_term(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_B
     return _decorator("client_term", name, cite, None, True, True, needs)
 
 
-def undecorated(kind: Kind, name: str, build: Callable[..., Any]) -> ComponentInfo:
+def infer_component(kind: Kind, name: str, build: Callable[..., Any]) -> ComponentInfo:
     """A part that says nothing about itself: a generator sees sums, any other function each update."""
     visibility = Visibility.SUM if kind != "fusion" or inspect.isgeneratorfunction(build) else Visibility.PER_CLIENT
     return ComponentInfo(kind, name, build, "", Needs(visibility=visibility))
 
 
 @functools.cache
-def builtin(kind: Kind) -> Mapping[str, ComponentInfo]:
+def get_builtin_components(kind: Kind) -> Mapping[str, ComponentInfo]:
     """The parts that come with cotune, by name."""
     found: dict[str, ComponentInfo] = {}
     folder = importlib.import_module(f"cotune.strategies.{FOLDERS[kind]}")
-    for module_info in pkgutil.iter_modules(folder.__path__):
-        module = importlib.import_module(f"{folder.__name__}.{module_info.name}")
+    for module_info in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."):
+        module = importlib.import_module(module_info.name)
         for value in vars(module).values():
-            info = getattr(value, "part", None)
+            info = getattr(value, "component", None)
             if isinstance(info, ComponentInfo) and info.kind == kind and info.build.__module__ == module.__name__:
                 found[info.name] = info
     return dict(sorted(found.items()))

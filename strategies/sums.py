@@ -38,7 +38,7 @@ def weighted(update: WeightedUpdate, delta: Mapping[str, Tensor] | None = None) 
     return found
 
 
-def mean_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weighted_mean(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Σ w_k Δ_k / Σ w_k of every parameter, from sums of what `weighted` gives; 0 where nobody holds the entry."""
     names = [name for name in sums if _WEIGHT + name in sums]
     return {name: torch.where(sums[_WEIGHT + name] > 0, sums[name] / sums[_WEIGHT + name], 0.0) for name in names}

@@ -46,7 +46,7 @@ def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:
     return {name: tensor - old[name] for name, tensor in new.items()}
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is infinite or not a number; None where there is none."""
     return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 

@@ -36,7 +36,7 @@ from cotune.plan.load import load_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import calibrate
-from cotune.privacy.config import delta_of
+from cotune.privacy.config import compute_delta
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
 from cotune.server.app import train_rounds
 from cotune.server.deployment.plan_checks import with_robust_default
@@ -192,7 +192,7 @@ def sigma(plan: Plan, examples: int) -> float:
     stage = plan.stages[0]
     assert privacy != "none"
     planned = [(stage.local.sample_rate(examples), stage.rounds * stage.local.steps_per_round(examples))]
-    return calibrate(planned, epsilon=privacy.epsilon, delta=delta_of(privacy.delta, examples))
+    return calibrate(planned, epsilon=privacy.epsilon, delta=compute_delta(privacy.delta, examples))
 
 
 def judged(data: Data, state: State) -> Metrics:

@@ -129,22 +129,19 @@ def opacus(meter: Meter, folder: Path, smoke: bool, mode: str) -> None:
 def cotune(meter: Meter, folder: Path, smoke: bool, mode: str) -> None:
     import torch
 
-    from cotune.privacy.mechanisms.dp_sgd import private_steps
+    from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
     work = work_of(mode, smoke)
     optimizer = torch.optim.SGD(work.parameters, lr=RATE)
-    steps = private_steps(
-        work.setting.module,
-        optimizer,
-        work.setting.loss,
-        units=work.setting.units,
-        batches=work.setting.batches,
+    config = DPSGDConfig(
         noise_multiplier=SIGMA,
         clip_norm=CLIP,
         sample_rate=1.0,
         expected_batch=float(work.mode.records),
         steps=work.mode.steps + 1,
     )
+    setting = work.setting
+    steps = DPSGD(config).run(DPSGDSetup(setting.module, optimizer, setting.loss, setting.units, setting.batches))
     _measure(meter, work, mode, lambda: next(steps))
     steps.close()  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ and in bfloat16. cotune is measured with the arithmetic that `precision = "auto"
 batches have fixed shapes, so that a record's feature depends on no other record.
 
 Rounds: the preset `tweets` on a part of its records, with features that are cached (a warm start), round by round. Training is
-what is spent inside `private_steps`, clocked from outside at every step; the other functions are found by running this
+what is spent inside `DPSGD.run`, clocked from outside at every step; the other functions are found by running this
 benchmark with `--profile`.
 """
 
@@ -112,10 +112,10 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
 
     client_round: Any = cotune.client.training.round
     training = {"cpu": 0.0, "wall": 0.0}
-    original: Any = client_round.private_steps
+    original: Any = client_round.DPSGD
 
-    def clocked(*args: Any, **options: Any) -> Iterator[Any]:
-        steps = original(*args, **options)
+    def clocked(self: Any, setup: Any) -> Iterator[Any]:
+        steps = original(self.config).run(setup)
         while True:
             cpu, wall = time.process_time(), time.perf_counter()
             report = next(steps, None)
@@ -130,7 +130,10 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     def listener(event: str, fields: dict[str, Any]) -> None:
         if event == "round_finished":
             marks.append((time.process_time(), training["cpu"], time.perf_counter(), training["wall"]))
+            if len(marks) == WARM:
+                meter.start_profile()
         if event == "run_finished":
+            meter.stop_profile()
             raise _Enough
 
     changes = [f"rounds={3 if smoke else ROUNDS}", "simulation.baselines=[]", "simulation.min_examples=20"]
@@ -138,12 +141,12 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
         base = inputs.write_encoder(folder / "base", 16)
         changes += [f'model.base="{base}"', "model.pooling=mean", "model.max_length=16"]
     changes += [f'data.source="{folder / "tweets.csv"}"', "data.encoding=utf-8", "data.label=label", "privacy.epsilon=8"]
-    client_round.private_steps = clocked
+    client_round.DPSGD = type("Clocked", (original,), {"run": clocked})
     try:
         with tempfile.TemporaryDirectory(dir=folder) as out, observe_run(listener), suppress(_Enough):
             simulate(load_plan("tweets", changes), Path(out) / "run", device="cpu")
     finally:
-        client_round.private_steps = original
+        client_round.DPSGD = original
     for before, after in list(pairwise(marks))[WARM - 1 :]:
         cpu, trained, wall, trained_wall = (b - a for a, b in zip(before, after, strict=True))
         meter.add(cpu=cpu, wall=wall, units=4, share=trained / cpu, share_wall=trained_wall / wall, label="rounds")

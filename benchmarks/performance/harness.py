@@ -97,6 +97,16 @@ class Meter:
         cpu = time.process_time() - cpu
         self.samples.append(Sample(cpu, wall, max(0.0, _peak() - before), units, label))
 
+    def start_profile(self) -> None:
+        """Profile from here on, where that is wanted: for contenders whose blocks begin and end in callbacks."""
+        if self._profile:
+            self._profile.enable()
+
+    def stop_profile(self) -> None:
+        """End what `start_profile` began."""
+        if self._profile:
+            self._profile.disable()
+
     def add(self, *, cpu: float = 0.0, wall: float = 0.0, units: float = 1.0, label: str = "", **other: float) -> None:
         """Add a sample that the contender has measured itself, such as that of other processes."""
         self.samples.append(Sample(cpu, wall, 0.0, units, label, other))
@@ -363,7 +373,7 @@ def _main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     benchmark = load_benchmark(given.file)
-    profile = cProfile.Profile() if given.profile else None
+    profile = cProfile.Profile(time.process_time) if given.profile else None
     meter = Meter(profile)
     if given.contender:
         benchmark.contender(given.contender).run(meter, given.folder, given.smoke)

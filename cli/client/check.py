@@ -1,81 +1,64 @@
-"""`cotune client check`: what joining a federation would mean here."""
+"""What `cotune client check` does and shows: what joining a federation would mean here."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.screen import beginning, screen
-from cotune.data.readers.sources import check_source
+from cotune.cli.options import SiteOptions
+from cotune.cli.screen import print_json, screen
+from cotune.client.node.connection import ConnectionReport, check_connection, versions
+from cotune.client.policy_check import Violation
+from cotune.client.preflight import PreflightReport, run_preflight
+from cotune.client.site import Site
+from cotune.client.site_setup import set_base_model, set_records
+from cotune.data.left_out import format_left_out
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
+from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_up
+from cotune.protocol.federation_file import Invitation, read_invitation
+from cotune.protocol.version import PROTOCOL
 from cotune.reporting.formatting import duration, size
 from cotune.storage.documents import parse_toml
 
-if TYPE_CHECKING:
-    from cotune.client.node.connection import ConnectionReport
-    from cotune.client.policy_check import Violation
-    from cotune.client.preflight import PreflightReport
-    from cotune.client.site import Site
-    from cotune.plan.schema import Plan
-    from cotune.protocol.federation_file import Invitation
 
+def check_site(site: Path, federation: str, options: SiteOptions, *, offline: bool, as_json: bool) -> None:
+    """Check a plan at a site and print what was found.
 
-SiteFolder = Annotated[Path, typer.Argument(help="The organization's site: a folder that `cotune client init` made.")]
-Data = Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")]
-Text = Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")]
-Label = Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")]
-Unit = Annotated[str | None, typer.Option(help="The column that says whose a record is, where it is not the plan's.")]
-Collection = Annotated[
-    str | None, typer.Option(help="The collection that the records of --data are in, with an ε total of its own.")
-]
-Model = Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")]
+    Args:
+        site: The site's folder.
+        federation: A federation.toml, a plan, or the folder of a run.
+        options: Where records and base model are; kept in the site.
+        offline: Whether the server is left alone.
+        as_json: Whether a program reads the output.
 
-
-def check(
-    site: SiteFolder,
-    federation: Annotated[str, typer.Argument(help="The federation.toml that the coordinator gave you; or a plan, or a run.")],
-    data: Data = None,
-    text: Text = None,
-    label: Label = None,
-    unit: Unit = None,
-    collection: Collection = None,
-    model: Model = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Do not try to connect.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-) -> None:
-    """Say what joining would mean here: policy, noise, ε, time and memory of one real step; whether the server lets you in."""
-    from dataclasses import asdict
-
-    check_source(data)
-    beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
-    from cotune.client.node.connection import check_connection, versions
-    from cotune.client.preflight import run_preflight as check_plan
-    from cotune.client.site import Site
-
+    Raises:
+        typer.Exit: With 1, where the plan is declined or the server does not let the organization in.
+    """
     opened = Site(site.expanduser())
     console = screen()
     invitation, plan = _read(federation)
     with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
-        opened = keep_what_is_named(opened, plan, data, text, label, unit, collection, model)
-        found = check_plan(plan, opened)
+        opened = keep_site_options(opened, plan, options)
+        found = run_preflight(plan, opened)
         tried = None
         if invitation is not None and not offline:
             tried = check_connection(opened, invitation.address, invitation.certificates)
     about = None if invitation is None else _about(invitation)
     if as_json:
-        rules = [asdict(broken) | {"command": suggested_value(opened, broken)} for broken in found.broken]
+        rules = [asdict(broken) | {"command": format_allowing_command(opened, broken)} for broken in found.broken]
         connection = None if tried is None else asdict(tried)
         together = {"federation": about, "versions": versions(), "connection": connection, **asdict(found), "broken": rules}
-        typer.echo(json.dumps(together, indent=1))
+        print_json(together)
     else:
         if about is not None:
             _show_federation(console, about, versions())
@@ -88,11 +71,13 @@ def check(
 
 def _read(source: str) -> tuple[Invitation | None, Plan]:
     """A federation.toml with its plan, or a plan by itself: a TOML file, or in the folder of a run."""
-    from cotune.protocol.federation_file import read_invitation
 
     path = Path(source).expanduser()
     if path.suffix == ".toml" and not path.exists():
-        raise PlanError(f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan")
+        raise PlanError(
+            f"{source} does not exist: expected the federation.toml that the coordinator gave you, or a plan",
+            code="plan.missing_file",
+        )
     document = path / "plan.toml" if (path / "plan.toml").exists() else path
     try:
         is_invitation = {"protocol", "server"} <= parse_toml(document.read_text(encoding="utf-8-sig")).keys()
@@ -104,24 +89,15 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
     return invitation, invitation.plan
 
 
-def keep_what_is_named(
-    site: Site,
-    plan: Plan,
-    data: str | None,
-    text: str | None,
-    label: str | None,
-    unit: str | None,
-    collection: str | None,
-    model: Path | None,
-) -> Site:
-    """Writes into the site where records and base model are, as far as the command line says so."""
-    from cotune.client.site_setup import set_base_model, set_records
-
-    set_records(site, plan, data, text=text, label=label, unit=unit, collection=collection)
-    return site if model is None else set_base_model(site, plan, model)
+def keep_site_options(site: Site, plan: Plan, options: SiteOptions) -> Site:
+    """Write into the site where records and base model are, as far as the command line says so."""
+    set_records(
+        site, plan, options.data, text=options.text, label=options.label, unit=options.unit, collection=options.collection
+    )
+    return site if options.model is None else set_base_model(site, plan, options.model)
 
 
-def suggested_value(site: Site, broken: Violation) -> str | None:
+def format_allowing_command(site: Site, broken: Violation) -> str | None:
     """The command that would allow what a rule does not."""
     if broken.suggested_value is None:
         return None
@@ -130,7 +106,6 @@ def suggested_value(site: Site, broken: Violation) -> str | None:
 
 
 def _about(invitation: Invitation) -> dict[str, Any]:
-    from cotune.protocol.version import PROTOCOL
 
     return {
         "name": invitation.name,
@@ -152,7 +127,6 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
 
 
 def _show_check(console: Console, site: Site, found: PreflightReport, *, private: bool) -> None:
-    from cotune.data.left_out import format_left_out
 
     console.print(f"[bold]{escape(found.organization)}[/bold]: {found.examples:,} examples, device {found.device}")
     line = format_left_out(found.left_out, found.examples)
@@ -199,7 +173,7 @@ def show_broken(console: Console, site: Site, rules: tuple[Violation, ...], othe
         console.print(f"[bold red]{escape(otherwise)}[/bold red]")
     for broken in rules:
         console.print(f"[bold red]declined by the rule {escape(broken.rule)}[/bold red]: {escape(broken.problem)}")
-        command = suggested_value(site, broken)
+        command = format_allowing_command(site, broken)
         if command is not None:
             console.print(f"  to allow it: {escape(command)}")
 

@@ -1,179 +1,140 @@
-"""`cotune client ledger | policy | renew-key | trust`, and the other commands of an organization."""
+"""What is typed after `cotune client`: options, what is checked before PyTorch is loaded, and a first sign of life."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from cotune.cli.client import check as client_check
-from cotune.cli.client import join as client_join
-from cotune.cli.client import model as client_model
-from cotune.cli.client.check import SiteFolder
-from cotune.cli.screen import screen
-from cotune.client.site_folder import SiteFolder as OpenedSite
-from cotune.errors import PlanError, RunError
-from cotune.plan.load import parse_value
-from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.policy import Policy, changed_policy, check_rules, dump_policy
-from cotune.storage.files import atomic_write
+from cotune.cli.options import AsJson, SiteOptions, SitePath, with_options
+from cotune.cli.screen import beginning
+from cotune.data.readers.sources import check_source
 
-app = typer.Typer(no_args_is_help=True, help="An organization's own side: its site, policy and ledger; joining a federation.")
+WantedPlan = Annotated[str, typer.Option("--plan", metavar="ID", help="First digits of a plan's id; default: the newest model.")]
 
 
-@app.command()
-def ledger(
-    site: SiteFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-    export: Annotated[Path | None, typer.Option(help="Write everything that an auditor needs to this file, as JSON.")] = None,
-) -> None:
-    """Show the privacy that was spent, over all runs and by each, and what is left."""
-    from cotune.client import ledger_report as bookkeeping
-    from cotune.client.site import Site
-
-    opened = Site(site.expanduser())
-    if export is not None:
-        atomic_write(export.expanduser(), json.dumps(bookkeeping.export_ledger(opened), indent=1).encode())
-    found = bookkeeping.summarize_ledger(opened)
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        _show_ledger(screen(), found)
-
-
-def _show_ledger(console: Console, found: dict[str, Any]) -> None:
-    if not any(table["runs"] or table["unprotected"] for table in found["collections"]):
-        console.print(f"{escape(found['organization'])} has spent nothing: no record was trained on with differential privacy")
-    for table in found["collections"]:
-        if table["collection"]:
-            console.print(f"[bold]collection {escape(table['collection'])}[/bold], with all that was charged in none")
-        _show_collection(console, table)
-    if found["head"]:
-        console.print(f"head of the log: {found['head']}")
-
-
-def _show_collection(console: Console, table: dict[str, Any]) -> None:
-    from cotune.privacy.claim import SMALL_DELTA, attack_line
-
-    for data in table["data_sets"]:
-        name = f"[bold]data set {data['fingerprint'][:12]}…[/bold]"
-        seen = data["first_seen"][:10]
-        console.print(f"{name}: {data['records']:,} records, first seen {seen}")
-        for other, common in data["shares_records_with"].items():
-            console.print(f"  shares {common:,} records with {other[:12]}…")
-    if table["runs"]:
-        allowed = f"of {table['epsilon_total']:g} " if table["epsilon_total"] < 1e6 else ""  # a simulated one has no limit
-        how = "" if table["composition"] == "pld" else f" ({table['composition']})"  # over several runs it bounds more
-        left = f", {math.floor(100 * table['epsilon_left']) / 100:.2f} left" if allowed else ""  # never more than there is
-        console.print(f"ε {round_up(table['epsilon'])} {allowed}spent at δ = {table['delta']:.1e}{how}{left}")
-        again = f"ε {round_up(table['epsilon_at_small_delta'])} at δ = {SMALL_DELTA:g}"
-        console.print(f"{again}; {attack_line(table['true_positive_rate'])}")
-    if table["unprotected"]:
-        plans = ", ".join(dict.fromkeys(f"{left['plan']} ({left['what']})" for left in table["unprotected"]))
-        times = f"{len(table['unprotected'])} times something left without any privacy"
-        console.print(f"[bold red]{times}: {escape(plans)}. No ε bounds that.[/bold red]")
-    if table["runs"]:
-        console.print(_runs(table))
-
-
-def _runs(data: dict[str, Any]) -> Table:
-    """Narrow enough for 80 columns; a long name of a plan is folded."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("  run", no_wrap=True)
-    table.add_column("plan", overflow="fold")
-    for heading in ("rounds", "steps", "cut off", "ε alone", "μ", "last"):
-        table.add_column(heading, justify="right")
-    for run in data["runs"]:
-        counts = (str(run["rounds"]), f"{run['steps']:,}", str(run["interrupted"]))
-        figures = (*counts, round_up(run["epsilon"]), round_up(run["gaussian_mu"]))
-        table.add_row(f"  {run['plan_id'][:12]}…", escape(run["plan"]), *figures, run["last"][:10])
-    return table
-
-
-@app.command()
-def policy(
-    site: Annotated[Path | None, typer.Argument(help="Show this site's policy; without one, the strict default.")] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", metavar="RULE=VALUE", help="Change a rule of the site's policy; repeatable.")
+def init(
+    site: Annotated[Path, typer.Argument(help="The folder to make.")],
+    name: Annotated[str, typer.Option(help="Of the organization, such as hospital-a.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    key: Annotated[
+        Path | None, typer.Option(help="A private key as `ssh-keygen -t ecdsa -b 384` makes it, to be copied.")
     ] = None,
 ) -> None:
-    """Print a policy as TOML, the strict default or a site's own; with --set, change the site's."""
-    settings = dict(_setting(text) for text in change or ())
-    check_rules(settings)
+    """Create an organization's site: a key pair, a strict policy and an empty ledger, readable by you alone."""
+    beginning(f"making {site}")
+    from cotune.cli.client.join import create_site  # loads PyTorch
 
-    opened = None if site is None else OpenedSite(site.expanduser())
-    before = Policy() if opened is None else opened.policy()
-    if not change:
-        typer.echo(dump_policy(before), nl=False)
-        return
-    if opened is None:
-        raise PlanError("--set changes the policy of a site, and none was given: expected its folder before it")
-    after = changed_policy(before, {rule: parse_value(text) for rule, text in settings.items()})
-    atomic_write(opened.policy_file, dump_policy(after).encode())
-    for rule in settings:
-        table, _, key = rule.partition(".")
-        old, new = (getattr(getattr(one, table), key) for one in (before, after))
-        typer.echo(f"{rule}: {_shown(old)} → {_shown(new)}")
+    create_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
 
 
-def _setting(text: str) -> tuple[str, str]:
-    rule, equals, value = text.partition("=")
-    if not equals:
-        raise PlanError(f'the setting "{text}" is not understood: expected rule=value, such as training.max_rounds=50')
-    return rule.strip(), value
+@with_options(SiteOptions)
+def check(
+    site: SitePath,
+    federation: Annotated[str, typer.Argument(help="The federation.toml that the coordinator gave you; or a plan, or a run.")],
+    options: SiteOptions,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not try to connect.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what joining means here: policy, noise, ε, cost of one step, and whether the server admits you."""
+    check_source(options.data)
+    beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
+    from cotune.cli.client.check import check_site  # loads PyTorch
+
+    check_site(site, federation, options, offline=offline, as_json=as_json)
 
 
-def _shown(value: object) -> str:
-    return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+@with_options(SiteOptions)
+def join(
+    site: SitePath,
+    federation: Annotated[Path, typer.Argument(help="The federation.toml that the coordinator gave you.")],
+    options: SiteOptions,
+) -> None:
+    """Approve the plan in a federation.toml, connect, and train when asked, until Ctrl-C or SIGTERM."""
+    check_source(options.data)
+    beginning("loading PyTorch, then records and base model")
+    from cotune.cli.client.join import join_federation  # loads PyTorch
+
+    join_federation(site, federation, options)
 
 
-@app.command("renew-key")
-def renew_key(site: SiteFolder) -> None:
-    """Make a new key for the node; it takes the place of the present one once the coordinator has accepted it."""
-    from cotune.client.node.keys import renew_key as renew
-    from cotune.client.site import Site
+def approve(
+    site: SitePath,
+    plan_id: Annotated[str, typer.Argument(help="The beginning of the plan's id; without it, the only plan that waits.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Show a plan that arrived, or how it differs from the last approved one, and approve it."""
+    from cotune.cli.client.approve import approve_plan  # loads PyTorch
 
-    file, fingerprint = renew(Site(site.expanduser()))
-    typer.echo(f"give {file} to the coordinator, who accepts it by `cotune server accept-key`; it is no secret")
-    typer.echo(f"SHA-256 of the new key, to be compared by telephone: {fingerprint}")
-    typer.echo("until then the present key is used; afterwards a node that runs changes over by itself")
+    approve_plan(site, plan_id, asks=not yes)
 
 
-@app.command()
+def sent(
+    site: SitePath,
+    as_json: AsJson = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the signatures of requests and answers.")] = False,
+    trail: Annotated[Path | None, typer.Option(help="Compare it with a run's trail.jsonl, from the coordinator.")] = None,
+) -> None:
+    """Show what was requested and what has left this organization; verify that the list was not altered."""
+    from cotune.cli.client.sent import show_sent  # loads PyTorch
+
+    show_sent(site, trail, verify=verify, as_json=as_json)
+
+
+def ledger(
+    site: SitePath,
+    as_json: AsJson = False,
+    export: Annotated[Path | None, typer.Option(help="Write everything that an auditor needs to this file, as JSON.")] = None,
+) -> None:
+    """Show the privacy budget that was spent, in total and by run, and what is left."""
+    from cotune.cli.client.ledger import show_ledger  # loads PyTorch
+
+    show_ledger(site, export, as_json=as_json)
+
+
+def renew_key(site: SitePath) -> None:
+    """Create a new key for the node; it replaces the present one once the coordinator accepts it."""
+    from cotune.cli.client import keys  # loads PyTorch
+
+    keys.renew_key(site)
+
+
 def trust(
-    site: SiteFolder,
+    site: SitePath,
     renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
 ) -> None:
-    """Believe the server's new keys, by a statement that the old ones have signed, where it did not come with a request."""
-    from cotune.client.node.trust import Trust, record_renewals
-    from cotune.client.site import Site
-    from cotune.protocol.key_renewal import read_server_renewals
+    """Trust the server's new keys by a statement signed with the old ones, if none came with a request."""
+    from cotune.cli.client.keys import trust_renewal  # loads PyTorch
 
-    folder = Site(site.expanduser()).folder
-    renewals = read_server_renewals(renewal.expanduser())
-    learned = record_renewals(folder, renewals)
-    newest = Trust.read(folder).newest.signing_key
-    if not learned and newest not in [each.about.new for each in renewals]:
-        raise RunError(
-            f"nothing in {renewal} follows from the key that the site trusts ({newest[:16]}…): expected all statements of its"
-            " server, or the federation.toml again"
-        )
-    typer.echo(f"{len(learned)} statements were new; the server's newest key is {newest}")
+    trust_renewal(site, renewal)
 
 
-for command in (
-    client_join.init,
-    client_check.check,
-    client_join.join,
-    client_join.approve,
-    client_join.sent,
-    client_model.adapt,
-    client_model.evaluate,
-):
-    app.command()(command)
+def adapt(
+    site: SitePath,
+    out: Annotated[Path | None, typer.Option(help="Folder of the adapted model; default: adapted/<plan> in the site.")] = None,
+    plan: WantedPlan = "",
+    as_json: AsJson = False,
+) -> None:
+    """Adapt the received model to the site's own records. Sends nothing and spends no ε."""
+    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
+    from cotune.cli.client.model import adapt_model  # loads PyTorch
+
+    adapt_model(site, out, plan, as_json=as_json)
+
+
+def evaluate(
+    site: SitePath,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Labeled records that were in no run, in the columns of the site's own; default: a fifth of those."),
+    ] = None,
+    plan: WantedPlan = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compare the received model with training alone on own records. Sends nothing and spends no ε."""
+    check_source(data)
+    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
+    from cotune.cli.client.model import evaluate_model  # loads PyTorch
+
+    evaluate_model(site, data, plan, as_json=as_json)

@@ -1,45 +1,45 @@
-"""`cotune client init | join | approve | sent`: an organization's way into a federation."""
+"""What `cotune client init` and `join` do: a site is made, and its node takes part in a federation."""
 
 from __future__ import annotations
 
-import json
+import logging
+import os
 import shlex
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cotune.cli.client.check import Collection, Data, Label, Model, SiteFolder, Text, Unit, keep_what_is_named, show_broken
-from cotune.cli.screen import beginning, screen
-from cotune.cli.trail import verify_sent
+from cotune.cli.client.check import keep_site_options, show_broken
+from cotune.cli.options import SiteOptions
+from cotune.cli.screen import screen
+from cotune.client.account import Account
+from cotune.client.node.node import run_node
+from cotune.client.node.trust import Trust
+from cotune.client.plan_summary import summarize_plan
+from cotune.client.policy_check import Approvals, find_violations
+from cotune.client.site import Site
+from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site
 from cotune.client.training.observe import observe_client
-from cotune.data.readers.sources import check_source
-from cotune.errors import CotuneError
+from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_up
+from cotune.protocol.federation_file import read_invitation
 from cotune.reporting.formatting import SPACE, duration, size
 from cotune.storage.files import atomic_write
 
-if TYPE_CHECKING:
-    from cotune.client.site import Site
-    from cotune.plan.schema import Plan
 
+def create_site(site: Path, name: str, *, device: str, key: Path | None) -> None:
+    """Make a site, and print what comes next.
 
-def init(
-    site: Annotated[Path, typer.Argument(help="The folder to make.")],
-    name: Annotated[str, typer.Option(help="Of the organization, such as hospital-a.")],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    key: Annotated[
-        Path | None, typer.Option(help="A private key as `ssh-keygen -t ecdsa -b 384` makes it, to be copied.")
-    ] = None,
-) -> None:
-    """Make an organization's site: a key pair, a strict policy and an empty ledger, for your eyes only."""
-    beginning(f"making {site}")
-    from cotune.client.site_setup import get_key_fingerprint, make_site
-
+    Args:
+        site: The folder to make.
+        name: Of the organization.
+        device: What it trains on.
+        key: A private key to copy; None: a new one.
+    """
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
     folder = shlex.quote(str(made.folder))
     console = screen()
@@ -52,33 +52,19 @@ def init(
     console.print(f"   cotune client join {folder} federation.toml")
 
 
-def join(
-    site: SiteFolder,
-    federation: Annotated[Path, typer.Argument(help="The federation.toml that the coordinator gave you.")],
-    data: Data = None,
-    text: Text = None,
-    label: Label = None,
-    unit: Unit = None,
-    collection: Collection = None,
-    model: Model = None,
-) -> None:
-    """Approve the plan in a federation.toml, connect, and train when asked; stays until stopped with Ctrl-C or SIGTERM."""
-    import logging
-    import os
+def join_federation(site: Path, federation: Path, options: SiteOptions) -> None:
+    """Approve a federation's plan and run the node until it is stopped.
 
-    check_source(data)
-    beginning("loading PyTorch, then records and base model")
-    from cotune.client.node.node import run_node
-    from cotune.client.node.trust import Trust
-    from cotune.client.policy_check import Approvals
-    from cotune.client.site import Site
-    from cotune.protocol.federation_file import read_invitation
-
+    Args:
+        site: The site's folder.
+        federation: The federation.toml that the coordinator gave.
+        options: Where records and base model are; kept in the site.
+    """
     os.umask(0o077)  # what is written into a site is the organization's own
     logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
     invitation = read_invitation(federation.expanduser())
     console = screen()
-    opened = keep_what_is_named(Site(site.expanduser()), invitation.plan, data, text, label, unit, collection, model)
+    opened = keep_site_options(Site(site.expanduser()), invitation.plan, options)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
     authority = opened.node.certificates
@@ -92,10 +78,6 @@ def join(
 
 def _show_plan(console: Console, site: Site, plan: Plan) -> None:
     """What it would do, and what the policy says: anyone who joins a plan that is declined takes no part until it is allowed."""
-    from cotune.client.account import Account
-    from cotune.client.plan_summary import summarize_plan
-    from cotune.client.policy_check import find_violations
-    from cotune.client.site_setup import find_site_base
 
     for line in summarize_plan(plan):
         console.print(escape(line))
@@ -166,82 +148,3 @@ class Shown:
             return None
         told = ", for the same reason" if known[1] == why else f": {escape(why)}"
         return f"[yellow]round {escape(round)}: no update was sent[/yellow]{told}"
-
-
-def approve(
-    site: SiteFolder,
-    plan_id: Annotated[str, typer.Argument(help="The beginning of the plan's id; without it, the only plan that waits.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """Show a plan that came, or how it differs from the one approved last, and approve it."""
-    from cotune.client.plan_summary import diff_plans, summarize_plan
-    from cotune.client.policy_check import Approvals
-    from cotune.client.site import Site
-
-    opened = Site(site.expanduser())
-    console = screen()
-    approvals = Approvals(opened)
-    plan = approvals.find(plan_id)
-    last = approvals.last()
-    if plan.plan_id in approvals.ids():
-        console.print(f"the plan {escape(plan.name)} ({plan.plan_id[:12]}…) is approved already")
-        return
-    for line in summarize_plan(plan):
-        console.print(escape(line))
-    if last is not None:
-        console.print(f"what differs from {escape(last.name)} ({last.plan_id[:12]}…), approved last:")
-        for line in diff_plans(last, plan):
-            console.print(f"  {escape(line)}")
-    if not yes and not typer.confirm("Approve it?"):
-        console.print("not approved: whenever it is asked for, it is declined")
-        raise typer.Exit(1)
-    approvals.approve(plan, f"cotune client approve {plan.plan_id[:12]}")
-    console.print("approved: it is trained on when it is asked for next, which may take minutes, as far as the policy allows")
-
-
-def sent(
-    site: SiteFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the signatures of requests and answers.")] = False,
-    trail: Annotated[Path | None, typer.Option(help="Compare it with a run's trail.jsonl, from the coordinator.")] = None,
-) -> None:
-    """Show what was asked for and what has left this organization, and check that nothing was changed in the list."""
-    from cotune.client.audit_log import AuditLog
-    from cotune.client.site import Site
-
-    if verify or trail is not None:
-        verify_sent(Site(site.expanduser()), trail)
-        return
-    log = AuditLog(Site(site.expanduser()).folder)
-    entries = log.entries()
-    head = log.head
-    if as_json:
-        typer.echo(json.dumps({"entries": entries, "head": head}, indent=1, ensure_ascii=False))
-        return
-    console = screen()
-    for entry in entries:
-        console.print(escape(_line(entry).replace(SPACE, " ")))
-    console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}")
-
-
-def _line(entry: dict[str, Any]) -> str:
-    when = str(entry.get("at", ""))[:16].replace("T", " ")
-    round = entry.get("round", "")
-    plan = f" {entry['plan']} ({entry['plan_id'][:12]}…)" if entry.get("plan_id") else ""
-    if entry["what"] in ("update", "receipt"):
-        epsilon = "" if entry.get("epsilon") is None else f", ε {round_up(entry['epsilon'])} stated"
-        return f"{when} {entry['what']}{plan}, round {round}: {size(entry['bytes'])}{epsilon}, SHA-256 {entry['sha256'][:16]}…"
-    if entry["what"] == "request":
-        return f"{when} {_asked_for(entry)}{plan}, round {round}: signed by {str(entry.get('key'))[:16]}…"
-    return f"{when} {entry['what']}{plan}, round {round}: {entry.get('reason') or entry.get('said', '')}"
-
-
-def _asked_for(entry: dict[str, Any]) -> str:
-    """A round to train, or the finished model, which comes as the last round's."""
-    from cotune.protocol.signatures import FINISHED, RequestStatement
-
-    try:
-        kind = RequestStatement.parse(str(entry.get("statement"))).kind
-    except CotuneError:  # of an earlier version
-        return "request"
-    return "request with the finished model" if kind == FINISHED else "request to train"

@@ -1,26 +1,22 @@
-"""`cotune client adapt` and `cotune client evaluate`: the received model, on the site's own records. Nothing of it leaves."""
+"""What `cotune client adapt` and `evaluate` do: the received model, on the site's own records. Nothing of it leaves."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.client.check import SiteFolder
 from cotune.cli.evaluate import figure, with_interval
-from cotune.cli.screen import beginning, screen
-from cotune.data.readers.sources import check_source
+from cotune.cli.screen import print_json, screen
+from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_final_model
+from cotune.client.site import Site
+from cotune.data.dataset import Dataset, DatasetManifest
+from cotune.data.record_files import read_records
 from cotune.errors import DataError
-
-if TYPE_CHECKING:
-    from cotune.client.site import Site
-    from cotune.data.dataset import Dataset
-
 
 _HEADINGS = {
     "majority": "always the most frequent class",
@@ -28,20 +24,17 @@ _HEADINGS = {
     "received": "the received model",
     "adapted": "adapted to own records",
 }
-WantedPlan = Annotated[str, typer.Option("--plan", metavar="ID", help="First digits of a plan's id; default: the newest model.")]
 
 
-def adapt(
-    site: SiteFolder,
-    out: Annotated[Path | None, typer.Option(help="Folder of the adapted model; default: adapted/<plan> in the site.")] = None,
-    plan: WantedPlan = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-) -> None:
-    """Adapt the received model to the site's own records. Sends nothing and spends no ε, as nothing of it leaves."""
-    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
-    from cotune.client.personalization.evaluation import STAYS, adapt_site
-    from cotune.client.site import Site
+def adapt_model(site: Path, out: Path | None, plan: str, *, as_json: bool) -> None:
+    """Adapt the received model to a site's own records, and print how well each method did.
 
+    Args:
+        site: The site's folder.
+        out: The folder of the adapted model; None: adapted/<plan> in the site.
+        plan: The first digits of a plan's id; "": the newest model.
+        as_json: Whether a program reads the output.
+    """
     opened = Site(site.expanduser())
     console = screen()
     with screen(stderr=True, quiet=as_json).status("fitting to own records"):
@@ -50,7 +43,7 @@ def adapt(
     if as_json:
         about = {"method": found.method, "described": found.described, "tried": found.tried}
         together = {"model": str(done.folder), "records": done.records, **about, "sent": False, "epsilon": 0.0}
-        typer.echo(json.dumps(together, indent=1))
+        print_json(together)
         return
     tried = ", ".join(f"{method} {figure(accuracy)}" for method, accuracy in found.tried.items())
     console.print(f"{done.records:,} own records; accuracy on parts that were not fitted to: {tried}")
@@ -59,42 +52,35 @@ def adapt(
     console.print(f"model         {escape(str(done.folder))}")
 
 
-def evaluate(
-    site: SiteFolder,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Labeled records that were in no run, in the columns of the site's own; default: a fifth of those."),
-    ] = None,
-    plan: WantedPlan = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-) -> None:
-    """Compare the received model with training alone, on the site's own records. Nothing is sent, and no ε is spent."""
-    check_source(data)
-    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
-    from cotune.client.personalization.evaluation import evaluate_site, open_final_model
-    from cotune.client.site import Site
+def evaluate_model(site: Path, data: str | None, plan: str, *, as_json: bool) -> None:
+    """Compare the received model with training alone on a site's own records, and print the result.
 
+    Args:
+        site: The site's folder.
+        data: Labeled records that were in no run; None: a fifth of the site's own.
+        plan: The first digits of a plan's id; "": the newest model.
+        as_json: Whether a program reads the output.
+    """
     opened = Site(site.expanduser())
     with screen(stderr=True, quiet=as_json).status("fitting to own records"):
         new = None if data is None else _new_records(opened, data, open_final_model(opened, plan).plan.labels)
         found = evaluate_site(opened, new, plan)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        print_json(found)
     else:
         _show(screen(), found)
 
 
 def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:
     """Read as the site's own records are."""
-    import numpy as np
-
-    from cotune.data.dataset import Dataset, DatasetManifest
-    from cotune.data.record_files import read_records
 
     try:
-        document = DatasetManifest.model_validate_json((site.records).read_bytes())
+        document = DatasetManifest.model_validate_json(site.records.read_bytes())
     except (OSError, ValueError):
-        raise DataError(f"{site.folder} does not say how its records are read: name them with `cotune client check`") from None
+        raise DataError(
+            f"{site.folder} does not say how its records are read: name them with `cotune client check`",
+            code="data.not_described",
+        ) from None
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
     records = read_records(document.data.model_copy(update={"source": source}), None, document.task)
     return Dataset(((records, np.arange(len(records))),), labels, document.task, lenient=True)

@@ -1,42 +1,42 @@
-"""`cotune server run` and `status`: the plan is carried out, and where it stands."""
+"""`cotune server run`: the plan is carried out with the organizations that were invited."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.options import FederationPath
 from cotune.cli.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
+from cotune.flower.control_client import open_control
 from cotune.plan.load import check_tables, parse_overrides, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary, read_summary
-from cotune.reporting.formatting import instant, percent, size
-
-if TYPE_CHECKING:  # torch takes seconds to import: only the commands that need it pay
-    from cotune.server.deployment.federation import FederationFolder
-    from cotune.server.deployment.run_controller import Executor
-    from cotune.server.deployment.status import Status
-    from cotune.server.runs.run_folder import RunFolder
-
-Federation = Annotated[Path, typer.Argument(metavar="FED", help="The federation's folder.")]
-_WATCH_SECONDS = 2.0
-_MOST_REFUSED = 5  # members and addresses that are shown
+from cotune.reporting.formatting import percent, size
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.run_controller import (
+    Executor,
+    check_none_unfinished,
+    is_superlink_kept_running,
+    lock_runs,
+    newest,
+    retry_while_served,
+    run_to_completion,
+    submit,
+)
+from cotune.server.runs.run_folder import RunFolder
 
 
 def run(
-    folder: Federation,
+    folder: FederationPath,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run, or follow it where it goes on.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Begin another run, and leave one that is not finished.")] = False,
     override: Set = None,
@@ -45,22 +45,11 @@ def run(
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Hand the run over, and do not follow it.")] = False,
 ) -> None:
-    """Carry out the plan with the organizations that were invited."""
+    """Run the plan with the invited organizations."""
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
     _check_overrides(folder / "plan.toml", override or ())
     beginning(f"reading {folder}")
-    from cotune.flower.control_client import open_control
-    from cotune.server.deployment.federation import FederationFolder
-    from cotune.server.deployment.run_controller import (
-        is_superlink_kept_running,
-        lock_runs,
-        newest,
-        retry_while_served,
-        run_to_completion,
-        submit,
-    )
-
     federation = FederationFolder(folder)
     console = screen()
     with lock_runs(federation), open_control(federation.superlink_address, federation.certificates) as executor:
@@ -90,8 +79,7 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
 def _begin(
     console: Console, federation: FederationFolder, executor: Executor, override: list[str], name: str | None, *, leave: bool
 ) -> RunFolder:
-    from cotune.server.deployment.new_run import create_run
-    from cotune.server.deployment.run_controller import check_none_unfinished
+    from cotune.server.deployment.new_run import create_run  # loads PyTorch
 
     check_none_unfinished(federation, executor, leave=leave)
     begun = create_run(federation, override, name)
@@ -139,101 +127,4 @@ def _organizations(summary: RunSummary) -> Table:
         counts = (size(o["bytes_up"]), str(o["dropped"]), str(o["quarantined"]))
         weight = "–" if o["weight"] is None else f"{100 * o['weight']:.3g} %"
         table.add_row(escape(o["name"]), str(o["rounds"]), weight, *stated, *counts, "yes" if o["delivered"] else "not yet")
-    return table
-
-
-def status(
-    folder: Federation,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds, until Ctrl-C.")] = False,
-) -> None:
-    """Show the organizations, the newest run and the certificate; also while nothing runs."""
-    if watch and as_json:
-        raise typer.BadParameter("--watch is for people: --json prints once")
-    from dataclasses import asdict
-
-    from cotune.flower.control_client import open_control
-    from cotune.server.deployment.federation import FederationFolder
-    from cotune.server.deployment.status import connections, look
-
-    federation = FederationFolder(folder)
-    console = screen()
-    with open_control(federation.superlink_address, federation.certificates) as asked:
-
-        def now() -> Status:
-            connected = connections(federation.members.all(), asked)
-            return look(federation, connected, plays=connected is None or bool(asked.running()))
-
-        if as_json:
-            typer.echo(json.dumps(asdict(now()), indent=1, ensure_ascii=False))
-            return
-        if watch:
-            _watch(console, now)
-        else:
-            console.print(_page(now()))
-
-
-def _watch(console: Console, now: Callable[[], Status]) -> None:
-    with suppress(KeyboardInterrupt), Live(_page(now()), console=console, auto_refresh=False) as live:
-        while True:
-            time.sleep(_WATCH_SECONDS)
-            live.update(_page(now()), refresh=True)
-
-
-def _page(found: Status) -> Group:
-    runs = "runs" if found.server_reachable else "does not run"
-    lines = [f"federation {escape(found.federation)}: the server {runs}"]
-    if found.certificate_expires is not None:
-        lines.append(f"certificate until {instant(found.certificate_expires)}")
-    else:
-        lines.append(f"[bold red]certificate: {escape(str(found.certificate_problem))}[/bold red]")
-    return Group(*lines, *_run_lines(found), *_refused_lines(found), _members(found))
-
-
-def _refused_lines(found: Status) -> list[str]:
-    """Whom the public port has refused what it sent, the most often first."""
-    shown = found.refused[:_MOST_REFUSED]
-    left = found.refused[_MOST_REFUSED:]
-    lines = [
-        f"refused at the public port: {each.who if each.is_member else f'address {each.who}'}, {each.count} times,"
-        f" last {instant(each.at)}: {each.reason}"
-        for each in shown
-    ]
-    return [escape(line) for line in [*lines, *([f"and {len(left)} others"] if left else [])]]
-
-
-def _run_lines(found: Status) -> list[str]:
-    at = found.run
-    if at is None:
-        return ["no run yet"]
-    accuracy = "" if at.accuracy is None else f", test accuracy {at.accuracy:.3f}"
-    lines = [f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}"]
-    lines.append(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}")
-    if at.round:
-        members = [o for o in found.organizations if o.revoked is None or o.last_round]
-        lines.append(f"{sum(1 for o in members if o.last_round)} of {len(members)} organizations are in this model")
-    if at.reason is not None:
-        lines.append(at.reason)
-    if at.last_event is not None and at.last_at is not None:
-        lines.append(f"last event: {at.last_event}, {instant(at.last_at)}")
-    return [escape(line) for line in lines]
-
-
-def _members(found: Status) -> Table:
-    """Narrow enough for 80 columns: who was invited when, and with which key, is `list`'s to say."""
-    table = Table(header_style="bold", pad_edge=False, box=None)
-    table.add_column("organization", overflow="fold")
-    table.add_column("connection")
-    for heading in ("last round", "weight", "ε stated", "sent", "strikes"):
-        table.add_column(heading, justify="right")
-    table.add_column("last word", overflow="fold")
-    for o in found.organizations:
-        figures = (
-            str(o.last_round or "–"),
-            "–" if o.weight is None else f"{100 * o.weight:.3g} %",
-            "–" if o.epsilon is None else round_up(o.epsilon),
-            size(o.bytes_up),
-            str(o.strikes or "–"),
-        )
-        table.add_row(escape(o.name), o.connection, *figures, escape(o.word))
     return table

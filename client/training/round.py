@@ -31,9 +31,9 @@ from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
-from cotune.strategies.types import Delta, Update, difference, not_finite
+from cotune.strategies.types import Delta, Update, difference, find_not_finite
 
 
 def train_round(
@@ -181,19 +181,17 @@ def _private_training(prepared: _Prepared) -> int:
     charged = Steps(context.noise_multiplier, rate, context.stage.local.steps_per_round(context.examples))
     charge = account.reserve(context.round, charged)
     began = time.monotonic()
-    reports = private_steps(
-        prepared.setup.module,
-        prepared.optimizer,
-        prepared.setup.loss,
-        units=prepared.setup.units,
-        batches=prepared.setup.batches,
+    config = DPSGDConfig(
         noise_multiplier=charged.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sample_rate=charged.sample_rate,
         expected_batch=context.expected_batch,
         steps=charged.count,
-        clipping=privacy.clipping,
+        clipping_mode=privacy.clipping,
     )
+    rows = prepared.setup
+    setup = DPSGDSetup(rows.module, prepared.optimizer, rows.loss, rows.units, rows.batches)
+    reports = DPSGD(config).run(setup)
     taken = _follow(_within_hours(reports, account), prepared, account.epsilon())
     account.ledger.settle(charge, taken, time.monotonic() - began)
     return taken
@@ -311,7 +309,7 @@ def _build_update(prepared: _Prepared, trained: _Trained) -> Update:
 
 def _check_finite(delta: Delta) -> None:
     """A diverged model is not sent."""
-    if not_finite(delta):
+    if find_not_finite(delta):
         raise RunError(
             "the local model is not finite any more: expected finite parameters; lower local.learning_rate",
             code="run.diverged",

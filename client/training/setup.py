@@ -157,7 +157,7 @@ def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> 
             batches=made_up.batches,
             alone=[made_up.alone(row) for row in range(made_up.rows)],
             clip_norm=privacy.clip_norm,
-            clipping=privacy.clipping,
+            clipping_mode=privacy.clipping,
         )
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
         reason = _why_no_gradients(raised, made_up.module)

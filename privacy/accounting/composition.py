@@ -1,9 +1,9 @@
 """How much privacy a sequence of DP-SGD steps spends, and how much noise a budget asks for.
 
-Within one run everything is decided by the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et
-al., "Connect the Dots", PETS 2022), composed over every step that ran. Across runs, whose plans may have been chosen after seeing
-earlier answers, a Rényi filter decides (see `filters`). What an answer decides within a run, as the number of records does, is
-added up without them (see `geometric`). Neighboring data sets differ by adding or removing one record.
+Within one run the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et al., "Connect the Dots",
+PETS 2022) composes every step that ran. Across runs, whose plans may have been chosen after seeing earlier answers, a Rényi
+filter does (see `filters`). An answer that decides what follows within a run, as the number of records does, adds its pure ε
+(see `mechanisms.noise`). Neighboring data sets differ by adding or removing one record.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ _TOLERANCE = 1e-3  # relative, of a calibrated σ
 class Steps:
     """A number of DP-SGD steps with the same parameters: one accounting event.
 
-    noise_multiplier: σ, noise standard deviation / clip norm. sample_rate: q, the probability with which each record enters a
-    batch, independently (Poisson sampling). count: how many steps. mechanism: "gaussian", or "geometric" for a number whose
-    answer decides the parameters of what follows; that one is never sampled.
+    Attributes:
+        noise_multiplier: σ, noise standard deviation / clip norm.
+        sample_rate: q, the probability with which each record enters a batch, independently (Poisson sampling).
+        count: How many steps.
+        mechanism: "gaussian", or "geometric" for a number whose answer decides the parameters of what follows; it is never
+            sampled.
     """
 
     noise_multiplier: float
@@ -50,34 +53,38 @@ class Steps:
 
     @property
     def name(self) -> str:
-        """The mechanism in words: "gaussian", "poisson-subsampled gaussian" or "geometric"."""
+        """Return the mechanism in words: "gaussian", "poisson-subsampled gaussian" or "geometric"."""
         return self.mechanism if self.sample_rate >= 1 else f"poisson-subsampled {self.mechanism}"
 
     @property
-    def possible(self) -> bool:
-        """Whether a mechanism can have these parameters."""
+    def is_possible(self) -> bool:
+        """Return whether a mechanism can have these parameters."""
         is_known = self.mechanism == "gaussian" or (self.mechanism == "geometric" and self.sample_rate == 1)
         return is_known and 0 < self.noise_multiplier < math.inf and 0 < self.sample_rate <= 1 and self.count >= 0
 
     def event(self) -> dp_event.DpEvent:
-        """The steps as a dp-accounting event."""
+        """Return the steps as an event of dp-accounting."""
         gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
         step = gaussian if self.sample_rate >= 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
         return dp_event.SelfComposedDpEvent(step, self.count)
 
 
 def epsilon(spent: Iterable[Steps], delta: float) -> float:
-    """ε of all the steps together at δ: that of the Gaussian ones by PLD, plus that of the geometric ones; 0 for no steps."""
+    """Return ε of all the steps together at δ: of the Gaussian ones by PLD, plus that of the geometric ones; 0 for no steps.
+
+    >>> epsilon([], 1e-5), round(epsilon([Steps(1.0, 0.01, 100)], 1e-5), 2)
+    (0.0, 0.72)
+    """
     pure, merged = _merge(spent)
     return pure + _epsilon(merged, delta, _FINE)
 
 
 def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
-    """δ of all the steps together at each ε, none below 0: the whole privacy curve, from above.
+    """Return upper bounds on δ of all the steps together at each ε ≥ 0: the whole privacy curve.
 
-    With geometric steps the privacy loss of these is ±ε₁, and that of the others comes on top: δ(ε) = p·δ₂(ε - ε₁) +
-    (1 - p)·δ₂(ε + ε₁), p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that has followed: a bound for this run. Of the
-    runs that other answers would have led to, ε is the same at their δ; other points of the curve may differ by a few percent.
+    Geometric steps have a privacy loss of ±ε₁, to which that of the others is added: δ(ε) = p·δ₂(ε - ε₁) + (1 - p)·δ₂(ε + ε₁),
+    p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that followed: a bound for this run. Runs that other answers would
+    have led to have the same ε at their δ; other points of their curves may differ by a few percent.
     """
     pure, merged = _merge(spent)
     at = np.asarray(epsilons, dtype=np.float64)
@@ -86,7 +93,7 @@ def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
 
 
 def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
-    """Below 0 it is 1 - e^ε·(1 - δ(-ε)): losing less than ε is what the other of two neighbors loses more of."""
+    """Return δ at each ε; for ε < 0 it is 1 - e^ε·(1 - δ(-ε)), by exchanging the two neighbors."""
     size, places = np.unique(np.abs(epsilons), return_inverse=True)  # sorted, as dp-accounting wants them
     found = np.asarray(_composed(merged, _COARSE).get_delta(size.tolist())) if merged else np.zeros_like(size)
     size = size[places]
@@ -95,7 +102,7 @@ def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
 
 
 def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
-    """The same by Rényi accounting: looser, independent of PLD, for cross-checks only."""
+    """Return ε as `epsilon` does, by the Rényi accountant of dp-accounting: looser, independent of PLD, for cross-checks only."""
     pure, merged = _merge(spent)
     accountant = RdpAccountant()
     for steps in merged:
@@ -103,10 +110,10 @@ def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
     return pure + float(accountant.get_epsilon(delta))
 
 
-def epsilon_below(spent: Iterable[Steps], delta: float) -> float:
-    """A lower bound on ε of all the steps together at δ: PLD accounting in which every privacy loss is rounded down.
+def epsilon_lower_bound(spent: Iterable[Steps], delta: float) -> float:
+    """Return a lower bound on ε of all the steps together at δ: PLD accounting in which every privacy loss is rounded down.
 
-    For cross-checks of `epsilon`, which rounds up: the truth lies between them. Geometric steps are added as there.
+    For cross-checks of `epsilon`, which rounds up: the true ε lies between the two. Geometric steps are added as there.
     """
     pure, merged = _merge(spent)
     return pure + (_epsilon_below(merged, delta) if merged else 0.0)
@@ -133,14 +140,17 @@ def _step_below(sigma: float, rate: float, interval: float) -> Any:
 
 
 def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
-    """ε of all geometric steps, and the Gaussian ones with the counts of equal steps added up: one convolution for each."""
+    """Return ε of all geometric steps, and the Gaussian ones with the counts of equal steps added: one convolution for each."""
     pure = 0.0
     counts: dict[tuple[float, float], int] = {}
     for s in spent:
         if s.mechanism == "geometric":
             pure += s.count * geometric_epsilon(s.noise_multiplier)
         elif s.mechanism != "gaussian":
-            raise PrivacyError(f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune")
+            raise PrivacyError(
+                f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune",
+                code="privacy.unknown_mechanism",
+            )
         elif s.count:
             counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
     return pure, tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
@@ -153,7 +163,7 @@ def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
 
 @lru_cache(maxsize=16)
 def _composed(merged: tuple[Steps, ...], interval: float) -> PLDAccountant:
-    """Composing is the work; reading ε at several δ from it is not."""
+    """Return the composed accountant. Composing is expensive; reading ε at several δ from it is not."""
     accountant = PLDAccountant(value_discretization_interval=min(interval, interval / _FINE * 0.2 * _spread(merged)))
     for steps in merged:
         accountant.compose(steps.event())
@@ -161,28 +171,36 @@ def _composed(merged: tuple[Steps, ...], interval: float) -> PLDAccountant:
 
 
 def _spread(merged: tuple[Steps, ...]) -> float:
-    """About the standard deviation of one step's privacy loss: a grid that is coarser would cost tightness."""
+    """Return roughly the standard deviation of one step's privacy loss: a coarser grid would cost tightness."""
     variance = sum(s.count * s.sample_rate**2 * math.expm1(min(s.noise_multiplier**-2, 50.0)) for s in merged)
     return math.sqrt(variance / sum(s.count for s in merged))
 
 
 def calibrate(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: float, spent: Sequence[Steps] = ()) -> float:
-    """The smallest noise multiplier σ with which all the planned steps stay within ε, on top of what was spent.
+    """Return the smallest noise multiplier σ with which the planned steps, on top of those spent, stay within ε.
 
-    planned: (sample rate, number of steps) of every remaining stage. Guarantee: composing `spent` with the planned steps at the
-    returned σ gives at most `epsilon` at `delta`; a σ smaller by one part in a thousand would not.
-    Raises PrivacyError when no σ up to 1000 suffices.
+    Guarantee: composing `spent` with the planned steps at the returned σ gives at most `epsilon` at `delta`; a σ smaller by one
+        part in a thousand would not.
+
+    Args:
+        planned: (sample rate, number of steps) of every remaining stage.
+        epsilon: ε of all together.
+        delta: δ.
+        spent: Steps that ran already.
+
+    Raises:
+        PrivacyError: When no σ up to 1000 suffices.
     """
     pure, merged = _merge(spent)
     found = _calibrate(tuple(planned), epsilon - pure, delta, merged)
     if found is None:
-        raise _unreachable(planned, epsilon, delta, spent)
+        raise _unreachable_error(planned, epsilon, delta, spent)
     return found
 
 
 @lru_cache(maxsize=1024)
 def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> float | None:
-    """None where no σ suffices."""
+    """Return σ, or None where none suffices."""
 
     def gap(sigma: float, interval: float = _FINE) -> float:
         return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
@@ -202,11 +220,12 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     return sigma
 
 
-def _unreachable(planned: Sequence[tuple[float, int]], target: float, delta: float, spent: Sequence[Steps]) -> PrivacyError:
+def _unreachable_error(planned: Sequence[tuple[float, int]], target: float, delta: float, spent: Sequence[Steps]) -> PrivacyError:
     steps = sum(count for _, count in planned)
     best = epsilon([*spent, *(Steps(MAX_NOISE_MULTIPLIER, q, count) for q, count in planned)], delta)
     already = f" after ε = {epsilon(spent, delta):.3g} was spent before" if spent else ""
     return PrivacyError(
         f"ε = {target:g} at δ = {delta:.2g} cannot be reached by {steps} steps{already}: even with a noise multiplier of"
-        f" {MAX_NOISE_MULTIPLIER:g} they cost ε = {best:.3g}; allow a larger ε, or plan fewer steps or smaller batches"
+        f" {MAX_NOISE_MULTIPLIER:g} they cost ε = {best:.3g}; allow a larger ε, or plan fewer steps or smaller batches",
+        code="privacy.epsilon_unreachable",
     )

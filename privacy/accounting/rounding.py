@@ -1,4 +1,4 @@
-"""Printing ε so that it never reads smaller than it is."""
+"""Round numbers for display: ε up, so that it never reads smaller than it is, and counts down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _EXACT = 1e12  # below, two digits after the point are
 
 
 def round_up(epsilon: float) -> str:
-    """ε with two digits after the point, never below what it is; whatever was stated or kept can be shown.
+    """Return ε with two digits after the point, rounded up; any number that was stated or stored can be shown.
 
     >>> round_up(7.991), round_up(8.0), round_up(1e308), round_up(float("nan"))
     ('8.00', '8.00', '1.01e+308', '∞')
@@ -22,8 +22,8 @@ def round_up(epsilon: float) -> str:
     return f"{rounded:e}"
 
 
-def rounded_up(epsilon: float) -> float:
-    """The same as a number."""
+def round_up_number(epsilon: float) -> float:
+    """Return ε rounded up as `round_up` does, as a number."""
     return math.ceil(epsilon * 100 - 1e-9) / 100 if _is_finite(epsilon) and abs(epsilon) < _EXACT else epsilon
 
 
@@ -31,8 +31,8 @@ def _is_finite(value: float) -> bool:
     return isinstance(value, int) or math.isfinite(value)  # an integer may be larger than any float
 
 
-def two_digits(count: int) -> int:
-    """A count rounded down to two significant digits: what a simulated organization declares.
+def round_to_two_digits(count: int) -> int:
+    """Return a count rounded down to two significant digits: what a simulated organization declares.
 
     >>> two_digits(1237), two_digits(99), two_digits(7)
     (1200, 99, 7)

@@ -37,11 +37,11 @@ def selection_epsilon(divergences: Mapping[float, float], mean: float, delta: fl
 
 
 def draw_repetitions(mean: float, generator: np.random.Generator) -> int:
-    """Return how many runs to play: 1 or more, geometric with this mean. The generator's state must be secret."""
+    """Draw the number of runs: 1 or more, geometric with this mean. The generator's state must be secret."""
     _check(mean)
     return int(generator.geometric(1 / mean))
 
 
 def _check(mean: float) -> None:
     if not (math.isfinite(mean) and mean >= 1):
-        raise PrivacyError(f"expected a mean number of runs of 1 or more, got {mean}")
+        raise PrivacyError(f"expected a mean number of runs of 1 or more, got {mean}", code="privacy.invalid_repetitions")

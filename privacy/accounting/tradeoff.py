@@ -1,4 +1,4 @@
-"""What (ε, δ) curves say of attacks: trade-off curves, the share of members that an attack finds, the Gaussian μ."""
+"""What (ε, δ) curves imply for attacks: trade-off curves, the share of members that an attack finds, the Gaussian μ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncat
 
 
 def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:
-    """α -> a lower bound on the error of the second kind of any test at level α, for one record in or out of these steps.
+    """Return the trade-off curve: α -> a lower bound on the type II error of any test at level α for one record's membership.
 
     Dong, Roth, Su, "Gaussian Differential Privacy", 2019, https://arxiv.org/abs/1905.02383, section 2.3: every (ε, δ) of the
     accountant is two lines below the curve.
@@ -27,11 +27,13 @@ def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:
 
 
 def true_positive_rate(spent: Iterable[Steps], false_positive_rate: float) -> float:
-    """The share of the members, at most, that an attack finds when it takes this share of the non-members for members.
+    """Return an upper bound on the true positive rate of any membership attack with this false positive rate.
 
-    An upper bound over all attacks, for one record in or out of these steps: 1 - f(false positive rate), with f the trade-off
-    curve of the accountant (see `trade_off`). Without steps it is the false positive rate itself: guessing.
-    Raises ValueError for a rate outside of [0, 1].
+    For one record in or out of these steps: 1 - f(false positive rate), with f the trade-off curve of the accountant (see
+    `trade_off`). Without steps it is the false positive rate itself: guessing.
+
+    Raises:
+        ValueError: For a rate outside of [0, 1].
     """
     if not 0 <= false_positive_rate <= 1:
         raise ValueError(f"expected a false positive rate in [0, 1], got {false_positive_rate}")
@@ -40,7 +42,8 @@ def true_positive_rate(spent: Iterable[Steps], false_positive_rate: float) -> fl
 
 
 def gaussian_mu(spent: Iterable[Steps]) -> float:
-    """The smallest μ for which telling N(0, 1) from N(μ, 1) is no harder than telling one record in from out of these steps.
+    """Return the smallest μ for which distinguishing N(0, 1) from N(μ, 1) is no harder than one record's membership in these
+    steps.
 
     "No harder" is checked at 301 values of ε from 0 to 60, as far as δ there is at least 1e-10: the Gaussian curve of μ, δ(ε) =
     Φ(μ/2 - ε/μ) - exp(ε)·Φ(-μ/2 - ε/μ), lies on or above that of the accountant, which is an upper bound itself (Dong, Roth, Su,
@@ -56,14 +59,15 @@ def gaussian_mu(spent: Iterable[Steps]) -> float:
 
 
 def gaussian_delta(mu: float, eps: float) -> float:
-    """δ(ε) of a Gaussian mechanism whose sensitivity is μ noise standard deviations (Balle & Wang, ICML 2018, theorem 8)."""
+    """Return δ(ε) of a Gaussian mechanism with a sensitivity of μ noise standard deviations (Balle & Wang, ICML 2018, theorem
+    8)."""
     if mu == 0:
         return 0.0
     return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
 
 
 def _mu_through(eps: float, delta: float, low: float) -> float:
-    """The μ whose Gaussian curve passes through (ε, δ); above `low`."""
+    """Return the μ > low whose Gaussian curve passes through (ε, δ)."""
     high = max(2 * low, 1.0)
     while gaussian_delta(high, eps) < delta:
         high *= 2

@@ -29,12 +29,12 @@ _NOBODY = -1
 _KEY = "canary"
 
 
-def fair_coins(count: int, generator: np.random.Generator) -> Coins:
+def flip_coins(count: int, generator: np.random.Generator) -> Coins:
     """Who is in: independent, each with probability one half."""
     return generator.integers(2, size=count).astype(bool)
 
 
-class _Beside(nn.Module):
+class _WithCanaries(nn.Module):
     """A module with the canaries' parameters beside it. Called is only the module, by its own loss."""
 
     def __init__(self, module: nn.Module, canaries: nn.Embedding) -> None:
@@ -44,8 +44,8 @@ class _Beside(nn.Module):
 
 
 @dataclass(frozen=True)
-class Planted:
-    """What `private_steps` trains on, in place of what it was planted into."""
+class PlantedCanaries:
+    """What `DPSGD` trains on, in place of what it was planted into."""
 
     module: nn.Module
     canaries: Tensor  # the parameters, one for each after the first
@@ -54,7 +54,7 @@ class Planted:
     loss: LossPerExample
 
 
-def new_canaries(count: int, device: torch.device) -> nn.Embedding:
+def build_canaries(count: int, device: torch.device) -> nn.Embedding:
     """One parameter per canary, at zero, and one at the front that nobody owns."""
     canaries = nn.Embedding(count + 1, 1, padding_idx=0, device=device)
     nn.init.zeros_(canaries.weight)
@@ -72,7 +72,7 @@ def plant(
     units_in: Coins,
     clip_norm: float,
     rows_each: int = 1,
-) -> Planted:
+) -> PlantedCanaries:
     """Put canaries, each a unit of `rows_each` rows, beside the units, and take the units out that are not to be in.
 
     A canary's row lends its shape from the first unit's first row. Rows of canaries have numbers after those of all units.
@@ -118,4 +118,4 @@ def plant(
 
     own = (range(first + i * rows_each, first + (i + 1) * rows_each) for i in range(len(canaries_in)))
     everybody = [*units, *own]
-    return Planted(_Beside(module, canaries), canaries.weight, everybody, batches_of_all, loss_of_all)
+    return PlantedCanaries(_WithCanaries(module, canaries), canaries.weight, everybody, batches_of_all, loss_of_all)

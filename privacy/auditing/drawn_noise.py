@@ -26,7 +26,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Run = Sequence[Array]  # for each parameter: (steps, entries), in units of σC
 
 _TESTS = 4
-_MOST_EXAMINED = 2**21  # draws of a run for shape and repetition; the variance is that of all
+_MAX_EXAMINED = 2**21  # draws of a run for shape and repetition; the variance is that of all
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def examine(runs: Sequence[Run], error: float) -> DrawnNoise:
     for number, (square, count) in enumerate(zip(squares, counts, strict=True), start=1):
         if _deviation_at_most(square, count, each / len(counts)) < 1:
             faults.append(f"too little noise for parameter {number}: {math.sqrt(square / count):.4f} of what is claimed")
-    sample = np.concatenate([_in_order(run)[:_MOST_EXAMINED] for run in runs])
+    sample = np.concatenate([_in_order(run)[:_MAX_EXAMINED] for run in runs])
     if float(stats.kstest(sample, "norm", mode="asymp").pvalue) < each:
         faults.append("the noise is not normal")
     if (lag := _repetition(sample, each)) is not None:

@@ -17,8 +17,8 @@ thresholds that lie on the hull of the ROC curve, which was seen first.
 How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
 is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
 
-No attack on m targets shows more than one without mistakes would (`perfect_evidence`): for 2,000 targets about 10 by the second
-theorem, 4 by the first. A claim above that cannot be refuted.
+No attack on m targets shows more than one without mistakes would (`build_perfect_evidence`): for 2,000 targets about 10 by the
+second theorem, 4 by the first. A claim above that cannot be refuted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cotune.privacy.auditing.canaries import Coins
 Array = np.ndarray[Any, np.dtype[np.float64]]
 TradeOff = Callable[[float], float]  # see `tradeoff.trade_off`
 
-_FEWEST_GUESSES = 16
+_MIN_GUESSES = 16
 _MOST_NOISE = 64.0  # times the claimed σ: a bound from still more noise is no bound worth printing
 
 
@@ -64,13 +64,14 @@ class Evidence:
     auc: float
 
 
-def require_statistics() -> ModuleType:
+def import_auditing() -> ModuleType:
     """jax_privacy's auditing. Raises PrivacyError where it is not installed."""
     try:
         from jax_privacy import auditing
     except ImportError as error:
         raise PrivacyError(
-            f'an audit needs jax_privacy, which cannot be imported ({error}): install it by pip install "cotune[audit]"'
+            f'an audit needs jax_privacy, which cannot be imported ({error}): install it by pip install "cotune[audit]"',
+            code="privacy.audit_package_missing",
         ) from None
     found: ModuleType = auditing
     return found
@@ -83,12 +84,16 @@ def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> E
     Raises PrivacyError for scores that are not finite, and for coins that all fell alike.
     """
     if not np.isfinite(scores).all():
-        raise PrivacyError("a score of the audit is not finite: expected a finite model; lower local.learning_rate")
-    targets = len(scores)
-    if targets < _FEWEST_GUESSES or present.all() or not present.any():
         raise PrivacyError(
-            f"an audit of {targets} targets, {present.sum()} of them in, shows nothing: expected at least {_FEWEST_GUESSES}, some"
-            " in and some out; use more canaries or records"
+            "a score of the audit is not finite: expected a finite model; lower local.learning_rate",
+            code="privacy.audit_not_finite",
+        )
+    targets = len(scores)
+    if targets < _MIN_GUESSES or present.all() or not present.any():
+        raise PrivacyError(
+            f"an audit of {targets} targets, {present.sum()} of them in, shows nothing: expected at least {_MIN_GUESSES}, some"
+            " in and some out; use more canaries or records",
+            code="privacy.audit_too_small",
         )
     rank = np.empty(targets)
     rank[np.lexsort((generator.random(targets), scores))] = np.arange(targets)
@@ -99,7 +104,7 @@ def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> E
     return Evidence(targets, guesses, float(roc_auc_score(present, scores)))
 
 
-def perfect_evidence(targets: int) -> Evidence:
+def build_perfect_evidence(targets: int) -> Evidence:
     """What an attack without a mistake would find: no evidence about so many targets can show more."""
     return Evidence(targets, tuple(Guess(count, count) for count in _numbers(targets)), 1.0)
 
@@ -107,7 +112,7 @@ def perfect_evidence(targets: int) -> Evidence:
 def _numbers(targets: int) -> list[int]:
     """How many guesses are counted: all, half of them, a quarter, …; fixed before anything is seen."""
     halvings = range(targets.bit_length())
-    return [targets >> halving for halving in halvings if targets >> halving >= _FEWEST_GUESSES]
+    return [targets >> halving for halving in halvings if targets >> halving >= _MIN_GUESSES]
 
 
 def lower_bound_any(found: Evidence, delta: float, error: float) -> float:
@@ -115,7 +120,7 @@ def lower_bound_any(found: Evidence, delta: float, error: float) -> float:
 
     error: the probability, at most, with which the bound is above the true ε.
     """
-    auditing = require_statistics()
+    auditing = import_auditing()
     each = error / len(found.guesses)
 
     def bound(guess: Guess) -> float:
@@ -143,10 +148,10 @@ def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, err
     def refutes(curve: TradeOff) -> bool:
         return any(_is_refuted(curve, found.targets, guess, each) for guess in found.guesses)
 
-    return least_refuted(steps, delta, refutes)
+    return find_least_refuted(steps, delta, refutes)
 
 
-def least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[TradeOff], bool]) -> float:
+def find_least_refuted(steps: Sequence[Steps], delta: float, refutes: Callable[[TradeOff], bool]) -> float:
     """Return ε at δ of these steps with the least noise whose trade-off curve is refuted; 0 where none is.
 
     Args:

@@ -31,7 +31,7 @@ from sklearn.metrics import roc_auc_score
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.auditing.canaries import Coins
-from cotune.privacy.auditing.lower_bounds import Array, TradeOff, least_refuted
+from cotune.privacy.auditing.lower_bounds import Array, TradeOff, find_least_refuted
 
 _THRESHOLDS = 9
 
@@ -85,9 +85,15 @@ def separation(scores: Array, present: Coins, claim: float) -> Separation:
         PrivacyError: For scores that are not finite, and for coins that all fell alike.
     """
     if not np.isfinite(scores).all():
-        raise PrivacyError("a score of the audit is not finite: expected a finite model; lower local.learning_rate")
+        raise PrivacyError(
+            "a score of the audit is not finite: expected a finite model; lower local.learning_rate",
+            code="privacy.audit_not_finite",
+        )
     if present.all() or not present.any():
-        raise PrivacyError(f"all {len(present)} coins of the audit fell alike: expected some in and some out; use more canaries")
+        raise PrivacyError(
+            f"all {len(present)} coins of the audit fell alike: expected some in and some out; use more canaries",
+            code="privacy.audit_too_small",
+        )
     errors = []
     for threshold in np.linspace(0.0, claim, _THRESHOLDS):
         above = scores > threshold
@@ -123,7 +129,7 @@ def lower_bound_steps(found: Separation, steps: Sequence[Steps], delta: float, e
     Args:
         error: As in `lower_bound_any`.
     """
-    return least_refuted(steps, delta, lambda curve: refutes(found, curve, error))
+    return find_least_refuted(steps, delta, lambda curve: refutes(found, curve, error))
 
 
 def refutes(found: Separation, curve: TradeOff, error: float) -> bool:

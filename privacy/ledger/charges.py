@@ -1,14 +1,12 @@
-"""What a ledger's log says: its charges and data sets, and what counts for which.
+"""The content of a ledger's log: its charges and data sets, which charges count where, and whether a new one may be made.
 
-The same for the ledger itself and for anyone who holds an exported log: pure functions of the entries.
+Pure functions of the entries: the same for the ledger itself and for anyone who holds an exported log.
 
-All charges count against one total, whichever data sets they were made on. If only those counted that share a record, refusals
-and noise would tell whether they do. An owner may keep records in *collections*, each with a total of its own: a charge made in a
-collection counts there, one made in none ("") counts in all. Collections hold different records, since a record that was charged
-in one is left out of all others (see `privacy.ledger.ledger`), so that a record's charges are those of one collection and of
-none.
-
-Whether a charge may be made: what it would bring every record to that it concerns, against what was allowed.
+All charges count against one total, whichever data sets they were made on. If only charges on data sets that share a record
+counted, refusals and noise would reveal whether they do. An owner may keep records in *collections*, each with a total of its
+own: a charge made in a collection counts there, one made in none ("") counts in all. Collections hold different records, because
+a record that was charged in one is left out of all others (see `privacy.ledger.ledger`), so that a record's charges are those of
+one collection and those of none.
 """
 
 from __future__ import annotations
@@ -28,9 +26,14 @@ _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collecti
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that the ledger has seen. shares: other data sets -> how many records they have in common.
+    """A data set that the ledger has seen.
 
-    unit: what one identity stands for, "record" or the name of a column.
+    Attributes:
+        fingerprint: Identifies it.
+        records: How many units of privacy it has.
+        first_seen: When it was entered, ISO 8601.
+        shares: Fingerprints of other data sets -> how many records they have in common.
+        unit: What one identity stands for, "record" or the name of a column.
     """
 
     fingerprint: str
@@ -42,10 +45,20 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Charge:
-    """What was spent at once: steps at their worst case while reserved, those that ran once settled.
+    """What was spent at once: the worst case while reserved, the steps that ran once settled.
 
-    data: the fingerprint of the data set; "" where an older cotune named none. purpose: "training", or what was told.
-    collection: where it counts; "": in all.
+    Attributes:
+        id: Number of the log's entry.
+        at: When, ISO 8601.
+        data: The fingerprint of the data set; "" where an older cotune named none.
+        plan_id: The run.
+        plan: Name of the plan.
+        round: Of the run.
+        steps: What is charged.
+        purpose: "training", or what was disclosed.
+        state: Whether the charge can still be lowered.
+        seconds: How long the steps took; 0 while reserved.
+        collection: Where it counts; "": in all.
     """
 
     id: int
@@ -63,10 +76,12 @@ class Charge:
 
 @dataclass(frozen=True)
 class History:
-    """All that counts for the records of one collection.
+    """All charges that count for the records of one collection.
 
-    collection: its name. runs: id of a run -> what it was charged, in the order of the first charges. delta: the smallest δ at
-    which a limit was ever checked there; 1 for none.
+    Attributes:
+        collection: Its name.
+        runs: Run id -> its charges, in the order of the first charges.
+        delta: The smallest δ at which a limit was ever checked there; 1 for none.
     """
 
     collection: str
@@ -74,17 +89,17 @@ class History:
     delta: float = 1.0
 
     def with_steps(self, plan_id: str, steps: Iterable[Steps]) -> dict[str, tuple[Steps, ...]]:
-        """The runs, with further steps of one of them."""
+        """Return the runs, with further steps of one of them."""
         return {**self.runs, plan_id: (*self.runs.get(plan_id, ()), *steps)}
 
 
 def reserved_steps(body: Mapping[str, Any]) -> Steps:
-    """What an entry of the kind "reserve" charges at its worst case. An older cotune named no mechanism: it had the Gaussian."""
+    """Return the worst case that an entry of the kind "reserve" charges. An older cotune named no mechanism: it was Gaussian."""
     return Steps(body["noise_multiplier"], body["sample_rate"], body["count"], body.get("mechanism", "gaussian"))
 
 
-def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
-    """All charges, in order."""
+def list_charges(entries: Sequence[Entry]) -> Iterator[Charge]:
+    """Yield all charges, in order."""
     settled: dict[int, Mapping[str, Any]] = {}
     for e in entries:
         if e.kind == "settle":
@@ -101,8 +116,8 @@ def charges_of(entries: Sequence[Entry]) -> Iterator[Charge]:
             yield Charge(e.id, e.at, *about, collection=b.get("collection", ""))
 
 
-def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
-    """Fingerprint -> data set, in the order in which they were first seen; the links in both directions."""
+def list_data_sets(entries: Sequence[Entry]) -> dict[str, DataSet]:
+    """Return fingerprint -> data set, in the order in which they were first seen, with links in both directions."""
     found: dict[str, DataSet] = {}
     for e in entries:
         if e.kind == "data":
@@ -113,36 +128,40 @@ def data_sets_of(entries: Sequence[Entry]) -> dict[str, DataSet]:
     return found
 
 
-def collections_of(entries: Sequence[Entry]) -> list[str]:
-    """The collections of which something was charged or has left, in order; [""] where all was in none."""
+def list_collections(entries: Sequence[Entry]) -> list[str]:
+    """Return the collections in which something was charged or left without privacy, in order; [""] where all was in none."""
     named = dict.fromkeys(e.body["collection"] for e in entries if e.kind in _COUNTED and e.body.get("collection"))
     return list(named) or [""]
 
 
-def concerned_by(entries: Sequence[Entry], collection: str) -> list[str]:
-    """The collections whose totals a charge concerns: its own; made in none, every one."""
-    return [collection] if collection else collections_of(entries)
+def list_concerned_collections(entries: Sequence[Entry], collection: str) -> list[str]:
+    """Return the collections whose totals a charge concerns: its own; all, where it is made in none."""
+    return [collection] if collection else list_collections(entries)
 
 
-def charged_elsewhere(entries: Sequence[Entry], collection: str) -> set[str]:
-    """Data sets that were charged in another collection than this one; none for the records of no collection."""
-    charges = charges_of(entries) if collection else ()
+def find_charged_elsewhere(entries: Sequence[Entry], collection: str) -> set[str]:
+    """Return the data sets that were charged in another collection than this one; none for the records of no collection."""
+    charges = list_charges(entries) if collection else ()
     return {charge.data for charge in charges if charge.data and charge.collection not in ("", collection)}
 
 
-def counted_for(entries: Sequence[Entry], collection: str | None) -> Iterator[Charge]:
-    """The charges that count for the records of a collection: those in it, and those in none. None: all charges."""
-    return (c for c in charges_of(entries) if collection is None or c.collection in ("", collection))
+def list_counted_charges(entries: Sequence[Entry], collection: str | None) -> Iterator[Charge]:
+    """Yield the charges that count for the records of a collection: those in it, and those in none. None: all charges."""
+    return (c for c in list_charges(entries) if collection is None or c.collection in ("", collection))
 
 
-def histories_of(entries: Sequence[Entry], collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
-    """What counts in each collection that a charge in `collection` concerns.
+def build_histories(entries: Sequence[Entry], collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
+    """Return what counts in each collection that a charge in `collection` concerns.
 
-    rule, plan_id: those of the limit whose smallest δ is looked up.
+    Args:
+        entries: The log.
+        collection: Where the charge is made; "": in none.
+        rule: Of the limit whose smallest δ is looked up.
+        plan_id: Of that limit.
     """
     return [
-        History(name, _runs(counted_for(entries, name)), _smallest_delta(entries, name, rule, plan_id))
-        for name in concerned_by(entries, collection)
+        History(name, _runs(list_counted_charges(entries, name)), _smallest_delta(entries, name, rule, plan_id))
+        for name in list_concerned_collections(entries, collection)
     ]
 
 
@@ -154,7 +173,7 @@ def _runs(charges: Iterable[Charge]) -> dict[str, tuple[Steps, ...]]:
 
 
 def _smallest_delta(entries: Sequence[Entry], collection: str, rule: str, plan_id: str | None) -> float:
-    """δ of a record never grows: the smallest one under which something was charged to its collection."""
+    """Return the smallest δ under which something was charged to the collection: δ of a record never grows."""
     charged = (e.body for e in entries if e.kind == "reserve" and e.body.get("collection", "") in ("", collection))
     before = (limit for body in charged for limit in body.get("limits", ()))
     return min((limit["delta"] for limit in before if (limit["rule"], limit["plan_id"]) == (rule, plan_id)), default=1.0)
@@ -162,9 +181,13 @@ def _smallest_delta(entries: Sequence[Entry], collection: str, rule: str, plan_i
 
 @dataclass(frozen=True)
 class Limit:
-    """Composing a new charge with those before must stay within ε at δ.
+    """A limit on the composition of a new charge with those before: at most ε at δ.
 
-    plan_id: only charges of that plan, composed by PLD; None: those of all runs, composed by `epsilon_over_runs`.
+    Attributes:
+        rule: Of the policy.
+        epsilon: ε at most.
+        delta: δ.
+        plan_id: Counts the charges of that run only, composed by PLD; None: those of all runs, composed by `epsilon_over_runs`.
     """
 
     rule: str
@@ -172,34 +195,37 @@ class Limit:
     delta: float
     plan_id: str | None = None
 
-    def reached(self, runs: Mapping[str, Sequence[Steps]], delta: float) -> float:
-        """ε of the runs as far as they count for this limit."""
+    def compute_epsilon(self, runs: Mapping[str, Sequence[Steps]], delta: float) -> float:
+        """Return ε of the charges that count for this limit."""
         if self.plan_id is None:
             return epsilon_over_runs(runs, self.epsilon, delta)
         return epsilon(runs.get(self.plan_id, ()), delta)
 
 
 def check_charge(entries: Sequence[Entry], collection: str, plan_id: str, steps: Steps, limits: Sequence[Limit]) -> None:
-    """Raises Declined when a limit would be exceeded for a collection that the charge concerns.
+    """Check that a charge stays within the limits in every collection that it concerns.
 
-    Each is looked at with all charges that may have touched one of its records, and at the smallest δ that was ever promised
-    there: what is decided here follows from the charges and from no record. Raises PrivacyError when two accountants contradict
-    each other about the run.
+    Each collection counts all charges that may have touched one of its records, at the smallest δ that was ever promised there:
+    the decision follows from the charges and from no record.
+
+    Raises:
+        Declined: When a limit would be exceeded.
+        PrivacyError: When two accountants contradict each other about the run.
     """
     for limit in limits:
-        for history in histories_of(entries, collection, limit.rule, limit.plan_id):
+        for history in build_histories(entries, collection, limit.rule, limit.plan_id):
             _check_limit(limit, history, plan_id, steps)
     if limits:
         delta = min(limit.delta for limit in limits)
-        for history in histories_of(entries, collection):
+        for history in build_histories(entries, collection):
             check_accountants(history.with_steps(plan_id, [steps])[plan_id], delta)
 
 
 def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> None:
     delta = min(limit.delta, history.delta)
-    after = limit.reached(history.with_steps(plan_id, [steps]), delta)
+    after = limit.compute_epsilon(history.with_steps(plan_id, [steps]), delta)
     if after > limit.epsilon:
-        left = max(0.0, limit.epsilon - limit.reached(history.runs, delta))
+        left = max(0.0, limit.epsilon - limit.compute_epsilon(history.runs, delta))
         which = f"the collection {history.collection}" if history.collection else "this organization"
         raise Declined(
             limit.rule,

@@ -1,7 +1,8 @@
-"""An exported ledger, computed anew from its log alone: nothing that it states beside the log is believed.
+"""Verify an exported ledger: recompute everything from its log alone, and compare.
 
 The hash chain shows whether an entry was changed; the charges of the log are composed by the PLD accountant within a run and by
-the Rényi filter over several, and each run is held against a second accountant. All of it is compared with what is stated.
+the Rényi filter over several, and each run is checked against a second accountant. All of it is compared with what the export
+states.
 """
 
 from __future__ import annotations
@@ -11,24 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cotune.errors import DataError, PrivacyError
-from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_below
+from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.filters import (
     check_accountants,
-    composition,
+    describe_composition,
     epsilon_over_runs,
     epsilon_renyi,
     epsilon_spent,
-    rate_over_runs,
+    true_positive_rate_over_runs,
 )
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, run_figures
+from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
 from cotune.privacy.ledger.charges import (
     Charge,
     DataSet,
     History,
-    collections_of,
-    counted_for,
-    data_sets_of,
-    histories_of,
+    build_histories,
+    list_collections,
+    list_counted_charges,
+    list_data_sets,
     reserved_steps,
 )
 from cotune.storage.append_only_log import BrokenChain, Entry, verify_chain
@@ -39,12 +40,15 @@ _OF_A_RUN = ("epsilon", "epsilon_at_small_delta", "gaussian_mu", "true_positive_
 _TOLERANCE = 1e-3  # relative, in ε: another version of dp-accounting may round otherwise
 
 
-def verify(export: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from the log, and in `problems` each way in which the export disagrees with it; empty: it holds.
+def verify_export(export: Mapping[str, Any]) -> dict[str, Any]:
+    """Recompute what an exported ledger states.
 
-    Returns plain values: head, entries (their number), collections (ε by each accountant, and as stated; none where the log holds
-    charges that cannot be), problems, valid.
-    Raises DataError for what is no exported ledger.
+    Returns:
+        Plain values: `valid`, `head`, `entries` (their number), `collections` (ε by each accountant, and as stated; none where
+        the log holds charges that cannot be) and `problems`, one sentence for each disagreement.
+
+    Raises:
+        DataError: For anything but an exported ledger.
     """
     try:
         entries = [Entry(**entry) for entry in export["entries"]]
@@ -54,7 +58,8 @@ def verify(export: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"this is no exported ledger of the format {FORMAT!r} ({type(error).__name__}: {error}): expected the file that"
-            " `cotune client ledger SITE --export FILE` writes"
+            " `cotune client ledger SITE --export FILE` writes",
+            code="data.not_a_ledger",
         ) from None
     problems += [problem for table in tables for problem in table.pop("problems")]
     return {
@@ -77,12 +82,12 @@ def _chain_problems(entries: Sequence[Entry], head: str | None) -> Iterator[str]
 
 
 def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
-    """Charges that no mechanism has, and reservations that are lowered twice, to more than they were, or below nothing."""
+    """Yield charges that no mechanism has, and reservations that are lowered twice, raised, or lowered below 0."""
     open_charges: dict[int, int] = {}
     for e in entries:
         if e.kind == "reserve":
             steps = reserved_steps(e.body)
-            if not steps.possible:
+            if not steps.is_possible:
                 yield f"entry {e.id} charges {steps}, which no mechanism can be"
             open_charges[e.id] = steps.count
         elif e.kind == "settle":
@@ -92,21 +97,22 @@ def _impossible(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _missing(entries: Sequence[Entry], stated: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the log knows, and no table states."""
+    """Yield what the log holds and no table states."""
     names = [table["collection"] for table in stated]
-    if sorted(names) != sorted(collections_of(entries) if entries else []):
+    if sorted(names) != sorted(list_collections(entries) if entries else []):
         yield f"the collections are stated as {names}, which are not those of the log"
     listed = {data["fingerprint"] for table in stated for data in table["data_sets"]}
-    for name in data_sets_of(entries):
+    for name in list_data_sets(entries):
         if name not in listed:
             yield f"data set {name[:12]} is in the log, and the export does not list it"
 
 
 def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """One collection, from the log; what is stated is only compared with, but for δ where no charge names one, and the limit."""
+    """Recompute one collection from the log. Stated values are only compared, except for the limit, and δ where no charge has
+    one."""
     name = stated["collection"]
     limit = float(stated["epsilon_total"])
-    history = histories_of(entries, name, "budget.epsilon_total")[0]
+    history = build_histories(entries, name, "budget.epsilon_total")[0]
     delta = history.delta if history.delta < 1 else float(stated["delta"])
     total = epsilon_over_runs(history.runs, limit, delta)
     spent = epsilon_spent(history.runs, limit, delta)
@@ -119,7 +125,7 @@ def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str
         *_differing_runs(stated, runs),
         *_contradictions(history, delta),
     ]
-    if (words := composition(history.runs, limit, delta)) != stated["composition"]:
+    if (words := describe_composition(history.runs, limit, delta)) != stated["composition"]:
         problems.append(f'it is composed by "{stated["composition"]}", expected "{words}"')
     if total > limit * (1 + _TOLERANCE):
         problems.append(f"ε = {total:.4g} is above the limit {limit:g}")
@@ -138,37 +144,37 @@ def _collection(entries: Sequence[Entry], stated: Mapping[str, Any]) -> dict[str
 
 
 def _figures(history: History, limit: float, delta: float) -> dict[str, float]:
-    """What is stated of all runs beside ε at δ."""
+    """Return the figures of all runs other than ε at δ."""
     return {
         "epsilon_at_small_delta": epsilon_spent(history.runs, limit, delta, at=SMALL_DELTA),
-        "true_positive_rate": rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
+        "true_positive_rate": true_positive_rate_over_runs(history.runs, limit, delta, FALSE_POSITIVE_RATE),
     }
 
 
 def _run(plan_id: str, steps: Sequence[Steps], delta: float) -> dict[str, Any]:
     return {
         "plan_id": plan_id,
-        **run_figures(steps, delta),
-        "epsilon_at_least": epsilon_below(steps, delta),
+        **compute_run_figures(steps, delta),
+        "epsilon_at_least": epsilon_lower_bound(steps, delta),
         "epsilon_renyi": epsilon_renyi(steps, delta),
     }
 
 
 def _not_in_the_log(entries: Sequence[Entry], stated: Mapping[str, Any]) -> Iterator[str]:
-    """Data sets, records, links and events are stated as the log has them."""
-    known = data_sets_of(entries)
+    """Yield data sets, records, links and events that differ from those of the log."""
+    known = list_data_sets(entries)
     for data in stated["data_sets"]:
         found = known.get(data["fingerprint"], DataSet("", 0, "", {}))
         if (found.records, found.shares, found.unit) != (data["records"], data["shares_records_with"], data["unit"]):
             yield f"of data set {data['fingerprint'][:12]} the number of records, its unit or its links are not those of the log"
-    charges = [_event(charge) for charge in counted_for(entries, stated["collection"])]
+    charges = [_event(charge) for charge in list_counted_charges(entries, stated["collection"])]
     events = [{key: event[key] for key in _EVENT} for event in stated["events"]]
     if events != charges:
         yield f"{len(events)} events are stated, which are not the {len(charges)} charges of the log"
 
 
 def _event(charge: Charge) -> dict[str, Any]:
-    """What an event states of a charge, as far as ε follows from it."""
+    """Return the values of a charge that ε follows from, as an event states them."""
     steps = charge.steps
     values = (charge.id, charge.plan_id, steps.name, steps.noise_multiplier, steps.sample_rate, steps.count)
     return dict(zip(_EVENT, values, strict=True))

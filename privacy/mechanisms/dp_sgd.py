@@ -1,123 +1,194 @@
-"""DP-SGD (Abadi et al., CCS 2016, algorithm 1): clip each unit's gradient, add noise, step. Gradients of single rows are Opacus'.
+"""DP-SGD (Abadi et al., CCS 2016, algorithm 1): clip the gradient of each unit, add noise, take a step.
 
-Contract of `private_steps`: every step's update direction is (Σ_i Q(c_i) + round(σC·N(0, I))) / B, where i runs over a Poisson
-sample with rate q of the units, c_i is the gradient of unit i's loss (the sum over its rows) over all trained parameters,
-clipped to the norm C, and Q rounds it to the grid of `gaussian`, so that ‖Q(c_i)‖ ≤ C. σ is the noise multiplier, B the expected
-batch, a public number. A unit more or less changes the sum by Q(c_i) exactly, and nothing else: that is what the accounting
-assumes. An empty sample takes a step too (noise only). The noise comes from `private_generator`; a test may inject another
-generator, which no plan can reach.
+Contract of `DPSGD.run`: every step moves along (Σ_i Q(c_i) + round(σC·N(0, I))) / B, where i runs over a Poisson sample with rate
+q of the units, c_i is the gradient of unit i's loss (the sum over its rows) over all trained parameters, clipped to the norm C,
+and Q rounds it to the grid of `noise`, so that ‖Q(c_i)‖ ≤ C. σ is the noise multiplier and B the expected batch size, a public
+number. Adding or removing a unit changes the sum by exactly Q(c_i): that is what the accounting assumes. An empty sample takes a
+step too (noise only).
 
-Why no ghost clipping: it finds norms from products and lets autograd form the sum, in which a row whose positions nearly cancel
-can leave 56,843 times the clip norm in rounding errors. Here each clipped gradient exists before it is added.
+`DPSGDConfig` holds everything that this guarantee depends on; plan and accounting fix it. `DPSGDSetup` holds what is trained and
+how it is computed: batch sizes, padding and memory limits change speed and rounding, never what a unit may contribute.
+Per-example gradients are those of Opacus.
+
+Why no ghost clipping: it computes norms from products and lets autograd form the sum, in which a row whose positions nearly
+cancel can leave rounding errors of 56,843 times the clip norm. Here every clipped gradient exists before it is added.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cotune.errors import PrivacyError
-from cotune.privacy.mechanisms.noise import Grid, add_gaussian_noise, grid_of
+from cotune.privacy.mechanisms.noise import Grid, add_gaussian_noise, choose_grid
 from cotune.privacy.mechanisms.per_example import (
+    MAX_HELD_ENTRIES,
     Batch,
     Batches,
-    Clipping,
+    ClippingMode,
     ExactSum,
     LossPerExample,
     PerExample,
     Unit,
+    UnitGradients,
     per_example,
     unit_gradients,
 )
 from cotune.privacy.mechanisms.random import PoissonSampler, private_generator
 
-_VANISHED = 1e-4  # norm of a made-up row's gradient below which the state says nothing about how gradients are made
-_SHRINK = 0.1
-_SHRINKS = 6  # states of more than 1e4 are refused before
+_MIN_CHECKED_NORM = 1e-4  # norm of a synthetic row's gradient below which the state says nothing about how gradients are computed
+_SHRINK_FACTOR = 0.1
+_MAX_SHRINKS = 6  # states of more than 1e4 are refused before
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step looked like, for the organization's own eyes: the loss is a private quantity."""
+    """What one step looked like. For the organization itself only: the loss is a private quantity.
+
+    Attributes:
+        step: From 1 to `steps`.
+        steps: How many steps the run takes.
+        loss: Mean loss over the rows of the batch; None for an empty batch.
+    """
 
     step: int
     steps: int
-    loss: float | None  # mean over the rows of the batch; None for an empty batch
+    loss: float | None
 
 
-def private_steps(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: LossPerExample,
-    *,
-    units: Sequence[Unit],
-    batches: Batches,
-    noise_multiplier: float,
-    clip_norm: float,
-    sample_rate: float,
-    expected_batch: float,
-    steps: int,
-    clipping: Clipping = "flat",
-    generator: np.random.Generator | None = None,
-    sampling: np.random.Generator | None = None,
-) -> Iterator[StepReport]:
-    """Run the steps one after the other, and report each after it was taken.
+@dataclass(frozen=True)
+class DPSGDConfig:
+    """Everything that the privacy guarantee of a run depends on: fixed by the plan and the accounting, never by the data.
 
-    Args:
-        module: In train mode; its parameters with requires_grad are those of the optimizer.
-        loss: A batch -> the loss of each slot, of its row alone.
-        units: The row numbers of each unit that is protected as a whole; a row belongs to one unit.
-        batches: Row numbers -> batches of fixed shapes (see `per_example.Batches`).
-        noise_multiplier: σ, noise standard deviation / clip norm.
+    Attributes:
+        noise_multiplier: σ, noise standard deviation / clip norm; 0 only in tests and checks.
         clip_norm: C, bound on the L2 norm of a unit's contribution.
-        sample_rate: q, probability with which each unit enters a step.
+        sample_rate: q in (0, 1], the probability with which each unit enters a step.
         expected_batch: B, the public number that sums are divided by.
-        generator: Of the noise; for tests only.
-        sampling: Of the Poisson samples; for tests only.
+        steps: How many steps to take.
+        clipping_mode: "flat" clips the gradient as a whole, "per_layer" each of L parameter tensors to C/√L.
 
     Raises:
-        PrivacyError: When the parameters are not finite after a step: better no update than a wrong one.
+        ValueError: For a value outside of its range.
     """
-    with per_example(module, loss) as of:
-        grid = grid_of(clip_norm, noise_multiplier, sum(p.numel() for p in of.parameters))
-        noise = generator or private_generator()
-        sampler = PoissonSampler(len(units), sample_rate, steps, sampling or private_generator())
-        for step, sample in enumerate(sampler, start=1):
-            totals, mean = _clipped_sum(of, [units[i] for i in sample], batches, grid, clipping)
-            for p, total in zip(of.parameters, totals, strict=True):
-                noised = add_gaussian_noise(total, clip_norm, noise_multiplier, noise)
-                p.grad = noised.div_(expected_batch).to(p.dtype)
-            optimizer.step()
-            optimizer.zero_grad()
-            _assert_finite(of.parameters)
-            yield StepReport(step, steps, mean)
+
+    noise_multiplier: float
+    clip_norm: float
+    sample_rate: float
+    expected_batch: float
+    steps: int
+    clipping_mode: ClippingMode = "flat"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"expected a finite noise_multiplier >= 0, got {self.noise_multiplier}")
+        if not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"expected a finite clip_norm > 0, got {self.clip_norm}")
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"expected 0 < sample_rate <= 1, got {self.sample_rate}")
+        if not 0 < self.expected_batch < math.inf:
+            raise ValueError(f"expected a finite expected_batch > 0, got {self.expected_batch}")
+        if self.steps < 0:
+            raise ValueError(f"expected steps >= 0, got {self.steps}")
+        if self.clipping_mode not in get_args(ClippingMode):
+            raise ValueError(f"expected clipping_mode to be one of {get_args(ClippingMode)}, got {self.clipping_mode!r}")
+
+
+@dataclass(frozen=True)
+class DPSGDSetup:
+    """What a run trains, on which units, and how that is computed.
+
+    Attributes:
+        module: In train mode; its parameters with requires_grad are those of the optimizer.
+        optimizer: Takes a step for each noised mean gradient.
+        loss: A batch of b slots -> (b,) losses, each of one row alone.
+        units: The row numbers of each unit that is protected as a whole; a row belongs to one unit.
+        batches: Row numbers -> batches of fixed shapes (see `per_example.Batches`). Their size changes speed and memory only.
+        max_held_entries: How many entries of summed unit gradients are held at a time (float32): a limit on memory only.
+        noise_generator: Of the noise; None: a cryptographic one. For tests and audits only, no plan can reach it.
+        sampling_generator: Of the Poisson samples; None: a cryptographic one. For tests only.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: LossPerExample
+    units: Sequence[Unit]
+    batches: Batches
+    max_held_entries: int = MAX_HELD_ENTRIES
+    noise_generator: np.random.Generator | None = None
+    sampling_generator: np.random.Generator | None = None
+
+
+class DPSGD:
+    """DP-SGD with a fixed guarantee.
+
+    Example:
+        >>> config = DPSGDConfig(noise_multiplier=1.0, clip_norm=1.0, sample_rate=0.1, expected_batch=10.0, steps=5)
+        >>> reports = DPSGD(config).run(setup)  # doctest: +SKIP
+    """
+
+    def __init__(self, config: DPSGDConfig) -> None:
+        self.config = config
+
+    def run(self, setup: DPSGDSetup) -> Iterator[StepReport]:
+        """Take the steps one after the other, and yield a report after each.
+
+        Leaving the iterator early leaves nothing on the module.
+
+        Raises:
+            PrivacyError: When the parameters are not finite after a step: better no update than a wrong one.
+        """
+        config = self.config
+        with per_example(setup.module, setup.loss) as gradients:
+            entries = sum(p.numel() for p in gradients.parameters)
+            grid = choose_grid(config.clip_norm, config.noise_multiplier, entries)
+            noise = setup.noise_generator or private_generator()
+            samples = setup.sampling_generator or private_generator()
+            sampler = PoissonSampler(len(setup.units), config.sample_rate, config.steps, samples)
+            for step, sample in enumerate(sampler, start=1):
+                units = [setup.units[i] for i in sample]
+                contributions = unit_gradients(gradients, units, setup.batches, setup.max_held_entries)
+                totals, mean_loss = _clipped_sum(gradients.parameters, contributions, grid, config.clipping_mode)
+                self._set_gradients(gradients.parameters, totals, noise)
+                setup.optimizer.step()
+                setup.optimizer.zero_grad()
+                _check_finite(gradients.parameters)
+                yield StepReport(step, config.steps, mean_loss)
+
+    def _set_gradients(self, parameters: Sequence[nn.Parameter], totals: Sequence[Tensor], noise: np.random.Generator) -> None:
+        """Set each parameter's gradient to its noised sum, divided by the expected batch size."""
+        for p, total in zip(parameters, totals, strict=True):
+            noised = add_gaussian_noise(total, self.config.clip_norm, self.config.noise_multiplier, noise)
+            p.grad = noised.div_(self.config.expected_batch).to(p.dtype)
 
 
 def _clipped_sum(
-    of: PerExample, units: Sequence[Unit], batches: Batches, grid: Grid, clipping: Clipping
+    parameters: Sequence[nn.Parameter], blocks: Iterable[UnitGradients], grid: Grid, clipping_mode: ClippingMode
 ) -> tuple[list[Tensor], float | None]:
-    """The exact sum of the units' contributions, and the mean loss of their rows."""
-    total = ExactSum(of.parameters, grid, clipping)
+    """Return the exact sum of the units' contributions, and the mean loss of their rows."""
+    total = ExactSum(parameters, grid, clipping_mode)
     rows = 0
     losses = 0.0
-    for gradients, looked_at in unit_gradients(of, units, batches):
+    for gradients, batch_losses in blocks:
         total.add(gradients)
-        rows += sum(count for count, _ in looked_at)
-        losses += sum(loss for _, loss in looked_at)
+        rows += sum(count for count, _ in batch_losses)
+        losses += sum(loss for _, loss in batch_losses)
     return total.totals(), losses / rows if rows else None
 
 
-def _assert_finite(parameters: Sequence[nn.Parameter]) -> None:
+def _check_finite(parameters: Sequence[nn.Parameter]) -> None:
     if not all(bool(p.isfinite().all()) for p in parameters):
         raise PrivacyError(
             "the model is not finite any more after a step of DP-SGD: expected finite parameters; lower local.learning_rate, or"
-            " look for records with extreme values"
+            " look for records with extreme values",
+            code="privacy.not_finite",
         )
 
 
@@ -128,42 +199,50 @@ def check_clipping(
     batches: Batches,
     alone: Sequence[Batch],
     clip_norm: float,
-    clipping: Clipping = "flat",
+    clipping_mode: ClippingMode = "flat",
 ) -> float:
-    """Relative error of the clipped sum over some rows against gradients taken one row at a time, by autograd.
+    """Return the relative error of the clipped sum over some rows against gradients taken one row at a time, by autograd.
 
     A model family for which Opacus is silently wrong (a parameter used outside its module's forward), a loss that mixes rows,
-    and an architecture that mixes a row with its padding show here: callers refuse to train above a small threshold. Changes
-    nothing in the module.
+    and an architecture that mixes a row with its padding show here: callers refuse to train above a small threshold. The module
+    is left unchanged.
 
     Args:
-        batches: As of `private_steps`, for the row numbers 0 … len(alone) − 1.
+        module: In train mode, with the parameters to train.
+        loss: As of `DPSGDSetup`.
+        batches: As of `DPSGDSetup`, for the row numbers 0 … len(alone) − 1.
         alone: The same rows, each as a batch of one slot without padding.
+        clip_norm: C of the training; two other norms, from the gradients themselves, are checked too.
+        clipping_mode: As of `DPSGDConfig`.
 
     Returns:
         The largest error over three clip norms, relative to the norms of what is summed, which may cancel; infinity where a row
         has no gradient, as then nothing would be compared.
     """
     params = [p for p in module.parameters() if p.requires_grad]
-    with _in_reach(params, lambda: _norms_of(_gradients(loss, alone, params))):
-        return _error_of_sums(module, loss, params, batches, alone, clip_norm, clipping)
+    with _unsaturated(params, lambda: _norms(_gradients(loss, alone, params))):
+        expected = _gradients(loss, alone, params)
+        if not min(_norms(expected)) > 0:
+            return math.inf  # nothing to compare: the check would pass whatever Opacus did
+        with per_example(module, loss) as gradients:
+            return _max_relative_error(gradients, batches, expected, clip_norm, clipping_mode)
 
 
 @contextmanager
-def _in_reach(params: Sequence[nn.Parameter], norms: Callable[[], list[float]]) -> Iterator[None]:
+def _unsaturated(params: Sequence[nn.Parameter], norms: Callable[[], list[float]]) -> Iterator[None]:
     """Shrink the parameters inside the block until no row is so sure of its class that its gradient vanishes.
 
-    A state can be saturated, by training or by an attack: its losses are exactly 0, and say nothing about how gradients are
-    made. Wiring does not depend on the state.
+    A state can be saturated, by training or by an attack: its losses are exactly 0 and say nothing about how gradients are
+    computed. How gradients are wired does not depend on the state.
     """
     before = [p.detach().clone() for p in params]
     try:
-        for _ in range(_SHRINKS):
-            if min(norms()) > _VANISHED:
+        for _ in range(_MAX_SHRINKS):
+            if min(norms()) > _MIN_CHECKED_NORM:
                 break
             with torch.no_grad():
                 for p in params:
-                    p.mul_(_SHRINK)
+                    p.mul_(_SHRINK_FACTOR)
         yield
     finally:
         with torch.no_grad():
@@ -175,47 +254,48 @@ def _gradients(loss: LossPerExample, alone: Sequence[Batch], params: Sequence[nn
     return [torch.autograd.grad(loss(row).sum(), params) for row in alone]
 
 
-def _norms_of(gradients: Sequence[tuple[Tensor, ...]]) -> list[float]:
+def _norms(gradients: Sequence[tuple[Tensor, ...]]) -> list[float]:
     return [math.sqrt(sum(float(g.double().pow(2).sum()) for g in grads)) for grads in gradients]
 
 
-def _error_of_sums(
-    module: nn.Module,
-    loss: LossPerExample,
-    params: Sequence[nn.Parameter],
+def _max_relative_error(
+    gradients: PerExample,
     batches: Batches,
-    alone: Sequence[Batch],
+    expected: Sequence[tuple[Tensor, ...]],
     clip_norm: float,
-    clipping: Clipping,
+    clipping_mode: ClippingMode,
 ) -> float:
-    gradients = _gradients(loss, alone, params)
-    norms = _norms_of(gradients)
-    if not min(norms) > 0:
-        return math.inf  # nothing to compare: the check would pass whatever Opacus did
-    units = [[row] for row in range(len(alone))]
-    entries = sum(p.numel() for p in params)
+    """Compare the clipped sums for three clip norms with those of the expected gradients, one tuple for each row."""
+    norms = _norms(expected)
+    units = [[row] for row in range(len(expected))]
+    entries = sum(p.numel() for p in gradients.parameters)
     errors = []
-    with per_example(module, loss) as of:
-        for clip in (clip_norm, min(norms) / 2, max(norms) * 2):  # all clipped, none clipped: each hides other mistakes
-            actual, _ = _clipped_sum(of, units, batches, grid_of(clip, 0.0, entries), clipping)
-            errors.append(_distance(actual, _expected_sum(gradients, clip, clipping)) / sum(min(clip, norm) for norm in norms))
+    for clip in (
+        clip_norm,
+        min(norms) / 2,
+        max(norms) * 2,
+    ):  # as in training, all clipped, none clipped: each finds other mistakes
+        blocks = unit_gradients(gradients, units, batches)
+        actual, _ = _clipped_sum(gradients.parameters, blocks, choose_grid(clip, 0.0, entries), clipping_mode)
+        error = _distance(actual, _expected_sum(expected, clip, clipping_mode))
+        errors.append(error / sum(min(clip, norm) for norm in norms))
     return max(errors)
 
 
-def _expected_sum(gradients: list[tuple[Tensor, ...]], clip: float, clipping: Clipping) -> list[Tensor]:
-    """The sum of each row's gradient, clipped by itself: as a whole, or every parameter's part to its share of the norm."""
+def _expected_sum(gradients: Sequence[tuple[Tensor, ...]], clip: float, clipping_mode: ClippingMode) -> list[Tensor]:
+    """Return the sum of the rows' gradients, each clipped as a whole, or every parameter's part to its share of the norm."""
     total = [torch.zeros_like(g, dtype=torch.float64) for g in gradients[0]]
     for grads in gradients:
         parts = [g.double() for g in grads]
         norms = [float(g.norm()) for g in parts]
         whole = math.sqrt(sum(norm**2 for norm in norms))
         for total_part, part, norm in zip(total, parts, norms, strict=True):
-            bound = clip if clipping == "flat" else clip / math.sqrt(len(parts))
-            size = whole if clipping == "flat" else norm
+            bound = clip if clipping_mode == "flat" else clip / math.sqrt(len(parts))
+            size = whole if clipping_mode == "flat" else norm
             total_part += part * min(1.0, bound / max(size, 1e-300))
     return total
 
 
 def _distance(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """‖actual − expected‖."""
+    """Return ‖actual − expected‖."""
     return math.sqrt(sum(float((a.double() - e).pow(2).sum()) for a, e in zip(actual, expected, strict=True)))

@@ -1,13 +1,11 @@
-"""The gradient of each row of a batch by itself, of linear layers and by Opacus' hooks, and the sum for each unit.
+"""Gradients of single rows and of units, and what a unit contributes to a sum: its gradient, clipped and quantized.
 
-Nothing here decides what a row contributes: see `clipping`.
+Linear layers record the gradients of single rows themselves; Opacus' hooks do it for all other layers.
 
-What one unit contributes to a sum: its gradient, clipped to the norm C and rounded to a grid.
-
-Contract: whatever finite gradient a unit has, its contribution is a vector of whole grid steps with an L2 norm of at most C over
-all trained parameters, and a function of that gradient alone; the sum of contributions is exact. A unit more or less therefore
-changes the sum by exactly its contribution. Flat clipping: Abadi et al., CCS 2016, algorithm 1. Per layer: each parameter tensor
-by itself to C/√L, so that all L together stay within C (McMahan et al., ICLR 2018, section 3.2).
+Contract: for any finite gradient of a unit, its contribution is a vector of whole grid steps with an L2 norm of at most C over
+all trained parameters, and a function of that gradient alone; the sum of contributions is exact. Adding or removing a unit
+therefore changes the sum by exactly its contribution. Flat clipping: Abadi et al., CCS 2016, algorithm 1. Per-layer clipping:
+each parameter tensor by itself to C/√L, so that all L together stay within C (McMahan et al., ICLR 2018, section 3.2).
 """
 
 from __future__ import annotations
@@ -37,7 +35,9 @@ Batches = Callable[[Sequence[int]], Iterator[tuple[Sequence[int], Batch]]]
 Slots after those are blank. Rows of one unit keep their order.
 """
 
-_MOST_ENTRIES = 2**26  # of the sums of units that are held at a time: 256 MiB in float32
+MAX_HELD_ENTRIES = 2**26  # entries of summed unit gradients that are held at a time by default: 256 MiB in float32
+UnitGradients = tuple[list[Tensor], list[tuple[int, float]]]
+"""Gradients of whole units, (k, *shape) for each parameter; (rows, sum of their losses) of the batches they were made from."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,13 @@ class PerExample:
 
 @contextmanager
 def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]:
-    """Give gradients of single rows inside the block, and leave nothing on the module after it.
+    """Provide gradients of single rows inside the block, and remove everything from the module after it.
 
-    The losses of a batch are summed for the backward pass, so that nothing is scaled by the number of slots.
+    The losses of a batch are summed for the backward pass, so that no gradient is scaled by the number of slots.
+
+    Args:
+        module: Its parameters with requires_grad are differentiated.
+        loss: A batch of b slots -> (b,) losses, each of one row alone.
 
     Raises:
         NotImplementedError: For a module that cannot have gradients of single rows, such as batch normalization.
@@ -67,14 +71,14 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
     hooks = _HooksBesideLinear(module)
 
     def gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        _forget(parameters)
+        _clear_gradients(parameters)
         with warnings.catch_warnings():  # no input of the first hooked layer needs a gradient; the hooks do not mind
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses = loss(batch)
             losses.sum().backward()  # type: ignore[no-untyped-call]
         _check_recorded(hooks.linear)
-        found = [_of(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse to find a norm from
-        _forget(parameters)
+        found = [_get_grad_sample(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse for a norm
+        _clear_gradients(parameters)
         return losses.detach(), found
 
     try:
@@ -114,7 +118,7 @@ def _check_recorded(layers: Sequence[nn.Linear]) -> None:
 
 @register_grad_sampler(nn.LayerNorm)  # type: ignore[untyped-decorator]
 def _layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Opacus' rule, and the same for a layer without a bias (as in ModernBERT), for which it has none."""
+    """Apply Opacus' rule; the same rule for a layer without a bias (as in ModernBERT), which Opacus lacks."""
     if layer.bias is not None:
         return dict(compute_layer_norm_grad_sample(layer, activations, backprops))
     if not layer.weight.requires_grad:
@@ -125,55 +129,55 @@ def _layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tenso
 
 
 def kinds_without_rule(module: nn.Module) -> list[str]:
-    """Return the kinds of layers with trained parameters of their own that Opacus has no rule for, and can only try."""
+    """Return the class names of layers with trained parameters of their own for which Opacus has no rule."""
     known = GradSampleModule.GRAD_SAMPLERS
     layers = (m for m in module.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
 
 
-def _of(parameter: nn.Parameter) -> Tensor:
+def _get_grad_sample(parameter: nn.Parameter) -> Tensor:
     found = parameter.grad_sample  # type: ignore[attr-defined]
     if not isinstance(found, Tensor):
         raise RuntimeError("a trained parameter takes no part in the forward pass, or a part in two")
     return found
 
 
-def _forget(parameters: Sequence[nn.Parameter]) -> None:
+def _clear_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for p in parameters:
         p.grad = None
         p.grad_sample = None  # type: ignore[attr-defined]
 
 
 def unit_gradients(
-    of: PerExample, units: Sequence[Unit], batches: Batches
-) -> Iterator[tuple[list[Tensor], list[tuple[int, float]]]]:
-    """Yield blocks of gradients of whole units: (k, *shape) for each parameter, k units at a time, every unit in one block.
+    of: PerExample, units: Sequence[Unit], batches: Batches, max_held_entries: int = MAX_HELD_ENTRIES
+) -> Iterator[UnitGradients]:
+    """Yield the gradients of whole units in blocks of k units, every unit in one block.
 
     A unit's gradient is the sum of its rows' gradients in float32, in the order of its rows within each batch and of the batches:
     a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither
     does a unit whose sum is not finite.
 
     Args:
+        of: The gradients of single rows.
         units: Those of one step, as lists of row numbers.
-
-    Yields:
-        The block, and (rows, sum of their losses) of the batches that it was made from.
+        batches: Row numbers -> batches.
+        max_held_entries: Decides k where units have several rows.
     """
     if all(len(unit) == 1 for unit in units):
         yield from _single(of, [unit[0] for unit in units], batches)
         return
-    size = max(1, _MOST_ENTRIES // sum(p.numel() for p in of.parameters))
+    size = max(1, max_held_entries // sum(p.numel() for p in of.parameters))
     for start in range(0, len(units), size):
         yield _summed(of, units[start : start + size], batches)
 
 
-def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[tuple[list[Tensor], list[tuple[int, float]]]]:
+def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[UnitGradients]:
     for positions, batch in batches(rows):
         gradients, loss = _finite_rows(of, len(positions), batch)
         yield gradients, [(len(positions), loss)]
 
 
-def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> tuple[list[Tensor], list[tuple[int, float]]]:
+def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> UnitGradients:
     owners = torch.tensor([number for number, unit in enumerate(units) for _ in unit])
     rows = [row for unit in units for row in unit]
     sums = [torch.zeros(len(units), *p.shape, dtype=p.dtype, device=p.device) for p in of.parameters]
@@ -181,15 +185,15 @@ def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> tuple[li
     for positions, batch in batches(rows):
         gradients, loss = _finite_rows(of, len(positions), batch)
         losses.append((len(positions), loss))
-        for slots, number in _in_turn(owners[torch.as_tensor(positions)]):
+        for slots, number in _rounds_of_slots(owners[torch.as_tensor(positions)]):
             for total, gradient in zip(sums, gradients, strict=True):
                 total[number.to(total.device)] += gradient[slots.to(total.device)]
     _zero_unless_finite(sums)  # finite rows may add up to more than float32 holds
     return sums, losses
 
 
-def _in_turn(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The slots of a batch and their units: first the first row of each unit, then the second, …, no unit twice at a time."""
+def _rounds_of_slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield slots of a batch with their units: the first row of each unit, then the second, …; no unit twice at a time."""
     seen: dict[int, int] = {}
     turn = []
     for owner in owners.tolist():
@@ -202,7 +206,7 @@ def _in_turn(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor], float]:
-    """The gradients of the filled slots, zero for a row that has no finite one, and the sum of the rows' losses."""
+    """Return the gradients of the filled slots, zero for a row without a finite one, and the sum of the rows' losses."""
     losses, whole = of.gradients(batch)
     gradients = [g[:rows] for g in whole]
     _zero_unless_finite(gradients)
@@ -210,7 +214,7 @@ def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor],
 
 
 def _zero_unless_finite(gradients: Sequence[Tensor]) -> None:
-    """Sets those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry."""
+    """Set those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry."""
     if all(bool(g.sum().isfinite()) for g in gradients):  # one pass; a sum that overflows only costs a second look
         return
     finite = torch.stack([g.reshape(len(g), -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
@@ -218,10 +222,10 @@ def _zero_unless_finite(gradients: Sequence[Tensor]) -> None:
         g[~finite] = 0.0
 
 
-Clipping = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
+ClippingMode = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
 
 
-def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping: Clipping) -> list[Tensor]:
+def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping_mode: ClippingMode) -> list[Tensor]:
     """Return min(1, C/‖g_i‖) for each unit i, as (k,) in float64, once for each parameter tensor.
 
     Args:
@@ -229,7 +233,7 @@ def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping: Clippi
         clip_norm: C > 0.
     """
     squares = [g.reshape(len(g), -1).to(torch.float64, copy=True).square_().sum(dim=1) for g in gradients]
-    if clipping == "flat":
+    if clipping_mode == "flat":
         whole = torch.stack(squares).sum(dim=0).sqrt_()
         return [_factor(whole, clip_norm)] * len(gradients)
     share = clip_norm / math.sqrt(len(gradients))
@@ -241,21 +245,22 @@ def _factor(norms: Tensor, bound: float) -> Tensor:
 
 
 class ExactSum:
-    """Σ_i round(c_i / step), where c_i is the clipped gradient of unit i: whole numbers, in float64.
+    """The sum Σ_i round(c_i / step), where c_i is the clipped gradient of unit i: integers, in float64.
 
     Args:
         like: The trained parameters: their shapes and device.
-        grid: Of `noise.grid_of`, for as many entries as `like` has.
+        grid: Of `noise.choose_grid`, for as many entries as `like` has.
+        clipping_mode: What is clipped to the norm: the gradient as a whole, or each parameter tensor to its share.
     """
 
-    def __init__(self, like: Sequence[Tensor], grid: Grid, clipping: Clipping) -> None:
+    def __init__(self, like: Sequence[Tensor], grid: Grid, clipping_mode: ClippingMode) -> None:
         self._grid = grid
-        self._clipping: Clipping = clipping
+        self._clipping_mode: ClippingMode = clipping_mode
         self._steps = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in like]
 
     def add(self, gradients: Sequence[Tensor]) -> None:
-        """Add the contributions of k units, given (k, *shape) for each parameter; what is given may be overwritten."""
-        factors = clip_factors(gradients, self._grid.clip_norm, self._clipping)
+        """Add the contributions of k units, (k, *shape) for each parameter. The gradients may be overwritten."""
+        factors = clip_factors(gradients, self._grid.max_norm, self._clipping_mode)
         for total, gradient, factor in zip(self._steps, gradients, factors, strict=True):
             scale = (factor / self._grid.step).to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
             total += gradient.mul_(scale).round_().sum(dim=0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""How much of a delta is privacy noise: the variance that DP-SGD puts on each of its coordinates, known before training.
+"""The variance of the privacy noise on each coordinate of a delta, known before training.
 
 In every step the gradient carries noise of standard deviation s = σC/B per coordinate; the optimizer accumulates it over the T
 steps of a round. For SGD with momentum μ and weight decay λ this is a linear recurrence, and the variance is s² Σ_t h_t², h_t
@@ -24,7 +24,14 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class LocalOptimizer:
-    """An optimizer that starts afresh in every round, with torch's defaults for what is not said. momentum: of sgd."""
+    """A local optimizer, whose state starts anew in every round; anything else has torch's defaults.
+
+    Attributes:
+        kind: Which of torch's optimizers.
+        learning_rate: η.
+        momentum: μ, of sgd only.
+        weight_decay: λ.
+    """
 
     kind: Literal["sgd", "adam", "adamw"]
     learning_rate: float
@@ -35,7 +42,15 @@ class LocalOptimizer:
 def delta_noise_variance(
     optimizer: LocalOptimizer, *, noise_multiplier: float, clip_norm: float, expected_batch: float, steps: int
 ) -> float:
-    """v, the variance of the privacy noise on each coordinate of θ_T − θ_0 after `steps` steps of DP-SGD."""
+    """Return v, the variance of the privacy noise on each coordinate of θ_T − θ_0 after T steps of DP-SGD.
+
+    Args:
+        optimizer: Of local training.
+        noise_multiplier: σ.
+        clip_norm: C.
+        expected_batch: B.
+        steps: T.
+    """
     noise = noise_multiplier * clip_norm / expected_batch  # s
     if optimizer.kind == "sgd":
         return noise**2 * _response(optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay, steps)
@@ -43,7 +58,7 @@ def delta_noise_variance(
 
 
 def _response(rate: float, momentum: float, decay: float, steps: int) -> float:
-    """Σ h², by letting one unit impulse run: v ← μv + g + λθ, θ ← θ − ηv. A later impulse takes the same way, for fewer steps."""
+    """Return Σ h² by simulating one unit impulse: v ← μv + g + λθ, θ ← θ − ηv. Later impulses respond alike, for fewer steps."""
     total = 0.0
     position = 0.0
     velocity = 0.0

@@ -1,7 +1,4 @@
-"""Make a federation's folder, whole or not at all, with a plan that leaves nothing open; renew what organizations are given.
-
-JOIN.md says what an organization types to join, and what leaves its machine under the plan (templates/join.md.j2).
-"""
+"""Make a federation's folder, whole or not at all, with a plan that leaves nothing open; renew what organizations are given."""
 
 from __future__ import annotations
 
@@ -10,8 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -25,60 +21,14 @@ from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.config import RecordPrivacy
-from cotune.protocol.federation_file import Invitation
-from cotune.reporting.pages import render_text
 from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
+from cotune.server.deployment.handout import write_handout
 from cotune.server.deployment.plan_checks import with_robust_default
-from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key, public_hex, read_signing_key
+from cotune.server.deployment.signing import SIGNING_KEY, create_signing_key
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.files import atomic_write
-from cotune.strategies.plugins import content_of
-
-_TRAINED = {
-    "head": "the classification head",
-    "lora": "the adapters and the classification head",
-    "full": "the whole model",
-}
-_SENT = {
-    "noise": "how much privacy noise is in the update",
-    "loss": "the received model's mean loss on your records",
-    "fisher": "squared gradients of your records, summed, **without noise**",
-    "gram": "products of the layers' inputs, summed over your records, **without noise**",
-}
-
-
-def render_join_page(invitation: Invitation) -> str:
-    """The page, as Markdown."""
-    return render_text(
-        "join.md.j2",
-        invitation=invitation,
-        plan=invitation.plan,
-        version=version("cotune"),
-        leaves=list(list_disclosures(invitation.plan)),
-    )
-
-
-def list_disclosures(plan: Plan) -> Iterator[str]:
-    """One phrase for everything that a plan asks organizations to send."""
-    trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
-    if plan.keeps_personal:
-        trained = "one half of the adapters (the other half and the head stay with you)"
-    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
-    yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
-    yield from (_SENT[payload] for payload in plan.strategy.sends)
-    if plan.tell.local_metrics:
-        yield "how many of your records the received model classifies rightly, every round"
-    if plan.tell.label_histogram:
-        yield "how many of your records each class has, once"
-
-
-def _protection(plan: Plan) -> str:
-    if not isinstance(plan.privacy, RecordPrivacy):
-        return "**without differential privacy**, so that single records may show in it"
-    return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"
-
+from cotune.strategies.plugins import get_content
 
 # of a reply, at most
 _BYTES_PER_PARAMETER = 16
@@ -180,19 +130,10 @@ def _fill(folder: Path, plan: Plan, config: ServerConfig) -> None:
     certificates.create_authority(folder / "certificates", config.hosts)
     create_signing_key(folder / "certificates")
     for name, sha256 in plan.strategy.files.items():
-        atomic_write(folder / name.rpartition(":")[0], content_of(name, sha256))
+        atomic_write(folder / name.rpartition(":")[0], get_content(name, sha256))
     atomic_write(folder / "plan.toml", dump_plan(plan).encode())
     write_handout(folder, plan, config)
     write_config(folder, config)
     for name in ("certificates", "superlink", "runs"):
         (folder / name).mkdir(mode=0o700, exist_ok=True)
         (folder / name).chmod(0o700)
-
-
-def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    """federation.toml and JOIN.md, by the keys that are in use."""
-    authority = certificates.read_authority_pem(folder / "certificates")
-    key = public_hex(read_signing_key(folder / "certificates"))
-    invitation = Invitation(config.name, get_public_address(config), authority, plan, id=config.id, signing_key=key)
-    atomic_write(folder / "federation.toml", invitation.to_toml().encode())
-    atomic_write(folder / "JOIN.md", render_join_page(invitation).encode())

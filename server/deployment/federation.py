@@ -26,6 +26,7 @@ from cotune.server.proxy.quotas import Quotas
 from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.documents import parse_toml
 from cotune.storage.files import atomic_write
+from cotune.storage.toml_edit import edit_toml
 
 
 class ServerConfig(ConfigTable):
@@ -92,8 +93,21 @@ class FederationFolder:
 
 
 def write_config(path: Path, config: ServerConfig) -> None:
+    """Write server.toml. Where there is one, its comments, order and formatting stay.
+
+    Args:
+        path: The federation's folder.
+        config: What the file says from now on.
+    """
+    file = path / "server.toml"
     table = config.model_dump(mode="json", exclude_none=True)
-    atomic_write(path / "server.toml", tomli_w.dumps(table).encode())
+    if not file.exists():
+        atomic_write(file, tomli_w.dumps(table).encode())
+        return
+    text = file.read_text(encoding="utf-8-sig")
+    present = ServerConfig.model_validate(parse_toml(text)).model_dump(mode="json", exclude_none=True)
+    changes = {key: table.get(key) for key in {**present, **table} if present.get(key) != table.get(key)}
+    atomic_write(file, edit_toml(text, changes).encode())
 
 
 def get_public_address(config: ServerConfig) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
 from cotune.server.deployment.members import Member
-from cotune.strategies.compatibility import first_problem
-from cotune.strategies.fusions.robust import FEWEST
+from cotune.strategies.compatibility import find_problem
+from cotune.strategies.fusions.robust.robust import FEWEST
 
 _BY_COUNT = {"examples", "tilted"}  # weightings that believe the stated number of records
 
@@ -19,7 +19,7 @@ def with_robust_default(plan: Plan) -> Plan:
         return plan
     given = plan.strategy.model_dump(exclude={"fusion", "sends"})
     strategy = type(plan.strategy).model_validate({**given, "fusion": "robust"})
-    return plan if first_problem(strategy, plan.facts) else plan.model_copy(update={"strategy": strategy})
+    return plan if find_problem(strategy, plan.facts) else plan.model_copy(update={"strategy": strategy})
 
 
 def check_example_bounds(plan: Plan, members: Sequence[Member]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cotune.errors import RunError
 from cotune.flower.control_client import ControlClient
-from cotune.privacy.accounting.rounding import rounded_up
+from cotune.privacy.accounting.rounding import round_up_number
 from cotune.reporting.documents.events import Event, OtherEvent
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.deployment.certificates import check_certificate
@@ -192,7 +192,7 @@ def _organization(
         connection="unknown" if connected is None else connected.get(name, "offline"),
         last_round=max(rounds, default=0),
         word=_word(member, run, history, events),
-        epsilon=None if stated is None else rounded_up(stated),
+        epsilon=None if stated is None else round_up_number(stated),
         bytes_up=get_received_bytes(events, name),
         weight=get_last_weight(history, name),
         strikes=0 if run is None else count_strikes(run, history)[name],

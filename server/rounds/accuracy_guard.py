@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cotune.data.tasks.task import Metrics
 from cotune.models.trainable import State
 from cotune.reporting.documents.rounds import MetricsEntry, SuspectEntry
-from cotune.strategies.aggregator import Aggregator, Combination, UpdateLook
+from cotune.strategies.aggregator import Aggregator, Combination, UpdateSummary
 
 _DIGITS = 6
 _ROUNDING = 1e-9
@@ -55,22 +55,22 @@ class AccuracyGuard:
         return metrics_before.accuracy - metrics.accuracy <= self._max_drop + _ROUNDING
 
 
-def read_update_looks(combination: Combination) -> dict[str, UpdateLook]:
+def read_update_looks(combination: Combination) -> dict[str, UpdateSummary]:
     """Return how the updates of a round look; nothing under client-level privacy, where a whole organization is protected."""
-    return combination.looks() if isinstance(combination, Aggregator) else {}
+    return combination.summarize_updates() if isinstance(combination, Aggregator) else {}
 
 
-def rounded_weights(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, float]:
+def rounded_weights(looks: Mapping[str, UpdateSummary], order: Sequence[str]) -> dict[str, float]:
     """Return organization -> its share of the round as it stands in the history."""
     return {name: round(looks[name].share, _DIGITS) for name in order if name in looks}
 
 
-def rounded_norms(looks: Mapping[str, UpdateLook], order: Sequence[str]) -> dict[str, float]:
+def rounded_norms(looks: Mapping[str, UpdateSummary], order: Sequence[str]) -> dict[str, float]:
     """Return organization -> norm of its update as it stands in the history."""
     return {name: _rounded(looks[name].norm) for name in order if name in looks}
 
 
-def find_suspects(looks: Mapping[str, UpdateLook]) -> list[SuspectEntry]:
+def find_suspects(looks: Mapping[str, UpdateSummary]) -> list[SuspectEntry]:
     """Return the updates that stood out most, the first first: fewer than half of them, but one at least where there are three.
 
     They are ordered by their distance to the middle of the updates; where the server has not held them, by weight times norm, as
@@ -88,7 +88,7 @@ def find_suspects(looks: Mapping[str, UpdateLook]) -> list[SuspectEntry]:
     return [_suspect(name, looks[name], length) for name in found]
 
 
-def _suspect(name: str, look: UpdateLook, median_norm: float) -> SuspectEntry:
+def _suspect(name: str, look: UpdateSummary, median_norm: float) -> SuspectEntry:
     return SuspectEntry(
         organization=name,
         norm=_rounded(look.norm),

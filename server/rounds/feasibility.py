@@ -10,7 +10,7 @@ from cotune.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.server.rounds.selection import check_sample_size
 from cotune.server.runs.client_privacy import compute_round_noise
-from cotune.strategies.compatibility import first_problem
+from cotune.strategies.compatibility import find_problem
 
 _MAX_FAILURE_RATE = 1e-3  # how often a run may end because too few organizations were drawn in one of its rounds
 
@@ -32,9 +32,9 @@ def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None
     rate = plan.server.sample_rate
     participation = size / organizations if size else rate
     asked = size or max(1, int(binom.ppf(_MAX_FAILURE_RATE / plan.rounds, organizations, rate)))
-    infos = {kind: part.info(kind) for kind, part in plan.strategy.parts()}
+    infos = {kind: part.info(kind) for kind, part in plan.strategy.components()}
     facts = replace(plan.facts, organizations=asked, participation=participation, server_data=server_data)
-    problem = first_problem(plan.strategy, facts, infos)
+    problem = find_problem(plan.strategy, facts, infos)
     if problem:
         raise PlanError(f"the plan is not valid: {problem}", code="plan.incompatible")
     if plan.client_privacy is not None:

@@ -18,7 +18,7 @@ from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 from cotune.server.rounds.session import ExampleBounds
 from cotune.strategies.sums import norm
-from cotune.strategies.types import RoundContext, Update, not_finite
+from cotune.strategies.types import RoundContext, Update, find_not_finite
 
 _ARRAY_HEAD = 1024  # bytes that an array has beside its values and its name, and some to spare
 _EPSILON_ROUNDING = 0.0100001  # an ε is reported with two digits after the point, and never below what it is
@@ -294,7 +294,7 @@ def _shapes_of_rank(adapter: Adapter, delta: Mapping[str, Tensor], expected: Map
 
 
 def _check_values(delta: Mapping[str, Tensor], max_norm: float) -> str:
-    if not_finite(delta):
+    if find_not_finite(delta):
         return "it has values that are not finite"
     length = norm(delta)
     return f"its norm is {length:.3g}, expected at most {max_norm:g}" if length > max_norm else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cotune.plan.schema import Plan
-from cotune.privacy.client_dp import ClientLevelAccount, RoundNoise, round_noise
+from cotune.privacy.client_dp import ClientLevelAccount, RoundNoise, calibrate_round_noise
 from cotune.privacy.config import ClientPrivacy
 from cotune.server.runs.run_folder import RunFolder
 
@@ -26,4 +26,6 @@ def compute_round_noise(plan: Plan, organizations: int) -> RoundNoise:
     """Return the noise of each round of a plan with client-level privacy. Raises PrivacyError where it cannot be given."""
     assert plan.client_privacy is not None
     rounds = plan.rounds
-    return round_noise(plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate)
+    return calibrate_round_noise(
+        plan.client_privacy, rounds=rounds, organizations=organizations, sample_rate=plan.server.sample_rate
+    )

@@ -18,7 +18,7 @@ from cotune.models.device import peak_memory_bytes
 from cotune.models.export import export_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.claim import claim_of
+from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.base import Document
 from cotune.reporting.documents.events import Event, RunFinalized
@@ -189,7 +189,7 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     privacy = folder.plan.privacy
     spent = get_reported_epsilon(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
-    claim = claim_of(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
+    claim = build_claim(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
     return {
         "mode": "record" if known else "none",
         "epsilon": known.epsilon if known else None,

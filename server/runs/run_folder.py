@@ -39,7 +39,7 @@ from cotune.server.runs.documents import CheckpointHeader
 from cotune.server.runs.events import Events
 from cotune.storage.documents import JsonDocument, parse_json, parse_toml
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
-from cotune.strategies.plugins import content_of, read_file
+from cotune.strategies.plugins import get_content, register_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +123,7 @@ class RunFolder:
         self.file = found
         for name in self.plan.strategy.files:
             if (path / name.rpartition(":")[0]).exists():
-                read_file(name, path)
+                register_file(name, path)
         self.events = Events(path / "events.jsonl", silent=self.file.silent)
 
     @classmethod
@@ -131,7 +131,7 @@ class RunFolder:
         """Draw the run's id, and write plan.toml and, last, run.json: from then on it is the folder of a run."""
         named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
-            atomic_write(path / name.rpartition(":")[0], content_of(name, sha256))
+            atomic_write(path / name.rpartition(":")[0], get_content(name, sha256))
         atomic_write(path / "plan.toml", dump_plan(plan).encode())
         JsonDocument(path / "run.json", RunFile).write(named)
         return cls(path)

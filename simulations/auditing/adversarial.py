@@ -26,9 +26,10 @@ from cotune.models.feature_head import feature_head
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.noise import MOST_NOISE, grid_step
+from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig
+from cotune.privacy.mechanisms.noise import MAX_NOISE, grid_step
 from cotune.privacy.mechanisms.random import derive_seed, private_generator
-from cotune.simulations.auditing.released import Engine, Mechanism, Subject, collect_released_sums
+from cotune.simulations.auditing.released import Engine, Subject, collect_released_sums
 
 LARGEST = 1e4  # magnitude of a parameter in a state
 TOLERANCE = 1e-6  # relative to C
@@ -64,7 +65,7 @@ def probe_states(
     names: Sequence[str],
     state: State,
     holdings: Dataset,
-    mechanism: Mechanism,
+    mechanism: DPSGDConfig,
 ) -> tuple[Probe, ...]:
     """Try adversarial states of the parameters that a stage trains. Leaves the model set to `state`.
 
@@ -144,25 +145,24 @@ def _probe(
     model: TrainableModel,
     state: State,
     few: Dataset,
-    mechanism: Mechanism,
+    mechanism: DPSGDConfig,
     name: str,
 ) -> Probe:
     key = int(private_generator().integers(2**62))
     units = few.units
     everybody = range(len(units))
     # The grid follows no more noise than this, so contributions are the same; under more, float32 would round them.
-    exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MOST_NOISE), expected_batch=1.0)
+    exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MAX_NOISE), expected_batch=1.0)
 
-    def sums(present: Sequence[int], by: Mechanism = exact) -> Tensor:
+    def sums(present: Sequence[int], by: DPSGDConfig = exact) -> Tensor:
         """The noised sum of one step in which these units are; without units the noise alone."""
         model.load(state)
         rows = [row for number in present or [0] for row in units[number]]
         setting = build_setup(plan, stage, model, _only(few, rows), state, "audit", expected_batch=mechanism.expected_batch)
         found = collect_released_sums(
             Subject(engine, setting.module, setting.loss, setting.units if present else [], setting.batches),
-            replace(by, sample_rate=1.0),
-            steps=1,
-            generator=np.random.default_rng(key),
+            replace(by, sample_rate=1.0, steps=1),
+            noise_generator=np.random.default_rng(key),
         )
         return torch.cat([total.flatten() for total in found[0]])
 
@@ -180,7 +180,7 @@ def _probe(
     return Probe(name, max(contributions), max(influences), max(off_grid))
 
 
-def _off_grid(sums: Tensor, mechanism: Mechanism) -> float:
+def _off_grid(sums: Tensor, mechanism: DPSGDConfig) -> float:
     """Share of the numbers for which no multiple k of the grid's step explains the released float32, k·step/B."""
     step = grid_step(mechanism.clip_norm, mechanism.noise_multiplier)
     batch = mechanism.expected_batch

@@ -1,7 +1,7 @@
 """An audit: the plan's own steps on an organization's records with canaries among them, attacked, and compared with the claim.
 
 Trained is what the organization would train: the same module, loss, optimizer, clip norm, σ, sampling and number of steps, by the
-same `private_steps`, round after round from its own updates. Anyone who attacks sees every delta. Nothing leaves this process and
+same `DPSGD`, round after round from its own updates. Anyone who attacks sees every delta. Nothing leaves this process and
 no
 ledger is opened: an audit releases nothing but its result, which is for the organization's own eyes.
 """
@@ -27,15 +27,15 @@ from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
 from cotune.privacy.auditing import stepwise
-from cotune.privacy.auditing.canaries import fair_coins
+from cotune.privacy.auditing.canaries import flip_coins
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
 from cotune.privacy.auditing.lower_bounds import (
     Evidence,
+    build_perfect_evidence,
     evidence,
+    import_auditing,
     lower_bound_any,
     lower_bound_steps,
-    perfect_evidence,
-    require_statistics,
 )
 from cotune.privacy.auditing.stepwise import Separation, perfect, refutes, separation
 from cotune.privacy.config import RecordPrivacy
@@ -200,7 +200,7 @@ def _check(plan: Plan) -> None:
             "the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit",
             code="privacy.nothing_to_audit",
         )
-    require_statistics()
+    import_auditing()
 
 
 def _chosen(organization: str | None, names: Sequence[str]) -> str:
@@ -243,7 +243,7 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
         check_examples(examples, stage.local, name)
     coins = private_generator()
     records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
-    targets = Targets(fair_coins(canaries, coins), records, fair_coins(len(records), coins))
+    targets = Targets(flip_coins(canaries, coins), records, flip_coins(len(records), coins))
     budget = get_budget(plan.privacy, source.policy, examples)
     sigma = noise_multiplier(audited, source.policy, budget, examples, 1)
     delta = budget.delta
@@ -283,7 +283,7 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
 
 
 def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> Attack:
-    perfect = lower_bound_steps(perfect_evidence(found.targets), steps, delta, error)
+    perfect = lower_bound_steps(build_perfect_evidence(found.targets), steps, delta, error)
     lower = lower_bound_any(found, delta, error), lower_bound_steps(found, steps, delta, error)
     return Attack(name, found.targets, found.auc, *lower, perfect)
 

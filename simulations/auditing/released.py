@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from cotune.privacy.auditing.drawn_noise import DrawnNoise, Run, examine
-from cotune.privacy.mechanisms.dp_sgd import StepReport
-from cotune.privacy.mechanisms.per_example import Batches, Clipping, LossPerExample, Unit
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
+from cotune.privacy.mechanisms.per_example import Batches, LossPerExample, Unit
 
-Engine = Callable[..., Iterator[StepReport]]  # the signature of `private_steps`
+Engine = Callable[[DPSGDConfig], DPSGD]  # `DPSGD` itself, or another implementation to audit
 
 _DRAWS = 2**19  # of a run, about
 _MAX_STEPS = 64
@@ -27,29 +27,11 @@ _UNITS = 32  # whose batches are computed, with a loss of zero
 
 
 @dataclass(frozen=True)
-class Mechanism:
-    """The numbers of a stage's steps.
-
-    Attributes:
-        noise_multiplier: σ.
-        clip_norm: C.
-        sample_rate: q.
-        expected_batch: B.
-    """
-
-    noise_multiplier: float
-    clip_norm: float
-    sample_rate: float
-    expected_batch: float
-    clipping: Clipping
-
-
-@dataclass(frozen=True)
 class Subject:
     """An engine, and what it trains on which units.
 
     Attributes:
-        engine: Takes private steps.
+        engine: Builds what takes the private steps.
         module: Is trained.
         loss: Of a batch, per record.
         units: Rows of each unit.
@@ -73,11 +55,13 @@ def watch(optimizer: torch.optim.Optimizer, parameter: Tensor, batch: float, see
     optimizer.register_step_pre_hook(before_step)
 
 
-def collect_released_sums(subject: Subject, mechanism: Mechanism, *, steps: int, **more: Any) -> list[list[Tensor]]:
+def collect_released_sums(
+    subject: Subject, mechanism: DPSGDConfig, *, noise_generator: np.random.Generator | None = None
+) -> list[list[Tensor]]:
     """Run an engine without moving the module.
 
     Args:
-        more: Of the engine, such as `generator`.
+        noise_generator: Of the noise, in place of the engine's own.
 
     Returns:
         For each step the noised sums of the trained parameters, in float64 on the CPU, in units of the gradient.
@@ -91,26 +75,13 @@ def collect_released_sums(subject: Subject, mechanism: Mechanism, *, steps: int,
         found.append([total.double().mul_(mechanism.expected_batch).cpu() for total in sums])
 
     optimizer.register_step_pre_hook(before_step)
-    reports = subject.engine(
-        subject.module,
-        optimizer,
-        subject.loss,
-        units=subject.units,
-        batches=subject.batches,
-        noise_multiplier=mechanism.noise_multiplier,
-        clip_norm=mechanism.clip_norm,
-        sample_rate=mechanism.sample_rate,
-        expected_batch=mechanism.expected_batch,
-        steps=steps,
-        clipping=mechanism.clipping,
-        **more,
-    )
-    for _ in reports:
+    setup = DPSGDSetup(subject.module, optimizer, subject.loss, subject.units, subject.batches, noise_generator=noise_generator)
+    for _ in subject.engine(mechanism).run(setup):
         pass
     return found
 
 
-def draw_noise(subject: Subject, mechanism: Mechanism, error: float) -> DrawnNoise:
+def draw_noise(subject: Subject, mechanism: DPSGDConfig, error: float) -> DrawnNoise:
     """Test the noise of an engine on real batches whose loss is zero, so that nothing else is released.
 
     Two runs that begin in the same state of every generator that a plan could seed: what is drawn must be another noise.
@@ -124,7 +95,7 @@ def draw_noise(subject: Subject, mechanism: Mechanism, error: float) -> DrawnNoi
     idle = replace(subject, loss=lambda batch: 0.0 * subject.loss(batch), units=subject.units[:_UNITS])
 
     def run() -> Run:
-        parts = zip(*collect_released_sums(idle, mechanism, steps=steps), strict=True)
+        parts = zip(*collect_released_sums(idle, replace(mechanism, steps=steps)), strict=True)
         return [torch.stack([s.reshape(-1).div_(scale).float() for s in part]).numpy() for part in parts]
 
     runs = []

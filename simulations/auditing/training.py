@@ -20,13 +20,13 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
-from cotune.privacy.auditing.canaries import Coins, Planted, new_canaries, plant
+from cotune.privacy.auditing.canaries import Coins, PlantedCanaries, build_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
 from cotune.privacy.auditing.stepwise import log_likelihood_ratios
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.simulations.auditing.adversarial import Probe, probe_states
-from cotune.simulations.auditing.released import Mechanism, Subject, draw_noise, watch
+from cotune.simulations.auditing.released import Subject, draw_noise, watch
 from cotune.strategies.types import Delta, difference
 
 _IDLE = 4096  # coordinates in which nobody has a gradient
@@ -76,7 +76,7 @@ class AuditedTraining:
         self.model = model
         self.examples = examples
         self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
-        self.canaries = new_canaries(len(targets.canaries_in), model.device)
+        self.canaries = build_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
         self.record_scores = np.zeros(len(targets.records))
         self.step_scores = np.zeros(len(targets.canaries_in))  # log-likelihood ratios, of who sees every step
@@ -109,7 +109,7 @@ class AuditedTraining:
         )
         self.state |= after
 
-    def _planted(self, setting: TrainingSetup, canaries: nn.Embedding, canaries_in: Coins) -> Planted:
+    def _planted(self, setting: TrainingSetup, canaries: nn.Embedding, canaries_in: Coins) -> PlantedCanaries:
         return plant(
             setting.module,
             setting.units,
@@ -122,20 +122,21 @@ class AuditedTraining:
             rows_each=self.privacy.max_records or 1,
         )
 
-    def _mechanism(self, stage: Stage) -> Mechanism:
+    def _mechanism(self, stage: Stage) -> DPSGDConfig:
         """B counts the canaries too, and nothing else follows them."""
         rate = stage.local.sample_rate(self.examples)
         batch = rate * (self.examples + len(self.targets.canaries_in))
-        return Mechanism(self.sigma, self.privacy.clip_norm, rate, batch, self.privacy.clipping)
+        steps = stage.local.steps_per_round(self.examples)
+        return DPSGDConfig(self.sigma, self.privacy.clip_norm, rate, batch, steps, self.privacy.clipping)
 
     def _look_inside(self, stage: Stage, setting: TrainingSetup, names: list[str]) -> None:
         """Once in each stage: the noise of its steps, and what adversarial states do."""
         mechanism = self._mechanism(stage)
-        idle = new_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
+        idle = build_canaries(_IDLE, self.model.device)  # more coordinates to draw noise in
         planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
-        subject = Subject(private_steps, planted.module, planted.loss, setting.units, planted.batches)
+        subject = Subject(DPSGD, planted.module, planted.loss, setting.units, planted.batches)
         self.noise.append(draw_noise(subject, mechanism, self.error))
-        self.probes += probe_states(private_steps, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
+        self.probes += probe_states(DPSGD, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
 
     def _train(self, stage: Stage, setting: TrainingSetup, names: list[str], parameters: list[nn.Parameter]) -> None:
         planted = self._planted(setting, self.canaries, self.targets.canaries_in)
@@ -143,23 +144,11 @@ class AuditedTraining:
         optimizer = build_optimizer(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
         watch(optimizer, planted.canaries, mechanism.expected_batch, lambda sums: self._see(sums, mechanism))
-        reports = private_steps(
-            planted.module,
-            optimizer,
-            planted.loss,
-            units=planted.units,
-            batches=planted.batches,
-            noise_multiplier=self.sigma,
-            clip_norm=self.privacy.clip_norm,
-            sample_rate=mechanism.sample_rate,
-            expected_batch=mechanism.expected_batch,
-            steps=stage.local.steps_per_round(self.examples),
-            clipping=self.privacy.clipping,
-        )
-        for _ in reports:
+        steps = DPSGDSetup(planted.module, optimizer, planted.loss, planted.units, planted.batches)
+        for _ in DPSGD(mechanism).run(steps):
             self.taken[mechanism.sample_rate] += 1
 
-    def _see(self, sums: Tensor, mechanism: Mechanism) -> None:
+    def _see(self, sums: Tensor, mechanism: DPSGDConfig) -> None:
         """The sums of one step in the canaries' coordinates."""
         seen = sums[1:, 0].cpu().numpy() / mechanism.clip_norm
         self.step_scores += log_likelihood_ratios(seen, mechanism.noise_multiplier, mechanism.sample_rate)

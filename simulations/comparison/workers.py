@@ -29,7 +29,7 @@ from cotune.plan.load import parse_plan
 from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.server.runs.events import observe_run
 from cotune.simulations.comparison.grid import GridPoint
-from cotune.strategies.plugins import read_file, source_of
+from cotune.strategies.plugins import get_source, register_file
 from cotune.worker_process import WorkerProcess, receive_all
 
 
@@ -66,7 +66,7 @@ def run_here(task: Task, listener: Observer) -> str:
             else:
                 shutil.rmtree(task.folder, ignore_errors=True)  # killed before it was the folder of a run
                 for name in task.files:
-                    read_file(name, Path())
+                    register_file(name, Path())
                 simulate(parse_plan(json.loads(task.plan)), task.folder, device=task.device)
         except CotuneError as error:
             return str(error)
@@ -216,7 +216,7 @@ def available_memory() -> int:
 
 def build_task(cell: GridPoint, name: str, place: Path, device: str) -> Task:
     """Return what a worker needs to play a cell in a folder under a name."""
-    files = tuple(source_of(rule, sha256) for rule, sha256 in cell.plan.strategy.files.items())
+    files = tuple(get_source(rule, sha256) for rule, sha256 in cell.plan.strategy.files.items())
     return Task(name, cell.plan.canonical(), cell.plan.rounds, place, device, files)
 
 
@@ -240,6 +240,6 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def read_run_summary(run: Path) -> RunSummary:
+def read_summary(run: Path) -> RunSummary:
     """Return the summary of a finished run."""
     return read_summary(run / "summary.json")

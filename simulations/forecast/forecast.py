@@ -15,7 +15,7 @@ from cotune.client.budget import planned_charges, planned_steps
 from cotune.plan.parameters import get_plan_model, statistic_shapes
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.claim import Figures, figures_of, worst
+from cotune.privacy.claim import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
@@ -92,7 +92,7 @@ class Forecast:
     @property
     def figures(self) -> Figures | None:
         """Of record-level privacy, the largest of any organization's; None without it."""
-        return worst({o.name: o.figures for o in self.organizations if o.figures is not None})
+        return max_figures({o.name: o.figures for o in self.organizations if o.figures is not None})
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values; of the plan, what identifies it."""
@@ -160,7 +160,7 @@ def _organization(plan: Plan, member: Member) -> OrganizationForecast:
         return OrganizationForecast(member.name, member.examples, batch, steps, None, None, None, None)
     sigma = member.noise_multiplier
     delta = plan.privacy.delta_for(member.public)
-    figures = figures_of(planned_charges(plan, member.policy, sigma, member.public), delta)
+    figures = compute_figures(planned_charges(plan, member.policy, sigma, member.public), delta)
     allowed = member.policy.budget.epsilon_for(plan.privacy.epsilon)
     return OrganizationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
 

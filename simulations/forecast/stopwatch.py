@@ -24,7 +24,7 @@ from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
 _BUDGET = 0.3  # seconds for each thing that is measured: there are about seven
 _LONG_SECONDS = 5.0  # seconds, after which what is slow only at first does not matter
@@ -174,19 +174,15 @@ class Stopwatch:
 
         def step() -> None:
             units = [[row] for row in rows]
-            for _ in private_steps(
-                setting.module,
-                optimizer,
-                setting.loss,
-                units=units,
-                batches=setting.batches,
+            config = DPSGDConfig(
                 noise_multiplier=1.0,
                 clip_norm=privacy.clip_norm,
                 sample_rate=1.0,
                 expected_batch=float(max(1, len(units))),
                 steps=1,
-                clipping=privacy.clipping,
-            ):
+                clipping_mode=privacy.clipping,
+            )
+            for _ in DPSGD(config).run(DPSGDSetup(setting.module, optimizer, setting.loss, units, setting.batches)):
                 pass
 
         return self.measure(step)

@@ -24,7 +24,7 @@ _CHECKS = {
 }
 
 
-def check_part(
+def check_component(
     info: ComponentInfo, parameters: Mapping[str, Any] | None = None, context: RoundContext | None = None
 ) -> list[Finding]:
     """One finding for each check that the part's own statements ask for, in a fixed order.

@@ -65,7 +65,7 @@ def _scale(case: Case) -> Problems:
     expected = {name: 2 * tensor for name, tensor in case.fuse().delta.items()}
     wrong = differing(case.fuse(twice).delta, expected)
     if wrong:
-        yield f"doubled deltas do not give the doubled result: {wrong}; expected scales=False"
+        yield f"doubled deltas do not give the doubled result: {wrong}; expected homogeneous=False"
 
 
 def _identical(case: Case) -> Problems:
@@ -75,7 +75,7 @@ def _identical(case: Case) -> Problems:
     expected = {name: tensor.to(torch.float64) for name, tensor in first.delta.items()}
     wrong = differing({name: found[name] for name in found if name in expected}, expected)
     if wrong:
-        yield f"identical deltas do not give that delta: {wrong}; expected keeps=False"
+        yield f"identical deltas do not give that delta: {wrong}; expected idempotent=False"
 
 
 def _no_weight(case: Case) -> Problems:
@@ -115,7 +115,7 @@ def _without(update: Update, name: str) -> Update:
 
 
 def _least(case: Case) -> Problems:
-    least = case.info.least(**case.parameters)
+    least = case.info.min_updates(**case.parameters)
     yield from _shaped(case, case.fuse(case.updates[:least]).delta)
 
 
@@ -174,7 +174,7 @@ def _apart(case: Case) -> tuple[Aggregate, int, list[Any]]:
 
 
 def _generator(case: Case) -> Any:
-    context = {"context": case.context} if case.info.wants_context else {}
+    context = {"context": case.context} if case.info.needs_context else {}
     return case.info.build(**case.parameters, **context)
 
 
@@ -211,8 +211,8 @@ CHECKS: Sequence[Check] = (
     Check("does not depend on the order", _order),
     Check("gives the same again", _again),
     Check("leaves its inputs alone", _unchanged),
-    Check("scales with the deltas", _scale, lambda info: info.scales),
-    Check("keeps what all agree on", _identical, lambda info: info.keeps),
+    Check("scales with the deltas", _scale, lambda info: info.homogeneous),
+    Check("keeps what all agree on", _identical, lambda info: info.idempotent),
     Check("gives weight 0 no say", _no_weight, lambda info: info.needs.weights),
     Check("uses no weights, as it says", _weights_unused, lambda info: not info.needs.weights),
     Check("follows weights by parameter", _by_parameter, lambda info: info.needs.by_parameter),

@@ -87,7 +87,7 @@ def sample(info: ComponentInfo, parameters: Mapping[str, Any], context: RoundCon
     """A case for a part: as many updates as it needs, with all that it asks organizations to send."""
     generator = torch.Generator().manual_seed(1)
     context = context or _context(info, generator)
-    count = max(_ORGANIZATIONS, info.least(**parameters))
+    count = max(_ORGANIZATIONS, info.min_updates(**parameters))
     names = _sent(info, context)
     common = _like(context.state, names, generator)
     updates = [_update(i, common, context, info, generator) for i in range(count)]

@@ -11,7 +11,7 @@ from typing import Any
 from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.conformance.checks import Check, Problems, differing, refusal
 from cotune.strategies.conformance.samples import Case
-from cotune.strategies.registry import builtin
+from cotune.strategies.registry import get_builtin_components
 from cotune.strategies.types import Update
 
 Weight = float | Mapping[str, float]
@@ -20,7 +20,7 @@ Weight = float | Mapping[str, float]
 def _weigh(case: Case, updates: Sequence[Update] | None = None) -> list[Weight]:
     """The weights, in the order of the updates."""
     given = list(case.updates if updates is None else updates)
-    context: dict[str, Any] = {"context": case.context} if case.info.wants_context else {}
+    context: dict[str, Any] = {"context": case.context} if case.info.needs_context else {}
     if case.info.sees_all:
         return list(case.info.build(given, **case.parameters, **context))
     return [case.info.build(update, **case.parameters, **context) for update in given]
@@ -91,7 +91,7 @@ def _not_finite(case: Case) -> Problems:
 
 def _round(case: Case, updates: Sequence[Update]) -> None:
     """The driver's own check of weights, with the plain mean behind."""
-    driver = Aggregator((case.info, case.parameters), (builtin("fusion")["mean"], {}), case.context)
+    driver = Aggregator((case.info, case.parameters), (get_builtin_components("fusion")["mean"], {}), case.context)
     for update in updates:
         driver.add(update)
     driver.result()

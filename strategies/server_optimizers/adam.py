@@ -12,7 +12,7 @@ from torch import Tensor
 from cotune.strategies.registry import server_optimizer
 from cotune.strategies.server_optimizers.adaptive import adaptive_step
 from cotune.strategies.server_optimizers.base import ServerOptimizer
-from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, compute_rate
 from cotune.strategies.types import Aggregate, RoundContext
 
 
@@ -34,7 +34,7 @@ class ServerAdam(ServerOptimizer):
     def step(
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rate = rate_of(self.lr, self.schedule, self.warmup, context)
+        rate = compute_rate(self.lr, self.schedule, self.warmup, context)
 
         def second(v: Tensor, square: Tensor) -> Tensor:
             return self.beta2 * v + (1 - self.beta2) * square

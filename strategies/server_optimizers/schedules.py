@@ -15,7 +15,7 @@ Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 Warmup = Annotated[int, Field(ge=0)]  # rounds in which the rate grows to its full value
 
 
-def rate_of(lr: float, schedule: Schedule, warmup: int, context: RoundContext) -> float:
+def compute_rate(lr: float, schedule: Schedule, warmup: int, context: RoundContext) -> float:
     """The rate of a round: lr·t/warmup in the rounds t ≤ warmup, then, with s = t − warmup − 1 of S = rounds − warmup, lr times
     `decay(schedule, s, S)`. It is above 0 in every round.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cotune.strategies.registry import server_optimizer
 from cotune.strategies.server_optimizers.base import ServerOptimizer
-from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, rate_of
+from cotune.strategies.server_optimizers.schedules import Schedule, Warmup, compute_rate
 from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 
 
@@ -29,7 +29,7 @@ class ServerSGD(ServerOptimizer):
     def step(
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        rate = rate_of(self.lr, self.schedule, self.warmup, context)
+        rate = compute_rate(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:
             return apply_delta(state, {name: d * rate for name, d in fused.delta.items()}), {}
         delta = fused.delta.items()

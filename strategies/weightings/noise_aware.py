@@ -19,7 +19,9 @@ import torch
 from cotune.strategies.registry import Needs, weighting
 from cotune.strategies.types import Update
 
-_FLOOR = 1e-3  # of the median variance: who states less is believed no more, or one partner could take over the model
+_MIN_RELATIVE_VARIANCE = (
+    1e-3  # of the median variance: who states less is believed no more, or one partner could take over the model
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
     τ² and cut off at 0. a_k = 1/v_k gives DerSimonian & Laird's estimate, τ² = (Q − d(K−1)) / (d(Σ a − Σ a² / Σ a)); where some
     v_k is 0, a_k = 1 (Hedges & Olkin, 1985).
     """
-    floor = _FLOOR * (statistics.median(variances) or max(variances))
+    floor = _MIN_RELATIVE_VARIANCE * (statistics.median(variances) or max(variances))
     variances = [max(v, floor) for v in variances]
     least = min(variances)
     a = [least / v for v in variances] if least > 0 else [1.0] * len(updates)

@@ -36,7 +36,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.noise import grid_of
+from cotune.privacy.mechanisms.noise import choose_grid
 from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
 from tests.support.datasets import COLORS, write_csv, write_images
 from tests.support.matrix import crossed
@@ -101,7 +101,7 @@ def setting_at(plan: Plan, model: TrainableModel, holdings: Dataset, state: Stat
 def clipped_sum(setting: TrainingSetup, rows: range, clip: float) -> list[Tensor]:
     """Of one step without noise on these rows, to the bit."""
     with per_example(setting.module, setting.loss) as of:
-        total = ExactSum(of.parameters, grid_of(clip, 0.0, sum(p.numel() for p in of.parameters)), "flat")
+        total = ExactSum(of.parameters, choose_grid(clip, 0.0, sum(p.numel() for p in of.parameters)), "flat")
         for gradients, _ in unit_gradients(of, [[row] for row in rows], setting.batches):
             total.add(gradients)
     return total.totals()

@@ -13,7 +13,7 @@ from cotune.client.policy_check import find_violations
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
-from cotune.privacy.claim import SMALL_DELTA, figures_of
+from cotune.privacy.claim import SMALL_DELTA, compute_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
 
@@ -46,7 +46,7 @@ def test_a_plan_with_the_former_delta_is_refused(records: int) -> None:
 
 def test_what_is_stated_is_stated_at_a_small_delta_too() -> None:
     spent = [Steps(1.8, 0.2, 200)]
-    found = figures_of(spent, 1e-4)
+    found = compute_figures(spent, 1e-4)
     assert SMALL_DELTA == 1e-6
     assert found.epsilon_at_small_delta > found.epsilon
     assert 0.01 < found.true_positive_rate < 1

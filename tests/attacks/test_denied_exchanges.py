@@ -26,7 +26,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.signatures import (
     RECEIPT,
     REFUSAL,
@@ -269,7 +269,7 @@ def declined(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp
     file = RunFile(run="x", created="now", engine="in-process", device="cpu", participants=people)
     plan = make_plan(rounds=1, server={"absent_seconds": 5.0, "quorum": 0.5})
     folder = real(RunFolder.create(tmp_path / "run", plan, file))
-    strict = changed_policy(Policy.permissive(), {"training.min_cohort": 5})
+    strict = change_policy(Policy.permissive(), {"training.min_cohort": 5})
     sites = {"bank": make_site("bank"), "clinic": make_site("clinic", policy=strict)}
     train_rounds(joined(folder, sites), folder, model_of(folder.plan), lambda state: None)
     return folder, sites

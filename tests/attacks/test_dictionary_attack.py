@@ -35,7 +35,7 @@ def site(tmp_path: Path) -> Site:
     site = Site(tmp_path)
     ledger = site.ledger()
     for number, texts in enumerate(([*KNOWN, SECRET], [SECRET]), start=1):
-        data = ledger.know([record_identity(text) for text in texts])
+        data = ledger.register_data_set([record_identity(text) for text in texts])
         ledger.reserve("a" * 64, number, Steps(1.0, 0.1, 10), data=data)
     return site
 
@@ -62,7 +62,7 @@ def test_a_dictionary_finds_nothing_in_the_ledger(site: Site) -> None:
 
 
 def test_two_sites_know_the_same_record_by_different_names(tmp_path: Path) -> None:
-    names = {Ledger(tmp_path / site / "ledger.sqlite").know([record_identity(SECRET)]) for site in ("a", "b")}
+    names = {Ledger(tmp_path / site / "ledger.sqlite").register_data_set([record_identity(SECRET)]) for site in ("a", "b")}
     assert len(names) == 2
 
 

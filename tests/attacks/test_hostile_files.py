@@ -48,7 +48,7 @@ def assert_clean(done: Outcome) -> None:
     assert not is_raw(done.out), ascii(done.out)
     assert not is_raw(done.err), ascii(done.err)
     assert "Traceback" not in done.err
-    assert "unforeseen" not in done.err, done.err
+    assert "unexpected error" not in done.err, done.err
     assert done.err.count("\n") <= 1, done.err
 
 

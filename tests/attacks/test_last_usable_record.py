@@ -24,7 +24,7 @@ from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import DataError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, TellRules, dump_policy
+from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 
 LABELS = ("bad", "good", "so")
 HEADER = b"text,label\n"
@@ -55,7 +55,7 @@ def make(tmp_path: Path) -> Callable[..., Site]:
         (folder / name).write_bytes(content)
         described = DatasetManifest(data=DataConfig(source=str(folder / name)), portions=(FileSlice(path=None),))
         (folder / "data.json").write_text(described.model_dump_json())
-        tell = TellRules(
+        tell = DisclosureRules(
             example_count="declared", declared_examples=60, local_metrics="noised", local_loss="noised", label_histogram="noised"
         )
         (folder / "policy.toml").write_text(dump_policy(Policy.permissive().model_copy(update={"tell": tell})))

@@ -27,7 +27,7 @@ from cotune.errors import Declined, PrivacyError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random import seeded_generator
-from cotune.privacy.policy import Policy, TellRules, dump_policy
+from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 
 OLD = [f"the table is very {word}" for word in ("great", "sad", "awful", "happy")]
 NEW = [f"a {word} tree it is" for word in ("great", "sad", "awful", "happy")]
@@ -55,7 +55,7 @@ def new_site(tmp_path: Path) -> Callable[..., Site]:
         folder.mkdir()
         allowed = Policy.permissive(examples=60)
         budget = allowed.budget.model_copy(update={"epsilon_total": total, "delta_total": 1e-3})
-        rules = {"budget": budget} | ({"tell": TellRules(**tell)} if tell else {})
+        rules = {"budget": budget} | ({"tell": DisclosureRules(**tell)} if tell else {})
         (folder / "policy.toml").write_text(dump_policy(allowed.model_copy(update=rules)))
         (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         return Site(folder)

@@ -27,7 +27,7 @@ from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.noise import grid_step
 from tests.support.datasets import write_csv
 
@@ -66,20 +66,16 @@ def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[TrainingS
 def released(setting: TrainingSetup, parameters: list[nn.Parameter], seed: int, *, sampled: bool) -> Tensor:
     """(θ0 − θ1) / rate of a round of one step, all coordinates, as the server computes it; θ0 stays."""
     before = [p.detach().clone() for p in parameters]
-    steps = private_steps(
+    config = DPSGDConfig(noise_multiplier=SIGMA, clip_norm=CLIP, sample_rate=1.0, expected_batch=BATCH, steps=1)
+    setup = DPSGDSetup(
         setting.module,
         torch.optim.SGD(parameters, lr=RATE),
         setting.loss,
-        units=setting.units if sampled else [],
-        batches=setting.batches,
-        noise_multiplier=SIGMA,
-        clip_norm=CLIP,
-        sample_rate=1.0,
-        expected_batch=BATCH,
-        steps=1,
-        generator=np.random.default_rng(seed),
+        setting.units if sampled else [],
+        setting.batches,
+        noise_generator=np.random.default_rng(seed),
     )
-    assert len(list(steps)) == 1
+    assert len(list(DPSGD(config).run(setup))) == 1
     moved = [(b - p.detach()).flatten() / RATE for b, p in zip(before, parameters, strict=True)]
     with torch.no_grad():
         for p, b in zip(parameters, before, strict=True):

@@ -31,7 +31,7 @@ from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms import dp_sgd
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import sentences
 from tests.support.matrix import crossed
 from tests.support.tiny_models import tokenizer
@@ -78,8 +78,8 @@ def summing(plan: Plan, model: TrainableModel, monkeypatch: pytest.MonkeyPatch) 
         seen.clear()
         given = setting(plan, model, rows, state)
         optimizer = torch.optim.SGD([p for p in given.module.parameters() if p.requires_grad], lr=0.0)
-        numbers: Any = {"noise_multiplier": 0.6, "clip_norm": 0.37, "sample_rate": 1.0, "expected_batch": 16.0, "steps": 1}
-        list(private_steps(given.module, optimizer, given.loss, units=given.units, batches=given.batches, **numbers))
+        config = DPSGDConfig(noise_multiplier=0.6, clip_norm=0.37, sample_rate=1.0, expected_batch=16.0, steps=1)
+        list(DPSGD(config).run(DPSGDSetup(given.module, optimizer, given.loss, given.units, given.batches)))
         return torch.cat([total.flatten() for total in seen])
 
     return of

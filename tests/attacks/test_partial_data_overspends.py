@@ -22,7 +22,7 @@ from cotune.errors import Declined
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
-from cotune.privacy.config import delta_of
+from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, dump_policy
@@ -59,9 +59,9 @@ def exhaust(ledger: Ledger, plan_id: str, data: str, limit: Limit, collection: s
 @pytest.mark.parametrize("plans", [("a",), ("a", "b")])
 def test_a_part_of_the_data_does_not_get_a_larger_budget(tmp_path: Path, plans: tuple[str, ...]) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    whole = ledger.know(records(range(WHOLE)))
-    part = ledger.know(records(range(PART)))
-    promised, own = (Limit(RULE, LIMIT, delta_of("1/n^1.1", n)) for n in (WHOLE, PART))
+    whole = ledger.register_data_set(records(range(WHOLE)))
+    part = ledger.register_data_set(records(range(PART)))
+    promised, own = (Limit(RULE, LIMIT, compute_delta("1/n^1.1", n)) for n in (WHOLE, PART))
     ledger.reserve(plans[0], 1, ROUND, data=whole, limits=[promised])
     assert exhaust(ledger, plans[-1], part, own) > 1
     assert oracle(ledger.spent(), own.delta) < LIMIT
@@ -71,10 +71,10 @@ def test_a_part_of_the_data_does_not_get_a_larger_budget(tmp_path: Path, plans: 
 def test_what_is_left_of_the_whole_holds_for_every_part(tmp_path: Path) -> None:
     """A part is exhausted first, then the whole is asked: the part's records are in it."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    part = ledger.know(records(range(PART)))
-    whole = ledger.know(records(range(WHOLE)))
-    other = ledger.know(records(range(WHOLE, WHOLE + PART)))
-    limit = Limit(RULE, LIMIT, delta_of("1/n^1.1", WHOLE))
+    part = ledger.register_data_set(records(range(PART)))
+    whole = ledger.register_data_set(records(range(WHOLE)))
+    other = ledger.register_data_set(records(range(WHOLE, WHOLE + PART)))
+    limit = Limit(RULE, LIMIT, compute_delta("1/n^1.1", WHOLE))
     exhaust(ledger, "a", part, limit, "wards")
     assert exhaust(ledger, "a", whole, limit, "wards") == 0
     assert exhaust(ledger, "a", whole, limit) == 0

@@ -8,7 +8,7 @@ a server can see besides the update itself follows from the public number N: it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import cotune.client.training.round as training
 from cotune.client.site import Site
 from cotune.models.trainable import get_model
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, TellRules, dump_policy
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
+from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 from cotune.simulations.prepare import prepare
 from cotune.strategies.types import Update
 from tests.support import clinic
@@ -56,22 +57,20 @@ def plan_of(base_model: Callable[[str], Path], records: Path) -> Callable[..., P
 
 
 def site_of(folder: Path, records: Path, count: int, **tell: Any) -> Site:
-    policy = Policy.permissive().model_copy(update={"tell": TellRules(**tell)})
+    policy = Policy.permissive().model_copy(update={"tell": DisclosureRules(**tell)})
     return clinic.make_site(folder, records, range(count), policy)
 
 
 @pytest.fixture
-def mechanism(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
+def mechanism(monkeypatch: pytest.MonkeyPatch) -> list[DPSGDConfig]:
     """What decides the noise of a step, as it reaches the mechanism."""
-    seen: list[Mapping[str, Any]] = []
-    honest = training.private_steps
+    seen: list[DPSGDConfig] = []
 
-    def watched(*given: Any, **settings: Any) -> Any:
-        kept = ("noise_multiplier", "clip_norm", "sample_rate", "expected_batch", "steps")
-        seen.append({name: settings[name] for name in kept})
-        return honest(*given, **settings)
+    def watched(config: DPSGDConfig) -> DPSGD:
+        seen.append(config)
+        return DPSGD(config)
 
-    monkeypatch.setattr(training, "private_steps", watched)
+    monkeypatch.setattr(training, "DPSGD", watched)
     return seen
 
 
@@ -87,7 +86,7 @@ def test_a_declared_number_decides_all_that_can_be_seen(
     plan_of: Callable[..., Plan],
     records: Path,
     tmp_path: Path,
-    mechanism: list[Mapping[str, Any]],
+    mechanism: list[DPSGDConfig],
     declared: int,
     local: dict[str, Any],
 ) -> None:
@@ -99,14 +98,14 @@ def test_a_declared_number_decides_all_that_can_be_seen(
     assert seen[0] == seen[1]
     assert seen[0][0] == declared
     assert mechanism[0] == mechanism[1]
-    assert mechanism[0]["expected_batch"] == pytest.approx(20 if local["batch_size"] == 20 else 0.2 * declared)
+    assert mechanism[0].expected_batch == pytest.approx(20 if local["batch_size"] == 20 else 0.2 * declared)
 
 
 def test_a_noised_number_decides_all_that_can_be_seen(
     plan_of: Callable[..., Plan],
     records: Path,
     tmp_path: Path,
-    mechanism: list[Mapping[str, Any]],
+    mechanism: list[DPSGDConfig],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two sites that drew the same N look the same for the whole plan, whatever their numbers of records."""

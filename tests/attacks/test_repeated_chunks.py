@@ -22,7 +22,7 @@ from cotune.client.site import Site
 from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge, count_inflated_bytes, download
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.server.app import train_rounds
 from tests.support.organizations import adding, model_of
@@ -120,7 +120,7 @@ def test_what_nobody_has_approved_is_not_even_put_together(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State]
 ) -> None:
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3})
-    site = make_site(policy=changed_policy(Policy.permissive(), {"training.approval": Policy().training.approval}))
+    site = make_site(policy=change_policy(Policy.permissive(), {"training.approval": Policy().training.approval}))
     reply = resident._answer(bomb(parcel(request(plan, state_for(plan)))), site.folder)
     assert "training.approval" in str(reply.error.reason)
 

@@ -25,11 +25,11 @@ from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.policy import Policy, TellRules
+from cotune.privacy.policy import DisclosureRules, Policy
 
 RECORDS = 600
 INTERVAL = 1e-3
-POLICY = Policy(tell=TellRules(example_count="declared", declared_examples=RECORDS))
+POLICY = Policy(tell=DisclosureRules(example_count="declared", declared_examples=RECORDS))
 PLAN = parse_plan(
     {
         "labels": ("a", "b"),

@@ -22,7 +22,7 @@ from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import FINISHED, parse_refusal
 from tests.support.signing import sign_request
@@ -62,7 +62,7 @@ def test_a_number_outside_of_the_range_is_declined_before_anything_is_spent(
     state_for: Callable[..., State],
     rules: dict[str, Any],
 ) -> None:
-    site = make_site(policy=changed_policy(Policy.permissive(), rules))
+    site = make_site(policy=change_policy(Policy.permissive(), rules))
     assert "tell.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
     assert not site.ledger_file.exists()
     assert not (site.folder / "outbox").exists()
@@ -73,7 +73,7 @@ def test_a_declared_number_is_judged_before_the_records_are_read(
     plan: Plan, make_site: Callable[..., Site], state_for: Callable[..., State]
 ) -> None:
     rules = {"tell.example_count": "declared", "tell.declared_examples": 1}
-    site = make_site(policy=changed_policy(Policy.permissive(), rules))
+    site = make_site(policy=change_policy(Policy.permissive(), rules))
     document = json.loads((site.folder / "data.json").read_bytes())
     document["portions"][0]["path"] = str(site.folder / "gone.csv")
     (site.folder / "data.json").write_text(json.dumps(document))
@@ -81,7 +81,7 @@ def test_a_declared_number_is_judged_before_the_records_are_read(
 
 
 def test_a_number_within_the_range_trains(plan: Plan, make_site: Callable[..., Site], state_for: Callable[..., State]) -> None:
-    site = make_site(policy=changed_policy(Policy.permissive(), {"tell.example_count": "exact"}))
+    site = make_site(policy=change_policy(Policy.permissive(), {"tell.example_count": "exact"}))
     assert not ask(plan, state_for(plan), site, least=60, most=60).has_error()
 
 

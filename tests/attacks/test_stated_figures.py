@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.cli.progress import _round_line, remote_line
-from cotune.privacy.accounting.rounding import round_up, rounded_up
+from cotune.privacy.accounting.rounding import round_up, round_up_number
 from cotune.reporting.formatting import duration, percent, scientific, signed, size
 from cotune.reporting.run_report import render_report
 from cotune.server.app import train_rounds
@@ -83,7 +83,7 @@ def test_a_run_that_holds_one_already_is_shown(new_run: NewRun, value: float) ->
 def test_no_formatter_raises(value: float) -> None:
     for write in (percent, signed, scientific, size, duration, round_up):
         assert write(value)
-    assert isinstance(rounded_up(value), int | float)
+    assert isinstance(round_up_number(value), int | float)
     fields = {"round": 1, "organization": "a", "bytes": 1, "epsilon": value, "reason": "", "of_round": 1}
     assert remote_line("update_received", fields)
     entry = {

@@ -50,7 +50,7 @@ def counted(folder: Path, rows: list[Row], collection: str) -> Dataset:
 
 def charge(folder: Path, held: Dataset) -> None:
     ledger = Site(folder).ledger()
-    data = ledger.know(held.get_unit_identities(), unit=str(held.unit), also=held.linked_identities())
+    data = ledger.register_data_set(held.get_unit_identities(), unit=str(held.unit), also=held.linked_identities())
     ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)
 
 
@@ -78,7 +78,7 @@ def test_a_patient_still_counts_in_one_collection(tmp_path: Path) -> None:
     assert held.left_out() == {"in another collection": 1}
     assert "a new text" not in held.inputs()
     ledger = Site(tmp_path / "site").ledger()
-    twice = ledger.know(
+    twice = ledger.register_data_set(
         [*held.get_unit_identities(), *counted(tmp_path / "site", FIRST, "first").get_unit_identities()], unit="pid"
     )
     with pytest.raises(PrivacyError):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
 from cotune.simulations.auditing import training as audited_training
 from tests.support.console import Cotune
 
@@ -61,10 +60,10 @@ def test_tight_audits_one_step_of_all_records(cotune: Cotune) -> None:
 
 
 def test_a_broken_claim_is_exit_code_1(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
-        return private_steps(*arguments, **{**settings, "noise_multiplier": 0.0})
+    def without_noise(config: DPSGDConfig) -> DPSGD:
+        return DPSGD(replace(config, noise_multiplier=0.0))
 
-    monkeypatch.setattr(audited_training, "private_steps", without_noise)
+    monkeypatch.setattr(audited_training, "DPSGD", without_noise)
     options = ("--set", "privacy={epsilon=1}", "--canaries", "2000")
     shown = cotune("audit", "toy.toml", *options)
     assert (shown.code, shown.err) == (1, "")

@@ -20,7 +20,7 @@ def sentence(outcome: Outcome, code: int) -> str:
     lines = outcome.err.splitlines()
     assert len(lines) == 1, outcome.err
     assert lines[0].startswith("cotune: ")
-    assert "unforeseen" not in lines[0]
+    assert "unexpected error" not in lines[0]
     assert "Traceback" not in outcome.out + outcome.err
     return lines[0].removeprefix("cotune: ")
 
@@ -156,6 +156,24 @@ def test_a_plan_that_cannot_be_read(cotune: Cotune, folder: Path, command: tuple
         assert word in said
 
 
+@pytest.mark.parametrize(
+    ("words", "error_code", "exit_code"),
+    [
+        (("simulate", "--data", "nowhere.csv"), "data.missing_file", 2),
+        (("plan", "keys", "no such word"), "plan.unknown_key", 2),
+        (("simulate", "--epsilon", "3"), "usage.invalid", 2),
+        (("client", "ledger", "nowhere"), "data.not_a_site", 2),
+    ],
+)
+def test_json_errors_have_a_code_and_the_sentence(
+    cotune: Cotune, words: tuple[str, ...], error_code: str, exit_code: int
+) -> None:
+    outcome = cotune(*words, "--json")
+    error = json.loads(outcome.out)["error"]
+    assert (error["code"], outcome.code) == (error_code, exit_code)
+    assert outcome.err == f"cotune: {error['message']}\n"
+
+
 def test_unknown_presets_are_named_wherever_one_is_asked_for(cotune: Cotune) -> None:
     assert "did you mean 'tweets'?" in sentence(cotune("plan", "new", "tweet"), code=2)
 
@@ -203,7 +221,9 @@ def test_the_script_says_one_line_and_exits_with_2_and_debug_shows_where(started
     assert out == ""
     assert debug.returncode == 1
     assert "Traceback" in trace
-    assert trace.splitlines()[-1].startswith("cotune.errors.DataError: nowhere.csv does not exist")
+    *_, failure, code = trace.splitlines()
+    assert failure.startswith("cotune.errors.DataError: nowhere.csv does not exist")
+    assert code == "error code: data.missing_file"
 
 
 def test_a_run_that_fails_says_one_line_and_exits_with_1(script: Cotune, folder: Path) -> None:

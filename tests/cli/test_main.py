@@ -6,21 +6,20 @@ from typing import Any
 
 import click
 import pytest
-import typer
 
-from cotune.cli.main import app
+from cotune.cli.main import build_command
 from tests.support.console import Cotune
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
     if hasattr(command, "commands"):
         return [each for name, inner in command.commands.items() for each in commands(inner, (*path, name))]
-    return [(path, command)]
+    return [(path, command.load())]
 
 
 TAKE_SET = [
     path
-    for path, command in commands(typer.main.get_command(app))
+    for path, command in commands(build_command())
     if any("--set" in option.opts and "KEY=VALUE" in str(option.metavar) for option in command.params)
 ]
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import click
 import pytest
-import typer
 
-from cotune.cli.main import app
+from cotune.cli.main import build_command
 from tests.support.console import Cotune
 
 COMMANDS = (("simulate",), ("plan", "check"), ("compare",), ("audit",))
@@ -23,10 +22,10 @@ QUICK = ("--set", "simulation.baselines=[]", "--set", "rounds=1", "--set", "mode
 
 
 def command_of(path: tuple[str, ...]) -> click.Command:
-    found: Any = typer.main.get_command(app)
+    found: Any = build_command()
     for name in path:
         found = found.commands[name]
-    return found
+    return found.load()
 
 
 @pytest.mark.parametrize("path", COMMANDS)

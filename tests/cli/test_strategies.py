@@ -16,7 +16,7 @@ from cotune.client.training.round import train_round
 from cotune.plan.load import load_plan, parse_plan
 from cotune.strategies import plugins
 from cotune.strategies.config import RECIPES
-from cotune.strategies.registry import FOLDERS, builtin
+from cotune.strategies.registry import FOLDERS, get_builtin_components
 from tests.support.console import Cotune
 
 KINDS = ("fusion", "weighting", "server_optimizer")
@@ -31,17 +31,17 @@ def test_everything_is_listed(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COLUMNS", "400")
     shown = cotune("strategies")
     assert (shown.code, shown.err) == (0, "")
-    for name in (*RECIPES, *(name for kind in FOLDERS for name in builtin(kind))):
+    for name in (*RECIPES, *(name for kind in FOLDERS for name in get_builtin_components(kind))):
         assert re.search(rf"^{name} ", shown.out, re.MULTILINE)
     found = json.loads(cotune("strategies", "--json").out)
     assert {part["name"] for part in found if part["kind"] == "recipe"} == set(RECIPES)
-    assert {part["name"] for part in found if part["kind"] == "fusion"} == set(builtin("fusion"))
+    assert {part["name"] for part in found if part["kind"] == "fusion"} == set(get_builtin_components("fusion"))
 
 
 def test_names_are_whole_on_a_narrow_terminal(cotune: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     listed = cotune("strategies").out
-    for name in (*RECIPES, *(name for kind in FOLDERS for name in builtin(kind))):
+    for name in (*RECIPES, *(name for kind in FOLDERS for name in get_builtin_components(kind))):
         assert re.search(rf"^{name} ", listed, re.MULTILINE), name
 
 
@@ -100,7 +100,7 @@ def test_an_unknown_name(cotune: Cotune) -> None:
 
 
 OWN = 'import torch\nfrom cotune.strategies import *\n\n\n@fusion("mine", cite="none")\ndef mine(*, step: float = 1.0):\n'
-OWN += '    """D: the mean."""\n    sums = yield weighted\n    return mean_of(sums)\n'
+OWN += '    """D: the mean."""\n    sums = yield weighted\n    return weighted_mean(sums)\n'
 
 
 @pytest.mark.parametrize("file", ["mine.py", "rules.py"])
@@ -168,7 +168,7 @@ def test_the_test_of_a_new_rule_runs(cotune: Cotune, folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     rule = (folder / "mine.py").read_text(encoding="utf-8")
-    (folder / "mine.py").write_text(rule.replace(", keeps=False", ""), encoding="utf-8")
+    (folder / "mine.py").write_text(rule.replace(", idempotent=False", ""), encoding="utf-8")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "identical deltas do not give that delta" in done.stdout
@@ -232,7 +232,7 @@ RULE = """
 import torch
 from cotune.strategies import Aggregate, Needs, Visibility, fusion
 
-@fusion("heavy", cite="", needs=Needs(visibility=Visibility.PER_CLIENT, weights=False), keeps=False)
+@fusion("heavy", cite="", needs=Needs(visibility=Visibility.PER_CLIENT, weights=False), idempotent=False)
 def heavy(updates, context, *, beta: float = 0.5):
     mean = {n: torch.stack([u.delta[n] for u in updates]).mean(0) for n in updates[0].delta}
     moving = {n: d + beta * context.memory.get(n, torch.zeros(())) for n, d in mean.items()}

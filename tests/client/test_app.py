@@ -21,7 +21,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, decode_update, encode_requests, payload_bytes, state_digest
 from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, is_signed_by_node, parse_refusal
 from cotune.strategies.types import Update
@@ -186,7 +186,7 @@ def test_real_site_names_only_the_declining_rule(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = make_plan(privacy={"epsilon": 2.0, "delta": 1e-3})
-    site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
+    site = make_site(policy=change_policy(Policy.permissive(), {"training.max_rounds": 2}))
     with caplog.at_level(logging.WARNING):
         got = reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)}))
     assert got == "declined: its rule training.max_rounds does not allow this plan"
@@ -214,7 +214,7 @@ def test_series_of_plans_does_not_reveal_the_record_count(
 ) -> None:
     """Whether one of these rules declines depends on the number: what is told must be the same as for any other failure."""
     plan = make_plan(privacy={"epsilon": 2.0, "delta": delta}, local={"batch_size": 12, "steps": 2, **local})
-    site = make_site(policy=changed_policy(Policy.permissive(), rules))
+    site = make_site(policy=change_policy(Policy.permissive(), rules))
     with caplog.at_level(logging.WARNING):
         assert reason(ask(request(plan, state_for(plan)), {"site": str(site.folder)})) == SANITIZED
     assert problem in caplog.text
@@ -226,7 +226,7 @@ def test_declined_plan_is_not_told_whether_records_are_readable(
 ) -> None:
     plan = make_plan()
     state = state_for(plan)
-    site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
+    site = make_site(policy=change_policy(Policy.permissive(), {"training.max_rounds": 2}))
     (site.folder / "data.json").unlink()
     assert "training.max_rounds" in reason(ask(request(plan, state), {"site": str(site.folder)}))
 
@@ -424,7 +424,7 @@ def test_a_plan_of_endless_depth_is_refused_and_entered(plan: Plan, state: State
 
 
 def test_a_refusal_is_in_the_log_with_its_reason(plan: Plan, state: State, make_site: MakeSite) -> None:
-    site = make_site(policy=changed_policy(Policy.permissive(), {"training.max_rounds": 2}))
+    site = make_site(policy=change_policy(Policy.permissive(), {"training.max_rounds": 2}))
     said = reason(ask(request(plan, state), {"site": str(site.folder)}))
     [entry] = AuditLog(site.folder).entries()
     assert (entry["what"], entry["said"]) == ("refusal", said)

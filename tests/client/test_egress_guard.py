@@ -123,7 +123,7 @@ def another_type(case: Case) -> None:
     case.arrays("delta", **{name: Array(values.astype(np.float64))})
 
 
-def not_finite(case: Case) -> None:
+def find_not_finite(case: Case) -> None:
     name, values = case.some
     values.flat[0] = math.nan
     case.arrays("delta", **{name: Array(values)})
@@ -195,7 +195,7 @@ def reported_noise(case: Case) -> None:
         a_missing_parameter,
         another_shape,
         another_type,
-        not_finite,
+        find_not_finite,
         too_long,
         bytes_behind_an_array,
         more_records_than_the_rule_says,

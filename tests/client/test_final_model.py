@@ -24,7 +24,7 @@ from cotune.errors import Declined, ModelError, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
 from cotune.protocol.signatures import FINISHED, detach, parse_refusal
 from tests.support.signing import sign_request
@@ -82,7 +82,7 @@ def test_the_own_part_is_joined(make_plan: MakePlan, make_site: MakeSite, state_
 def test_a_plan_that_nobody_has_approved_leaves_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan()
     for rules in ({"training.approval": "each"}, {"training.base_models": ["00" * 32]}):
-        site = make_site(policy=changed_policy(Policy.permissive(), rules))
+        site = make_site(policy=change_policy(Policy.permissive(), rules))
         with pytest.raises(Declined, match=next(iter(rules)).replace(".", r"\.")):
             store_final_model(finished(plan, state_for(plan)), plan, site)
         assert not (site.folder / "models").exists()

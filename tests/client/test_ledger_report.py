@@ -16,7 +16,7 @@ from cotune.client.site import Site
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_filter, filter_order, renyi, renyi_epsilon
 from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
-from cotune.privacy.config import delta_of
+from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.policy import BudgetRules, Policy
 
@@ -29,11 +29,11 @@ def site(make_site: MakeSite) -> Site:
     """Two data sets, the second grown from the first; two runs on the first, the second of them interrupted, one on the second."""
     site = make_site(policy=Policy(budget=BudgetRules(epsilon_total=8.0)))
     ledger = site.ledger()
-    small = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
+    small = ledger.register_data_set([i.to_bytes(16, "big") for i in range(1000)])
     for round in (1, 2, 3):
         ledger.settle(ledger.reserve("a" * 64, round, Steps(1.1, 0.02, 20), data=small, plan="tweets"), 20, seconds=3.0)
     ledger.reserve("b" * 64, 1, Steps(1.5, 0.02, 20), data=small, plan="other")
-    grown = ledger.know([i.to_bytes(16, "big") for i in range(1500)])
+    grown = ledger.register_data_set([i.to_bytes(16, "big") for i in range(1500)])
     ledger.settle(ledger.reserve("c" * 64, 1, Steps(20.0, 1.0, 1), data=grown, plan="other", purpose="label histogram"), 1)
     return site
 
@@ -41,7 +41,7 @@ def site(make_site: MakeSite) -> Site:
 def test_the_overview_is_composed_from_the_events(site: Site) -> None:
     [found] = summarize_ledger(site)["collections"]
     small, grown = found["data_sets"]
-    delta = delta_of("1/n^1.5", 1500)  # of the larger one
+    delta = compute_delta("1/n^1.5", 1500)  # of the larger one
     events = [Steps(1.1, 0.02, 60), Steps(1.5, 0.02, 20), Steps(20.0, 1.0, 1)]
     order = filter_order(8.0, delta / 2)
     assert (small["records"], grown["records"], found["delta"]) == (1000, 1500, delta)
@@ -69,9 +69,9 @@ def test_each_collection_has_a_table_of_its_own(make_site: MakeSite) -> None:
     ledger = site.ledger()
     names = {}
     for number, name in enumerate(("", "wards", "images")):
-        names[name] = ledger.know([bytes([number, i]) for i in range(50)])
+        names[name] = ledger.register_data_set([bytes([number, i]) for i in range(50)])
         ledger.reserve(f"plan {name}", 1, Steps(1.5, 0.1, 10), data=names[name], collection=name)
-    ledger.unprotected("plan x", 1, "training", data=names["wards"], collection="wards")
+    ledger.record_unprotected("plan x", 1, "training", data=names["wards"], collection="wards")
     wards, images = summarize_ledger(site)["collections"]
     assert (wards["collection"], images["collection"]) == ("wards", "images")
     assert [d["fingerprint"] for d in wards["data_sets"]] == [names[""], names["wards"]]
@@ -86,7 +86,7 @@ def test_a_single_run_is_composed_by_pld(make_site: MakeSite) -> None:
     ledger = site.ledger()
     steps = Steps(1.1, 0.02, 60)
     delta = 1e-5
-    data = ledger.know([i.to_bytes(16, "big") for i in range(1000)])
+    data = ledger.register_data_set([i.to_bytes(16, "big") for i in range(1000)])
     ledger.reserve("a" * 64, 1, steps, data=data, limits=[Limit("budget.epsilon_total", 8.0, delta)])
     [found] = summarize_ledger(site)["collections"]
     assert (found["delta"], found["composition"]) == (delta, "pld")  # the δ that was in force, not that of a rule
@@ -127,7 +127,7 @@ def test_an_auditor_needs_dp_accounting_alone(site: Site, tmp_path: Path) -> Non
 def test_what_left_without_privacy_is_not_passed_over(site: Site) -> None:
     ledger = site.ledger()
     small, _ = ledger.data_sets()
-    ledger.unprotected("d" * 64, 4, "training", data=small.fingerprint, plan="plain")
+    ledger.record_unprotected("d" * 64, 4, "training", data=small.fingerprint, plan="plain")
     for table in (*summarize_ledger(site)["collections"], *export_ledger(site)["collections"]):
         [left] = table["unprotected"]
         assert (left["plan"], left["round"], left["what"]) == ("plain", 4, "training")

@@ -13,12 +13,12 @@ from cotune.client.training.round import train_round
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
 
-EACH = changed_policy(Policy.permissive(), {"training.approval": "each"})
+EACH = change_policy(Policy.permissive(), {"training.approval": "each"})
 
 
 def test_nothing_is_touched_for_a_plan_that_nobody_has_approved(

@@ -63,8 +63,8 @@ def test_every_rule_declines_and_nothing_is_spent(
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("a declined plan trains nothing")
 
-    monkeypatch.setattr(training, "private_steps", untouched)
-    monkeypatch.setattr(training, "setting_of", untouched)
+    monkeypatch.setattr(training, "DPSGD", untouched)
+    monkeypatch.setattr(training, "build_setup", untouched)
     with pytest.raises(Declined) as declined:
         train_round(plan, site, 1, state)
     assert declined.value.rule == rule

@@ -14,7 +14,7 @@ from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -43,7 +43,7 @@ def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_s
 def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: MakeSite) -> None:
     """Anyone who is to change a rule wants to know for what: every rule, and the same figures as without them."""
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}, train=STAGES)
-    strict = changed_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
+    strict = change_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
     found = run_preflight(plan, make_site(policy=strict))
     allowed = run_preflight(plan, make_site(at="free"))
     rules = [broken.rule for broken in found.broken]
@@ -58,7 +58,7 @@ def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: M
 def test_a_model_that_is_not_allowed_is_not_fetched_to_be_tried(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = make_plan(privacy=PRIVATE)
     plan = plan.model_copy(update={"model": plan.model.model_copy(update={"base": "nobody/no-model"})})
-    found = run_preflight(plan, make_site(policy=changed_policy(Policy.permissive(), {"training.base_models": []})))
+    found = run_preflight(plan, make_site(policy=change_policy(Policy.permissive(), {"training.base_models": []})))
     assert [broken.rule for broken in found.broken] == ["training.base_models"]
     assert (found.epsilon, found.stages) == (2.0, ())
 

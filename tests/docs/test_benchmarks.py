@@ -104,3 +104,11 @@ def test_page_is_made_from_the_json_and_keeps_what_people_wrote(tmp_path: Path) 
     write_page(tmp_path / "performance.json", page)
     assert page.read_text(encoding="utf-8").startswith("By people.\n\n<!-- below")
     assert json.loads((tmp_path / "performance.json").read_text(encoding="utf-8"))["benchmarks"]["steps"]["commit"] == "abc"
+
+
+def test_published_page_is_that_of_the_published_json(tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "docs" / "results"
+    page = tmp_path / "performance.md"
+    page.write_text((results / "performance.md").read_text(encoding="utf-8"), encoding="utf-8")
+    write_page(results / "performance.json", page)
+    assert page.read_text(encoding="utf-8") == (results / "performance.md").read_text(encoding="utf-8")

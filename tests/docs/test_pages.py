@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 import pandas as pd
 import pytest
-import typer
 
-from cotune.cli.main import app
+from cotune.cli.lazy import LazyCommand
+from cotune.cli.main import build_command
 from cotune.client.app import store_final_model
 from cotune.models.export import export_model
 from cotune.plan.parameters import get_plan_model
@@ -215,11 +215,13 @@ SPOKEN = [(page, words) for page in PAGES for words in spoken_in(page)]
 
 @pytest.mark.parametrize(("page", "words"), SPOKEN, ids=[f"{page}: {' '.join(words)}" for page, words in SPOKEN])
 def test_a_command_in_a_sentence_exists_with_its_options(page: str, words: list[str]) -> None:
-    command: click.Command = typer.main.get_command(app)
+    root = build_command()
+    command: click.Command = root
     rest = words[1:]
     while isinstance(command, click.Group) and rest and rest[0] in command.commands:
         command = command.commands[rest[0]]
+        command = command.load() if isinstance(command, LazyCommand) else command
         rest = rest[1:]
     options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
-    assert command is not typer.main.get_command(app)
+    assert command is not root
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= {*options, "--help", "--debug"}, page

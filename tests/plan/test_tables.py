@@ -10,7 +10,7 @@ import pytest
 
 from cotune.errors import PlanError
 from cotune.plan.load import check_key, check_tables, load_plan, parse_plan, preset_names, preset_text, read_document
-from cotune.privacy.policy import Policy, changed_policy, check_rules
+from cotune.privacy.policy import Policy, change_policy, check_rules
 
 OWN = ['data.source="x"', 'model.base="m"']
 CONFIGURATION = (
@@ -101,7 +101,7 @@ def test_a_rule_that_is_none_is_told_in_the_same_words() -> None:
     check_rules(["training.min_examples"])
     for name in ("training.min_example", "min_examples", "zzz"):
         with pytest.raises(PlanError) as late:
-            changed_policy(Policy(), {name: 3})
+            change_policy(Policy(), {name: 3})
         with pytest.raises(PlanError) as early:
             check_rules([name])
         assert str(early.value) == str(late.value)

@@ -11,12 +11,12 @@ from scipy.stats import norm
 
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.client_dp import RoundNoise, next_clip_norm, round_noise
+from cotune.privacy.client_dp import RoundNoise, calibrate_round_noise, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
 
 
 def noise(rounds: int = 10, organizations: int = 100, sample_rate: float = 1.0, **settings: Any) -> RoundNoise:
-    return round_noise(ClientPrivacy(**settings), rounds=rounds, organizations=organizations, sample_rate=sample_rate)
+    return calibrate_round_noise(ClientPrivacy(**settings), rounds=rounds, organizations=organizations, sample_rate=sample_rate)
 
 
 def gaussian_delta(epsilon: float, multiplier: float, rounds: int) -> float:

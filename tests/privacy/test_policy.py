@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cotune.errors import PlanError
-from cotune.privacy.policy import BudgetRules, Policy, TellRules, TrainingRules, changed_policy, dump_policy, read_policy
+from cotune.privacy.policy import BudgetRules, DisclosureRules, Policy, TrainingRules, change_policy, dump_policy, read_policy
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -43,7 +43,7 @@ def test_an_empty_file_is_the_strict_default(tmp_path: Path) -> None:
         Policy(
             budget=BudgetRules(own_epsilon=1.5, delta_total=1e-6),
             training=TrainingRules(base_models=("ab" * 32,), max_gpu_memory_gib=11.5),
-            tell=TellRules(example_count="noised", noise_multiplier=7.0),
+            tell=DisclosureRules(example_count="noised", noise_multiplier=7.0),
         ),
     ],
 )
@@ -94,5 +94,5 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, said: str) -> None
 )
 def test_a_rule_that_no_plan_can_match_is_refused(rule: str, never: list[str], possible: list[str]) -> None:
     with pytest.raises(PlanError, match="can never match"):
-        changed_policy(Policy(), {f"training.{rule}": never})
-    assert getattr(changed_policy(Policy(), {f"training.{rule}": possible}).training, rule) == tuple(possible)
+        change_policy(Policy(), {f"training.{rule}": never})
+    assert getattr(change_policy(Policy(), {f"training.{rule}": possible}).training, rule) == tuple(possible)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.privacy.accounting.composition import Steps
-from cotune.privacy.client_dp import PrivateMean, RoundNoise, clipped
+from cotune.privacy.client_dp import PrivateMean, RoundNoise, clip_update
 from cotune.strategies.types import Delta, Update
 from tests.support.silent_noise import SILENT
 
@@ -46,7 +46,7 @@ deltas = st.builds(
 
 @given(deltas, st.floats(1e-6, 1e6))
 def test_a_clipped_delta_has_a_norm_of_c_at_most_over_all_its_tensors(delta: dict[str, Tensor], clip: float) -> None:
-    found, within = clipped(delta, clip)
+    found, within = clip_update(delta, clip)
     assert norm(found) <= clip
     assert within == (norm(delta) <= clip)
     if within:
@@ -81,7 +81,7 @@ def test_zero_updates_are_fine() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_not_clipped_but_refused(value: float) -> None:
     with pytest.raises(ValueError, match="finite"):
-        clipped({"w": torch.tensor([value, 1.0])}, 1.0)
+        clip_update({"w": torch.tensor([value, 1.0])}, 1.0)
 
 
 def test_the_divisor_is_the_expected_number_anyone_who_came() -> None:

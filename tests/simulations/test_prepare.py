@@ -14,7 +14,7 @@ from cotune.data.dataset import DatasetManifest
 from cotune.data.left_out import ELSEWHERE
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.simulations.prepare import make_run, prepare
 from tests.support.datasets import sentences, write_csv
 from tests.support.simulations import NewPlan
@@ -171,7 +171,7 @@ def test_the_noise_of_each_organization_is_the_least_that_keeps_its_budget(toy_p
     prepared = prepare(plan)
     assert set(prepared.noise) == {"org-1", "org-2"}
     for share in prepared.shares:
-        n = two_digits(share.units)
+        n = round_to_two_digits(share.units)
         sigma = prepared.noise[share.name]
         delta = n**-1.5
         assert epsilon([Steps(sigma, 30 / n, 15)], delta) <= 3.0

@@ -24,7 +24,7 @@ from cotune.data.record_files import read_records
 from cotune.errors import RunError
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.run_folder import pick_run_folder
@@ -191,7 +191,7 @@ def test_the_numbers_of_the_summary_agree_with_each_other(done: Done) -> None:
             whole = o["alone"] if column == "alone" else summary["test"]["federated"]
             assert {key: o["common"][column][key] for key in METRICS} == pytest.approx(whole)
         assert (o["rounds"], o["steps"]) == (plan.rounds, plan.rounds * plan.local.steps)
-        number = o["examples"] if plan.privacy == "none" else two_digits(o["examples"])
+        number = o["examples"] if plan.privacy == "none" else round_to_two_digits(o["examples"])
         assert o["sample_rate"] == pytest.approx(plan.local.sample_rate(number))
     assert summary["seconds"] >= sum(r["seconds"] for r in summary["rounds"]) - 0.1
     assert summary["peak_memory_bytes"] > 50_000_000
@@ -307,9 +307,9 @@ def test_epsilon_is_that_of_the_ledger_recomputed(private: Done) -> None:
         site = private.folder / "sites" / o["name"]
         charges = ledger(site)
         assert [(steps, state) for _, _, steps, state in charges] == [(4, "settled")] * 3
-        assert {rate for _, rate, _, _ in charges} == {30 / two_digits(o["examples"])} == {o["sample_rate"]}
+        assert {rate for _, rate, _, _ in charges} == {30 / round_to_two_digits(o["examples"])} == {o["sample_rate"]}
         assert {sigma for sigma, _, _, _ in charges} == {o["noise_multiplier"]}
-        assert o["delta"] == pytest.approx(two_digits(o["examples"]) ** -1.5)
+        assert o["delta"] == pytest.approx(round_to_two_digits(o["examples"]) ** -1.5)
         oracle = spent(site, o["delta"])
         assert oracle <= o["epsilon_spent"] * (1 + 1e-6)  # a coarser grid may only state more
         assert o["epsilon_spent"] == pytest.approx(oracle, rel=0.01)

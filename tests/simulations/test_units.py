@@ -6,8 +6,8 @@ import csv
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,12 +17,13 @@ from cotune.data.dataset import DatasetManifest
 from cotune.errors import DataError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.run import simulate
 from tests.support.datasets import sentences, tagged, write_images
+from tests.support.engines import Steps, engine, take_steps
 
 PRIVATE = {"epsilon": 8.0, "unit": "patient_id", "max_records": 5}
 PEOPLE = 60
@@ -150,16 +151,16 @@ def test_canaries_of_an_audit_are_persons_too(plan: Callable[..., Plan], monkeyp
     """
     planted: list[Sequence[Sequence[int]]] = []
 
-    def watched(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
-        planted.append(settings["units"])
-        return private_steps(*arguments, **settings)
+    def watched(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        planted.append(setup.units)
+        return take_steps(config, setup)
 
-    def of_rows(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
-        units = [[row] for unit in settings["units"] for row in unit]
-        return private_steps(*arguments, **{**settings, "units": units})
+    def of_rows(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        units = [[row] for unit in setup.units for row in unit]
+        return take_steps(config, replace(setup, units=units))
 
-    def audited(engine: Any) -> AuditResult:
-        monkeypatch.setattr(audited_training, "private_steps", engine)
+    def audited(steps: Steps) -> AuditResult:
+        monkeypatch.setattr(audited_training, "DPSGD", engine(steps))
         few = plan(rounds=1, privacy={**PRIVATE, "epsilon": 2.0})
         return audit(few, canaries=1000, tight=True, confidence=1 - 1e-7, device="cpu")
 

@@ -27,7 +27,7 @@ FORCE = "DROP TRIGGER entries_stay; DROP TRIGGER entries_remain;"
 def path(tmp_path: Path) -> Path:
     """A ledger with its key, and three rounds of one data set."""
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    data = ledger.know([bytes([i]) * 16 for i in range(5)])
+    data = ledger.register_data_set([bytes([i]) * 16 for i in range(5)])
     for round in (1, 2, 3):
         ledger.settle(ledger.reserve("plan", round, ROUND, data=data), 20)
     return ledger.path

@@ -9,9 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.strategies.client_terms.base import ClientTerm
-from cotune.strategies.compatibility import Facts, first_problem
-from cotune.strategies.config import Part, StrategyConfig
-from cotune.strategies.low_rank import averaged, padded, product_norm, stacked, truncated
+from cotune.strategies.compatibility import PlanFacts, find_problem
+from cotune.strategies.config import Component, StrategyConfig
+from cotune.strategies.fusions.adapters.low_rank import (
+    average_deltas,
+    pad_to_shape,
+    product_norm,
+    stack_factors,
+    truncate_to_rank,
+)
 from cotune.strategies.registry import ComponentInfo, Needs
 from cotune.strategies.types import Update, WeightedUpdate
 from tests.support.adapted_layers import A, B, close
@@ -25,7 +31,7 @@ def test_the_best_product_of_a_rank_is_that_of_a_dense_svd(rows: int, between: i
     rng = np.random.default_rng(seed)
     left = rng.normal(size=(rows, between))
     right = rng.normal(size=(between, columns))
-    b, a = truncated(torch.from_numpy(left), torch.from_numpy(right), rank)
+    b, a = truncate_to_rank(torch.from_numpy(left), torch.from_numpy(right), rank)
     assert (b.shape, a.shape) == ((rows, rank), (rank, columns))
     u, s, vh = np.linalg.svd(left @ right)
     kept = min(rank, len(s))
@@ -37,8 +43,8 @@ def test_the_best_product_of_a_rank_is_that_of_a_dense_svd(rows: int, between: i
 def test_signs_do_not_depend_on_how_the_product_is_written() -> None:
     left = torch.randn(5, 3, dtype=torch.float64)
     right = torch.randn(3, 4, dtype=torch.float64)
-    b, a = truncated(left, right, 3)
-    turned_b, turned_a = truncated(-2 * left, -right / 2, 3)
+    b, a = truncate_to_rank(left, right, 3)
+    turned_b, turned_a = truncate_to_rank(-2 * left, -right / 2, 3)
     close(turned_b, b)
     close(turned_a, a)
     assert bool((a.gather(1, a.abs().argmax(dim=1, keepdim=True)) > 0).all())
@@ -46,7 +52,7 @@ def test_signs_do_not_depend_on_how_the_product_is_written() -> None:
 
 def test_nothing_learnt_keeps_directions_to_learn_in() -> None:
     """B = 0, as in the first round: A has orthonormal rows all the same."""
-    b, a = truncated(torch.zeros(5, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64), 2)
+    b, a = truncate_to_rank(torch.zeros(5, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64), 2)
     assert not bool(b.any())
     close(a @ a.T, torch.eye(2))
 
@@ -61,14 +67,14 @@ def test_the_norm_of_a_product_without_the_product() -> None:
 def test_a_stack_of_hand_made_factors() -> None:
     one = (torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]]))
     two = (torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[5.0, 6.0], [7.0, 8.0]]))
-    left, right = stacked([one, two], [0.5, torch.tensor([1.0, 0.0])])
+    left, right = stack_factors([one, two], [0.5, torch.tensor([1.0, 0.0])])
     assert left.tolist() == [[0.5, 1.0, 0.0], [1.0, 0.0, 0.0]]
     assert right.tolist() == [[3.0, 4.0], [5.0, 6.0], [7.0, 8.0]]
     assert (left @ right).tolist() == [[6.5, 8.0], [3.0, 4.0]]  # ½·[[3, 4], [6, 8]] + [[5, 6], [0, 0]]
 
 
 def test_padding() -> None:
-    assert padded(torch.tensor([[1.0, 2.0]]), (2, 3)).tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    assert pad_to_shape(torch.tensor([[1.0, 2.0]]), (2, 3)).tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
 
 
 def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
@@ -78,7 +84,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
     whole = Update("w", 1, {A: torch.tensor([[0.0, 4.0], [5.0, 6.0]]), B: torch.tensor([[8.0, 7.0]])}, examples=3, steps=1)
     weighed = [WeightedUpdate(small, 1.0, state), WeightedUpdate(whole, 3.0, state)]
     for order in (weighed, weighed[::-1]):
-        mean = averaged(order)
+        mean = average_deltas(order)
         assert mean[A].tolist() == [[1.0, 5.0], [5.0, 6.0]]
         assert mean[B].tolist() == [[7.0, 7.0]]
 
@@ -101,8 +107,10 @@ def test_tensors_that_organizations_keep_are_about_whole_adapters_that_stay(
     facts: dict[str, Any], fusion: str, said: str | None, needs: Needs
 ) -> None:
     term = ComponentInfo("client_term", "term", ClientTerm, "", needs)
-    strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(update={"client_term": Part(name="mine.py:term")})
-    found = first_problem(strategy, Facts(modes=("lora",), factors="ab", **facts), {"client_term": term})
+    strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(
+        update={"client_term": Component(name="mine.py:term")}
+    )
+    found = find_problem(strategy, PlanFacts(modes=("lora",), factors="ab", **facts), {"client_term": term})
     if said is None or needs == Needs():
         assert found is None
     else:

@@ -19,11 +19,11 @@ from cotune.strategies import (
     Update,
     Visibility,
     WeightedUpdate,
-    mean_of,
     weighted,
+    weighted_mean,
 )
 from cotune.strategies.aggregator import Aggregator, build_aggregator
-from cotune.strategies.registry import ComponentInfo, builtin, fusion, undecorated
+from cotune.strategies.registry import ComponentInfo, fusion, get_builtin_components, infer_component
 
 
 def update(values: dict[str, float], examples: int = 10, noise: dict[str, float] | None = None) -> Update:
@@ -37,15 +37,15 @@ def combine(
     context: RoundContext = RoundContext(),
     **given: Any,
 ) -> Aggregate:
-    info = getattr(fuse, "part", None) or undecorated("fusion", "tried", fuse)
-    weighting = undecorated("weighting", "tried", weigh) if weigh else builtin("weighting")["examples"]
+    info = getattr(fuse, "component", None) or infer_component("fusion", "tried", fuse)
+    weighting = infer_component("weighting", "tried", weigh) if weigh else get_builtin_components("weighting")["examples"]
     combination = Aggregator((weighting, {}), (info, given), context)
     for one in updates:
         combination.add(one)
     return combination.result()
 
 
-MEAN = builtin("fusion")["mean"].build
+MEAN = get_builtin_components("fusion")["mean"].build
 
 
 def test_a_rule_of_one_sum_is_streamed_and_lets_go_of_each_delta() -> None:
@@ -81,7 +81,9 @@ def test_held_updates_are_let_go_of_at_the_end() -> None:
     def first(updates: Sequence[WeightedUpdate]) -> Delta:
         return {"a": torch.ones(1)}
 
-    combination = Aggregator((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", first), {}), RoundContext())
+    combination = Aggregator(
+        (get_builtin_components("weighting")["uniform"], {}), (infer_component("fusion", "f", first), {}), RoundContext()
+    )
     one = update({"a": 1.0})
     seen = weakref.ref(one.delta["a"])
     combination.add(one)
@@ -96,7 +98,9 @@ def test_a_delta_of_what_the_model_has_not_is_refused() -> None:
         return {"b": torch.ones(1)}
 
     context = RoundContext(state={"a": torch.zeros(1)})
-    combination = Aggregator((builtin("weighting")["uniform"], {}), (undecorated("fusion", "f", foreign), {}), context)
+    combination = Aggregator(
+        (get_builtin_components("weighting")["uniform"], {}), (infer_component("fusion", "f", foreign), {}), context
+    )
     combination.add(update({"a": 1.0}))
     with pytest.raises(RunError, match='the fusion "f" gave a delta of b, which the model has not'):
         combination.result()
@@ -114,7 +118,7 @@ def test_a_plan_chooses() -> None:
 @fusion("spread", cite="a test", needs=Needs(visibility=Visibility.SUM_2PASS))
 def spread() -> Sums:
     """Σ(Δ_k − mean)², which takes two passes."""
-    mean = mean_of((yield weighted))
+    mean = weighted_mean((yield weighted))
     return (yield lambda u: {name: (d - mean[name]).pow(2) for name, d in u.delta.items()})
 
 
@@ -125,7 +129,7 @@ def test_several_passes_see_every_update_again() -> None:
 
 def test_a_second_pass_must_be_declared() -> None:
     info = ComponentInfo("fusion", "spread", spread, "a test", Needs())
-    combination = Aggregator((builtin("weighting")["uniform"], {}), (info, {}), RoundContext())
+    combination = Aggregator((get_builtin_components("weighting")["uniform"], {}), (info, {}), RoundContext())
     combination.add(update({"w": 1.0}))
     with pytest.raises(RunError, match='the fusion "spread" asks for a second pass: expected needs.visibility to say so'):
         combination.result()
@@ -164,7 +168,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_too_few_updates_are_refused() -> None:
-    @fusion("pairs", cite="a test", least=lambda many: many)
+    @fusion("pairs", cite="a test", min_updates=lambda many: many)
     def pairs(updates: Sequence[WeightedUpdate], many: int = 2) -> Delta:
         return dict(updates[0].delta)
 
@@ -186,8 +190,8 @@ def test_factors_of_a_smaller_rank_count_only_where_they_are() -> None:
 def test_a_late_update_counts_by_the_root_of_its_staleness() -> None:
     """By hand: weights 10, 30 / √4 = 15 and 20 / √2; a weight for each parameter is scaled alike."""
     for weigh in (None, lambda update: {"w": float(update.examples)}):
-        weighting = undecorated("weighting", "tried", weigh) if weigh else builtin("weighting")["examples"]
-        combination = Aggregator((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
+        weighting = infer_component("weighting", "tried", weigh) if weigh else get_builtin_components("weighting")["examples"]
+        combination = Aggregator((weighting, {}), (get_builtin_components("fusion")["mean"], {}), RoundContext())
         combination.add(update({"w": 1.0}, 10))
         combination.add(update({"w": -3.0}, 30), staleness=3)
         combination.add(update({"w": 2.0}, 20), staleness=1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cotune.strategies import Needs, StrategyConfig, Visibility
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.registry import ComponentInfo, Kind
 
 
@@ -16,11 +16,11 @@ def part(kind: Kind, least: int = 1, **needs: Any) -> dict[Kind, ComponentInfo]:
     return {kind: ComponentInfo(kind, "tried", lambda updates: {}, "a test", Needs(**needs), lambda **_: least)}
 
 
-def problem(facts: Facts, infos: dict[Kind, ComponentInfo], **strategy: Any) -> str | None:
-    return first_problem(StrategyConfig.model_validate(strategy), facts, infos)
+def problem(facts: PlanFacts, infos: dict[Kind, ComponentInfo], **strategy: Any) -> str | None:
+    return find_problem(StrategyConfig.model_validate(strategy), facts, infos)
 
 
-NOTHING = Facts()
+NOTHING = PlanFacts()
 
 
 def strategy(**parts: Any) -> StrategyConfig:
@@ -28,20 +28,20 @@ def strategy(**parts: Any) -> StrategyConfig:
 
 
 def test_federated_averaging_goes_with_everything() -> None:
-    everything = Facts(
+    everything = PlanFacts(
         record_privacy=True, sums_only=True, participation=0.01, organizations=1, optimizers=("adamw",), momentum=True, one_rate=False,
         modes=("full",), mixed_ranks=True,
     )  # fmt: skip
-    assert first_problem(StrategyConfig(), everything) is None
+    assert find_problem(StrategyConfig(), everything) is None
     uniform = StrategyConfig.model_validate({"weighting": "uniform", "server_optimizer": {"momentum": 0.9}})
-    assert first_problem(uniform, Facts(client_privacy=True, record_privacy=True, sums_only=True)) is None
+    assert find_problem(uniform, PlanFacts(client_privacy=True, record_privacy=True, sums_only=True)) is None
 
 
 @pytest.mark.parametrize("sends", [["fisher"], ["gram"]])
 def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[str]) -> None:
     """Parts in files are never opened by organizations: what the plan says is all that they know of what is sent."""
     for strategy in ({"sends": sends}, {"sends": sends, "fusion": {"name": "mine.py:mine", "sha256": "00" * 32}}):
-        found = problem(Facts(record_privacy=True), {}, **strategy)
+        found = problem(PlanFacts(record_privacy=True), {}, **strategy)
         assert found is not None
         assert "strategy.sends asks for statistics" in found
         assert problem(NOTHING, {}, **strategy) is None
@@ -50,29 +50,29 @@ def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[st
 @pytest.mark.parametrize(
     ("facts", "infos", "reason"),
     [
-        (Facts(record_privacy=True), part("fusion", sends=("fisher",)), r"statistics of the records \(fisher\) that no noise protects"),
-        (Facts(client_privacy=True), part("weighting"), 'expected strategy.weighting = "uniform"'),
-        (Facts(client_privacy=True), part("fusion"), 'expected strategy.fusion = "mean"'),
-        (Facts(client_privacy=True), part("server_optimizer", client_privacy="it is told norms"), "with client_privacy: it is told norms"),
-        (Facts(sums_only=True), part("fusion", visibility=Visibility.PER_CLIENT), "must see each update, and server.visibility"),
-        (Facts(sums_only=True), part("fusion", visibility=Visibility.SUM_2PASS), "must see sums, in several passes"),
-        (Facts(sums_only=True), part("weighting"), "compares the updates, and server.visibility allows one sum"),
-        (Facts(participation=0.05), part("server_optimizer", participation=0.1), "every 10 rounds, and each is asked with 0.05"),
-        (Facts(organizations=4), part("fusion", least=5), "needs 5 updates in a round, and the plan asks 4 organizations"),
-        (Facts(optimizers=("sgd", "adam")), part("server_optimizer", optimizers=("sgd",)), "local.optimizer = sgd, and the plan has adam"),
-        (Facts(momentum=True), part("server_optimizer", momentum=False), "local.momentum above 0: expected 0"),
-        (Facts(one_rate=False), part("server_optimizer", optimizers=("sgd",)), "another local.head_learning_rate"),
+        (PlanFacts(record_privacy=True), part("fusion", sends=("fisher",)), r"statistics of the records \(fisher\) that no noise protects"),
+        (PlanFacts(client_privacy=True), part("weighting"), 'expected strategy.weighting = "uniform"'),
+        (PlanFacts(client_privacy=True), part("fusion"), 'expected strategy.fusion = "mean"'),
+        (PlanFacts(client_privacy=True), part("server_optimizer", client_privacy="it is told norms"), "with client_privacy: it is told norms"),
+        (PlanFacts(sums_only=True), part("fusion", visibility=Visibility.PER_CLIENT), "must see each update, and server.visibility"),
+        (PlanFacts(sums_only=True), part("fusion", visibility=Visibility.SUM_2PASS), "must see sums, in several passes"),
+        (PlanFacts(sums_only=True), part("weighting"), "compares the updates, and server.visibility allows one sum"),
+        (PlanFacts(participation=0.05), part("server_optimizer", participation=0.1), "every 10 rounds, and each is asked with 0.05"),
+        (PlanFacts(organizations=4), part("fusion", least=5), "needs 5 updates in a round, and the plan asks 4 organizations"),
+        (PlanFacts(optimizers=("sgd", "adam")), part("server_optimizer", optimizers=("sgd",)), "local.optimizer = sgd, and the plan has adam"),
+        (PlanFacts(momentum=True), part("server_optimizer", momentum=False), "local.momentum above 0: expected 0"),
+        (PlanFacts(one_rate=False), part("server_optimizer", optimizers=("sgd",)), "another local.head_learning_rate"),
         (NOTHING, part("fusion", adapters=("b",)), "no stage of the plan trains any: expected train = lora"),
-        (Facts(modes=("head", "lora"), factors="ab"), part("fusion", adapters=("b",)), "is for lora.factors = b, and the plan has ab"),
-        (Facts(mixed_ranks=True), part("fusion"), "cannot fuse adapters of different ranks"),
+        (PlanFacts(modes=("head", "lora"), factors="ab"), part("fusion", adapters=("b",)), "is for lora.factors = b, and the plan has ab"),
+        (PlanFacts(mixed_ranks=True), part("fusion"), "cannot fuse adapters of different ranks"),
         (NOTHING, part("fusion", server_data=True), "expected validation_fraction above 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_had_is_refused(facts: Facts, infos: dict[Kind, ComponentInfo], reason: str) -> None:
+def test_what_cannot_be_had_is_refused(facts: PlanFacts, infos: dict[Kind, ComponentInfo], reason: str) -> None:
     found = problem(facts, infos, weighting="uniform")
     assert found is not None
     assert re.search(reason, found), found
-    assert problem(Facts(modes=("lora",), factors="b", server_data=True), infos) is None
+    assert problem(PlanFacts(modes=("lora",), factors="b", server_data=True), infos) is None
 
 
 def test_weights_for_every_parameter_need_a_fusion_that_can_use_them() -> None:
@@ -84,35 +84,35 @@ def test_weights_for_every_parameter_need_a_fusion_that_can_use_them() -> None:
 
 def test_what_is_named_instead_can_be_had() -> None:
     """Of two reasons the one whose way out leaves no other."""
-    assert 'expected weighting = "uniform"' in str(first_problem(strategy(weighting="noise_aware", fusion="krum"), NOTHING))
-    assert 'a weighting such as "uniform"' in str(first_problem(strategy(weighting="noise_aware", fusion="ties"), NOTHING))
-    sums = Facts(sums_only=True, server_data=True)
-    assert 'a rule of one sum, such as "uniform"' in str(first_problem(strategy(weighting="validation"), sums))
-    ranks = Facts(sums_only=True, mixed_ranks=True, modes=("lora",), factors="alternate")
-    assert 'a fusion that can, such as "mean"' in str(first_problem(strategy(fusion="model_stock"), ranks))
-    assert first_problem(strategy(), ranks) is None
+    assert 'expected weighting = "uniform"' in str(find_problem(strategy(weighting="noise_aware", fusion="krum"), NOTHING))
+    assert 'a weighting such as "uniform"' in str(find_problem(strategy(weighting="noise_aware", fusion="ties"), NOTHING))
+    sums = PlanFacts(sums_only=True, server_data=True)
+    assert 'a rule of one sum, such as "uniform"' in str(find_problem(strategy(weighting="validation"), sums))
+    ranks = PlanFacts(sums_only=True, mixed_ranks=True, modes=("lora",), factors="alternate")
+    assert 'a fusion that can, such as "mean"' in str(find_problem(strategy(fusion="model_stock"), ranks))
+    assert find_problem(strategy(), ranks) is None
 
 
 def test_a_judge_of_whole_models_takes_no_smaller_ranks() -> None:
-    ranks = Facts(mixed_ranks=True, server_data=True, modes=("lora",), factors="ab")
-    assert "is about whole adapters" in str(first_problem(strategy(weighting="validation", fusion="flexlora"), ranks))
+    ranks = PlanFacts(mixed_ranks=True, server_data=True, modes=("lora",), factors="ab")
+    assert "is about whole adapters" in str(find_problem(strategy(weighting="validation", fusion="flexlora"), ranks))
 
 
 @pytest.mark.parametrize("fusion", ["median", "krum", "norm_bound", "centered_clipping", "model_stock", "dare"])
 def test_a_step_found_from_the_norms_needs_the_mean(fusion: str) -> None:
     """One update of a huge norm, which a robust fusion leaves out, would make the step huge."""
-    assert "counts on the mean" in str(first_problem(strategy(fusion=fusion, server_optimizer="fedexp"), NOTHING))
-    assert first_problem(strategy(weighting="examples", server_optimizer="fedexp"), NOTHING) is None
+    assert "counts on the mean" in str(find_problem(strategy(fusion=fusion, server_optimizer="fedexp"), NOTHING))
+    assert find_problem(strategy(weighting="examples", server_optimizer="fedexp"), NOTHING) is None
 
 
 def test_a_smoothness_found_from_the_learning_rate_needs_gradient_descent() -> None:
     """With Adam at 0.001 and 10^5 parameters L‖Δ‖² is in the thousands, and the model all but stays."""
-    found = str(first_problem(strategy(fusion="q_fedavg"), Facts(optimizers=("adam",))))
+    found = str(find_problem(strategy(fusion="q_fedavg"), PlanFacts(optimizers=("adam",))))
     assert "assumes local.optimizer = sgd, and the plan has adam" in found
 
 
 def test_rounds_of_too_few_by_chance_are_refused() -> None:
-    found = str(first_problem(strategy(fusion="krum"), Facts(participation=0.3, organizations=2)))
+    found = str(find_problem(strategy(fusion="krum"), PlanFacts(participation=0.3, organizations=2)))
     assert found.endswith("the plan may ask as few as 2 organizations: expected server.sample_size of 5 or more")
 
 

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.registry import ComponentInfo, Needs
 
 
-def problem(term: str, *, facts: Facts = Facts(), **parts: Any) -> str | None:
-    return first_problem(StrategyConfig.model_validate({"client_term": term, **parts}), facts)
+def problem(term: str, *, facts: PlanFacts = PlanFacts(), **parts: Any) -> str | None:
+    return find_problem(StrategyConfig.model_validate({"client_term": term, **parts}), facts)
 
 
 @pytest.mark.parametrize("term", ["proximal", "scaffold", "feddyn"])
 def test_plain_training_takes_each(term: str) -> None:
     assert problem(term) is None
-    assert problem(term, weighting="uniform", facts=Facts(participation=0.5)) is None
+    assert problem(term, weighting="uniform", facts=PlanFacts(participation=0.5)) is None
 
 
 @pytest.mark.parametrize("server", [{"name": "sgd", "lr": 0.5}, {"name": "sgd", "momentum": 0.9}, "adam"])
@@ -31,37 +31,39 @@ def test_the_model_of_feddyn_is_not_to_be_bent(server: Any) -> None:
 
 @pytest.mark.parametrize("term", ["scaffold", "feddyn"])
 def test_sums_of_what_is_kept_want_weights_that_stay(term: str) -> None:
-    some = Facts(participation=0.5, server_data=True)
+    some = PlanFacts(participation=0.5, server_data=True)
     assert "where not all of them are asked" in str(problem(term, weighting="examples", facts=some))
     for weighting in ("q_fair", "inverse_loss", "tilted", "validation"):
-        assert "changes from round to round: expected" in str(problem(term, weighting=weighting, facts=Facts(server_data=True)))
+        assert "changes from round to round: expected" in str(
+            problem(term, weighting=weighting, facts=PlanFacts(server_data=True))
+        )
     assert problem("proximal", weighting="tilted", facts=some) is None
 
 
 @pytest.mark.parametrize("fusion", ["dare", "norm_bound", "fisher", "regmean", "fedsvd", "median", "fednova"])
 def test_what_is_kept_follows_the_mean_alone(fusion: str) -> None:
-    adapters = Facts(modes=("lora",), factors="b")
+    adapters = PlanFacts(modes=("lora",), factors="b")
     assert "counts on the mean" in str(problem("scaffold", fusion=fusion, facts=adapters))
-    assert problem("scaffold", fusion="fedit", facts=Facts(modes=("lora",), factors="ab")) is None
+    assert problem("scaffold", fusion="fedit", facts=PlanFacts(modes=("lora",), factors="ab")) is None
 
 
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        (Facts(optimizers=("adamw",)), "assumes local.optimizer = sgd, and the plan has adamw"),
-        (Facts(momentum=True), "assumes plain gradient steps"),
-        (Facts(one_rate=False), "assumes one learning rate"),
-        (Facts(participation=0.05), "needs every organization at least every 10 rounds"),
-        (Facts(client_privacy=True), "cannot be had with client_privacy"),
+        (PlanFacts(optimizers=("adamw",)), "assumes local.optimizer = sgd, and the plan has adamw"),
+        (PlanFacts(momentum=True), "assumes plain gradient steps"),
+        (PlanFacts(one_rate=False), "assumes one learning rate"),
+        (PlanFacts(participation=0.05), "needs every organization at least every 10 rounds"),
+        (PlanFacts(client_privacy=True), "cannot be had with client_privacy"),
     ],
 )
-def test_what_scaffold_assumes(facts: Facts, words: str) -> None:
+def test_what_scaffold_assumes(facts: PlanFacts, words: str) -> None:
     assert words in str(problem("scaffold", facts=facts, weighting="uniform"))
 
 
 def test_feddyn_needs_state_but_no_sgd() -> None:
-    assert problem("feddyn", facts=Facts(optimizers=("adamw",), one_rate=False)) is None
-    assert "every 10 rounds" in str(problem("feddyn", weighting="uniform", facts=Facts(participation=0.05)))
+    assert problem("feddyn", facts=PlanFacts(optimizers=("adamw",), one_rate=False)) is None
+    assert "every 10 rounds" in str(problem("feddyn", weighting="uniform", facts=PlanFacts(participation=0.05)))
 
 
 @pytest.mark.parametrize("term", ["proximal", "scaffold", "feddyn"])
@@ -74,4 +76,4 @@ def test_a_term_with_state_needs_a_mean(needs: Needs) -> None:
     other = ComponentInfo("fusion", "mean", lambda updates: {}, "", needs)
     for term, said in (("scaffold", True), ("feddyn", True), ("proximal", False)):
         strategy = StrategyConfig.model_validate({"client_term": term})
-        assert ("counts on the mean" in str(first_problem(strategy, Facts(), {"fusion": other}))) == said
+        assert ("counts on the mean" in str(find_problem(strategy, PlanFacts(), {"fusion": other}))) == said

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cotune.strategies import Aggregate, Part, RoundContext, StrategyConfig, Update
+from cotune.strategies import Aggregate, Component, RoundContext, StrategyConfig, Update
 from cotune.strategies.aggregator import build_aggregator, build_server_optimizer
 from cotune.strategies.config import expand
 from cotune.strategies.server_optimizers.sgd import ServerSGD
@@ -79,9 +79,11 @@ def test_a_strategy_survives_json() -> None:
 
 
 def test_a_finished_part_is_checked_too() -> None:
-    assert build_server_optimizer(config(server_optimizer=Part.model_validate({"name": "sgd", "lr": 2.0}))) == ServerSGD(lr=2.0)
-    assert "has no parameter" in error(server_optimizer=Part.model_validate({"name": "sgd", "rate": 2.0}))
-    assert "unknown fusion" in error(fusion=Part(name="no such"))
+    assert build_server_optimizer(config(server_optimizer=Component.model_validate({"name": "sgd", "lr": 2.0}))) == ServerSGD(
+        lr=2.0
+    )
+    assert "has no parameter" in error(server_optimizer=Component.model_validate({"name": "sgd", "rate": 2.0}))
+    assert "unknown fusion" in error(fusion=Component(name="no such"))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cotune.errors import PlanError, RunError
 from cotune.strategies.aggregator import Aggregator
-from cotune.strategies.flower import FlowerFusion, _kept, _restore, _Roll, flower_part, flower_strategy
-from cotune.strategies.registry import Visibility, builtin
+from cotune.strategies.flower import FlowerFusion, _kept, _restore, _Roll, build_flower_component, load_flower_strategy
+from cotune.strategies.registry import Visibility, get_builtin_components
 from cotune.strategies.types import RoundContext, Update
 
 SHAPES = {"z.weight": (4, 3), "a.bias": (4,)}
@@ -59,14 +59,16 @@ def trained(state: dict[str, Tensor], round: int) -> list[Update]:
 
 def through_cotune(name: str, parameters: dict[str, Any], rounds: int) -> list[dict[str, Tensor]]:
     """θ after every round, with a checkpoint between any two."""
-    info = flower_strategy(f"flwr.serverapp.strategy:{name}")
+    info = load_flower_strategy(f"flwr.serverapp.strategy:{name}")
     given = info.check(parameters)
     state = model()
     memory = dict[str, Tensor]()
     found = []
     for round in range(1, rounds + 1):
         driver = Aggregator(
-            (builtin("weighting")["examples"], {}), (info, given), RoundContext(round=round, state=state, memory=memory)
+            (get_builtin_components("weighting")["examples"], {}),
+            (info, given),
+            RoundContext(round=round, state=state, memory=memory),
         )
         for update in trained(state, round):
             driver.add(update)
@@ -129,9 +131,11 @@ def test_three_rounds_are_those_of_flower(name: str, parameters: dict[str, Any])
 def test_state_matters_in_the_third_round() -> None:
     """Otherwise the test above would say nothing about what is remembered."""
     state = through_cotune("FedAdam", {"eta": 0.05}, 2)[-1]
-    info = flower_strategy("flwr.serverapp.strategy:FedAdam")
+    info = load_flower_strategy("flwr.serverapp.strategy:FedAdam")
     forgetful = Aggregator(
-        (builtin("weighting")["examples"], {}), (info, info.check({"eta": 0.05})), RoundContext(round=3, state=state)
+        (get_builtin_components("weighting")["examples"], {}),
+        (info, info.check({"eta": 0.05})),
+        RoundContext(round=3, state=state),
     )
     for update in trained(state, 3):
         forgetful.add(update)
@@ -143,7 +147,7 @@ def test_state_matters_in_the_third_round() -> None:
 
 
 def test_parameters_are_those_of_the_constructor() -> None:
-    info = flower_strategy("flwr.serverapp.strategy:Krum")
+    info = load_flower_strategy("flwr.serverapp.strategy:Krum")
     assert info.check({}) == {"min_train_nodes": 1, "min_available_nodes": 1, "num_malicious_nodes": 0}
     assert (info.needs.visibility, info.needs.sets_state) == (Visibility.PER_CLIENT, True)
     assert info.summary.startswith("Krum")
@@ -157,10 +161,10 @@ def test_parameters_are_those_of_the_constructor() -> None:
 
 def test_its_minimum_is_the_least_number_of_updates() -> None:
     """Flower would wait for more of them forever."""
-    info = flower_strategy("flwr.serverapp.strategy:FedAvg")
+    info = load_flower_strategy("flwr.serverapp.strategy:FedAvg")
     given = info.check({"min_train_nodes": 3})
-    assert info.least(**given) == 3
-    driver = Aggregator((builtin("weighting")["uniform"], {}), (info, given), RoundContext(state=model()))
+    assert info.min_updates(**given) == 3
+    driver = Aggregator((get_builtin_components("weighting")["uniform"], {}), (info, given), RoundContext(state=model()))
     for update in trained(model(), 1)[:2]:
         driver.add(update)
     with pytest.raises(RunError, match="needs 3 updates, and the round has 2"):
@@ -187,13 +191,15 @@ class Own(FedAvg):
 
 
 def test_state_of_any_form_comes_back() -> None:
-    info = flower_part("mine.py:Own", Own)
+    info = build_flower_component("mine.py:Own", Own)
     given = info.check({"temperature": 0.5})
     assert given == {"temperature": 0.5, "note": None, "min_train_nodes": 1, "min_available_nodes": 1}
     memory: dict[str, Tensor] = {}
     for round in (1, 2):
         driver = Aggregator(
-            (builtin("weighting")["uniform"], {}), (info, given), RoundContext(round=round, state=model(), memory=memory)
+            (get_builtin_components("weighting")["uniform"], {}),
+            (info, given),
+            RoundContext(round=round, state=model(), memory=memory),
         )
         for update in trained(model(), round):
             driver.add(update)
@@ -227,13 +233,13 @@ def test_state_of_any_form_comes_back() -> None:
 )
 def test_what_wants_more_of_organizations_is_refused(name: str, words: str) -> None:
     with pytest.raises(PlanError) as error:
-        flower_strategy(f"flwr.serverapp.strategy:{name}")
+        load_flower_strategy(f"flwr.serverapp.strategy:{name}")
     assert words in str(error.value)
 
 
 def test_a_module_that_is_not_there() -> None:
     with pytest.raises(PlanError, match="cannot be imported"):
-        flower_strategy("flwr.no_such:Krum")
+        load_flower_strategy("flwr.no_such:Krum")
 
 
 class Chatty(FedAvg):
@@ -284,7 +290,7 @@ class Bounded(FedAvg):
     ],
 )
 def test_it_is_refused_when_the_plan_is_made(strategy: type[Strategy], parameters: dict[str, Any], words: str) -> None:
-    info = flower_part("mine.py:Strategy", strategy)
+    info = build_flower_component("mine.py:Strategy", strategy)
     assert isinstance(info.build, FlowerFusion)
     with pytest.raises(PlanError) as error:
         info.build.rehearse(info.check(parameters))
@@ -292,7 +298,7 @@ def test_it_is_refused_when_the_plan_is_made(strategy: type[Strategy], parameter
 
 
 def test_a_strategy_that_says_nothing_of_sampling_does_not_wait() -> None:
-    info = flower_part("mine.py:Modest", Modest)
+    info = build_flower_component("mine.py:Modest", Modest)
     assert isinstance(info.build, FlowerFusion)
     assert info.check({"temperature": 2}) == {"temperature": 2.0}
     info.build.rehearse(info.check({}))
@@ -300,11 +306,11 @@ def test_a_strategy_that_says_nothing_of_sampling_does_not_wait() -> None:
 
 def test_a_stage_that_shares_other_parameters_begins_anew() -> None:
     """FedAdam would look for averages that it does not have."""
-    info = flower_strategy("flwr.serverapp.strategy:FedAdam")
+    info = load_flower_strategy("flwr.serverapp.strategy:FedAdam")
 
     def round_of(number: int, names: list[str], memory: Any) -> Any:
         context = RoundContext(round=number, state=model(), memory=memory)
-        driver = Aggregator((builtin("weighting")["uniform"], {}), (info, info.check({})), context)
+        driver = Aggregator((get_builtin_components("weighting")["uniform"], {}), (info, info.check({})), context)
         for update in trained(model(), number):
             driver.add(replace(update, delta={name: update.delta[name] for name in names}))
         return driver.result()
@@ -353,7 +359,7 @@ def test_a_constructor_that_wants_objects_is_refused() -> None:
             super().__init__()
 
     with pytest.raises(PlanError, match="its inner is neither a number nor a text"):
-        flower_part("mine.py:Wrapper", Wrapper)
+        build_flower_component("mine.py:Wrapper", Wrapper)
 
 
 class Keeper(FedAvg):
@@ -382,8 +388,8 @@ class Silent(FedAvg):
     ],
 )
 def test_a_round_that_cannot_be_had_is_one_sentence(strategy: type[Strategy], words: str) -> None:
-    info = flower_part("mine.py:Strategy", strategy)
-    driver = Aggregator((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
+    info = build_flower_component("mine.py:Strategy", strategy)
+    driver = Aggregator((get_builtin_components("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
     for update in trained(model(), 1):
         driver.add(update)
     with pytest.raises(RunError) as error:
@@ -392,8 +398,8 @@ def test_a_round_that_cannot_be_had_is_one_sentence(strategy: type[Strategy], wo
 
 
 def test_organizations_with_other_parameters_are_refused() -> None:
-    info = flower_strategy("flwr.serverapp.strategy:FedAvg")
-    driver = Aggregator((builtin("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
+    info = load_flower_strategy("flwr.serverapp.strategy:FedAvg")
+    driver = Aggregator((get_builtin_components("weighting")["uniform"], {}), (info, info.check({})), RoundContext(state=model()))
     first, second = trained(model(), 1)[:2]
     driver.add(first)
     driver.add(replace(second, delta={"a.bias": second.delta["a.bias"]}))

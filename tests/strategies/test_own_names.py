@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.strategies.own_names import check_own_names, own_name
+from cotune.strategies.own_names import check_own_names, find_own_name
 
 
 def test_a_name_is_found_in_any_file_of_the_folder_and_nothing_is_run(tmp_path: Path) -> None:
@@ -13,15 +13,15 @@ def test_a_name_is_found_in_any_file_of_the_folder_and_nothing_is_run(tmp_path: 
     (tmp_path / "mean.py").write_text("def mean(): ...\n", encoding="utf-8")
     (tmp_path / "broken.py").write_text("def broken(:\n", encoding="utf-8")
     (tmp_path / "bytes.py").write_bytes(b"\x00\xff def bytes(): ...")
-    assert own_name("Mine", tmp_path) == "rules.py:Mine"
+    assert find_own_name("Mine", tmp_path) == "rules.py:Mine"
     for name in ("inner", "fedavg", "mean", "broken", "bytes", "absent", "../rules", ""):
-        assert own_name(name, tmp_path) is None
+        assert find_own_name(name, tmp_path) is None
 
 
 def test_a_file_of_that_name_comes_first(tmp_path: Path) -> None:
     for file in ("a.py", "mine.py"):
         (tmp_path / file).write_text("def mine(): ...\n", encoding="utf-8")
-    assert own_name("mine", tmp_path) == "mine.py:mine"
+    assert find_own_name("mine", tmp_path) == "mine.py:mine"
 
 
 def test_a_client_term_comes_from_no_file_and_other_names_are_left_to_those_who_know_them(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from cotune.plan.schema import Plan
 from cotune.strategies import plugins
 from cotune.strategies.aggregator import build_aggregator, build_client_term
 from cotune.strategies.flower import FlowerFusion
-from cotune.strategies.plugins import from_installed, known, part_named
+from cotune.strategies.plugins import get_component, get_components, load_installed
 from cotune.strategies.registry import Visibility
 from cotune.strategies.types import RoundContext
 
@@ -28,7 +28,7 @@ from typing import Annotated
 from pydantic import Field
 from cotune.strategies import Needs, Visibility, fusion, weighting
 
-@fusion("loudest", cite="", needs=Needs(visibility=Visibility.PER_CLIENT, weights=False, sends=("loss",)), least=lambda factor: 2)
+@fusion("loudest", cite="", needs=Needs(visibility=Visibility.PER_CLIENT, weights=False, sends=("loss",)), min_updates=lambda factor: 2)
 def loudest(updates, *, factor: Annotated[float, Field(gt=0)] = 1.0):
     """The delta of the organization with the largest loss."""
     return {name: factor * delta for name, delta in max(updates, key=lambda u: u.update.told["loss"]).delta.items()}
@@ -144,9 +144,9 @@ def test_a_changed_file_is_refused(folder: Path) -> None:
 
 def test_what_runs_is_what_was_hashed(folder: Path) -> None:
     """A file that changes between reading and running changes nothing."""
-    digest = plugins.read_file("my_strategy.py:Mine", folder)
+    digest = plugins.register_file("my_strategy.py:Mine", folder)
     (folder / "my_strategy.py").write_text("raise RuntimeError")
-    assert plugins.object_in("my_strategy.py:Mine", digest).__name__ == "Mine"
+    assert plugins.load_object("my_strategy.py:Mine", digest).__name__ == "Mine"
 
 
 def test_a_file_that_this_process_has_not_read(folder: Path) -> None:
@@ -249,14 +249,14 @@ def test_mistakes_with_flower_are_one_sentence(folder: Path, strategy: str, word
 
 PACKAGE = '''
 from cotune.strategies import ClientTerm, Sums, client_term, fusion
-from cotune.strategies.sums import mean_of, weighted
+from cotune.strategies.sums import weighted, weighted_mean
 from dataclasses import dataclass
 
-@fusion("tripled", cite="A package, 2026", keeps=False)
+@fusion("tripled", cite="A package, 2026", idempotent=False)
 def tripled(*, factor: float = 3.0) -> Sums:
     """Three times the mean."""
     sums = yield weighted
-    return {name: factor * tensor for name, tensor in mean_of(sums).items()}
+    return {name: factor * tensor for name, tensor in weighted_mean(sums).items()}
 
 @client_term("still", cite="")
 @dataclass(frozen=True)
@@ -296,9 +296,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def package(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(installed))
-    from_installed.cache_clear()
+    load_installed.cache_clear()
     yield installed
-    from_installed.cache_clear()
+    load_installed.cache_clear()
     sys.modules.pop("cotune_example", None)
 
 
@@ -312,23 +312,23 @@ def test_an_installed_part_is_named_like_any_other(package: Path, folder: Path) 
 
 
 def test_a_package_hides_nothing_of_cotune(package: Path) -> None:
-    assert part_named("fusion", "mean").build.__module__ == "cotune.strategies.fusions.mean"
+    assert get_component("fusion", "mean").build.__module__ == "cotune.strategies.fusions.averaging.mean"
 
 
 def test_a_package_is_imported_when_its_part_is_named(package: Path) -> None:
-    assert part_named("fusion", "mean") is not None
+    assert get_component("fusion", "mean") is not None
     with pytest.raises(ValueError, match="unknown fusion \"tripple\"; did you mean 'tripled'"):
-        part_named("fusion", "tripple")
+        get_component("fusion", "tripple")
     assert "cotune_example" not in sys.modules
-    part_named("fusion", "tripled")
+    get_component("fusion", "tripled")
     assert "cotune_example" in sys.modules
 
 
 def test_a_package_that_is_broken_is_one_sentence(package: Path) -> None:
     with pytest.raises(PlanError, match='the fusion "missing" of the package cotune-example cannot be loaded'):
-        part_named("fusion", "missing")
+        get_component("fusion", "missing")
     with pytest.raises(PlanError, match="mend or remove the package"):
-        known("fusion")
+        get_components("fusion")
 
 
 def test_without_the_package_the_plan_is_refused(folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.strategies.server_optimizers.schedules import Schedule, rate_of
+from cotune.strategies.server_optimizers.schedules import Schedule, compute_rate
 from cotune.strategies.types import RoundContext
 
 
@@ -21,7 +21,7 @@ from cotune.strategies.types import RoundContext
 )
 def test_by_hand(schedule: Schedule, rates: list[float]) -> None:
     """Two rounds of warmup and four after it, at lr 2."""
-    found = [rate_of(2.0, schedule, 2, RoundContext(round=round, rounds=6)) for round in range(1, 7)]
+    found = [compute_rate(2.0, schedule, 2, RoundContext(round=round, rounds=6)) for round in range(1, 7)]
     assert found == pytest.approx(rates)
 
 
@@ -33,4 +33,4 @@ def test_by_hand(schedule: Schedule, rates: list[float]) -> None:
 )
 def test_a_round_is_never_for_nothing(schedule: Schedule, warmup: int, rounds: int, lr: float) -> None:
     for round in range(1, rounds + 1):
-        assert 0 < rate_of(lr, schedule, warmup, RoundContext(round=round, rounds=rounds)) <= lr * (1 + 1e-12)
+        assert 0 < compute_rate(lr, schedule, warmup, RoundContext(round=round, rounds=rounds)) <= lr * (1 + 1e-12)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.strategies import Update, apply_delta, difference
-from cotune.strategies.registry import builtin
+from cotune.strategies.registry import get_builtin_components
 
 floats = st.floats(-1e3, 1e3, width=32)
 
@@ -57,5 +57,5 @@ def test_applying_a_difference_leads_to_the_new_state(pairs: list[tuple[float, f
 def test_weights() -> None:
     delta: dict[str, Tensor] = {}
     update = Update("a", 1, delta, examples=250, steps=10)
-    assert builtin("weighting")["examples"].build(update) == 250.0
-    assert builtin("weighting")["uniform"].build(update) == 1.0
+    assert get_builtin_components("weighting")["examples"].build(update) == 250.0
+    assert get_builtin_components("weighting")["uniform"].build(update) == 1.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotune.models.adapter import Adapter
 from cotune.strategies.aggregator import Aggregator
-from cotune.strategies.registry import builtin
+from cotune.strategies.registry import get_builtin_components
 from cotune.strategies.types import RoundContext, Update
 
 A = "layer.lora_A.default.weight"
@@ -65,8 +65,8 @@ def fused(
 ) -> dict[str, Tensor]:
     """The next state in float64, by the driver of the rounds: weighted by `counts`."""
     context = RoundContext(round=round, seed=3, state=state, adapters=layers)
-    weighting = builtin("weighting")["examples"]
-    fusion = builtin("fusion")[name]
+    weighting = get_builtin_components("weighting")["examples"]
+    fusion = get_builtin_components("fusion")[name]
     driver = Aggregator((weighting, {"cap": 0}), (fusion, fusion.check(parameters)), context)
     for i, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
         driver.add(Update(f"org-{i}", round, delta, examples=count, steps=1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.per_example import Batch
 from tests.support.batches import in_batches
 
@@ -23,18 +23,14 @@ def movement(features: Tensor, targets: Sequence[int], units: Sequence[Sequence[
     for p in module.parameters():
         nn.init.zeros_(p)
     records: list[Batch] = [{"x": x, "y": torch.tensor(y)} for x, y in zip(features, targets, strict=True)]
-    steps = private_steps(
+    config = DPSGDConfig(noise_multiplier=1.0, clip_norm=clip_norm, sample_rate=1.0, expected_batch=1.0, steps=1)
+    setup = DPSGDSetup(
         module,
         torch.optim.SGD(module.parameters(), lr=1.0),
         lambda batch: functional.cross_entropy(module(batch["x"]), batch["y"], reduction="none", ignore_index=-100),
-        units=units,
-        batches=in_batches(records, 8),
-        noise_multiplier=1.0,
-        clip_norm=clip_norm,
-        sample_rate=1.0,
-        expected_batch=1.0,
-        steps=1,
-        generator=np.random.default_rng(0),
+        units,
+        in_batches(records, 8),
+        noise_generator=np.random.default_rng(0),
     )
-    assert len(list(steps)) == 1
+    assert len(list(DPSGD(config).run(setup))) == 1
     return -torch.cat([p.detach().flatten() for p in module.parameters()])

@@ -32,6 +32,8 @@ def run_client(site: Path, state: Path, notes: Path, plan: Path, seed: int, roun
     from cotune.plan.load import parse_plan
     from cotune.privacy.ledger.ledger import Ledger
     from cotune.privacy.mechanisms import dp_sgd
+    from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
+    from tests.support.engines import engine, take_steps
 
     own = Site(site)
     start = load_file(state)
@@ -58,13 +60,13 @@ def run_client(site: Path, state: Path, notes: Path, plan: Path, seed: int, roun
 
             return acts
 
-        def steps(*arguments: Any, _steps: Callable[..., Any] = training.private_steps, **settings: Any) -> Iterator[Any]:
+        def steps(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
             reserved = [charge for charge in own.ledger().charges() if charge.state == "reserved"]
             charge = reserved[-1] if reserved else None
 
             class Noting(before):  # type: ignore[misc, valid-type]
                 def __iter__(self) -> Iterator[Any]:
-                    claimed = settings["noise_multiplier"], self.sample_rate
+                    claimed = config.noise_multiplier, self.sample_rate
                     for step, batch in enumerate(super().__iter__(), start=1):
                         covered = (
                             charge is not None
@@ -77,12 +79,12 @@ def run_client(site: Path, state: Path, notes: Path, plan: Path, seed: int, roun
 
             dp_sgd.PoissonSampler = Noting  # type: ignore[misc]
             try:
-                yield from _steps(*arguments, **settings)
+                yield from take_steps(config, setup)
             finally:
                 dp_sgd.PoissonSampler = before  # type: ignore[misc]
 
         before = dp_sgd.PoissonSampler
-        training.private_steps = steps
+        training.DPSGD = engine(steps)  # type: ignore[misc]
         for owner, name in ((Ledger, "reserve"), (Ledger, "settle"), (os, "replace")):
             setattr(owner, name, between(getattr(owner, name)))
         table = tomllib.loads(plan.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.privacy.accounting.rounding import round_up
-from cotune.privacy.claim import attack_line
+from cotune.privacy.claim import describe_attack
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
 from tests.support.console import Cotune
@@ -35,7 +35,7 @@ def test_the_ledger_is_shown(cotune: Cotune, site: Path) -> None:
     assert f"head of the log: {found['head']}" in shown.out
     summary = json.loads((site.parents[1] / "summary.json").read_text())
     assert table["epsilon"] == pytest.approx(summary["organizations"][0]["epsilon_spent"])
-    assert attack_line(table["true_positive_rate"]) in shown.out
+    assert describe_attack(table["true_positive_rate"]) in shown.out
     assert f"ε {round_up(table['epsilon_at_small_delta'])} at δ = 1e-06" in shown.out
     assert table["true_positive_rate"] == run["true_positive_rate"] < 1  # of a single run
 
@@ -70,7 +70,7 @@ def test_an_export_is_verified(cotune: Cotune, site: Path, folder: Path) -> None
 
 def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) -> None:
     shutil.copy(site / "ledger.sqlite", site / "ledger.old")
-    Ledger(site / "ledger.sqlite").know([b"0" * 16])
+    Ledger(site / "ledger.sqlite").register_data_set([b"0" * 16])
     for side in ("-wal", "-shm"):
         (site / f"ledger.sqlite{side}").unlink(missing_ok=True)
     shutil.move(site / "ledger.old", site / "ledger.sqlite")
@@ -112,3 +112,14 @@ def test_the_strict_policy_is_printed(cotune: Cotune, folder: Path) -> None:
     (folder / "site.json").write_text('{"organization": "clinic"}')
     (folder / "policy.toml").write_text("[budget]\nepsilon_total = 2.0\n")
     assert "epsilon_total = 2.0 " in cotune("client", "policy", ".").out
+
+
+def test_setting_a_rule_keeps_comments_and_order(cotune: Cotune, folder: Path) -> None:
+    (folder / "site.json").write_text('{"organization": "clinic"}')
+    written = "# agreed by the board on 2 November\n[training]  # what may be trained\nmax_rounds   = 20   # see the minutes\n"
+    (folder / "policy.toml").write_text(written)
+    done = cotune("client", "policy", ".", "--set", "training.max_rounds=50", "--set", "budget.own_epsilon=2.5")
+    assert (done.code, done.out) == (0, "training.max_rounds: 20 → 50\nbudget.own_epsilon: absent → 2.5\n")
+    kept = (folder / "policy.toml").read_text()
+    assert kept.startswith(written.replace("= 20 ", "= 50 "))
+    assert read_policy(folder / "policy.toml").budget.own_epsilon == 2.5

@@ -12,7 +12,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.node.requests import SignedRequest, check_limits, verify_request
 from cotune.client.site import Site
 from cotune.errors import Declined
-from cotune.privacy.policy import Policy, changed_policy
+from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.signatures import FINISHED, TRAIN
 from tests.support.signing import sign_request
 
@@ -36,7 +36,7 @@ def begun(site: Site, *rounds: int) -> AuditLog:
 @pytest.mark.parametrize(("least", "declines"), [(1, False), (2, False), (3, True)])
 def test_too_small_a_cohort_is_declined(make_site: Callable[..., Site], least: int, declines: bool) -> None:
     site = make_site()
-    policy = changed_policy(Policy.permissive(), {"training.min_cohort": least})
+    policy = change_policy(Policy.permissive(), {"training.min_cohort": least})
     check_limits(asked(site, FINISHED), policy, begun(site))
     if not declines:
         return check_limits(asked(site), policy, begun(site))
@@ -49,7 +49,7 @@ def test_a_day_has_so_many_rounds(make_site: Callable[..., Site]) -> None:
     """Rounds of all runs; one that comes again is one; tomorrow is another day; a model that is handed out is no round."""
     site = make_site()
     now = datetime.now(UTC)
-    policy = changed_policy(Policy.permissive(), {"training.max_rounds_per_day": 2})
+    policy = change_policy(Policy.permissive(), {"training.max_rounds_per_day": 2})
     check_limits(asked(site, round=2), policy, begun(site, 1, 1), now)
     log = begun(site, 2)
     check_limits(asked(site, round=2), policy, log, now)

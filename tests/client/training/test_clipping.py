@@ -31,7 +31,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import COLORS, TAGS, write_csv, write_images
 from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES
@@ -144,19 +144,10 @@ def norm(tensors: list[Tensor]) -> float:
 def moved(given: TrainingSetup, parameters: list[nn.Parameter], clip: float) -> list[Tensor]:
     """The sum of clipped gradients, as one step without noise over all records shows it."""
     before = [p.detach().double().clone() for p in parameters]
-    steps = private_steps(
-        given.module,
-        torch.optim.SGD(parameters, lr=LR),
-        given.loss,
-        units=given.units,
-        batches=given.batches,
-        noise_multiplier=0.0,
-        clip_norm=clip,
-        sample_rate=1.0,
-        expected_batch=float(given.rows),
-        steps=1,
-    )
-    assert len(list(steps)) == 1
+    config = DPSGDConfig(noise_multiplier=0.0, clip_norm=clip, sample_rate=1.0, expected_batch=float(given.rows), steps=1)
+    optimizer = torch.optim.SGD(parameters, lr=LR)
+    setup = DPSGDSetup(given.module, optimizer, given.loss, given.units, given.batches)
+    assert len(list(DPSGD(config).run(setup))) == 1
     return [(b - p.detach().double()) * given.rows / LR for b, p in zip(before, parameters, strict=True)]
 
 
@@ -274,19 +265,15 @@ def test_a_rare_class_is_told_where_the_frequent_one_counts_less(
         plan = plan if private else plan.model_copy(update={"privacy": "none"})
         _, parameters, given = prepared(plan)
         optimizer = torch.optim.SGD(parameters, lr=5.0)
-        steps = private_steps(
-            given.module,
-            optimizer,
-            given.loss,
-            units=given.units,
-            batches=given.batches,
+        config = DPSGDConfig(
             noise_multiplier=0.01 if private else 0.0,
             clip_norm=1.0 if private else 1e9,
             sample_rate=1.0,
             expected_batch=100.0,
             steps=100,
         )
-        assert len(list(steps)) == 100
+        setup = DPSGDSetup(given.module, optimizer, given.loss, given.units, given.batches)
+        assert len(list(DPSGD(config).run(setup))) == 100
         right = [given.correct(given.alone(row)) for row in range(2)]
         return torch.cat(right)
 

@@ -24,7 +24,7 @@ from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.policy import Policy, TellRules
+from cotune.privacy.policy import DisclosureRules, Policy
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -34,7 +34,7 @@ WEIGHTED = {"weighting": "q_fair"}
 
 
 def tells(**rules: Any) -> Policy:
-    return Policy.permissive().model_copy(update={"tell": TellRules(**{"example_count": "exact", **rules})})
+    return Policy.permissive().model_copy(update={"tell": DisclosureRules(**{"example_count": "exact", **rules})})
 
 
 def unprotected(site: Site) -> list[str]:

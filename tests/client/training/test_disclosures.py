@@ -17,7 +17,7 @@ from cotune.errors import Declined
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.policy import Policy, TellRules
+from cotune.privacy.policy import DisclosureRules, Policy
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -27,7 +27,7 @@ ASKS = {"local_metrics": True, "label_histogram": True}
 
 
 def tells(**rules: Any) -> Policy:
-    return Policy.permissive().model_copy(update={"tell": TellRules(**rules)})
+    return Policy.permissive().model_copy(update={"tell": DisclosureRules(**rules)})
 
 
 def account(make_plan: MakePlan, make_site: MakeSite, policy: Policy, **tables: Any) -> Account:

@@ -13,7 +13,7 @@ from cotune.client.training.round import train_round
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.policy import Policy, TellRules
+from cotune.privacy.policy import DisclosureRules, Policy
 
 MakePlan = Callable[..., Plan]
 PRIVATE = {"epsilon": 2.0, "delta": 1e-3}
@@ -55,7 +55,9 @@ def test_steps_follow_from_the_public_number(
     steps: int,
 ) -> None:
     """Epochs over 60 records, of which the number of steps would tell how many there are."""
-    policy = Policy.permissive().model_copy(update={"tell": TellRules(example_count="declared", declared_examples=declared)})
+    policy = Policy.permissive().model_copy(
+        update={"tell": DisclosureRules(example_count="declared", declared_examples=declared)}
+    )
     plan = of_epochs(local={"batch_size": batch})
     site = make_site(policy=policy)
     assert train_round(plan, site, 1, state_for(plan)).steps == steps

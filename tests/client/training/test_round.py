@@ -34,9 +34,10 @@ from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import StepReport
-from cotune.privacy.policy import Policy, TellRules
+from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
+from cotune.privacy.policy import DisclosureRules, Policy
 from cotune.strategies.types import apply_delta
+from tests.support.engines import engine, take_steps
 from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
@@ -176,10 +177,10 @@ def test_the_size_of_the_physical_batch_has_no_influence(
     """Under privacy with the same noise and the same sample, which no plan can ask for."""
     from numpy.random import default_rng
 
-    real = training.private_steps
-    monkeypatch.setattr(
-        training, "private_steps", lambda *a, **k: real(*a, **k, generator=default_rng(1), sampling=default_rng(2))
-    )
+    def seeded(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        return take_steps(config, replace(setup, noise_generator=default_rng(1), sampling_generator=default_rng(2)))
+
+    monkeypatch.setattr(training, "DPSGD", engine(seeded))
     deltas = []
     for size in (1, 4, 64):
         plan = make_plan(train="lora", privacy=privacy, local={"physical_batch_size": size, "batch_size": 0.5})
@@ -358,13 +359,12 @@ def test_the_ledger_is_charged_before_training(
     site = make_site()
     charged: list[list[Steps]] = []
 
-    def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
+    def crashing(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
         charged.append(site.ledger().spent())
-        yield next(real(*arguments, **options))
+        yield next(take_steps(config, setup))
         raise MemoryError
 
-    real = training.private_steps
-    monkeypatch.setattr(training, "private_steps", crashing)
+    monkeypatch.setattr(training, "DPSGD", engine(crashing))
     with pytest.raises(MemoryError):
         train_round(plan, site, 1, state_for(plan))
     (before,) = charged
@@ -375,15 +375,14 @@ def test_the_ledger_is_charged_before_training(
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Lets the training fail after so many steps."""
-    real = training.private_steps
 
-    def crashing(*arguments: Any, **options: Any) -> Iterator[StepReport]:
-        for report in real(*arguments, **options):
+    def crashing(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        for report in take_steps(config, setup):
             if report.step > step:
                 raise MemoryError
             yield report
 
-    monkeypatch.setattr(training, "private_steps", crashing)
+    monkeypatch.setattr(training, "DPSGD", engine(crashing))
 
 
 def test_after_a_crash_the_rest_ends_within_the_budget(
@@ -509,7 +508,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is to be trained")
 
-    monkeypatch.setattr(training, "private_steps", untouched)
+    monkeypatch.setattr(training, "DPSGD", untouched)
     monkeypatch.setattr(context, "load_site_model", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
@@ -626,7 +625,7 @@ def test_noise_is_reported_only_where_needed_and_allowed(make_plan: MakePlan, ma
     plan = make_plan(privacy=PRIVATE)
     assert train_round(plan, make_site(at="one"), 1, state_for(plan)).noise_variance is None
     plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
-    silent = Policy.permissive().model_copy(update={"tell": TellRules(example_count="exact", noise_level=False)})
+    silent = Policy.permissive().model_copy(update={"tell": DisclosureRules(example_count="exact", noise_level=False)})
     site = make_site(at="two", policy=silent)
     with pytest.raises(CotuneError, match=r"tell\.noise_level"):
         train_round(plan, site, 1, state_for(plan))
@@ -639,7 +638,7 @@ def test_reported_noise_does_not_reveal_the_record_count(
 ) -> None:
     """It is that of an organization of the declared size: the same for any true size."""
     plan = make_plan(privacy={"epsilon": 2.0}, strategy={"weighting": "noise_aware"})
-    tell = TellRules(example_count="declared", declared_examples=declared)
+    tell = DisclosureRules(example_count="declared", declared_examples=declared)
     policy = Policy.permissive().model_copy(update={"tell": tell})
     found = [train_round(plan, make_site(at=f"of-{n}", rows=range(n), policy=policy), 1, state_for(plan)) for n in (40, 50, 60)]
     assert found[0].noise_variance == found[1].noise_variance == found[2].noise_variance is not None

@@ -81,7 +81,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return replace(setting, batches=batches, alone=alone)
 
-    monkeypatch.setattr(training, "setting_of", watched)
+    monkeypatch.setattr(training, "build_setup", watched)
     return seen
 
 

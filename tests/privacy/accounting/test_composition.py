@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.composition import Steps, calibrate, epsilon, epsilon_below, epsilon_rdp
+from cotune.privacy.accounting.composition import Steps, calibrate, epsilon, epsilon_lower_bound, epsilon_rdp
 from cotune.privacy.accounting.tradeoff import gaussian_mu, trade_off, true_positive_rate
 from cotune.privacy.config import RecordPrivacy
 
@@ -178,13 +178,13 @@ def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta(
 @given(sigma=st.floats(0.7, 50.0), q=st.one_of(rates, st.just(1.0)), count=counts)
 def test_rounding_down_is_never_above(sigma: float, q: float, count: int) -> None:
     steps = [Steps(sigma, q, count)]
-    assert 0 <= epsilon_below(steps, DELTA) <= epsilon(steps, DELTA)
+    assert 0 <= epsilon_lower_bound(steps, DELTA) <= epsilon(steps, DELTA)
 
 
 @pytest.mark.parametrize("sigma", [0.7, 2.0, 30.0])
 def test_rounding_down_stays_below_the_exact_value_and_near_it(sigma: float) -> None:
     exact = solve(lambda e: gaussian_delta(e, sigma), DELTA)
-    assert exact * 0.93 <= epsilon_below([Steps(sigma, 1.0, 1)], DELTA) <= exact + 1e-9
+    assert exact * 0.93 <= epsilon_lower_bound([Steps(sigma, 1.0, 1)], DELTA) <= exact + 1e-9
 
 
 # --- the trade-off curve

@@ -14,7 +14,7 @@ from cotune.privacy.accounting import filters
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import (
     check_accountants,
-    composition,
+    describe_composition,
     epsilon_filter,
     epsilon_over_runs,
     filter_order,
@@ -78,8 +78,8 @@ def test_one_run_is_composed_by_pld_and_several_by_the_filter() -> None:
     assert epsilon_over_runs({}, 8.0, 1e-5) == epsilon_over_runs({"a": []}, 8.0, 1e-5) == 0.0
     assert epsilon_over_runs(one, 8.0, 1e-5) == epsilon(RUN * 3, 5e-6)  # half of δ is for the worlds with a second run
     assert epsilon_over_runs(two, 8.0, 1e-5) == epsilon_filter(RUN * 3, 8.0, 5e-6)
-    assert composition(one, 8.0, 1e-5) == "pld"
-    assert composition(two, 8.0, 1e-5) == f"renyi filter, order {filter_order(8.0, 5e-6)}"
+    assert describe_composition(one, 8.0, 1e-5) == "pld"
+    assert describe_composition(two, 8.0, 1e-5) == f"renyi filter, order {filter_order(8.0, 5e-6)}"
 
 
 @few

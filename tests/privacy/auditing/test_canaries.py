@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.auditing.canaries import Planted, fair_coins, new_canaries, plant
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.auditing.canaries import PlantedCanaries, build_canaries, flip_coins, plant
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.per_example import Batch
 from tests.support.batches import in_batches, stack
 
@@ -42,12 +41,12 @@ class Toy:
         nn.init.zeros_(self.module.weight)
         nn.init.zeros_(self.module.bias)
         self.records = [{"x": torch.randn(4, generator=generator) * scale, "y": torch.tensor(i % 3)} for i in range(6)]
-        self.planted: Planted = plant(
+        self.planted: PlantedCanaries = plant(
             self.module,
             [[i] for i in range(6)],
             lambda rows: in_batches(self.records, self.slots)(rows),
             self.loss,
-            canaries=new_canaries(5, torch.device("cpu")),
+            canaries=build_canaries(5, torch.device("cpu")),
             canaries_in=canaries_in,
             units_in=records_in,
             clip_norm=CLIP,
@@ -64,9 +63,9 @@ class Toy:
         before = [p.detach().clone() for p in (self.planted.canaries, *self.module.parameters())]
         optimizer = torch.optim.SGD([self.planted.canaries, *self.module.parameters()], lr=11.0)  # 6 + 5 rows: B = 11
         p = self.planted
-        settings: dict[str, Any] = {"noise_multiplier": 0.0, "clip_norm": CLIP, "sample_rate": 1.0, "steps": 1}
+        config = DPSGDConfig(noise_multiplier=0.0, clip_norm=CLIP, sample_rate=1.0, expected_batch=11.0, steps=1)
         self.slots = slots
-        list(private_steps(p.module, optimizer, p.loss, units=p.units, batches=p.batches, expected_batch=11.0, **settings))
+        list(DPSGD(config).run(DPSGDSetup(p.module, optimizer, p.loss, p.units, p.batches)))
         after = [p.detach() for p in (self.planted.canaries, *self.module.parameters())]
         moved = [b - a for b, a in zip(before, after, strict=True)]
         return moved[0][:, 0], moved[1:]
@@ -113,7 +112,7 @@ def test_with_everybody_held_out_nothing_moves() -> None:
 
 
 def test_the_number_of_rows_does_not_tell_who_is_in() -> None:
-    sizes = {len(Toy(fair_coins(5, np.random.default_rng(i)), RECORDS_IN).planted.units) for i in range(5)}
+    sizes = {len(Toy(flip_coins(5, np.random.default_rng(i)), RECORDS_IN).planted.units) for i in range(5)}
     assert sizes == {11}
 
 
@@ -124,6 +123,6 @@ def test_a_coin_for_each_and_no_more() -> None:
 
 def test_coins_are_fair() -> None:
     low, high = stats.binom.ppf([1e-9, 1 - 1e-9], 100_000, 0.5)
-    coins = fair_coins(100_000, np.random.default_rng(0))
+    coins = flip_coins(100_000, np.random.default_rng(0))
     assert low <= coins.sum() <= high
     assert low / 2 <= (coins[1:] & coins[:-1]).sum() <= high / 2

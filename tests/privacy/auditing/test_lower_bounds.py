@@ -15,11 +15,11 @@ from cotune.privacy.accounting.tradeoff import trade_off
 from cotune.privacy.auditing.lower_bounds import (
     Evidence,
     Guess,
+    build_perfect_evidence,
     evidence,
+    import_auditing,
     lower_bound_any,
     lower_bound_steps,
-    perfect_evidence,
-    require_statistics,
 )
 from tests.support.sums_of_steps import sums_of_steps
 
@@ -103,7 +103,7 @@ def test_no_bound_from_guesses_that_are_not_better_than_chance(count: int, right
 
 
 def test_a_perfect_attack_is_counted_with_one_mistake() -> None:
-    assert perfect_evidence(400).guesses == tuple(Guess(n, n) for n in (400, 200, 100, 50, 25))
+    assert build_perfect_evidence(400).guesses == tuple(Guess(n, n) for n in (400, 200, 100, 50, 25))
     perfect = lower_bound_any(Evidence(400, (Guess(400, 400),), 1.0), DELTA, 0.05)
     assert perfect == lower_bound_any(Evidence(400, (Guess(400, 399),), 1.0), DELTA, 0.05) > 2
 
@@ -132,7 +132,7 @@ def test_the_curve_of_one_gaussian_step_is_that_of_gaussian_differential_privacy
 def test_for_one_gaussian_step_the_bound_is_that_of_jax_privacy(targets: int, mu: float) -> None:
     found = gaussian(targets, mu)
     guess = found.guesses[1]
-    library = require_statistics()._epsilon_one_run_fdp(0, targets, guess.count, guess.right, 0.05, DELTA)
+    library = import_auditing()._epsilon_one_run_fdp(0, targets, guess.count, guess.right, 0.05, DELTA)
     ours = lower_bound_steps(Evidence(targets, (guess,), 0.5), [Steps(1 / mu, 1.0, 1)], DELTA, 0.05)
     assert library > 0.1
     assert ours == pytest.approx(library, rel=0.02)
@@ -173,4 +173,4 @@ def test_less_allowed_error_is_a_smaller_bound() -> None:
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax_privacy", None)
     with pytest.raises(PrivacyError, match=r'an audit needs jax_privacy.*: install it by pip install "cotune\[audit\]"'):
-        require_statistics()
+        import_auditing()

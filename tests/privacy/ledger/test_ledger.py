@@ -182,18 +182,18 @@ def records(*numbers: int) -> list[bytes]:
 
 
 def test_a_data_set_is_its_records_in_any_order(ledger: Ledger) -> None:
-    first = ledger.know(records(1, 2, 3))
-    assert ledger.know(records(3, 1, 2)) == first
+    first = ledger.register_data_set(records(1, 2, 3))
+    assert ledger.register_data_set(records(3, 1, 2)) == first
     assert [(d.records, d.shares) for d in ledger.data_sets()] == [(3, {})]
-    assert ledger.know(records(1, 2, 3, 3)) != first  # a record that is there twice is two records
+    assert ledger.register_data_set(records(1, 2, 3, 3)) != first  # a record that is there twice is two records
 
 
 def test_links_are_kept_for_the_owner_and_decide_nothing(ledger: Ledger) -> None:
-    small = ledger.know(records(1, 2, 3))
-    other = ledger.know(records(7, 8))
+    small = ledger.register_data_set(records(1, 2, 3))
+    other = ledger.register_data_set(records(7, 8))
     ledger.reserve("a", 1, ROUND, data=small)
     ledger.reserve("b", 1, Steps(2.0, 0.5, 3), data=other)
-    grown = ledger.know(records(1, 2, 3, 4, 5))
+    grown = ledger.register_data_set(records(1, 2, 3, 4, 5))
     ledger.reserve("c", 1, Steps(3.0, 0.5, 1), data=grown)
     assert [d.shares for d in ledger.data_sets()] == [{grown: 3}, {}, {small: 3}]
     [history] = ledger.histories()
@@ -209,8 +209,8 @@ def test_a_collection_counts_its_own_charges_and_those_of_none(ledger: Ledger) -
     wards = Steps(1.0, 0.1, 2)
     images = Steps(1.0, 0.1, 3)
     ledger.reserve("a", 1, everywhere)
-    ledger.reserve("a", 2, wards, data=ledger.know(records(1)), collection="wards")
-    ledger.reserve("b", 1, images, data=ledger.know(records(2)), collection="images")
+    ledger.reserve("a", 2, wards, data=ledger.register_data_set(records(1)), collection="wards")
+    ledger.reserve("b", 1, images, data=ledger.register_data_set(records(2)), collection="images")
     assert ledger.spent(collection="wards") == [everywhere, wards]
     assert ledger.spent(collection="images") == [everywhere, images]
     assert ledger.spent(collection="new") == [everywhere]
@@ -222,23 +222,26 @@ def test_a_collection_counts_its_own_charges_and_those_of_none(ledger: Ledger) -
 def test_a_charge_in_no_collection_is_held_against_every_one(ledger: Ledger) -> None:
     limit = Limit("budget.epsilon_total", epsilon([ROUND, ROUND], 5e-6) + 1e-9, 1e-5)
     for number in (1, 2):
-        ledger.reserve("plan", number, ROUND, data=ledger.know(records(1)), collection="wards", limits=[limit])
+        ledger.reserve("plan", number, ROUND, data=ledger.register_data_set(records(1)), collection="wards", limits=[limit])
     with pytest.raises(Declined, match="the collection wards"):
-        ledger.reserve("plan", 3, ROUND, data=ledger.know(records(7)), limits=[limit])
-    ledger.reserve("plan", 3, ROUND, data=ledger.know(records(7)), collection="images", limits=[limit])
+        ledger.reserve("plan", 3, ROUND, data=ledger.register_data_set(records(7)), limits=[limit])
+    ledger.reserve("plan", 3, ROUND, data=ledger.register_data_set(records(7)), collection="images", limits=[limit])
 
 
 def test_what_was_charged_in_another_collection_is_named_and_refused(ledger: Ledger) -> None:
     zeros = bytes(16)  # a trailing zero byte is a byte
     held = [*records(1, 2), zeros]
-    wards = ledger.know(held)
-    assert ledger.elsewhere(held, "images") == set()  # known, and not charged
+    wards = ledger.register_data_set(held)
+    assert ledger.find_charged_elsewhere(held, "images") == set()  # known, and not charged
     ledger.reserve("plan", 1, ROUND, data=wards, collection="wards")
-    assert ledger.elsewhere([*records(2, 3), zeros], "images") == {*records(2), zeros}
+    assert ledger.find_charged_elsewhere([*records(2, 3), zeros], "images") == {*records(2), zeros}
     assert (
-        ledger.elsewhere(records(2, 3), "wards") == ledger.elsewhere(records(2, 3), "") == ledger.elsewhere([], "images") == set()
+        ledger.find_charged_elsewhere(records(2, 3), "wards")
+        == ledger.find_charged_elsewhere(records(2, 3), "")
+        == ledger.find_charged_elsewhere([], "images")
+        == set()
     )
-    both = ledger.know(records(2, 3))
+    both = ledger.register_data_set(records(2, 3))
     with pytest.raises(PrivacyError, match="records of another collection"):
         ledger.reserve("plan", 2, ROUND, data=both, collection="images")
     assert ledger.spent() == [ROUND]
@@ -252,8 +255,8 @@ def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactor
     ledger = Ledger(tmp_path_factory.mktemp("site") / "ledger.sqlite")
     charged = {}
     for number, (members, collection) in enumerate(sets, start=1):
-        held = sorted(set(records(*members)) - ledger.elsewhere(records(*members), collection))
-        ledger.reserve("plan", number, Steps(1.0, 0.1, number), data=ledger.know(held), collection=collection)
+        held = sorted(set(records(*members)) - ledger.find_charged_elsewhere(records(*members), collection))
+        ledger.reserve("plan", number, Steps(1.0, 0.1, number), data=ledger.register_data_set(held), collection=collection)
         for record in held:
             charged.setdefault(record, []).append((number, collection))
     counted = {h.collection: {s.count for s in h.runs["plan"]} for h in ledger.histories("")}
@@ -266,7 +269,7 @@ def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
-    data = ledger.know(records(1, 2))
+    data = ledger.register_data_set(records(1, 2))
     delta = 1e-5
     limit = Limit("budget.epsilon_total", epsilon([ROUND, ROUND], delta / 2) + 1e-9, delta)
     for number in (1, 2):
@@ -277,7 +280,7 @@ def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
     assert declined.value.public == "declined: its rule budget.epsilon_total does not allow this plan"
     assert len(ledger.spent()) == 2
     with pytest.raises(Declined):
-        ledger.reserve("plan", 3, ROUND, data=ledger.know(records(3)), limits=[limit])  # other data count, too
+        ledger.reserve("plan", 3, ROUND, data=ledger.register_data_set(records(3)), limits=[limit])  # other data count, too
     ledger.reserve(
         "other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")]
     )  # another run has a budget of its own
@@ -319,7 +322,7 @@ def test_no_record_spends_more_than_the_limit(
     for number, (members, delta) in enumerate(zip(sets, deltas, strict=False), start=1):
         try:
             limit = Limit("budget.epsilon_total", 8.0, delta)
-            ledger.reserve("plan", number, steps, data=ledger.know(records(*members)), limits=[limit])
+            ledger.reserve("plan", number, steps, data=ledger.register_data_set(records(*members)), limits=[limit])
         except Declined:
             continue
         for record in members:
@@ -331,12 +334,12 @@ def test_no_record_spends_more_than_the_limit(
 
 def test_what_was_charged_under_another_unit_is_refused(ledger: Ledger) -> None:
     """Whichever records they are: an exception for data that share none would tell whether they do."""
-    texts = ledger.know(records(1, 2, 3))
+    texts = ledger.register_data_set(records(1, 2, 3))
     ledger.reserve("a", 1, ROUND, data=texts)
-    patients = ledger.know([b"anna", b"bert"], unit="patient_id", also=records(1, 2, 3))
+    patients = ledger.register_data_set([b"anna", b"bert"], unit="patient_id", also=records(1, 2, 3))
     assert [d.shares for d in ledger.data_sets()] == [{patients: 3}, {texts: 3}]
     assert [(d.records, d.unit) for d in ledger.data_sets()] == [(3, "record"), (2, "patient_id")]
-    other = ledger.know([b"carl"], unit="patient_id", also=records(4))
+    other = ledger.register_data_set([b"carl"], unit="patient_id", also=records(4))
     for data in (patients, other):
         with pytest.raises(PrivacyError, match='go on with "record"'):
             ledger.check_unit(data)
@@ -347,8 +350,8 @@ def test_what_was_charged_under_another_unit_is_refused(ledger: Ledger) -> None:
 
 def test_collections_have_one_unit(ledger: Ledger) -> None:
     """A person's texts in the one would decide which records count in the other: more than one unit of it for one here."""
-    ledger.reserve("a", 1, ROUND, data=ledger.know(records(1, 2, 3)), collection="notes")
-    patients = ledger.know([b"carl"], unit="patient_id", also=records(4))
+    ledger.reserve("a", 1, ROUND, data=ledger.register_data_set(records(1, 2, 3)), collection="notes")
+    patients = ledger.register_data_set([b"carl"], unit="patient_id", also=records(4))
     with pytest.raises(PrivacyError, match='"record"'):
         ledger.check_unit(patients)
     for collection in ("wards", ""):
@@ -435,13 +438,13 @@ def test_a_ledger_of_the_second_schema_counts_against_every_data_set(tmp_path: P
     ledger = Ledger(path)
     assert ledger.entries()[0].body == {"schema": 2, "entries": 5, "head": head}
     assert ledger.data_sets() == []
-    new = ledger.know([UNKEYED])  # not known again
+    new = ledger.register_data_set([UNKEYED])  # not known again
     assert new in {d.fingerprint for d in ledger.data_sets()}
     assert Ledger(path).spent(collection="wards") == [Steps(1.0, 0.05, 12), ROUND]
     assert [(c.at, c.plan, c.state) for c in ledger.charges()] == [("then", "toy", "settled"), ("then", "toy", "reserved")]
-    assert ledger.told("p", "example count") == [99.5]  # not drawn again
+    assert ledger.get_disclosure("p", "example count") == [99.5]  # not drawn again
     with pytest.raises(PrivacyError, match='go on with "record"'):  # what it was charged for
-        ledger.check_unit(ledger.know([b"anna"], unit="patient_id"))
+        ledger.check_unit(ledger.register_data_set([b"anna"], unit="patient_id"))
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = path.read_bytes()

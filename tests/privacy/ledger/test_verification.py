@@ -16,7 +16,7 @@ from cotune.client.site_folder import SiteFile
 from cotune.errors import DataError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.charges import Limit
-from cotune.privacy.ledger.verification import verify
+from cotune.privacy.ledger.verification import verify_export
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
 from cotune.storage.append_only_log import START_HASH, entry_hash
 
@@ -36,12 +36,12 @@ def exported(tmp_path: Path) -> dict[str, Any]:
         limits = [total, Limit("budget.epsilon_per_run", 3.0, DELTA, plan * 64)]
         return ledger.reserve(plan * 64, round, steps, data=data, collection=collection, plan="tweets", limits=limits)
 
-    small = ledger.know([i.to_bytes(16, "big") for i in range(100)])
+    small = ledger.register_data_set([i.to_bytes(16, "big") for i in range(100)])
     for round in (1, 2):
         ledger.settle(reserve("a", round, Steps(1.1, 0.02, 20), small), 20)
-    grown = ledger.know([i.to_bytes(16, "big") for i in range(150)])
+    grown = ledger.register_data_set([i.to_bytes(16, "big") for i in range(150)])
     ledger.settle(reserve("b", 1, Steps(1.5, 0.02, 20), grown), 18)
-    images = ledger.know([i.to_bytes(16, "big") for i in range(500, 600)])
+    images = ledger.register_data_set([i.to_bytes(16, "big") for i in range(500, 600)])
     ledger.settle(reserve("c", 1, Steps(20.0, 1.0, 1, "geometric"), images, "images"), 1)
     reserve("c", 1, Steps(2.0, 1.0, 1), images, "images")
     found: dict[str, Any] = json.loads(json.dumps(export_ledger(site)))
@@ -49,7 +49,7 @@ def exported(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_true_export_holds(exported: dict[str, Any]) -> None:
-    found = verify(exported)
+    found = verify_export(exported)
     assert (found["valid"], found["problems"]) == (True, [])
     assert (found["head"], found["entries"]) == (exported["head"], len(exported["entries"]))
     assert [table["composition"].split(",")[0] for table in found["collections"]] == ["renyi filter", "pld"]
@@ -111,7 +111,7 @@ def forget(*path: str | int) -> Callable[[dict[str, Any]], None]:
 def test_every_lie_shows(exported: dict[str, Any], told: Callable[[dict[str, Any]], None]) -> None:
     changed = copy.deepcopy(exported)
     told(changed)
-    found = verify(changed)
+    found = verify_export(changed)
     assert not found["valid"]
     assert found["problems"]
 
@@ -140,7 +140,7 @@ def test_a_charge_that_is_lowered_by_what_no_ledger_enters_shows(exported: dict[
     else:
         settled = next(e for e in exported["entries"] if e["kind"] == "settle" and e["body"]["charge"] == reserved)
         settled["body"]["steps"] = steps if steps else 10**6
-    found = verify(rechained(exported))
+    found = verify_export(rechained(exported))
     assert not found["valid"]
     assert any("lowers charge" in problem for problem in found["problems"])
 
@@ -148,7 +148,7 @@ def test_a_charge_that_is_lowered_by_what_no_ledger_enters_shows(exported: dict[
 @pytest.mark.parametrize("change", [{"mechanism": "Geometric"}, {"noise_multiplier": 0.0}, {"sample_rate": 1.5}])
 def test_a_charge_that_no_mechanism_can_be_shows(exported: dict[str, Any], change: dict[str, Any]) -> None:
     next(e for e in exported["entries"] if e["body"].get("mechanism") == "geometric")["body"].update(change)
-    found = verify(rechained(exported))
+    found = verify_export(rechained(exported))
     assert not found["valid"]
     assert found["collections"] == []
 
@@ -158,4 +158,4 @@ def test_a_charge_that_no_mechanism_can_be_shows(exported: dict[str, Any], chang
 )
 def test_what_is_no_export_is_one_sentence(content: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="expected the file"):
-        verify(content)
+        verify_export(content)

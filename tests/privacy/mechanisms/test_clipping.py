@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.privacy.mechanisms.noise import grid_of
-from cotune.privacy.mechanisms.per_example import Clipping, ExactSum, clip_factors
+from cotune.privacy.mechanisms.noise import choose_grid
+from cotune.privacy.mechanisms.per_example import ClippingMode, ExactSum, clip_factors
 
 SHAPES = ((7, 5), (5,), (1, 3))
 ENTRIES = 43
@@ -24,8 +24,8 @@ def gradients(count: int, seed: int, exponent: float) -> list[Tensor]:
     return [torch.randn(count, *shape, generator=generator) * 10**exponent for shape in SHAPES]
 
 
-def summed(found: list[Tensor], clip: float, sigma: float, clipping: Clipping) -> list[Tensor]:
-    total = ExactSum([torch.zeros(shape) for shape in SHAPES], grid_of(clip, sigma, ENTRIES), clipping)
+def summed(found: list[Tensor], clip: float, sigma: float, clipping: ClippingMode) -> list[Tensor]:
+    total = ExactSum([torch.zeros(shape) for shape in SHAPES], choose_grid(clip, sigma, ENTRIES), clipping)
     total.add([g.clone() for g in found])
     return total.totals()
 
@@ -43,7 +43,7 @@ def norm(tensors: list[Tensor]) -> float:
     seed=st.integers(0, 99),
 )
 def test_a_contribution_is_at_most_the_clip_norm(
-    clipping: Clipping, exponent: float, clip: float, sigma: float, seed: int
+    clipping: ClippingMode, exponent: float, clip: float, sigma: float, seed: int
 ) -> None:
     found = [g.nan_to_num(posinf=3e38, neginf=-3e38) for g in gradients(1, seed, exponent)]
     assert norm(summed(found, clip, sigma, clipping)) <= clip
@@ -52,7 +52,9 @@ def test_a_contribution_is_at_most_the_clip_norm(
 @both
 @settings(max_examples=50, deadline=None)
 @given(sizes=st.lists(st.floats(-6, 6), min_size=2, max_size=8), seed=st.integers(0, 99))
-def test_a_unit_more_changes_the_sum_by_its_own_contribution_exactly(clipping: Clipping, sizes: list[float], seed: int) -> None:
+def test_a_unit_more_changes_the_sum_by_its_own_contribution_exactly(
+    clipping: ClippingMode, sizes: list[float], seed: int
+) -> None:
     """To the bit, in any order, in one block or in several."""
     units = [gradients(1, seed + i, size) for i, size in enumerate(sizes)]
     together = summed([torch.cat(parts) for parts in zip(*units, strict=True)], 1.0, 2.0, clipping)
@@ -65,7 +67,7 @@ def test_a_unit_more_changes_the_sum_by_its_own_contribution_exactly(clipping: C
 
 
 @both
-def test_the_clipped_sum_by_hand(clipping: Clipping) -> None:
+def test_the_clipped_sum_by_hand(clipping: ClippingMode) -> None:
     found = gradients(3, 0, 0.5)
     expected: list[Any] = []
     for i, g in enumerate(found):

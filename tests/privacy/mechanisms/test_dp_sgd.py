@@ -1,9 +1,10 @@
-"""Opacus' DP-SGD against gradients taken one example at a time, and against what the contract of `private_steps` says."""
+"""Opacus' DP-SGD against gradients taken one example at a time, and against what the contract of `DPSGD.run` says."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,9 @@ from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
-from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping, private_steps
-from cotune.privacy.mechanisms.per_example import Batch, LossPerExample
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, check_clipping
+from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid
+from cotune.privacy.mechanisms.per_example import Batch, ExactSum, LossPerExample, per_example, unit_gradients
 from cotune.privacy.mechanisms.random import PoissonSampler
 from tests.support.batches import in_batches, stack
 from tests.support.matrix import crossed
@@ -101,7 +103,9 @@ def train(
     params = trained(module)
     before = [p.detach().clone() for p in params]
     optimizer = torch.optim.SGD(params, lr=lr)
-    reports = list(private_steps(module, optimizer, loss, units=units, batches=batches, **chosen))
+    generators = {name: chosen.pop(name) for name in ("noise_generator", "sampling_generator") if name in chosen}
+    setup = DPSGDSetup(module, optimizer, loss, units, batches, **generators)
+    reports = list(DPSGD(DPSGDConfig(**chosen)).run(setup))
     return reports, [(b - p.detach()) / lr for b, p in zip(before, params, strict=True)]
 
 
@@ -236,7 +240,7 @@ def test_a_head_on_features_clips_each_record_by_itself(base_model: Callable[[st
     assert relative_error([d * len(records) for d in direction], expected) < 1e-5
 
 
-# --- the contract of private_steps
+# --- the contract of DPSGD.run
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.5, 1e3])
@@ -255,7 +259,7 @@ def test_the_direction_is_the_clipped_sum_over_the_expected_batch(clip: float) -
         records,
         clip_norm=clip,
         sample_rate=rate,
-        sampling=np.random.default_rng(5),
+        sampling_generator=np.random.default_rng(5),
         slots=5,
     )
     assert relative_error([d * (rate * 40) for d in direction], expected) < 1e-5
@@ -274,8 +278,8 @@ def test_slotses_do_not_change_the_result() -> None:
             sample_rate=0.4,
             steps=6,
             slots=slots,
-            generator=np.random.default_rng(1),
-            sampling=np.random.default_rng(2),
+            noise_generator=np.random.default_rng(1),
+            sampling_generator=np.random.default_rng(2),
         )
         assert [r.step for r in reports] == list(range(1, 7))
         results.append((direction, [r.loss for r in reports]))
@@ -311,8 +315,8 @@ def test_noise_has_the_promised_variance(silence: str) -> None:
             noise_multiplier=sigma,
             clip_norm=clip,
             sample_rate=rate,
-            generator=np.random.default_rng(3 + step),
-            sampling=NEVER if silence == "empty-batches" else np.random.default_rng(0),
+            noise_generator=np.random.default_rng(3 + step),
+            sampling_generator=NEVER if silence == "empty-batches" else np.random.default_rng(0),
         )
         moved.append(torch.cat([d.flatten() for d in direction]).double().numpy() / (sigma * clip / (rate * examples)))
     draws = len(moved[0])
@@ -335,8 +339,8 @@ def test_each_step_has_fresh_noise() -> None:
         noise_multiplier=1.0,
         sample_rate=0.1,
         steps=steps,
-        sampling=NEVER,
-        generator=np.random.default_rng(0),
+        sampling_generator=NEVER,
+        noise_generator=np.random.default_rng(0),
     )
     values = torch.cat([d.flatten() for d in direction]).double().numpy()
     assert abs(values.std() / np.sqrt(steps) - 1) < 5 / np.sqrt(2 * len(values))
@@ -345,7 +349,7 @@ def test_each_step_has_fresh_noise() -> None:
 def test_empty_batches_are_steps() -> None:
     module = seeded(Toy)
     reports, direction = train(
-        module, cross_entropy(module), points(10), noise_multiplier=1.0, sample_rate=0.05, steps=4, sampling=NEVER
+        module, cross_entropy(module), points(10), noise_multiplier=1.0, sample_rate=0.05, steps=4, sampling_generator=NEVER
     )
     assert reports == [StepReport(step, 4, None) for step in (1, 2, 3, 4)]
     assert all(bool(d.ne(0).all()) for d in direction)
@@ -375,7 +379,7 @@ def test_empty_and_full_batches_take_turns() -> None:
         sample_rate=rate,
         steps=steps,
         slots=1,
-        sampling=np.random.default_rng(sampling),
+        sampling_generator=np.random.default_rng(sampling),
     )
     assert [r.loss is not None for r in reports] == [bool(batch) for batch in batches]
     initial = trained(seeded(Toy))
@@ -410,7 +414,7 @@ def test_the_batches_are_not_those_of_any_seed() -> None:
 def test_injected_generators_repeat_a_run() -> None:
     def run() -> list[Tensor]:
         module = seeded(Toy)
-        generators: dict[str, Any] = {"generator": np.random.default_rng(1), "sampling": np.random.default_rng(2)}
+        generators = {"noise_generator": np.random.default_rng(1), "sampling_generator": np.random.default_rng(2)}
         return train(module, cross_entropy(module), points(8), noise_multiplier=1.0, sample_rate=0.5, **generators)[1]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -529,18 +533,10 @@ def test_leaving_early_leaves_nothing_behind() -> None:
     records = points(20)
 
     def steps() -> Iterator[StepReport]:
-        return private_steps(
-            module,
-            torch.optim.SGD(trained(module), lr=0.01),
-            cross_entropy(module),
-            units=[[row] for row in range(20)],
-            batches=in_batches(records, 3),
-            noise_multiplier=1.0,
-            clip_norm=1.0,
-            sample_rate=0.5,
-            expected_batch=10.0,
-            steps=10,
-        )
+        config = DPSGDConfig(noise_multiplier=1.0, clip_norm=1.0, sample_rate=0.5, expected_batch=10.0, steps=10)
+        optimizer = torch.optim.SGD(trained(module), lr=0.01)
+        units = [[row] for row in range(20)]
+        return DPSGD(config).run(DPSGDSetup(module, optimizer, cross_entropy(module), units, in_batches(records, 3)))
 
     run = cast(Any, steps())
     assert next(run).step == 1
@@ -660,7 +656,7 @@ def test_per_layer_every_tensor_is_clipped_to_its_share() -> None:
         grads = torch.autograd.grad(cross_entropy(module)(stack([record])).sum(), params)
         for total, grad in zip(expected, grads, strict=True):
             total += grad * min(1.0, share / (float(grad.norm()) + 1e-6))
-    _, moved = train(module, cross_entropy(module), records, clip_norm=0.3, clipping="per_layer")
+    _, moved = train(module, cross_entropy(module), records, clip_norm=0.3, clipping_mode="per_layer")
     for found, total in zip(moved, expected, strict=True):
         assert torch.allclose(found, total / 4, rtol=1e-3, atol=1e-6)
 
@@ -670,7 +666,7 @@ def test_per_layer_every_tensor_is_clipped_to_its_share() -> None:
 def test_per_layer_one_record_contributes_at_most_the_clip_norm(scale: float, clip: float, seed: int) -> None:
     module = seeded(Toy, seed)
     record = points(1, scale=scale, seed=seed)
-    _, moved = train(module, cross_entropy(module), record, clip_norm=clip, clipping="per_layer")
+    _, moved = train(module, cross_entropy(module), record, clip_norm=clip, clipping_mode="per_layer")
     norms = [float(m.double().norm()) for m in moved]
     assert max(norms) <= clip / len(norms) ** 0.5 * (1 + 1e-3) + 1e-6
     assert sum(n**2 for n in norms) ** 0.5 <= clip * (1 + 1e-3) + 1e-6
@@ -682,7 +678,7 @@ def test_per_layer_the_noise_is_that_of_the_whole_clip_norm() -> None:
     generator = np.random.default_rng(0)
     _, moved = train(
         module, cross_entropy(module), points(1, scale=0.0),
-        clip_norm=1e-6, noise_multiplier=3e6, clipping="per_layer", generator=generator,
+        clip_norm=1e-6, noise_multiplier=3e6, clipping_mode="per_layer", noise_generator=generator,
     )  # fmt: skip
     values = torch.cat([m.flatten() for m in moved])
     assert float(values.std()) == pytest.approx(3.0, rel=4 / (2 * len(values)) ** 0.5)
@@ -690,6 +686,84 @@ def test_per_layer_the_noise_is_that_of_the_whole_clip_norm() -> None:
 
 def test_per_layer_is_checked_against_single_examples_too() -> None:
     module = seeded(Toy)
-    assert check(module, cross_entropy(module), points(3), 0.5, clipping="per_layer") < 1e-5
+    assert check(module, cross_entropy(module), points(3), 0.5, clipping_mode="per_layer") < 1e-5
     wrong = seeded(Outside)
-    assert check(wrong, cross_entropy(wrong), points(3), 0.5, clipping="per_layer") > 1e-2
+    assert check(wrong, cross_entropy(wrong), points(3), 0.5, clipping_mode="per_layer") > 1e-2
+
+
+# --- guarantee and performance
+
+
+VALID = {"noise_multiplier": 1.0, "clip_norm": 1.0, "sample_rate": 0.5, "expected_batch": 4.0, "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("noise_multiplier", -0.1),
+        ("noise_multiplier", float("nan")),
+        ("clip_norm", 0.0),
+        ("clip_norm", float("inf")),
+        ("sample_rate", 0.0),
+        ("sample_rate", 1.01),
+        ("expected_batch", 0.0),
+        ("steps", -1),
+        ("clipping_mode", "adaptive"),
+    ],
+)
+def test_config_refuses_what_guarantees_nothing(name: str, value: Any) -> None:
+    DPSGDConfig(**VALID)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{name}.*got"):
+        DPSGDConfig(**{**VALID, name: value})
+
+
+def test_config_holds_all_that_a_contribution_depends_on() -> None:
+    """Each of the two types names its knobs once: none of the guarantee is in the setup, where a caller could change it."""
+    guarantee = {"noise_multiplier", "clip_norm", "sample_rate", "expected_batch", "steps", "clipping_mode"}
+    assert {field.name for field in fields(DPSGDConfig)} == guarantee
+    assert not guarantee & {field.name for field in fields(DPSGDSetup)}
+
+
+@pytest.mark.parametrize("entries", [1, 130, 2**26])
+def test_memory_limit_changes_no_bit(entries: int) -> None:
+    """Units of several rows, held one, a few, or all at a time."""
+    units = [[0, 5], [1, 2, 3], [4]]
+    moved = []
+    for held in (entries, 2**26):
+        module = seeded(Toy)
+        loss = cross_entropy(module)
+        optimizer = torch.optim.SGD(trained(module), lr=0.1)
+        noise = np.random.default_rng(1)
+        batches = in_batches(points(6), 2)
+        setup = DPSGDSetup(module, optimizer, loss, units, batches, max_held_entries=held, noise_generator=noise)
+        list(DPSGD(DPSGDConfig(**{**VALID, "sample_rate": 1.0})).run(setup))  # type: ignore[arg-type]
+        moved.append([p.detach().clone() for p in trained(module)])
+    assert all(torch.equal(one, other) for one, other in zip(*moved, strict=True))
+
+
+def test_run_draws_samples_and_noise_in_a_fixed_order() -> None:
+    """Bit for bit the algorithm written out: a uniform number per unit and step, then noise parameter by parameter."""
+    config = DPSGDConfig(noise_multiplier=0.8, clip_norm=0.7, sample_rate=0.5, expected_batch=3.0, steps=3)
+    module = cast(nn.Linear, seeded(lambda: nn.Linear(4, 3)))
+    loss = cross_entropy(module)
+    records = points(6)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    generators = {"noise_generator": np.random.default_rng(1), "sampling_generator": np.random.default_rng(2)}
+    units = [[row] for row in range(6)]
+    list(DPSGD(config).run(DPSGDSetup(module, optimizer, loss, units, in_batches(records, 4), **generators)))
+
+    expected = cast(nn.Linear, seeded(lambda: nn.Linear(4, 3)))
+    sgd = torch.optim.SGD(expected.parameters(), lr=0.1)
+    noise = np.random.default_rng(1)
+    samples = np.random.default_rng(2)
+    for _ in range(config.steps):
+        present = samples.random(6) < config.sample_rate
+        total = ExactSum(list(expected.parameters()), choose_grid(0.7, 0.8, 15), "flat")
+        with per_example(expected, cross_entropy(expected)) as of:
+            for gradients, _ in unit_gradients(of, [[i] for i in range(6) if present[i]], in_batches(records, 4)):
+                total.add(gradients)
+        for p, exact in zip(expected.parameters(), total.totals(), strict=True):
+            p.grad = add_gaussian_noise(exact, 0.7, 0.8, noise).div(3.0).to(p.dtype)
+        sgd.step()
+    assert torch.equal(module.weight, expected.weight)
+    assert torch.equal(module.bias, expected.bias)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cotune.errors import PrivacyError
-from cotune.privacy.mechanisms.noise import add_gaussian_noise, grid_of, grid_step, quantized_clip
+from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid, grid_step, quantized_clip_norm
 from cotune.privacy.mechanisms.random import private_generator
 
 clips = st.sampled_from([1e-3, 0.1, 1.0, 7.3, 100.0])
@@ -30,14 +30,14 @@ def test_the_step_is_a_power_of_two_far_below_the_noise(clip: float, noise: floa
 @given(clip=clips, noise=noises, entries=st.integers(1, 10**7))
 def test_a_clipped_vector_is_within_the_clip_norm_once_quantized(clip: float, noise: float, entries: int) -> None:
     """The worst case: every entry is moved by half a step in its own direction."""
-    grid = grid_of(clip, noise, entries)
-    assert grid.clip_norm + grid.step / 2 * math.sqrt(entries) <= clip
-    assert grid.clip_norm > 0.99 * clip or entries * noise > 1e6
+    grid = choose_grid(clip, noise, entries)
+    assert grid.max_norm + grid.step / 2 * math.sqrt(entries) <= clip
+    assert grid.max_norm > 0.99 * clip or entries * noise > 1e6
 
 
 def test_so_many_parameters_that_rounding_would_take_half_of_the_clip_norm_are_refused() -> None:
     with pytest.raises(PrivacyError):
-        quantized_clip(1.0, 4.0, 10**14)
+        quantized_clip_norm(1.0, 4.0, 10**14)
 
 
 @pytest.mark.parametrize("total", [0.0, 1.0, math.pi, -1e3, 1e-9])

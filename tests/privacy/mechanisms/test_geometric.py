@@ -99,5 +99,5 @@ def test_it_counts_over_runs() -> None:
 
 
 def test_it_is_never_sampled() -> None:
-    assert NUMBER.possible
-    assert not Steps(20.0, 0.5, 1, "geometric").possible
+    assert NUMBER.is_possible
+    assert not Steps(20.0, 0.5, 1, "geometric").is_possible

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.mechanisms.dp_sgd import private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.per_example import Batch
 from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_variance
 from tests.support.batches import in_batches
@@ -88,21 +88,17 @@ def trained(optimizer: LocalOptimizer, module: nn.Module, loss: Any, records: An
     before = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     settings: dict[str, Any] = {"lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay}
     settings |= {"momentum": optimizer.momentum} if optimizer.kind == "sgd" else {}
-    steps = private_steps(
+    config = DPSGDConfig(noise_multiplier=1.5, clip_norm=1.0, sample_rate=0.25, expected_batch=0.25 * len(records), steps=15)
+    setup = DPSGDSetup(
         module,
         KINDS[optimizer.kind](module.parameters(), **settings),
         loss,
         units=[[i] for i in range(len(records))],
         batches=in_batches(records, 1000, collate, fill=False),
-        noise_multiplier=1.5,
-        clip_norm=1.0,
-        sample_rate=0.25,
-        expected_batch=0.25 * len(records),
-        steps=15,
-        generator=np.random.default_rng(seed),
-        sampling=np.random.default_rng(seed + 1000),
+        noise_generator=np.random.default_rng(seed),
+        sampling_generator=np.random.default_rng(seed + 1000),
     )
-    assert len(list(steps)) == 15
+    assert len(list(DPSGD(config).run(setup))) == 15
     after = nn.utils.parameters_to_vector(module.parameters()).detach()
     return after - before
 

@@ -175,7 +175,7 @@ def test_the_server_holds_one_reply_at_a_time_beside_the_sum(new_run: NewRun, mo
         Watching.replies.append(weakref.ref(next(iter(update.update.delta.values()))))
         return weighted(update)
 
-    monkeypatch.setattr("cotune.strategies.fusions.mean.weighted", watched)
+    monkeypatch.setattr("cotune.strategies.fusions.averaging.mean.weighted", watched)
     names = [f"org-{i}" for i in range(8)]
     folder = new_run(*names, rounds=2)
     play(folder, {name: adding(1.0) for name in names}, Watching)

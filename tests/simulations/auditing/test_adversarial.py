@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit
+from tests.support.engines import engine, take_steps
 from tests.support.simulations import NewPlan
 
 torch.set_num_threads(1)
 
 
-def coupled(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+def coupled(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
     """Every row's loss depends on its neighbors a little, as features in a shared padding did."""
-    module, optimizer, loss = arguments
 
     def with_neighbors(batch: Any) -> torch.Tensor:
-        losses: torch.Tensor = loss(batch)
+        losses = setup.loss(batch)
         return losses * (1 + 1e-3 * losses.detach().mean())
 
-    return private_steps(module, optimizer, with_neighbors, **settings)
+    return take_steps(config, replace(setup, loss=with_neighbors))
 
 
-def twice(*arguments: Any, clip_norm: float, **settings: Any) -> Iterator[StepReport]:
-    return private_steps(
-        *arguments, clip_norm=2 * clip_norm, **{**settings, "noise_multiplier": settings["noise_multiplier"] / 2}
-    )
+def twice(config: DPSGDConfig) -> DPSGD:
+    return DPSGD(replace(config, clip_norm=2 * config.clip_norm, noise_multiplier=config.noise_multiplier / 2))
 
 
-def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mode: str, claim: float = 2.0) -> AuditResult:
-    monkeypatch.setattr(audited_training, "private_steps", engine)
+def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, subject: Any, mode: str, claim: float = 2.0) -> AuditResult:
+    monkeypatch.setattr(audited_training, "DPSGD", subject)
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.9, "steps": 1}
     lora = {"lora": {"rank": 2}} if mode == "lora" else {}
     plan = toy_plan(
@@ -45,7 +44,7 @@ def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, engine: Any, mod
 
 @pytest.mark.parametrize("mode", ["head", "lora", "full"])
 def test_no_state_lets_a_record_do_more(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    result = audited(toy_plan, monkeypatch, private_steps, mode)
+    result = audited(toy_plan, monkeypatch, DPSGD, mode)
     assert result.faults == ()
     names = {probe.state for probe in result.states}
     assert {"as it begins", "a huge head"} <= names
@@ -56,14 +55,14 @@ def test_no_state_lets_a_record_do_more(toy_plan: NewPlan, monkeypatch: pytest.M
 
 def test_much_noise_is_not_taken_for_influence(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """With σ = 69, float32 rounded the noised sums that were compared: 3e-5 C "through others", and an honest engine was accused."""
-    result = audited(toy_plan, monkeypatch, private_steps, "head", claim=0.05)
+    result = audited(toy_plan, monkeypatch, DPSGD, "head", claim=0.05)
     assert result.noise_multiplier > 50
     assert result.faults == ()
     assert all(probe.influence == 0 for probe in result.states)
 
 
 def test_records_that_reach_each_other_are_seen(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = audited(toy_plan, monkeypatch, coupled, "head")
+    result = audited(toy_plan, monkeypatch, engine(coupled), "head")
     assert max(probe.influence for probe in result.states) > 1e-5
     assert result.broken
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 from cotune.client.site import Site
 from cotune.errors import DataError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import audit
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import simulate
+from tests.support.engines import engine, take_steps
 from tests.support.simulations import NewPlan
 
 SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}
@@ -25,19 +27,19 @@ CERTAIN = 1 - 1e-7
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The settings with which `private_steps` is called by an audit."""
-    found: list[dict[str, Any]] = []
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[DPSGDConfig, DPSGDSetup]]:
+    """What an audit gives to `DPSGD`."""
+    found: list[tuple[DPSGDConfig, DPSGDSetup]] = []
 
-    def watched(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
-        found.append(settings)
-        return private_steps(*arguments, **settings)
+    def watched(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        found.append((config, setup))
+        return take_steps(config, setup)
 
-    monkeypatch.setattr(audited_training, "private_steps", watched)
+    monkeypatch.setattr(audited_training, "DPSGD", engine(watched))
     return found
 
 
-def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[dict[str, Any]]) -> None:
+def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[tuple[DPSGDConfig, DPSGDSetup]]) -> None:
     plan = toy_plan(**SMALL)
     result = audit(plan, organization="org-2", canaries=64, device="cpu")
     seen = forecast(plan, "cpu").organizations[1]
@@ -45,13 +47,13 @@ def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[dict[
     assert (result.examples, result.steps, result.noise_multiplier) == (seen.examples, seen.steps, seen.noise_multiplier)
     assert (result.epsilon, result.delta) == (pytest.approx(seen.epsilon_planned), seen.delta)
     assert (result.rounds, result.rounds_planned) == (2, 2)
-    trained = [settings for settings in called if settings["steps"] == 5]  # others look at noise and adversarial states
-    for settings in trained:
-        assert settings["sample_rate"] == 0.5
-        assert settings["noise_multiplier"] == seen.noise_multiplier
-        assert settings["clip_norm"] == 1.0
-        assert "generator" not in settings
-        assert "sampling" not in settings
+    trained = [(config, setup) for config, setup in called if config.steps == 5]  # others look at noise and adversarial states
+    for config, setup in trained:
+        assert config.sample_rate == 0.5
+        assert config.noise_multiplier == seen.noise_multiplier
+        assert config.clip_norm == 1.0
+        assert setup.noise_generator is None
+        assert setup.sampling_generator is None
     assert len(trained) == 2
     assert [(a.name, a.targets) for a in result.attacks] == [("canaries", 64), ("records", 64), ("canaries, every step", 64)]
     assert all(0 <= a.auc <= 1 and math.isfinite(a.at_least) and a.at_least <= a.power for a in result.attacks)
@@ -108,10 +110,10 @@ def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
 
 def test_without_noise_nearly_every_canary_is_seen(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    def without_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
-        return private_steps(*arguments, **{**settings, "noise_multiplier": 0.0})
+    def without_noise(config: DPSGDConfig) -> DPSGD:
+        return DPSGD(replace(config, noise_multiplier=0.0))
 
-    monkeypatch.setattr(audited_training, "private_steps", without_noise)
+    monkeypatch.setattr(audited_training, "DPSGD", without_noise)
     plan = toy_plan(**{**SMALL, "privacy": {"epsilon": 1}})
     result = audit(plan, canaries=2000, rounds=1, confidence=CERTAIN, device="cpu")
     canaries, records, _ = result.attacks

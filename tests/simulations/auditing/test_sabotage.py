@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,45 +34,46 @@ from cotune.client.training import round as training
 from cotune.client.training.round import train_round
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit
 from cotune.simulations.prepare import make_run, prepare
 from tests.support.batches import in_batches, stack
+from tests.support.engines import Steps, engine, take_steps
 from tests.support.simulations import NewPlan
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-Steps = Callable[..., Iterator[StepReport]]  # the signature of `private_steps`
 RARE = 1e-9
 
 
 # --- sabotages
 
 
-def unclipped(*arguments: Any, noise_multiplier: float, clip_norm: float, **settings: Any) -> Iterator[StepReport]:
+def unclipped(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
     """(1) The noise is that of the clip norm; the bound is a million times larger."""
-    return private_steps(*arguments, noise_multiplier=noise_multiplier / 1e6, clip_norm=clip_norm * 1e6, **settings)
+    larger = replace(config, noise_multiplier=config.noise_multiplier / 1e6, clip_norm=config.clip_norm * 1e6)
+    return take_steps(larger, setup)
 
 
-def quarter_of_the_noise(*arguments: Any, noise_multiplier: float, **settings: Any) -> Iterator[StepReport]:
+def quarter_of_the_noise(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
     """(2)"""
-    return private_steps(*arguments, noise_multiplier=noise_multiplier / 4, **settings)
+    return take_steps(replace(config, noise_multiplier=config.noise_multiplier / 4), setup)
 
 
 SEED = 7  # of the plan
 
 
-def predictable_noise(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+def predictable_noise(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
     """(3) From the plan's seed, by the generator that everything reproducible comes from."""
-    return private_steps(*arguments, **{**settings, "generator": seeded_generator(SEED, "noise")})
+    return take_steps(config, replace(setup, noise_generator=seeded_generator(SEED, "noise")))
 
 
-def nearly_all_of_the_noise(*arguments: Any, noise_multiplier: float, **settings: Any) -> Iterator[StepReport]:
+def nearly_all_of_the_noise(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
     """(6)"""
-    return private_steps(*arguments, noise_multiplier=noise_multiplier * 0.99, **settings)
+    return take_steps(replace(config, noise_multiplier=config.noise_multiplier * 0.99), setup)
 
 
 class _Shuffled(PoissonSampler):
@@ -87,10 +89,10 @@ class _Shuffled(PoissonSampler):
             left = left[size:]
 
 
-def shuffled(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+def shuffled(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
     """(4)"""
     with patch("cotune.privacy.mechanisms.dp_sgd.PoissonSampler", _Shuffled):
-        yield from private_steps(*arguments, **settings)
+        yield from take_steps(config, setup)
 
 
 def fresh_accountant(site: Site) -> None:
@@ -115,7 +117,8 @@ def release(step: Steps, records: list[Batch], module: nn.Linear, **settings: An
     def loss(batch: Batch) -> Tensor:
         return functional.cross_entropy(module(batch["x"]), batch["y"], reduction="none")
 
-    for _ in step(module.train(), optimizer, loss, units=units, batches=batches, expected_batch=batch, **chosen):
+    setup = DPSGDSetup(module.train(), optimizer, loss, units, batches)
+    for _ in step(DPSGDConfig(expected_batch=batch, **chosen), setup):
         pass
     return -torch.cat([p.detach().flatten() for p in module.parameters()])
 
@@ -166,7 +169,7 @@ def attacked(released: Tensor) -> Tensor:
 
 
 def exact_sum() -> Tensor:
-    return release(private_steps, [record()], nn.Linear(8, 300), noise_multiplier=0.0)
+    return release(take_steps, [record()], nn.Linear(8, 300), noise_multiplier=0.0)
 
 
 def check_sampling(steps: Steps) -> None:
@@ -197,9 +200,9 @@ def presence(steps: Steps, examples: int, rate: float, count: int) -> np.ndarray
         found[at, [int(row["number"]) for row in rows]] = True
         return stack(rows)
 
-    def watched(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
+    def watched(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
         nonlocal at
-        for report in steps(*arguments, **settings):
+        for report in steps(config, setup):
             yield report
             at += 1
 
@@ -221,12 +224,12 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
     state = model.state(model.names("head"))
     ran: list[tuple[float, float]] = []
 
-    def watched(*arguments: Any, **settings: Any) -> Iterator[StepReport]:
-        for report in private_steps(*arguments, **settings):
-            ran.append((settings["noise_multiplier"], settings["sample_rate"]))
+    def watched(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
+        for report in take_steps(config, setup):
+            ran.append((config.noise_multiplier, config.sample_rate))
             yield report
 
-    with patch.object(training, "private_steps", watched):
+    with patch.object(training, "DPSGD", engine(watched)):
         for round in range(1, resolved.rounds + 1):
             update = train_round(resolved, site, round, state)
             state = {name: tensor + update.delta[name] for name, tensor in state.items()}
@@ -246,19 +249,19 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
 
 
 def test_clipping() -> None:
-    check_contribution(private_steps)
+    check_contribution(take_steps)
     with pytest.raises(AssertionError, match="a record contributed"):
         check_contribution(unclipped)
 
 
 def test_noise() -> None:
-    check_noise(private_steps)
+    check_noise(take_steps)
     with pytest.raises(AssertionError, match="standard deviation is 0.2[45]. times"):
         check_noise(quarter_of_the_noise)
 
 
 def test_noise_cannot_be_drawn_again() -> None:
-    check_unpredictable(private_steps)
+    check_unpredictable(take_steps)
     with pytest.raises(AssertionError, match="100% of the noise was the same"):
         check_unpredictable(predictable_noise)
     taken_away = attacked(release(predictable_noise, [record()], nn.Linear(8, 300)))
@@ -266,7 +269,7 @@ def test_noise_cannot_be_drawn_again() -> None:
 
 
 def test_sampling() -> None:
-    check_sampling(private_steps)
+    check_sampling(take_steps)
     with pytest.raises(AssertionError, match="batches of one size: 200 of 200"):
         check_sampling(shuffled)
 
@@ -279,13 +282,13 @@ def test_accounting(toy_plan: NewPlan, tmp_path: Path) -> None:
 
 
 def audited(steps: Steps, plan: Plan) -> AuditResult:
-    with patch.object(audited_training, "private_steps", steps):
+    with patch.object(audited_training, "DPSGD", engine(steps)):
         return audit(plan, canaries=10_000, confidence=1 - 1e-7, device="cpu")
 
 
 @pytest.mark.parametrize(
     ("steps", "broken"),
-    [(private_steps, False), (unclipped, True), (quarter_of_the_noise, True)],
+    [(take_steps, False), (unclipped, True), (quarter_of_the_noise, True)],
     ids=["honest", "unclipped", "quarter of the noise"],
 )
 def test_the_audit(toy_plan: NewPlan, steps: Steps, broken: bool) -> None:
@@ -308,7 +311,7 @@ def test_the_audit(toy_plan: NewPlan, steps: Steps, broken: bool) -> None:
 def test_the_audit_of_the_drawn_noise(toy_plan: NewPlan, steps: Steps, fault: str) -> None:
     """Half a million draws: a deviation of 1 % lies ten standard errors away, six are refused."""
     plan = toy_plan(privacy={"epsilon": 2, "delta": 1e-5}, rounds=1, local={"steps": 1, "momentum": 0.0, "batch_size": 0.98})
-    with patch.object(audited_training, "private_steps", steps):
+    with patch.object(audited_training, "DPSGD", engine(steps)):
         result = audit(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
     assert result.broken
     assert any(fault in found for found in result.faults)

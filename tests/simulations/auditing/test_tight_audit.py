@@ -6,7 +6,7 @@ Margins are at least seven standard errors of the share of right guesses, beyond
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.mechanisms.dp_sgd import StepReport, private_steps
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit, tightened
 from cotune.simulations.prepare import prepare
@@ -26,17 +26,17 @@ CLAIM = {"epsilon": 4, "delta": 1e-5}
 LOCAL = {"learning_rate": 1.0, "momentum": 0.5, "batch_size": 0.25, "steps": 7}  # none of which the tight audit keeps
 
 
-def seven_tenths_of_the_noise(*arguments: Any, noise_multiplier: float, **settings: Any) -> Iterator[StepReport]:
-    return private_steps(*arguments, noise_multiplier=noise_multiplier * 0.7, **settings)
+def seven_tenths_of_the_noise(config: DPSGDConfig) -> DPSGD:
+    return DPSGD(replace(config, noise_multiplier=config.noise_multiplier * 0.7))
 
 
-def larger_contributions(*arguments: Any, noise_multiplier: float, clip_norm: float, **settings: Any) -> Iterator[StepReport]:
+def larger_contributions(config: DPSGDConfig) -> DPSGD:
     """A unit moves the sum by 1.43 C; the noise is as claimed."""
-    return private_steps(*arguments, noise_multiplier=noise_multiplier * 0.7, clip_norm=clip_norm / 0.7, **settings)
+    return DPSGD(replace(config, noise_multiplier=config.noise_multiplier * 0.7, clip_norm=config.clip_norm / 0.7))
 
 
 def audited(plan: Plan, engine: Any, monkeypatch: pytest.MonkeyPatch) -> AuditResult:
-    monkeypatch.setattr(audited_training, "private_steps", engine)
+    monkeypatch.setattr(audited_training, "DPSGD", engine)
     return audit(plan, canaries=10_000, tight=True, confidence=1 - 1e-7, device="cpu")
 
 
@@ -48,7 +48,7 @@ def seen(result: AuditResult) -> float:
 
 def test_at_least_sixty_percent_of_the_claim_are_shown(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, 3.12 of 8 was the most that an audit of a real training had shown."""
-    result = audited(toy_plan(privacy=CLAIM, local=LOCAL), private_steps, monkeypatch)
+    result = audited(toy_plan(privacy=CLAIM, local=LOCAL), DPSGD, monkeypatch)
     assert (result.tight, result.rounds, result.steps, result.broken) == (True, 1, 1, False)
     assert result.epsilon == pytest.approx(epsilon([Steps(result.noise_multiplier, 1.0, 1)], 1e-5)) == pytest.approx(4, rel=1e-2)
     assert 0.6 * result.epsilon < seen(result) <= result.epsilon

@@ -9,7 +9,7 @@ from cotune.client.policy_check import check_consent, find_violations
 from cotune.client.site import Site
 from cotune.errors import Declined, PlanError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import two_digits
+from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.policy import BudgetRules, Policy
 from cotune.simulations.forecast.expected import parse_examples
 from cotune.simulations.forecast.forecast import forecast, forecast_for
@@ -65,7 +65,7 @@ def test_noise_and_epsilon_are_those_of_the_run(toy_plan: NewPlan, tmp_path: Pat
     seen = forecast(plan, "cpu")
     result = simulate(plan, tmp_path / "run", device="cpu")
     for o in seen.organizations:
-        declared = two_digits(o.examples)
+        declared = round_to_two_digits(o.examples)
         charged = Site(result.folder / "sites" / o.name).ledger().spent()
         assert {(c.noise_multiplier, c.sample_rate) for c in charged} == {(o.noise_multiplier, 40 / declared)}
         assert sum(c.count for c in charged) == o.steps == 15

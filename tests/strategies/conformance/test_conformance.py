@@ -23,41 +23,41 @@ from cotune.strategies import (
     WeightedUpdate,
     client_term,
     fusion,
-    mean_of,
     server_optimizer,
     weighted,
+    weighted_mean,
     weighting,
 )
-from cotune.strategies.conformance import check_part
+from cotune.strategies.conformance import check_component
 from cotune.strategies.conformance.checks import Finding
 from cotune.strategies.conformance.samples import complete
-from cotune.strategies.flower import flower_strategy
-from cotune.strategies.registry import FOLDERS, ComponentInfo, builtin
+from cotune.strategies.flower import load_flower_strategy
+from cotune.strategies.registry import FOLDERS, ComponentInfo, get_builtin_components
 from cotune.strategies.types import LocalSteps, Update
 
-EVERY = [info for kind in FOLDERS for info in builtin(kind).values()]
+EVERY = [info for kind in FOLDERS for info in get_builtin_components(kind).values()]
 PER_CLIENT = Needs(visibility=Visibility.PER_CLIENT)
 
 
 def failed(build: Any, **parameters: Any) -> dict[str, str]:
     """The checks that a part does not pass, with the reason."""
-    return {f.name: f.detail for f in check_part(build.part, parameters) if not f.passed}
+    return {f.name: f.detail for f in check_component(build.component, parameters) if not f.passed}
 
 
 @pytest.mark.parametrize("info", EVERY, ids=lambda info: f"{info.kind}-{info.name}")
 def test_every_part_conforms(info: ComponentInfo) -> None:
-    found = check_part(info)
+    found = check_component(info)
     assert len(found) >= 5
     assert [f for f in found if not f.passed] == []
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "Krum", "MultiKrum"])
 def test_strategies_of_flower_conform(name: str) -> None:
-    assert [f for f in check_part(flower_strategy(f"flwr.serverapp.strategy:{name}")) if not f.passed] == []
+    assert [f for f in check_component(load_flower_strategy(f"flwr.serverapp.strategy:{name}")) if not f.passed] == []
 
 
 def test_a_finding_has_a_reason_if_and_only_if_it_did_not_pass() -> None:
-    assert all(f == Finding(f.name, True, "") for f in check_part(builtin("fusion")["mean"]))
+    assert all(f == Finding(f.name, True, "") for f in check_component(get_builtin_components("fusion")["mean"]))
     assert all(reason for reason in failed(silent_repair).values())
 
 
@@ -102,20 +102,20 @@ def peeping() -> Sums:
         return weighted(update)
 
     sums = yield contribution
-    return {name: d + 0.01 * seen[0][name] if seen else d for name, d in mean_of(sums).items()}
+    return {name: d + 0.01 * seen[0][name] if seen else d for name, d in weighted_mean(sums).items()}
 
 
 @_broken(needs=Needs())
 def one_key_each() -> Sums:
     sums = yield lambda u: {**weighted(u), f"of {u.update.organization}": u.delta["head.bias"]}
-    return mean_of({n: s for n, s in sums.items() if not n.startswith("of ")})
+    return weighted_mean({n: s for n, s in sums.items() if not n.startswith("of ")})
 
 
 @_broken(needs=Needs())
 def two_passes() -> Sums:
     yield weighted
     sums = yield weighted
-    return mean_of(sums)
+    return weighted_mean(sums)
 
 
 @_broken()
@@ -123,7 +123,7 @@ def last_wins(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d + 0.1 * updates[-1].delta[n] for n, d in _mean(updates).items()}
 
 
-@_broken(scales=False, keeps=False)
+@_broken(homogeneous=False, idempotent=False)
 def unseeded(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: d + torch.rand(d.shape, dtype=d.dtype) for n, d in _mean(updates).items()}
 
@@ -171,7 +171,7 @@ def same_keys(updates: Sequence[WeightedUpdate]) -> Delta:
     return _mean(updates)
 
 
-@_broken(keeps=False)
+@_broken(idempotent=False)
 def needs_two(updates: Sequence[WeightedUpdate]) -> Delta:
     spread = torch.stack([u.delta["head.bias"] for u in updates]).std(0)
     return {n: d + (spread if n == "head.bias" else 0) for n, d in _mean(updates).items()}
@@ -184,7 +184,7 @@ def one_rank(updates: Sequence[WeightedUpdate]) -> Delta:
     return {n: sum((u.scalar / total * u.update.delta[n].double() for u in updates), torch.zeros(())) for n in names}
 
 
-@_broken(needs=Needs(visibility=Visibility.PER_CLIENT, sends=("fisher",)), keeps=False)
+@_broken(needs=Needs(visibility=Visibility.PER_CLIENT, sends=("fisher",)), idempotent=False)
 def silent_repair(updates: Sequence[WeightedUpdate]) -> Delta:
     weights = [{n: u.update.statistics[f"fisher/{n}"].double().nan_to_num(1.0) for n in u.delta} for u in updates]
     pairs = list(zip(updates, weights, strict=True))
@@ -196,7 +196,7 @@ def silent_repair(updates: Sequence[WeightedUpdate]) -> Delta:
 _rounds: list[int] = []
 
 
-@_broken(scales=False, keeps=False)
+@_broken(homogeneous=False, idempotent=False)
 def outside_memory(updates: Sequence[WeightedUpdate], context: RoundContext) -> Delta:
     _rounds.append(context.round)
     return {n: d * len(_rounds) for n, d in _mean(updates).items()}
@@ -230,8 +230,8 @@ def typed_memory(updates: Sequence[WeightedUpdate], context: RoundContext) -> Ag
         (last_wins, "does not depend on the order", "depends on the order"),
         (unseeded, "gives the same again", "bit for bit"),
         (in_place, "leaves its inputs alone", "changes an update"),
-        (clipped, "scales", "expected scales=False"),
-        (doubled, "keeps what all agree on", "expected keeps=False"),
+        (clipped, "scales", "expected homogeneous=False"),
+        (doubled, "keeps what all agree on", "expected idempotent=False"),
         (in_single, "keeps what all agree on", "float32"),
         (unweighted, "gives weight 0 no say", "an update of weight 0 changes the result"),
         (weighted_after_all, "uses no weights", "weights change the result"),
@@ -244,7 +244,7 @@ def typed_memory(updates: Sequence[WeightedUpdate], context: RoundContext) -> Ag
         (remembers_a_number, "remembers through a checkpoint", "AttributeError"),
         (typed_memory, "remembers through a checkpoint", "does not survive"),
     ],
-    ids=lambda value: value.part.build.__name__ if hasattr(value, "part") else "",
+    ids=lambda value: value.component.build.__name__ if hasattr(value, "component") else "",
 )
 @pytest.mark.filterwarnings("ignore:std\\(\\)")
 def test_a_broken_fusion_is_found(part: Any, check: str, words: str) -> None:
@@ -253,7 +253,9 @@ def test_a_broken_fusion_is_found(part: Any, check: str, words: str) -> None:
 
 
 def test_a_rule_that_says_all_that_is_true_of_it_passes() -> None:
-    @_broken(needs=Needs(weights=False, visibility=Visibility.PER_CLIENT), least=lambda: 3, scales=False, keeps=False)
+    @_broken(
+        needs=Needs(weights=False, visibility=Visibility.PER_CLIENT), min_updates=lambda: 3, homogeneous=False, idempotent=False
+    )
     def middle(updates: Sequence[WeightedUpdate]) -> Delta:
         """The median plus a constant, of organizations that all send the same."""
         names = set.intersection(*(set(u.delta) for u in updates))
@@ -339,7 +341,7 @@ def repaired(update: Update) -> float:
         (compared_with_the_rest, "gives a single update a say", "the only update"),
         (repaired, "refuses what is not a number", "expected it to be refused"),
     ],
-    ids=lambda value: value.part.build.__name__ if hasattr(value, "part") else "",
+    ids=lambda value: value.component.build.__name__ if hasattr(value, "component") else "",
 )
 def test_a_broken_weighting_is_found(part: Any, check: str, words: str) -> None:
     [reason] = [reason for name, reason in failed(part).items() if name.startswith(check)]
@@ -492,11 +494,11 @@ def test_required_parameters_get_values_that_they_allow() -> None:
         assert (malicious, per, given) == (1, "model", 0.5)
         return _mean(updates)
 
-    assert complete(needy.part) == {"norm": 1.0, "fraction": pytest.approx(0.3), "malicious": 1, "per": "model"}
+    assert complete(needy.component) == {"norm": 1.0, "fraction": pytest.approx(0.3), "malicious": 1, "per": "model"}
     assert "scales with the deltas" not in failed(needy)
     assert "AssertionError" in failed(needy, per="parameter")["scales with the deltas"]
     with pytest.raises(ValueError, match='has no parameter "nrom"'):
-        check_part(needy.part, {"nrom": 1.0})
+        check_component(needy.component, {"nrom": 1.0})
 
 
 @dataclass

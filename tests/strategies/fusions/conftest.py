@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cotune.strategies.aggregator import Aggregator
-from cotune.strategies.registry import builtin, undecorated
+from cotune.strategies.registry import get_builtin_components, infer_component
 from cotune.strategies.types import Aggregate, RoundContext, Update
 
 Fuse = Callable[..., Any]
@@ -41,8 +41,8 @@ def _play(
 ) -> Aggregate:
     updates = [replace(u, **change) for u, change in zip(_updates(deltas), changes or [{}] * len(deltas), strict=True)]
     given = dict(zip([u.organization for u in updates], weights or [1.0] * len(updates), strict=True))
-    weighting = undecorated("weighting", "given", lambda update: given[update.organization])
-    info = builtin("fusion")[fusion]
+    weighting = infer_component("weighting", "given", lambda update: given[update.organization])
+    info = get_builtin_components("fusion")[fusion]
     combination = Aggregator((weighting, {}), (info, info.check(parameters)), context)
     for update in updates:
         combination.add(update)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.strategies.fusions.fednova import effective_steps
+from cotune.strategies.fusions.averaging.fednova import effective_steps
 from cotune.strategies.types import LocalSteps, RoundContext
 
 CONTEXT = RoundContext(local=LocalSteps(steps=20))

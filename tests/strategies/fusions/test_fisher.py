@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.strategies.aggregator import build_aggregator
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.types import Aggregate, RoundContext, Update
 
@@ -52,5 +52,5 @@ def test_the_result_is_between_the_deltas(values: list[tuple[float, float]], flo
 @pytest.mark.parametrize("name", ["fisher", "regmean"])
 def test_statistics_cannot_be_had_under_record_privacy(name: str) -> None:
     strategy: Any = StrategyConfig.model_validate({"fusion": name})
-    assert "statistics of the records" in str(first_problem(strategy, Facts(record_privacy=True)))
-    assert first_problem(strategy, Facts(sums_only=True)) is None
+    assert "statistics of the records" in str(find_problem(strategy, PlanFacts(record_privacy=True)))
+    assert find_problem(strategy, PlanFacts(sums_only=True)) is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.types import Delta, RoundContext
 
@@ -60,5 +60,5 @@ def test_it_never_scores_worse_than_the_best_update(play: Any, rng: np.random.Ge
 
 def test_without_records_of_the_server_it_is_refused() -> None:
     strategy = StrategyConfig.model_validate({"fusion": "greedy_soup"})
-    assert "expected validation_fraction above 0" in str(first_problem(strategy, Facts()))
-    assert first_problem(strategy, Facts(server_data=True)) is None
+    assert "expected validation_fraction above 0" in str(find_problem(strategy, PlanFacts()))
+    assert find_problem(strategy, PlanFacts(server_data=True)) is None

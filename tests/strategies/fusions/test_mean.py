@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from cotune.errors import RunError
 from cotune.strategies import Delta, RoundContext, Update
 from cotune.strategies.aggregator import Aggregator
-from cotune.strategies.registry import builtin, undecorated
+from cotune.strategies.registry import get_builtin_components, infer_component
 
 SHAPES = {"a": (3,), "b": (2, 2), "c": ()}
 
 
 def running() -> Aggregator:
     """The mean, with weights that the updates bring along."""
-    weighting = undecorated("weighting", "as told", lambda update: update.told["weight"])
-    return Aggregator((weighting, {}), (builtin("fusion")["mean"], {}), RoundContext())
+    weighting = infer_component("weighting", "as told", lambda update: update.told["weight"])
+    return Aggregator((weighting, {}), (get_builtin_components("fusion")["mean"], {}), RoundContext())
 
 
 def update(delta: Delta, weight: float) -> Update:

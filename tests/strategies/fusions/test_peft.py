@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from cotune.models.lora import get_adapters
 from cotune.strategies.aggregator import Aggregator
-from cotune.strategies.registry import builtin
+from cotune.strategies.registry import get_builtin_components
 from cotune.strategies.types import RoundContext, Update
 
 RANKS = (2, 4, 3)
@@ -46,8 +46,8 @@ def next_state(model: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Tens
     adapters = get_adapters(model.base_model.model)
     state = {n: own[n] for adapter in adapters for n in (adapter.a, adapter.b, adapter.weight)}
     driver = Aggregator(
-        (builtin("weighting")["examples"], {"cap": 0}),
-        (builtin("fusion")[name], builtin("fusion")[name].check({})),
+        (get_builtin_components("weighting")["examples"], {"cap": 0}),
+        (get_builtin_components("fusion")[name], get_builtin_components("fusion")[name].check({})),
         RoundContext(state=state, adapters=adapters),
     )
     for i, (rank, count) in enumerate(zip(RANKS, COUNTS, strict=True)):

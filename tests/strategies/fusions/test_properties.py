@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import RECIPES, StrategyConfig, expand
-from cotune.strategies.registry import ComponentInfo, Visibility, builtin
+from cotune.strategies.registry import ComponentInfo, Visibility, get_builtin_components
 from cotune.strategies.types import LocalSteps, RoundContext
 
 COUNT = 11  # enough for every rule's defaults
-NAMES = [name for name, info in builtin("fusion").items() if not info.needs.adapters and set(info.needs.sends) <= {"loss"}]
+NAMES = [
+    name
+    for name, info in get_builtin_components("fusion").items()
+    if not info.needs.adapters and set(info.needs.sends) <= {"loss"}
+]
 
 
 def judge(delta: Any) -> float:
@@ -39,7 +43,7 @@ def weights_of(info: ComponentInfo, rng: np.random.Generator) -> list[float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_updates_does_not_count(fuse: Any, rng: np.random.Generator, name: str) -> None:
     deltas = deltas_of(rng)
-    weights = weights_of(builtin("fusion")[name], rng)
+    weights = weights_of(get_builtin_components("fusion")[name], rng)
     order = rng.permutation(COUNT)
     found = fuse(name, deltas, weights, context=CONTEXT, changes=changes())
     moved = [[these[k] for k in order] for these in (deltas, weights, changes())]
@@ -48,11 +52,11 @@ def test_the_order_of_updates_does_not_count(fuse: Any, rng: np.random.Generator
         assert again[key] == pytest.approx(found[key], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if builtin("fusion")[name].scales])
+@pytest.mark.parametrize("name", [name for name in NAMES if get_builtin_components("fusion")[name].homogeneous])
 @pytest.mark.parametrize("factor", [1e-3, 7.0])
 def test_who_says_so_scales(fuse: Any, rng: np.random.Generator, name: str, factor: float) -> None:
     deltas = deltas_of(rng)
-    weights = weights_of(builtin("fusion")[name], rng)
+    weights = weights_of(get_builtin_components("fusion")[name], rng)
     found = fuse(name, deltas, weights, context=CONTEXT, changes=changes())
     larger = [{key: factor * values for key, values in delta.items()} for delta in deltas]
     scaled = fuse(name, larger, weights, context=CONTEXT, changes=changes())
@@ -60,10 +64,10 @@ def test_who_says_so_scales(fuse: Any, rng: np.random.Generator, name: str, fact
         assert scaled[key] == pytest.approx(factor * found[key], rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if builtin("fusion")[name].keeps])
+@pytest.mark.parametrize("name", [name for name in NAMES if get_builtin_components("fusion")[name].idempotent])
 def test_who_says_so_keeps_what_all_agree_on(fuse: Any, rng: np.random.Generator, name: str) -> None:
     one = deltas_of(rng, 1)[0]
-    found = fuse(name, [one] * COUNT, weights_of(builtin("fusion")[name], rng), context=CONTEXT, changes=changes())
+    found = fuse(name, [one] * COUNT, weights_of(get_builtin_components("fusion")[name], rng), context=CONTEXT, changes=changes())
     for key in "ab":
         assert found[key] == pytest.approx(one[key], rel=1e-9)
 
@@ -74,7 +78,7 @@ def test_only_who_uses_weights_depends_on_them(fuse: Any, rng: np.random.Generat
     weights = list(rng.uniform(1, 9, size=COUNT))
     plain, weighed = (fuse(name, deltas, w, context=CONTEXT, changes=changes()) for w in (None, weights))
     same = all(np.allclose(plain[key], weighed[key], rtol=1e-9) for key in "ab")
-    assert same != builtin("fusion")[name].needs.weights
+    assert same != get_builtin_components("fusion")[name].needs.weights
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "multi_krum", "bulyan", "geometric_median", "mean"])
@@ -108,7 +112,7 @@ def test_float32_updates_are_fused_in_float64(play: Any, rng: np.random.Generato
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rule_says_where_it_comes_from(name: str) -> None:
-    info = builtin("fusion")[name]
+    info = get_builtin_components("fusion")[name]
     assert "https://" in info.cite
     assert info.summary.endswith((".", ":"))
 
@@ -116,11 +120,13 @@ def test_every_rule_says_where_it_comes_from(name: str) -> None:
 @pytest.mark.parametrize("recipe", [r for r, parts in RECIPES.items() if parts.get("fusion", "mean") in NAMES])
 def test_every_recipe_of_theirs_is_a_strategy_that_a_run_can_have(recipe: str) -> None:
     strategy = StrategyConfig.model_validate(expand({"strategy": recipe, "train": "lora"})["strategy"])
-    facts = Facts(organizations=COUNT, server_data=True)
-    assert first_problem(strategy, facts) is None
+    facts = PlanFacts(organizations=COUNT, server_data=True)
+    assert find_problem(strategy, facts) is None
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if builtin("fusion")[name].needs.visibility != Visibility.SUM])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if get_builtin_components("fusion")[name].needs.visibility != Visibility.SUM]
+)
 def test_what_needs_more_than_a_sum_is_refused_where_the_server_may_see_one(name: str) -> None:
     strategy = StrategyConfig.model_validate({"fusion": name})
-    assert "server.visibility allows one sum" in str(first_problem(strategy, Facts(sums_only=True, server_data=True)))
+    assert "server.visibility allows one sum" in str(find_problem(strategy, PlanFacts(sums_only=True, server_data=True)))

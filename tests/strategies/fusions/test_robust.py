@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from cotune.strategies.fusions.robust import bounded_shares, longest_of
+from cotune.strategies.fusions.robust.robust import bounded_shares, compute_max_norm
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=8)
 
@@ -54,9 +54,9 @@ def test_an_update_of_weight_zero_counts_for_nothing(fuse: Any) -> None:
 
 
 def test_the_longest_of_one_or_two_is_without_end_and_of_four_the_lower_median() -> None:
-    assert longest_of([1.0, 9.0], 3.0) == float("inf")
-    assert longest_of([1.0, 9.0, 2.0], 3.0) == 6.0
-    assert longest_of([1.0, 9.0, 2.0, 4.0], 3.0) == 6.0
+    assert compute_max_norm([1.0, 9.0], 3.0) == float("inf")
+    assert compute_max_norm([1.0, 9.0, 2.0], 3.0) == 6.0
+    assert compute_max_norm([1.0, 9.0, 2.0, 4.0], 3.0) == 6.0
 
 
 def test_of_three_it_is_the_mean_of_bounded_updates(fuse: Any) -> None:

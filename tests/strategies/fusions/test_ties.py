@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from cotune.strategies.fusions.ties import trimmed
+from cotune.strategies.fusions.merging.merging_ops import trim_to_density
 
 
 def test_by_hand(fuse: Any) -> None:
@@ -43,9 +43,9 @@ def test_the_largest_are_taken_of_the_whole_delta(fuse: Any) -> None:
 
 def test_trimming_keeps_at_least_one_entry_and_all_that_are_as_large() -> None:
     delta = {"x": torch.tensor([1.0, -3.0, 3.0, 2.0])}
-    assert trimmed(delta, 0.01)["x"].tolist() == [0.0, -3.0, 3.0, 0.0]
-    assert trimmed(delta, 0.75)["x"].tolist() == [0.0, -3.0, 3.0, 2.0]
-    assert trimmed(delta, 1.0)["x"].tolist() == delta["x"].tolist()
+    assert trim_to_density(delta, 0.01)["x"].tolist() == [0.0, -3.0, 3.0, 0.0]
+    assert trim_to_density(delta, 0.75)["x"].tolist() == [0.0, -3.0, 3.0, 2.0]
+    assert trim_to_density(delta, 1.0)["x"].tolist() == delta["x"].tolist()
 
 
 def test_a_parameter_that_one_alone_trains_is_merged_by_itself(fuse: Any) -> None:

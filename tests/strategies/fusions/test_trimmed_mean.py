@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from cotune.errors import RunError
-from cotune.strategies.registry import builtin
+from cotune.strategies.registry import get_builtin_components
 
 
 def test_by_hand(fuse: Any) -> None:
@@ -23,7 +23,7 @@ def test_against_scipy_and_byzfl(fuse: Any, byzfl: Any, rng: np.random.Generator
 
 
 def test_a_round_in_which_nothing_would_be_cut_off_is_refused(fuse: Any) -> None:
-    assert builtin("fusion")["trimmed_mean"].least(fraction=0.1) == 10
+    assert get_builtin_components("fusion")["trimmed_mean"].min_updates(fraction=0.1) == 10
     with pytest.raises(RunError, match="needs 5 updates, and the round has 4"):
         fuse("trimmed_mean", [[1.0]] * 4, fraction=0.2)
 
@@ -31,11 +31,11 @@ def test_a_round_in_which_nothing_would_be_cut_off_is_refused(fuse: Any) -> None
 @pytest.mark.parametrize("count", range(3, 200))
 def test_with_a_fraction_of_one_update_exactly_one_is_cut_off(fuse: Any, count: int) -> None:
     """1/49 · 49 is less than 1 in floating point."""
-    assert builtin("fusion")["trimmed_mean"].least(fraction=1 / count) == count
+    assert get_builtin_components("fusion")["trimmed_mean"].min_updates(fraction=1 / count) == count
     assert fuse("trimmed_mean", [[0.0]] * (count - 1) + [[1e9]], fraction=1 / count).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, -0.1])
 def test_a_fraction_that_leaves_all_or_nothing_is_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction"):
-        builtin("fusion")["trimmed_mean"].check({"fraction": fraction})
+        get_builtin_components("fusion")["trimmed_mean"].check({"fraction": fraction})

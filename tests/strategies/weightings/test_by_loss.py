@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.strategies.aggregator import build_aggregator
-from cotune.strategies.compatibility import Facts, first_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.types import Aggregate, RoundContext, Update
 from cotune.strategies.weightings.inverse_loss import inverse_loss
@@ -94,6 +94,6 @@ def test_validation_weighs_by_the_score_of_each_update_alone() -> None:
 
 def test_validation_needs_records_of_the_server() -> None:
     strategy = StrategyConfig.model_validate({"weighting": "validation"})
-    assert "judges updates by records of the server" in str(first_problem(strategy, Facts()))
-    assert first_problem(strategy, Facts(server_data=True)) is None
-    assert "must see each update" in str(first_problem(strategy, Facts(server_data=True, sums_only=True)))
+    assert "judges updates by records of the server" in str(find_problem(strategy, PlanFacts()))
+    assert find_problem(strategy, PlanFacts(server_data=True)) is None
+    assert "must see each update" in str(find_problem(strategy, PlanFacts(server_data=True, sums_only=True)))

@@ -1,0 +1,82 @@
+"""Options and arguments that several commands have, so that they read the same everywhere. Imports nothing slow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+Command = Callable[..., None]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+FederationPath = Annotated[Path, typer.Argument(metavar="FED", help="The federation's folder.")]
+SitePath = Annotated[Path, typer.Argument(help="The organization's site: a folder that `cotune client init` made.")]
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """Where an organization's records and base model are, of `cotune client check` and `join`; kept in the site."""
+
+    data: Annotated[str | None, typer.Option(help="Where the records are: a file, or a folder of images. Kept in the site.")] = (
+        None
+    )
+    text: Annotated[str | None, typer.Option(help="The column that holds the text (or image), where it is not the plan's.")] = (
+        None
+    )
+    label: Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")] = None
+    unit: Annotated[str | None, typer.Option(help="The column that says whose a record is, where it is not the plan's.")] = None
+    collection: Annotated[
+        str | None, typer.Option(help="The collection that the records of --data are in, with an ε total of its own.")
+    ] = None
+    model: Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")] = (
+        None
+    )
+
+
+def with_options(group: type[Any], *, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Let a command take a dataclass of options in place of each of them.
+
+    Args:
+        group: A frozen dataclass whose fields have typer's annotations and defaults.
+        without: Fields that the command does not take; they keep their defaults.
+
+    Returns:
+        A decorator for a command with one parameter, `options`, that is an instance of the dataclass.
+    """
+    taken = [field for field in fields(group) if field.name not in without]
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def call(**given: Any) -> None:
+            options = group(**{field.name: given.pop(field.name) for field in taken})
+            command(options=options, **given)
+
+        parameters = _parameters(command, {field.name: field.default for field in taken}, group)
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        return call
+
+    return decorate
+
+
+def _parameters(command: Command, defaults: dict[str, Any], group: type[Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a command, those of the group in the place of `options`."""
+    hints = get_type_hints(command, include_extras=True)
+    group_hints = get_type_hints(group, include_extras=True)
+    found = []
+    for each in inspect.signature(command).parameters.values():
+        if each.name == "options":
+            found += [_parameter(name, default, group_hints[name]) for name, default in defaults.items()]
+        else:
+            found.append(_parameter(each.name, each.default, hints[each.name]))
+    return found
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

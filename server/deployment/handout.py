@@ -1,0 +1,72 @@
+"""What organizations are given: federation.toml, and JOIN.md, what they type to join and what leaves their machine.
+
+The words of JOIN.md are in templates/join.md.j2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy
+from cotune.protocol.federation_file import Invitation
+from cotune.reporting.pages import render_text
+from cotune.server.deployment import certificates
+from cotune.server.deployment.federation import ServerConfig, get_public_address
+from cotune.server.deployment.signing import public_hex, read_signing_key
+from cotune.storage.files import atomic_write
+
+
+def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
+    """federation.toml and JOIN.md, by the keys that are in use."""
+    authority = certificates.read_authority_pem(folder / "certificates")
+    key = public_hex(read_signing_key(folder / "certificates"))
+    invitation = Invitation(config.name, get_public_address(config), authority, plan, id=config.id, signing_key=key)
+    atomic_write(folder / "federation.toml", invitation.to_toml().encode())
+    atomic_write(folder / "JOIN.md", render_join_page(invitation).encode())
+
+
+_TRAINED = {
+    "head": "the classification head",
+    "lora": "the adapters and the classification head",
+    "full": "the whole model",
+}
+_SENT = {
+    "noise": "how much privacy noise is in the update",
+    "loss": "the received model's mean loss on your records",
+    "fisher": "squared gradients of your records, summed, **without noise**",
+    "gram": "products of the layers' inputs, summed over your records, **without noise**",
+}
+
+
+def render_join_page(invitation: Invitation) -> str:
+    """The page, as Markdown."""
+    return render_text(
+        "join.md.j2",
+        invitation=invitation,
+        plan=invitation.plan,
+        version=version("cotune"),
+        leaves=list(list_disclosures(invitation.plan)),
+    )
+
+
+def list_disclosures(plan: Plan) -> Iterator[str]:
+    """One phrase for everything that a plan asks organizations to send."""
+    trained = " then ".join(dict.fromkeys(_TRAINED[stage.mode] for stage in plan.stages))
+    if plan.keeps_personal:
+        trained = "one half of the adapters (the other half and the head stay with you)"
+    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_protection(plan)}"
+    yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
+    yield from (_SENT[payload] for payload in plan.strategy.sends)
+    if plan.tell.local_metrics:
+        yield "how many of your records the received model classifies rightly, every round"
+    if plan.tell.label_histogram:
+        yield "how many of your records each class has, once"
+
+
+def _protection(plan: Plan) -> str:
+    if not isinstance(plan.privacy, RecordPrivacy):
+        return "**without differential privacy**, so that single records may show in it"
+    return f"with differential privacy for every single record, ε at most {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}"

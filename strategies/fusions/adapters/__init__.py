@@ -1,0 +1,1 @@
+"""Fusions for LoRA adapters."""

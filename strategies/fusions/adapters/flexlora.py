@@ -1,0 +1,54 @@
+"""The mean of the products, cut to the rank of the adapters again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cotune.strategies.fusions.adapters.low_rank import (
+    average_deltas,
+    delta_between,
+    get_factors,
+    normalize_weights,
+    stack_factors,
+    truncate_to_rank,
+)
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import RoundContext, WeightedUpdate
+
+
+@fusion(
+    "flexlora",
+    cite="Bai et al., NeurIPS 2024, https://arxiv.org/abs/2402.11505; blocks: Wu et al., 2026, https://arxiv.org/abs/2602.13486",
+    needs=Needs(visibility=Visibility.PER_CLIENT, adapters=("ab", "b"), mixed_ranks=True, rewrites=("a", "b"), sets_state=True),
+    homogeneous=False,
+    idempotent=False,
+)
+def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks: bool = False) -> dict[str, Tensor]:
+    """The best B·A of rank r for Σ p_k B_k A_k, by SVD: B = U_r Σ_r, A = V_rᵀ.
+
+    blocks: weigh each of the r products of a column of B_k and a row of A_k among those organizations that hold it (raFLoRA).
+    Otherwise, where ranks differ, what only a few hold shrinks from round to round, until the smallest rank is all there is.
+    Under record-level privacy the noise on two trained factors multiplies; with lora.factors = "b" it is on B alone.
+    """
+    delta = average_deltas(updates)
+    for adapter in context.adapters:
+        factors = [get_factors(u, adapter) for u in updates]
+        received = context.state[adapter.a].to(torch.float64)
+        weights = _by_column(factors, normalize_weights(updates)) if blocks else normalize_weights(updates)
+        nothing = (torch.zeros_like(context.state[adapter.b], dtype=torch.float64), received)  # directions, where there are few
+        b, a = truncate_to_rank(*stack_factors([*factors, nothing], [*weights, 0.0]), adapter.rank)
+        delta |= delta_between(context.state, {adapter.b: b, adapter.a: a})
+    return delta
+
+
+def _by_column(factors: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) -> list[Tensor]:
+    """q_k (r_k): p_k over the sum of p of those that hold the column; 0 where none of them counts."""
+    ranks = [a.shape[0] for _, a in factors]
+    held = torch.zeros(max(ranks), dtype=torch.float64)
+    for rank, share in zip(ranks, shares, strict=True):
+        held[:rank] += share
+    each = torch.where(held > 0, 1 / held, 0.0)
+    return [share * each[:rank] for rank, share in zip(ranks, shares, strict=True)]

@@ -1,0 +1,1 @@
+"""Fusions that average: the weighted mean, and means that correct for local steps or losses."""

@@ -1,0 +1,17 @@
+"""The weighted mean."""
+
+from __future__ import annotations
+
+from cotune.strategies.registry import Needs, fusion
+from cotune.strategies.sums import Sums, weighted, weighted_mean
+
+
+@fusion(
+    "mean",
+    cite="McMahan et al., AISTATS 2017, https://arxiv.org/abs/1602.05629, algorithm 1",
+    needs=Needs(by_parameter=True, mixed_ranks=True),
+)
+def mean() -> Sums:
+    """D = Σ w_k Δ_k / Σ w_k, for every entry over the organizations that sent it."""
+    sums = yield weighted
+    return weighted_mean(sums)

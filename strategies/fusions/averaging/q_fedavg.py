@@ -1,0 +1,59 @@
+"""The mean that leans to organizations for which the model is still bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.errors import RunError
+from cotune.strategies.registry import Needs, fusion
+from cotune.strategies.sums import Sums, norm
+from cotune.strategies.types import RoundContext, WeightedUpdate
+
+_STEP = "Σ h_k / L"
+_LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect model
+
+
+@fusion(
+    "q_fedavg",
+    cite="Li et al., ICLR 2020, https://arxiv.org/abs/1905.10497, algorithm 2",
+    needs=Needs(weights=False, sends=("loss",), optimizers=("sgd",)),
+    homogeneous=False,
+    idempotent=False,
+)
+def q_fedavg(
+    *, q: Annotated[float, Field(ge=0)] = 1.0, lipschitz: Annotated[float, Field(ge=0)] = 0.0, context: RoundContext
+) -> Sums:
+    """D = Σ F_k^q Δ_k / Σ (F_k^q + q F_k^(q−1) L ‖Δ_k‖²), F_k being the loss of the received model at organization k.
+
+    The paper's w − Σ F_k^q L(w − w̄_k) / Σ h_k, with both sums divided by L. Raises RunError for an update that states no loss.
+
+    q: 0 is the plain mean; the larger, the more the worst-off count. lipschitz: L; 0: 1/η, η being the local learning rate
+    of gradient descent (that of Adam is no such thing).
+    """
+    smoothness = lipschitz or 1 / context.local.learning_rate
+
+    def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
+        loss = torch.tensor(_loss(update) + _LEAST_LOSS, dtype=torch.float64)
+        step = loss**q + q * loss ** (q - 1) * smoothness * norm(update.delta) ** 2
+        moves = {name: loss**q * tensor for name, tensor in update.delta.items()}
+        return {**moves, _STEP: step}
+
+    sums = yield contribution
+    return {name: tensor / sums[_STEP] for name, tensor in sums.items() if name != _STEP}
+
+
+def _loss(update: WeightedUpdate) -> float:
+    loss = update.update.told.get("loss", math.nan)
+    if not 0 <= loss < math.inf:
+        raise RunError(
+            f"the update of {update.update.organization[:80]} states the loss {loss}: expected a finite number, 0 or more; let"
+            " its policy tell the loss, or choose another fusion",
+            code="run.invalid_loss",
+        )
+    return loss

@@ -1,0 +1,1 @@
+"""Fusions of the model-merging literature."""

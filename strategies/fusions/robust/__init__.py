@@ -1,0 +1,1 @@
+"""Fusions that withstand a few wrong or hostile updates."""

@@ -1,0 +1,43 @@
+"""The mean of updates that are clipped around what the round before gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cotune.strategies.fusions.robust.robust_ops import clip_to_norm
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.sums import Sums, weighted, weighted_mean
+from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
+
+_NOTHING = torch.zeros((), dtype=torch.float64)
+
+
+@fusion(
+    "centered_clipping",
+    cite="Karimireddy et al., ICML 2021, https://arxiv.org/abs/2012.10333",
+    needs=Needs(visibility=Visibility.SUM_2PASS),
+    homogeneous=False,
+    idempotent=False,
+)
+def centered_clipping(
+    *, norm: Annotated[float, Field(gt=0)] = 1.0, passes: Annotated[int, Field(ge=1, le=1000)] = 1, context: RoundContext
+) -> Sums:
+    """v += Σ p_k (Δ_k − v) min(1, τ / ‖Δ_k − v‖), from the v of the round before on, which is 0 in the first; D = v.
+
+    norm: τ, how far from v an update still counts in full. passes: over the updates in a round.
+    """
+    center = dict(context.memory)
+    for _ in range(passes):
+        moves = weighted_mean((yield partial(_move, center=center, norm=norm)))
+        center |= {name: center.get(name, _NOTHING) + move for name, move in moves.items()}
+    return Aggregate({name: center[name] for name in moves}, memory=center)
+
+
+def _move(update: WeightedUpdate, center: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
+    return weighted(update, clip_to_norm({n: d - center.get(n, _NOTHING) for n, d in update.delta.items()}, norm))

@@ -1,0 +1,26 @@
+"""The update in the densest place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from cotune.strategies.fusions.robust.robust_ops import compute_squared_distances, rank_by_krum_score
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, WeightedUpdate
+
+
+@fusion(
+    "krum",
+    cite="Blanchard et al., NeurIPS 2017, https://arxiv.org/abs/1703.02757",
+    needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
+    min_updates=lambda malicious: 2 * malicious + 3,
+)
+def krum(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
+    """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbors j: one update, as it is.
+
+    malicious: f, how many of the n updates may be; n ≥ 2f + 3.
+    """
+    return updates[rank_by_krum_score(compute_squared_distances(updates), malicious)[0]].delta

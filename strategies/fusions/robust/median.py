@@ -1,0 +1,19 @@
+"""The median of every coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cotune.strategies.fusions.robust.robust_ops import coordinate_median, stack_deltas
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, WeightedUpdate
+
+
+@fusion(
+    "median",
+    cite="Yin et al., ICML 2018, https://arxiv.org/abs/1803.01498, definition 1",
+    needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
+)
+def median(updates: Sequence[WeightedUpdate]) -> Delta:
+    """D_j = the median of Δ_1j … Δ_nj, for every coordinate j; the mean of the middle two where n is even."""
+    return {name: coordinate_median(deltas) for name, deltas in stack_deltas(updates).items()}

@@ -1,0 +1,94 @@
+"""What robust fusions share: distances between updates, coordinate-wise statistics, clipping, and the geometric median."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cotune.strategies.sums import Sums, norm, weighted, weighted_mean
+from cotune.strategies.types import WeightedUpdate, difference
+
+MAX_PASSES = 50  # of the geometric median; where nobody is far away, it converges after about twenty
+SMOOTHING = 1e-6  # ν of the geometric median, a length of deltas
+_CONVERGED = 1e-12  # relative to the center's length: a pass that moves it by less is the last
+
+
+def stack_deltas(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
+    """Return for every parameter the deltas of the updates that hold it, (n, *shape) in float64."""
+    names = dict.fromkeys(name for update in updates for name in update.delta)
+    return {name: torch.stack([u.delta[name] for u in updates if name in u.delta]) for name in names}
+
+
+def unweighted_mean(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
+    """Return the mean of every parameter over the updates that hold it, without weights."""
+    return {name: deltas.mean(dim=0) for name, deltas in stack_deltas(updates).items()}
+
+
+def coordinate_median(deltas: Tensor) -> Tensor:
+    """Return the median over the first dimension, (n, *shape) -> shape; of an even number the mean of the middle two.
+
+    torch's own median takes the lower of the middle two.
+    """
+    ordered = deltas.sort(dim=0).values
+    return (ordered[(len(deltas) - 1) // 2] + ordered[len(deltas) // 2]) / 2
+
+
+def compute_squared_distances(updates: Sequence[WeightedUpdate]) -> Tensor:
+    """Return ‖Δ_i − Δ_j‖² over the parameters that all updates hold, (n, n) in float64.
+
+    Computed from the differences themselves: ‖x‖² + ‖y‖² − 2⟨x, y⟩ can fall below 0.
+    """
+    found = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for deltas in stack_deltas(updates).values():
+        if len(deltas) == len(updates):
+            rows = deltas.reshape(len(updates), -1)
+            found += torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return found
+
+
+def rank_by_krum_score(distances: Tensor, malicious: int) -> list[int]:
+    """Return the updates' numbers by their Krum score, the best first.
+
+    The score of an update is the sum of the squared distances to its n − f − 2 nearest neighbors (Blanchard et al., NeurIPS 2017,
+    section 4). At least one neighbor counts, where few updates are left to choose from; two updates that are each other's nearest
+    then have the same score, and the one that is nearer to all updates comes first, whatever the order of the updates.
+
+    Args:
+        distances: Squared, (n, n).
+        malicious: f.
+    """
+    neighbors = max(1, len(distances) - malicious - 2)
+    nearest = distances.sort(dim=1).values[:, 1 : 1 + neighbors].sum(dim=1).tolist()  # without itself
+    total = distances.sum(dim=1).tolist()
+    return sorted(range(len(distances)), key=lambda k: (nearest[k], total[k]))
+
+
+def clip_to_norm(delta: Mapping[str, Tensor], max_norm: float) -> dict[str, Tensor]:
+    """Return the delta, scaled down to the L2 norm over all its parameters where it is longer."""
+    length = norm(delta)
+    return {name: tensor * (max_norm / length) for name, tensor in delta.items()} if length > max_norm else dict(delta)
+
+
+def weiszfeld(passes: int, smoothing: float) -> Sums:
+    """Compute the weighted geometric median by smoothed Weiszfeld (Pillutla et al., IEEE TSP 2022, algorithm 1).
+
+    Args:
+        passes: Over the updates, after the one for the mean, at most.
+        smoothing: ν, the smallest distance that an update is divided by.
+    """
+    center = weighted_mean((yield weighted))
+    for _ in range(passes):
+        before = center
+        center = weighted_mean((yield partial(_pull, center=center, smoothing=smoothing)))
+        if norm(difference(center, before)) <= _CONVERGED * norm(center):
+            break
+    return center
+
+
+def _pull(update: WeightedUpdate, center: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
+    """The update's contribution to the next center: weighted by p_k / max(ν, ‖Δ_k − z‖)."""
+    distance = max(smoothing, norm(difference(update.delta, center)))
+    return {name: tensor / distance for name, tensor in weighted(update).items()}

@@ -1,0 +1,33 @@
+"""The mean of every coordinate without its extremes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from cotune.strategies.fusions.robust.robust_ops import stack_deltas
+from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.types import Delta, WeightedUpdate
+
+_ROUNDING = 1e-9  # of β·n: a tenth of ten is one
+
+
+@fusion(
+    "trimmed_mean",
+    cite="Yin et al., ICML 2018, https://arxiv.org/abs/1803.01498, definition 2",
+    needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
+    min_updates=lambda fraction: math.ceil(1 / fraction - _ROUNDING),
+)
+def trimmed_mean(updates: Sequence[WeightedUpdate], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> Delta:
+    """D_j = the mean of Δ_1j … Δ_nj without the ⌊βn⌋ largest and the ⌊βn⌋ smallest, for every coordinate j.
+
+    fraction: β, cut off at either end. A round of fewer than 1/β updates is refused, as nothing would be.
+    """
+    found = {}
+    for name, deltas in stack_deltas(updates).items():
+        cut = math.floor(fraction * len(deltas) + _ROUNDING)
+        found[name] = deltas.sort(dim=0).values[cut : len(deltas) - cut].mean(dim=0)
+    return found
