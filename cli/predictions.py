@@ -13,7 +13,7 @@ from cotune.data.config import DataConfig
 from cotune.data.record_files import read_records
 from cotune.data.unlabeled import Row, read_typed, read_unlabeled
 from cotune.ensembles.predictor import open_model
-from cotune.models.evaluation.predictor import Classifier, evaluate_records
+from cotune.models.evaluation.predictor import Classifier, evaluate_classifier
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, parse_threshold, predict_classes
 
 
@@ -64,7 +64,7 @@ def evaluate_records(
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     with own_options():
         records = read_records(data, None, predictor.task)
-    return dict(evaluate_records(predictor, records, limit))
+    return dict(evaluate_classifier(predictor, records, limit))
 
 
 def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:

@@ -208,7 +208,7 @@ _SHOWN = 5  # unknown classes that an error names
 _NO_TAG = "O"
 
 
-def evaluate_records(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
+def evaluate_classifier(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
     """Return how good a model is on records, as plain values.
 
     Raises:

@@ -240,6 +240,6 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def read_summary(run: Path) -> RunSummary:
+def read_run_summary(run: Path) -> RunSummary:
     """Return the summary of a finished run."""
     return read_summary(run / "summary.json")
