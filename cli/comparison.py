@@ -37,7 +37,7 @@ from cotune.reporting.comparison_statistics import Combination, Comparison, Sett
 from cotune.reporting.formatting import duration, percent, size
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
-from cotune.simulations.comparison.selected import Selected, statement_of
+from cotune.simulations.comparison.selected import Selected, build_statement
 from cotune.simulations.comparison.selection import select
 
 _WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
@@ -294,6 +294,6 @@ def show_selected(console: Console, found: Selected, folder: Path) -> None:
     figures = (percent(found.test["accuracy"]), percent(found.test["f1"]), round_up(found.epsilon), f"{found.delta:.1e}")
     table.add_row(*(escape(value) for value in found.settings.values()), *figures)
     console.print(table)
-    for paragraph in statement_of(found):
+    for paragraph in build_statement(found):
         console.print(paragraph, markup=False)
     console.print(f"released      {folder}", soft_wrap=True, markup=False)

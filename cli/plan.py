@@ -17,7 +17,7 @@ from cotune.cli.plan_options import PlanOptions
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import preset_names, preset_summary, preset_text
-from cotune.plan.reference import Key, explained, keys_of
+from cotune.plan.reference import Key, explain_key, list_keys
 from cotune.plan.schema import Plan
 
 
@@ -77,7 +77,7 @@ def keys(
     """List every key of a plan: its type, default, bounds and meaning."""
 
     word = (find or "").casefold()
-    found = [key for key in keys_of(Plan) if word in f"{key.name} {key.meaning}".casefold()]
+    found = [key for key in list_keys(Plan) if word in f"{key.name} {key.meaning}".casefold()]
     if not found:
         raise PlanError(f'no key has "{find}" in its name or meaning: `cotune plan keys` lists all', code="plan.unknown_key")
     if as_json:
@@ -92,7 +92,7 @@ def explain(
 ) -> None:
     """Explain what a key of a plan means and how to set it."""
 
-    found = explained(key, Plan)
+    found = explain_key(key, Plan)
     if as_json:
         print_json([asdict(each) for each in found])
     else:

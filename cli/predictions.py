@@ -13,8 +13,8 @@ from cotune.data.config import DataConfig
 from cotune.data.record_files import read_records
 from cotune.data.unlabeled import Row, read_typed, read_unlabeled
 from cotune.ensembles.predictor import open_model
-from cotune.models.evaluation.predictor import Classifier, judge_records
-from cotune.models.evaluation.quality import NOT_TOLD, Threshold, parse_threshold, told_classes
+from cotune.models.evaluation.predictor import Classifier, evaluate_classifier
+from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, parse_threshold, predict_classes
 
 
 def predict_rows(
@@ -64,7 +64,7 @@ def evaluate_records(
     limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
     with own_options():
         records = read_records(data, None, predictor.task)
-    return dict(judge_records(predictor, records, limit))
+    return dict(evaluate_classifier(predictor, records, limit))
 
 
 def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
@@ -81,8 +81,8 @@ def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshol
 def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
     """One class; of words a list of tags, None for one that was not read."""
 
-    numbers = told_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
-    labels = [None if number == NOT_TOLD else predictor.labels[number] for number in numbers]
+    numbers = predict_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
+    labels = [None if number == NOT_PREDICTED else predictor.labels[number] for number in numbers]
     rows = [dict(zip(predictor.labels, row, strict=True)) for row in probabilities.tolist()]
     scores = [None if label is None else row[label] for label, row in zip(labels, rows, strict=True)]
     every = [None if label is None else row for label, row in zip(labels, rows, strict=True)]

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from cotune.cli.options import AsJson
 from cotune.cli.screen import print_json, screen
 from cotune.errors import PlanError
-from cotune.plan.load import value_of
+from cotune.plan.load import parse_value
 from cotune.reporting.pages import render_text
 from cotune.storage.files import atomic_write
 from cotune.strategies import catalog as catalog
@@ -242,7 +242,7 @@ def check(
 
     _check_own_name(name)
     info = _page_part(name, kind)
-    parameters = {key.strip(): value_of(value) for key, _, value in (text.partition("=") for text in given or [])}
+    parameters = {key.strip(): parse_value(value) for key, _, value in (text.partition("=") for text in given or [])}
     try:
         findings = check_component(info, parameters)
     except ValueError as error:

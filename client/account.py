@@ -140,7 +140,7 @@ class Account:
     def data(self) -> str:
         """The fingerprint of the data set, which is entered in the ledger when it is first asked for."""
         held = self.holdings
-        return self.ledger.register_data_set(held.unit_identities(), unit=held.unit or RECORD, also=held.further_identities())
+        return self.ledger.register_data_set(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:

@@ -20,7 +20,7 @@ from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import shared_names, statistic_shapes
 from cotune.plan.schema import Plan
-from cotune.plan.update_norm import longest_update
+from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import (
@@ -142,9 +142,9 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Trai
         yield "the update is not finite"
     start = norm({name: request.state[name] for name in names if name in request.state})
     entries = sum(tensor.numel() for tensor in update.delta.values())
-    stage = account.plan.stage_of(request.round)
+    stage = account.plan.get_stage(request.round)
     length = norm(update.delta)
-    most = longest_update(account.plan, stage, examples=update.examples, entries=entries, start=start)
+    most = bound_update_norm(account.plan, stage, examples=update.examples, entries=entries, start=start)
     if most is not None and length > most:
         yield f"the update has the norm {length:.3g}, and the plan allows {most:.3g} (server.max_update_norm)"
 
@@ -153,7 +153,7 @@ def _own_shapes(
     account: Account, model: TrainableModel, round: int, whole: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     rank = account.policy.training.rank_for(account.plan.lora.rank)
-    if account.plan.stage_of(round).mode != "lora" or rank == account.plan.lora.rank:
+    if account.plan.get_stage(round).mode != "lora" or rank == account.plan.lora.rank:
         return {}
     own: dict[str, tuple[int, ...]] = {
         adapter.a: (rank, whole[adapter.a][1]) for adapter in model.adapters() if adapter.a in whole
@@ -168,8 +168,9 @@ def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     count = account.public_examples
     if update.examples != count:
         yield f"the update declares {update.examples} records, which is not what the rule tell.example_count says"
-    if update.steps != plan.stage_of(round).local.steps_of(count):
-        yield f"the update states {update.steps} steps, expected {plan.stage_of(round).local.steps_of(count)} as in the plan"
+    steps = plan.get_stage(round).local.steps_per_round(count)
+    if update.steps != steps:
+        yield f"the update states {update.steps} steps, expected {steps} as in the plan"
     private = isinstance(plan.privacy, RecordPrivacy)
     if update.epsilon != (account.reported_epsilon() if private else None):
         yield f"the update states ε = {update.epsilon}, which is not what the ledger says"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cotune.plan.schema import Plan
-from cotune.plan.update_norm import longest_by_gradients
+from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 
@@ -44,7 +44,7 @@ def _rates(plan: Plan) -> str:
 def _longest(plan: Plan) -> str:
     if plan.server.max_update_norm is not None:
         return f"updates of a norm of at most {plan.server.max_update_norm:g}"
-    found = [longest_by_gradients(plan, stage, _MANY_RECORDS) for stage in plan.stages]
+    found = [bound_norm_by_gradients(plan, stage, _MANY_RECORDS) for stage in plan.stages]
     if None in found:
         return "no bound on the norm of updates follows from the plan but that of the others in a round"
     return f"updates of a norm of at most {max(x for x in found if x is not None):.3g} and what their noise adds"

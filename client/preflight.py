@@ -21,7 +21,7 @@ from cotune.client.policy_check import Violation, find_number_violations, find_v
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, load_site_model
 from cotune.client.training.setup import SanityChecks, build_optimizer, check_gradients, synthetic_setup
-from cotune.data.left_out import cut_texts
+from cotune.data.left_out import count_cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
@@ -182,7 +182,7 @@ def _tried(checked: PreflightReport, account: Account) -> PreflightReport:
             raise
         return replace(checked, warnings=(*checked.warnings, str(error)))
     limit_gpu_memory(account.policy, model.device)
-    left_out = {**checked.left_out, **cut_texts(model, account.holdings.inputs())}
+    left_out = {**checked.left_out, **count_cut_texts(model, account.holdings.inputs())}
     checked = replace(checked, device=str(model.device), left_out=left_out)
     if checked.epsilon is None or any(stage.local.sample_rate(examples) * examples < 1 for stage in plan.stages):
         return checked
@@ -265,4 +265,4 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - began
     memory = torch.cuda.max_memory_allocated(model.device) if on_gpu else peak_memory_bytes()
-    return StageCheck(stage.mode, stage.rounds, stage.local.steps_of(examples), batch, error, seconds, memory)
+    return StageCheck(stage.mode, stage.rounds, stage.local.steps_per_round(examples), batch, error, seconds, memory)

@@ -32,7 +32,7 @@ class Site(SiteFolder):
         held = self.holdings(plan.labels)
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
-        return held.bounded(plan.privacy, plan.seed)
+        return held.bound_contributions(plan.privacy, plan.seed)
 
     def ledger(self) -> Ledger:
         """Open the ledger, which is created where it is missing. Raises PrivacyError where it is damaged."""

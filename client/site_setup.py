@@ -20,12 +20,12 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
-from cotune.data.tasks.task import task_named
+from cotune.data.tasks.task import get_task
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.base_lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
@@ -67,8 +67,8 @@ def read_certificates(file: Path | None) -> bytes | None:
 
 
 def load_site_model(plan: Plan, site: Site) -> TrainableModel:
-    """Return the plan's model on the site's device; see `plan.parameters.model_of`. Raises ModelError."""
-    return model_of(_with_own_base(plan, site.file), site.file.device)
+    """Return the plan's model on the site's device; see `plan.parameters.get_plan_model`. Raises ModelError."""
+    return get_plan_model(_with_own_base(plan, site.file), site.file.device)
 
 
 def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
@@ -179,7 +179,7 @@ def set_records(
     if data is None:
         raise DataError(f"{site.folder} does not say where the records are: name their file with --data", code="data.no_source")
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
-    columns = {task_named(plan.task).key: text, "label": label, "unit": unit}
+    columns = {get_task(plan.task).key: text, "label": label, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
     try:
         described = DatasetManifest(

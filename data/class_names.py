@@ -12,8 +12,8 @@ _JOINERS = "\u200c\u200d"  # inside a word they make another one
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0", re.ASCII)
 _NUMBER = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?", re.ASCII)
 _MISSING = ("nan", "nat", "null", "<na>", "n/a", "#n/a", "#na", "#value!", "#ref!")  # "none" and "NA" are classes, too
-_LONGEST = 40  # characters of a name that is shown as one
-_MOST_WORDS = 5  # in it
+_MAX_LENGTH = 40  # characters of a name that is shown as one
+_MAX_WORDS = 5  # in it
 
 
 def class_name(word: str) -> str:
@@ -40,7 +40,7 @@ def _cleaned(word: str) -> str:
     return name if whole is None else whole[1] if whole[1] != "-0" else "0"
 
 
-def spelled_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+def group_similar_spellings(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the groups of names that a reader would take for one: of other case, form, width, spaces, or final zeros."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
@@ -48,7 +48,7 @@ def spelled_alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def like_missing(names: Iterable[str]) -> list[str]:
+def find_missing_markers(names: Iterable[str]) -> list[str]:
     """Return the names that programs write where a value is missing; in CSV and Excel they are words as any other."""
     return [name for name in names if name.casefold() in _MISSING]
 
@@ -66,4 +66,4 @@ def shown(name: str) -> str:
 
 def is_shown(name: str) -> bool:
     """Whether a class is short enough to be one."""
-    return len(name) <= _LONGEST and len(name.split()) <= _MOST_WORDS
+    return len(name) <= _MAX_LENGTH and len(name.split()) <= _MAX_WORDS

@@ -20,15 +20,15 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.text import IGNORED
-from cotune.data.types import Input, Label, names_in, stratum_of
-from cotune.data.units import RECORD, UnitRule, agree, chosen, grouped, identity_of_person
+from cotune.data.types import Input, Label, class_names_in, get_stratum
+from cotune.data.units import RECORD, UnitRule, are_same_record, choose_counting, group_positions, person_identity
 from cotune.errors import DataError
 
 _SURPLUS = "more than max_records of their unit"
 
 
 # which of some identities are in another collection than the named one (see `privacy.ledger.Ledger.elsewhere`)
-Elsewhere = Callable[[Sequence[bytes], str], set[bytes]]
+FindElsewhere = Callable[[Sequence[bytes], str], set[bytes]]
 
 
 class FileSlice(BaseModel):
@@ -65,11 +65,11 @@ class DatasetManifest(BaseModel):
         parts = []
         for portion in document.portions:
             records = read_records(document.data, portion.path, document.task, lenient=lenient, labels=labels)
-            parts.append((records, _rows(file, portion, len(records))))
+            parts.append((records, _read_rows(file, portion, len(records))))
         return Dataset(tuple(parts), labels, document.task, lenient, collection=document.collection)
 
 
-def _rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _read_rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The portion's row numbers. Raises DataError when they cannot be read, or are not rows of the file."""
     if portion.rows is None:
         return np.arange(records)
@@ -89,7 +89,7 @@ def _rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dt
     return rows
 
 
-def write_holdings(
+def write_manifest(
     file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]], task: TaskName = "sequence-classification"
 ) -> None:
     """Writes the document and the row numbers beside it."""
@@ -105,16 +105,23 @@ def write_holdings(
 class Dataset:
     """Records held, in a fixed order; labels as class numbers in the plan's order.
 
-    unit: whom a promise is made to, see `bounded`; None: nobody, and every row stands for itself. collection: the one of the
-    organization's that they are in. dropped: how many rows of the files are not among them, by reason.
+    Attributes:
+        parts: The records of each file, and the rows of it that are held.
+        labels: Class names in the order of the head.
+        task: What the records are read as.
+        lenient: Whether a record of a class that the plan lacks is one without a loss, instead of an error.
+        unit: Whom a promise is made to, see `bound_contributions`; None: nobody, and every row stands for itself.
+        whole: The same before contributions were bounded.
+        collection: The organization's own collection that the records are in.
+        dropped: How many rows of the files are not held, by the reason.
     """
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
     labels: tuple[str, ...]
     task: TaskName = "sequence-classification"
-    lenient: bool = False  # whether a record of a class that the plan lacks is one without a loss, instead of an error
+    lenient: bool = False
     unit: str | None = None
-    whole: Dataset | None = field(default=None, repr=False)  # before it was bounded
+    whole: Dataset | None = field(default=None, repr=False)
     collection: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
 
@@ -139,7 +146,7 @@ class Dataset:
     @cached_property
     def unknown(self) -> list[str]:
         """The classes of the records that the plan does not list."""
-        held = {name for label in self._held_labels for name in names_in(label)}
+        held = {name for label in self._held_labels for name in class_names_in(label)}
         return sorted(held - set(self.labels))
 
     @property
@@ -147,7 +154,7 @@ class Dataset:
         """What a model is to tell: the class number of each record, or of each word of all records."""
         return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
 
-    def bounded(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
+    def bound_contributions(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
         """The records that count under a promise, and the units that it is made to; the holdings as they are without one.
 
         Of a unit from a column, at most `privacy.max_records` records count, chosen by the seed and their own content. Where each
@@ -161,20 +168,20 @@ class Dataset:
         whole = replace(self, unit=privacy.unit, whole=self)
         inputs = self.inputs()
         labels = self._held_labels
-        identities = whole.unit_identities()
+        identities = whole.get_unit_identities()
         kept = np.zeros(len(self), dtype=bool)
         dropped = Counter[str]()
         for unit, group in zip(identities, whole.units, strict=True):
             records = [(inputs[row], labels[row]) for row in group]
-            if privacy.unit == RECORD and not agree(records):
+            if privacy.unit == RECORD and not are_same_record(records):
                 dropped["copies that differ"] += len(group)
                 continue
-            counting = chosen(unit, records, privacy.max_records or 1, seed)
+            counting = choose_counting(unit, records, privacy.max_records or 1, seed)
             kept[[group[i] for i in counting]] = True
             dropped[_SURPLUS if privacy.unit != RECORD else "copies"] += len(group) - len(counting)
         return whole._only(kept, dropped)
 
-    def apart(self, elsewhere: Elsewhere, privacy: UnitRule | Literal["none"]) -> Dataset:
+    def apart(self, elsewhere: FindElsewhere, privacy: UnitRule | Literal["none"]) -> Dataset:
         """Without the units that are in another of the organization's collections.
 
         They contribute nothing here, like a record that cannot be read: nobody sees from outside that they are in the file.
@@ -183,8 +190,8 @@ class Dataset:
             return self
         ours = self if privacy == "none" else replace(self, unit=privacy.unit)
         kept = np.ones(len(self), dtype=bool)
-        known = elsewhere(ours.unit_identities(), self.collection)
-        for unit, group in zip(ours.unit_identities(), ours.units, strict=True):
+        known = elsewhere(ours.get_unit_identities(), self.collection)
+        for unit, group in zip(ours.get_unit_identities(), ours.units, strict=True):
             if unit in known:
                 kept[group] = False
         return self._only(kept, {"in another collection": int((~kept).sum())})
@@ -222,14 +229,14 @@ class Dataset:
         """
         if self.unit is None:
             return [[row] for row in range(len(self))]
-        return sorted(grouped(self._unit_keys), key=lambda group: self._unit_keys[group[0]])
+        return sorted(group_positions(self._unit_keys), key=lambda group: self._unit_keys[group[0]])
 
-    def unit_identities(self) -> list[bytes]:
+    def get_unit_identities(self) -> list[bytes]:
         """16 bytes for each of `units`, in their order, by which a ledger knows it again; those of records without a promise."""
         keys = self._unit_keys
         return [keys[group[0]] for group in self.units]
 
-    def further_identities(self) -> list[bytes]:
+    def linked_identities(self) -> list[bytes]:
         """Of units that are more than a record: their records, whether they count or not.
 
         By them a ledger links a data set to those that were charged under another unit.
@@ -241,7 +248,7 @@ class Dataset:
         """The identity of each row's unit."""
         if self.unit in (None, RECORD):
             return self.identities()
-        return [identity_of_person(name) for name in self._unit_names(self.unit)]
+        return [person_identity(name) for name in self._unit_names(self.unit)]
 
     @cached_property
     def weights(self) -> list[float]:
@@ -250,13 +257,13 @@ class Dataset:
         return [1 / sizes[row] for row in range(len(self))]
 
     def label_counts(self) -> dict[str, float]:
-        """How many units each class has, every unit counting for one, parted among its records; of tags by their `stratum_of`.
+        """How many units each class has, every unit counting for one, parted among its records; of tags by their `get_stratum`.
 
         What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
         """
         counts = dict.fromkeys(self.labels, 0.0)
         for label, weight in zip(self._held_labels, self.weights, strict=True):
-            if (name := stratum_of(label)) in counts:
+            if (name := get_stratum(label)) in counts:
                 counts[name] += weight
         return counts
 
@@ -268,5 +275,5 @@ class Dataset:
         return [records.inputs[int(i)] for records, rows in self.parts for i in rows]
 
     def identities(self) -> list[bytes]:
-        """16 bytes for each record, by which a ledger knows it again (see `types.identity_of`)."""
+        """16 bytes for each record, by which a ledger knows it again (see `types.record_identity`)."""
         return [records.identities[int(i)] for records, rows in self.parts for i in rows]

@@ -44,14 +44,14 @@ def cut_reason(tokens: int) -> str:
     return f"{_CUT}{tokens} tokens"
 
 
-def cut_texts(model: TrainableModel, inputs: Sequence[Input]) -> dict[str, int]:
+def count_cut_texts(model: TrainableModel, inputs: Sequence[Input]) -> dict[str, int]:
     """Return how many of the inputs are longer than the model reads, by the reason; nothing where none is."""
     loaded = model.loaded
     count = loaded.task.cut(loaded.reader, loaded.max_length, inputs)
     return {cut_reason(loaded.max_length): count} if count else {}
 
 
-def left_out_line(reasons: Mapping[str, int], records: int, source: str = "") -> str | None:
+def format_left_out(reasons: Mapping[str, int], records: int, source: str = "") -> str | None:
     """Return "left out: 75 blank texts; 517 texts cut at 128 tokens (8 %)"; None where nothing is.
 
     Args:
@@ -59,7 +59,7 @@ def left_out_line(reasons: Mapping[str, int], records: int, source: str = "") ->
         records: How many can be used, of which the share of the cut ones is told.
         source: Of which file or files, where there are several.
 
-    >>> left_out_line({"blank text": 75, cut_reason(128): 517, "duplicate": 1500}, 6500)
+    >>> format_left_out({"blank text": 75, cut_reason(128): 517, "duplicate": 1500}, 6500)
     'left out: 75 blank texts; 517 texts cut at 128 tokens (8 %); 1,500 duplicates'
     """
     parts = [_part(reason, count, records) for reason, count in reasons.items() if count]

@@ -17,12 +17,12 @@ _SCHEME = "column:"
 _LENGTH = 63
 
 
-def column_of(partition: str) -> str | None:
+def get_partition_column(partition: str) -> str | None:
     """The column that names the organizations (`simulation.partition = "column:NAME"`); None where records are dealt out."""
     return partition.removeprefix(_SCHEME) if partition.startswith(_SCHEME) else None
 
 
-def owners_of(data: DataConfig, task: TaskName, records: Records, column: str) -> tuple[str, ...]:
+def read_owners(data: DataConfig, task: TaskName, records: Records, column: str) -> tuple[str, ...]:
     """Return the organization of each record, by a name that a folder can have.
 
     Of a text that `data.deduplicate` keeps once, it is the organization that comes first in the file.

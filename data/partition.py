@@ -27,16 +27,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cotune.data.records import Records
-from cotune.data.types import stratum_of
-from cotune.data.units import grouped
+from cotune.data.types import get_stratum
+from cotune.data.units import group_positions
 from cotune.errors import DataError, PlanError, nearest
 
 Rows = NDArray[np.int64]  # indices into the pooled records, ascending
 Shares = NDArray[np.float64]  # groups × clients, each row adds up to 1
 
 SCHEMES = ("iid", "dirichlet:ALPHA", "quantity:ALPHA", "shards:K")
-ALPHA = (1e-3, 1e6)  # beyond, one client gets all, or all get the same, to the last digit
-DRAWS = 1000  # how often shares are drawn before min_examples is given up
+ALPHA_RANGE = (1e-3, 1e6)  # beyond, one client gets all, or all get the same, to the last digit
+MAX_DRAWS = 1000  # how often shares are drawn before min_examples is given up
 
 
 class PartitionConfig(BaseModel):
@@ -80,7 +80,7 @@ def partition(labels: Sequence[str], config: PartitionConfig, rng: np.random.Gen
     where a class has fewer examples than holders. Raises DataError if `config.min_examples` cannot be met.
     """
     kind, value = _parse(config.scheme)
-    codes = _codes(labels)
+    codes = _class_codes(labels)
     groups = codes if kind in ("dirichlet", "shards") else np.zeros_like(codes)
     counts = np.bincount(groups)
     if config.clients * config.min_examples > len(labels):
@@ -92,7 +92,7 @@ def partition(labels: Sequence[str], config: PartitionConfig, rng: np.random.Gen
     if kind == "shards":
         _check_shards(int(value), config.clients, len(counts))
     parts: list[list[Rows]] = [[] for _ in range(config.clients)]
-    for group, ends in enumerate(_cuts(kind, value, counts, config, rng)):
+    for group, ends in enumerate(_draw_cuts(kind, value, counts, config, rng)):
         rows = rng.permutation(np.flatnonzero(groups == group))
         for part, piece in zip(parts, np.split(rows, ends[:-1]), strict=True):
             part.append(piece)
@@ -110,7 +110,7 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
             f"test fraction {fraction} is out of range: expected a number between 0 and 1, both excluded",
             code="plan.test_fraction",
         )
-    codes = _codes(labels)
+    codes = _class_codes(labels)
     testing = np.zeros(len(codes), dtype=bool)
     for code in range(codes.max(initial=-1) + 1):
         rows = np.flatnonzero(codes == code)
@@ -125,7 +125,7 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
     return np.flatnonzero(~testing).astype(np.int64), np.flatnonzero(testing).astype(np.int64)
 
 
-def deal_alike(held: Sequence[Sequence[str]], labels: Sequence[str], rng: np.random.Generator) -> list[Rows]:
+def split_by_class_shares(held: Sequence[Sequence[str]], labels: Sequence[str], rng: np.random.Generator) -> list[Rows]:
     """The rows of further examples, dealt to clients in the proportions in which they hold each class.
 
     As clients of one pooled file differ in their classes alone, what each gets is like what it holds: as if its own records had
@@ -147,19 +147,19 @@ def deal_alike(held: Sequence[Sequence[str]], labels: Sequence[str], rng: np.ran
     return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
 
 
-def _codes(labels: Sequence[str]) -> NDArray[np.int64]:
+def _class_codes(labels: Sequence[str]) -> NDArray[np.int64]:
     """Each label as the index of its class, classes in alphabetical order."""
     index = {name: code for code, name in enumerate(sorted(set(labels)))}
     return np.array([index[label] for label in labels], dtype=np.int64)
 
 
-def _cuts(
+def _draw_cuts(
     kind: str, value: float, counts: NDArray[np.int64], config: PartitionConfig, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """Where each client's piece of each group ends (groups × clients), from the first draw that gives all enough."""
     best = 0
-    for _ in range(DRAWS):
-        shares = _shares(kind, value, len(counts), config, rng)
+    for _ in range(MAX_DRAWS):
+        shares = _draw_shares(kind, value, len(counts), config, rng)
         cuts = np.rint(np.cumsum(shares, axis=1) * counts[:, None]).astype(np.int64)
         smallest = int(np.diff(cuts, axis=1, prepend=0).sum(axis=0).min())
         if smallest >= config.min_examples:
@@ -167,13 +167,13 @@ def _cuts(
         best = max(best, smallest)
     raise DataError(
         f"scheme {config.scheme!r} with {config.clients} clients left one with {best} examples or fewer"
-        f" in each of {DRAWS} draws, and min_examples is {config.min_examples}:"
+        f" in each of {MAX_DRAWS} draws, and min_examples is {config.min_examples}:"
         " use fewer clients, a larger ALPHA or K, or a smaller min_examples",
         code="data.too_few_records",
     )
 
 
-def _shares(kind: str, value: float, groups: int, config: PartitionConfig, rng: np.random.Generator) -> Shares:
+def _draw_shares(kind: str, value: float, groups: int, config: PartitionConfig, rng: np.random.Generator) -> Shares:
     if kind in ("dirichlet", "quantity"):
         return rng.dirichlet(np.full(config.clients, value), size=groups)
     sizes = np.ones(config.clients)
@@ -181,12 +181,12 @@ def _shares(kind: str, value: float, groups: int, config: PartitionConfig, rng: 
         sizes = np.maximum(rng.dirichlet(np.full(config.clients, config.sizes)), 1e-12)
     shares: Shares = sizes[None, :]
     if kind == "shards":
-        shares = shares * _holders(int(value), groups, config.clients, rng)
+        shares = shares * _deal_classes(int(value), groups, config.clients, rng)
     total: Shares = shares.sum(axis=1, keepdims=True)
     return shares / total
 
 
-def _holders(classes_each: int, classes: int, clients: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+def _deal_classes(classes_each: int, classes: int, clients: int, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Who holds which class (classes × clients): K each, dealt in turn from a shuffled deck; no class is left over."""
     deck = rng.permutation(classes)
     holds = np.zeros((classes, clients), dtype=bool)
@@ -230,7 +230,7 @@ def _parse(scheme: str) -> tuple[str, float]:
 
 
 def _check_alpha(alpha: float, given: str) -> None:
-    low, high = ALPHA
+    low, high = ALPHA_RANGE
     if not low <= alpha <= high:
         raise ValueError(f"{given} is out of range: expected ALPHA from {low:g} to {high:g}")
 
@@ -251,7 +251,7 @@ class UnitGroups:
         """The rows of the chosen groups, ascending."""
         return np.array(sorted(row for group in chosen for row in self.groups[group]), dtype=np.int64)
 
-    def names_at(self, rows: Collection[int]) -> set[str | bytes]:
+    def units_of_rows(self, rows: Collection[int]) -> set[str | bytes]:
         """The units of some rows."""
         wanted = {int(row) for row in rows}
         return {name for name, group in zip(self.names, self.groups, strict=True) if wanted.intersection(group)}
@@ -274,10 +274,10 @@ class UnitGroups:
 
 
 def unit_groups(records: Records) -> UnitGroups:
-    """By the column of the units where one was read, else by `identity_of`."""
+    """By the column of the units where one was read, else by `record_identity`."""
     names: Sequence[str | bytes] = records.units or records.identities
-    groups = grouped(names)
-    strata = [Counter(stratum_of(records.labels[row]) for row in group) for group in groups]
+    groups = group_positions(names)
+    strata = [Counter(get_stratum(records.labels[row]) for row in group) for group in groups]
     return UnitGroups(
         tuple(map(tuple, groups)),
         tuple(min(counts, key=lambda name: (-counts[name], name)) for counts in strata),

@@ -19,15 +19,15 @@ from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.left_out import UNREADABLE
 from cotune.data.readers import images as image_folders
-from cotune.data.readers.csv_reader import shown_names
-from cotune.data.readers.data_file import DataFile, is_unicode, word_of
+from cotune.data.readers.csv_reader import displayable_names
+from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.json_reader import JSON_SUFFIXES
-from cotune.data.readers.sources import is_lfs_pointer, missing_source
+from cotune.data.readers.sources import is_lfs_pointer, missing_source_error
 from cotune.data.records import Records
-from cotune.data.tasks.task import Task, task_named
-from cotune.data.types import Input, Label, plain
-from cotune.data.units import agree, grouped
+from cotune.data.tasks.task import Task, get_task
+from cotune.data.types import Input, Label, normalize_text
+from cotune.data.units import are_same_record, group_positions
 from cotune.errors import DataError, nearest, reason_of
 
 Row = tuple[Input, Label, str]  # a record and the plain name of its unit
@@ -61,14 +61,14 @@ def read_records(
         status = file.stat()
         real = os.path.realpath(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise missing_source(name, file) from error
+        raise missing_source_error(name, file) from error
     except (OSError, ValueError) as error:
         raise DataError(
             f"{name!r} cannot be opened ({reason_of(error)}): check data.source and permissions", code="data.not_readable"
         ) from error
-    if stat.S_ISDIR(status.st_mode) and (is_one_source(file, task) or (lenient and task_named(task).key == "image")):
+    if stat.S_ISDIR(status.st_mode) and (is_one_source(file, task) or (lenient and get_task(task).key == "image")):
         with _PARSING:
-            return _parse_folder(real, name, image_folders.signature(file), config, task, lenient)
+            return _parse_folder(real, name, image_folders.folder_signature(file), config, task, lenient)
     if stat.S_ISDIR(status.st_mode):
         raise DataError(
             f"{name} is a folder, expected one organization's file: name one of the files in it", code="data.not_a_file"
@@ -120,7 +120,7 @@ def organization_name(path: Path) -> str:
 
 def is_one_source(folder: Path, task: TaskName) -> bool:
     """Whether the folder is itself the records of one organization: images in a sub-folder for each class."""
-    return task_named(task).key == "image" and image_folders.holds_classes(folder)
+    return get_task(task).key == "image" and image_folders.has_class_folders(folder)
 
 
 def _locate(config: DataConfig, path: Path | None) -> tuple[str, Path]:
@@ -173,7 +173,7 @@ def _parse(
 ) -> Records:
     """Read and clean a file. `mtime_ns` and `size` are there for the cache's key: a changed file is read again."""
     suffix = Path(path).suffix.lower()
-    key = task_named(task).key
+    key = get_task(task).key
     if suffix not in READERS:
         got = f"ends in {suffix!r}" if suffix else "has no suffix"
         raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it", code="data.unknown_format")
@@ -193,7 +193,7 @@ def _parse(
     for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
-    return _clean(file, task_named(task), values[given], values[wanted_label], values.get(config.unit) if config.unit else None)
+    return _clean(file, get_task(task), values[given], values[wanted_label], values.get(config.unit) if config.unit else None)
 
 
 @lru_cache(maxsize=CACHED_FILES)
@@ -205,9 +205,9 @@ def _parse_folder(path: str, name: str, signature: int, config: DataConfig, task
             " that column beside the paths or bytes of the images",
             code="data.missing_column",
         )
-    found = image_folders.labeled_images(Path(path))
+    found = image_folders.list_labeled_images(Path(path))
     file = DataFile(name, Path(path), b"", config, "image", lenient)
-    return _clean(file, task_named(task), [image for image, _ in found], [label for _, label in found])
+    return _clean(file, get_task(task), [image for image, _ in found], [label for _, label in found])
 
 
 def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -> None:
@@ -218,7 +218,7 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
         )
     if column in names:
         return
-    known = shown_names(names, file.columns)
+    known = displayable_names(names, file.columns)
     hint = nearest(column, known) if known and len(known) <= MAX_COLUMN_NAMES else "."
     raise DataError(
         f"{file.name} has no column {column!r}: use --set data.{key}=COLUMN{hint}".removesuffix("."), code="data.missing_column"
@@ -243,8 +243,8 @@ def _clean(
         if _is_header(file, number, raw_input, raw_label):
             skipped["repeated header"] += 1
             continue
-        record = _record(file, task, number, raw_input, raw_label)
-        unit = _unit_of(file, number, raw_unit)
+        record = _read_record(file, task, number, raw_input, raw_label)
+        unit = _read_unit(file, number, raw_unit)
         if isinstance(record, str):
             skipped[record] += 1
         elif units is not None and not unit:
@@ -280,7 +280,7 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
     return held == named
 
 
-def _record(file: DataFile, task: Task, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+def _read_record(file: DataFile, task: Task, number: int, given: object, label: object) -> tuple[Input, Label] | str:
     """The record, or the reason to leave it out. Raises DataError for one that cannot be read, unless leniently.
 
     Leniently no record raises, whatever a library says of it: of paths alone there are NUL bytes and loops of links.
@@ -293,10 +293,10 @@ def _record(file: DataFile, task: Task, number: int, given: object, label: objec
         return UNREADABLE
 
 
-def _unit_of(file: DataFile, number: int, value: object) -> str:
+def _read_unit(file: DataFile, number: int, value: object) -> str:
     """The plain name of a record's unit; "" where it is missing or cannot be one: a single record must not stop the others."""
     try:
-        name = plain(word_of(file, str(file.config.unit), number, value))
+        name = normalize_text(format_value(file, str(file.config.unit), number, value))
     except (DataError, ValueError):
         return ""
     return name if is_unicode(name) else ""
@@ -305,8 +305,8 @@ def _unit_of(file: DataFile, number: int, value: object) -> str:
 def _without_duplicates(found: Sequence[Row], skipped: Counter[str]) -> list[Row]:
     """The first record of each input of a unit; none of those whose labels differ (see `units.agree`)."""
     kept = []
-    for group in grouped((given, unit) for given, _, unit in found):
-        if agree([found[row][:2] for row in group]):
+    for group in group_positions((given, unit) for given, _, unit in found):
+        if are_same_record([found[row][:2] for row in group]):
             kept.append(group[0])
             reason = "duplicate"
             left_out = len(group) - 1

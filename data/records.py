@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cotune.data.class_names import is_shown, shown
-from cotune.data.types import Input, Label, content_of, identity_of, names_in
+from cotune.data.types import Input, Label, class_names_in, content_bytes, record_identity
 from cotune.errors import DataError, nearest
 
 SHOWN = 5  # how many unknown classes an error names
@@ -22,7 +22,7 @@ class Records:
 
     labels: as `class_name` has them (1.0 reads "1", True reads "true"). source: the name to show. skipped: how many records of
     the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
-    is, by its plain name (see `types.plain`); empty where no column says it.
+    is, by its plain name (see `types.normalize_text`); empty where no column says it.
     """
 
     inputs: tuple[Input, ...] = field(repr=False)  # private: never in a log by accident
@@ -43,17 +43,17 @@ class Records:
 
     def label_counts(self) -> dict[str, int]:
         """How many records (with tags: how many words) each class has, in the order of `check_labels`."""
-        return self.label_counts_in(_ordered(name for label in self.labels for name in names_in(label)))
+        return self.label_counts_in(_ordered(name for label in self.labels for name in class_names_in(label)))
 
     def label_counts_in(self, names: Sequence[str]) -> dict[str, int]:
         """The same in the order of `names`, with 0 for a class that no record has."""
-        counts = Counter(name for label in self.labels for name in names_in(label))
+        counts = Counter(name for label in self.labels for name in class_names_in(label))
         return {name: counts[name] for name in names}
 
     @cached_property
     def identities(self) -> tuple[bytes, ...]:
-        """What a ledger knows each record by, see `identity_of`."""
-        return tuple(identity_of(given) for given in self.inputs)
+        """What a ledger knows each record by, see `record_identity`."""
+        return tuple(record_identity(given) for given in self.inputs)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,7 +61,7 @@ class Records:
         digest = hashlib.sha256()
         for values in zip(self.inputs, self.labels, *([self.units] if self.units else []), strict=True):
             for value in values:
-                data = content_of(value)
+                data = content_bytes(value)
                 digest.update(len(data).to_bytes(8, "big") + data)  # lengths keep ("ab", "c") and ("a", "bc") apart
         return digest.hexdigest()
 
@@ -72,7 +72,7 @@ def check_labels(records: Records, known: Sequence[str] | None) -> tuple[str, ..
     They are those of `known` if it is given (the records may lack some, as one organization's often do), otherwise
     those of the records. Raises DataError for fewer than two classes, or for a class in the records that `known` lacks.
     """
-    found = _ordered(name for label in records.labels for name in names_in(label))
+    found = _ordered(name for label in records.labels for name in class_names_in(label))
     names = found if known is None else _ordered(known)
     if len(names) < 2:
         got = f"{records.source} holds" if known is None else "the plan lists"

@@ -23,7 +23,7 @@ def answer_count(given: Input) -> int:
     return len(given) if isinstance(given, tuple) else 1
 
 
-def content_of(value: Input | Label) -> bytes:
+def content_bytes(value: Input | Label) -> bytes:
     """Bytes that are equal for equal inputs or labels and for no others of the same kind."""
     if isinstance(value, Image):
         return value.digest
@@ -31,20 +31,21 @@ def content_of(value: Input | Label) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def identity_of(given: Input) -> bytes:
+def record_identity(given: Input) -> bytes:
     """16 bytes that stay the same when a file is shuffled, exported anew, labeled anew or retyped a little.
 
-    SHA-256 over the plain form of a text (see `plain`), whether it is kept as one or as its words; over the decoded pixels and
-    the size of an image. A corrected label is still the same record. Anyone who can guess a text can recognize its identity: what
+    SHA-256 over the plain form of a text (see `normalize_text`), whether it is kept as one or as its words; over the decoded
+    pixels and the size of an image. A corrected label is still the same record. Anyone who can guess a text can recognize its
+    identity: what
     is stored or exported is keyed first (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]
     text = given if isinstance(given, str) else " ".join(given)
-    return hashlib.sha256(plain(text).encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(normalize_text(text).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """A text without what a reader does not see or would not call a difference.
 
     Compatibility forms are unified (NFKC), case is folded, control and format characters (zero-width ones, directions, soft
@@ -66,12 +67,12 @@ def _is_punctuation(char: str) -> bool:
     return unicodedata.category(char).startswith("P")
 
 
-def names_in(label: Label) -> tuple[str, ...]:
+def class_names_in(label: Label) -> tuple[str, ...]:
     """The class names that a label consists of: one, or one for each word."""
     return (label,) if isinstance(label, str) else label
 
 
-def stratum_of(label: Label) -> str:
+def get_stratum(label: Label) -> str:
     """The one class by which a record is split over organizations and held out for testing.
 
     Of tags it is the most frequent one that is not O, and of equally frequent ones the alphabetically first; O where there is no

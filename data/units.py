@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
-from cotune.data.types import Input, Label, content_of
+from cotune.data.types import Input, Label, content_bytes
 
 RECORD = "record"  # the name of the unit that is one record
 _BYTES = 16  # of an identity
@@ -28,12 +28,12 @@ class UnitRule(Protocol):
         """How many records of a unit count at most; None for RECORD."""
 
 
-def identity_of_person(name: str) -> bytes:
+def person_identity(name: str) -> bytes:
     """16 bytes that stay the same in every export: SHA-256 over a plain name, apart from those of records."""
     return hashlib.sha256(b"cotune unit\0" + name.encode("utf-8", "surrogatepass")).digest()[:_BYTES]
 
 
-def grouped(names: Iterable[Hashable]) -> list[list[int]]:
+def group_positions(names: Iterable[Hashable]) -> list[list[int]]:
     """The positions of equal names, in the order in which the names come first."""
     groups: dict[Hashable, list[int]] = {}
     for position, name in enumerate(names):
@@ -41,7 +41,7 @@ def grouped(names: Iterable[Hashable]) -> list[list[int]]:
     return list(groups.values())
 
 
-def chosen(unit: bytes, records: Sequence[tuple[Input, Label]], most: int, seed: int) -> list[int]:
+def choose_counting(unit: bytes, records: Sequence[tuple[Input, Label]], most: int, seed: int) -> list[int]:
     """The positions of the at most `most` records of a unit that count, ascending.
 
     They have the smallest SHA-256 over the seed, the unit and their own content: an order that looks random, and in which other
@@ -55,15 +55,15 @@ def chosen(unit: bytes, records: Sequence[tuple[Input, Label]], most: int, seed:
 
 def _rank(seed: int, unit: bytes, given: Input, label: Label) -> bytes:
     digest = hashlib.sha256(b"cotune choice\0" + seed.to_bytes(8, "big"))
-    for data in (unit, content_of(given), content_of(label)):
+    for data in (unit, content_bytes(given), content_bytes(label)):
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.digest()
 
 
-def agree(records: Sequence[tuple[Input, Label]]) -> bool:
+def are_same_record(records: Sequence[tuple[Input, Label]]) -> bool:
     """Whether records that are known as one are one, to the letter: the same input and the same label.
 
     Of a text with two labels, or written in two ways, no record counts. If one of them did, a single row of a file could put
     another in its place, which changes a sum of gradients by twice what one record may.
     """
-    return len({(content_of(given), content_of(label)) for given, label in records}) == 1
+    return len({(content_bytes(given), content_bytes(label)) for given, label in records}) == 1

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.readers.csv_reader import shown_names
+from cotune.data.readers.csv_reader import displayable_names
 from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES, Image
-from cotune.data.tasks.task import task_named
+from cotune.data.tasks.task import get_task
 from cotune.data.types import Input
 from cotune.errors import DataError, nearest, reason_of
 
@@ -40,37 +40,37 @@ def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, enc
     Raises:
         DataError: For a file that cannot be read, or has no such column.
     """
-    key = task_named(task).key
+    key = get_task(task).key
     if path.is_dir() and key == "image":
-        return _made(_file(path, b"", key, key), task, list(_images(path)))
+        return _make_rows(_file(path, b"", key, key), task, list(_images(path)))
     wanted = column or key
     file = _file(path, _content(path), key, wanted, encoding)
     names, values = READERS[file.suffix](file)
     if names.count(wanted) != 1:
-        known = shown_names(names, (wanted,))
+        known = displayable_names(names, (wanted,))
         hint = nearest(wanted, known) if known else ""
         problem = "no column" if wanted not in names else f"{names.count(wanted)} columns"
         raise DataError(
             f"{path} has {problem} {wanted!r}: name the one to predict with --{key}{hint}".removesuffix("."),
             code="data.missing_column",
         )
-    return _made(file, task, values[wanted])
+    return _make_rows(file, task, values[wanted])
 
 
 def read_typed(given: Sequence[str], task: TaskName) -> list[Row]:
     """Return texts as they were typed; for an image model, paths of images."""
-    key = task_named(task).key
-    return _made(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
+    key = get_task(task).key
+    return _make_rows(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
 
 
-def _made(file: DataFile, task: TaskName, values: Sequence[object]) -> list[Row]:
+def _make_rows(file: DataFile, task: TaskName, values: Sequence[object]) -> list[Row]:
     return [_row(file, task, number, value) for number, value in enumerate(values, 1)]
 
 
 def _row(file: DataFile, task: TaskName, number: int, value: object) -> Row:
     shown = value if isinstance(value, str) else str(value) if isinstance(value, Path) else f"record {number}"
     try:
-        found = task_named(task).unlabeled(file, number, value)
+        found = get_task(task).unlabeled(file, number, value)
     except DataError as error:
         return Row(shown, None, str(error))
     if isinstance(found, str):

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from cotune.data.types import Input, content_of
+from cotune.data.types import Input, content_bytes
 from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.distillation import DistillationConfig, Lessons, student_probabilities, train_student
 from cotune.ensembles.fusion import weighted_mean
@@ -116,7 +116,7 @@ def inputs_hash(inputs: Sequence[Input]) -> str:
     """SHA-256 over the inputs, in their order."""
     total = hashlib.sha256()
     for given in inputs:
-        total.update(hashlib.sha256(content_of(given)).digest())
+        total.update(hashlib.sha256(content_bytes(given)).digest())
     return total.hexdigest()
 
 

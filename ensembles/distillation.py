@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.data.tasks.batching import tight_batches
+from cotune.data.tasks.batching import sorted_batches
 from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
@@ -158,7 +158,7 @@ def student_probabilities(student: TrainableModel, inputs: Sequence[Input]) -> l
     task = student.loaded.task
     examples = _examples(student, Lessons(inputs, [np.zeros((_answers(each), 0)) for each in inputs]))
     found: list[Floats] = [np.empty((0, 0))] * len(examples)
-    for rows in tight_batches(range(len(examples)), lambda row: task.order(examples[row]), _EVALUATION_BATCH):
+    for rows in sorted_batches(range(len(examples)), lambda row: task.order(examples[row]), _EVALUATION_BATCH):
         for row, scores in zip(rows, _answer_scores(student, [examples[row] for row in rows]), strict=True):
             found[row] = functional.softmax(scores.double(), dim=-1).cpu().numpy()
     return found

@@ -15,9 +15,9 @@ from cotune.ensembles.folder import write_fused
 from cotune.ensembles.fusion import Method, PredictionFusion, assign_folds, cross_fitted, fit_fusion
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
 from cotune.errors import DataError
-from cotune.models.evaluation.intervals import Answers, paired
+from cotune.models.evaluation.intervals import Answers, compare_paired
 from cotune.models.evaluation.predictor import Predictor, class_numbers, unit_numbers
-from cotune.models.evaluation.quality import quality, told_classes
+from cotune.models.evaluation.quality import predict_classes, quality
 
 FOLDS = 5
 _FIGURES = ("accuracy", "accuracy_interval", "auroc", "macro", "calibration")
@@ -47,7 +47,7 @@ class Judgment:
 
     def answers(self, probabilities: Floats) -> Answers:
         """The answers that probabilities mean."""
-        return Answers(self.truth, told_classes(probabilities, self.labels), self.units, len(self.labels))
+        return Answers(self.truth, predict_classes(probabilities, self.labels), self.units, len(self.labels))
 
     def figures(self, probabilities: Floats) -> dict[str, Any]:
         """The figures of one model, as plain values."""
@@ -91,7 +91,7 @@ def measure_fusion(method: Method, judgment: Judgment, names: Sequence[str], see
     fused = cross_fitted(method, judgment.probabilities, judgment.truth, judgment.folds(seed))
     single = [judgment.figures(each) for each in judgment.probabilities]
     best = max(range(len(single)), key=lambda number: single[number]["accuracy"])
-    against = paired(judgment.answers(fused), judgment.answers(judgment.probabilities[best]))
+    against = compare_paired(judgment.answers(fused), judgment.answers(judgment.probabilities[best]))
     return {
         "method": method,
         "labels": list(judgment.labels),

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from cotune.data.config import TaskName
 from cotune.ensembles.fusion import MetaModel, Method, PredictionFusion
 from cotune.errors import ModelError, RunError
-from cotune.models.base_folder import content_hash, deciding_files
+from cotune.models.base_folder import content_hash, list_model_files
 from cotune.storage.config_table import format_validation_error
 from cotune.storage.files import atomic_write
 
@@ -109,7 +109,7 @@ def write_fused(
 
 
 def _copy(source: Path, target: Path) -> None:
-    for name, file in deciding_files(source).items():
+    for name, file in list_model_files(source).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / name)
 

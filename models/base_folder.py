@@ -31,15 +31,15 @@ _POOLING = "1_Pooling/config.json"
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
 
 
-def deciding_files(folder: Path) -> dict[str, Path]:
+def list_model_files(folder: Path) -> dict[str, Path]:
     """Name within the folder -> file, in the order of names; links are followed."""
-    found = {file.name: file for file in folder.iterdir() if decides(file.name) and file.is_file()}
+    found = {file.name: file for file in folder.iterdir() if is_model_file(file.name) and file.is_file()}
     if (folder / _POOLING).is_file():
         found[_POOLING] = folder / _POOLING
     return dict(sorted(found.items()))
 
 
-def decides(name: str) -> bool:
+def is_model_file(name: str) -> bool:
     """Whether a file of that name at the top of a model's folder is part of the model."""
     return name.endswith(_SUFFIXES) and not name.startswith(".")
 
@@ -51,7 +51,7 @@ def content_hash(folder: Path) -> str:
     """
     total = hashlib.sha256()
     try:
-        for name, file in deciding_files(folder).items():
+        for name, file in list_model_files(folder).items():
             status = file.stat()
             total.update(f"{name}\0{_digest(str(file), status.st_size, status.st_mtime_ns)}\n".encode())
     except OSError as error:
@@ -96,7 +96,7 @@ def _read(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def revision_of(folder: Path) -> str | None:
+def get_revision(folder: Path) -> str | None:
     """The commit of a snapshot of the Hugging Face hub, which its folder is named for; None for another folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
@@ -105,10 +105,10 @@ _JSON = ".json"
 _WEIGHTS = ".safetensors"
 
 
-def damage_of(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Return the first damaged file and its fault, such as "tokenizer.json, which is not JSON in UTF-8 (…)"; None without one."""
     try:
-        files = deciding_files(folder)
+        files = list_model_files(folder)
     except OSError as error:
         return f"a folder that cannot be read ({error.strerror})"
     return next(_damages(files), None) if files else None
@@ -117,12 +117,12 @@ def damage_of(folder: Path) -> str | None:
 def _damages(files: dict[str, Path]) -> Iterator[str]:
     for name, file in files.items():
         if name.endswith(_JSON):
-            yield from (f"{name}, {problem}" for problem in _of_json(name, file, files))
+            yield from (f"{name}, {problem}" for problem in _json_damages(name, file, files))
         elif name.endswith(_WEIGHTS):
-            yield from (f"{name}, {problem}" for problem in _of_weights(file))
+            yield from (f"{name}, {problem}" for problem in _weight_damages(file))
 
 
-def _of_json(name: str, file: Path, files: dict[str, Path]) -> Iterator[str]:
+def _json_damages(name: str, file: Path, files: dict[str, Path]) -> Iterator[str]:
     try:
         found = json.loads(file.read_bytes().decode("utf-8"))
     except OSError as error:
@@ -142,7 +142,7 @@ def _of_json(name: str, file: Path, files: dict[str, Path]) -> Iterator[str]:
         yield f"which holds a {type(found).__name__} and no object"
 
 
-def _of_weights(file: Path) -> Iterator[str]:
+def _weight_damages(file: Path) -> Iterator[str]:
     try:
         with safe_open(file, framework="numpy") as opened:
             opened.keys()
@@ -177,7 +177,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def base_labels(folder: Path) -> tuple[str, ...]:
+def read_base_labels(folder: Path) -> tuple[str, ...]:
     """Return the label names that config.json declares, in the order of the head; empty for generic ones.
 
     Raises:

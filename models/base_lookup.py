@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotune.data.readers.sources import first_lfs_pointer, missing_base, path_of_base
+from cotune.data.readers.sources import find_lfs_pointer, get_base_path, missing_base_error
 from cotune.errors import ModelError
 from cotune.models.base_folder import (
     HUB_FILES,
     check_named_weights,
     content_hash,
-    deciding_files,
-    revision_of,
+    get_revision,
+    list_model_files,
 )
 from cotune.models.config import ModelConfig
 
@@ -31,7 +31,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 class BaseModelFolder:
     """A checked folder.
 
-    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_folder.deciding_files`).
+    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_folder.list_model_files`).
     revision: the commit, where the folder is a snapshot of the Hugging Face hub.
     """
 
@@ -51,7 +51,7 @@ def find_base(config: ModelConfig) -> BaseModelFolder:
     """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
     path = _locate(config.base, config.revision)
     _check_folder(path, config.base)
-    folder = BaseModelFolder(config.base, path, content_hash(path), revision_of(path))
+    folder = BaseModelFolder(config.base, path, content_hash(path), get_revision(path))
     if config.base_hash not in (None, folder.content_hash):
         raise ModelError(
             f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
@@ -71,7 +71,7 @@ def _locate(base: str, revision: str | None) -> Path:
             " hash, as in `cotune client check SITE federation.toml --model FOLDER`",
             code="model.missing_base",
         )
-    return path_of_base(base) or _from_hub(base, revision)
+    return get_base_path(base) or _from_hub(base, revision)
 
 
 def _package_model(package: str) -> Path:
@@ -102,7 +102,7 @@ def _from_hub(base: str, revision: str | None) -> Path:
 
 def _check_folder(path: Path, name: str) -> None:
     if not path.is_dir():
-        raise missing_base(name)
+        raise missing_base_error(name)
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"
@@ -125,7 +125,7 @@ def _check_folder(path: Path, name: str) -> None:
             f"the base model {name} has no weights: expected *.safetensors in its folder", code="model.missing_weights"
         )
     check_named_weights(path)
-    pointer = first_lfs_pointer(deciding_files(path))
+    pointer = find_lfs_pointer(list_model_files(path))
     if pointer is not None:
         raise ModelError(
             f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files with `git lfs pull`"

@@ -17,12 +17,12 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from cotune.data.config import TaskName
-from cotune.data.tasks.task import Task, task_named
+from cotune.data.tasks.task import Task, get_task
 from cotune.errors import ModelError
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
 from cotune.models.base_folder import (
-    base_labels,
-    damage_of,
+    find_damage,
+    read_base_labels,
     read_settings,
 )
 from cotune.models.config import ModelConfig
@@ -59,12 +59,12 @@ def load_model(
     ModelError.
     """
     folder = find_base(config)
-    does = task_named(task)
+    does = get_task(task)
     try:
         model_config = _configure(folder.path, labels)
         mean = _use_mean_pooling(config, model_config, folder.path, does)
         reader = does.reader(folder.path)
-        with quiet(), torch.random.fork_rng(devices=[]):
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module, frozen = _build(folder.path, model_config, mean, does, finished)
             if not _head_is_for(folder.path, labels, type(module).__name__):
@@ -74,7 +74,7 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:
-        damage = damage_of(folder.path)
+        damage = find_damage(folder.path)
         if damage is not None:
             raise ModelError(
                 f"the base model {config.base} has {damage}: download the folder again, or save it anew",
@@ -82,21 +82,22 @@ def load_model(
             ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(
-            f"the base model {config.base} cannot be loaded as {_a(does.described)} ({reason}): expected an architecture with a"
-            f" {does.model_class().__name__.removeprefix('AutoModel')} class in transformers, its safetensors and {does.needs}",
+            f"the base model {config.base} cannot be loaded as {_with_article(does.described)} ({reason}): expected an"
+            f" architecture with a {does.model_class().__name__.removeprefix('AutoModel')} class in"
+            f" transformers, its safetensors and {does.needs}",
             code="model.not_loadable",
         ) from None
     return LoadedModel(module, reader, folder, frozen, longest, does)
 
 
-def _a(noun: str) -> str:
+def _with_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool:
     """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
     trained = read_settings(path).get("architectures") or [architecture]
-    return architecture in trained and base_labels(path) in ((), labels)
+    return architecture in trained and read_base_labels(path) in ((), labels)
 
 
 def draw_head(module: PreTrainedModel, seed: int) -> None:
@@ -119,7 +120,7 @@ def _draw_head(module: PreTrainedModel) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Without transformers' progress bar and its report on the new head, which is expected."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -181,7 +182,7 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: 
     if not task.pools:
         if config.pooling == "mean":
             raise ModelError(
-                f"model.pooling = mean is not for {_a(task.described)}, which reads every vector: use auto",
+                f"model.pooling = mean is not for {_with_article(task.described)}, which reads every vector: use auto",
                 code="model.no_mean_pooling",
             )
         return False

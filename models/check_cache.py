@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cotune.models.device import kernels_of
+from cotune.models.device import kernel_key
 from cotune.storage.files import atomic_write
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def model_key(model: TrainableModel) -> tuple[object, ...]:
     loaded = model.loaded
     drawn = (model.seed, len(loaded.module.config.id2label), model.lora.model_dump_json() if model.lora else "")
     how = (loaded.task.pipeline, loaded.frozen, loaded.max_length)
-    return (loaded.folder.content_hash, *drawn, *how, _versions(), _code_digest(), kernels_of(model.device))
+    return (loaded.folder.content_hash, *drawn, *how, _versions(), _code_digest(), kernel_key(model.device))
 
 
 def read_check(check: str, key: Sequence[object]) -> float | None:

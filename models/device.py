@@ -45,7 +45,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return bool(native and native())
 
 
-def kernels_of(device: torch.device) -> tuple[object, ...]:
+def kernel_key(device: torch.device) -> tuple[object, ...]:
     """What decides, beside operations and shapes, which kernels compute on a device in this process: equal where they are."""
     on_gpu = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if on_gpu else (_processor(), torch.backends.cpu.get_cpu_capability())

@@ -12,7 +12,7 @@ import torch
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
-from cotune.models.features import features_of, rows_of_answers
+from cotune.models.features import answer_rows, get_features
 from cotune.models.trainable import State, TrainableModel
 
 Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
@@ -34,7 +34,7 @@ def encoded_features(
     found = []
     for records, rows in holdings.parts:
         told = None if progress is None else partial(progress, records.source)
-        features = features_of(model, records.inputs, state, precision, told)
+        features = get_features(model, records.inputs, state, precision, told)
         found.append(features[_answers(records.inputs, rows)])
     return torch.cat(found)
 
@@ -43,5 +43,5 @@ def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]])
     """Where the answers of some records are among those of all."""
     if not any(isinstance(given, tuple) for given in inputs[:1]):
         return torch.as_tensor(rows)  # one answer each
-    places = rows_of_answers(inputs)
+    places = answer_rows(inputs)
     return torch.tensor([place for row in rows for place in places[int(row)]], dtype=torch.long)

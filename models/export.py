@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from cotune.models.base_model import dropout_settings, quiet
+from cotune.models.base_model import dropout_settings, silence_transformers
 from cotune.models.lora import merge_adapters
 from cotune.models.trainable import TrainableModel
 
@@ -36,7 +36,7 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
-        with quiet():
+        with silence_transformers():
             module.save_pretrained(part)
         model.loaded.reader.save_pretrained(part)
         _limit_length(part, model.loaded.max_length)

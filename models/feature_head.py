@@ -75,7 +75,7 @@ def feature_head(model: TrainableModel) -> FeatureHead | None:
 
 
 @torch.no_grad()
-def vectors_of(model: TrainableModel, batch: Batch, dtype: torch.dtype) -> Tensor:
+def encode_vectors(model: TrainableModel, batch: Batch, dtype: torch.dtype) -> Tensor:
     """What the head reads in each row of a batch: (b, d), of tags (b, t, d) for all tokens; in float32 on the CPU."""
     reading = get_readout(model)
     assert reading is not None, "feature_head said that there are none"

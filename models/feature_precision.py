@@ -8,9 +8,9 @@ import torch
 
 from cotune.data.tasks.batching import FINE_LENGTHS
 from cotune.models.check_cache import model_key, read_check, write_check
-from cotune.models.device import bfloat16_is_fast, kernels_of
-from cotune.models.feature_head import get_readout, vectors_of
-from cotune.models.probes import example_probes, lengths_of, mixes
+from cotune.models.device import bfloat16_is_fast, kernel_key
+from cotune.models.feature_head import encode_vectors, get_readout
+from cotune.models.probes import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
@@ -32,9 +32,9 @@ def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
     Tried on the base model with random adapters, whatever state the model is in: see `independence`.
     """
     known = _mixing.setdefault(model, {})
-    key = (dtype, *kernels_of(model.device))
+    key = (dtype, *kernel_key(model.device))
     if key not in known:
-        decides = (*model_key(model), get_readout(model), dtype, lengths_of(model, FINE_LENGTHS), FEATURE_SLOTS)
+        decides = (*model_key(model), get_readout(model), dtype, bucket_lengths(model, FINE_LENGTHS), FEATURE_SLOTS)
         known[key] = read_check("features", decides) is None and _features_mix(model, dtype)
         if not known[key]:
             write_check("features", decides, 0.0)
@@ -42,8 +42,8 @@ def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
 
 
 def _features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
-    with model.at_random(model.adapter_names()):
+    with model.with_random_weights(model.adapter_names()):
         return any(
-            mixes(lambda batch: [vectors_of(model, batch, dtype)], example_probes(model, length, FEATURE_SLOTS))
-            for length in lengths_of(model, FINE_LENGTHS)
+            mixes_records(lambda batch: [encode_vectors(model, batch, dtype)], example_probes(model, length, FEATURE_SLOTS))
+            for length in bucket_lengths(model, FINE_LENGTHS)
         )

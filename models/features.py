@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cotune.data.tasks.batching import FINE_LENGTHS, fixed_batches
 from cotune.data.tasks.text import IGNORED, Example
-from cotune.data.types import Input, answer_count, content_of
+from cotune.data.types import Input, answer_count, content_bytes
 from cotune.errors import RunError
 from cotune.models.check_cache import cache_folder
-from cotune.models.feature_head import get_readout, vectors_of
+from cotune.models.feature_head import encode_vectors, get_readout
 from cotune.models.feature_precision import FEATURE_SLOTS, feature_dtype
 from cotune.models.trainable import State, TrainableModel
 from cotune.storage.files import atomic_write, exclusive_lock
@@ -29,7 +29,7 @@ from cotune.storage.files import atomic_write, exclusive_lock
 Progress = Callable[[int, int], None]  # (records encoded, records in all)
 
 
-def features_of(
+def get_features(
     model: TrainableModel, inputs: Sequence[Input], state: State, precision: str, progress: Progress | None = None
 ) -> Tensor:
     """What the head reads of each input, in float32 on the CPU: (n, d), of tags n being the words of all inputs in their order.
@@ -41,7 +41,7 @@ def features_of(
     reading = get_readout(model)
     assert reading is not None, "feature_head said that there are none"
     dtype = feature_dtype(model, precision)
-    file = _file_of(model, inputs, state, reading, dtype)
+    file = _cache_file(model, inputs, state, reading, dtype)
     with contextlib.ExitStack() as held:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,17 +57,18 @@ def features_of(
         return found
 
 
-def are_kept(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:
+def are_cached(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:
     """Whether the features of these inputs are on disk, of the encoder as it came."""
     reading = get_readout(model)
     if reading is None:
         return False
     return (
-        _read(_file_of(model, inputs, {}, reading, feature_dtype(model, precision)), sum(map(answer_count, inputs))) is not None
+        _read(_cache_file(model, inputs, {}, reading, feature_dtype(model, precision)), sum(map(answer_count, inputs)))
+        is not None
     )
 
 
-def _file_of(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
+def _cache_file(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
     """Where the features of these inputs are kept."""
     return cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
 
@@ -110,7 +111,7 @@ def _digest_of(inputs: tuple[Input, ...]) -> bytes:
     """SHA-256 over all inputs; of the same ones, as every round asks for them, it is computed once."""
     digest = hashlib.sha256()
     for given in inputs:
-        digest.update(hashlib.sha256(content_of(given)).digest())
+        digest.update(hashlib.sha256(content_bytes(given)).digest())
     return digest.digest()
 
 
@@ -135,7 +136,7 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str) -> Tensor:
-    """As `features_of`, of examples as the collator takes them. Computed, not looked up."""
+    """As `get_features`, of examples as the collator takes them. Computed, not looked up."""
     return _encode(model, examples, feature_dtype(model, precision), None)
 
 
@@ -155,7 +156,7 @@ def _encode(model: TrainableModel, examples: Sequence[Example], dtype: torch.dty
     for rows, length in fixed_batches(range(len(examples)), bucket, FEATURE_SLOTS):
         chosen = [examples[i] for i in rows]
         batch = collate(chosen, length, FEATURE_SLOTS)
-        vectors = vectors_of(model, batch, dtype)[: len(rows)]
+        vectors = encode_vectors(model, batch, dtype)[: len(rows)]
         unlabeled = (batch["labels"][: len(rows)] == IGNORED).reshape(len(rows), -1).all(dim=1)
         vectors[unlabeled.cpu()] = torch.nan
         if not done:
@@ -174,11 +175,11 @@ def _compute(model: TrainableModel, inputs: Sequence[Input], dtype: torch.dtype,
     labels = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in distinct]
     examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, labels)
     features = _encode(model, examples, dtype, progress)
-    rows = dict(zip(distinct, rows_of_answers(distinct), strict=True))
+    rows = dict(zip(distinct, answer_rows(distinct), strict=True))
     return features[[row for given in inputs for row in rows[given]]]
 
 
-def rows_of_answers(inputs: Sequence[Input]) -> list[range]:
+def answer_rows(inputs: Sequence[Input]) -> list[range]:
     """Where the rows of each input are among the features of all: one row, or one for each word."""
     ends = list(itertools.accumulate(map(answer_count, inputs)))
     return [range(end - answer_count(given), end) for given, end in zip(inputs, ends, strict=True)]

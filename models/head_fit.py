@@ -38,7 +38,7 @@ def last_layer(model: TrainableModel) -> tuple[str, str] | None:
     return None
 
 
-def _last_layer_of(model: TrainableModel) -> tuple[str, str]:
+def _require_last_layer(model: TrainableModel) -> tuple[str, str]:
     found = last_layer(model)
     assert found is not None, "anyone who corrects a head has looked for its last layer"
     return found
@@ -54,7 +54,7 @@ def head_scores(model: TrainableModel, head: Mapping[str, Tensor], features: Ten
     return found
 
 
-def told_by(scores: Tensor) -> Tensor:
+def classes_from_scores(scores: Tensor) -> Tensor:
     """Return the class numbers (n,) that scores (n, classes) mean; -1, which is right for none, where a record was not read."""
     return torch.where(scores.isnan().any(dim=1), -1, scores.argmax(dim=1))
 
@@ -96,7 +96,7 @@ def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start:
     return found
 
 
-def corrected(model: TrainableModel, head: State, features: Tensor, targets: Tensor) -> State:
+def correct_head(model: TrainableModel, head: State, features: Tensor, targets: Tensor) -> State:
     """Return the head with its scores scaled and shifted so that they suit an organization's own records.
 
     The shift corrects for another mix of classes: at its maximum likelihood the mean probability of a class is its frequency, as
@@ -104,7 +104,7 @@ def corrected(model: TrainableModel, head: State, features: Tensor, targets: Ten
     scale is a temperature (Guo et al., ICML 2017, section 4.2), as noise makes a head surer than it should be. One record's worth
     of penalty keeps the shift of a class without records finite. The head must have a last layer (`last_layer`).
     """
-    weight, bias = _last_layer_of(model)
+    weight, bias = _require_last_layer(model)
     scores = head_scores(model, head, features)
     scale, shift = _scale_and_shift(scores, targets)
     return {**head, weight: head[weight] * scale, bias: head[bias] * scale + shift}

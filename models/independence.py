@@ -5,11 +5,12 @@ padding (FNet), or an arithmetic whose rounding depends on the batch, lets one r
 the clip norm. Both are tried before a run, on made-up records, and refused.
 
 **Why no verdict depends on the state.** Which kernels compute, and in which order they add, is chosen by operations, shapes,
-places in memory, threads and device; `mixes` refuses whatever takes other operations or shapes for other contents. Values decide
-only whether a difference is seen: under a head or adapters of zeros every order gives the same sum, and a server that chooses
+places in memory, threads and device; `mixes_records` refuses whatever takes other operations or shapes for other contents.
+Values decide only whether a difference is seen: under a head or adapters of zeros every order gives the same sum, and a server
+that chooses
 states could have had its model tried under such a one. So every trial is made on the base model with random weights in what is
 trained, in whatever state the model is, and is made once: its key holds the mode, the trained parameters, the arithmetic, the
-shapes and what decides about kernels (`device.kernels_of`).
+shapes and what decides about kernels (`device.kernel_key`).
 
 This is the only place that asks whether records keep to themselves. That the clipped sum is right, under the very state that
 trains, is another question (`privacy.mechanisms.dp_sgd.check_clipping`, in every round).
@@ -31,10 +32,10 @@ from cotune.data.tasks.text import Batch, Example
 from cotune.errors import PrivacyError
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
-from cotune.models.device import bfloat16_is_fast, kernels_of
-from cotune.models.feature_head import feature_head, vectors_of
+from cotune.models.device import bfloat16_is_fast, kernel_key
+from cotune.models.feature_head import encode_vectors, feature_head
 from cotune.models.feature_precision import FEATURE_SLOTS, features_mix
-from cotune.models.probes import PerSlot, example_probes, feature_probes, lengths_of, mixes, stretched
+from cotune.models.probes import PerSlot, bucket_lengths, example_probes, feature_probes, mixes_records, stretch_example
 from cotune.models.trainable import TrainableModel
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
@@ -82,9 +83,9 @@ def check_independence(
             if on_features:
                 mixing = features_mix(model, dtype) or _head_mixes(model, per_slot, slots, width, lengths)
             else:
-                mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or lengths_of(model))
+                mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or bucket_lengths(model))
         except _FAILURES as raised:
-            raise PrivacyError(_apart(model, _reason(raised)), code="privacy.records_mix") from None
+            raise PrivacyError(_not_independent(model, _reason(raised)), code="privacy.records_mix") from None
         if not mixing:
             return dtype
     raise PrivacyError(
@@ -110,31 +111,31 @@ def _head_mixes(
     batches = (
         feature_probes(shape, classes, slots, model.device, number) for shape in shapes for number in range(_FEATURES_TRIED)
     )
-    return _known(model, ("features", *shapes, slots), lambda: any(mixes(per_slot, probes) for probes in batches))
+    return _known_mixing(model, ("features", *shapes, slots), lambda: any(mixes_records(per_slot, probes) for probes in batches))
 
 
 def _examples_mix(
     model: TrainableModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
 ) -> bool:
-    answer = _answer(model, dtype, per_slot)
+    answer = _make_answer(model, dtype, per_slot)
     batches = (example_probes(model, length, slots) for length in lengths)
     what = (mode, dtype, slots, tuple(lengths), per_slot is None)
-    return _known(model, what, lambda: any(mixes(answer, probes) for probes in batches))
+    return _known_mixing(model, what, lambda: any(mixes_records(answer, probes) for probes in batches))
 
 
-def _known(model: TrainableModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
+def _known_mixing(model: TrainableModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
     """What `mixing` says of the base model with random weights, asked once for what it is about and what it is computed by."""
     trained = tuple(name for name, p in model.parameters() if p.requires_grad)
     known = _mixing.setdefault(model, {})
-    key = (*what, trained, kernels_of(model.device))
+    key = (*what, trained, kernel_key(model.device))
     if key not in known:
         head = [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
-        with model.at_random(dict.fromkeys((*trained, *head, *model.adapter_names()))):
+        with model.with_random_weights(dict.fromkeys((*trained, *head, *model.adapter_names()))):
             known[key] = mixing()
     return known[key]
 
 
-def _answer(model: TrainableModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
+def _make_answer(model: TrainableModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
     """What `per_slot` says of each slot in an arithmetic; logits without it."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
@@ -154,7 +155,7 @@ def check_padding(model: TrainableModel) -> None:
     error = _padding[model]
     kind = model.loaded.module.config.model_type
     if isinstance(error, str):
-        raise PrivacyError(_apart(model, error), code="privacy.records_mix")
+        raise PrivacyError(_not_independent(model, error), code="privacy.records_mix")
     if not error <= MAX_PADDING_ERROR:
         raise PrivacyError(
             f"the architecture {kind} reads padding: a record padded to the length of its batch differs from itself alone by"
@@ -171,7 +172,7 @@ def _known_padding_error(model: TrainableModel) -> float | str:
     if known is not None:
         return known
     try:
-        with model.at_random(()):
+        with model.with_random_weights(()):
             error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
     except _FAILURES as raised:
         return _reason(raised)
@@ -184,7 +185,7 @@ def _reason(raised: BaseException) -> str:
     return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
 
 
-def _apart(model: TrainableModel, reason: str) -> str:
+def _not_independent(model: TrainableModel, reason: str) -> str:
     return (
         f"the architecture {model.loaded.module.config.model_type} cannot take records of any content side by side ({reason}):"
         " expected one that reads each record by itself, such as bert, distilbert, roberta or llama; use another base model"
@@ -212,10 +213,10 @@ def _padding_error(model: TrainableModel, examples: Sequence[Example], slots: in
     loaded = model.loaded
     worst = 0.0
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
-    for example in (e for given in examples for e in _grown(given, loaded.max_length)):
-        alone = _numbers(model, collate([example]))
+    for example in (e for given in examples for e in _with_lengthened(given, loaded.max_length)):
+        alone = _outputs(model, collate([example]))
         for length in _paddings(model, example):
-            padded = _numbers(model, collate([*examples[:1], example], length, slots))
+            padded = _outputs(model, collate([*examples[:1], example], length, slots))
             for one, other in zip(alone, padded, strict=True):
                 worst = max(worst, _distance(one[0], other[1]))
     return worst
@@ -237,11 +238,11 @@ def _loud_padding(model: TrainableModel) -> Iterator[None]:
         weight[pad] = before
 
 
-def _grown(example: Example, longest: int) -> list[Example]:
+def _with_lengthened(example: Example, longest: int) -> list[Example]:
     """The example, and itself at a length at which blocks and windows come into play."""
     if "input_ids" not in example:
         return [example]
-    return [example, stretched(example, min(20, longest))]
+    return [example, stretch_example(example, min(20, longest))]
 
 
 def _paddings(model: TrainableModel, example: Example) -> list[int]:
@@ -253,10 +254,10 @@ def _paddings(model: TrainableModel, example: Example) -> list[int]:
     return [bucket, *(length for length in LENGTHS if bucket < length <= longest)]
 
 
-def _numbers(model: TrainableModel, batch: Batch) -> list[Tensor]:
+def _outputs(model: TrainableModel, batch: Batch) -> list[Tensor]:
     found = [logits(model.module, batch).cpu()]
     if feature_head(model) is not None:
-        found.append(vectors_of(model, batch, torch.float32))
+        found.append(encode_vectors(model, batch, torch.float32))
     return found
 
 

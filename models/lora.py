@@ -17,7 +17,7 @@ from cotune.models.config import LoraConfig
 _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
 
-def inject(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
+def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
     """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero. Raises ModelError."""
     from peft import LoraConfig as PeftLoraConfig  # takes seconds to import, which commands that load no model need not wait for
     from peft import inject_adapter_in_model
@@ -80,7 +80,7 @@ def _last_layers(targets: Sequence[str], layers: int | None) -> list[str]:
     return [name for name, n in zip(targets, numbers, strict=True) if n and int(n[1]) >= count - layers]
 
 
-def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:
+def get_adapters(module: nn.Module) -> tuple[Adapter, ...]:
     """The LoRA layers of a module, in its order, with the names that their parameters have in a state."""
     from peft.tuners.lora import LoraLayer
 

@@ -25,7 +25,7 @@ PerSlot = Callable[
 Operation = tuple[str, tuple[torch.Size, ...]]
 
 
-def lengths_of(model: TrainableModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
+def bucket_lengths(model: TrainableModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
     """Every bucket, out of these lengths, that a record of this model can be in: (1,) for images."""
     loaded = model.loaded
     (example, *_) = loaded.task.samples(loaded.reader)
@@ -36,7 +36,7 @@ def lengths_of(model: TrainableModel, lengths: Sequence[int] = LENGTHS) -> tuple
     return tuple(sorted({loaded.task.bucket({**example, "input_ids": [0] * n}, longest, lengths) for n in counts}))
 
 
-def mixes(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]) -> bool:
+def mixes_records(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]) -> bool:
     """Whether what `answer` says of a record changes in any bit with its slot or with the records beside it.
 
     Nor may what is computed change: the same operations on tensors of the same shapes, whatever a batch holds. Then the kernels,
@@ -51,7 +51,7 @@ def mixes(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]) -> boo
     for batch, places in probes:
         with _Operations() as operations:
             answers = [tensor.detach().cpu() for tensor in answer(batch)]
-        rows = [_bits(tensor)[places] for tensor in answers]
+        rows = [_as_bytes(tensor)[places] for tensor in answers]
         first = first or (operations.seen, [row[:1] for row in rows])
         finite = all(bool(tensor[places].isfinite().all()) for tensor in answers)  # NaNs would hide what a kernel does
         same = all(bool((row == expected).all()) for row, expected in zip(rows, first[1], strict=True))
@@ -111,7 +111,7 @@ def example_probes(model: TrainableModel, length: int, slots: int) -> Iterator[t
         rows = [probe if i % 2 == parity else others[i // 2 % len(others)] for i in slot]
         places = [i for i in slot if i % 2 == parity]
         if places:
-            yield _shaken(collate(rows, length, slots), places), places
+            yield _brighten_neighbors(collate(rows, length, slots), places), places
 
 
 def _examples(model: TrainableModel, length: int) -> list[Example]:
@@ -120,14 +120,14 @@ def _examples(model: TrainableModel, length: int) -> list[Example]:
     samples: list[Example] = loaded.task.samples(loaded.reader)
     if "input_ids" not in samples[0]:
         return [samples[2], *samples[:2]]
-    loudest = _loudest(model)
-    spelled = _special(model, length)
+    loudest = _longest_embedding(model)
+    spelled = _special_tokens(model, length)
     rows = (
-        stretched(samples[0], max(1, length - 2)),
-        stretched(samples[1], length),
-        stretched(samples[0], 1),
-        stretched({"input_ids": [loudest], "labels": _labels(samples[0])}, length),
-        stretched({"input_ids": spelled, "labels": _labels(samples[0])}, length),
+        stretch_example(samples[0], max(1, length - 2)),
+        stretch_example(samples[1], length),
+        stretch_example(samples[0], 1),
+        stretch_example({"input_ids": [loudest], "labels": _labels(samples[0])}, length),
+        stretch_example({"input_ids": spelled, "labels": _labels(samples[0])}, length),
     )
     return list(rows)
 
@@ -136,7 +136,7 @@ def _labels(example: Example) -> Any:
     return [1] if isinstance(example["labels"], list) else 1
 
 
-def stretched(example: Example, length: int) -> Example:
+def stretch_example(example: Example, length: int) -> Example:
     """An example of exactly that many tokens: its own, cut off or repeated (labels with them), and the last as it was."""
     ids = example["input_ids"]
     labels = example["labels"]
@@ -153,20 +153,20 @@ def stretched(example: Example, length: int) -> Example:
     return {"input_ids": rows, "labels": labels}
 
 
-def _loudest(model: TrainableModel) -> int:
+def _longest_embedding(model: TrainableModel) -> int:
     """The token of the longest embedding."""
     table = model.loaded.module.get_input_embeddings()
     weight: Any = getattr(table, "weight", None)
     return int(weight.detach().norm(dim=1).argmax()) if isinstance(weight, Tensor) and weight.dim() == 2 else 0
 
 
-def _special(model: TrainableModel, length: int) -> list[int]:
+def _special_tokens(model: TrainableModel, length: int) -> list[int]:
     """Special tokens, which a text may spell."""
     table = getattr(model.loaded.module.config, "vocab_size", None)
     return [i for i in model.loaded.reader.all_special_ids if table is None or i < table][:length] or [0]
 
 
-def _shaken(batch: Batch, places: Sequence[int]) -> Batch:
+def _brighten_neighbors(batch: Batch, places: Sequence[int]) -> Batch:
     """Images beside the probe become a thousand times as bright; tokens are as loud as they get."""
     if "pixel_values" in batch:
         beside = torch.ones(len(batch["labels"]), dtype=torch.bool)
@@ -176,7 +176,7 @@ def _shaken(batch: Batch, places: Sequence[int]) -> Batch:
     return batch
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _as_bytes(tensor: Tensor) -> Tensor:
     """(b, bytes): two values that compare as equal may differ in them, and NaNs be the same."""
     rows = tensor.contiguous().reshape(len(tensor), -1)
     return rows.view(torch.uint8)

@@ -21,7 +21,7 @@ from cotune.models.architecture import encoder_name
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
-from cotune.models.lora import adapters_of, inject
+from cotune.models.lora import get_adapters, inject_adapters
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
@@ -41,7 +41,7 @@ class TrainableModel:
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
         self.prefix = f"{encoder_name(loaded.module)}."
         if lora is not None:
-            inject(loaded, lora, seed)
+            inject_adapters(loaded, lora, seed)
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
@@ -103,7 +103,7 @@ class TrainableModel:
             own[name].copy_(state.get(name, initial))
 
     @contextmanager
-    def at_random(self, names: Iterable[str]) -> Iterator[None]:
+    def with_random_weights(self, names: Iterable[str]) -> Iterator[None]:
         """For the time of the block: the base model with random weights in the named parameters, whatever state it is in.
 
         Weights are normal, with the standard deviation that keeps the size of what a layer is given; always the same ones.
@@ -137,7 +137,7 @@ class TrainableModel:
 
     def adapters(self) -> tuple[Adapter, ...]:
         """Its LoRA layers."""
-        return adapters_of(self.loaded.module)
+        return get_adapters(self.loaded.module)
 
     def parameter_count(self) -> int:
         """All parameters of the model, adapters included."""
@@ -156,13 +156,13 @@ def _is_embedding(name: str) -> bool:
     return any(part in ("embeddings", "wte", "wpe", "embed_tokens", "word_embeddings") for part in name.split("."))
 
 
-def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> State:
+def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> State:
     """Those whose names begin with the prefix, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @lru_cache(maxsize=1)
-def resident(
+def get_model(
     model: ModelConfig,
     labels: tuple[str, ...],
     lora: LoraConfig | None,

@@ -73,7 +73,7 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
     return table
 
 
-def overrides_alone(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the tables that hold what overrides say, and nothing else. Raises PlanError for one that is not understood."""
     table: dict[str, Any] = {}
     for override in overrides:
@@ -81,7 +81,7 @@ def overrides_alone(overrides: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def folder_of(source: str | Path) -> Path:
+def get_plan_folder(source: str | Path) -> Path:
     """Return what paths of a plan's own code are relative to."""
     path = Path(source)
     return path.parent if path.suffix == ".toml" else Path()
@@ -121,9 +121,9 @@ def _override(table: dict[str, Any], text: str) -> None:
         here = here[part]
     if isinstance(here, list):
         _item(here, path[-1], text)
-        here[int(path[-1])] = value_of(value)
+        here[int(path[-1])] = parse_value(value)
     else:
-        here[path[-1]] = value_of(value)
+        here[path[-1]] = parse_value(value)
 
 
 def _item(items: list[Any], part: str, text: str) -> Any:
@@ -135,7 +135,7 @@ def _item(items: list[Any], part: str, text: str) -> Any:
     return items[int(part)]
 
 
-def value_of(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A TOML value where it reads as one, else the text itself."""
     try:
         return parse_toml(f"v = {text.strip()}")["v"]
@@ -153,7 +153,7 @@ def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, o
     check_tables(table)
     if not own_code:
         return parse_plan(table)
-    return _with_own_parts(table, folder_of(source))
+    return _with_own_parts(table, get_plan_folder(source))
 
 
 def check_tables(table: Mapping[str, Any], *, partial: bool = False) -> None:

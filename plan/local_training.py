@@ -11,16 +11,16 @@ from cotune.models.config import TrainMode
 from cotune.storage.config_table import ConfigTable
 from cotune.strategies.server_optimizers.schedules import Schedule, decay
 
-_LARGEST_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
+_MAX_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
 
 
 class LocalTraining(ConfigTable):
     """How an organization trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
-    learning_rate: float = Field(0.5, gt=0, le=_LARGEST_RATE, description="length of a step along the mean gradient")
+    learning_rate: float = Field(0.5, gt=0, le=_MAX_RATE, description="length of a step along the mean gradient")
     head_learning_rate: float | None = Field(
-        None, gt=0, le=_LARGEST_RATE, description="for the head where the stage trains more; default: the same"
+        None, gt=0, le=_MAX_RATE, description="for the head where the stage trains more; default: the same"
     )
     schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
@@ -66,7 +66,7 @@ class LocalTraining(ConfigTable):
         """q, the probability with which each of `examples` records enters a batch."""
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
 
-    def steps_of(self, examples: int) -> int:
+    def steps_per_round(self, examples: int) -> int:
         """Optimizer steps per round of an organization with so many records: max(1, epochs / q) where epochs are given."""
         if self.epochs is not None:
             return max(1, round(self.epochs / self.sample_rate(examples)))

@@ -11,18 +11,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import PrivacyError
-from cotune.models.trainable import TrainableModel, resident
+from cotune.models.trainable import TrainableModel, get_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
 
 
-def model_of(plan: Plan, device: str) -> TrainableModel:
+def get_plan_model(plan: Plan, device: str) -> TrainableModel:
     """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.
 
     Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
     """
-    model = resident(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task)
+    model = get_model(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task)
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model
@@ -30,7 +30,7 @@ def model_of(plan: Plan, device: str) -> TrainableModel:
 
 def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """The parameters that organizations train in a round, in the model's order."""
-    stage = plan.stage_of(round)
+    stage = plan.get_stage(round)
     return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
 
 
@@ -47,7 +47,7 @@ def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
     A fusion that is code is not opened here, so that it may be any of them.
     """
-    if plan.stage_of(round).mode != "lora":
+    if plan.get_stage(round).mode != "lora":
         return []
     fusion = plan.strategy.fusion
     kinds = ("a", "b", "weight") if is_code(fusion.name) else fusion.info("fusion").needs.rewrites

@@ -44,7 +44,7 @@ class Key:
     table: bool
 
 
-def keys_of(model: type[BaseModel]) -> list[Key]:
+def list_keys(model: type[BaseModel]) -> list[Key]:
     """Return all keys of a document, a table's own after the table, in the order of the schema."""
     return list(_keys(model, ""))
 
@@ -53,24 +53,24 @@ def _keys(model: type[BaseModel], path: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         full = f"{path}.{name}" if path else name
         inner = _inner(field.annotation)
-        yield key_of(full, field)
+        yield build_key(full, field)
         for each in inner:
             yield from _keys(each, full)
 
 
-def explained(name: str, model: type[BaseModel]) -> list[Key]:
+def explain_key(name: str, model: type[BaseModel]) -> list[Key]:
     """Return the keys that a name may mean: a full one with those in its table, else every key with that ending.
 
     >>> from pydantic import create_model
     >>> Document = create_model("Document", local=(create_model("Local", learning_rate=(float, 0.1)), ...))
-    >>> [key.name for key in explained("learning-rate", Document)]
+    >>> [key.name for key in explain_key("learning-rate", Document)]
     ['local.learning_rate']
 
     Raises:
         PlanError: For a name that no key has, with the nearest.
     """
     wanted = name.strip().replace("-", "_").casefold()
-    keys = keys_of(model)
+    keys = list_keys(model)
     found = [key for key in keys if key.name == wanted]
     found += [key for key in keys if found and key.name.startswith(f"{wanted}.")]
     found = found or [key for key in keys if key.name.endswith(f".{wanted}")]
@@ -89,7 +89,7 @@ def _near(wanted: str, keys: list[Key]) -> str:
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
-def tables_of(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+def list_tables(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """Where a table is, and the table: the model itself, and every one in it, those further in last."""
     yield path, model
     within = [
@@ -98,14 +98,14 @@ def tables_of(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, typ
         for inner in _inner(field.annotation)
     ]
     for place, inner in sorted(within, key=lambda each: bool(_places(each[1]))):
-        yield from tables_of(inner, place)
+        yield from list_tables(inner, place)
 
 
 def _places(model: type[BaseModel]) -> list[type[BaseModel]]:
     return [inner for field in model.model_fields.values() for inner in _inner(field.annotation)]
 
 
-def key_of(name: str, field: FieldInfo) -> Key:
+def build_key(name: str, field: FieldInfo) -> Key:
     """Return a field of a schema as a key; a table without a description has that of its schema."""
     inner = _inner(field.annotation)
     meaning = field.description or (_about(inner[0]) if inner else "")
@@ -157,7 +157,7 @@ _WRITTEN = "<!-- Written by `python -m cotune.plan.reference docs`: change the s
 _HEAD = "| key | type | default | bounds | meaning |\n|---|---|---|---|---|"
 
 
-def pages() -> Mapping[str, str]:
+def render_pages() -> Mapping[str, str]:
     """File name -> content."""
     return {
         "plan.md": _page(
@@ -179,7 +179,7 @@ def pages() -> Mapping[str, str]:
 def _page(model: type[BaseModel], title: str, words: str) -> str:
     lines = [f"# {title}", "", _WRITTEN, "", words]
     named: dict[type[BaseModel], list[str]] = {}  # a table that has several places is described once
-    for path, inner in tables_of(model):
+    for path, inner in list_tables(model):
         named.setdefault(inner, []).append(path)
     for inner, paths in named.items():
         lines += _table(inner, [path for path in paths if path])
@@ -191,7 +191,7 @@ def _table(model: type[BaseModel], paths: list[str]) -> Iterator[str]:
     if paths:
         yield from ((model.__doc__ or "").strip().partition("\n")[0], "")
     yield _HEAD
-    yield from (_row(key_of(name, field)) for name, field in model.model_fields.items())
+    yield from (_row(build_key(name, field)) for name, field in model.model_fields.items())
 
 
 def _row(key: Key) -> str:
@@ -200,7 +200,7 @@ def _row(key: Key) -> str:
 
 
 def main(folder: Path) -> None:
-    for name, content in pages().items():
+    for name, content in render_pages().items():
         (folder / name).write_text(content, encoding="utf-8")
 
 

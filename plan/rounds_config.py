@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cotune.storage.config_table import ConfigTable
 
-_LONGEST_WAIT = 30 * 24 * 3600.0
+_MAX_WAIT_SECONDS = 30 * 24 * 3600.0
 
 
 class RoundsConfig(ConfigTable):
@@ -36,7 +36,7 @@ class RoundsConfig(ConfigTable):
         description="asked beyond sample_size, as a fraction of it; a round closes with its first sample_size updates",
     )
     deadline_seconds: float = Field(
-        3600.0, gt=0, le=_LONGEST_WAIT, description="how long a round waits for an organization that was asked"
+        3600.0, gt=0, le=_MAX_WAIT_SECONDS, description="how long a round waits for an organization that was asked"
     )
     patience: float = Field(
         10.0,
@@ -48,25 +48,25 @@ class RoundsConfig(ConfigTable):
     least_seconds: float = Field(
         300.0,
         gt=0,
-        le=_LONGEST_WAIT,
+        le=_MAX_WAIT_SECONDS,
         description="an organization that was asked is waited for at least so long, whatever patience says",
     )
     absent_seconds: float = Field(
         60.0,
         ge=0,
-        le=_LONGEST_WAIT,
+        le=_MAX_WAIT_SECONDS,
         description="how long a round waits for those who are not connected, where the others reach the quorum",
     )
     wait_seconds: float = Field(
         3600.0,
         ge=0,
-        le=_LONGEST_WAIT,
+        le=_MAX_WAIT_SECONDS,
         description="how long a round waits for the quorum to be connected; then the run stops, to be resumed",
     )
     approval_seconds: float = Field(
         7 * 24 * 3600.0,
         ge=0,
-        le=_LONGEST_WAIT,
+        le=_MAX_WAIT_SECONDS,
         description="how long a round waits for people to approve the plan, where too few have for the quorum; then the run"
         " stops, to be resumed",
     )

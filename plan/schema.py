@@ -125,7 +125,7 @@ class Plan(PlanTables):
             return self.train
         return (Stage(mode=self.train, rounds=self.rounds, local=self.local),)
 
-    def stage_of(self, round: int) -> Stage:
+    def get_stage(self, round: int) -> Stage:
         """Return the stage that a round (from 1) belongs to, its local training with the learning rates of that round."""
         last = 0
         for stage in self.stages:

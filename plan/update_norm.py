@@ -27,10 +27,10 @@ _OWN_BUDGET = 10.0  # times the plan's noise: of organizations that spend less t
 _TAIL = math.sqrt(2 * math.log(1e12))  # ‖N(0, I_d)‖ is above √d + this with a probability below 1e-12 (Gaussian concentration)
 _SLACK = 1.01  # float32
 _BETAS = (0.9, 0.999)  # torch's defaults of Adam
-_MOST = 1e12  # beyond that it is no bound
+_MAX_BOUND = 1e12  # beyond that it is no bound
 
 
-def longest_update(plan: Plan, stage: Stage, *, examples: int, entries: int, start: float) -> float | None:
+def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, start: float) -> float | None:
     """Return a bound on ‖Δ‖₂ that honest updates keep but with a probability below 1e-12; None where none follows.
 
     Args:
@@ -40,34 +40,34 @@ def longest_update(plan: Plan, stage: Stage, *, examples: int, entries: int, sta
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
-    found = _longest(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
-    return found if found is not None and found <= _MOST else None
+    found = _bound_norm(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
+    return found if found is not None and found <= _MAX_BOUND else None
 
 
-def _longest(plan: Plan, stage: Stage, examples: int, entries: int, start: float) -> float | None:
+def _bound_norm(plan: Plan, stage: Stage, examples: int, entries: int, start: float) -> float | None:
     local = stage.local
     if local.optimizer != "sgd":
-        steps = local.steps_of(examples)
+        steps = local.steps_per_round(examples)
         decayed = 1 - (1 - min(1.0, _rate(local) * local.weight_decay)) ** steps if local.optimizer == "adamw" else 0.0
         return _SLACK * (_rate(local) * sum(_adam_factors(steps)) * math.sqrt(entries) + decayed * start)
-    by_gradients = longest_by_gradients(plan, stage, examples)
+    by_gradients = bound_norm_by_gradients(plan, stage, examples)
     if by_gradients is None or not isinstance(plan.privacy, RecordPrivacy):
         return None
     noise = _noise(plan, plan.privacy, examples)
     if noise is None:
         return None
-    responses, kept = _responses(local, local.steps_of(examples))
+    responses, kept = _responses(local, local.steps_per_round(examples))
     batch = local.sample_rate(examples) * examples  # B
     spread = _OWN_BUDGET * noise * plan.privacy.clip_norm / batch * math.sqrt(sum(h * h for h in responses))
     return _SLACK * (by_gradients + spread * (math.sqrt(entries) + _TAIL) + abs(kept - 1) * start)
 
 
-def longest_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | None:
+def bound_norm_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | None:
     """Return how far the clipped gradients of SGD alone can go, Σ|h_t|·C·|batch|/B; None where they are not bounded."""
     local = stage.local
     if not isinstance(plan.privacy, RecordPrivacy) or local.optimizer != "sgd" or plan.strategy.client_term is not None:
         return None
-    responses, _ = _responses(local, local.steps_of(examples))
+    responses, _ = _responses(local, local.steps_per_round(examples))
     return _UNDERSTATED * plan.privacy.clip_norm * sum(abs(h) for h in responses)
 
 
@@ -89,7 +89,7 @@ def _responses(local: LocalTraining, steps: int) -> tuple[list[float], float]:
         impulses.append(position)
         speed = local.momentum * speed + local.weight_decay * kept
         kept -= rate * speed
-        if not abs(position) <= _MOST:
+        if not abs(position) <= _MAX_BOUND:
             return [math.inf], 1.0
     return impulses, kept
 
@@ -109,7 +109,9 @@ def _adam_factors(steps: int) -> list[float]:
 
 def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
     """σ, as it follows from the plan for so many records; None where no noise reaches the plan's ε."""
-    planned = tuple((stage.local.sample_rate(examples), stage.rounds * stage.local.steps_of(examples)) for stage in plan.stages)
+    planned = tuple(
+        (stage.local.sample_rate(examples), stage.rounds * stage.local.steps_per_round(examples)) for stage in plan.stages
+    )
     return _calibrated(planned, privacy.epsilon, compute_delta(privacy.delta, examples))
 
 

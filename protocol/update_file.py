@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cotune.models.trainable import named_under
+from cotune.models.trainable import strip_prefix
 from cotune.storage.documents import parse_json
 from cotune.strategies.types import Update
 
@@ -48,7 +48,7 @@ def read_update(file: Path, **expected: Any) -> Update | None:
             return None
         plain = {f.name: about[f.name] for f in fields(Update) if f.name not in ("delta", "statistics")}
         found: dict[str, Tensor] = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        return Update(delta=named_under("delta/", found), statistics=named_under("statistics/", found), **plain)
+        return Update(delta=strip_prefix("delta/", found), statistics=strip_prefix("statistics/", found), **plain)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cotune.data.readers.sources import path_of_base
-from cotune.data.tasks.task import task_named
+from cotune.data.readers.sources import get_base_path
+from cotune.data.tasks.task import get_task
 from cotune.models.base_lookup import FOLDER
 from cotune.plan.schema import Plan
 from cotune.privacy.claim import build_claim
@@ -45,7 +45,7 @@ def model_card(
         examples: How many records they were measured on.
         about: What it is, in one sentence.
     """
-    task = task_named(plan.task)
+    task = get_task(plan.task)
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
         *(about, "", *_use(task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
@@ -101,7 +101,7 @@ def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
 def _base(plan: Plan) -> str:
     """A folder by its last name alone: where it is on a machine is nobody's business."""
     base = plan.model.base
-    name = base.removeprefix(FOLDER) if path_of_base(base) is None else Path(base).name
+    name = base.removeprefix(FOLDER) if get_base_path(base) is None else Path(base).name
     revision = "" if plan.model.revision is None else f", revision {plan.model.revision}"
     return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cotune.models.evaluation.intervals import FEW
+from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import SPACE, percent, signed
@@ -117,7 +117,10 @@ def few_note(summary: Summary) -> Iterator[str]:
     few = [o["name"] for o in summary["organizations"] if o["worth"] and o["worth"]["few"]]
     if few:
         names = ", ".join(few[:_MOST_NAMES]) + (f" and {len(few) - _MOST_NAMES} more" if len(few) > _MOST_NAMES else "")
-        yield f"With fewer than {FEW} test records of their own, only large differences can be told from chance: {names}."
+        yield (
+            f"With fewer than {MIN_TEST_RECORDS} test records of their own, only large differences can be told from chance:"
+            f" {names}."
+        )
 
 
 def partition_note(summary: Summary) -> Iterator[str]:

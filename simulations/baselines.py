@@ -28,17 +28,17 @@ from cotune.client.personalization.adaptation import Adaptation, adapt, build_ow
 from cotune.client.site import Site
 from cotune.client.training.extensions import PERSONAL
 from cotune.data.dataset import Dataset, DatasetManifest
-from cotune.data.tasks.task import Metrics, score
+from cotune.data.tasks.task import Metrics, compute_metrics
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.export import export_model
 from cotune.models.feature_head import feature_head
 from cotune.models.features import encode_batch
-from cotune.models.head_fit import head_names, head_scores, told_by
+from cotune.models.head_fit import classes_from_scores, head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry
@@ -56,20 +56,20 @@ ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """A model on the common test set. told: the class numbers that it gave, in the order of `Dataset.truth`."""
 
     metrics: Metrics
     told: tuple[int, ...]
 
 
-def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Judged]:
+def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
     """ "alone/<organization>", "alone-without-privacy/<organization>" and "pooled" on the common test set.
 
     As far as the plan asks for them and they could be trained.
     """
     results = {}
-    for name, plan, shares in _wanted(prepared, model_of(prepared.plan, folder.file.device)):
+    for name, plan, shares in _wanted(prepared, get_plan_model(prepared.plan, folder.file.device)):
         path = folder.path / "baselines" / name
         if not (path / "run.json").exists():
             _make(path, name, plan, shares, folder)
@@ -81,7 +81,7 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Judged]:
             except RunError as error:  # a comparison that cannot be made must not cost the run itself
                 folder.events.write(BaselineFailed(baseline=name, reason=str(error)))
                 continue
-        results[name] = _judge(folder, baseline)
+        results[name] = _evaluate(folder, baseline)
         folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
     return results
 
@@ -133,16 +133,16 @@ def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: 
     RunFolder.create(path, plan, file)
 
 
-def _judge(folder: RunFolder, baseline: RunFolder) -> Judged:
+def _evaluate(folder: RunFolder, baseline: RunFolder) -> Evaluated:
     """The finished baseline on the common test set: once, at the end."""
     plan = folder.plan
-    model = model_of(plan, folder.file.device)
+    model = get_plan_model(plan, folder.file.device)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
-    return Judged(score(test.truth, told, len(test.labels)), tuple(told))
+    return Evaluated(compute_metrics(test.truth, told, len(test.labels)), tuple(told))
 
 
-def each_judge(folder: RunFolder) -> Evaluator:
+def build_personal_evaluate(folder: RunFolder) -> Evaluator:
     """The mean over all organizations that have trained, each with its own model."""
 
     def judge(state: State) -> Metrics | None:
@@ -155,14 +155,14 @@ def each_judge(folder: RunFolder) -> Evaluator:
 def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
     """Organization -> metrics of its own model on the common test set."""
     plan = folder.plan
-    model = model_of(plan, folder.file.device)
+    model = get_plan_model(plan, folder.file.device)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     return {name: evaluate(model, own, test, plan.model.precision) for name, own in personal_states(folder, state).items()}
 
 
 def export_each(folder: RunFolder, state: State) -> None:
     """Writes the model of every organization that has trained to `model/` in its site."""
-    model = model_of(folder.plan, folder.file.device)
+    model = get_plan_model(folder.plan, folder.file.device)
     for name, own in personal_states(folder, state).items():
         model.load(own)
         card = model_card(folder.plan, privacy=promised(folder.plan), length=model.loaded.max_length)
@@ -204,7 +204,7 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     Nothing is fitted where there are no features to fit a head to, or where every organization has a model of its own.
     """
     plan = prepared.plan
-    model = model_of(plan, folder.file.device)
+    model = get_plan_model(plan, folder.file.device)
     if "alone" not in plan.simulation.baselines or plan.keeps_personal or feature_head(model) is None:
         return Personalized()
     found = Personalized()
@@ -219,9 +219,9 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
             continue
         if plan.personalize.methods:
             found.adapted[share.name] = adapted
-            found.told[share.name] = _told(model, adapted.head, test)
+            found.told[share.name] = _predict_classes(model, adapted.head, test)
         if fits_alone(plan, model):
-            found.alone[share.name] = _told(model, adapted.alone, test)
+            found.alone[share.name] = _predict_classes(model, adapted.alone, test)
         folder.events.write(ModelAdapted(organization=share.name, method=adapted.described))
     return found
 
@@ -242,5 +242,5 @@ def _features(model: TrainableModel, plan: Plan, served: State, held: Dataset) -
     return encoded_features(held, model, served, plan.model.precision)
 
 
-def _told(model: TrainableModel, head: State, features: Tensor) -> Told:
-    return tuple(told_by(head_scores(model, head, features)).tolist())
+def _predict_classes(model: TrainableModel, head: State, features: Tensor) -> Told:
+    return tuple(classes_from_scores(head_scores(model, head, features)).tolist())

@@ -18,7 +18,7 @@ from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.app import app as server_app
 from cotune.server.rounds.evaluation import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
-from cotune.simulations.baselines import each_judge
+from cotune.simulations.baselines import build_personal_evaluate
 
 
 def check_engine(engine: str) -> None:
@@ -32,9 +32,9 @@ def check_engine(engine: str) -> None:
         )
 
 
-def play_on(engine: str, folder: RunFolder) -> None:
+def run_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    with register_evaluator(each_judge(folder)):
+    with register_evaluator(build_personal_evaluate(folder)):
         ENGINES[engine](folder)
 
 

@@ -18,7 +18,7 @@ from cotune.server.app import app as server_app
 from cotune.server.rounds.evaluation import register_evaluator
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder, pick_run_folder
-from cotune.simulations.baselines import each_judge
+from cotune.simulations.baselines import build_personal_evaluate
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import complete, start
 
@@ -40,7 +40,7 @@ def simulation(context: Context) -> Iterator[None]:
     out = Path(config["out"]) if config.get("out") else root / pick_run_folder(prepared.plan.name)
     folder = start(prepared, out, "flower", "auto")
     context.run_config["run"] = str(folder.path)
-    with folder.locked(), observe_run(_print), register_evaluator(each_judge(folder)):
+    with folder.locked(), observe_run(_print), register_evaluator(build_personal_evaluate(folder)):
         yield
         if RunFolder(folder.path).finished:
             result = complete(folder, prepared, time.monotonic() - began)

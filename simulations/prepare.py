@@ -15,22 +15,22 @@ import numpy as np
 from cotune.client.budget import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.client.training.setup import check_stages
-from cotune.data.dataset import write_holdings
+from cotune.data.dataset import write_manifest
 from cotune.data.left_out import ELSEWHERE
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
 from cotune.errors import PlanError
-from cotune.models.base_folder import base_labels
+from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.record_notes import LeftOut, data_notes, left_out_of
+from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out
 from cotune.simulations.split import Share, split_records
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
@@ -61,7 +61,7 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """What anyone who reads the results should know about the records."""
-        return data_notes(self.plan, self.left_out_by_file, self.records)
+        return build_notes(self.plan, self.left_out_by_file, self.records)
 
     def label_counts(self, share: Share) -> dict[str, int]:
         """Records of each class; with tags, words of each tag."""
@@ -76,7 +76,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     pick_device(device)
     base = find_base(plan.model)
     records = _read(plan)
-    labels = _labels(plan, records, base_labels(base.path))
+    labels = _labels(plan, records, read_base_labels(base.path))
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
     pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
@@ -87,11 +87,11 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
             check_examples(share.public_examples(resolved), stage.local, share.name)
     check_feasible(resolved, len(shares), server_data=plan.validation_fraction > 0)
     noise = _noise(resolved, shares)
-    model = model_of(resolved, device)
+    model = get_plan_model(resolved, device)
     check_stages(resolved, model)
     left_out = {
         file: {**reasons, **({ELSEWHERE: elsewhere[file]} if elsewhere[file] else {})}
-        for file, reasons in left_out_of(resolved, records, model).items()
+        for file, reasons in count_left_out(resolved, records, model).items()
     }
     return Prepared(resolved, shares, test, records, noise, validation, left_out)
 
@@ -155,9 +155,9 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     plan = prepared.plan
     for share in prepared.shares:
         make_site(path / "sites" / share.name, share.name, plan, [share], device)
-    write_holdings(path / "test" / "data.json", plan.data, list(prepared.test), plan.task)
+    write_manifest(path / "test" / "data.json", plan.data, list(prepared.test), plan.task)
     if prepared.validation:
-        write_holdings(path / "validation" / "data.json", plan.data, list(prepared.validation), plan.task)
+        write_manifest(path / "validation" / "data.json", plan.data, list(prepared.validation), plan.task)
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return RunFolder.create(
@@ -170,7 +170,7 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
     site = SitePaths(folder)
-    write_holdings(site.records, plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
+    write_manifest(site.records, plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
     JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cotune.data.class_names import like_missing, shown, spelled_alike
+from cotune.data.class_names import find_missing_markers, group_similar_spellings, shown
 from cotune.data.dataset import Dataset
-from cotune.data.left_out import KEPT, cut_texts, left_out_line
+from cotune.data.left_out import KEPT, count_cut_texts, format_left_out
 from cotune.data.records import Records
 from cotune.models.trainable import TrainableModel
 from cotune.plan.schema import Plan
@@ -27,7 +27,7 @@ _RECORDS_OF_A_CLASS = 5
 _counted: dict[tuple[str, str, int], Mapping[str, int]] = {}  # (records, model, length) -> how many texts are cut
 
 
-def left_out_of(plan: Plan, records: Mapping[Path | None, Records], model: TrainableModel) -> LeftOut:
+def count_left_out(plan: Plan, records: Mapping[Path | None, Records], model: TrainableModel) -> LeftOut:
     """Return how many records of each file do not count in training, or not in full, by the reason."""
     return {file: _losses(plan, each, model) for file, each in records.items()}
 
@@ -39,7 +39,7 @@ def _losses(plan: Plan, records: Records, model: TrainableModel) -> Mapping[str,
     return {reason: count for reason, count in found.items() if count}
 
 
-def data_notes(plan: Plan, left_out: LeftOut, records: Mapping[Path | None, Records]) -> list[str]:
+def build_notes(plan: Plan, left_out: LeftOut, records: Mapping[Path | None, Records]) -> list[str]:
     """Return the sentences about the records of a simulation."""
     total = sum(map(len, records.values()))
     return [*_lines(left_out, records), *alike_notes(plan.labels), *_many_classes(plan, total)]
@@ -61,14 +61,14 @@ def _lines(left_out: LeftOut, records: Mapping[Path | None, Records]) -> Iterato
 
 
 def _line(reasons: Mapping[str, int], records: int, source: str) -> Iterator[str]:
-    line = left_out_line(reasons, records, source)
+    line = format_left_out(reasons, records, source)
     if line is not None:
         yield line
 
 
 def alike_notes(labels: Sequence[str]) -> Iterator[str]:
     """Warnings where classes differ in spelling alone, and where one may be no class."""
-    groups = spelled_alike(labels)
+    groups = group_similar_spellings(labels)
     if groups:
         named = "; ".join(" and ".join(map(shown, group)) for group in groups[:_SHOWN])
         more = f", and {len(groups) - _SHOWN} more such groups" if len(groups) > _SHOWN else ""
@@ -76,7 +76,7 @@ def alike_notes(labels: Sequence[str]) -> Iterator[str]:
             f"classes differ in spelling alone, and are trained as different ones: {named}{more}; if they are one class, give it"
             " one spelling in all files"
         )
-    missing = like_missing(labels)
+    missing = find_missing_markers(labels)
     if missing:
         yield (
             f"trained as a class, and perhaps a missing label: {' and '.join(map(shown, missing))}; if it is none, leave these"
@@ -98,7 +98,7 @@ def _copies(plan: Plan, records: Records) -> Mapping[str, int]:
     if plan.privacy == "none":
         return {KEPT: len(records) - len(set(records.identities))}
     rows = np.arange(len(records))
-    return Dataset(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed).dropped
+    return Dataset(((records, rows),), plan.labels, plan.task).bound_contributions(plan.privacy, plan.seed).dropped
 
 
 def _cut(records: Records, model: TrainableModel) -> Mapping[str, int]:
@@ -106,5 +106,5 @@ def _cut(records: Records, model: TrainableModel) -> Mapping[str, int]:
     loaded = model.loaded
     key = records.fingerprint, loaded.folder.content_hash, loaded.max_length
     if key not in _counted:
-        _counted[key] = cut_texts(model, records.inputs)
+        _counted[key] = count_cut_texts(model, records.inputs)
     return _counted[key]

@@ -17,22 +17,22 @@ from cotune.privacy.accounting.filters import renyi, renyi_epsilon
 _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 
 
-def steps_of_models(run: Path, organization: str) -> list[Steps]:
+def get_charged_steps(run: Path, organization: str) -> list[Steps]:
     """Return all that an organization was charged: for the run, and for training alone beside it."""
     sites = (run / "sites" / organization, run / "baselines" / "alone" / organization / "site")
     return [steps for site in sites for steps in _charged(site)]
 
 
-def steps_of_folder(run: Path) -> list[list[Steps]]:
-    """Return for each organization of a run's folder what `steps_of_models` says; of a run that never began, nothing."""
-    return [steps_of_models(run, site.name) for site in sorted((run / "sites").glob("*"))]
+def get_steps_by_organization(run: Path) -> list[list[Steps]]:
+    """Return for each organization of a run's folder what `get_charged_steps` says; of a run that never began, nothing."""
+    return [get_charged_steps(run, site.name) for site in sorted((run / "sites").glob("*"))]
 
 
 def _charged(site: Path) -> list[Steps]:
     return Site(site).ledger().spent() if SitePaths(site).ledger_file.exists() else []
 
 
-def epsilon_of_runs(runs: Iterable[Sequence[Sequence[Steps]]], delta: float) -> float:
+def compose_epsilon(runs: Iterable[Sequence[Sequence[Steps]]], delta: float) -> float:
     """Return ε at δ of all runs together, for any single record.
 
     In each run a record is with one organization, which may be another one in the next. At every order the Rényi divergence for a
@@ -43,12 +43,12 @@ def epsilon_of_runs(runs: Iterable[Sequence[Sequence[Steps]]], delta: float) -> 
         runs: For each run, for each of its organizations, what it was charged.
         delta: δ of the whole.
     """
-    curves = [divergences(run) for run in runs]
+    curves = [max_divergences(run) for run in runs]
     totals = {order: sum(curve[order] for curve in curves) for order in _ORDERS}
     return min(renyi_epsilon(total, order, delta) for order, total in totals.items())
 
 
-def divergences(organizations: Iterable[Sequence[Steps]]) -> dict[float, float]:
+def max_divergences(organizations: Iterable[Sequence[Steps]]) -> dict[float, float]:
     """Return for each order the largest Rényi divergence among lists of charges, of which a record is in one at most."""
     charged = [list(steps) for steps in organizations]
     return {order: max((renyi(steps, order) for steps in charged), default=0.0) for order in _ORDERS}

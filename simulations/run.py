@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cotune.errors import RunError
 from cotune.models.export import export_model
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD
@@ -22,7 +22,7 @@ from cotune.simulations.baselines import (
     personalize,
     run_baselines,
 )
-from cotune.simulations.engines import check_engine, play_on
+from cotune.simulations.engines import check_engine, run_on
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.summary import summarize
 from cotune.storage.files import atomic_write
@@ -59,7 +59,7 @@ def simulate(
     noted(prepared.notes)
     folder = start(prepared, out, engine, device)
     with folder.locked():
-        play_on(engine, folder)
+        run_on(engine, folder)
         return complete(folder, prepared, time.monotonic() - began)
 
 
@@ -89,7 +89,7 @@ def resume(path: Path) -> Run:
         if not folder.finished:
             engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
             check_engine(engine)
-            play_on(engine, folder)
+            run_on(engine, folder)
         return complete(folder, prepared, before + time.monotonic() - began)
 
 
@@ -111,6 +111,6 @@ def _export(folder: RunFolder, summary: RunSummary) -> None:
     if folder.plan.keeps_personal:
         export_each(folder, state)
         return
-    model = model_of(folder.plan, folder.file.device)
+    model = get_plan_model(folder.plan, folder.file.device)
     model.load(state)
     export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})

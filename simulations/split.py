@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from cotune.data.dataset import Dataset
-from cotune.data.natural_partition import column_of, owners_of
-from cotune.data.partition import PartitionConfig, Rows, UnitGroups, deal_alike, partition, split_test, unit_groups
+from cotune.data.natural_partition import get_partition_column, read_owners
+from cotune.data.partition import PartitionConfig, Rows, UnitGroups, partition, split_by_class_shares, split_test, unit_groups
 from cotune.data.record_files import organization_name
 from cotune.data.records import Records
 from cotune.errors import DataError, PlanError
@@ -107,7 +107,7 @@ def _pools(
     plan: Plan, records: Mapping[Path | None, Records], units: Mapping[Path | None, UnitGroups]
 ) -> Iterator[tuple[Path | None, str | None, UnitGroups, Records]]:
     """(file, organization, its units, the file's records); the organization is None where its records are dealt out."""
-    column = column_of(plan.simulation.partition)
+    column = get_partition_column(plan.simulation.partition)
     if column is not None and None not in records:
         raise PlanError(
             f'the plan has simulation.partition = "{plan.simulation.partition}" for a folder with one file per organization:'
@@ -118,7 +118,7 @@ def _pools(
         if file is not None or column is None:
             yield file, None if file is None else organization_name(file), units[file], found
             continue
-        for name, own in units[file].by(owners_of(plan.data, plan.task, found, column)).items():
+        for name, own in units[file].by(read_owners(plan.data, plan.task, found, column)).items():
             yield file, _checked_size(plan, name, own), own, found
 
 
@@ -138,14 +138,14 @@ def _dealt(
     """The organizations that a pooled file is split over; each holds out test records that are like its own."""
     parts = partition([own.strata[i] for i in train], _partition_config(plan), rng)
     held = [[own.strata[i] for i in train[groups]] for groups in parts]
-    tests = deal_alike(held, [own.strata[i] for i in held_out], seeded_generator(plan.seed, "own test"))
+    tests = split_by_class_shares(held, [own.strata[i] for i in held_out], seeded_generator(plan.seed, "own test"))
     for number, (groups, testing) in enumerate(zip(parts, tests, strict=True), start=1):
         share = _share(plan, records, f"org-{number}", None, own.rows(train[groups]))
         yield replace(share, held_out=own.rows(held_out[testing]))
 
 
 def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:
-    held = Dataset(((records, rows),), plan.labels, plan.task).bounded(plan.privacy, plan.seed)
+    held = Dataset(((records, rows),), plan.labels, plan.task).bound_contributions(plan.privacy, plan.seed)
     return Share(name, file, rows, len(held.units))
 
 
@@ -155,7 +155,7 @@ def _apart(
     used: Sequence[tuple[Path | None, Rows]],
 ) -> list[tuple[Path | None, Rows]]:
     """What is held out, without the units that are used elsewhere."""
-    names = {name for file, rows in used for name in units[file].names_at(rows)}
+    names = {name for file, rows in used for name in units[file].units_of_rows(rows)}
     return [(file, units[file].without(rows, names)) for file, rows in held_out]
 
 

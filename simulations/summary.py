@@ -7,9 +7,9 @@ from typing import Any
 
 from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import Metrics, majority
-from cotune.data.types import names_in
-from cotune.plan.parameters import model_of
+from cotune.data.tasks.task import Metrics, majority_metrics
+from cotune.data.types import class_names_in
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.claim import Claim, build_claim, compute_figures, max_figures
@@ -23,14 +23,14 @@ from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
-    Judged,
+    Evaluated,
     Personalized,
     mean_metrics,
     personal_metrics,
     personal_states,
 )
 from cotune.simulations.prepare import Prepared
-from cotune.simulations.released_models import steps_of_models
+from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.split import Share
 from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority
 
@@ -43,7 +43,7 @@ _EXACT = (  # figures of a simulation that are computed from training records as
 
 
 def summarize(
-    folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Judged], personalized: Personalized, seconds: float
+    folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Evaluated], personalized: Personalized, seconds: float
 ) -> RunSummary:
     """Return the summary of a finished run. ε is composed from the organizations' ledgers, not from the plan."""
     plan = folder.plan
@@ -94,14 +94,14 @@ def _choices(
     folder: RunFolder,
     prepared: Prepared,
     progress: Progress,
-    baselines: Mapping[str, Judged],
+    baselines: Mapping[str, Evaluated],
     personalized: Personalized,
 ) -> dict[str, dict[str, Sequence[int]]]:
     """Organization -> column -> what that model tells on the common test set."""
     plan = folder.plan
     served = final_params(folder.plan, progress)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
-    model = model_of(plan, folder.file.device)
+    model = get_plan_model(plan, folder.file.device)
     own = personal_states(folder, served) if plan.keeps_personal else {}
     common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
     found: dict[str, dict[str, Sequence[int]]] = {}
@@ -188,7 +188,7 @@ def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Cla
 
 def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> float:
     """ε of the federated model and of the model that the organization trained alone, together."""
-    return epsilon(steps_of_models(folder.path, share.name), privacy.delta_for(share.public_examples(folder.plan)))
+    return epsilon(get_charged_steps(folder.path, share.name), privacy.delta_for(share.public_examples(folder.plan)))
 
 
 def _in_clear(folder: RunFolder) -> bool:
@@ -218,8 +218,8 @@ def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
     test = DatasetManifest.read(folder.path / "test" / "data.json", folder.plan.labels)
     number = {label: i for i, label in enumerate(folder.plan.labels)}
     held = [prepared.records[s.file].labels[i] for s in prepared.shares for i in s.rows]
-    train = [number[name] for label in held for name in names_in(label)]
-    return majority(train, test.truth, len(folder.plan.labels))
+    train = [number[name] for label in held for name in class_names_in(label)]
+    return majority_metrics(train, test.truth, len(folder.plan.labels))
 
 
 def _organization(
@@ -248,7 +248,9 @@ def _organization(
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
         "sample_rate": plan.stages[-1].local.sample_rate(examples),
-        "steps": sum(c.count for c in charges) if private else sum(plan.stage_of(r).local.steps_of(examples) for r in took_part),
+        "steps": sum(c.count for c in charges)
+        if private
+        else sum(plan.get_stage(r).local.steps_per_round(examples) for r in took_part),
         "rounds": len(took_part),
     }
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from cotune.client.personalization.adaptation import get_unit_numbers
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.task import score
-from cotune.data.types import names_in
-from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
+from cotune.data.tasks.task import compute_metrics
+from cotune.data.types import class_names_in
+from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, accuracy_interval, compare_paired, f1_interval
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share
 
@@ -65,7 +65,7 @@ def own_majority(prepared: Prepared, share: Share) -> int:
     """The class number that most of an organization's training records have (with tags: of its words)."""
     number = {label: i for i, label in enumerate(prepared.plan.labels)}
     labels = prepared.records[share.file].labels
-    counts = Counter(number[name] for row in share.rows for name in names_in(labels[int(row)]))
+    counts = Counter(number[name] for row in share.rows for name in class_names_in(labels[int(row)]))
     return max(counts, key=lambda c: (counts[c], -c))
 
 
@@ -87,7 +87,7 @@ def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[
 
 
 def _metrics(answers: Answers) -> dict[str, Any]:
-    found = score(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
+    found = compute_metrics(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
     return {**found, "accuracy_interval": list(accuracy_interval(answers)), "f1_interval": list(f1_interval(answers))}
 
 
@@ -99,7 +99,7 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
         return None
     ours = test.answers(choices[joined], where)
     theirs = test.answers(choices[against], where)
-    found = paired(ours, theirs)
+    found = compare_paired(ours, theirs)
     constant = test.answers(choices["majority"], where)
     useful = bool(ours.right.mean() > constant.right.mean())  # always answering the same is free
     return {
@@ -111,7 +111,7 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
         "interval": [found.low, found.high],
         "p": found.p,
         "test": found.test,
-        "few": len(np.unique(ours.units)) < FEW,
+        "few": len(np.unique(ours.units)) < MIN_TEST_RECORDS,
     }
 
 

@@ -30,7 +30,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.privacy.mechanisms.random import seeded_generator
 from cotune.protocol.messages import decode_request, encode_update
 from cotune.server.app import train
@@ -102,7 +102,7 @@ def repeated(settings: Sequence[str], repetitions: int) -> list[Update]:
     prepared = prepare(load_plan("tweets", [*LOCAL, *settings]), "cpu")
     plan = prepared.plan
     share = prepared.shares[0]
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     state = model.state(model.names("head"))
     found = []

@@ -33,7 +33,7 @@ from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
 from cotune.models.trainable import State
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.config import compute_delta
@@ -92,7 +92,7 @@ def read(seed: int) -> Data:
     prepared = prepare(load_plan("tweets", [f"seed={seed}", *PLAN]), "cpu")
     plan = prepared.plan
     records = prepared.records[None]
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     holdings = Dataset(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
     vectors = encoded_features(holdings, model, {}, plan.model.precision).numpy()
@@ -175,7 +175,7 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     file = RunFile(run="robustness", created="2026-01-01T00:00:00+00:00", engine="in-process", participants=people, silent=True)
     run = RunFolder.create(folder, plan, file)
     progress = train_rounds(
-        grid_of(plan, answer), run, model_of(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
+        grid_of(plan, answer), run, get_plan_model(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
     )
     final = matrix(progress.state)
     others = data.test[data.labels[data.test] != 0]
@@ -191,7 +191,7 @@ def sigma(plan: Plan, examples: int) -> float:
     privacy = plan.privacy
     stage = plan.stages[0]
     assert privacy != "none"
-    planned = [(stage.local.sample_rate(examples), stage.rounds * stage.local.steps_of(examples))]
+    planned = [(stage.local.sample_rate(examples), stage.rounds * stage.local.steps_per_round(examples))]
     return calibrate(planned, epsilon=privacy.epsilon, delta=compute_delta(privacy.delta, examples))
 
 

@@ -56,7 +56,7 @@ def work_of(mode: str, smoke: bool) -> Work:
     """The setting on made-up rows of full length."""
     from cotune import load_plan
     from cotune.client.training.setup import synthetic_setup
-    from cotune.plan.parameters import model_of
+    from cotune.plan.parameters import get_plan_model
 
     chosen = (SMOKE if smoke else MODES)[mode]
     overrides = [
@@ -65,7 +65,7 @@ def work_of(mode: str, smoke: bool) -> Work:
         'labels=["0", "1", "2"]',
     ]  # fmt: skip
     plan = load_plan("tweets", overrides)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     stage = plan.stages[0]
     model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))

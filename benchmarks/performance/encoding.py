@@ -40,9 +40,9 @@ def bare(meter: Meter, folder: Path, smoke: bool, bfloat16: bool) -> None:
     import torch
 
     from cotune import load_plan
-    from cotune.plan.parameters import model_of
+    from cotune.plan.parameters import get_plan_model
 
-    model = model_of(load_plan("tweets", ['labels=["0", "1", "2"]']), "cpu")  # for the same weights and tokenizer
+    model = get_plan_model(load_plan("tweets", ['labels=["0", "1", "2"]']), "cpu")  # for the same weights and tokenizer
     tokenizer = model.loaded.reader
     encoder: Any = model.module.base_model
     encoder.eval()
@@ -71,19 +71,19 @@ def cotune(meter: Meter, folder: Path, smoke: bool, precision: str) -> None:
     """As a simulation or a node encodes its source, the file of features included."""
     from cotune import load_plan
     from cotune.models.feature_precision import feature_dtype
-    from cotune.models.features import features_of
-    from cotune.plan.parameters import model_of
+    from cotune.models.features import get_features
+    from cotune.plan.parameters import get_plan_model
 
     plan = load_plan("tweets", [f"model.precision={precision}", 'labels=["0", "1", "2"]'])
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     texts = texts_of(smoke)
     feature_dtype(model, precision)  # which arithmetic can be used is found out once per machine, and kept
     with new_cache(folder):
         feature_dtype(model, precision)
-        features_of(model, texts[:8], {}, precision)
+        get_features(model, texts[:8], {}, precision)
         with meter.measure(len(texts)):
-            features_of(model, texts, {}, precision)
+            get_features(model, texts, {}, precision)
     meter.add(label="arithmetic", bfloat16=float(str(feature_dtype(model, precision)) == "torch.bfloat16"))
 
 

@@ -81,19 +81,19 @@ def _encoding(plan: Any, folder: Path, smoke: bool) -> tuple[int, float]:
     """How many different records the source has, and CPU seconds for each of a sample, by cotune's own encoder."""
     from cotune.data.record_files import read_records
     from cotune.models.feature_precision import feature_dtype
-    from cotune.models.features import features_of
-    from cotune.plan.parameters import model_of
+    from cotune.models.features import get_features
+    from cotune.plan.parameters import get_plan_model
 
     source = list(dict.fromkeys(read_records(plan.data).inputs))
     plan = plan.model_copy(update={"labels": ("0", "1", "2")})
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     feature_dtype(model, plan.model.precision)  # is found out once for a machine
     sample = source[:: max(1, len(source) // SAMPLED)][: 8 if smoke else SAMPLED]
     with new_cache(folder):
         feature_dtype(model, plan.model.precision)
         began = time.process_time()
-        features_of(model, sample, {}, plan.model.precision)
+        get_features(model, sample, {}, plan.model.precision)
         return len(source), (time.process_time() - began) / len(sample)
 
 
@@ -174,15 +174,15 @@ def _split(plan: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, Any], list[str]
     """The organizations' (features, labels), those of the test, and the texts: as the simulation of the plan splits them."""
     import torch
 
-    from cotune.models.features import features_of
-    from cotune.plan.parameters import model_of
+    from cotune.models.features import get_features
+    from cotune.plan.parameters import get_plan_model
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(plan, "cpu")
     (records,) = prepared.records.values()
-    model = model_of(prepared.plan, "cpu")
+    model = get_plan_model(prepared.plan, "cpu")
     model.load({})
-    features = features_of(model, records.inputs, {}, plan.model.precision)
+    features = get_features(model, records.inputs, {}, plan.model.precision)
     number = {name: i for i, name in enumerate(prepared.plan.labels)}
     labels = torch.tensor([number[str(label)] for label in records.labels])
     rows = [torch.as_tensor(share.rows) for share in prepared.shares]
@@ -194,9 +194,9 @@ def _pass_cost(plan: Any, texts: list[str], size: int) -> float:
     """CPU seconds of a record in a batch of random texts through the encoder, without gradients."""
     import torch
 
-    from cotune.plan.parameters import model_of
+    from cotune.plan.parameters import get_plan_model
 
-    model = model_of(plan.model_copy(update={"labels": ("0", "1", "2")}), "cpu")
+    model = get_plan_model(plan.model_copy(update={"labels": ("0", "1", "2")}), "cpu")
     encoder: Any = model.module.base_model
     encoder.eval()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:size]

@@ -20,7 +20,7 @@ from cotune.client.policy_check import Violation
 from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
 from cotune.client.site_setup import set_base_model, set_records
-from cotune.data.left_out import left_out_line
+from cotune.data.left_out import format_left_out
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
@@ -129,7 +129,7 @@ def _show_federation(console: Console, about: dict[str, Any], found: dict[str, s
 def _show_check(console: Console, site: Site, found: PreflightReport, *, private: bool) -> None:
 
     console.print(f"[bold]{escape(found.organization)}[/bold]: {found.examples:,} examples, device {found.device}")
-    line = left_out_line(found.left_out, found.examples)
+    line = format_left_out(found.left_out, found.examples)
     if line is not None:
         console.print(escape(line))
     for warning in found.warnings:

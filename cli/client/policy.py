@@ -11,7 +11,7 @@ import typer
 
 from cotune.client.site_folder import SiteFolder
 from cotune.errors import PlanError
-from cotune.plan.load import value_of
+from cotune.plan.load import parse_value
 from cotune.privacy.policy import Policy, change_policy, check_rules, dump_policy
 from cotune.storage.files import atomic_write
 from cotune.storage.toml_edit import edit_toml
@@ -36,7 +36,7 @@ def policy(
         raise PlanError(
             "--set changes the policy of a site, and none was given: expected its folder before it", code="plan.missing_site"
         )
-    after = change_policy(before, {rule: value_of(text) for rule, text in settings.items()})
+    after = change_policy(before, {rule: parse_value(text) for rule, text in settings.items()})
     _write_policy(opened.policy_file, after, settings)
     for rule in settings:
         table, _, key = rule.partition(".")

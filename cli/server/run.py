@@ -17,7 +17,7 @@ from cotune.cli.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.flower.control_client import open_control
-from cotune.plan.load import check_tables, overrides_alone, read_document
+from cotune.plan.load import check_tables, parse_overrides, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import percent, size
@@ -74,7 +74,7 @@ def _check_overrides(plan: Path, overrides: Sequence[str]) -> None:
     if plan.is_file():
         check_tables(read_document(plan, overrides))
     else:
-        check_tables(overrides_alone(overrides), partial=True)
+        check_tables(parse_overrides(overrides), partial=True)
 
 
 def _begin(

@@ -25,7 +25,7 @@ from torch.nn import functional
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import Target
 from cotune.errors import DataError
-from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
+from cotune.models.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.tables import PersonalizeConfig
 from cotune.privacy.mechanisms.random import seeded_generator
@@ -209,7 +209,7 @@ def _fitted(
     model: TrainableModel, own: OwnRecords, shared: State, start: State, candidates: Iterable[Candidate]
 ) -> Iterator[tuple[Candidate, State]]:
     """Each candidate's head, fitted to records; a weaker penalty begins where the stronger one has ended."""
-    here = shared if last_layer(model) is None else corrected(model, shared, own.features, own.targets)
+    here = shared if last_layer(model) is None else correct_head(model, shared, own.features, own.targets)
     toward = {"head": here, "alone": start}
     last = dict(toward)
     alone = dict[float, State]()

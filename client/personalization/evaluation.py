@@ -30,17 +30,17 @@ from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.task import score
+from cotune.data.tasks.task import compute_metrics
 from cotune.errors import ModelError, RunError
 from cotune.models.adapter import parameter_seed
 from cotune.models.base_model import draw_head
 from cotune.models.device import pick_device
 from cotune.models.encoding import encoded_features
-from cotune.models.evaluation.intervals import FEW, Answers, accuracy_interval, f1_interval, paired
+from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, accuracy_interval, compare_paired, f1_interval
 from cotune.models.evaluation.predictor import load_finished
 from cotune.models.export import export_model
 from cotune.models.feature_head import feature_head
-from cotune.models.head_fit import head_names, head_scores, told_by
+from cotune.models.head_fit import classes_from_scores, head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
@@ -233,7 +233,7 @@ _FOLDS = 5  # of which one judges
 
 
 def _told(model: TrainableModel, head: State, features: Tensor) -> Tensor:
-    return told_by(head_scores(model, head, features))
+    return classes_from_scores(head_scores(model, head, features))
 
 
 def _alone(
@@ -265,13 +265,13 @@ def _answers(told: Tensor, judge: OwnRecords, classes: int) -> Answers:
 
 
 def _metrics(answers: Answers) -> dict[str, Any]:
-    found = score(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
+    found = compute_metrics(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
     return {**found, "accuracy_interval": list(accuracy_interval(answers)), "f1_interval": list(f1_interval(answers))}
 
 
 def _worth(answers: dict[str, Answers]) -> dict[str, Any]:
     """As the report of a simulation answers it: adapted against alone, and never yes where a constant answer does as well."""
-    found = paired(answers["adapted"], answers["alone"])
+    found = compare_paired(answers["adapted"], answers["alone"])
     useful = bool(answers["adapted"].right.mean() > answers["majority"].right.mean())
     return {
         "answer": found.answer if useful or found.answer != "yes" else "no",
@@ -280,5 +280,5 @@ def _worth(answers: dict[str, Answers]) -> dict[str, Any]:
         "interval": [found.low, found.high],
         "p": found.p,
         "test": found.test,
-        "few": len(np.unique(answers["adapted"].units)) < FEW,
+        "few": len(np.unique(answers["adapted"].units)) < MIN_TEST_RECORDS,
     }

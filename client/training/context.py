@@ -48,7 +48,7 @@ class LocalContext:
     @cached_property
     def stage(self) -> Stage:
         """The stage of the plan that the round is in."""
-        return self.plan.stage_of(self.round)
+        return self.plan.get_stage(self.round)
 
     @cached_property
     def received(self) -> str:

@@ -120,7 +120,7 @@ def reported_noise(
     if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
         return None
     scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(examples) * examples)  # σC/B
-    return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_of(examples))
+    return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_per_round(examples))
 
 
 def noise_variance(

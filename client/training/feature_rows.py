@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
 from cotune.data.tasks.batching import bucket_of_length, fixed_batches
-from cotune.data.tasks.task import Target, losses_of
+from cotune.data.tasks.task import Target, losses_from_scores
 from cotune.data.tasks.text import IGNORED
 from cotune.models.feature_head import FeatureHead
 from cotune.models.independence import check_independence
-from cotune.models.probes import lengths_of
+from cotune.models.probes import bucket_lengths
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 
@@ -66,7 +66,7 @@ class _Given:
         return cast(Tensor, self.head(batch["features"]).logits.float())
 
     def loss(self, batch: Batch) -> Tensor:
-        return losses_of(self.scores(batch), batch["labels"], self.weights)
+        return losses_from_scores(self.scores(batch), batch["labels"], self.weights)
 
     def correct(self, batch: Batch) -> Tensor:
         return all_correct(self.scores(batch), batch["labels"])
@@ -157,7 +157,7 @@ def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units:
         exact=given.loss,
         correct=given.correct,
         samples=samples,
-        check_independent_rows=lambda: given.check_independent_rows(slots, width, lengths_of(given.model)),
+        check_independent_rows=lambda: given.check_independent_rows(slots, width, bucket_lengths(given.model)),
     )
 
 

@@ -178,7 +178,7 @@ def _private_training(prepared: _Prepared) -> int:
     assert isinstance(privacy, RecordPrivacy)
     check_gradients(prepared.setup, privacy, context.stage.mode)
     rate = context.stage.local.sample_rate(context.examples)
-    charged = Steps(context.noise_multiplier, rate, context.stage.local.steps_of(context.examples))
+    charged = Steps(context.noise_multiplier, rate, context.stage.local.steps_per_round(context.examples))
     charge = account.reserve(context.round, charged)
     began = time.monotonic()
     config = DPSGDConfig(
@@ -245,7 +245,9 @@ def _sampler(prepared: _Prepared) -> PoissonSampler:
     context = prepared.context
     local = context.stage.local
     generator = seeded_generator(context.plan.seed, "batches", context.site.organization, context.round)
-    return PoissonSampler(prepared.setup.rows, local.sample_rate(context.examples), local.steps_of(context.examples), generator)
+    return PoissonSampler(
+        prepared.setup.rows, local.sample_rate(context.examples), local.steps_per_round(context.examples), generator
+    )
 
 
 def _plain_steps(setup: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:

@@ -17,13 +17,13 @@ from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
 from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.batching import fixed_batches, tight_batches
+from cotune.data.tasks.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.task import Target, example_losses, logits
 from cotune.data.tasks.text import IGNORED, Example
 from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
 from cotune.models.check_cache import model_key, read_check, write_check
-from cotune.models.device import bfloat16_is_fast, kernels_of
+from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
 from cotune.models.features import encode_batch
@@ -131,7 +131,7 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
 
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """
-    taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernels_of(model.device)
+    taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
     key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
     known = _checked.setdefault(model, set())
     if key in known:
@@ -215,7 +215,7 @@ def _on_examples(
             for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
                 yield positions, collate([rows[numbers[p]] for p in positions], length, slots)
             return
-        for positions in tight_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
+        for positions in sorted_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
             yield positions, collate([rows[numbers[p]] for p in positions])
 
     weights = _weights_of(plan, model)

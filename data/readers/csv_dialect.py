@@ -18,13 +18,13 @@ _BLANKS = re.compile(" *")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
-def named_separator(text: str) -> tuple[str | None, str]:
+def read_separator_line(text: str) -> tuple[str | None, str]:
     """Return the separator that a first line `sep=;` of Excel names, or None, and the text below that line."""
     found = re.match(r'"?sep=([,;|\t])"?[ \t]*(?:\r\n|\r|\n)', text, re.IGNORECASE)
     return (found[1], text[found.end() :]) if found else (None, text)
 
 
-def separator_by_header(text: str, wanted: Sequence[str], usual: str) -> str:
+def guess_separator(text: str, wanted: Sequence[str], usual: str) -> str:
     """Return the separator under which the first line holds most of the wanted columns, and then most columns at all.
 
     Args:
@@ -41,7 +41,7 @@ def separator_by_header(text: str, wanted: Sequence[str], usual: str) -> str:
     return max(SEPARATORS, key=evidence)
 
 
-def mended(text: str, separator: str, width: int, column: int, known: Collection[str] | None) -> str:
+def escape_stray_quotes(text: str, separator: str, width: int, column: int, known: Collection[str] | None) -> str:
     """Return the text with the quotes that open a field by mistake written as characters of it.
 
     A quote is a mistake where its field would run on over a line end, although the line by itself is a whole record: as many
@@ -56,7 +56,7 @@ def mended(text: str, separator: str, width: int, column: int, known: Collection
     """
     if '"' not in text:
         return text
-    quoted = _quoted(separator)
+    quoted = _quoted_field(separator)
     pieces: list[str] = []
     classes: Collection[str] | None = known
     done = position = 0
@@ -76,22 +76,22 @@ def mended(text: str, separator: str, width: int, column: int, known: Collection
     return "".join([*pieces, text[done:]]) if pieces else text
 
 
-def unclosed(text: str, separator: str) -> tuple[int, int] | None:
+def find_unclosed_quote(text: str, separator: str) -> tuple[int, int] | None:
     """Return where the line begins that has a quote which opens a field and is never closed, and the line's number."""
-    for found in _quoted(separator).finditer(text):
+    for found in _quoted_field(separator).finditer(text):
         if not found[2]:
             opening = found.start(1)
             return _line_start(text, opening), 1 + sum(1 for _ in _LINE_END.finditer(text, 0, opening))
     return None
 
 
-def torn(text: str, separator: str) -> tuple[int, int] | None:
+def find_torn_field(text: str, separator: str) -> tuple[int, int] | None:
     """Return (first line, last line) of the first field in quotes over several lines that goes on behind its last quote.
 
     No program writes such a field: a stray quote opened it, and the records up to the next quote are in it.
     """
     ends = ("", "\r", "\n", separator)
-    for found in _quoted(separator).finditer(text):
+    for found in _quoted_field(separator).finditer(text):
         if not (found[2] and _LINE_END.search(found[1])):
             continue
         behind = _BLANKS.match(text, found.end())
@@ -101,7 +101,7 @@ def torn(text: str, separator: str) -> tuple[int, int] | None:
     return None
 
 
-def surplus_fields(text: str, separator: str, width: int) -> tuple[int, int] | None:
+def find_surplus_fields(text: str, separator: str, width: int) -> tuple[int, int] | None:
     """Return (line, number of fields) of the first record of more fields, blank ones aside, than there are columns."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
@@ -113,7 +113,7 @@ def surplus_fields(text: str, separator: str, width: int) -> tuple[int, int] | N
     return None
 
 
-def _quoted(separator: str) -> re.Pattern[str]:
+def _quoted_field(separator: str) -> re.Pattern[str]:
     """A field in quotes as pandas reads it: (what stands before its last quote, that quote, which may lack at the end)."""
     blanks = "[ \\t]*" if separator != "\t" else " *"  # before the first field of a line
     return re.compile(rf'(?:(?:\A|[\r\n]){blanks}|{re.escape(separator)})("[^"]*(?:""[^"]*)*)("?)')
@@ -169,14 +169,14 @@ def _classes_outside(text: str, quoted: re.Pattern[str], separator: str, width: 
     every = (found for found in quoted.finditer(text) if found[2] and text[found.end() : found.end() + 1] in proper)
     spans = [found.span(1) for found in every if _LINE_END.search(found[1])]
     found: set[str] = set()
-    for line in _outside(text, spans):
+    for line in _lines_outside(text, spans):
         fields = line.split(separator)
         if '"' not in line and len(fields) == width:
             found |= {class_name(name) for name in (fields[column], *fields[column].split())}
     return found - {""}
 
 
-def _outside(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
+def _lines_outside(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
     """The lines but the first that lie outside of the spans."""
     position = 0
     parts = []

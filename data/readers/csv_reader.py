@@ -14,18 +14,18 @@ import pandas
 from cotune.data.left_out import UNREADABLE
 from cotune.data.readers.csv_dialect import (
     SEPARATORS,
-    mended,
-    named_separator,
-    separator_by_header,
-    surplus_fields,
-    torn,
-    unclosed,
+    escape_stray_quotes,
+    find_surplus_fields,
+    find_torn_field,
+    find_unclosed_quote,
+    guess_separator,
+    read_separator_line,
 )
 from cotune.data.readers.data_file import Columns, DataFile
-from cotune.data.readers.encodings import decoded
+from cotune.data.readers.encodings import decode_text
 from cotune.errors import DataError, reason_of
 
-_FEW = 10  # lines, in which a class may not come twice
+_MIN_DISTINCT_LINES = 10  # lines, in which a class may not come twice
 _FEW_LINES = 1000
 _FIELDS = 100_000  # of a CSV file that are parsed at once: only those of the columns that are used are kept
 _CHARACTERS = 2**18  # that are parsed, or encoded, at once, where fields are long
@@ -33,23 +33,23 @@ _CHARACTERS = 2**18  # that are parsed, or encoded, at once, where fields are lo
 
 def read_csv(file: DataFile, separator: str) -> Columns:
     """Return the columns of a file whose suffix means this separator; its first line may show another one."""
-    named, text = named_separator(decoded(file.name, file.suffix, file.raw, file.config.encoding, lenient=file.lenient))
-    separator = named or separator_by_header(text, file.columns, separator)
+    named, text = read_separator_line(decode_text(file.name, file.suffix, file.raw, file.config.encoding, lenient=file.lenient))
+    separator = named or guess_separator(text, file.columns, separator)
     names = _header(file, text, separator)
     wanted = {name: names.index(name) for name in file.columns if name in names}
     if not wanted and not _is_header(text, separator, names, file.columns):
-        raise no_names(file, separator)
+        raise missing_header_error(file, separator)
     if file.config.label in wanted:
         known = frozenset(file.labels) if file.lenient else None
-        text = mended(text, separator, len(names), wanted[file.config.label], known)
-    if not file.lenient and (lines := torn(text, separator)) is not None:
+        text = escape_stray_quotes(text, separator, len(names), wanted[file.config.label], known)
+    if not file.lenient and (lines := find_torn_field(text, separator)) is not None:
         raise DataError(
             f"{file.name} has a double quote that opens a field in line {lines[0]}, and the next one, in line {lines[1]}, does"
             " not close it: the records between them would be one; write a quote within a field as two, or export the file again",
             code="data.malformed_csv",
         )
     values: dict[str, list[object]] = {name: [] for name in wanted}
-    for rows in _rows(file, text, separator, names):
+    for rows in _read_rows(file, text, separator, names):
         for name, position in wanted.items():
             values[name] += rows[position].tolist()
     return names, {name: column[1:] for name, column in values.items()}
@@ -58,13 +58,13 @@ def read_csv(file: DataFile, separator: str) -> Columns:
 def _header(file: DataFile, text: str, separator: str) -> list[str]:
     """The first line is read as a record: pandas would rename a repeated column, and make a surplus field an index."""
     try:
-        first = next(_parsed(text, separator, nrows=1))
+        first = next(_parse_chunks(text, separator, nrows=1))
     except (pandas.errors.EmptyDataError, StopIteration) as error:
         raise DataError(
             f"{file.name} holds blank lines only: expected a line of column names, then records", code="data.no_records"
         ) from error
     except ValueError as error:
-        raise _invalid(file, text, separator, (), error) from error
+        raise _invalid_csv_error(file, text, separator, (), error) from error
     return [str(name).strip() for name in first.iloc[0]]
 
 
@@ -75,21 +75,21 @@ def _is_header(text: str, separator: str, names: Sequence[str], wanted: Sequence
     records below, of which there are some.
     """
     try:
-        rows = next(_parsed(text, separator, names=range(len(names))))
+        rows = next(_parse_chunks(text, separator, names=range(len(names))))
     except ValueError:
-        return bool(near_names(names, wanted))
-    return are_names(names, [rows[position].iloc[1:].tolist() for position in range(len(names))], wanted)
+        return bool(find_near_names(names, wanted))
+    return look_like_column_names(names, [rows[position].iloc[1:].tolist() for position in range(len(names))], wanted)
 
 
-def are_names(names: Sequence[str], below: Sequence[Sequence[object]], wanted: Sequence[str]) -> bool:
+def look_like_column_names(names: Sequence[str], below: Sequence[Sequence[object]], wanted: Sequence[str]) -> bool:
     """The same of the cells of a first row. below: the values under each, in the first records."""
-    if near_names(names, wanted):
+    if find_near_names(names, wanted):
         return True
     repeated = any(name in values for name, values in zip(names, below, strict=True))
-    return len(below[0]) >= _FEW and not repeated and all(is_plain_name(name) for name in names)
+    return len(below[0]) >= _MIN_DISTINCT_LINES and not repeated and all(is_plain_name(name) for name in names)
 
 
-def no_names(file: DataFile, separator: str) -> DataError:
+def missing_header_error(file: DataFile, separator: str) -> DataError:
     """Return the sentence about a file that begins with something else than the names of its columns."""
     return DataError(
         f"{file.name} begins with a line that does not look like the names of its columns: expected one such as"
@@ -99,15 +99,15 @@ def no_names(file: DataFile, separator: str) -> DataError:
     )
 
 
-def near_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+def find_near_names(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """The names of columns that are nearly one of the wanted."""
     folded = [column.casefold() for column in wanted]
     return [name for name in names if difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)]
 
 
-def shown_names(names: Sequence[str], wanted: Sequence[str]) -> set[str]:
+def displayable_names(names: Sequence[str], wanted: Sequence[str]) -> set[str]:
     """The names that an error may list: any other may be a record's text, in a file without names."""
-    return {name for name in names if is_plain_name(name)} | set(near_names(names, wanted))
+    return {name for name in names if is_plain_name(name)} | set(find_near_names(names, wanted))
 
 
 def is_plain_name(name: str) -> bool:
@@ -115,18 +115,18 @@ def is_plain_name(name: str) -> bool:
     return re.fullmatch(r"[^\W\d][\w.-]{0,39}", name) is not None
 
 
-def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> Iterator[pandas.DataFrame]:
+def _read_rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> Iterator[pandas.DataFrame]:
     """All fields of a CSV file as text, some thousand lines at a time, with the line of names.
 
     A last field that is empty may be one too many, as some programs end each line with a separator. Where lenient, lines of more
     fields and what a quote never closes are left out and counted.
     """
     width = len(names)
-    if file.lenient and (end := _closed_end(text, separator)) is not None:
+    if file.lenient and (end := _end_before_unclosed_quote(text, separator)) is not None:
         file.skipped[UNREADABLE] += 1
         text = text[:end]
     try:
-        for rows in _parsed(
+        for rows in _parse_chunks(
             text, separator, _lines_at_once(text, width), names=range(width + 1), on_bad_lines="warn" if file.lenient else "error"
         ):
             surplus = rows[width].map(lambda field: isinstance(field, str) and bool(field.strip()))
@@ -137,7 +137,7 @@ def _rows(file: DataFile, text: str, separator: str, names: Sequence[str]) -> It
             yield rows[~surplus]
     except ValueError as error:
         if not file.lenient:
-            raise _invalid(file, text, separator, names, error) from error
+            raise _invalid_csv_error(file, text, separator, names, error) from error
         file.skipped[UNREADABLE] += 1
 
 
@@ -169,7 +169,7 @@ class _Encoded(io.RawIOBase):
         return count
 
 
-def _parsed(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) -> Iterator[pandas.DataFrame]:
+def _parse_chunks(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) -> Iterator[pandas.DataFrame]:
     """Parts of the file; the attribute "bad" says how many lines of too many fields were left out in one."""
     read = pandas.read_csv(
         io.BufferedReader(_Encoded(text), _CHARACTERS),  # StringIO would take four bytes a character
@@ -191,21 +191,21 @@ def _parsed(text: str, separator: str, lines: int = _FEW_LINES, **options: Any) 
         yield rows
 
 
-def _closed_end(text: str, separator: str) -> int | None:
+def _end_before_unclosed_quote(text: str, separator: str) -> int | None:
     """Where the records end before a quote that is never closed; None without one."""
     end = None
-    while (found := unclosed(text[:end], separator)) is not None:
+    while (found := find_unclosed_quote(text[:end], separator)) is not None:
         end = found[0]
     return end
 
 
-def _invalid(file: DataFile, text: str, separator: str, names: Sequence[str], error: ValueError) -> DataError:
+def _invalid_csv_error(file: DataFile, text: str, separator: str, names: Sequence[str], error: ValueError) -> DataError:
     reason = reason_of(error).removeprefix("Error tokenizing data. C error: ")
-    opened = unclosed(text, separator)
+    opened = find_unclosed_quote(text, separator)
     width = len(names)
     if opened is not None:
         reason = f"the double quote that opens a field in line {opened[1]} is never closed"
-    elif (surplus := surplus_fields(text, separator, width)) is not None:
+    elif (surplus := find_surplus_fields(text, separator, width)) is not None:
         reason = f"Expected {width} fields in line {surplus[0]}, saw {surplus[1]}"
     return DataError(
         f"{file.name} is not valid {file.suffix} with {SEPARATORS[separator]} between fields ({reason}): export it again, with"

@@ -48,7 +48,7 @@ class DataFile:
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there
 
 
-def word_of(file: DataFile, column: str, number: int, value: object) -> str:
+def format_value(file: DataFile, column: str, number: int, value: object) -> str:
     """A value as the string that every format would give it; "" if it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

@@ -17,7 +17,7 @@ _WINDOWS = re.compile("[\x80-\x9f]")  # control characters in ISO 8859, and quot
 register_error(_HALF, lambda error: ("\udc00", getattr(error, "end")))  # noqa: B009
 
 
-def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = False) -> str:
+def decode_text(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = False) -> str:
     """Return the text of a file, without a byte order mark.
 
     Args:
@@ -38,19 +38,19 @@ def decoded(name: str, kind: str, raw: bytes, encoding: str, *, lenient: bool = 
     try:
         text = raw.decode(encoding)
     except UnicodeError as error:
-        raise DataError(_advice(name, kind, raw, encoding, error), code="data.encoding") from error
+        raise DataError(_describe_failure(name, kind, raw, encoding, error), code="data.encoding") from error
     if "\0" in text:
-        raise DataError(_nul(name, kind, raw, encoding, text), code="data.encoding")
-    if not lenient and _takes_any_byte(encoding) and not raw.isascii() and _decodes(raw, "utf-8"):
+        raise DataError(_describe_nul_bytes(name, kind, raw, encoding, text), code="data.encoding")
+    if not lenient and _takes_any_byte(encoding) and not raw.isascii() and _can_decode(raw, "utf-8"):
         raise DataError(
             f"{name} is utf-8 text, which {encoding} reads as other characters: where other files of the folder are {encoding},"
             " save all of them as utf-8, else use --set data.encoding=utf-8",
             code="data.encoding",
         )
-    if not lenient and _is_latin(encoding) and (found := _WINDOWS.search(text)) and _decodes(raw, "cp1252"):
+    if not lenient and _is_latin(encoding) and (found := _WINDOWS.search(text)) and _can_decode(raw, "cp1252"):
         raise DataError(
-            f"{name} holds control characters as {encoding} text (line {_line(text[: found.start()])}), which are quotation"
-            " marks, dashes and the like in Windows' encodings: use --set data.encoding=cp1252, or save it as utf-8",
+            f"{name} holds control characters as {encoding} text (line {_line_number(text[: found.start()])}), which are"
+            " quotation marks, dashes and the like in Windows' encodings: use --set data.encoding=cp1252, or save it as utf-8",
             code="data.encoding",
         )
     return text.removeprefix("\ufeff")
@@ -61,23 +61,23 @@ def _takes_any_byte(encoding: str) -> bool:
     return lookup(encoding).name.startswith(("cp125", "iso8859", "mac-"))
 
 
-def _advice(name: str, kind: str, raw: bytes, encoding: str, error: UnicodeError) -> str:
+def _describe_failure(name: str, kind: str, raw: bytes, encoding: str, error: UnicodeError) -> str:
     if raw.startswith(_WIDE_MARKS):
         return f"{name} is utf-32 text, not {encoding}: use --set data.encoding=utf-32"
     if raw.startswith(_MARKS):
         return f"{name} is utf-16 text, not {encoding}: use --set data.encoding=utf-16"
     if wide := _wide_encoding(raw):
-        return _is_wide(name, encoding, wide)
+        return _wide_without_mark(name, encoding, wide)
     if b"\0" in raw:
-        return _binary(name, kind)
-    where = _where(raw, error)
-    if _decodes(raw, "utf-8"):
+        return _not_text(name, kind)
+    where = _locate_failure(raw, error)
+    if _can_decode(raw, "utf-8"):
         return f"{name} is not {encoding} text ({where}), and it is utf-8 text: use --set data.encoding=utf-8"
-    return f"{name} is not {encoding} text ({where}): save it as utf-8, {_guess(raw)}"
+    return f"{name} is not {encoding} text ({where}): save it as utf-8, {_suggest_encodings(raw)}"
 
 
-def _guess(raw: bytes) -> str:
-    if _decodes(raw, "cp1252"):
+def _suggest_encodings(raw: bytes) -> str:
+    if _can_decode(raw, "cp1252"):
         return (
             "or name its encoding: --set data.encoding=cp1252 if it comes from Windows in Western Europe or America, cp1250 from"
             " Central Europe, cp1251 with Cyrillic letters"
@@ -88,31 +88,31 @@ def _guess(raw: bytes) -> str:
     )
 
 
-def _where(raw: bytes, error: UnicodeError) -> str:
+def _locate_failure(raw: bytes, error: UnicodeError) -> str:
     if not isinstance(error, UnicodeDecodeError):
         return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     line = 1 + raw.count(b"\n", 0, error.start)
     return f"line {line}: byte {error.start} cannot be decoded"
 
 
-def _nul(name: str, kind: str, raw: bytes, encoding: str, text: str) -> str:
+def _describe_nul_bytes(name: str, kind: str, raw: bytes, encoding: str, text: str) -> str:
     if wide := _wide_encoding(raw):
-        return _is_wide(name, encoding, wide)
+        return _wide_without_mark(name, encoding, wide)
     count = text.count("\0")
     if count > max(1, len(text) // 1000) or _looks_binary(text):
-        return _binary(name, kind)
-    line = _line(text[: text.index("\0")])
+        return _not_text(name, kind)
+    line = _line_number(text[: text.index("\0")])
     return (
         f"{name} holds NUL bytes ({count}, the first in line {line}): expected none in {kind} text; remove them, or export the"
         " file again"
     )
 
 
-def _binary(name: str, kind: str) -> str:
+def _not_text(name: str, kind: str) -> str:
     return f"{name} is not text (it holds NUL bytes): expected {kind} content, so export it again"
 
 
-def _is_wide(name: str, encoding: str, wide: str) -> str:
+def _wide_without_mark(name: str, encoding: str, wide: str) -> str:
     return f"{name} is {wide} text without a byte order mark, not {encoding}: use --set data.encoding={wide}"
 
 
@@ -137,7 +137,7 @@ def _is_latin(encoding: str) -> bool:
     return lookup(encoding).name in ("iso8859-1", "iso8859-15")
 
 
-def _decodes(raw: bytes, encoding: str) -> bool:
+def _can_decode(raw: bytes, encoding: str) -> bool:
     try:
         raw.decode(encoding)
     except UnicodeError:
@@ -145,5 +145,5 @@ def _decodes(raw: bytes, encoding: str) -> bool:
     return True
 
 
-def _line(before: str) -> int:
+def _line_number(before: str) -> int:
     return 1 + before.count("\n")

@@ -8,11 +8,11 @@ from datetime import datetime, time
 
 import pandas
 
-from cotune.data.readers.csv_reader import are_names, no_names
+from cotune.data.readers.csv_reader import look_like_column_names, missing_header_error
 from cotune.data.readers.data_file import Columns, DataFile
 from cotune.errors import DataError
 
-_MANY = 1000  # rows of a sheet, in which a column's name is none of its values
+_MAX_CHECKED_ROWS = 1000  # rows of a sheet, in which a column's name is none of its values
 
 
 def read_excel(file: DataFile) -> Columns:
@@ -57,9 +57,9 @@ def _check_names(file: DataFile, names: Sequence[str], sheet: pandas.DataFrame) 
     """Refuses a first row that may be a title or a record, of which no cell is shown. Raises DataError."""
     if set(names) & set(file.columns):
         return
-    below = [sheet[column].iloc[1:_MANY].map(str).tolist() for column in sheet.columns]
-    if not are_names(names, below, file.columns):
-        raise no_names(file, ", ")
+    below = [sheet[column].iloc[1:_MAX_CHECKED_ROWS].map(str).tolist() for column in sheet.columns]
+    if not look_like_column_names(names, below, file.columns):
+        raise missing_header_error(file, ", ")
 
 
 def _cell(value: object) -> object:

@@ -44,7 +44,7 @@ class Image:
         return found
 
 
-def opened(source: Path | bytes) -> Image:
+def open_image(source: Path | bytes) -> Image:
     """The image of a file or of its bytes, decoded once to see that it can be. Raises DataError with the reason alone."""
     return Image(_digest(_decode(source)), source)
 
@@ -89,7 +89,7 @@ def _bytes(source: Path | bytes) -> bytes:
         raise DataError(f"unreadable ({error.strerror}): check the path", code="data.unusable_image") from None
 
 
-def labeled_images(folder: Path) -> list[tuple[Path, str]]:
+def list_labeled_images(folder: Path) -> list[tuple[Path, str]]:
     """(file, class) of every image in the folder's sub-folders, which are named for their classes; sorted. Raises DataError."""
     try:
         classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -100,15 +100,15 @@ def labeled_images(folder: Path) -> list[tuple[Path, str]]:
         ) from error
 
 
-def holds_classes(folder: Path) -> bool:
+def has_class_folders(folder: Path) -> bool:
     """Whether the folder is one organization's: its sub-folders hold images."""
-    return folder.is_dir() and bool(labeled_images(folder))
+    return folder.is_dir() and bool(list_labeled_images(folder))
 
 
-def signature(folder: Path) -> int:
+def folder_signature(folder: Path) -> int:
     """A number that changes when an image is added, removed, renamed or written anew."""
     digest = hashlib.sha256()
-    for file, _ in labeled_images(folder):
+    for file, _ in list_labeled_images(folder):
         status = file.stat()
         digest.update(f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n".encode("utf-8", "surrogatepass"))
     return int.from_bytes(digest.digest()[:8], "big")

@@ -10,14 +10,14 @@ from typing import Any
 
 from cotune.data.left_out import UNREADABLE
 from cotune.data.readers.data_file import Columns, DataFile
-from cotune.data.readers.encodings import decoded
+from cotune.data.readers.encodings import decode_text
 from cotune.errors import DataError, reason_of
 
 _BETWEEN = re.compile(r"\s*")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)  # or a string, in which brackets are letters
 
 
-def elements(text: str, parse_int: Callable[[str], object]) -> Iterator[Any]:
+def iterate_elements(text: str, parse_int: Callable[[str], object]) -> Iterator[Any]:
     """Yield the elements of a list; None for one that is nested too deep.
 
     Raises ValueError where what is read one by one is no list; the list is expected to have no other fault.
@@ -128,7 +128,7 @@ def _loads_line(file: DataFile, text: str, number: int) -> Any:
 
 def _loads(file: DataFile, text: str, first_line: int) -> Any:
     try:
-        return _parsed(text, file.lenient)
+        return _parse(text, file.lenient)
     except (ValueError, RecursionError) as error:
         reason = f"line {first_line}: {reason_of(error)}"
         if isinstance(error, json.JSONDecodeError):
@@ -139,16 +139,16 @@ def _loads(file: DataFile, text: str, first_line: int) -> Any:
         ) from error
 
 
-def _parsed(text: str, lenient: bool) -> Any:
+def _parse(text: str, lenient: bool) -> Any:
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text, parse_int=_parse_int)
     except RecursionError:
         if not (lenient and text.lstrip().startswith("[")):
             raise
-        return list(elements(text, _whole))
+        return list(iterate_elements(text, _parse_int))
 
 
-def _whole(digits: str) -> int | str:
+def _parse_int(digits: str) -> int | str:
     """A number, or its digits where it has more than Python reads: one record must not make its whole list unreadable."""
     try:
         return int(digits)
@@ -164,4 +164,4 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")  # formats without a table of col
 
 
 def _decode(file: DataFile) -> str:
-    return decoded(file.name, file.suffix, file.raw, file.config.encoding, lenient=file.lenient)
+    return decode_text(file.name, file.suffix, file.raw, file.config.encoding, lenient=file.lenient)

@@ -21,10 +21,10 @@ def check_source(source: object) -> None:
     except (OSError, RuntimeError, ValueError):  # a path that cannot even be asked for: its reader says why
         return
     if not there:
-        raise missing_source(source, Path(source))
+        raise missing_source_error(source, Path(source))
 
 
-def missing_source(name: str, file: Path) -> DataError:
+def missing_source_error(name: str, file: Path) -> DataError:
     """Return the sentence about records that are not there."""
     return DataError(
         f"{name} does not exist (looked for {file.absolute()}): check data.source (or --data, --test)", code="data.missing_file"
@@ -53,15 +53,15 @@ def check_base(base: object) -> None:
     if not isinstance(base, str):
         return
     try:
-        path = path_of_base(base)
+        path = get_base_path(base)
         there = path is None or path.is_dir()
     except (OSError, RuntimeError, ValueError):
         return
     if not there:
-        raise missing_base(base)
+        raise missing_base_error(base)
 
 
-def path_of_base(base: str) -> Path | None:
+def get_base_path(base: str) -> Path | None:
     """Return the folder that a base model's name is the path of; None for a package or a hub id."""
     if base.startswith(_PACKAGE):
         return None
@@ -69,7 +69,7 @@ def path_of_base(base: str) -> Path | None:
     return path.resolve() if path.exists() or base.startswith((".", "/", "~")) else None
 
 
-def missing_base(name: str) -> ModelError:
+def missing_base_error(name: str) -> ModelError:
     """Return the sentence about a base model that is no folder."""
     return ModelError(
         f"the base model {name} is not a folder: expected one with config.json, a tokenizer and safetensors",
@@ -78,7 +78,7 @@ def missing_base(name: str) -> ModelError:
 
 
 _START = b"version https://git-lfs.github.com/spec/"
-_LARGEST = 1024  # bytes of a pointer (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)
+_MAX_POINTER_BYTES = 1024  # bytes of a pointer (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md)
 
 
 def is_lfs_pointer(start: bytes) -> bool:
@@ -86,11 +86,11 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(_START)
 
 
-def first_lfs_pointer(files: dict[str, Path]) -> str | None:
+def find_lfs_pointer(files: dict[str, Path]) -> str | None:
     """Return the name of the first file that is a pointer; None without one. What cannot be read is told by who loads it."""
     for name, file in files.items():
         try:
-            if file.stat().st_size <= _LARGEST and is_lfs_pointer(file.read_bytes()):
+            if file.stat().st_size <= _MAX_POINTER_BYTES and is_lfs_pointer(file.read_bytes()):
                 return name
         except OSError:
             continue

@@ -52,7 +52,7 @@ def fixed_batches(rows: Sequence[int], bucket_of: Callable[[int], int], slots: i
             yield held[bucket][start : start + slots - 1], bucket
 
 
-def tight_batches(rows: Sequence[int], order_of: Callable[[int], Any], size: int) -> Iterator[list[int]]:
+def sorted_batches(rows: Sequence[int], order_of: Callable[[int], Any], size: int) -> Iterator[list[int]]:
     """Yield batches of like rows, at most `size` each, where no privacy is promised: their shapes follow the rows.
 
     order_of: Row number -> a key by which like rows stand together (`Task.order`).

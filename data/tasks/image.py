@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.data_file import DataFile, is_unicode, word_of
-from cotune.data.readers.images import Image, opened
+from cotune.data.readers.data_file import DataFile, format_value, is_unicode
+from cotune.data.readers.images import Image, open_image
 from cotune.data.tasks.image_processor import CONFIG_FILE, ImageProcessor
-from cotune.data.tasks.text import IGNORED, Collate, each_or_none
+from cotune.data.tasks.text import IGNORED, Collate, map_or_none
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
 
@@ -35,7 +35,7 @@ class ImageClassification:
         return AutoModelForImageClassification
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
-        name = class_name(word_of(file, file.config.label, number, label))
+        name = class_name(format_value(file, file.config.label, number, label))
         source = _source(file, number, given)
         if not source:
             return "blank image"
@@ -44,7 +44,7 @@ class ImageClassification:
         if not is_unicode(name):
             return "broken Unicode"
         try:
-            return opened(source), name
+            return open_image(source), name
         except DataError as error:
             raise DataError(
                 f"{file.name} holds an unusable image in record {number}{_shown(source)}, {error}", code=error.code
@@ -106,7 +106,7 @@ class ImageClassification:
                 rows = [_row(reader, example) for example in examples]
             else:
                 nothing = _row(reader, self.blank(reader, 1))
-                rows = [row or nothing for row in each_or_none(lambda part: [_row(reader, e) for e in part], examples)]
+                rows = [row or nothing for row in map_or_none(lambda part: [_row(reader, e) for e in part], examples)]
                 rows += [nothing] * (slots - len(rows))
             pixels = torch.stack([image for image, _ in rows])
             return {"pixel_values": pixels.to(to), "labels": torch.tensor([label for _, label in rows]).to(to)}
@@ -139,7 +139,7 @@ def _source(file: DataFile, number: int, given: object) -> Path | bytes | None:
     if isinstance(given, Path | bytes):
         return given
     column = file.wanted[0]
-    word = word_of(file, column, number, given).strip()
+    word = format_value(file, column, number, given).strip()
     if not word:
         return None
     folder = file.path.parent.resolve()

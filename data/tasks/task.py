@@ -94,7 +94,7 @@ _TASKS: dict[str, Task] = {
 }
 
 
-def task_named(name: TaskName) -> Task:
+def get_task(name: TaskName) -> Task:
     return _TASKS[name]
 
 
@@ -114,7 +114,7 @@ class Metrics:
         return asdict(self)
 
 
-def score(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metrics:
+def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metrics:
     """Metrics of predicted against true class numbers; a class that is never predicted has precision 0."""
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # its import takes a second
 
@@ -124,10 +124,10 @@ def score(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metri
     return Metrics(float(accuracy_score(truth, predicted)), float(precision), float(recall), float(f1))
 
 
-def majority(train: Sequence[int], truth: Sequence[int], classes: int) -> Metrics:
+def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -> Metrics:
     """What always answering the most frequent class of the training data reaches."""
     most = max(range(classes), key=lambda c: (list(train).count(c), -c))
-    return score(truth, [most] * len(truth), classes)
+    return compute_metrics(truth, [most] * len(truth), classes)
 
 
 def logits(module: nn.Module, batch: Batch) -> Tensor:
@@ -148,10 +148,10 @@ def example_losses(module: nn.Module, batch: Batch, weights: Tensor | None = Non
         weights: (classes,) how much a label of each class counts; None: all the same. Nothing is divided by their sum over the
             batch, for the same reason.
     """
-    return losses_of(logits(module, batch), batch["labels"], weights)
+    return losses_from_scores(logits(module, batch), batch["labels"], weights)
 
 
-def losses_of(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+def losses_from_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """The losses of `example_losses` from scores (b, classes) and labels (b,), or (b, l, classes) and (b, l)."""
     losses = functional.cross_entropy(scores.movedim(-1, 1), labels, weights, ignore_index=IGNORED, reduction="none")
     if labels.dim() == 1:

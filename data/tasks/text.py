@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.data_file import DataFile, is_unicode, word_of
+from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.batching import LENGTHS, bucket_of_length
-from cotune.data.tasks.token_limits import check_tokens, longest_row
+from cotune.data.tasks.token_limits import check_tokens, find_max_length
 from cotune.data.types import Input, Label
 from cotune.errors import ModelError
 
 Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
 Batch = dict[str, Tensor]
-_MADE_UP = "-"  # a label
+_PLACEHOLDER_LABEL = "-"  # a label
 IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
 _ENCODED = 2000  # texts that are tokenized at once only to count their tokens
 _Given = TypeVar("_Given")
@@ -53,8 +53,8 @@ class SequenceClassification:
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         text_column, label_column = file.wanted
-        text = word_of(file, text_column, number, given)
-        name = class_name(word_of(file, label_column, number, label))
+        text = format_value(file, text_column, number, given)
+        name = class_name(format_value(file, label_column, number, label))
         if not text.strip():
             return "blank text"
         if not name:
@@ -62,7 +62,7 @@ class SequenceClassification:
         return (text, name) if is_unicode(text) and is_unicode(name) else "broken Unicode"
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
-        return self.record(file, number, given, _MADE_UP)
+        return self.record(file, number, given, _PLACEHOLDER_LABEL)
 
     def reader(self, folder: Path) -> Any:
         """The tokenizer. Without its files, transformers makes one that knows no word."""
@@ -86,7 +86,7 @@ class SequenceClassification:
             reader.pad_token = reader.eos_token
         module.config.pad_token_id = reader.pad_token_id
         check_tokens(reader, module)
-        end = _end_that_is_read(module)
+        end = _end_token_of(module)
         if end is not None and reader("a")["input_ids"][-1:] != [end]:
             raise ModelError(
                 f"the base model reads a text's class at the token number {end}, with which its tokenizer ends no text: expected"
@@ -95,35 +95,35 @@ class SequenceClassification:
             )
 
     def longest(self, reader: Any, module: Any, wanted: int) -> int:
-        return longest_row(reader, module, wanted)
+        return find_max_length(reader, module, wanted)
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         def read(texts: Sequence[Any]) -> list[list[int]]:
             return encode(reader, texts, max_length)
 
-        rows = zip(each_or_none(read, inputs), targets, strict=True)
+        rows = zip(map_or_none(read, inputs), targets, strict=True)
         return [{"input_ids": ids, "labels": target} if ids else self.blank(reader, max_length) for ids, target in rows]
 
     def blank(self, reader: Any, length: int) -> Example:
         """What stands in a slot without a record, or with one that cannot be read: a text without words, and no label."""
-        return {"input_ids": _wordless(reader, length), "labels": IGNORED}
+        return {"input_ids": _blank_tokens(reader, length), "labels": IGNORED}
 
     def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
         def read(texts: Sequence[Any]) -> list[list[int]]:
             return encode(reader, [self._text(text) for text in texts], max_length + 1)
 
         parts = (inputs[start : start + _ENCODED] for start in range(0, len(inputs), _ENCODED))
-        return sum(len(ids or ()) > max_length for part in parts for ids in each_or_none(read, part))
+        return sum(len(ids or ()) > max_length for part in parts for ids in map_or_none(read, part))
 
     def _text(self, given: Any) -> str:
         """What the tokenizer reads of an input."""
         return str(given)
 
     def samples(self, reader: Any) -> list[Example]:
-        return [{"input_ids": ids, "labels": k % 2} for k, ids in enumerate(made_up_rows(reader))]
+        return [{"input_ids": ids, "labels": k % 2} for k, ids in enumerate(synthetic_rows(reader))]
 
     def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
-        return collator(module, reader, to, self.blank, end=_end_that_is_read(module))
+        return collator(module, reader, to, self.blank, end=_end_token_of(module))
 
     def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
         return bucket_of_length(len(example["input_ids"]), max_length, lengths)
@@ -150,7 +150,7 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[i
     return [list(row) or [tokenizer.pad_token_id] for row in ids]
 
 
-def made_up_rows(tokenizer: Any) -> list[list[int]]:
+def synthetic_rows(tokenizer: Any) -> list[list[int]]:
     """Three rows of ordinary tokens: a short one, a long one, and a single token; with the special ones that every text has."""
     special = set(tokenizer.all_special_ids)
     usable = [i for i in range(min(len(tokenizer), 500)) if i not in special]
@@ -168,7 +168,7 @@ def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
     return empty[:start], empty[start:]
 
 
-def each_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
+def map_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], given: Sequence[_Given]) -> list[_Read | None]:
     """What `read` makes of each; None for one that it raises for, which tells nobody that it is there.
 
     All are read at once, for speed. Where that raises, each is read by itself.
@@ -178,7 +178,7 @@ def each_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], given: Seq
     try:
         return list(read(given))
     except BaseException as error:
-        _raise_unless_of_a_record(error)
+        _reraise_interruption(error)
         return [_one_or_none(read, one) for one in given]
 
 
@@ -186,17 +186,17 @@ def _one_or_none(read: Callable[[Sequence[_Given]], Sequence[_Read]], one: _Give
     try:
         return read([one])[0]
     except BaseException as error:
-        _raise_unless_of_a_record(error)
+        _reraise_interruption(error)
         return None
 
 
-def _raise_unless_of_a_record(error: BaseException) -> None:
+def _reraise_interruption(error: BaseException) -> None:
     """Lets a user's interruption pass. A panic of the (Rust) tokenizer is no Exception, and yet a record's doing."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
 
-def _wordless(tokenizer: Any, length: int) -> list[int]:
+def _blank_tokens(tokenizer: Any, length: int) -> list[int]:
     """The tokens of an empty text: the special ones with which every text begins and ends, or else one of padding."""
     return encode(tokenizer, [""], length)[0][:length]
 
@@ -223,7 +223,7 @@ def collator(
 
     def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
         if end is not None and (length is None or slots is None):
-            examples = [{**example, "input_ids": _ended(example["input_ids"], end)} for example in examples]
+            examples = [{**example, "input_ids": _with_end_token(example["input_ids"], end)} for example in examples]
         shown = [len(example["input_ids"]) for example in examples]
         if length is not None and slots is not None:
             empty = blank(tokenizer, length)
@@ -250,12 +250,12 @@ def collator(
     return collate
 
 
-def _end_that_is_read(module: Any) -> int | None:
+def _end_token_of(module: Any) -> int | None:
     """The token whose vector an encoder with a decoder is classified by (BART, T5): a text that spells it would have two."""
     return cast("int | None", module.config.eos_token_id) if getattr(module.config, "is_encoder_decoder", False) else None
 
 
-def _ended(row: list[int], end: int) -> list[int]:
+def _with_end_token(row: list[int], end: int) -> list[int]:
     """The row with the token at its end alone, and no longer than it was."""
     words = [token for token in row if token != end]
     return [*words[: max(0, len(row) - 1)], end]

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
 from cotune.data.class_names import class_name
-from cotune.data.readers.data_file import DataFile, is_unicode, word_of
-from cotune.data.tasks.text import IGNORED, Example, SequenceClassification, each_or_none, made_up_rows
+from cotune.data.readers.data_file import DataFile, format_value, is_unicode
+from cotune.data.tasks.text import IGNORED, Example, SequenceClassification, map_or_none, synthetic_rows
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
 
-_NOT_TOLD = -1  # the answer for a word that the model did not read: right for no tag
+_NOT_PREDICTED = -1  # the answer for a word that the model did not read: right for no tag
 
 
 class TokenClassification(SequenceClassification):
@@ -76,7 +76,7 @@ class TokenClassification(SequenceClassification):
             found = reader(texts, truncation=True, max_length=max_length, padding=False, return_offsets_mapping=True)
             return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
-        rows = zip(each_or_none(read, inputs), inputs, targets, strict=True)
+        rows = zip(map_or_none(read, inputs), inputs, targets, strict=True)
         return [self._example(reader, max_length, tokens, words, tags) for tokens, words, tags in rows]
 
     def _text(self, given: Any) -> str:
@@ -95,13 +95,13 @@ class TokenClassification(SequenceClassification):
 
     def samples(self, reader: Any) -> list[Example]:
         """Every other token is a word of its own."""
-        rows = [(ids, list(range(0, len(ids), 2))) for ids in made_up_rows(reader)]
+        rows = [(ids, list(range(0, len(ids), 2))) for ids in synthetic_rows(reader)]
         return [_example(ids, starts, [i % 2 for i in starts]) for ids, starts in rows]
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
         best = scores.argmax(dim=2).tolist()
         return [
-            tuple(_NOT_TOLD if start is None else row[start] for start in example["starts"])
+            tuple(_NOT_PREDICTED if start is None else row[start] for start in example["starts"])
             for row, example in zip(best, examples, strict=True)
         ]
 
@@ -116,8 +116,8 @@ class TokenClassification(SequenceClassification):
 def _words(file: DataFile, column: str, number: int, value: object) -> tuple[str, ...]:
     """The words of a list, or of a text with spaces between them."""
     if isinstance(value, list | tuple):
-        return tuple(word_of(file, column, number, word) for word in value)
-    return tuple(word_of(file, column, number, value).split())
+        return tuple(format_value(file, column, number, word) for word in value)
+    return tuple(format_value(file, column, number, value).split())
 
 
 def _example(ids: list[int], starts: Sequence[int | None], tags: Sequence[int]) -> Example:

@@ -40,7 +40,7 @@ def _numbers(reader: Any) -> set[int]:
     return {int(number) for number in numbers if number is not None}
 
 
-def longest_row(reader: Any, module: Any, wanted: int) -> int:
+def find_max_length(reader: Any, module: Any, wanted: int) -> int:
     """The largest number of tokens up to `wanted` that the model has positions for.
 
     A configuration's max_position_embeddings bounds it but does not say it: RoBERTa's positions begin behind the padding
@@ -49,12 +49,12 @@ def longest_row(reader: Any, module: Any, wanted: int) -> int:
     """
     declared = [getattr(module.config, key, None) for key in ("max_position_embeddings", "max_seq_len")]
     high = min([wanted, *(bound for bound in declared if isinstance(bound, int) and bound > 0)])
-    if _embeds(reader, module, high) or not _embeds(reader, module, 1):  # what cannot be tried so is left to who trains
+    if _can_embed(reader, module, high) or not _can_embed(reader, module, 1):  # what cannot be tried so is left to who trains
         return high
     low = 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _embeds(reader, module, middle) else (low, middle)
+        low, high = (middle, high) if _can_embed(reader, module, middle) else (low, middle)
     return low
 
 
@@ -63,7 +63,7 @@ class _Embedded(Exception):
 
 
 @torch.no_grad()
-def _embeds(reader: Any, module: nn.Module, length: int) -> bool:
+def _can_embed(reader: Any, module: nn.Module, length: int) -> bool:
     """Whether a row of so many ordinary tokens reaches the first layer."""
 
     def stop(*_: Any) -> None:
@@ -72,7 +72,7 @@ def _embeds(reader: Any, module: nn.Module, length: int) -> bool:
     lists = [layers for layers in module.modules() if isinstance(layers, nn.ModuleList)]
     layers = [layer for layers in lists for layer in layers if not isinstance(layer, nn.Embedding)]
     hooks = [layer.register_forward_pre_hook(stop) for layer in layers]
-    ids = torch.full((1, length), _ordinary(reader))
+    ids = torch.full((1, length), _ordinary_token(reader))
     try:
         module(input_ids=ids, attention_mask=torch.ones_like(ids))
     except _Embedded:
@@ -85,7 +85,7 @@ def _embeds(reader: Any, module: nn.Module, length: int) -> bool:
     return True
 
 
-def _ordinary(reader: Any) -> int:
+def _ordinary_token(reader: Any) -> int:
     """A token that is no special one: padding would have no position."""
     special = set(reader.all_special_ids)
     return int(min(number for number in reader.get_vocab().values() if number not in special))

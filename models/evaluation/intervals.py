@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-FEW = 200  # test records, below which a report warns
+MIN_TEST_RECORDS = 200  # test records, below which a report warns
 _DRAWS = 2000  # of a bootstrap
 _CHUNK = 2**22  # numbers in memory at a time
 _SEED = 5  # of the resampling: the same answers give the same interval
@@ -76,10 +76,10 @@ class Paired:
         return "yes" if self.difference > 0 else "no"
 
 
-def wilson(right: int, total: int) -> Interval:
+def wilson_interval(right: int, total: int) -> Interval:
     """Return the score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927).
 
-    >>> [round(end, 4) for end in wilson(8, 10)]
+    >>> [round(end, 4) for end in wilson_interval(8, 10)]
     [0.4902, 0.9433]
     """
     from scipy.stats import binomtest
@@ -91,7 +91,7 @@ def wilson(right: int, total: int) -> Interval:
 def accuracy_interval(answers: Answers) -> Interval:
     """Return Wilson's interval; of units with several answers, the percentiles of a bootstrap over the units."""
     if answers.single:
-        return wilson(int(answers.right.sum()), len(answers.truth))
+        return wilson_interval(int(answers.right.sum()), len(answers.truth))
     sums = _resampled(answers.units, np.stack([answers.right, np.ones(len(answers.truth))], axis=1))
     return _percentiles(sums[:, 0] / sums[:, 1])
 
@@ -99,7 +99,7 @@ def accuracy_interval(answers: Answers) -> Interval:
 def f1_interval(answers: Answers) -> Interval:
     """Return the percentiles of macro F1 over a bootstrap of the units (Efron & Tibshirani, 1993, chapter 13).
 
-    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.task.score`.
+    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.task.compute_metrics`.
     """
     classes = np.arange(answers.classes)
     there = answers.truth[:, None] == classes
@@ -110,7 +110,7 @@ def f1_interval(answers: Answers) -> Interval:
     return _percentiles(f1.mean(axis=1))
 
 
-def paired(ours: Answers, theirs: Answers) -> Paired:
+def compare_paired(ours: Answers, theirs: Answers) -> Paired:
     """Compare two models on the same records, in the same order.
 
     Where every unit is one answer: McNemar's exact test (Psychometrika 12, 1947), the two-sided binomial test on the records that
@@ -157,7 +157,7 @@ def _percentiles(values: NDArray[np.float64]) -> Interval:
     return float(low), float(high)
 
 
-def answers_of(truth: Sequence[int], told: Sequence[int], units: Sequence[int], classes: int) -> Answers:
+def build_answers(truth: Sequence[int], told: Sequence[int], units: Sequence[int], classes: int) -> Answers:
     """Return answers from plain lists."""
     return Answers(
         truth=np.asarray(truth, dtype=np.int64),

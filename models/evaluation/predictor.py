@@ -23,17 +23,17 @@ from transformers import AutoConfig
 from cotune.data.class_names import shown
 from cotune.data.config import TaskName
 from cotune.data.records import Records
-from cotune.data.tasks.batching import tight_batches
-from cotune.data.tasks.task import logits, task_named
+from cotune.data.tasks.batching import sorted_batches
+from cotune.data.tasks.task import get_task, logits
 from cotune.data.tasks.text import Example
-from cotune.data.types import Input, Label, names_in
+from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
-from cotune.models.base_folder import base_labels, read_settings
+from cotune.models.base_folder import read_base_labels, read_settings
 from cotune.models.base_lookup import find_base
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
-from cotune.models.evaluation.quality import NOT_TOLD, Threshold, entity_quality, quality, told_classes
+from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, entity_quality, predict_classes, quality
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 64
@@ -96,7 +96,7 @@ class Predictor:
         made_up = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
         examples = loaded.task.examples(loaded.reader, loaded.max_length, inputs, made_up)
         found: list[Tensor] = [torch.empty(0)] * len(examples)
-        for rows in tight_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
+        for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
             for row, scores in zip(rows, self._scores([examples[row] for row in rows]), strict=True):
                 found[row] = functional.softmax(scores.double(), dim=-1).cpu()
         return found
@@ -149,7 +149,7 @@ def _task_of(path: Path) -> TaskName:
     architectures = settings.get("architectures")
     named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     for task in _TASKS:
-        kind = task_named(task).model_class().__name__.removeprefix("AutoModel")
+        kind = get_task(task).model_class().__name__.removeprefix("AutoModel")
         if any(name.endswith(kind) for name in named):
             _check_one_class(settings.get("problem_type"))
             return task
@@ -171,7 +171,7 @@ def _check_one_class(problem_type: object) -> None:
 
 def _labels_of(path: Path) -> tuple[str, ...]:
     """In the order of the head. Raises ModelError for fewer than two."""
-    names = base_labels(path)
+    names = read_base_labels(path)
     if not names:
         names = _generic_labels(path)
     if len(names) < 2 or len(set(names)) < len(names):
@@ -208,7 +208,7 @@ _SHOWN = 5  # unknown classes that an error names
 _NO_TAG = "O"
 
 
-def judge_records(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
+def evaluate_classifier(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
     """Return how good a model is on records, as plain values.
 
     Raises:
@@ -221,11 +221,13 @@ def judge_records(predictor: Classifier, records: Records, threshold: Threshold 
     units = np.repeat(unit_numbers(records), lengths)
     found = quality(np.concatenate(truth), probabilities, units, predictor.labels, threshold)
     if predictor.task == "token-classification":
-        found["entities"] = _entities(records.labels, told_classes(probabilities, predictor.labels, threshold), predictor.labels)
+        found["entities"] = _entities(
+            records.labels, predict_classes(probabilities, predictor.labels, threshold), predictor.labels
+        )
     return {
         "task": predictor.task,
         "labels": list(predictor.labels),
-        "max_length": predictor.max_length if task_named(predictor.task).key == "text" else None,
+        "max_length": predictor.max_length if get_task(predictor.task).key == "text" else None,
         "records": len(records),
         "left_out": dict(records.skipped),
         **found,
@@ -235,7 +237,7 @@ def judge_records(predictor: Classifier, records: Records, threshold: Threshold 
 def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) -> list[NDArray[np.int64]]:
     """Return the class number of each record, or those of its tags. Raises DataError for a class that is not known."""
     number = {label: i for i, label in enumerate(known)}
-    strange = sorted({name for label in labels for name in names_in(label)} - number.keys())
+    strange = sorted({name for label in labels for name in class_names_in(label)} - number.keys())
     if strange:
         named = ", ".join(map(shown, strange[:_SHOWN])) + (f" and {len(strange) - _SHOWN} more" if len(strange) > _SHOWN else "")
         raise DataError(
@@ -243,7 +245,7 @@ def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) ->
             f"{nearest(strange[0], known)}",
             code="data.unknown_class",
         )
-    return [np.asarray([number[name] for name in names_in(label)], dtype=np.int64) for label in labels]
+    return [np.asarray([number[name] for name in class_names_in(label)], dtype=np.int64) for label in labels]
 
 
 def unit_numbers(records: Records) -> NDArray[np.int64]:
@@ -255,8 +257,8 @@ def unit_numbers(records: Records) -> NDArray[np.int64]:
 
 
 def _entities(labels: Sequence[Label], told: NDArray[np.int64], known: Sequence[str]) -> dict[str, Any]:
-    names = [*known, _NO_TAG]  # the last one, which NOT_TOLD is the number of: a word that was not read is in no entity
-    assert NOT_TOLD == -1
-    ends = np.cumsum([len(names_in(label)) for label in labels])[:-1]
+    names = [*known, _NO_TAG]  # the last one, which NOT_PREDICTED is the number of: a word that was not read is in no entity
+    assert NOT_PREDICTED == -1
+    ends = np.cumsum([len(class_names_in(label)) for label in labels])[:-1]
     said = [[names[int(number)] for number in part] for part in np.split(told, ends)]
-    return entity_quality([list(names_in(label)) for label in labels], said)
+    return entity_quality([list(class_names_in(label)) for label in labels], said)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cotune.errors import DataError, nearest
 from cotune.models.evaluation.intervals import Answers, accuracy_interval, f1_interval
 
-NOT_TOLD = -1  # the class number of an answer that was not given
+NOT_PREDICTED = -1  # the class number of an answer that was not given
 _BINS = 15
 _THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -58,10 +58,10 @@ def parse_threshold(text: str, labels: Sequence[str]) -> Threshold:
     return Threshold(label, least)
 
 
-def told_classes(probabilities: Floats, labels: Sequence[str], threshold: Threshold | None = None) -> Numbers:
-    """Return the class number of each row: the most probable one, or as a threshold says; NOT_TOLD for a row of NaN."""
+def predict_classes(probabilities: Floats, labels: Sequence[str], threshold: Threshold | None = None) -> Numbers:
+    """Return the class number of each row: the most probable one, or as a threshold says; NOT_PREDICTED for a row of NaN."""
     read = ~np.isnan(probabilities).any(axis=1)
-    told = np.full(len(probabilities), NOT_TOLD, dtype=np.int64)
+    told = np.full(len(probabilities), NOT_PREDICTED, dtype=np.int64)
     told[read] = probabilities[read].argmax(axis=1)
     if threshold is not None:
         number = list(labels).index(threshold.label)
@@ -83,12 +83,12 @@ def quality(
         labels: Class names.
         threshold: Of one class; None: the most probable class is told.
     """
-    told = told_classes(probabilities, labels, threshold)
+    told = predict_classes(probabilities, labels, threshold)
     answers = Answers(truth, told, units, len(labels))
     most = int(np.bincount(truth, minlength=len(labels)).argmax())
     return {
         "answers": len(truth),
-        "not_told": int((told == NOT_TOLD).sum()),
+        "not_told": int((told == NOT_PREDICTED).sum()),
         "accuracy": float(answers.right.mean()),
         "accuracy_interval": list(accuracy_interval(answers)),
         "majority": {"label": labels[most], "accuracy": float((truth == most).mean())},
@@ -165,7 +165,7 @@ def _defined_mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
 def _confusion(truth: Numbers, told: Numbers, classes: int) -> list[list[int]]:
     """(true class, told class); the last column counts what was not told."""
     table = np.zeros((classes, classes + 1), dtype=np.int64)
-    np.add.at(table, (truth, np.where(told == NOT_TOLD, classes, told)), 1)
+    np.add.at(table, (truth, np.where(told == NOT_PREDICTED, classes, told)), 1)
     rows: list[list[int]] = table.tolist()
     return rows
 
@@ -195,10 +195,10 @@ _OUTSIDE = "O"
 _PREFIXES = ("B", "I", "E", "S")
 
 
-def entities(tags: Sequence[str]) -> list[Entity]:
+def find_entities(tags: Sequence[str]) -> list[Entity]:
     """Return the entities of one text, in order.
 
-    >>> entities(["B-PER", "I-PER", "O", "B-LOC", "I-PER"])
+    >>> find_entities(["B-PER", "I-PER", "O", "B-LOC", "I-PER"])
     [('PER', 0, 1), ('LOC', 3, 3), ('PER', 4, 4)]
     """
     found: list[Entity] = []
@@ -239,8 +239,8 @@ def entity_quality(truth: Iterable[Sequence[str]], told: Iterable[Sequence[str]]
     given = Counter[str]()
     right = Counter[str]()
     for true_tags, told_tags in zip(truth, told, strict=True):
-        true_ones = set(entities(true_tags))
-        told_ones = set(entities(told_tags))
+        true_ones = set(find_entities(true_tags))
+        told_ones = set(find_entities(told_tags))
         there.update(kind for kind, _, _ in true_ones)
         given.update(kind for kind, _, _ in told_ones)
         right.update(kind for kind, _, _ in true_ones & told_ones)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from cotune.data.readers.sources import check_new, path_of_base
+from cotune.data.readers.sources import check_new, get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
-from cotune.models.base_folder import base_labels
+from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.plan.load import dump_plan
@@ -52,7 +52,7 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
     check_new(path)
     pick_device(config.device)
     resolved = with_robust_default(_resolve_plan(plan, config))
-    config = _with_quotas(config.model_copy(update={"base": path_of_base(plan.model.base)}), plan)
+    config = _with_quotas(config.model_copy(update={"base": get_base_path(plan.model.base)}), plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
@@ -122,7 +122,7 @@ def _count_parameters(base: Path) -> int:
 def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
     """The plan with the base model's hash and the class names, and without the place of the base model."""
     base = find_base(plan.model)
-    labels = _determine_labels(plan, config.test, base_labels(base.path))
+    labels = _determine_labels(plan, config.test, read_base_labels(base.path))
     model = plan.model.model_copy(update=base.pins)
     return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))
 

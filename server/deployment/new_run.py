@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cotune.data.dataset import DatasetManifest, FileSlice
-from cotune.data.readers.sources import path_of_base
+from cotune.data.readers.sources import get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
 from cotune.errors import PlanError, RunError
@@ -61,7 +61,7 @@ def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
     """The plan as members see it, and where its base model is, if it does not say. One that `--set` names is not told either."""
     if plan.model.base == federation.plan.model.base:
         return plan, str(federation.config.base or "")
-    return hide_base_folder(plan), str(path_of_base(plan.model.base) or "")
+    return hide_base_folder(plan), str(get_base_path(plan.model.base) or "")
 
 
 def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:

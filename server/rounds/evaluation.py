@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.task import Metrics, logits, score
+from cotune.data.tasks.task import Metrics, compute_metrics, logits
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
-from cotune.models.head_fit import told_by
+from cotune.models.head_fit import classes_from_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.observers import Registry
 
@@ -32,7 +32,7 @@ def get_registered_evaluator() -> Evaluator:
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
     """Return metrics of the model in a state on the test set."""
-    return score(test.truth, predict(model, state, test, precision), len(test.labels))
+    return compute_metrics(test.truth, predict(model, state, test, precision), len(test.labels))
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
     if head is None:
         return _predict(model, test)
-    return told_by(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
+    return classes_from_scores(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
 
 
 def _predict(model: TrainableModel, test: Dataset) -> list[int]:

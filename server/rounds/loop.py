@@ -169,7 +169,7 @@ def _train_round(run: _Run, before: Progress, number: int) -> Progress:
     example_bounds = run.session.read_members()
     selection = _select(run, before, number, example_bounds)
     start = _begin(run, before, number)
-    stage = run.plan.stage_of(number).mode
+    stage = run.plan.get_stage(number).mode
     run.folder.events.write(RoundStarted(round=number, stage=stage, organizations=list(selection.asked)))
     combination = _combination(run, start)
     result = _collect(run, start, selection, combination, example_bounds)
@@ -259,7 +259,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
         "norms": rounded_norms(looks, result.asked),
         "suspects": [] if is_applied else find_suspects(looks),
     }
-    entry = result.entry(run.plan.stage_of(number).mode, metrics, time.monotonic() - began).model_copy(update=known)
+    entry = result.entry(run.plan.get_stage(number).mode, metrics, time.monotonic() - began).model_copy(update=known)
     _report_small_weights(folder, before, entry)
     if not is_applied:
         moved = dict(start.state)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cotune.models.trainable import State, TrainableModel, named_under
+from cotune.models.trainable import State, TrainableModel, strip_prefix
 from cotune.plan.parameters import rewritten_names, shared_names
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import Progress
@@ -30,7 +30,7 @@ def round_context(
     plan: Plan, model: TrainableModel, before: Progress, state: State, round: int, *, organizations: int, score: Score | None
 ) -> RoundContext:
     """Return what the fusion and the weighting of a round may know."""
-    stage = plan.stage_of(round)
+    stage = plan.get_stage(round)
     local = stage.local
     return RoundContext(
         round=round,
@@ -64,7 +64,7 @@ def apply_update(
 
 
 def _remembered(before: Progress, part: str) -> dict[str, Tensor]:
-    return named_under(f"{part}/", before.memory)
+    return strip_prefix(f"{part}/", before.memory)
 
 
 def _named(part: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cotune.models.adapter import Adapter
 from cotune.plan.schema import Plan
-from cotune.plan.update_norm import longest_update
+from cotune.plan.update_norm import bound_update_norm
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 from cotune.server.rounds.session import ExampleBounds
@@ -109,9 +109,9 @@ class UpdateSpec:
             received: Digest of what a request holds.
             example_bounds: Organization -> the agreed bounds of its number of records, or None.
         """
-        stage = plan.stage_of(context.round)
+        stage = plan.get_stage(context.round)
         local = stage.local
-        longest = partial(longest_update, plan, stage, entries=sum(t.numel() for t in shapes.values()), start=norm(shapes))
+        longest = partial(bound_update_norm, plan, stage, entries=sum(t.numel() for t in shapes.values()), start=norm(shapes))
         own = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
         return cls(
             round=context.round,
@@ -120,7 +120,7 @@ class UpdateSpec:
             example_bounds=example_bounds,
             max_examples=plan.server.max_examples,
             received=received,
-            steps_for=None if local.epochs is None else local.steps_of,
+            steps_for=None if local.epochs is None else local.steps_per_round,
             max_steps=local.steps,
             disclosures=_allowed_disclosures(plan),
             max_disclosed=float(plan.server.max_examples),

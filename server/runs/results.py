@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import majority
+from cotune.data.tasks.task import majority_metrics
 from cotune.models.device import peak_memory_bytes
 from cotune.models.export import export_model
 from cotune.plan.schema import Plan
@@ -223,7 +223,7 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     if not document.exists():
         return nothing
     test = DatasetManifest.read(document, folder.plan.labels)
-    constant = majority(test.truth, test.truth, len(folder.plan.labels))
+    constant = majority_metrics(test.truth, test.truth, len(folder.plan.labels))
     return {**nothing, "examples": len(test), "majority": constant.as_dict()}
 
 

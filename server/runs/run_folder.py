@@ -186,7 +186,7 @@ class RunFolder:
 
     def load(self) -> Progress:
         """Read the last checkpoint; an empty progress where there is none. Raises RunError for a damaged or foreign one."""
-        from cotune.models.trainable import named_under  # loads PyTorch, which `cotune server status` does without
+        from cotune.models.trainable import strip_prefix  # loads PyTorch, which `cotune server status` does without
 
         checkpoints = self._checkpoints()
         if not checkpoints:
@@ -207,8 +207,8 @@ class RunFolder:
                 " a run goes on with the version of cotune that began it",
                 code="run.foreign_checkpoint",
             )
-        state = named_under("state/", tensors)
-        memory = named_under("memory/", tensors)
+        state = strip_prefix("state/", tensors)
+        memory = strip_prefix("memory/", tensors)
         return Progress(header.round, state, memory, tuple(header.history), header.clip_norm)
 
     def history(self) -> tuple[RoundEntry, ...]:

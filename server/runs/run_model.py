@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cotune.data.readers.sources import path_of_base
+from cotune.data.readers.sources import get_base_path
 from cotune.models.base_lookup import FOLDER
-from cotune.models.trainable import State, TrainableModel, named_under
-from cotune.plan.parameters import model_of
+from cotune.models.trainable import State, TrainableModel, strip_prefix
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
@@ -23,19 +23,19 @@ from cotune.strategies.aggregator import build_server_optimizer
 
 def hide_base_folder(plan: Plan) -> Plan:
     """Return the plan as members see it: of a base model in a folder, the folder's last name alone."""
-    place = path_of_base(plan.model.base)
+    place = get_base_path(plan.model.base)
     return plan if place is None else _with_base(plan, f"{FOLDER}{place.name}")
 
 
 def load_run_model(folder: RunFolder) -> TrainableModel:
     """Load the model of a run's plan on the run's device."""
     plan = folder.plan if not folder.file.base else _with_base(folder.plan, folder.file.base)
-    return model_of(plan, folder.file.device)
+    return get_plan_model(plan, folder.file.device)
 
 
 def inference_params(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
     """Return the parameters to evaluate and to deliver: θ, or what the server optimizer makes of it."""
-    return build_server_optimizer(plan.strategy).serve(state, named_under("optimizer/", memory))
+    return build_server_optimizer(plan.strategy).serve(state, strip_prefix("optimizer/", memory))
 
 
 def final_params(plan: Plan, progress: Progress) -> State:

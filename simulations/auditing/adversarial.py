@@ -29,7 +29,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig
 from cotune.privacy.mechanisms.noise import MAX_NOISE, grid_step
 from cotune.privacy.mechanisms.random import derive_seed, private_generator
-from cotune.simulations.auditing.released import Engine, Subject, released
+from cotune.simulations.auditing.released import Engine, Subject, collect_released_sums
 
 LARGEST = 1e4  # magnitude of a parameter in a state
 TOLERANCE = 1e-6  # relative to C
@@ -159,7 +159,7 @@ def _probe(
         model.load(state)
         rows = [row for number in present or [0] for row in units[number]]
         setting = build_setup(plan, stage, model, _only(few, rows), state, "audit", expected_batch=mechanism.expected_batch)
-        found = released(
+        found = collect_released_sums(
             Subject(engine, setting.module, setting.loss, setting.units if present else [], setting.batches),
             replace(by, sample_rate=1.0, steps=1),
             noise_generator=np.random.default_rng(key),

@@ -22,7 +22,7 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
@@ -176,7 +176,7 @@ def _of_plan(plan: Plan, organization: str | None, device: str) -> _Audited:
     share = next(share for share in prepared.shares if share.name == name)
     resolved = prepared.plan
     holdings = Dataset(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
-    holdings = holdings.bounded(resolved.privacy, resolved.seed)
+    holdings = holdings.bound_contributions(resolved.privacy, resolved.seed)
     return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
 
 
@@ -186,7 +186,7 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
     name = _chosen(organization, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
     holdings = DatasetManifest.read(SitePaths(folder.path / site).records, folder.plan.labels)
-    holdings = holdings.bounded(folder.plan.privacy, folder.plan.seed)
+    holdings = holdings.bound_contributions(folder.plan.privacy, folder.plan.seed)
     at = Site(folder.path / site)
     policy = at.policy()
     examples = Account(folder.plan, policy, at, holdings, draws=False).public_examples
@@ -248,7 +248,9 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     sigma = noise_multiplier(audited, source.policy, budget, examples, 1)
     delta = budget.delta
     error = (1 - confidence) / _TESTS
-    training = AuditedTraining(audited, plan.privacy, holdings, name, targets, sigma, model_of(plan, device), error, examples)
+    training = AuditedTraining(
+        audited, plan.privacy, holdings, name, targets, sigma, get_plan_model(plan, device), error, examples
+    )
     for round in range(1, (rounds or planned) + 1):
         training.play(round)
     found = {

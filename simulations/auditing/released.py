@@ -22,7 +22,7 @@ from cotune.privacy.mechanisms.per_example import Batches, LossPerExample, Unit
 Engine = Callable[[DPSGDConfig], DPSGD]  # `DPSGD` itself, or another implementation to audit
 
 _DRAWS = 2**19  # of a run, about
-_MOST_STEPS = 64
+_MAX_STEPS = 64
 _UNITS = 32  # whose batches are computed, with a loss of zero
 
 
@@ -55,7 +55,7 @@ def watch(optimizer: torch.optim.Optimizer, parameter: Tensor, batch: float, see
     optimizer.register_step_pre_hook(before_step)
 
 
-def released(
+def collect_released_sums(
     subject: Subject, mechanism: DPSGDConfig, *, noise_generator: np.random.Generator | None = None
 ) -> list[list[Tensor]]:
     """Run an engine without moving the module.
@@ -90,23 +90,23 @@ def draw_noise(subject: Subject, mechanism: DPSGDConfig, error: float) -> DrawnN
         error: As of `drawn_noise.examine`.
     """
     entries = sum(p.numel() for p in subject.module.parameters() if p.requires_grad)
-    steps = min(_MOST_STEPS, max(2, _DRAWS // entries))
+    steps = min(_MAX_STEPS, max(2, _DRAWS // entries))
     scale = mechanism.noise_multiplier * mechanism.clip_norm
     idle = replace(subject, loss=lambda batch: 0.0 * subject.loss(batch), units=subject.units[:_UNITS])
 
     def run() -> Run:
-        parts = zip(*released(idle, replace(mechanism, steps=steps)), strict=True)
+        parts = zip(*collect_released_sums(idle, replace(mechanism, steps=steps)), strict=True)
         return [torch.stack([s.reshape(-1).div_(scale).float() for s in part]).numpy() for part in parts]
 
     runs = []
     for _ in range(2):
-        with _same_state():
+        with _restored_generators():
             runs.append(run())
     return examine(runs, error)
 
 
 @contextmanager
-def _same_state() -> Iterator[None]:
+def _restored_generators() -> Iterator[None]:
     """Every seeded generator afterwards in the state of before."""
     python = random.getstate()
     legacy = np.random.get_state()

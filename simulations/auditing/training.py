@@ -91,7 +91,7 @@ class AuditedTraining:
         return -moved
 
     def play(self, round: int) -> None:
-        stage = self.plan.stage_of(round)
+        stage = self.plan.get_stage(round)
         model = self.model
         model.load(self.state)
         names = trained_names(self.plan, model, round)
@@ -126,7 +126,7 @@ class AuditedTraining:
         """B counts the canaries too, and nothing else follows them."""
         rate = stage.local.sample_rate(self.examples)
         batch = rate * (self.examples + len(self.targets.canaries_in))
-        steps = stage.local.steps_of(self.examples)
+        steps = stage.local.steps_per_round(self.examples)
         return DPSGDConfig(self.sigma, self.privacy.clip_norm, rate, batch, steps, self.privacy.clipping)
 
     def _look_inside(self, stage: Stage, setting: TrainingSetup, names: list[str]) -> None:

@@ -12,8 +12,8 @@ from cotune.errors import PlanError
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.accounting.selection import selection_epsilon
 from cotune.privacy.config import RecordPrivacy
-from cotune.simulations.comparison.grid import Cell
-from cotune.simulations.released_models import divergences, steps_of_folder
+from cotune.simulations.comparison.grid import GridPoint
+from cotune.simulations.released_models import get_steps_by_organization, max_divergences
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Candidates:
         delta: The smallest of any organization in any plan.
     """
 
-    cells: tuple[Cell, ...]
+    cells: tuple[GridPoint, ...]
     expected_runs: float
     curve: Mapping[float, float]
     delta: float
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], expected_runs: float) -> Self:
+    def of(cls, cells: Sequence[GridPoint], expected_runs: float) -> Self:
         """Check the plans. Raises PlanError for those among which nothing can be chosen privately, PrivacyError for a mean
         below 1.
         """
@@ -41,7 +41,7 @@ class Candidates:
             _check_private(cell)
             _check_alike(cells[0], cell)
         delta = min(delta for cell in cells for delta in cell.promise.deltas)
-        curve = _highest(divergences(cell.promise.charges) for cell in cells)
+        curve = _highest(max_divergences(cell.promise.charges) for cell in cells)
         selection_epsilon(curve, expected_runs, delta)
         return cls(tuple(cells), expected_runs, curve, delta)
 
@@ -67,7 +67,7 @@ class Candidates:
         Args:
             runs: Folders of runs that were played. What was charged there counts where interruptions made it more than planned.
         """
-        curve = _highest([self.curve, *(divergences(steps_of_folder(run)) for run in runs)])
+        curve = _highest([self.curve, *(max_divergences(get_steps_by_organization(run)) for run in runs)])
         return selection_epsilon(curve, self.expected_runs, self.delta)
 
 
@@ -77,7 +77,7 @@ def _highest(curves: Iterable[Mapping[float, float]]) -> dict[float, float]:
     return {order: max(curve[order] for curve in known) for order in known[0]}
 
 
-def _check_private(cell: Cell) -> None:
+def _check_private(cell: GridPoint) -> None:
     """Raise PlanError for a plan whose output has no ε of its own, or no single model."""
     plan = cell.plan
     problems = {
@@ -94,7 +94,7 @@ def _check_private(cell: Cell) -> None:
             )
 
 
-def _check_alike(first: Cell, cell: Cell) -> None:
+def _check_alike(first: GridPoint, cell: GridPoint) -> None:
     """Raise PlanError where a record that tests one plan could train another, or the promises are made to different units."""
     if (cell.data, cell.promise.held_out) != (first.data, first.promise.held_out):
         raise PlanError(
@@ -110,7 +110,7 @@ def _check_alike(first: Cell, cell: Cell) -> None:
         )
 
 
-def _unit(cell: Cell) -> tuple[str, int | None]:
+def _unit(cell: GridPoint) -> tuple[str, int | None]:
     privacy = cell.plan.privacy
     assert isinstance(privacy, RecordPrivacy), "checked before"
     return privacy.unit, privacy.max_records

@@ -16,9 +16,17 @@ from cotune.reporting.comparison_report import write_comparison
 from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
 from cotune.server.runs.results import to_json
 from cotune.server.runs.run_folder import lock_folder
-from cotune.simulations.comparison.grid import Cell, baseline_of, cells_of, is_finished, measure, parse_variation, place_of
-from cotune.simulations.comparison.workers import Room, import_all, make_folder, play_all, summary_of, task_of
-from cotune.simulations.released_models import epsilon_of_runs, steps_of_folder
+from cotune.simulations.comparison.grid import (
+    GridPoint,
+    build_grid,
+    get_baseline,
+    get_run_path,
+    is_finished,
+    parse_variation,
+    read_measured,
+)
+from cotune.simulations.comparison.workers import WorkerSlots, build_task, import_all, make_folder, read_run_summary, run_all
+from cotune.simulations.released_models import compose_epsilon, get_steps_by_organization
 from cotune.storage.files import atomic_write
 
 
@@ -58,19 +66,19 @@ def compare(
     """
     import_all(imports)
     varied = [parse_variation(each) if isinstance(each, str) else each for each in variations]
-    chosen = baseline_of(varied, baseline)
-    cells = cells_of(source, varied, seeds, overrides, device, listener)
+    chosen = get_baseline(varied, baseline)
+    cells = build_grid(source, varied, seeds, overrides, device, listener)
     folder = (out or Path("compare") / cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
     with lock_folder(folder):
         _check_no_selection(folder)
-        places = {cell.name: place_of(folder, cell) for cell in cells}
+        places = {cell.name: get_run_path(folder, cell) for cell in cells}
         todo = [cell for cell in cells if not is_finished(places[cell.name], cell)]
-        notes = notes_of(cells)
+        notes = collect_notes(cells)
         counts = {"cells": len(cells), "finished": len(cells) - len(todo)}
         listener("comparison_started", {"folder": str(folder), **counts, "notes": notes})
         reasons = _play(todo, places, [places[c.name] for c in cells if c not in todo], jobs, device, imports, listener)
-        measured = [measure(cell, folder, places[cell.name], reasons.get(cell.name, "")) for cell in cells]
+        measured = [read_measured(cell, folder, places[cell.name], reasons.get(cell.name, "")) for cell in cells]
         epsilon, delta = _together(cells, places, measured)
         found = Comparison(
             folder=folder,
@@ -89,14 +97,14 @@ def compare(
     return found
 
 
-def notes_of(cells: Sequence[Cell]) -> tuple[str, ...]:
+def collect_notes(cells: Sequence[GridPoint]) -> tuple[str, ...]:
     """Return the notes about the records of all cells, each once; of one that only some cells have, in how many."""
     counts = Counter(note for cell in cells for note in dict.fromkeys(cell.notes))
     return tuple(note if count == len(cells) else f"{note} (in {count} of {len(cells)} runs)" for note, count in counts.items())
 
 
 def _together(
-    cells: Sequence[Cell], places: Mapping[str, Path], measured: Sequence[Measured]
+    cells: Sequence[GridPoint], places: Mapping[str, Path], measured: Sequence[Measured]
 ) -> tuple[float, float] | tuple[None, None]:
     """ε of all runs, failed ones too, and the smallest δ of any; None where a run had no privacy.
 
@@ -105,7 +113,7 @@ def _together(
     deltas = [delta for cell in measured for delta in cell.deltas]
     if not deltas or any(cell.plan.privacy == "none" or cell.plan.simulation.baselines for cell in cells):
         return None, None
-    return epsilon_of_runs([steps_of_folder(places[cell.name]) for cell in cells], min(deltas)), min(deltas)
+    return compose_epsilon([get_steps_by_organization(places[cell.name]) for cell in cells], min(deltas)), min(deltas)
 
 
 def _check_no_selection(folder: Path) -> None:
@@ -118,7 +126,7 @@ def _check_no_selection(folder: Path) -> None:
 
 
 def _play(
-    todo: Sequence[Cell],
+    todo: Sequence[GridPoint],
     places: Mapping[str, Path],
     finished: Sequence[Path],
     jobs: int | None,
@@ -127,17 +135,17 @@ def _play(
     listener: Observer,
 ) -> dict[str, str]:
     """Plays the cells, in this process or in several; returns why those that failed did."""
-    tasks = [task_of(cell, cell.name, places[cell.name], device) for cell in todo]
-    room = Room.here(len(tasks), jobs, device)
+    tasks = [build_task(cell, cell.name, places[cell.name], device) for cell in todo]
+    room = WorkerSlots.here(len(tasks), jobs, device)
     reasons = {}
     for path in finished:
-        room.saw(summary_of(path).peak_memory_bytes or 0)
-    for task, reason in play_all(tasks, room, imports, listener):
+        room.saw(read_run_summary(path).peak_memory_bytes or 0)
+    for task, reason in run_all(tasks, room, imports, listener):
         if reason:
             reasons[task.name] = reason
             listener("cell_failed", {"cell": task.name, "reason": reason})
         else:
-            summary = summary_of(task.folder)
+            summary = read_run_summary(task.folder)
             room.saw(summary.peak_memory_bytes or 0)
             accuracy = None if summary.test.federated is None else summary.test.federated.accuracy
             seconds = summary.seconds

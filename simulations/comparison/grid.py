@@ -50,7 +50,7 @@ class Promise:
     held_out: str
 
 
-def promise_of(prepared: Prepared) -> Promise:
+def build_promise(prepared: Prepared) -> Promise:
     """Return what a plan promises, from the noise that is calibrated for all of its rounds."""
     plan = prepared.plan
     privacy = prepared.plan.privacy
@@ -76,11 +76,11 @@ def _held_out(prepared: Prepared) -> str:
 
 
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
-_MOST_SEEDS = 1000
+_MAX_SEEDS = 1000
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridPoint:
     """A combination under a seed, checked.
 
     Attributes:
@@ -101,7 +101,7 @@ class Cell:
 
     @property
     def combination(self) -> str:
-        return _words(self.settings)
+        return _describe(self.settings)
 
     @property
     def name(self) -> str:
@@ -145,7 +145,7 @@ def _split(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
+def get_baseline(variations: Sequence[Variation], baseline: str | None) -> str:
     """The value that others are compared with. Raises PlanError for variations that make no grid."""
     if not variations:
         raise PlanError(
@@ -170,27 +170,27 @@ def baseline_of(variations: Sequence[Variation], baseline: str | None) -> str:
     return first.values[0] if baseline is None else baseline
 
 
-def cells_of(
+def build_grid(
     source: str | Path,
     variations: Sequence[Variation],
     seeds: int,
     overrides: Sequence[str],
     device: str,
     listener: Observer = lambda event, fields: None,
-) -> list[Cell]:
+) -> list[GridPoint]:
     """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had.
 
     What a plan alone shows to be wrong, such as a name that is unknown, is refused before the first one meets data and model.
     """
-    if not 1 <= seeds <= _MOST_SEEDS:
-        raise PlanError(f"expected 1 to {_MOST_SEEDS} seeds, got {seeds}", code="plan.seeds")
+    if not 1 <= seeds <= _MAX_SEEDS:
+        raise PlanError(f"expected 1 to {_MAX_SEEDS} seeds, got {seeds}", code="plan.seeds")
     keys = [variation.key for variation in variations]
     grid = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(each.values for each in variations))]
     paths = {variation.key: variation.path for variation in variations}
     first = _plan(source, grid[0], paths, overrides).seed
     seeded = [(settings, seed) for seed in range(first, first + seeds) for settings in grid]
     plans = {key: _plan(source, key[0], paths, [*overrides, f"seed={key[1]}"]) for key in seeded}
-    found: dict[tuple[Settings, int], Cell] = {}
+    found: dict[tuple[Settings, int], GridPoint] = {}
     for (settings, seed), plan in plans.items():  # seeds outermost: one has one initial model, which is loaded once
         listener("cell_checked", {"checked": len(found), "cells": len(plans), "combinations": len(grid), "seeds": seeds})
         found[settings, seed] = _checked(settings, plan, device)
@@ -207,19 +207,21 @@ def _plan(source: str | Path, settings: Settings, paths: Mapping[str, str], over
         asked = "baselines" in plan.simulation.model_fields_set
         return plan if asked else load_plan(source, [*given, "simulation.baselines=[]"])
     except PlanError as error:
-        raise PlanError(f"{_words(settings)}: {error}", code=error.code) from None
+        raise PlanError(f"{_describe(settings)}: {error}", code=error.code) from None
 
 
-def _checked(settings: Settings, plan: Plan, device: str) -> Cell:
+def _checked(settings: Settings, plan: Plan, device: str) -> GridPoint:
     try:
         prepared = prepare(plan, device)
     except CotuneError as error:
-        raise PlanError(f"{_words(settings)}, seed={plan.seed}: {error}", code=error.code) from None
-    return Cell(settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, promise_of(prepared), tuple(prepared.notes))
+        raise PlanError(f"{_describe(settings)}, seed={plan.seed}: {error}", code=error.code) from None
+    return GridPoint(
+        settings, prepared.plan, prepared.plan.plan_id, prepared.fingerprint, build_promise(prepared), tuple(prepared.notes)
+    )
 
 
-def _check_distinct(cells: Sequence[Cell]) -> None:
-    seen: dict[tuple[str, str], Cell] = {}
+def _check_distinct(cells: Sequence[GridPoint]) -> None:
+    seen: dict[tuple[str, str], GridPoint] = {}
     for cell in cells:
         other = seen.setdefault((cell.plan_id, cell.data), cell)
         if other is not cell:
@@ -228,11 +230,11 @@ def _check_distinct(cells: Sequence[Cell]) -> None:
             )
 
 
-def _words(settings: Settings) -> str:
+def _describe(settings: Settings) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings)
 
 
-def place_of(folder: Path, cell: Cell) -> Path:
+def get_run_path(folder: Path, cell: GridPoint) -> Path:
     """The folder of a cell's run: named for its plan, and for its records too where that one holds a run on others.
 
     Raises RunError where a run.json is damaged.
@@ -244,14 +246,14 @@ def place_of(folder: Path, cell: Cell) -> Path:
     return path.with_name(f"{path.name}-{cell.data[:8]}") if other else path
 
 
-def is_finished(path: Path, cell: Cell) -> bool:
+def is_finished(path: Path, cell: GridPoint) -> bool:
     try:
         return read_summary(path / "summary.json").plan_id == cell.plan_id
     except (OSError, ValueError, KeyError):
         return False
 
 
-def measure(cell: Cell, folder: Path, path: Path, reason: str) -> Measured:
+def read_measured(cell: GridPoint, folder: Path, path: Path, reason: str) -> Measured:
     """A cell's result from its summary.json. Raises RunError where that is gone."""
     common = Measured(cell.settings, cell.plan.seed, cell.plan_id, "failed", reason, folder=str(path.relative_to(folder)))
     if reason:

@@ -64,7 +64,7 @@ class Selected:
     unit: str
 
 
-def statement_of(found: Selected) -> list[str]:
+def build_statement(found: Selected) -> list[str]:
     """Return the promise in words."""
     return selection_statement(
         found.epsilon, found.delta, found.epsilon_one_run, plans=found.plans, expected_runs=found.expected_runs, unit=found.unit
@@ -85,7 +85,7 @@ def release(found: Selected, plan: Plan, model: Path, folder: Path) -> None:
     _write_card(found, plan, folder / "model" / CARD)
     atomic_write(folder / "plan.toml", dump_plan(plan).encode())
     atomic_write(folder / "compare.html", _page(found).encode(errors="replace"))
-    table = {"schema": _SCHEMA, **asdict(found), "statement": statement_of(found)}
+    table = {"schema": _SCHEMA, **asdict(found), "statement": build_statement(found)}
     atomic_write(folder / "results.json", to_json(table))
 
 
@@ -107,7 +107,7 @@ def read_released(folder: Path) -> Selected | None:
 def _write_card(found: Selected, plan: Plan, file: Path) -> None:
     """In place of the run's own, which says what one run costs, and not the choice."""
     test = {"this model": found.test}
-    card = model_card(plan, privacy=statement_of(found), length=plan.model.max_length, test=test, examples=found.test_examples)
+    card = model_card(plan, privacy=build_statement(found), length=plan.model.max_length, test=test, examples=found.test_examples)
     atomic_write(file, card.encode())
     file.chmod(0o644)
 
@@ -119,4 +119,4 @@ def _copy_durably(source: str, target: str) -> None:
 
 def _page(found: Selected) -> str:
     template = page_environment().get_template("selected.html.j2")
-    return template.render(found=found, statement=statement_of(found))
+    return template.render(found=found, statement=build_statement(found))

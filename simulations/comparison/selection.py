@@ -31,9 +31,17 @@ from cotune.reporting.documents.summary import RunSummary
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
-from cotune.simulations.comparison.grid import baseline_of, cells_of
+from cotune.simulations.comparison.grid import build_grid, get_baseline
 from cotune.simulations.comparison.selected import Selected, read_released, release
-from cotune.simulations.comparison.workers import Room, Task, import_all, make_folder, play_all, summary_of, task_of
+from cotune.simulations.comparison.workers import (
+    Task,
+    WorkerSlots,
+    build_task,
+    import_all,
+    make_folder,
+    read_run_summary,
+    run_all,
+)
 from cotune.storage.documents import JsonDocument
 
 
@@ -72,8 +80,8 @@ def select(
             folder that holds something else.
     """
     import_all(imports)
-    baseline_of(variations, None)
-    candidates = Candidates.of(cells_of(source, variations, 1, overrides, device, listener), expected_runs)
+    get_baseline(variations, None)
+    candidates = Candidates.of(build_grid(source, variations, 1, overrides, device, listener), expected_runs)
     folder = (out or Path("selected") / candidates.cells[0].plan.name).expanduser().resolve()
     make_folder(folder)
     with lock_folder(folder):
@@ -102,7 +110,7 @@ class _Selection:
         about = {"plans": len(self.candidates.cells), "epsilon": self.candidates.epsilon_selected()}
         listener("selection_started", {"folder": str(self.folder), "delta": self.candidates.delta, **about})
         tasks = [
-            task_of(self.candidates.cells[drawn], f"run {i}", self.private / "runs" / f"{i:05d}", device)
+            build_task(self.candidates.cells[drawn], f"run {i}", self.private / "runs" / f"{i:05d}", device)
             for i, drawn in enumerate(draws)
         ]
         _play(tasks, jobs, device, imports)
@@ -110,7 +118,7 @@ class _Selection:
 
     def _release(self, draws: Sequence[int], runs: Sequence[Path]) -> Selected:
         """Release the run with the best score: of equals the first, which is any of them, as they were drawn alike."""
-        scores = {i: _accuracy(summary_of(run)) for i, run in enumerate(runs) if _has_model(run)}
+        scores = {i: _accuracy(read_run_summary(run)) for i, run in enumerate(runs) if _has_model(run)}
         if not scores:
             raise RunError(
                 "no run ended with a model, so that nothing is released: expected plans that train; the reasons, which must not"
@@ -119,7 +127,7 @@ class _Selection:
             )
         best = max(scores, key=lambda i: scores[i])
         cell = self.candidates.cells[draws[best]]
-        test = summary_of(runs[best]).test
+        test = read_run_summary(runs[best]).test
         found = Selected(
             plan=cell.plan.name,
             vary={variation.key: list(variation.values) for variation in self.variations},
@@ -188,10 +196,10 @@ def _draws(private: Path, candidates: Candidates, folder: Path) -> list[int]:
 def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequence[str]) -> None:
     """Play all runs that are not over. Raises RunError for one that was cut off from outside."""
     todo = [task for task in tasks if not _is_over(task.folder)]
-    room = Room.here(len(todo), jobs, device)
-    for task, reason in play_all(todo, room, imports, _nobody):
+    room = WorkerSlots.here(len(todo), jobs, device)
+    for task, reason in run_all(todo, room, imports, _nobody):
         if _has_model(task.folder):
-            room.saw(summary_of(task.folder).peak_memory_bytes or 0)
+            room.saw(read_run_summary(task.folder).peak_memory_bytes or 0)
         elif not _has_failed(task.folder):
             raise RunError(
                 f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on",

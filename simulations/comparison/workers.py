@@ -28,7 +28,7 @@ from cotune.observers import Observer
 from cotune.plan.load import parse_plan
 from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.server.runs.events import observe_run
-from cotune.simulations.comparison.grid import Cell
+from cotune.simulations.comparison.grid import GridPoint
 from cotune.strategies.plugins import get_source, register_file
 from cotune.worker_process import WorkerProcess, receive_all
 
@@ -51,7 +51,7 @@ class Task:
         return {"cell": self.name, "rounds": self.rounds}
 
 
-def play_here(task: Task, listener: Observer) -> str:
+def run_here(task: Task, listener: Observer) -> str:
     """Plays a cell in this process, from its last finished round; returns why it failed, or "" when it did not."""
     from cotune.simulations.run import resume, simulate  # not above: a worker watches its parent before it imports torch
 
@@ -104,7 +104,7 @@ class _Worker:
     task: Task | None = None
 
 
-def play_beside(
+def run_in_parallel(
     tasks: Sequence[Task], imports: Sequence[str], jobs: Callable[[], int], threads: Callable[[], int], listener: Observer
 ) -> Iterator[tuple[Task, str]]:
     """Plays cells in up to `jobs()` processes, asked anew after each; yields each cell with why it failed ("": it did not).
@@ -120,8 +120,8 @@ def play_beside(
                 worker.task = waiting.pop()
                 listener("cell_started", worker.task.started)
                 worker.process.pipe.send((worker.task, threads()))
-            for worker in _speaking(workers):
-                yield from _hear(worker, workers, listener)
+            for worker in _ready_workers(workers):
+                yield from _receive(worker, workers, listener)
     finally:
         for worker in workers:
             worker.process.kill()
@@ -136,12 +136,12 @@ def _idle(workers: list[_Worker], imports: Sequence[str]) -> _Worker:
     return workers[-1]
 
 
-def _speaking(workers: Sequence[_Worker]) -> list[_Worker]:
+def _ready_workers(workers: Sequence[_Worker]) -> list[_Worker]:
     ready = wait([worker.process.pipe for worker in workers if worker.task])
     return [worker for worker in workers if worker.process.pipe in ready]
 
 
-def _hear(worker: _Worker, workers: list[_Worker], listener: Observer) -> Iterator[tuple[Task, str]]:
+def _receive(worker: _Worker, workers: list[_Worker], listener: Observer) -> Iterator[tuple[Task, str]]:
     """One message of a worker: what happens in its cell, or that the cell has ended. A worker that died says nothing more."""
     assert worker.task is not None
     try:
@@ -165,10 +165,10 @@ def _work(pipe: Connection, imports: tuple[str, ...]) -> None:
 
     for task, threads in receive_all(pipe):
         torch.set_num_threads(threads)
-        pipe.send(("ended", play_here(task, lambda event, fields: pipe.send((event, fields)))))
+        pipe.send(("ended", run_here(task, lambda event, fields: pipe.send((event, fields)))))
 
 
-class Room:
+class WorkerSlots:
     """As many processes as were asked for, else as cores and memory allow, by what finished cells have needed.
 
     memory: bytes that all may have together.
@@ -182,7 +182,7 @@ class Room:
         self.most = max(1, min(tasks, wanted or (1 if on_gpu else cores)))
 
     @classmethod
-    def here(cls, tasks: int, wanted: int | None, device: str) -> Room:
+    def here(cls, tasks: int, wanted: int | None, device: str) -> WorkerSlots:
         """On this machine as it is now. Raises DeviceError for a device that is not there."""
         return cls(tasks, wanted, _cores(), available_memory(), on_gpu=pick_device(device).type == "cuda")
 
@@ -214,20 +214,20 @@ def available_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def task_of(cell: Cell, name: str, place: Path, device: str) -> Task:
+def build_task(cell: GridPoint, name: str, place: Path, device: str) -> Task:
     """Return what a worker needs to play a cell in a folder under a name."""
     files = tuple(get_source(rule, sha256) for rule, sha256 in cell.plan.strategy.files.items())
     return Task(name, cell.plan.canonical(), cell.plan.rounds, place, device, files)
 
 
-def play_all(tasks: Sequence[Task], room: Room, imports: Sequence[str], listener: Observer) -> Iterator[tuple[Task, str]]:
+def run_all(tasks: Sequence[Task], room: WorkerSlots, imports: Sequence[str], listener: Observer) -> Iterator[tuple[Task, str]]:
     """Play tasks one after the other here, or beside each other where there is room; yield each with why it failed."""
     if room.most > 1:
-        yield from play_beside(tasks, imports, room.jobs, room.threads, listener)
+        yield from run_in_parallel(tasks, imports, room.jobs, room.threads, listener)
         return
     for task in tasks:
         listener("cell_started", task.started)
-        yield task, play_here(task, listener)
+        yield task, run_here(task, listener)
 
 
 def make_folder(folder: Path) -> None:
@@ -240,6 +240,6 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def summary_of(run: Path) -> RunSummary:
+def read_run_summary(run: Path) -> RunSummary:
     """Return the summary of a finished run."""
     return read_summary(run / "summary.json")

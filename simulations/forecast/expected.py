@@ -12,11 +12,11 @@ from cotune.client.budget import check_examples, get_budget, noise_multiplier, p
 from cotune.client.policy_check import find_violations
 from cotune.client.training.setup import check_stages
 from cotune.errors import PlanError, PrivacyError
-from cotune.models.base_folder import base_labels
+from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
@@ -60,7 +60,7 @@ class Expected:
     notes: tuple[str, ...]
 
 
-def members_of(prepared: Prepared, model: TrainableModel) -> Expected:
+def get_members(prepared: Prepared, model: TrainableModel) -> Expected:
     """Return the organizations of a simulation, which allow everything."""
     plan = prepared.plan
     members = tuple(
@@ -70,7 +70,7 @@ def members_of(prepared: Prepared, model: TrainableModel) -> Expected:
     return Expected(plan, model, members, sum(len(rows) for _, rows in prepared.test), tuple(prepared.notes))
 
 
-def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> Expected:
+def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> Expected:
     """Return organizations with so many records each, of which none is read.
 
     Their policies allow the plan, and tell what a new policy tells: the number of records with noise, which is charged, too.
@@ -88,7 +88,7 @@ def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") ->
     check_feasible(resolved, len(examples), server_data=False)
     noise = {count: _noise(resolved, policy, count) for count in dict.fromkeys(examples)}
     members = tuple(Member(name, count, count, policy, noise[count]) for name, count in zip(names, examples, strict=True))
-    model = model_of(resolved, device)
+    model = get_plan_model(resolved, device)
     check_stages(resolved, model)
     return Expected(resolved, model, members, None, notes)
 
@@ -96,7 +96,7 @@ def stated_members(plan: Plan, examples: Sequence[int], device: str = "auto") ->
 def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan with its base model pinned and its classes named, without looking at records; what is assumed in it."""
     base = find_base(plan.model)
-    labels = plan.labels or base_labels(base.path)
+    labels = plan.labels or read_base_labels(base.path)
     notes = tuple[str, ...]()
     if not labels:
         labels = _TWO_CLASSES

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cotune.client.budget import planned_charges, planned_steps
-from cotune.plan.parameters import model_of, statistic_shapes
+from cotune.plan.parameters import get_plan_model, statistic_shapes
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claim import Figures, compute_figures, max_figures
@@ -21,7 +21,7 @@ from cotune.protocol.messages import Recipient, encode_requests, encode_update, 
 from cotune.reporting.privacy_statement import client_statement
 from cotune.server.rounds.step import begin_round
 from cotune.server.runs.client_privacy import compute_round_noise
-from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, members_of, new_policy, stated_members
+from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, build_members, get_members, new_policy
 from cotune.simulations.forecast.stopwatch import Seconds
 from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import prepare
@@ -111,14 +111,14 @@ def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Fo
     """
     start = time.perf_counter() if began is None else began
     prepared = prepare(plan, device)
-    model = model_of(prepared.plan, device)
+    model = get_plan_model(prepared.plan, device)
     spent = time.perf_counter() - start
-    return _forecast(members_of(prepared, model), estimate(prepared, model, spent))
+    return _forecast(get_members(prepared, model), estimate(prepared, model, spent))
 
 
 def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> Forecast:
-    """The same for organizations with so many records each: no data are looked at. Raises what `stated_members` raises."""
-    return _forecast(stated_members(plan, examples, device), None)
+    """The same for organizations with so many records each: no data are looked at. Raises what `build_members` raises."""
+    return _forecast(build_members(plan, examples, device), None)
 
 
 def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
@@ -184,7 +184,7 @@ def _stages(expected: Expected) -> Iterator[StageForecast]:
         yield StageForecast(
             stage.mode,
             stage.rounds,
-            max(stage.local.steps_of(member.public) for member in expected.members),
+            max(stage.local.steps_per_round(member.public) for member in expected.members),
             sum(tensor.numel() for tensor in shared.values()),
             payload_bytes(update) * len(names),
             sum(payload_bytes(request) for request in requests),

@@ -27,7 +27,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
 _BUDGET = 0.3  # seconds for each thing that is measured: there are about seven
-_LONG = 5.0  # seconds, after which what is slow only at first does not matter
+_LONG_SECONDS = 5.0  # seconds, after which what is slow only at first does not matter
 _LENGTHS = 3  # of batches that are measured; those between them are interpolated
 _REPEATS = 3
 
@@ -56,7 +56,7 @@ def measure(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
     busy machine many times more.
     """
     first = _timed(work, clock)
-    if first > _LONG:
+    if first > _LONG_SECONDS:
         return Seconds(0.8 * first, 1.1 * first)
     times = [_timed(work, clock)]
     while len(times) < _REPEATS and first + sum(times) < _BUDGET:

@@ -18,7 +18,7 @@ from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
 from cotune.models.feature_head import feature_head
 from cotune.models.feature_precision import FEATURE_SLOTS
-from cotune.models.features import are_kept
+from cotune.models.features import are_cached
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
@@ -97,7 +97,7 @@ class _Work:
         """All rounds of a stage, of all organizations one after the other."""
         stage = stages[number]
         beside = _BESIDE * (stage.rounds * len(self.sizes))
-        steps = [stage.rounds * stage.local.steps_of(n) for n in self.sizes]
+        steps = [stage.rounds * stage.local.steps_per_round(n) for n in self.sizes]
         if stage.mode == "head" and self.has_features:
             batch = round(sum(self._batch(stage.local, n) for n in self.sizes) / len(self.sizes))
             again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()
@@ -139,7 +139,7 @@ class _Work:
         if not self.has_features or (self.plan.stages[0].mode != "head" and "alone" not in self.plan.simulation.baselines):
             return True
         precision = self.plan.model.precision
-        return all(are_kept(self.model, records.inputs, precision) for records in self.prepared.records.values())
+        return all(are_cached(self.model, records.inputs, precision) for records in self.prepared.records.values())
 
     def _read(self, records: int) -> Seconds:
         """So many records, sorted, forward alone."""

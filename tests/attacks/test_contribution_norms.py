@@ -31,10 +31,10 @@ from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
-from cotune.models.feature_head import vectors_of
+from cotune.models.feature_head import encode_vectors
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.noise import choose_grid
 from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
@@ -83,8 +83,8 @@ def plan_of(base: Path, source: Path, task: str, mode: str, precision: str, labe
 
 def prepared(plan: Plan) -> tuple[TrainableModel, Dataset, State]:
     """The model at an honest state, trained parameters chosen; all records; the state."""
-    model = model_of(plan, "cpu")
-    stage = plan.stage_of(1)
+    model = get_plan_model(plan, "cpu")
+    stage = plan.get_stage(1)
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     model.train_only(names)
@@ -95,7 +95,7 @@ def prepared(plan: Plan) -> tuple[TrainableModel, Dataset, State]:
 def setting_at(plan: Plan, model: TrainableModel, holdings: Dataset, state: State) -> TrainingSetup:
     """The setting as a client makes it at a state, without the checks that refuse some of these: the engine alone must bound."""
     model.load(state)
-    return build_setup(plan, plan.stage_of(1), model, holdings, state, "clinic", expected_batch=float(OTHERS))
+    return build_setup(plan, plan.get_stage(1), model, holdings, state, "clinic", expected_batch=float(OTHERS))
 
 
 def clipped_sum(setting: TrainingSetup, rows: range, clip: float) -> list[Tensor]:
@@ -136,8 +136,8 @@ def amplified(model: TrainableModel, holdings: Dataset, state: State) -> State:
     """
     examples = encoded_examples(holdings, model)
     collate = model.loaded.task.collator(model.module, model.loaded.reader, model.device)
-    together = vectors_of(model, collate(examples), torch.bfloat16)[:-1].double()
-    alone = torch.cat([vectors_of(model, collate([e]), torch.bfloat16) for e in examples[:-1]]).double()
+    together = encode_vectors(model, collate(examples), torch.bfloat16)[:-1].double()
+    alone = torch.cat([encode_vectors(model, collate([e]), torch.bfloat16) for e in examples[:-1]]).double()
     equations = torch.cat([alone, together - alone])
     wanted = torch.cat([torch.zeros(len(alone)), torch.full((len(alone),), 1e3)]).double()
     row = torch.linalg.lstsq(equations, wanted[:, None], driver="gelsd").solution[:, 0]

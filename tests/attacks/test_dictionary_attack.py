@@ -18,7 +18,7 @@ import pytest
 from cotune.client.ledger_report import export_ledger
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.data.types import identity_of
+from cotune.data.types import record_identity
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.ledger import Ledger
@@ -35,17 +35,17 @@ def site(tmp_path: Path) -> Site:
     site = Site(tmp_path)
     ledger = site.ledger()
     for number, texts in enumerate(([*KNOWN, SECRET], [SECRET]), start=1):
-        data = ledger.register_data_set([identity_of(text) for text in texts])
+        data = ledger.register_data_set([record_identity(text) for text in texts])
         ledger.reserve("a" * 64, number, Steps(1.0, 0.1, 10), data=data)
     return site
 
 
 def guesses(text: str) -> Iterator[bytes]:
     """What an attacker without the key can compute of a candidate: alone, and with all the records that it knows."""
-    for identity in (identity_of(text), hashlib.sha256(text.encode()).digest()[:16], hashlib.sha256(text.encode()).digest()):
+    for identity in (record_identity(text), hashlib.sha256(text.encode()).digest()[:16], hashlib.sha256(text.encode()).digest()):
         yield identity
         for length in (16, 32):
-            whole = [identity_of(known)[:length] for known in KNOWN]
+            whole = [record_identity(known)[:length] for known in KNOWN]
             yield hashlib.sha256(b"".join(sorted([*whole, identity[:length]]))).digest()
             yield hashlib.sha256(identity[:length]).digest()
 
@@ -62,7 +62,7 @@ def test_a_dictionary_finds_nothing_in_the_ledger(site: Site) -> None:
 
 
 def test_two_sites_know_the_same_record_by_different_names(tmp_path: Path) -> None:
-    names = {Ledger(tmp_path / site / "ledger.sqlite").register_data_set([identity_of(SECRET)]) for site in ("a", "b")}
+    names = {Ledger(tmp_path / site / "ledger.sqlite").register_data_set([record_identity(SECRET)]) for site in ("a", "b")}
     assert len(names) == 2
 
 

@@ -20,11 +20,11 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
-from cotune.data.dataset import write_holdings
+from cotune.data.dataset import write_manifest
 from cotune.errors import PlanError, RunError
-from cotune.models.trainable import State, resident
+from cotune.models.trainable import State, get_model
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 
@@ -58,7 +58,7 @@ def plan_of(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
     source.write_text("\n".join(["text,label", *rows]) + "\n", encoding="utf-8")
 
     def make(**tables: Any) -> Plan:
-        resident.cache_clear()
+        get_model.cache_clear()
         given: dict[str, Any] = {
             "labels": LABELS,
             "rounds": 2,
@@ -76,14 +76,14 @@ def plan_of(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     folder = tmp_path / "site"
-    write_holdings(folder / "data.json", DataConfig(source=str(tmp_path / "records.csv")), [(None, list(range(40)))])
+    write_manifest(folder / "data.json", DataConfig(source=str(tmp_path / "records.csv")), [(None, list(range(40)))])
     (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
     (folder / "policy.toml").write_text(dump_policy(Policy.permissive()))
     return Site(folder)
 
 
 def start(plan: Plan) -> State:
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     return model.state(model.names("full", freeze_embeddings=True))
 
@@ -133,7 +133,7 @@ def test_finite_rows_whose_sum_overflows_are_no_answer_about_a_person(base_model
     for folder, held in (("without", lines), ("with", lines + person)):
         source = tmp_path / f"{folder}.csv"
         source.write_text("\n".join(["pid,text,label", *held]) + "\n", encoding="utf-8")
-        resident.cache_clear()
+        get_model.cache_clear()
         plan = parse_plan(
             {
                 "labels": LABELS,
@@ -146,7 +146,7 @@ def test_finite_rows_whose_sum_overflows_are_no_answer_about_a_person(base_model
             }
         )
         site = tmp_path / folder
-        write_holdings(site / "data.json", DataConfig(source=str(source), unit="pid"), [(None, list(range(len(held))))])
+        write_manifest(site / "data.json", DataConfig(source=str(source), unit="pid"), [(None, list(range(len(held))))])
         (site / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         (site / "policy.toml").write_text(dump_policy(Policy.permissive(examples=20)))
         state = {name: _steep(name, tensor) for name, tensor in start(plan).items()}

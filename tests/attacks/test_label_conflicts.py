@@ -22,7 +22,7 @@ CLIP = 0.5
 
 def sum_of(file: Path, deduplicate: bool) -> Tensor:
     records = read_records(DataConfig(source=str(file), deduplicate=deduplicate))
-    holdings = Dataset(((records, np.arange(len(records))),), ("x", "y")).bounded(RecordPrivacy(), 7)
+    holdings = Dataset(((records, np.arange(len(records))),), ("x", "y")).bound_contributions(RecordPrivacy(), 7)
     features = torch.tensor([[0.0, 9.0] if "victim" in str(text).lower() else [9.0, 0.0] for text in holdings.inputs()])
     return movement(features, holdings.targets, holdings.units, CLIP)
 

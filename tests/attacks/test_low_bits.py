@@ -26,7 +26,7 @@ from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.noise import grid_step
 from tests.support.datasets import write_csv
@@ -52,8 +52,8 @@ def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[TrainingS
             "privacy": {"epsilon": 1.0, "delta": 1e-3},
         }
     )
-    model = model_of(plan, "cpu")
-    stage = plan.stage_of(1)
+    model = get_plan_model(plan, "cpu")
+    stage = plan.get_stage(1)
     model.load({})
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)

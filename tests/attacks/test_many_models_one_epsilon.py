@@ -16,7 +16,7 @@ from cotune.client.site import Site
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
-from cotune.simulations.released_models import epsilon_of_runs
+from cotune.simulations.released_models import compose_epsilon
 from cotune.simulations.run import simulate
 from tests.support.simulations import NewPlan, plan_file, toy_data, toy_plan
 
@@ -63,7 +63,7 @@ def test_no_epsilon_covers_a_comparison_with_a_run_without_privacy(plan_file: Pa
 def test_runs_of_equal_organizations_compose_like_one_list() -> None:
     steps = [Steps(1.0, 0.1, 50)]
     delta = 1e-5
-    together = epsilon_of_runs([[steps, steps]] * 6, delta)
+    together = compose_epsilon([[steps, steps]] * 6, delta)
     assert epsilon(steps * 6, delta) <= together <= 1.3 * epsilon(steps * 6, delta)
 
 
@@ -71,5 +71,5 @@ def test_a_record_may_be_with_anyone_who_spends_most_in_every_run() -> None:
     little = [Steps(4.0, 0.1, 10)]
     much = [Steps(1.0, 0.1, 50)]
     delta = 1e-5
-    assert epsilon_of_runs([[little, much], [much, little]], delta) == epsilon_of_runs([[much], [much]], delta)
-    assert epsilon_of_runs([], delta) == 0
+    assert compose_epsilon([[little, much], [much, little]], delta) == compose_epsilon([[much], [much]], delta)
+    assert compose_epsilon([], delta) == 0

@@ -23,7 +23,9 @@ Row = tuple[str, str, str]  # whose, text, label
 
 def held(rows: list[Row], privacy: RecordPrivacy, seed: int = 7) -> Dataset:
     whose, texts, labels = zip(*rows, strict=True)
-    return Dataset(((Records(texts, labels, "records", units=whose), np.arange(len(rows))),), ("x", "y")).bounded(privacy, seed)
+    return Dataset(((Records(texts, labels, "records", units=whose), np.arange(len(rows))),), ("x", "y")).bound_contributions(
+        privacy, seed
+    )
 
 
 def sum_of(rows: list[Row], privacy: RecordPrivacy) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 from cotune.client.training.setup import check_stages
 from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from tests.support.architectures import REFUSED, folder_of
 from tests.support.datasets import sentences, write_csv
@@ -44,10 +44,10 @@ def plan_for(kind: str, mode: str, tmp_path: Path, **tables: Any) -> Plan:
 def test_an_architecture_that_reads_padding_is_refused_before_a_run(kind: str, mode: str, tmp_path: Path) -> None:
     plan = plan_for(kind, mode, tmp_path)
     with pytest.raises(PrivacyError):
-        check_stages(plan, model_of(plan, "cpu"))
+        check_stages(plan, get_plan_model(plan, "cpu"))
 
 
 @pytest.mark.parametrize("mode", ["head", "full"])
 def test_one_that_hides_it_is_admitted(mode: str, tmp_path: Path) -> None:
     plan = plan_for("roberta", mode, tmp_path)
-    check_stages(plan, model_of(plan, "cpu"))
+    check_stages(plan, get_plan_model(plan, "cpu"))

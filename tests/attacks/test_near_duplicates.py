@@ -54,7 +54,7 @@ def counted(folder: Path, texts: list[str], collection: str) -> Dataset:
 
 def charge(folder: Path, held: Dataset) -> None:
     ledger = Site(folder).ledger()
-    data = ledger.register_data_set(held.unit_identities())
+    data = ledger.register_data_set(held.get_unit_identities())
     ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)
 
 

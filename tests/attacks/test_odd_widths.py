@@ -27,7 +27,7 @@ from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms import dp_sgd
@@ -95,7 +95,7 @@ def setting(plan: Plan, model: TrainableModel, rows: list[int], state: State) ->
 def prepared(folder: Path, config: type[Any], width: int, mode: str) -> tuple[Plan, TrainableModel, State]:
     """A plan, its model, checked as before every training, and what the stage trains."""
     plan = plan_of(folder, config, width, mode)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     names = model.names(mode)  # type: ignore[arg-type]
     model.train_only(names)

@@ -16,7 +16,7 @@ import torch
 
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.features import features_of
+from cotune.models.features import get_features
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import VOCABULARY, tokenizer
 
@@ -56,6 +56,6 @@ def test_a_long_record_leaves_the_features_of_others_alone(
     rng = random.Random(0)
     others = [" ".join(rng.choices(WORDS, k=10)) for _ in range(199)]
     encoder.load({})
-    without = features_of(encoder, others, {}, precision)
-    beside = features_of(encoder, [*others, " ".join(rng.choices(WORDS, k=tokens))], {}, precision)
+    without = get_features(encoder, others, {}, precision)
+    beside = get_features(encoder, [*others, " ".join(rng.choices(WORDS, k=tokens))], {}, precision)
     assert int((beside[:-1] != without).any(dim=1).sum()) == 0

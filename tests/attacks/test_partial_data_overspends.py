@@ -17,7 +17,7 @@ from cotune.client.account import Account
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig
-from cotune.data.dataset import write_holdings
+from cotune.data.dataset import write_manifest
 from cotune.errors import Declined
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
@@ -88,7 +88,7 @@ def test_a_part_at_a_real_site_is_declined(tmp_path: Path) -> None:
 
     def account(rows: range, seed: int) -> Account:
         folder = tmp_path / "site"
-        write_holdings(folder / "data.json", DataConfig(source=str(source)), [(None, list(rows))])
+        write_manifest(folder / "data.json", DataConfig(source=str(source)), [(None, list(rows))])
         (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         allowed = Policy.permissive()
         rules = {**dict(allowed.budget), "epsilon_total": 3.0}

@@ -16,7 +16,7 @@ import pytest
 
 import cotune.client.training.round as training
 from cotune.client.site import Site
-from cotune.models.trainable import resident
+from cotune.models.trainable import get_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
 from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
@@ -29,9 +29,9 @@ ROWS = 121
 
 @pytest.fixture(autouse=True)
 def _one_model_at_a_time() -> Iterator[None]:
-    resident.cache_clear()
+    get_model.cache_clear()
     yield
-    resident.cache_clear()
+    get_model.cache_clear()
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_record_that_comes_between_rounds_draws_no_new_number(
     plan = plan_of(strategy={})
     told = []
     for round, count in ((1, 100), (2, 101)):
-        resident.cache_clear()
+        get_model.cache_clear()
         site = site_of(tmp_path / "site", records, count, example_count="noised")
         told.append(training.train_round(plan, site, round, clinic.state_of(plan)).examples)
     assert told[0] == told[1]

@@ -52,8 +52,8 @@ def charged(rounds: list[int], spent: list[Steps]) -> list[Steps]:
     done = list(spent)
     for round in rounds:
         sigma = noise_multiplier(PLAN, POLICY, budget, RECORDS, round, spent=done)
-        local = PLAN.stage_of(round).local
-        done.append(Steps(sigma, local.sample_rate(RECORDS), local.steps_of(RECORDS)))
+        local = PLAN.get_stage(round).local
+        done.append(Steps(sigma, local.sample_rate(RECORDS), local.steps_per_round(RECORDS)))
         assert epsilon(done, budget.delta) <= budget.epsilon
     return done
 

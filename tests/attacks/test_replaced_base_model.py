@@ -19,7 +19,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.parameters import model_of, state_shapes
+from cotune.plan.parameters import get_plan_model, state_shapes
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import parse_refusal
@@ -42,7 +42,7 @@ def ask(plan: Plan, site: Site, state: State, kind: str, round: int = 1, sent: S
 
 def encoder_of(plan: Plan) -> State:
     """One weight of the encoder, as a server would like it."""
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     name = next(n for n, p in model.parameters() if n.startswith(model.prefix) and p.dim() == 2)
     return {name: 2 * model.state([name])[name]}
 
@@ -93,7 +93,7 @@ def test_what_a_fusion_of_adapters_changes_may_come(make_plan: Callable[..., Pla
         lora={"rank": 2, "factors": "ab"},
         strategy={"fusion": "mean"} if strategy == "fedavg" else {"fusion": strategy},
     )
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     names = set(state_shapes(plan, model, 1))
     weights = {adapter.weight for adapter in model.adapters()}
     assert {adapter.b for adapter in model.adapters()} <= names

@@ -50,7 +50,7 @@ def counted(folder: Path, rows: list[Row], collection: str) -> Dataset:
 
 def charge(folder: Path, held: Dataset) -> None:
     ledger = Site(folder).ledger()
-    data = ledger.register_data_set(held.unit_identities(), unit=str(held.unit), also=held.further_identities())
+    data = ledger.register_data_set(held.get_unit_identities(), unit=str(held.unit), also=held.linked_identities())
     ledger.reserve("a", 1, Steps(0.7, 1.0, 1), data=data, collection=held.collection)
 
 
@@ -62,7 +62,7 @@ def second_after(folder: Path, first: list[Row], second: list[Row]) -> Dataset:
 def test_a_patient_decides_about_no_other(tmp_path: Path) -> None:
     without = second_after(tmp_path / "without", FIRST, SECOND)
     with_one = second_after(tmp_path / "with", [*FIRST, (COMMON, "victim")], SECOND)
-    assert with_one.unit_identities() == without.unit_identities()
+    assert with_one.get_unit_identities() == without.get_unit_identities()
     assert with_one.inputs() == without.inputs()
     assert len(with_one.units) == 41
 
@@ -79,7 +79,7 @@ def test_a_patient_still_counts_in_one_collection(tmp_path: Path) -> None:
     assert "a new text" not in held.inputs()
     ledger = Site(tmp_path / "site").ledger()
     twice = ledger.register_data_set(
-        [*held.unit_identities(), *counted(tmp_path / "site", FIRST, "first").unit_identities()], unit="pid"
+        [*held.get_unit_identities(), *counted(tmp_path / "site", FIRST, "first").get_unit_identities()], unit="pid"
     )
     with pytest.raises(PrivacyError):
         ledger.reserve("b", 1, Steps(0.7, 1.0, 1), data=twice, collection="second")

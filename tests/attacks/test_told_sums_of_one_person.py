@@ -17,7 +17,7 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 
 CEILING = 0.01  # every loss is above it, so that each record counts for all of it
 
@@ -35,13 +35,13 @@ def test_a_person_counts_for_one(base_model: Callable[[str], Path], tmp_path: Pa
     )
     others = [f"other {i % 7},very sad tree {i},bad" for i in range(21)]
     own = [f"victim,so happy {i},good" for i in range(10)]
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     sums = []
     for name, rows in (("without", others), ("with", [*own, *others])):
         file = tmp_path / f"{name}.csv"
         file.write_text("\n".join(["patient_id,text,label", *rows]), encoding="utf-8")
         records = read_records(DataConfig(source=str(file), unit="patient_id"))
-        held = Dataset(((records, np.arange(len(records))),), plan.labels).bounded(plan.privacy, plan.seed)
+        held = Dataset(((records, np.arange(len(records))),), plan.labels).bound_contributions(plan.privacy, plan.seed)
         model.load({})
         setting = build_setup(plan, plan.stages[0], model, held, {}, name, expected_batch=4.0)
         with torch.no_grad():

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.dataset import Dataset, DatasetManifest, FileSlice
-from cotune.data.readers.images import opened
+from cotune.data.readers.images import open_image
 from cotune.errors import DataError
 
 LABELS = ("B", "O")
@@ -58,7 +58,7 @@ def test_an_image_with_a_broken_chunk(tmp_path: Path, kind: bytes, content: byte
     source.write_text("image,label\ngood.png,B\nbroken.png,O\n", encoding="utf-8")
     assert len(held(source, "image-classification")) == 1
     with pytest.raises(DataError):
-        opened(broken)
+        open_image(broken)
 
 
 @pytest.mark.parametrize("path", ["a\0b.png", "\ud800.png", "loop/a.png", "a" * 5000])

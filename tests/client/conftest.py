@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cotune.models.trainable import resident
+from cotune.models.trainable import get_model
 from tests.support.sites import make_plan, make_site, records, state_for
 
 __all__ = ["make_plan", "make_site", "records", "state_for"]  # fixtures
@@ -18,6 +18,6 @@ torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each o
 @pytest.fixture(autouse=True)
 def _one_model_at_a_time() -> Iterator[None]:
     """No test sees the resident model of another."""
-    resident.cache_clear()
+    get_model.cache_clear()
     yield
-    resident.cache_clear()
+    get_model.cache_clear()

@@ -22,7 +22,7 @@ from cotune.client.training.extensions import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, ModelError, RunError
 from cotune.models.trainable import State
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
@@ -75,7 +75,7 @@ def test_the_own_part_is_joined(make_plan: MakePlan, make_site: MakeSite, state_
     assert own
     shared = {name: tensor for name, tensor in state.items() if ".lora_A." in name}
     store_final_model(Request(plan.canonical(), 1, "clinic", shared, 1), plan, site)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state(own).items())
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Dataset, DatasetManifest, write_holdings
+from cotune.data.dataset import Dataset, DatasetManifest, write_manifest
 from cotune.data.tasks.text import encode
 from cotune.errors import DataError
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.features import features_of
+from cotune.models.features import get_features
 from cotune.models.trainable import TrainableModel
 
 LABELS = ("good", "bad", "so")  # the plan's order, not the alphabet's
@@ -40,7 +40,7 @@ def config(source: Path) -> DataConfig:
 def holdings(tmp_path: Path, first: Path, second: Path) -> Dataset:
     """Three of the four records of one file, in another order, and one of the other file."""
     document = tmp_path / "site" / "data.json"
-    write_holdings(document, config(first), [(None, [3, 0, 1]), (second, [1])])
+    write_manifest(document, config(first), [(None, [3, 0, 1]), (second, [1])])
     return DatasetManifest.read(document, LABELS)
 
 
@@ -58,7 +58,7 @@ def test_a_document_without_row_numbers_means_all_records(tmp_path: Path, first:
 
 
 def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., TrainableModel]) -> None:
-    write_holdings(tmp_path / "data.json", config(first), [(None, [])])
+    write_manifest(tmp_path / "data.json", config(first), [(None, [])])
     nothing = DatasetManifest.read(tmp_path / "data.json", LABELS)
     assert len(nothing) == 0
     assert nothing.label_counts() == {"good": 0, "bad": 0, "so": 0}
@@ -84,17 +84,17 @@ def test_features_are_computed_once_per_file(
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
     model = shared("bert")
     got = encoded_features(holdings, model, {}, "float32")
-    one = features_of(model, ["great day", "awful", "a tree", "the road"], {}, "float32")
-    other = features_of(model, ["very sad", "happy"], {}, "float32")
+    one = get_features(model, ["great day", "awful", "a tree", "the road"], {}, "float32")
+    other = get_features(model, ["very sad", "happy"], {}, "float32")
     assert torch.equal(got, torch.stack([one[3], one[0], one[1], other[1]]))
-    write_holdings(tmp_path / "neighbor.json", config(first), [(None, [2])])
+    write_manifest(tmp_path / "neighbor.json", config(first), [(None, [2])])
     neighbor = encoded_features(DatasetManifest.read(tmp_path / "neighbor.json", LABELS), model, {}, "float32")
     assert torch.equal(neighbor, one[[2]])
     assert len(list((tmp_path / "cache" / "features").glob("*.safetensors"))) == 2
 
 
 def test_a_class_that_the_plan_lacks(tmp_path: Path, first: Path) -> None:
-    write_holdings(tmp_path / "data.json", config(first), [(None, [0, 1, 2])])
+    write_manifest(tmp_path / "data.json", config(first), [(None, [0, 1, 2])])
     with pytest.raises(DataError, match=r"classes bad, so, which the plan does not list: expected good, new$"):
         _ = DatasetManifest.read(tmp_path / "data.json", ("good", "new")).targets
 
@@ -112,28 +112,28 @@ def test_a_missing_document(tmp_path: Path) -> None:
 
 
 def test_missing_row_numbers(tmp_path: Path, first: Path) -> None:
-    write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
+    write_manifest(tmp_path / "data.json", config(first), [(None, [0])])
     (tmp_path / "data-rows-0.npy").unlink()
     with pytest.raises(DataError):
         DatasetManifest.read(tmp_path / "data.json", LABELS)
 
 
 def test_row_numbers_that_are_a_pickle_are_not_opened(tmp_path: Path, first: Path) -> None:
-    write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
+    write_manifest(tmp_path / "data.json", config(first), [(None, [0])])
     (tmp_path / "data-rows-0.npy").write_bytes(b"\x80\x04]\x94.")
     with pytest.raises(DataError):
         DatasetManifest.read(tmp_path / "data.json", LABELS)
 
 
 def test_a_file_that_has_shrunk(tmp_path: Path, first: Path) -> None:
-    write_holdings(tmp_path / "data.json", config(first), [(None, [0, 3])])
+    write_manifest(tmp_path / "data.json", config(first), [(None, [0, 3])])
     csv(first, ("great day", "good"), ("awful", "bad"))
     with pytest.raises(DataError):
         _ = DatasetManifest.read(tmp_path / "data.json", LABELS).targets
 
 
 def test_a_file_that_is_gone(tmp_path: Path, first: Path) -> None:
-    write_holdings(tmp_path / "data.json", config(first), [(None, [0])])
+    write_manifest(tmp_path / "data.json", config(first), [(None, [0])])
     first.unlink()
     with pytest.raises(DataError, match="does not exist"):
         DatasetManifest.read(tmp_path / "data.json", LABELS)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.data.partition import PartitionConfig, Rows, deal_alike, partition, split_test
+from cotune.data.partition import PartitionConfig, Rows, partition, split_by_class_shares, split_test
 from cotune.errors import DataError, PlanError
 
 
@@ -255,7 +255,7 @@ def test_nothing_to_test_on() -> None:
     st.integers(0, 99),
 )
 def test_further_examples_are_dealt_like_what_is_held(held: list[list[str]], labels: list[str], seed: int) -> None:
-    parts = deal_alike(held, labels, np.random.default_rng(seed))
+    parts = split_by_class_shares(held, labels, np.random.default_rng(seed))
     owned = {name for own in held for name in own}
     assert sorted(row for part in parts for row in part) == [i for i, name in enumerate(labels) if name in owned]
     for own, part in zip(held, parts, strict=True):

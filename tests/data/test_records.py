@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cotune.data import record_files
-from cotune.data.class_names import class_name, like_missing, spelled_alike
+from cotune.data.class_names import class_name, find_missing_markers, group_similar_spellings
 from cotune.data.config import DataConfig
 from cotune.data.readers.csv_dialect import SEPARATORS
 from cotune.data.record_files import organization_files, read_records
@@ -343,12 +343,12 @@ def test_a_column_has_the_same_classes_in_every_format(tmp_path: Path) -> None:
 
 
 def test_words_for_missing_labels_are_pointed_out() -> None:
-    assert like_missing(["bad", "NaN", "None", "NA", "n/a", "none", "null", "nano"]) == ["NaN", "n/a", "null"]
+    assert find_missing_markers(["bad", "NaN", "None", "NA", "n/a", "none", "null", "nano"]) == ["NaN", "n/a", "null"]
 
 
 def test_classes_that_differ_in_spelling_alone() -> None:
     names = ["Good", "good", "bad", "C", "C++", "C#", "1", "1.00", "not-so", "not so", "02", "ﬁne", "fine"]
-    assert spelled_alike(names) == [("Good", "good"), ("1", "1.00"), ("not-so", "not so"), ("ﬁne", "fine")]
+    assert group_similar_spellings(names) == [("Good", "good"), ("1", "1.00"), ("not-so", "not so"), ("ﬁne", "fine")]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from cotune.data.readers.images import opened
-from cotune.data.types import Label, content_of, identity_of, names_in, plain, stratum_of
+from cotune.data.readers.images import open_image
+from cotune.data.types import Label, class_names_in, content_bytes, get_stratum, normalize_text, record_identity
 
 
 @pytest.mark.parametrize(
@@ -31,26 +31,26 @@ from cotune.data.types import Label, content_of, identity_of, names_in, plain, s
     ],
 )
 def test_the_plain_form_is_what_a_reader_sees(text: str, same: str) -> None:
-    assert plain(text) == plain(same)
-    assert identity_of(text) == identity_of(same)
+    assert normalize_text(text) == normalize_text(same)
+    assert record_identity(text) == record_identity(same)
 
 
 @pytest.mark.parametrize(("one", "other"), [("a.b", "ab"), ("fine", "fines"), ("...", "?"), ("a b", "ab"), ("1.5 mg", "15 mg")])
 def test_what_a_reader_tells_apart_stays_apart(one: str, other: str) -> None:
-    assert identity_of(one) != identity_of(other)
+    assert record_identity(one) != record_identity(other)
 
 
 @given(text=st.text(max_size=40))
 def test_the_plain_form_is_plain(text: str) -> None:
-    assert plain(plain(text)) == plain(text)
-    assert plain(f" {text}\u200b") == plain(text)
+    assert normalize_text(normalize_text(text)) == normalize_text(text)
+    assert normalize_text(f" {text}\u200b") == normalize_text(text)
 
 
 def test_an_identity_survives_spaces_and_unicode_forms() -> None:
     expected = hashlib.sha256("café au lait".encode()).digest()[:16]
     for text in ("café au lait", "  cafe\u0301  au\tlait\n", ("café", "au", "lait"), ("cafe\u0301", " au ", "lait")):
-        assert identity_of(text) == expected
-    assert identity_of("cafe au lait") != expected
+        assert record_identity(text) == expected
+    assert record_identity("cafe au lait") != expected
 
 
 def test_the_identity_of_an_image_is_that_of_its_pixels(tmp_path: Path) -> None:
@@ -58,19 +58,19 @@ def test_the_identity_of_an_image_is_that_of_its_pixels(tmp_path: Path) -> None:
     for name, options in (("a.png", {}), ("b.png", {"compress_level": 0})):
         pixels.save(tmp_path / name, **options)
     pixels.rotate(90, expand=True).save(tmp_path / "turned.png")
-    first, again, turned = (opened(tmp_path / name) for name in ("a.png", "b.png", "turned.png"))
+    first, again, turned = (open_image(tmp_path / name) for name in ("a.png", "b.png", "turned.png"))
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
-    assert identity_of(first) == identity_of(again) == identity_of(opened((tmp_path / "b.png").read_bytes()))
-    assert len(identity_of(first)) == 16
-    assert identity_of(first) != identity_of(turned)
+    assert record_identity(first) == record_identity(again) == record_identity(open_image((tmp_path / "b.png").read_bytes()))
+    assert len(record_identity(first)) == 16
+    assert record_identity(first) != record_identity(turned)
     assert first == again  # equal images have equal features
     assert "a.png" not in repr(first)
 
 
 def test_contents_differ_where_inputs_do() -> None:
     different = ["a b", ("a", "b"), ("a b",), ("a", "b", ""), "", (), "é", "e\u0301"]
-    assert len({content_of(value) for value in different}) == len(different)
-    assert content_of("é") == "é".encode()
+    assert len({content_bytes(value) for value in different}) == len(different)
+    assert content_bytes("é") == "é".encode()
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_contents_differ_where_inputs_do() -> None:
     ],
 )
 def test_the_stratum_is_the_most_frequent_tag_but_o(label: Label, stratum: str) -> None:
-    assert stratum_of(label) == stratum
+    assert get_stratum(label) == stratum
 
 
 def test_names_in_a_label() -> None:
-    assert names_in("good") == ("good",)
-    assert names_in(("O", "B-LOC")) == ("O", "B-LOC")
+    assert class_names_in("good") == ("good",)
+    assert class_names_in(("O", "B-LOC")) == ("O", "B-LOC")

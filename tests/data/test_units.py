@@ -14,7 +14,7 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
-from cotune.data.types import plain
+from cotune.data.types import normalize_text
 from cotune.errors import DataError
 from cotune.privacy.config import RecordPrivacy
 from tests.support.datasets import tagged, write_images
@@ -27,7 +27,7 @@ def holdings(*files: list[Row]) -> Dataset:
     parts = []
     for rows in files:
         texts, labels, whose = zip(*rows, strict=True) if rows else ((), (), ())
-        records = Records(texts, labels, "records", units=tuple(map(plain, whose)))
+        records = Records(texts, labels, "records", units=tuple(map(normalize_text, whose)))
         parts.append((records, np.arange(len(rows))))
     return Dataset(tuple(parts), ("x", "y"))
 
@@ -44,12 +44,12 @@ def test_a_unit_has_no_influence_on_another(table: list[Row], seed: int, most: i
     """With and without the records of a person, the others' that count are the same."""
     privacy = RecordPrivacy(unit="patient_id", max_records=most)
     of_others = [row for row in table if row[2] != "1"]
-    whole = holdings(table).bounded(privacy, seed)
-    without = holdings(of_others).bounded(privacy, seed)
+    whole = holdings(table).bound_contributions(privacy, seed)
+    without = holdings(of_others).bound_contributions(privacy, seed)
     own = sum(row[2] == "1" for row in table)
     assert len(whole) - len(without) == min(own, most)
-    by_person = dict(zip(whole.unit_identities(), whole.units, strict=True))
-    for unit, group in zip(without.unit_identities(), without.units, strict=True):
+    by_person = dict(zip(whole.get_unit_identities(), whole.units, strict=True))
+    for unit, group in zip(without.get_unit_identities(), without.units, strict=True):
         found = [kept_row(whole, row) for row in by_person[unit]]
         assert sorted(found) == sorted(kept_row(without, row) for row in group)
 
@@ -61,26 +61,26 @@ def kept_row(held: Dataset, row: int) -> tuple[str, int]:
 @given(rows, st.permutations(range(25)), st.integers(0, 3))
 def test_the_order_of_a_file_is_no_matter(table: list[Row], order: list[int], seed: int) -> None:
     shuffled = [table[i] for i in order if i < len(table)]
-    one = holdings(table).bounded(PEOPLE, seed)
-    other = holdings(shuffled[:9], shuffled[9:]).bounded(PEOPLE, seed)
+    one = holdings(table).bound_contributions(PEOPLE, seed)
+    other = holdings(shuffled[:9], shuffled[9:]).bound_contributions(PEOPLE, seed)
     assert kept(one) == kept(other)
-    assert one.unit_identities() == other.unit_identities()
+    assert one.get_unit_identities() == other.get_unit_identities()
     assert [len(group) for group in one.units] == [len(group) for group in other.units]
 
 
 @given(rows)
 def test_every_record_that_counts_belongs_to_one_unit(table: list[Row]) -> None:
-    held = holdings(table).bounded(PEOPLE, seed=7)
+    held = holdings(table).bound_contributions(PEOPLE, seed=7)
     assert sorted(row for group in held.units for row in group) == list(range(len(held)))
     assert all(1 <= len(group) <= 3 for group in held.units)
-    assert len(set(held.unit_identities())) == len(held.units) == len({row[2] for row in table})
-    assert kept(held.bounded(PEOPLE, seed=7)) == kept(held)
+    assert len(set(held.get_unit_identities())) == len(held.units) == len({row[2] for row in table})
+    assert kept(held.bound_contributions(PEOPLE, seed=7)) == kept(held)
 
 
 @given(rows, st.tuples(st.sampled_from("abcdef"), st.sampled_from("xy"), st.just("9")))
 def test_one_row_changes_the_records_that_count_by_one(table: list[Row], more: Row) -> None:
     """A text with two labels counts in neither: with the first one kept, a row could put another label in its place."""
-    before, after = (holdings(rows).bounded(RecordPrivacy(), seed=7) for rows in (table, [*table, more]))
+    before, after = (holdings(rows).bound_contributions(RecordPrivacy(), seed=7) for rows in (table, [*table, more]))
     assert len(set(kept(before)) ^ set(kept(after))) <= 1
     assert all(len(group) == 1 for group in after.units)
 
@@ -88,33 +88,33 @@ def test_one_row_changes_the_records_that_count_by_one(table: list[Row], more: R
 def test_another_spelling_is_no_other_record() -> None:
     """Of a text that is written in two ways, or has two labels, no record counts; of plain copies one."""
     table = [("a b", "x", ""), ("a  b", "x", ""), ("c", "x", ""), ("c", "x", ""), ("d", "x", ""), ("d", "y", "")]
-    assert kept(holdings(table).bounded(RecordPrivacy(), 7)) == [("c", 0)]
+    assert kept(holdings(table).bound_contributions(RecordPrivacy(), 7)) == [("c", 0)]
 
 
 def test_seeds_choose_differently() -> None:
     table = [(f"text {i}", "x", "p") for i in range(40)]
     held = holdings(table)
-    assert len({tuple(held.bounded(PEOPLE, seed).inputs()) for seed in range(20)}) > 10
+    assert len({tuple(held.bound_contributions(PEOPLE, seed).inputs()) for seed in range(20)}) > 10
 
 
 def test_without_a_promise_every_row_is_by_itself() -> None:
     held = holdings([("a", "x", "1"), ("a", "x", "1")])
-    assert held.bounded("none", 7) is held
+    assert held.bound_contributions("none", 7) is held
     assert held.units == [[0], [1]]
 
 
 def test_spellings_of_one_person() -> None:
     for other in ("P-7 ", "p-7", "Ｐ-７", "p-7\u200b", "\x07P-7", "p-7\ufe0f", "p-7."):
-        assert plain(other) == plain("p-7")
-    assert plain("p-7") != plain("p-8")
+        assert normalize_text(other) == normalize_text("p-7")
+    assert normalize_text("p-7") != normalize_text("p-8")
 
 
 def test_a_person_and_a_text_are_never_the_same() -> None:
     """A patient called 17, and the text 17."""
     table = [("17", "x", "17")]
-    of_records, of_people = (holdings(table).bounded(privacy, 7) for privacy in (RecordPrivacy(), PEOPLE))
-    assert of_records.unit_identities() == of_records.identities()
-    assert not set(of_people.unit_identities()) & set(of_records.unit_identities())
+    of_records, of_people = (holdings(table).bound_contributions(privacy, 7) for privacy in (RecordPrivacy(), PEOPLE))
+    assert of_records.get_unit_identities() == of_records.identities()
+    assert not set(of_people.get_unit_identities()) & set(of_records.get_unit_identities())
 
 
 def test_records_without_the_column(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_records_without_the_column(tmp_path: Path) -> None:
     records = read_records(DataConfig(source=str(file)))
     held = Dataset(((records, np.arange(2)),), ("x", "y"))
     with pytest.raises(DataError, match="patient_id"):
-        held.bounded(PEOPLE, 7)
+        held.bound_contributions(PEOPLE, 7)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_units_of_other_tasks(tmp_path: Path, task: TaskName) -> None:
         rows = [{"who": i // 2, "text": words, "label": tags} for i, (words, tags) in enumerate(tagged(4))]
     file.write_text("\n".join(map(json.dumps, rows)))
     records = read_records(DataConfig(source=str(file), unit="who"), task=task)
-    held = Dataset(((records, np.arange(4)),), tuple(records.label_counts()), task).bounded(PEOPLE, 7)
+    held = Dataset(((records, np.arange(4)),), tuple(records.label_counts()), task).bound_contributions(PEOPLE, 7)
     assert records.units == ("0", "0", "1", "1")
     assert sorted(map(sorted, held.units)) == [[0, 1], [2, 3]]
 

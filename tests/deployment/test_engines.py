@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.server.runs.run_folder import RunFolder
-from cotune.simulations.engines import play_on
+from cotune.simulations.engines import run_on
 from tests.support.deployment import weights
 from tests.support.loopback import federation, prepare_run, until
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     run = prepare_run(tmp_path_factory.mktemp("engines") / "in-process", 2, rounds=2)
     shutil.copytree(run.path, run.path.parent / "prepared")
-    play_on("in-process", run)
+    run_on("in-process", run)
     return run
 
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from cotune.data.record_files import read_records
 from cotune.models.feature_head import feature_head
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.comparison.compare import compare
@@ -40,21 +40,21 @@ def test_the_images_are_the_digits_and_the_features_their_pixels(plan: Plan) -> 
     images, targets = load_digits(return_X_y=True)
     records = read_records(plan.data, task=plan.task)
     assert records.labels == tuple(str(target) for target in targets)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     examples = model.loaded.task.examples(model.loaded.reader, 1, records.inputs[:5], [0] * 5)
     pixels = model.loaded.task.collator(model.module, model.loaded.reader, model.device)(examples)["pixel_values"]
     assert torch.allclose(pixels.mean(dim=1).flatten(1), torch.tensor(images[:5] / 16).float(), atol=0.5 / 255)
 
 
 def test_training_the_head_trains_the_whole_mlp_and_the_seed_draws_it(plan: Plan) -> None:
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     assert feature_head(model) is not None
     assert model.names("head") == ["hidden.weight", "hidden.bias", "classifier.weight", "classifier.bias"]
     assert sum(tensor.numel() for tensor in model.state(model.names("head")).values()) == 64 * 64 + 64 + 64 * 10 + 10
     first = model.state(["hidden.weight"])["hidden.weight"]
-    other = model_of(plan.model_copy(update={"seed": 8}), "cpu").state(["hidden.weight"])["hidden.weight"]
+    other = get_plan_model(plan.model_copy(update={"seed": 8}), "cpu").state(["hidden.weight"])["hidden.weight"]
     assert not torch.equal(first, other)
-    assert torch.equal(first, model_of(plan, "cpu").state(["hidden.weight"])["hidden.weight"])
+    assert torch.equal(first, get_plan_model(plan, "cpu").state(["hidden.weight"])["hidden.weight"])
 
 
 def test_it_learns_in_processes_that_had_to_be_told_the_architecture(plan_file: Path, tmp_path: Path) -> None:

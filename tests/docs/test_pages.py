@@ -19,7 +19,7 @@ from cotune.cli.lazy import LazyCommand
 from cotune.cli.main import build_command
 from cotune.client.app import store_final_model
 from cotune.models.export import export_model
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
 from tests.support import clinic
@@ -94,7 +94,7 @@ def trained_site(folder: Path) -> None:
     plan = clinic.make_plan(folder / "base", folder / "reviews.csv")
     site = clinic.make_site(folder / "SITE", folder / "reviews.csv", range(60), Policy.permissive())
     state = clinic.state_of(plan)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load(state)
     export_model(model, folder / "runs" / "X" / "model")
     store_final_model(Request(plan.canonical(), 3, "clinic", state, 0), plan, site)

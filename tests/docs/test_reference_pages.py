@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from cotune.plan.reference import pages
+from cotune.plan.reference import render_pages
 from cotune.reporting.documents.events import known_events
 from cotune.server.reference import EVERY_RUN, REAL_RUN, page
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", list(pages()))
+@pytest.mark.parametrize("name", list(render_pages()))
 def test_every_key_of_plan_and_policy_is_on_its_page(name: str) -> None:
     """`python -m cotune.plan.reference docs` writes them."""
-    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages()[name]
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == render_pages()[name]
 
 
 def test_the_page_of_a_runs_folder_is_not_stale() -> None:

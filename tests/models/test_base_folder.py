@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
-from cotune.models.base_folder import base_labels, read_settings
+from cotune.models.base_folder import read_base_labels, read_settings
 
 
 def labels(folder: Path, names: object) -> tuple[str, ...]:
     (folder / "config.json").write_text(json.dumps({"id2label": names}), encoding="utf-8")
-    return base_labels(folder)
+    return read_base_labels(folder)
 
 
 def test_labels_are_in_the_order_of_the_head(tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ import locale, sys
 assert locale.getencoding().upper() in ("ASCII", "ANSI_X3.4-1968", "US-ASCII"), locale.getencoding()
 import safetensors.torch
 from cotune.models.base_model import ModelConfig, load_model
-from cotune.models.base_folder import base_labels
+from cotune.models.base_folder import read_base_labels
 from pathlib import Path
-labels = base_labels(Path(sys.argv[1]))
+labels = read_base_labels(Path(sys.argv[1]))
 head = load_model(ModelConfig(base=sys.argv[1]), labels, 9).module.classifier.weight
 print(ascii(labels), bool((head == safetensors.torch.load_file(sys.argv[1] + "/model.safetensors")["classifier.weight"]).all()))
 """

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from cotune.data.tasks.task import example_losses, task_named
+from cotune.data.tasks.task import example_losses, get_task
 from cotune.errors import ModelError
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
@@ -32,7 +32,7 @@ def test_a_text_that_spells_the_end_token_stops_nobody(tmp_path: Path, kind: str
     AutoModel.from_config(getattr(transformers, kind)(**KINDS[kind])).save_pretrained(tmp_path)
     ending_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(ModelConfig(base=str(tmp_path), max_length=16), ("bad", "good"), 1)
-    task = task_named("sequence-classification")
+    task = get_task("sequence-classification")
     end = 3
     word = VOCABULARY[3]
     texts = ["good film", f"good {word} film {word}", word, "film " * 40]

@@ -20,7 +20,7 @@ from cotune.models.check_cache import cache_folder
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.feature_head import feature_head
 from cotune.models.feature_precision import FEATURE_SLOTS
-from cotune.models.features import features_of
+from cotune.models.features import get_features
 from cotune.models.trainable import State, TrainableModel
 from tests.support.tiny_models import counting
 
@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def features(model: TrainableModel, texts: Any, state: State | None = None, precision: str = "float32") -> Tensor:
     model.load(state or {})
-    return features_of(model, texts, state or {}, precision)
+    return get_features(model, texts, state or {}, precision)
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def test_progress_is_told(shared: Make) -> None:
     told: list[tuple[int, int]] = []
     model = shared("bert")
     model.load({})
-    features_of(model, [f"great table {i}" for i in range(150)], {}, "float32", lambda done, total: told.append((done, total)))
+    get_features(model, [f"great table {i}" for i in range(150)], {}, "float32", lambda done, total: told.append((done, total)))
     assert told == [(63, 150), (126, 150), (150, 150)]  # one slot of every batch is blank
 
 
@@ -209,7 +209,7 @@ def test_equal_texts_have_equal_features_in_bfloat16(shared: Make) -> None:
     model = shared("bert")
     model.load({})
     texts = ["great table", *(f"the {word} road" for word in ["sad"] * 70), "great table"]
-    found = features_of(model, texts, {}, "bfloat16")
+    found = get_features(model, texts, {}, "bfloat16")
     assert torch.equal(found[0], found[-1])
     assert not torch.equal(found[0], found[1])
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softmax
 
 from cotune.models.config import ModelConfig
-from cotune.models.head_fit import corrected, fit_head, head_names, head_scores, last_layer
-from cotune.models.trainable import State, TrainableModel, resident
+from cotune.models.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
+from cotune.models.trainable import State, TrainableModel, get_model
 
 CLASSES = ("bad", "good", "so")
 
 
 @pytest.fixture
 def model(base_model: Callable[[str], Path]) -> TrainableModel:
-    return resident(ModelConfig(base=str(base_model("bert")), max_length=16, pooling="mean"), CLASSES, None, 7, "cpu")
+    return get_model(ModelConfig(base=str(base_model("bert")), max_length=16, pooling="mean"), CLASSES, None, 7, "cpu")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: Traina
     features, targets = records(300)
     shared = fit_head(model, features, targets, start=head, toward=head, pull=0.001)
     others, skewed = records(200, seed=5, mix=(8, 1, 1))
-    found = corrected(model, shared, others, skewed)
+    found = correct_head(model, shared, others, skewed)
     told = softmax(head_scores(model, found, others), dim=1).mean(dim=0)
     there = one_hot(skewed).mean(dim=0)
     assert (told - there).abs().max() < 0.02  # but for a penalty of one record of 200
@@ -96,14 +96,14 @@ def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: Traina
 
 def test_a_class_without_records_keeps_a_finite_score(model: TrainableModel, head: State) -> None:
     features, targets = records(50, mix=(1, 1, 0))
-    found = corrected(model, head, features, targets)
+    found = correct_head(model, head, features, targets)
     assert all(bool(tensor.isfinite().all()) for tensor in found.values())
     assert softmax(head_scores(model, found, features), dim=1)[:, 2].mean() < 0.1
 
 
 def test_the_last_layer_is_found_or_there_is_none(base_model: Callable[[str], Path]) -> None:
     def of(kind: str) -> tuple[str, str] | None:
-        return last_layer(resident(ModelConfig(base=str(base_model(kind)), max_length=16), CLASSES, None, 7, "cpu"))
+        return last_layer(get_model(ModelConfig(base=str(base_model(kind)), max_length=16), CLASSES, None, 7, "cpu"))
 
     assert of("distilbert") == ("classifier.weight", "classifier.bias")
     assert of("gpt2") is None  # its scores have no bias

@@ -19,9 +19,9 @@ from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.feature_head import feature_head
 from cotune.models.feature_precision import feature_dtype
-from cotune.models.features import features_of
+from cotune.models.features import get_features
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
-from cotune.models.probes import example_probes, lengths_of, mixes
+from cotune.models.probes import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
 from tests.support.matrix import crossed
@@ -131,8 +131,8 @@ def test_what_mixes_rows_is_found(models: Callable[[str], TrainableModel], fault
     model = models("bert")
     plain = scores(models("bert"))
     for length in (8, 16):
-        assert not mixes(plain, example_probes(model, length, 7))
-        assert mixes(lambda batch: [fault(plain(batch)[0])], example_probes(model, length, 7))
+        assert not mixes_records(plain, example_probes(model, length, 7))
+        assert mixes_records(lambda batch: [fault(plain(batch)[0])], example_probes(model, length, 7))
 
 
 def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytes
     monkeypatch.setattr(feature_precision, "bfloat16_is_fast", lambda _: True)
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "fine"))
     assert feature_dtype(shared("bert"), "auto") == torch.bfloat16
-    monkeypatch.setattr(feature_precision, "mixes", lambda *_: True)
+    monkeypatch.setattr(feature_precision, "mixes_records", lambda *_: True)
     assert feature_dtype(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
     for _ in range(2):  # what mixes is tried again
         monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "other"))
@@ -163,9 +163,9 @@ def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytes
 
 
 def test_every_length_that_a_record_can_have_is_tried(shared: Make, base_model: Callable[[str], Path]) -> None:
-    assert lengths_of(shared("bert")) == (8, 16, 24, 32)
-    assert lengths_of(shared("bert", max_length=20)) == (8, 16, 20)
-    assert lengths_of(image_model(base_model)) == (1,)
+    assert bucket_lengths(shared("bert")) == (8, 16, 24, 32)
+    assert bucket_lengths(shared("bert", max_length=20)) == (8, 16, 20)
+    assert bucket_lengths(image_model(base_model)) == (1,)
 
 
 # --- no state decides what a trial sees
@@ -250,8 +250,8 @@ def test_without_one_record_the_others_have_the_same_features(
     model.load({})
     gone = data.draw(st.integers(0, len(texts) - 1))
     order = data.draw(st.permutations([i for i in range(len(texts)) if i != gone]))
-    whole = features_of(model, texts, {}, precision)
-    rest = features_of(model, [texts[i] for i in order], {}, precision)
+    whole = get_features(model, texts, {}, precision)
+    rest = get_features(model, [texts[i] for i in order], {}, precision)
     assert torch.equal(rest, whole[list(order)])
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from cotune.data.tasks.text import IGNORED, Batch, made_up_rows
-from cotune.models.probes import feature_probes, mixes
+from cotune.data.tasks.text import IGNORED, Batch, synthetic_rows
+from cotune.models.probes import feature_probes, mixes_records
 
 Answer = Callable[[Batch], Sequence[Tensor]]
 
@@ -65,7 +65,7 @@ def only_what_is_filled(batch: Batch) -> Sequence[Tensor]:
 
 
 def tried(answer: Answer) -> bool:
-    return any(mixes(answer, feature_probes((16,), 3, 16, torch.device("cpu"), number)) for number in range(2))
+    return any(mixes_records(answer, feature_probes((16,), 3, 16, torch.device("cpu"), number)) for number in range(2))
 
 
 def test_rows_that_are_computed_alike_pass() -> None:
@@ -92,6 +92,6 @@ def test_a_small_vocabulary_has_made_up_rows_too(words: int) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
     )
-    rows = made_up_rows(tokenizer)
+    rows = synthetic_rows(tokenizer)
     assert len(rows) == 3
     assert all(row and set(row) <= set(range(2, 2 + words)) for row in rows)

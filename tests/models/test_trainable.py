@@ -14,7 +14,7 @@ from cotune.data.tasks.text import Batch, collator, encode
 from cotune.errors import ModelError
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.lora import merge_adapters
-from cotune.models.trainable import State, TrainableModel, named_under, resident
+from cotune.models.trainable import State, TrainableModel, get_model, strip_prefix
 
 Make = Callable[..., TrainableModel]
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -300,7 +300,7 @@ def test_parameter_count(shared: Make) -> None:
 
 def test_a_process_keeps_one_model(base_model: Callable[[str], Path]) -> None:
     def get(labels: tuple[str, ...] = ("a", "b"), seed: int = 1) -> TrainableModel:
-        return resident(ModelConfig(base=str(base_model("bert"))), labels, None, seed, "cpu")
+        return get_model(ModelConfig(base=str(base_model("bert"))), labels, None, seed, "cpu")
 
     first = get()
     assert get() is first
@@ -314,6 +314,6 @@ def test_a_process_keeps_one_model(base_model: Callable[[str], Path]) -> None:
 def test_tensors_under_a_prefix_go_by_the_rest_of_their_names() -> None:
     one = torch.zeros(1)
     other = torch.ones(1)
-    found = named_under("a/", {"a/x": one, "a/b/a/y": other, "b/a/x": one, "a": one})
+    found = strip_prefix("a/", {"a/x": one, "a/b/a/y": other, "b/a/x": one, "a": one})
     assert list(found) == ["x", "b/a/y"]
     assert found["x"] is one

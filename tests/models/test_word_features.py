@@ -16,8 +16,8 @@ from cotune.data.tasks.task import logits
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.feature_head import FeatureHead, feature_head
-from cotune.models.features import encode_batch, features_of, rows_of_answers
-from cotune.models.head_fit import told_by
+from cotune.models.features import answer_rows, encode_batch, get_features
+from cotune.models.head_fit import classes_from_scores
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES, counting
 
@@ -60,7 +60,7 @@ def whole(model: TrainableModel, words: Any) -> Tensor:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_head_on_word_features_gives_the_models_scores(tagger: Callable[[str], TrainableModel], kind: str) -> None:
     model = tagger(kind)
-    vectors = features_of(model, WORDS, {}, "float32")
+    vectors = get_features(model, WORDS, {}, "float32")
     assert len(vectors) == sum(map(len, WORDS))
     with torch.no_grad():
         scores = head_of(model)(vectors).logits
@@ -70,11 +70,11 @@ def test_the_head_on_word_features_gives_the_models_scores(tagger: Callable[[str
 
 def test_a_word_that_is_cut_off_has_no_vector_and_no_answer(tagger: Callable[[str], TrainableModel]) -> None:
     model = tagger("bert")  # reads eight words
-    vectors = features_of(model, [("the",) * 10, ("tree",)], {}, "float32")
+    vectors = get_features(model, [("the",) * 10, ("tree",)], {}, "float32")
     unread = vectors.isnan().any(dim=1).tolist()
     assert unread == [False] * 8 + [True] * 2 + [False]
     with torch.no_grad():
-        told = told_by(head_of(model)(vectors).logits)
+        told = classes_from_scores(head_of(model)(vectors).logits)
     assert (told == -1).tolist() == unread
 
 
@@ -83,18 +83,18 @@ def test_a_token_beyond_the_models_table_leaves_out_its_record_alone(tagger: Cal
     task = model.loaded.task
     examples = task.examples(model.loaded.reader, LONGEST, WORDS, [(0,) * len(words) for words in WORDS])
     examples[1]["input_ids"][2] = 10**6
-    rows = rows_of_answers(WORDS)
+    rows = answer_rows(WORDS)
     vectors = encode_batch(model, examples, "float32")
-    as_they_are = features_of(model, WORDS, {}, "float32")
+    as_they_are = get_features(model, WORDS, {}, "float32")
     assert vectors[list(rows[1])].isnan().all()
     assert torch.equal(vectors[list(rows[2])], as_they_are[list(rows[2])])
 
 
 def test_they_are_kept_and_computed_once(tagger: Callable[[str], TrainableModel]) -> None:
     model = tagger("bert")
-    first = features_of(model, WORDS, {}, "float32")
+    first = get_features(model, WORDS, {}, "float32")
     with counting(model) as calls:
-        again = features_of(model, WORDS, {}, "float32")
+        again = get_features(model, WORDS, {}, "float32")
     assert calls == []
     assert torch.equal(first.nan_to_num(), again.nan_to_num())
 
@@ -103,10 +103,10 @@ def test_they_are_kept_and_computed_once(tagger: Callable[[str], TrainableModel]
 @given(others=st.lists(st.sampled_from(["the", "great", "sad", "tree", "table"]), min_size=1, max_size=12))
 def test_a_records_vectors_are_the_same_bits_in_any_company(tagger: Callable[[str], TrainableModel], others: list[str]) -> None:
     model = tagger("bert")
-    alone = features_of(model, [WORDS[1]], {}, "float32")
-    beside = features_of(model, [tuple(others), WORDS[1]], {}, "float32")[len(others) :]
+    alone = get_features(model, [WORDS[1]], {}, "float32")
+    beside = get_features(model, [tuple(others), WORDS[1]], {}, "float32")[len(others) :]
     assert torch.equal(alone.nan_to_num(), beside.nan_to_num())
 
 
 def test_rows_of_answers_are_one_after_the_other() -> None:
-    assert rows_of_answers(["a text", ("two", "words"), "another"]) == [range(1), range(1, 3), range(3, 4)]
+    assert answer_rows(["a text", ("two", "words"), "another"]) == [range(1), range(1, 3), range(3, 4)]

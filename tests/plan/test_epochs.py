@@ -29,7 +29,7 @@ TABLE: dict[str, Any] = {"model": {"base": "x"}, "data": {"source": "y.csv"}}
     ],
 )
 def test_how_many_steps_that_are(local: dict[str, Any], examples: int, steps: int) -> None:
-    assert LocalTraining.model_validate(local).steps_of(examples) == steps
+    assert LocalTraining.model_validate(local).steps_per_round(examples) == steps
 
 
 def test_not_both_and_not_neither() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cotune.errors import PlanError
 from cotune.plan import reference as keys
 from cotune.plan.load import parse_plan
-from cotune.plan.reference import explained, keys_of
+from cotune.plan.reference import explain_key, list_keys
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.storage import config_table as table
@@ -30,7 +30,7 @@ def test_every_key_that_a_plan_has_is_listed_once() -> None:
     full = {"model": {"base": "x"}, "data": {"source": "y"}, "client_privacy": {"clip_norm": 1.0}, "simulation": {"pooled": {}}}
     strategy = {"strategy": {"server_optimizer": "sgd", "weighting": "uniform"}}
     written = names_in(parse_plan({**full, **strategy, "train": stages}).model_dump(mode="json"))
-    listed = [key.name for key in keys_of(Plan)]
+    listed = [key.name for key in list_keys(Plan)]
     assert len(listed) == len(set(listed))
     parameters = {
         name for name in written if name.startswith("strategy.") and name.count(".") == 2
@@ -40,23 +40,23 @@ def test_every_key_that_a_plan_has_is_listed_once() -> None:
 
 @pytest.mark.parametrize("document", [Plan, Policy])
 def test_every_key_says_what_it_means(document: type[Plan] | type[Policy]) -> None:
-    for key in keys_of(document):
+    for key in list_keys(document):
         assert key.meaning, key.name
         assert key.type, key.name
         assert key.default, key.name
 
 
-@given(st.sampled_from(keys_of(Plan)))
+@given(st.sampled_from(list_keys(Plan)))
 def test_a_key_is_found_by_its_name_and_by_its_end(key: object) -> None:
     name = getattr(key, "name")  # noqa: B009
-    assert explained(name, Plan)[0] == key
-    assert key in explained(name.rpartition(".")[2], Plan) or name.rpartition(".")[2] in {k.name for k in keys_of(Plan)}
+    assert explain_key(name, Plan)[0] == key
+    assert key in explain_key(name.rpartition(".")[2], Plan) or name.rpartition(".")[2] in {k.name for k in list_keys(Plan)}
 
 
 def test_a_table_is_explained_with_its_keys() -> None:
-    found = [key.name for key in explained("lora", Plan)]
+    found = [key.name for key in explain_key("lora", Plan)]
     assert found[0] == "lora"
-    assert set(found[1:]) == {key.name for key in keys_of(Plan) if key.name.startswith("lora.")}
+    assert set(found[1:]) == {key.name for key in list_keys(Plan) if key.name.startswith("lora.")}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_table_is_explained_with_its_keys() -> None:
 )
 def test_a_key_that_does_not_exist(name: str, meant: str) -> None:
     with pytest.raises(PlanError, match=meant):
-        explained(name, Plan)
+        explain_key(name, Plan)
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

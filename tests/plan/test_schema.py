@@ -158,9 +158,9 @@ def test_rounds_of_stages_are_their_sum() -> None:
 
 def test_stage_of() -> None:
     staged = plan(train=STAGES)
-    assert [staged.stage_of(round).mode for round in range(1, 7)] == ["head", "head", "lora", "lora", "lora", "full"]
+    assert [staged.get_stage(round).mode for round in range(1, 7)] == ["head", "head", "lora", "lora", "lora", "full"]
     one = plan(train="lora", rounds=3, local=COMMON)
-    assert [one.stage_of(round) for round in (1, 2, 3)] == list(one.stages * 3)
+    assert [one.get_stage(round) for round in (1, 2, 3)] == list(one.stages * 3)
     assert one.stages[0].local == one.local
 
 
@@ -169,7 +169,7 @@ def test_rates_fall_over_the_rounds_of_each_stage() -> None:
     local = {"learning_rate": 4.0, "head_learning_rate": 8.0, "schedule": "linear"}
     stages = [{"mode": "head", "rounds": 2}, {"mode": "lora", "rounds": 4, "local": {"learning_rate": 2.0}}]
     falling = plan(train=stages, local={**COMMON, **local})
-    rates = [falling.stage_of(round).local for round in range(1, 7)]
+    rates = [falling.get_stage(round).local for round in range(1, 7)]
     assert [of.learning_rate for of in rates] == [4.0, 2.0, 2.0, 1.5, 1.0, 0.5]
     assert [of.head_learning_rate for of in rates] == [8.0, 4.0, 8.0, 6.0, 4.0, 2.0]
     assert falling.stages[1].local.learning_rate == 2.0
@@ -178,7 +178,7 @@ def test_rates_fall_over_the_rounds_of_each_stage() -> None:
 @pytest.mark.parametrize("round", [-1, 0, 7, 100])
 def test_there_is_no_stage_for_other_rounds(round: int) -> None:
     with pytest.raises(ValueError, match=f"expected a round from 1 to 6, got {round}"):
-        plan(train=STAGES).stage_of(round)
+        plan(train=STAGES).get_stage(round)
 
 
 def test_uses_lora() -> None:

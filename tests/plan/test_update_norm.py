@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
-from cotune.plan.update_norm import longest_by_gradients, longest_update
+from cotune.plan.update_norm import bound_norm_by_gradients, bound_update_norm
 
 
 def plan_of(privacy: Any = None, **changes: Any) -> Plan:
@@ -20,7 +20,7 @@ def plan_of(privacy: Any = None, **changes: Any) -> Plan:
 
 
 def bound(plan: Plan, examples: int = 5_000, entries: int = 1_155, start: float = 1.0) -> float | None:
-    return longest_update(plan, plan.stages[0], examples=examples, entries=entries, start=start)
+    return bound_update_norm(plan, plan.stages[0], examples=examples, entries=entries, start=start)
 
 
 TWEETS = {"learning_rate": 8.0, "momentum": 0.9, "batch_size": 0.2, "steps": 20}
@@ -45,7 +45,7 @@ def test_in_the_tweets_plan_it_is_far_below_the_ten_thousand_that_were_allowed()
 def test_plain_sgd_by_hand() -> None:
     """Each of 4 steps of 0.5 moves by twice a clipped gradient of norm 3 at most."""
     plan = plan_of({"epsilon": 8.0, "clip_norm": 3.0}, local={"learning_rate": 0.5, "steps": 4})
-    assert longest_by_gradients(plan, plan.stages[0], 1_000) == pytest.approx(2 * 3 * 0.5 * 4)
+    assert bound_norm_by_gradients(plan, plan.stages[0], 1_000) == pytest.approx(2 * 3 * 0.5 * 4)
 
 
 STEPS = (1, 4, 13, 30)  # few, as noise is calibrated for each

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cotune.client.site import Site
 from cotune.errors import PlanError
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.forecast.forecast import forecast
@@ -30,7 +30,7 @@ def sent_last(run: Path, organization: str) -> dict[str, Tensor]:
 
 def merged(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """W + s·B·A of every adapted weight, from a state."""
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load(state)
     own = {name: p.detach().double() for name, p in model.parameters()}
     adapters = model.adapters()
@@ -86,7 +86,7 @@ def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) ->
     plan = toy_plan(strategy="fedsvd", **LORA, lora={"rank": 2}, privacy={"epsilon": 8.0}, simulation={"baselines": []})
     folder = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder)
     state = folder.load().state
-    model = model_of(folder.plan, "cpu")
+    model = get_plan_model(folder.plan, "cpu")
     model.load({})
     for adapter in model.adapters():
         torch.testing.assert_close(state[adapter.a] @ state[adapter.a].T, torch.eye(2), atol=1e-5, rtol=0)
@@ -117,7 +117,7 @@ def test_every_organization_trains_its_own_rank(toy_plan: NewPlan, tmp_path: Pat
         delta = load_file(result.folder / site / "outbox" / "update.safetensors")
         came = {t.shape[1] if ".lora_B." in n else t.shape[0] for n, t in delta.items() if ".lora_" in n}
         assert came == {rank}
-    model = model_of(folder.plan, "cpu")
+    model = get_plan_model(folder.plan, "cpu")
     assert {folder.load().state[adapter.b].shape[1] for adapter in model.adapters()} == {8}
 
 
@@ -130,7 +130,7 @@ def test_a_frozen_a_makes_the_mean_exact_slice_by_slice(toy_plan: NewPlan, tmp_p
     counts = [Site(folder.path / "sites" / f"org-{i}").holdings(folder.plan.labels).label_counts().values() for i in (1, 2)]
     share = sum(counts[0]) / (sum(counts[0]) + sum(counts[1]))
     state = folder.load().state
-    for adapter in model_of(folder.plan, "cpu").adapters():
+    for adapter in get_plan_model(folder.plan, "cpu").adapters():
         shared = share * small[adapter.b] + (1 - share) * whole[adapter.b][:, :2]
         torch.testing.assert_close(state[adapter.b], torch.cat([shared, whole[adapter.b][:, 2:]], dim=1))
 

@@ -10,7 +10,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import Metrics
-from cotune.models.trainable import State, resident
+from cotune.models.trainable import State, get_model
 from cotune.plan.schema import Plan
 from cotune.server.rounds.evaluation import evaluate
 from cotune.server.runs.events import observe_run
@@ -42,7 +42,7 @@ def test_only_what_the_plan_asks_for_is_trained(toy_plan: NewPlan, tmp_path: Pat
 
 def by_itself(plan: Plan, site: Site) -> tuple[State, Metrics]:
     """The oracle: an organization that trains round after round and adds what it learned; no server, no grid, no strategy."""
-    model = resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
+    model = get_model(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
     model.load({})
     state = model.state(model.names("head"))
     for round in range(1, plan.rounds + 1):
@@ -140,7 +140,7 @@ def test_the_shared_model_is_what_the_judge_says_afterwards(toy_plan: NewPlan, t
     """A baseline takes turns with the run on one resident model and must not leave anything of itself in it."""
     folder, prepared = made(toy_plan(rounds=1), tmp_path / "run")
     plan = folder.plan
-    model = resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
+    model = get_model(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
     model.load({})
     start = model.state(model.names("full"))
     run_baselines(folder, prepared)

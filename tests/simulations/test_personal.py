@@ -16,7 +16,7 @@ from cotune.cli.simulate import show
 from cotune.client.site import Site
 from cotune.client.training.extensions import PERSONAL
 from cotune.errors import PlanError
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.reporting.verdict import judge
 from cotune.server.runs.events import observe_run
@@ -54,7 +54,7 @@ def test_every_organization_has_a_model_and_the_run_has_none(finished: Run) -> N
 def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Run) -> None:
     folder = RunFolder(finished.folder)
     state = folder.load().state
-    model = model_of(folder.plan, "cpu")
+    model = get_plan_model(folder.plan, "cpu")
     assert all(".lora_A." in name for name in state)
     model.load({})
     base = {name: p.detach().clone() for name, p in model.parameters()}

@@ -16,7 +16,7 @@ from transformers import AutoModel, ResNetConfig, pipeline
 from cotune.client.site import Site
 from cotune.errors import CotuneError, ModelError, PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
@@ -209,7 +209,8 @@ def test_a_fine_tuned_model_goes_on_with_its_head(toy_plan: NewPlan, tmp_path: P
     other = {"model": base, "labels": ["so", "good", "bad"]}
     assert prepare(toy_plan(model=base)).plan.labels == tuple(first.summary["labels"])
     weights = [
-        model_of(prepare(toy_plan(**changes)).plan, "cpu").state(["classifier.weight"]) for changes in ({"model": base}, other)
+        get_plan_model(prepare(toy_plan(**changes)).plan, "cpu").state(["classifier.weight"])
+        for changes in ({"model": base}, other)
     ]
     kept = load_file(first.folder / "model" / "model.safetensors")["classifier.weight"]
     assert torch.equal(weights[0]["classifier.weight"], kept)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cotune.data.dataset import Dataset
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.server.rounds.evaluation import predict
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import Prepared, prepare
@@ -36,7 +36,7 @@ def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> Non
         states = {"federated": folder.load().state}
         states["alone"] = RunFolder(result.folder / "baselines" / "alone" / share.name).load().state
         for column, state in states.items():
-            told = predict(model_of(folder.plan, "cpu"), state, own, "auto")
+            told = predict(get_plan_model(folder.plan, "cpu"), state, own, "auto")
             right = sum(t == n for t, n in zip(own.truth, told, strict=True))
             assert said["own"][column]["accuracy"] == pytest.approx(right / len(own))
             low, high = said["own"][column]["accuracy_interval"]

@@ -9,10 +9,10 @@ from typing import Any
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig
-from cotune.data.dataset import write_holdings
+from cotune.data.dataset import write_manifest
 from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of, shared_names
+from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 
@@ -39,7 +39,7 @@ def make_site(
     folder: Path, records: Path, rows: Sequence[int], policy: Policy, *, name: str = "clinic", simulated: bool = False
 ) -> Site:
     """Write the site of an organization that holds these rows of the records."""
-    write_holdings(folder / "data.json", DataConfig(source=str(records)), [(None, list(rows))])
+    write_manifest(folder / "data.json", DataConfig(source=str(records)), [(None, list(rows))])
     described = SiteFile(organization=name, simulated=simulated, device="cpu")
     (folder / "site.json").write_text(described.model_dump_json())
     (folder / "policy.toml").write_text(dump_policy(policy))
@@ -48,7 +48,7 @@ def make_site(
 
 def state_of(plan: Plan, round: int = 1) -> State:
     """Return what the server sends at the start: the parameters of all stages up to a round, as in the base model."""
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     names: dict[str, None] = {}
     for number in range(1, round + 1):

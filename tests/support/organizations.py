@@ -11,7 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.flower.inprocess_grid import InProcessGrid
-from cotune.models.trainable import TrainableModel, resident
+from cotune.models.trainable import TrainableModel, get_model
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
 from cotune.protocol.signatures import detach
@@ -22,7 +22,7 @@ Answer = Callable[[Request], Update | RecordDict]  # how an organization answers
 
 
 def model_of(plan: Plan) -> TrainableModel:
-    return resident(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
+    return get_model(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
 
 
 def federation(

@@ -14,7 +14,7 @@ from cotune.client.personalization.adaptation import OwnRecords, adapt, build_ow
 from cotune.errors import DataError
 from cotune.models.config import ModelConfig
 from cotune.models.head_fit import fit_head, head_scores
-from cotune.models.trainable import State, TrainableModel, resident
+from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.tables import PersonalizeConfig
 
 POINTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -23,7 +23,7 @@ POINTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def model(base_model: Callable[[str], Path]) -> TrainableModel:
     config = ModelConfig(base=str(base_model("bert")), max_length=16, pooling="mean")
-    return resident(config, ("bad", "good", "so"), None, 7, "cpu")
+    return get_model(config, ("bad", "good", "so"), None, 7, "cpu")
 
 
 def records(count: int, seed: int = 0, mix: tuple[float, ...] = (1, 1, 1)) -> OwnRecords:

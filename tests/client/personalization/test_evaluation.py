@@ -18,13 +18,13 @@ from cotune.client.personalization import evaluation as own_model
 from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Dataset, write_holdings
+from cotune.data.dataset import Dataset, write_manifest
 from cotune.data.record_files import read_records
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.encoding import encoded_features
 from cotune.models.head_fit import head_scores
 from cotune.models.trainable import State
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import Request
 from cotune.server.rounds.evaluation import evaluate
@@ -175,7 +175,7 @@ def test_new_records_judge_what_all_own_ones_were_fitted_to(received: tuple[Plan
     found = evaluate_site(site, Dataset(((records, np.arange(12)),), plan.labels, lenient=True))
     assert (found["fitted_to"], found["records"], found["seen_by_received"]) == (60, 12, False)
     assert found["columns"]["majority"]["accuracy"] == pytest.approx(1 / 3)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load(state)
     held = Dataset(((records, np.arange(12)),), plan.labels)
     assert found["columns"]["received"]["accuracy"] == pytest.approx(evaluate(model, state, held, "auto").accuracy)
@@ -204,7 +204,7 @@ def test_a_model_of_tags_is_adapted_word_by_word(
     tags = write_tagged(tmp_path / "tags.jsonl", 60)
     plan = make_plan(task="token-classification", labels=[*sorted(TAGS.values()), "O"])
     site = make_site()
-    write_holdings(site.folder / "data.json", DataConfig(source=str(tags)), [(None, list(range(60)))], plan.task)
+    write_manifest(site.folder / "data.json", DataConfig(source=str(tags)), [(None, list(range(60)))], plan.task)
     receive(plan, site, drawn(state_for(plan)))
     found = evaluate_site(site)
     assert found["fitted_to"] + found["records"] == 60  # sentences, not words
@@ -225,7 +225,7 @@ def test_records_that_are_all_alike_cannot_both_train_and_judge(
     two = write_csv(tmp_path / "two.csv", [("great table", "good"), ("awful road", "bad")] * 30)
     plan = make_plan()
     site = make_site()
-    write_holdings(site.folder / "data.json", DataConfig(source=str(two)), [(None, list(range(60)))])
+    write_manifest(site.folder / "data.json", DataConfig(source=str(two)), [(None, list(range(60)))])
     receive(plan, site, state_for(plan))
     with pytest.raises(DataError):
         evaluate_site(site)

@@ -28,7 +28,7 @@ from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
@@ -120,8 +120,8 @@ def everything(plan: Plan) -> Dataset:
 
 def prepared(plan: Plan) -> tuple[TrainableModel, list[nn.Parameter], TrainingSetup]:
     """The stage's setting at a client, with the parameters away from where they start: a B of zero would hide what A gets."""
-    model = model_of(plan, "cpu")
-    stage = plan.stage_of(1)
+    model = get_plan_model(plan, "cpu")
+    stage = plan.get_stage(1)
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     model.load({})
     generator = torch.Generator().manual_seed(5)
@@ -173,7 +173,7 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, family: 
     _, _, given = prepared(plan)
     assert isinstance(plan.privacy, RecordPrivacy)
     assert check_gradients(given, plan.privacy, mode) < 1e-5
-    check_stages(plan, model_of(plan, "cpu"))
+    check_stages(plan, get_plan_model(plan, "cpu"))
 
 
 def test_gradients_are_checked_once_for_all_that_decides_them(new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_gradients_are_checked_once_for_all_that_decides_them(new_plan: MakePlan
     check = setting.check_gradients
     monkeypatch.setattr(setting, "check_gradients", lambda *given: (checked.append(given[2]), check(*given))[1])
     plan = new_plan("bert", "sequence-classification", train="head")
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     alike = [plan, plan.model_copy(update={"rounds": 9}), plan.model_copy(update={"test_fraction": 0.4})]
     for each in (*alike, *alike):
         check_stages(each, model)
@@ -247,7 +247,7 @@ def test_a_weight_of_no_class_is_refused_before_the_run(new_plan: MakePlan) -> N
     plan = new_plan("bert", "sequence-classification", class_weights={"god": 2.0}, labels=())
     resolved = plan.model_copy(update={"labels": CLASSES["sequence-classification"]})
     with pytest.raises(PlanError, match="'god'"):
-        check_stages(resolved, model_of(resolved, "cpu"))
+        check_stages(resolved, get_plan_model(resolved, "cpu"))
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -298,17 +298,17 @@ def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, mon
         return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
 
     monkeypatch.setattr(setting, "example_losses", over_the_batch)
-    monkeypatch.setattr(feature_rows, "losses_of", over_its_words)
+    monkeypatch.setattr(feature_rows, "losses_from_scores", over_its_words)
     plan = new_plan("bert", "token-classification", train=mode)
     with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
-        check_stages(plan, model_of(plan, "cpu"))
-    check_stages(plan.model_copy(update={"privacy": "none"}), model_of(plan, "cpu"))
+        check_stages(plan, get_plan_model(plan, "cpu"))
+    check_stages(plan.model_copy(update={"privacy": "none"}), get_plan_model(plan, "cpu"))
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_parameter_used_outside_its_module_is_refused(new_plan: MakePlan, mode: str) -> None:
     plan = new_plan("vit", "image-classification", train=mode)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     whole: Any = model.module
     plain = whole.forward
 
@@ -325,7 +325,7 @@ def test_a_parameter_used_outside_its_module_is_refused(new_plan: MakePlan, mode
 def test_what_opacus_refuses_is_refused_in_a_sentence(new_plan: MakePlan) -> None:
     """A parameter that takes no part in the forward pass."""
     plan = new_plan("bert", "token-classification", train="full")
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.module.add_module("unused", nn.Linear(3, 3))
     with pytest.raises(PrivacyError, match="train = full") as error:
         check_stages(plan, model)
@@ -335,7 +335,7 @@ def test_what_opacus_refuses_is_refused_in_a_sentence(new_plan: MakePlan) -> Non
 def test_adapters_on_more_layers_than_there_are_are_refused(new_plan: MakePlan) -> None:
     plan = new_plan("bert", "token-classification", train="lora", lora={"layers": 3})
     with pytest.raises(ModelError, match=r"lora\.layers = 3, but the modules to adapt lie in 2 layers"):
-        model_of(plan, "cpu")
+        get_plan_model(plan, "cpu")
 
 
 def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> None:
@@ -344,7 +344,7 @@ def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> N
     with pytest.raises(
         DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
     ):
-        build_setup(tokens, tokens.stage_of(1), model_of(tokens, "cpu"), everything(texts), {}, "clinic", expected_batch=4)
+        build_setup(tokens, tokens.get_stage(1), get_plan_model(tokens, "cpu"), everything(texts), {}, "clinic", expected_batch=4)
 
 
 # --- what is told of records counts records

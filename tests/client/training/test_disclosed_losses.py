@@ -21,7 +21,7 @@ from cotune.data.tasks.text import collator
 from cotune.errors import Declined, RunError
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
@@ -43,7 +43,7 @@ def unprotected(site: Site) -> list[str]:
 
 def losses(plan: Plan, site: Site, state: State) -> torch.Tensor:
     """Of every record under the received model, from the whole model at once."""
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load(state)
     batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.holdings(plan.labels), model))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_clipped_loss_sum_changes_by_the_ceiling_at_most(make_plan: MakePlan, ma
     """Also one whose loss is not a number, or endless."""
     plan = make_plan(strategy=WEIGHTED)
     site = make_site()
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     state = state_for(plan)
     model.load(state)
     setting = training.build_setup(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)

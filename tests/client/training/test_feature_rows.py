@@ -18,7 +18,7 @@ from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.per_example import per_example
 
@@ -44,8 +44,8 @@ def plan(base_model: Callable[[str], Path], tmp_path: Path) -> Plan:
 
 def both(plan: Plan) -> tuple[TrainableModel, TrainingSetup, TrainingSetup]:
     """(model, its setting on features, its setting on examples) of the same records."""
-    model = model_of(plan, "cpu")
-    stage = plan.stage_of(1)
+    model = get_plan_model(plan, "cpu")
+    stage = plan.get_stage(1)
     model.load({})
     model.train_only(model.names("head"))
     records = read_records(plan.data, task=plan.task)

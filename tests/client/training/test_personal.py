@@ -13,7 +13,7 @@ from cotune.client.training.extensions import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import RunError
 from cotune.models.trainable import State
-from cotune.plan.parameters import model_of, shared_names, trained_names
+from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.strategies.types import apply_delta
 
@@ -28,7 +28,7 @@ def plan_of(make_plan: MakePlan, keep: str = "b", **tables: Any) -> Plan:
 
 
 def base_state(plan: Plan) -> State:
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     return model.state(shared_names(plan, model, 1))
 
@@ -38,7 +38,7 @@ def test_a_travels_and_the_rest_stays(make_plan: MakePlan, make_site: MakeSite, 
     plan = plan_of(make_plan, privacy=privacy)
     site = make_site()
     update = train_round(plan, site, 1, base_state(plan))
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     assert update.delta
     assert all(".lora_A." in name for name in update.delta)
     kept = site.recall(plan.plan_id, 1, PERSONAL)
@@ -114,7 +114,7 @@ def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> Non
 def test_where_everything_is_shared_nothing_is_kept(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = plan_of(make_plan, "nothing")
     site = make_site()
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     train_round(plan, site, 1, model.state(trained_names(plan, model, 1)))
     assert not (site.folder / "kept").exists()

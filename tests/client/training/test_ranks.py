@@ -14,7 +14,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import model_of, trained_names
+from cotune.plan.parameters import get_plan_model, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.policy import Policy
@@ -33,7 +33,7 @@ def plan_of(make_plan: MakePlan, factors: str = "ab", **tables: Any) -> Plan:
 
 def state_of(plan: Plan, round: int = 1) -> State:
     """What is trained, with a B that is not 0, as after a few rounds."""
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     rng = torch.Generator().manual_seed(0)
     state = model.state(trained_names(plan, model, round))
@@ -48,12 +48,12 @@ def trained(
     state = state_of(plan, round)
     site = make_site(at=f"rank-{rank}", policy=Policy.permissive(rank=rank))
     update = train_round(plan, site, round, state)
-    return model_of(plan, "cpu"), state, update.delta
+    return get_plan_model(plan, "cpu"), state, update.delta
 
 
 def frozen_a(plan: Plan) -> State:
     """Every A as it was drawn."""
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load({})
     return model.state(adapter.a for adapter in model.adapters())
 
@@ -121,7 +121,7 @@ def test_a_rank_like_the_plans_or_larger_changes_nothing(make_plan: MakePlan, ma
 def test_other_stages_are_trained_whole(make_plan: MakePlan, make_site: MakeSite) -> None:
     stages = [{"mode": "lora", "rounds": 1}, {"mode": "full", "rounds": 1}]
     plan = make_plan(train=stages, lora={"rank": 8, "smaller_ranks": True})
-    model: TrainableModel = model_of(plan, "cpu")
+    model: TrainableModel = get_plan_model(plan, "cpu")
     model.load({})
     state = model.state([*model.names("lora"), *model.names("full")])
     state = {n: torch.ones_like(t) if ".lora_B." in n else t for n, t in state.items()}

@@ -28,9 +28,9 @@ from cotune.data.tasks.text import collator
 from cotune.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
-from cotune.models.trainable import State, TrainableModel, resident
+from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.local_training import LocalTraining
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
@@ -54,7 +54,7 @@ STAGES = [
 
 
 def resident_model(plan: Plan) -> TrainableModel:
-    return model_of(plan, "cpu")
+    return get_plan_model(plan, "cpu")
 
 
 def everything(plan: Plan, state: State) -> State:
@@ -88,7 +88,7 @@ def test_a_round_is_reproducible_to_the_bit(make_plan: MakePlan, make_site: Make
     torch.manual_seed(99)
     resident_model(plan).load({})
     other = train_round(plan, make_site("bank", at="three"), 1, state)  # its batches are others
-    resident.cache_clear()
+    get_model.cache_clear()
     again = train_round(plan, make_site(at="two"), 1, state)
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})

@@ -8,7 +8,7 @@ import torch
 from cotune.client.training.setup import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 
@@ -18,7 +18,7 @@ SECOND = StepReport(2, 4, 0.7)
 
 @pytest.fixture
 def model(make_plan: Callable[..., Plan]) -> TrainableModel:
-    return model_of(make_plan(train="lora"), "cpu")
+    return get_plan_model(make_plan(train="lora"), "cpu")
 
 
 def guard(model: TrainableModel, *, noise: bool = True) -> SanityChecks:

@@ -17,7 +17,7 @@ from cotune.data.tasks.text import collator
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import gram_layers, model_of, statistic_shapes, trained_names
+from cotune.plan.parameters import get_plan_model, gram_layers, statistic_shapes, trained_names
 from cotune.plan.schema import Plan
 from cotune.protocol.messages import decode_update, encode_update
 from cotune.strategies.types import Update, apply_delta
@@ -31,7 +31,7 @@ StateFor = Callable[..., State]
 def trained(plan: Plan, site: Site, state: State) -> tuple[Update, TrainableModel, list[dict[str, Tensor]]]:
     """A round's update, the model as it was after training, and the records one by one."""
     update = train_round(plan, site, 1, state)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     model.load(apply_delta(state, update.delta))
     collate = collator(model.module, model.loaded.reader, model.device)
     return update, model, [collate([example]) for example in encoded_examples(site.holdings(plan.labels), model)]
@@ -97,7 +97,7 @@ def test_they_are_what_the_server_expects_and_travel_as_they_are(
     site = make_site()
     state = state_for(plan)
     update = train_round(plan, site, 1, state)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     assert {name: tuple(t.shape) for name, t in update.statistics.items()} == statistic_shapes(
         plan, model, trained_names(plan, model, 1)
     )
@@ -112,7 +112,7 @@ def test_they_are_what_the_server_expects_and_travel_as_they_are(
 def test_the_model_is_left_without_hooks(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, tmp_path: Path) -> None:
     plan = make_plan(strategy={"fusion": "regmean"})
     train_round(plan, make_site(), 1, state_for(plan))
-    assert not any(layer._forward_pre_hooks for layer in model_of(plan, "cpu").module.modules())
+    assert not any(layer._forward_pre_hooks for layer in get_plan_model(plan, "cpu").module.modules())
     assert json.loads(plan.canonical())["strategy"]["sends"] == ["gram"]
 
 

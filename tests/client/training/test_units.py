@@ -11,7 +11,7 @@ from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
-from cotune.data.dataset import write_holdings
+from cotune.data.dataset import write_manifest
 from cotune.errors import DataError, Declined, PrivacyError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
@@ -34,7 +34,7 @@ def site(make_site: Callable[..., Site], records: Path, tmp_path: Path) -> Site:
     )
     made = make_site()
     config = DataConfig(source=str(file), unit="pid")
-    write_holdings(made.folder / "data.json", config, [(None, list(range(EXAMPLES)))])
+    write_manifest(made.folder / "data.json", config, [(None, list(range(EXAMPLES)))])
     return made
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.data.readers.json_reader import elements
+from cotune.data.readers.json_reader import iterate_elements
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
@@ -16,7 +16,7 @@ values = st.recursive(
 @given(st.lists(values), st.sampled_from([None, 0, 3]), st.booleans())
 def test_a_list_is_read_as_json_reads_it(found: list[object], indent: int | None, plain: bool) -> None:
     text = f" \n{json.dumps(found, indent=indent, ensure_ascii=plain)} "
-    assert list(elements(text, int)) == found
+    assert list(iterate_elements(text, int)) == found
 
 
 @given(st.lists(values, max_size=3), st.integers(0, 3), st.text(max_size=5))
@@ -26,10 +26,10 @@ def test_what_is_nested_too_deep_is_none_and_the_others_are_as_they_were(found: 
     texts.insert(place, deep)
     expected = list(found)
     expected.insert(place, None)
-    assert list(elements("[" + ",".join(texts) + "]", int)) == expected
+    assert list(iterate_elements("[" + ",".join(texts) + "]", int)) == expected
 
 
 @pytest.mark.parametrize("text", ["[1 2]", "[1,", "[" * 20_000, "["])
 def test_what_is_no_list_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
-        list(elements(text, int))
+        list(iterate_elements(text, int))

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image as Pillow
 
-from cotune.data.readers.images import opened
+from cotune.data.readers.images import open_image
 from cotune.data.tasks.image_processor import ImageProcessor
 from cotune.errors import DataError, ModelError
 from tests.support.tiny_models import PROCESSOR
@@ -35,45 +35,45 @@ def encoded(image: Pillow.Image, kind: str, **options: Any) -> bytes:
 
 def test_png_and_jpeg_are_opened() -> None:
     image = noise(9, 7)
-    assert np.array_equal(np.asarray(opened(encoded(image, "PNG")).pixels()), np.asarray(image))
-    assert opened(encoded(image, "JPEG")).pixels().size == (9, 7)
+    assert np.array_equal(np.asarray(open_image(encoded(image, "PNG")).pixels()), np.asarray(image))
+    assert open_image(encoded(image, "JPEG")).pixels().size == (9, 7)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
 def test_other_modes_are_read_as_rgb(mode: str) -> None:
-    assert opened(encoded(noise(5, 5).convert(mode), "PNG")).pixels().mode == "RGB"
+    assert open_image(encoded(noise(5, 5).convert(mode), "PNG")).pixels().mode == "RGB"
 
 
 def test_a_turned_photograph_is_turned_back() -> None:
     exif = Pillow.Exif()
     exif[0x0112] = 6
-    assert opened(encoded(noise(9, 7), "JPEG", exif=exif)).pixels().size == (7, 9)
+    assert open_image(encoded(noise(9, 7), "JPEG", exif=exif)).pixels().size == (7, 9)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"])
 def test_other_formats_are_refused(kind: str) -> None:
     with pytest.raises(DataError, match="neither PNG nor JPEG"):
-        opened(encoded(noise(16, 16), kind))
+        open_image(encoded(noise(16, 16), kind))
 
 
 def test_what_is_no_image_is_refused() -> None:
     for raw in (b"", b"no image", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7", b"\xff\xd8\xff"):
         with pytest.raises(DataError):
-            opened(raw)
+            open_image(raw)
 
 
 def test_a_cut_off_file_is_refused() -> None:
     for kind in ("PNG", "JPEG"):
         raw = encoded(noise(64, 64), kind)
         with pytest.raises(DataError, match="damaged or too large"):
-            opened(raw[: len(raw) // 2])
+            open_image(raw[: len(raw) // 2])
 
 
 def test_sixteen_bits_per_channel_are_refused() -> None:
     """Pillow would cut all values off at 255."""
     deep = Pillow.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     with pytest.raises(DataError, match="more than 8 bits per channel"):
-        opened(encoded(deep, "PNG"))
+        open_image(encoded(deep, "PNG"))
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -91,13 +91,13 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(size: tuple[int
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match="pixels|too large"):
-            opened(bomb(*size))
+            open_image(bomb(*size))
 
 
 def test_a_file_that_changes_while_it_is_used_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     noise(8, 8).save(file)
-    image = opened(file)
+    image = open_image(file)
     image.pixels()
     noise(8, 8, seed=1).save(file)
     with pytest.raises(DataError, match="an image file was changed while it was in use"):

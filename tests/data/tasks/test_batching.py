@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cotune.data.readers.images import Image
 from cotune.data.tasks.batching import LENGTHS, bucket_of_length, fixed_batches
-from cotune.data.tasks.task import example_losses, logits, task_named
+from cotune.data.tasks.task import example_losses, get_task, logits
 from cotune.data.tasks.text import IGNORED
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
@@ -153,7 +153,7 @@ def test_a_token_beyond_the_table_is_a_blank_row(shared: Make) -> None:
 
 def test_an_image_that_cannot_be_decoded_is_a_blank_row(base_model: Callable[[str], Path]) -> None:
     loaded = load_model(ModelConfig(base=str(base_model("vit"))), ("a", "b"), 1, "image-classification")
-    task = task_named("image-classification")
+    task = get_task("image-classification")
     fine = task.samples(loaded.reader)[1]
     gone = {"image": Image(b"", Path("/nowhere.png")), "labels": 1}
     batch = task.collator(loaded.module, loaded.reader, torch.device("cpu"))([gone, fine], 1, 4)

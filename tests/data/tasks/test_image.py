@@ -18,19 +18,19 @@ from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
 from cotune.data.record_files import organization_files, read_records
 from cotune.data.records import Records
-from cotune.data.tasks.task import logits, task_named
+from cotune.data.tasks.task import get_task, logits
 from cotune.errors import DataError, ModelError, PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.feature_head import feature_head
-from cotune.models.features import features_of
+from cotune.models.features import get_features
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from tests.support.datasets import COLORS, write_images
 from tests.support.tiny_models import PROCESSOR
 
-TASK = task_named("image-classification")
+TASK = get_task("image-classification")
 LABELS = tuple(COLORS)
 
 
@@ -79,9 +79,9 @@ def test_images_as_hugging_face_keeps_them(images: Path, tmp_path: Path) -> None
 
 
 def opened_as(file: Path) -> Image:
-    from cotune.data.readers.images import opened
+    from cotune.data.readers.images import open_image
 
-    return opened(file)
+    return open_image(file)
 
 
 def test_the_column_has_a_name(images: Path) -> None:
@@ -158,7 +158,7 @@ def test_the_head_on_features_gives_the_models_logits(
     model.load(state)
     head = feature_head(model)
     assert head is not None
-    vectors = features_of(model, inputs, state, "float32")
+    vectors = get_features(model, inputs, state, "float32")
     collate = TASK.collator(model.module, model.loaded.reader, model.device)
     rows = TASK.examples(model.loaded.reader, 0, inputs, [0] * 9)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_the_head_on_features_gives_the_models_logits(
         torch.testing.assert_close(head(vectors).logits, whole, atol=1e-4, rtol=1e-4)
     assert len({tuple(row) for row in whole.tolist()}) == 9
     again = [8, 0, 3]
-    assert torch.equal(features_of(model, [inputs[i] for i in again], state, "float32"), vectors[again])
+    assert torch.equal(get_features(model, [inputs[i] for i in again], state, "float32"), vectors[again])
 
 
 def test_the_embeddings_of_a_vit_are_frozen_unless_asked_for(vit: Callable[..., TrainableModel]) -> None:
@@ -228,7 +228,7 @@ def test_a_model_of_images_and_texts_is_trained_with_privacy_or_its_reason_is_to
     """Of the whole encoder some parameters have no part in an answer, and so no gradient of a record."""
     table = {"task": "image-classification", "labels": LABELS, "data": {"source": "x"}, "model": {"base": str(two_halves)}}
     plan = parse_plan({**table, "train": "head"})
-    check_stages(plan, model_of(plan, "cpu"))
+    check_stages(plan, get_plan_model(plan, "cpu"))
     with pytest.raises(PrivacyError, match=r"\(vision_model\..*no part in a prediction"):
         plan = parse_plan({**table, "train": "full"})
-        check_stages(plan, model_of(plan, "cpu"))
+        check_stages(plan, get_plan_model(plan, "cpu"))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from cotune.data.tasks.task import Metrics, example_losses, logits, majority, score
+from cotune.data.tasks.task import Metrics, compute_metrics, example_losses, logits, majority_metrics
 from cotune.data.tasks.text import collator, encode
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel
@@ -21,7 +21,7 @@ ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 
 def test_score_by_hand() -> None:
     """truth 0 0 0 1 1 2, predicted 0 0 1 1 2 1: precision 1, 1/3, 0; recall 2/3, 1/2, 0; F1 4/5, 2/5, 0."""
-    got = score([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 1], 3)
+    got = compute_metrics([0, 0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 1], 3)
     assert astuple(got) == pytest.approx((3 / 6, (1 + 1 / 3) / 3, (2 / 3 + 1 / 2) / 3, (0.8 + 0.4) / 3))
     assert got.as_dict() == pytest.approx({"accuracy": 0.5, "precision": 4 / 9, "recall": 7 / 18, "f1": 0.4})
 
@@ -35,21 +35,21 @@ def test_score_is_that_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
         accuracy_score(truth, predicted),
         *(f(truth, predicted, **options) for f in (precision_score, recall_score, f1_score)),
     )
-    assert astuple(score(truth, predicted, 4)) == pytest.approx(expected)
+    assert astuple(compute_metrics(truth, predicted, 4)) == pytest.approx(expected)
 
 
 def test_a_class_that_never_occurs_counts_as_zero() -> None:
-    assert astuple(score([0, 0], [0, 0], 2)) == pytest.approx((1.0, 0.5, 0.5, 0.5))
+    assert astuple(compute_metrics([0, 0], [0, 0], 2)) == pytest.approx((1.0, 0.5, 0.5, 0.5))
 
 
 def test_majority_answers_the_most_frequent_class_of_the_training_data() -> None:
-    assert majority([2, 2, 1], [1, 1, 2, 0], 3) == score([1, 1, 2, 0], [2, 2, 2, 2], 3)
-    assert majority([2, 2, 1], [1, 1, 2, 0], 3).accuracy == 0.25
-    assert majority([1, 0, 1, 0], [0, 0, 1], 2).accuracy == pytest.approx(2 / 3)  # a tie: the first class
+    assert majority_metrics([2, 2, 1], [1, 1, 2, 0], 3) == compute_metrics([1, 1, 2, 0], [2, 2, 2, 2], 3)
+    assert majority_metrics([2, 2, 1], [1, 1, 2, 0], 3).accuracy == 0.25
+    assert majority_metrics([1, 0, 1, 0], [0, 0, 1], 2).accuracy == pytest.approx(2 / 3)  # a tie: the first class
 
 
 def test_metrics_are_plain_floats() -> None:
-    assert all(type(value) is float for value in astuple(score(np.array([0, 1]), np.array([0, 0]), 2)))
+    assert all(type(value) is float for value in astuple(compute_metrics(np.array([0, 1]), np.array([0, 0]), 2)))
     assert type(Metrics(1, 1, 1, 1).as_dict()) is dict
 
 

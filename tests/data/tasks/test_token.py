@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from cotune.data.config import DataConfig
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
-from cotune.data.tasks.task import example_losses, logits, task_named
+from cotune.data.tasks.task import example_losses, get_task, logits
 from cotune.errors import DataError
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig
@@ -26,7 +26,7 @@ from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES
 
-TASK = task_named("token-classification")
+TASK = get_task("token-classification")
 LABELS = ("B-X", "I-X", "O")
 
 

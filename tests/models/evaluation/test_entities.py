@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.models.evaluation.quality import entities, entity_quality
+from cotune.models.evaluation.quality import entity_quality, find_entities
 
 
 def test_the_example_of_seqeval() -> None:
@@ -35,7 +35,7 @@ def test_the_example_of_seqeval() -> None:
     ],
 )
 def test_tags_by_hand(tags: list[str], expected: list[tuple[str, int, int]]) -> None:
-    assert entities(tags) == expected
+    assert find_entities(tags) == expected
 
 
 @given(st.lists(st.tuples(st.sampled_from(["PER", "LOC"]), st.integers(1, 3), st.integers(0, 2)), max_size=6))
@@ -45,7 +45,7 @@ def test_spans_that_were_written_as_tags_are_found(spans: list[tuple[str, int, i
     for kind, length, gap in spans:
         expected.append((kind, len(tags), len(tags) + length - 1))
         tags += [f"B-{kind}", *[f"I-{kind}"] * (length - 1), *["O"] * gap]
-    assert entities(tags) == expected
+    assert find_entities(tags) == expected
     whole = entity_quality([tags], [tags])["micro"]["f1"]
     assert whole == (1.0 if spans else 0.0)
     assert entity_quality([tags], [["O"] * len(tags)])["micro"]["recall"] == 0.0

@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 from sklearn.metrics import f1_score
 
-from cotune.models.evaluation.intervals import Answers, accuracy_interval, answers_of, f1_interval, paired, wilson
+from cotune.models.evaluation.intervals import (
+    Answers,
+    accuracy_interval,
+    build_answers,
+    compare_paired,
+    f1_interval,
+    wilson_interval,
+)
 
 
 def of(right: list[int], units: list[int] | None = None) -> Answers:
     """Answers of two classes, of which those marked 1 are right."""
-    return answers_of([0] * len(right), [1 - r for r in right], units or range(len(right)), 2)
+    return build_answers([0] * len(right), [1 - r for r in right], units or range(len(right)), 2)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -28,14 +35,14 @@ def test_wilsons_interval_by_its_formula(drawn: tuple[int, int]) -> None:
     middle = p + z * z / (2 * total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     expected = [max(0.0, (middle - half) / (1 + z * z / total)), min(1.0, (middle + half) / (1 + z * z / total))]
-    assert list(wilson(right, total)) == pytest.approx(expected, abs=1e-9)
+    assert list(wilson_interval(right, total)) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 0), (6, 0), (12, 3), (3, 12), (30, 29)])
 def test_mcnemar_is_the_binomial_test_on_those_that_differ(better: int, worse: int) -> None:
     ours = [1] * 40 + [1] * better + [0] * worse
     theirs = [1] * 40 + [0] * better + [1] * worse
-    found = paired(of(ours), of(theirs))
+    found = compare_paired(of(ours), of(theirs))
     decided = better + worse
     assert found.difference == pytest.approx((better - worse) / len(ours))
     p = min(1.0, 2 * sum(math.comb(decided, k) for k in range(max(better, worse), decided + 1)) / 2**decided)
@@ -48,8 +55,8 @@ def test_mcnemar_is_the_binomial_test_on_those_that_differ(better: int, worse: i
 def test_the_answer_turns_with_the_models() -> None:
     good = of([1] * 20)
     bad = of([1] * 10 + [0] * 10)
-    assert (paired(good, bad).answer, paired(bad, good).answer) == ("yes", "no")
-    assert paired(good, good).answer == "too close to tell"
+    assert (compare_paired(good, bad).answer, compare_paired(bad, good).answer) == ("yes", "no")
+    assert compare_paired(good, good).answer == "too close to tell"
 
 
 def test_copies_of_records_prove_nothing_more() -> None:
@@ -57,8 +64,8 @@ def test_copies_of_records_prove_nothing_more() -> None:
     ours = [1] * 7 + [0]
     theirs = [0, 0, 0, 0, 1, 1, 1, 1]
     units = [u for u in range(8) for _ in range(10)]
-    many = paired(of([r for r in ours for _ in range(10)], units), of([r for r in theirs for _ in range(10)], units))
-    naive = paired(of([r for r in ours for _ in range(10)]), of([r for r in theirs for _ in range(10)]))
+    many = compare_paired(of([r for r in ours for _ in range(10)], units), of([r for r in theirs for _ in range(10)], units))
+    naive = compare_paired(of([r for r in ours for _ in range(10)]), of([r for r in theirs for _ in range(10)]))
     assert naive.p < 1e-3 < many.p
     assert many.high - many.low > 2 * (naive.high - naive.low)
     assert many.difference == pytest.approx(naive.difference)
@@ -71,7 +78,9 @@ def test_the_paired_bootstrap_against_every_resample(ours: list[int], theirs: li
     """Few enough units to write all resamples down: so many of them lie beyond the ends as the percentiles say."""
     n = min(len(ours), len(theirs))
     units = [u for u in range(n) for _ in range(2)]
-    found = paired(of([r for r in ours[:n] for _ in range(2)], units), of([r for r in theirs[:n] for _ in range(2)], units))
+    found = compare_paired(
+        of([r for r in ours[:n] for _ in range(2)], units), of([r for r in theirs[:n] for _ in range(2)], units)
+    )
     apart = [o - t for o, t in zip(ours[:n], theirs[:n], strict=True)]
     every = [sum(apart[i] for i in chosen) / n for chosen in itertools.product(range(n), repeat=n)]
     for end, sign in ((found.low, 1), (found.high, -1)):
@@ -87,7 +96,7 @@ def test_the_interval_of_f1_holds_f1_and_shrinks_as_one_over_the_root() -> None:
     def drawn(count: int) -> Answers:
         truth = rng.integers(0, 3, count)
         told = np.where(rng.random(count) < 0.7, truth, rng.integers(0, 3, count))
-        return answers_of(truth.tolist(), told.tolist(), range(count), 3)
+        return build_answers(truth.tolist(), told.tolist(), range(count), 3)
 
     few = drawn(200)
     many = drawn(20_000)
@@ -100,7 +109,7 @@ def test_the_interval_of_f1_holds_f1_and_shrinks_as_one_over_the_root() -> None:
 
 
 def test_an_accuracy_of_units_with_one_answer_has_wilsons_interval() -> None:
-    assert accuracy_interval(of([1, 1, 0, 1])) == wilson(3, 4)
+    assert accuracy_interval(of([1, 1, 0, 1])) == wilson_interval(3, 4)
     low, high = accuracy_interval(of([1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 2, 2]))
     assert 0 <= low < 0.5 < high <= 1
 
@@ -111,5 +120,5 @@ def test_the_size_of_the_test() -> None:
     told = 0
     for _ in range(200):
         ours, theirs = (rng.random(150) < 0.7 for _ in range(2))
-        told += paired(of(ours.astype(int).tolist()), of(theirs.astype(int).tolist())).answer != "too close to tell"
+        told += compare_paired(of(ours.astype(int).tolist()), of(theirs.astype(int).tolist())).answer != "too close to tell"
     assert binomtest(told, 200, 0.05, alternative="greater").pvalue > 1e-3

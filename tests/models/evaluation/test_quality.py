@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import classification_report
 
 from cotune.errors import DataError
-from cotune.models.evaluation.quality import NOT_TOLD, Threshold, calibration, parse_threshold, quality, told_classes
+from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, calibration, parse_threshold, predict_classes, quality
 
 LABELS = ("bad", "good", "so")
 
@@ -46,9 +46,9 @@ def test_calibration_by_hand() -> None:
 
 def test_a_rare_class_is_told_from_its_threshold_on() -> None:
     probabilities = np.array([[0.5, 0.3, 0.2], [0.8, 0.1, 0.1], [0.2, 0.35, 0.45]])
-    assert told_classes(probabilities, LABELS).tolist() == [0, 0, 2]
-    assert told_classes(probabilities, LABELS, Threshold("good", 0.3)).tolist() == [1, 0, 1]
-    assert told_classes(probabilities, LABELS, Threshold("bad", 0.9)).tolist() == [1, 1, 2]  # the best of the others
+    assert predict_classes(probabilities, LABELS).tolist() == [0, 0, 2]
+    assert predict_classes(probabilities, LABELS, Threshold("good", 0.3)).tolist() == [1, 0, 1]
+    assert predict_classes(probabilities, LABELS, Threshold("bad", 0.9)).tolist() == [1, 1, 2]  # the best of the others
     found = of([1, 0, 2], probabilities.tolist(), threshold=Threshold("good", 0.3))
     good = found["classes"][1]  # type: ignore[index]
     assert (good["precision"], good["recall"]) == (0.5, 1.0)
@@ -115,4 +115,4 @@ def test_thresholds_that_are_none(text: str) -> None:
 
 def test_a_threshold_of_a_class_with_an_equals_sign() -> None:
     assert parse_threshold("a=b=0.25", ("a=b", "c")) == Threshold("a=b", 0.25)
-    assert NOT_TOLD not in range(len(LABELS))
+    assert NOT_PREDICTED not in range(len(LABELS))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cotune.data.config import DataConfig
-from cotune.data.dataset import Dataset, DatasetManifest, write_holdings
+from cotune.data.dataset import Dataset, DatasetManifest, write_manifest
 from cotune.models.config import ModelConfig, TrainMode
-from cotune.models.trainable import State, TrainableModel, resident
+from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.server.rounds.evaluation import evaluate
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.matrix import crossed
@@ -24,12 +24,12 @@ def test_set(tmp_path: Path) -> Dataset:
     """70 texts of unequal lengths, which is more than one batch, held in another order than that of their file."""
     source = write_csv(tmp_path / "all.csv", sentences(90, seed=5))
     rows = np.random.default_rng(0).permutation(90)[:70]
-    write_holdings(tmp_path / "test" / "data.json", DataConfig(source=str(source)), [(None, rows)])
+    write_manifest(tmp_path / "test" / "data.json", DataConfig(source=str(source)), [(None, rows)])
     return DatasetManifest.read(tmp_path / "test" / "data.json", LABELS)
 
 
 def shared(folder: Path) -> TrainableModel:
-    return resident(ModelConfig(base=str(folder), max_length=16, precision="float32"), LABELS, None, 1, "cpu")
+    return get_model(ModelConfig(base=str(folder), max_length=16, precision="float32"), LABELS, None, 1, "cpu")
 
 
 def moved(model: TrainableModel, mode: TrainMode, seed: int = 3) -> State:
@@ -88,7 +88,7 @@ TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
 @pytest.mark.parametrize(("kind", "length"), crossed(["bert", "gpt2"], [16, 4]))
 def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_path: Path, kind: str, length: int) -> None:
     """Against the plain model on each text alone; a word that the model's length cuts off is told wrong."""
-    write_holdings(
+    write_manifest(
         tmp_path / "data.json",
         DataConfig(source=str(write_tagged(tmp_path / "tags.jsonl", 70))),
         [(None, np.random.default_rng(0).permutation(70))],
@@ -96,7 +96,7 @@ def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_pat
     )
     test = DatasetManifest.read(tmp_path / "data.json", TAGS)
     config = ModelConfig(base=str(base_model(kind)), max_length=length, precision="float32")
-    model = resident(config, TAGS, None, 1, "cpu", "token-classification")
+    model = get_model(config, TAGS, None, 1, "cpu", "token-classification")
     state = moved(model, "full")
     model.load(state)
     truth = []

@@ -128,14 +128,14 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     import torch
 
     from cotune.data.dataset import Dataset
-    from cotune.plan.parameters import model_of
+    from cotune.plan.parameters import get_plan_model
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
     plan = prepared.plan
     share = prepared.shares[0]
     holdings = Dataset(((prepared.records[None], share.rows),), plan.labels)
-    model = model_of(plan, "cpu")
+    model = get_plan_model(plan, "cpu")
     stage = plan.stages[0]
     model.load({})
     names = model.names(stage.mode)

@@ -32,7 +32,7 @@ from torch.nn import functional
 from cotune.client.site import Site
 from cotune.client.training import round as training
 from cotune.client.training.round import train_round
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
@@ -219,7 +219,7 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
     site = Site(folder / "sites" / "org-1")
     resolved = prepared.plan
     assert resolved.privacy != "none"
-    model = model_of(resolved, "cpu")
+    model = get_plan_model(resolved, "cpu")
     model.load({})
     state = model.state(model.names("head"))
     ran: list[tuple[float, float]] = []

@@ -73,7 +73,7 @@ def test_a_tight_audit_takes_one_step_of_all_records_in_each_stage(toy_plan: New
     stages = [{"mode": "head", "rounds": 3}, {"mode": "lora", "rounds": 2, "local": local}]
     plan = toy_plan(train=stages, privacy=CLAIM, lora={"rank": 2})
     tight = tightened(plan, 77)
-    assert [(s.mode, s.rounds, s.local.sample_rate(77), s.local.steps_of(77)) for s in tight.stages] == [
+    assert [(s.mode, s.rounds, s.local.sample_rate(77), s.local.steps_per_round(77)) for s in tight.stages] == [
         ("head", 1, 1.0, 1),
         ("lora", 1, 1.0, 1),
     ]

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from cotune.errors import DeviceError
-from cotune.simulations.comparison.workers import Room, available_memory
+from cotune.simulations.comparison.workers import WorkerSlots, available_memory
 
 
 def test_the_first_cell_shows_how_many_fit() -> None:
-    room = Room(tasks=10, wanted=None, cores=8, memory=10_000)
+    room = WorkerSlots(tasks=10, wanted=None, cores=8, memory=10_000)
     assert (room.most, room.jobs(), room.threads()) == (8, 1, 1)
     room.saw(1_000)
     assert room.jobs() == 8
@@ -19,22 +19,22 @@ def test_the_first_cell_shows_how_many_fit() -> None:
 
 
 def test_what_was_asked_for_is_done() -> None:
-    room = Room(tasks=10, wanted=3, cores=8, memory=10)
+    room = WorkerSlots(tasks=10, wanted=3, cores=8, memory=10)
     assert (room.most, room.jobs(), room.threads()) == (3, 3, 2)
     room.saw(1_000)
     assert room.jobs() == 3
 
 
 def test_never_more_than_there_is_to_do_and_one_on_a_gpu() -> None:
-    assert Room(tasks=2, wanted=None, cores=8, memory=10).most == 2
-    assert Room(tasks=0, wanted=5, cores=8, memory=10).most == 1
-    gpu = Room(tasks=10, wanted=None, cores=8, memory=10, on_gpu=True)
+    assert WorkerSlots(tasks=2, wanted=None, cores=8, memory=10).most == 2
+    assert WorkerSlots(tasks=0, wanted=5, cores=8, memory=10).most == 1
+    gpu = WorkerSlots(tasks=10, wanted=None, cores=8, memory=10, on_gpu=True)
     assert (gpu.most, gpu.threads()) == (1, 8)
-    assert Room(tasks=10, wanted=2, cores=8, memory=10, on_gpu=True).most == 2
+    assert WorkerSlots(tasks=10, wanted=2, cores=8, memory=10, on_gpu=True).most == 2
 
 
 def test_this_machine() -> None:
     assert 1e6 < available_memory() < 1e15
-    assert Room.here(3, None, "cpu").cores >= 1
+    assert WorkerSlots.here(3, None, "cpu").cores >= 1
     with pytest.raises(DeviceError):
-        Room.here(3, None, "tpu")
+        WorkerSlots.here(3, None, "tpu")

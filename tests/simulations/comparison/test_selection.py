@@ -19,10 +19,10 @@ from cotune.reporting.comparison_statistics import Variation
 from cotune.server.runs.events import observe_run
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.compare import compare
-from cotune.simulations.comparison.grid import cells_of, parse_variation
+from cotune.simulations.comparison.grid import build_grid, parse_variation
 from cotune.simulations.comparison.selected import Selected
 from cotune.simulations.comparison.selection import select
-from cotune.simulations.released_models import divergences, steps_of_folder
+from cotune.simulations.released_models import get_steps_by_organization, max_divergences
 from tests.support.datasets import sentences, write_csv
 from tests.support.processes import Cotune, Moment, kill_at
 
@@ -51,7 +51,7 @@ def drawn(plan: Path, out: Path, draws: list[int], rates: Variation = RATES, mea
     """A selection that was killed right after it had drawn."""
     file = out / "private" / "draws.json"
     file.parent.mkdir(parents=True)
-    digest = Candidates.of(cells_of(plan, [rates], 1, [], "cpu"), mean).digest
+    digest = Candidates.of(build_grid(plan, [rates], 1, [], "cpu"), mean).digest
     file.write_text(json.dumps({"digest": digest, "draws": draws}), encoding="utf-8")
     return file
 
@@ -128,7 +128,7 @@ def test_the_costliest_plan_decides_what_is_stated(private_plan: Path, tmp_path:
     drawn(private_plan, out, [0], epsilons, 10.0)
     found = selected(private_plan, out, epsilons, 10.0)
     assert found.settings == {"privacy.epsilon": "2"}
-    costly = [cell.promise.charges for cell in cells_of(private_plan, [epsilons], 1, [], "cpu")][1]
+    costly = [cell.promise.charges for cell in build_grid(private_plan, [epsilons], 1, [], "cpu")][1]
     accountants = []
     for steps in costly:
         accountant = RdpAccountant(orders=list(range(2, 257)))
@@ -141,9 +141,9 @@ def test_the_costliest_plan_decides_what_is_stated(private_plan: Path, tmp_path:
 
 def test_what_a_run_is_charged_is_what_was_planned(played: tuple[Path, Path]) -> None:
     plan, out = played
-    planned = [cell.promise.charges for cell in cells_of(plan, [RATES], 1, [], "cpu")]
+    planned = [cell.promise.charges for cell in build_grid(plan, [RATES], 1, [], "cpu")]
     for run, draw in zip(sorted((out / "private" / "runs").iterdir()), [1, 0, 2], strict=True):
-        assert divergences(steps_of_folder(run)) == pytest.approx(divergences(planned[draw]))
+        assert max_divergences(get_steps_by_organization(run)) == pytest.approx(max_divergences(planned[draw]))
 
 
 def test_a_run_that_fails_is_a_result_like_any_other(private_plan: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_killed_in_a_run_it_goes_on_from_there(private_plan: Path, cotune: Cotun
 
 def test_an_interrupted_run_that_was_charged_more_raises_the_epsilon(played: tuple[Path, Path]) -> None:
     plan, out = played
-    candidates = Candidates.of(cells_of(plan, [RATES], 1, [], "cpu"), 3.0)
+    candidates = Candidates.of(build_grid(plan, [RATES], 1, [], "cpu"), 3.0)
     runs = sorted((out / "private" / "runs").iterdir())
     planned = candidates.epsilon_selected()
     assert candidates.epsilon_selected(runs) == planned

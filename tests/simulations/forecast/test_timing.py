@@ -13,7 +13,7 @@ from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
 from cotune.models.feature_precision import FEATURE_SLOTS
-from cotune.plan.parameters import model_of
+from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure
 from cotune.simulations.forecast.timing import estimate
@@ -37,13 +37,13 @@ def a_second(work: Callable[[], object]) -> Seconds:
 def counted(plan: Plan) -> float:
     """Seconds of a plan, each batch and each step taking one; without what is waited for beside them."""
     prepared = prepare(plan, "cpu")
-    found = estimate(prepared, model_of(prepared.plan, "cpu"), 0.0, a_second)
+    found = estimate(prepared, get_plan_model(prepared.plan, "cpu"), 0.0, a_second)
     return found.low
 
 
 def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
     """Of all records, as they are really made."""
-    model = model_of(prepared.plan, "cpu")
+    model = get_plan_model(prepared.plan, "cpu")
     total = 0
     for records in prepared.records.values():
         examples = encoded_examples(Dataset(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def test_judging_and_batches_of_steps_are_counted_where_the_encoder_is_trained(t
     local = {"steps": 2, "batch_size": 64, "physical_batch_size": 8}
     changes = {"train": "full", "local": local, "simulation": simulation(), "privacy": {"epsilon": 8.0}}
     prepared = prepare(toy_plan(**changes), "cpu")
-    model = model_of(prepared.plan, "cpu")
+    model = get_plan_model(prepared.plan, "cpu")
     passes = list[int]()
     encoder = getattr(model.module, model.module.base_model_prefix)
 
@@ -102,7 +102,7 @@ def test_judging_and_batches_of_steps_are_counted_where_the_encoder_is_trained(t
 
 def test_what_was_spent_before_is_spent_again(toy_plan: NewPlan) -> None:
     prepared = prepare(toy_plan(simulation=simulation()), "cpu")
-    model = model_of(prepared.plan, "cpu")
+    model = get_plan_model(prepared.plan, "cpu")
     none, ten = (estimate(prepared, model, spent, a_second) for spent in (0.0, 10.0))
     assert ten.low - none.low == pytest.approx(10.0)
 
@@ -110,7 +110,7 @@ def test_what_was_spent_before_is_spent_again(toy_plan: NewPlan) -> None:
 def test_measuring_leaves_the_model_as_it_came(toy_plan: NewPlan) -> None:
     for changes in ({"train": "full"}, {"train": "head"}, {"train": "lora"}):
         prepared = prepare(toy_plan(**changes, privacy={"epsilon": 8.0}), "cpu")
-        model = model_of(prepared.plan, "cpu")
+        model = get_plan_model(prepared.plan, "cpu")
         model.load({})
         before = {name: parameter.detach().clone() for name, parameter in model.parameters()}
         found = estimate(prepared, model, 0.0)
@@ -156,7 +156,7 @@ def test_what_ran_first_is_no_measure_unless_it_takes_very_long(lasting: list[fl
 def test_batches_that_are_measured_are_of_one_length_each(toy_plan: NewPlan) -> None:
     """So that none pays for another's padding; the shortest and the longest are among them."""
     prepared = prepare(toy_plan(), "cpu")
-    model = model_of(prepared.plan, "cpu")
+    model = get_plan_model(prepared.plan, "cpu")
     ((file, records),) = prepared.records.items()
     sample = Dataset(((records, range(len(records))),), prepared.plan.labels)  # type: ignore[arg-type]
     watch = Stopwatch(prepared.plan, model, sample, a_second)

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel
 
-from cotune.models.lora import adapters_of
+from cotune.models.lora import get_adapters
 from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import get_builtin_components
 from cotune.strategies.types import RoundContext, Update
@@ -43,7 +43,7 @@ def organizations(folder: Path, kind: str) -> Any:
 def next_state(model: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(the received state, the next one) by the fusion `name`."""
     own = {n.replace(".base_layer.", "."): p.detach() for n, p in model.base_model.model.named_parameters()}
-    adapters = adapters_of(model.base_model.model)
+    adapters = get_adapters(model.base_model.model)
     state = {n: own[n] for adapter in adapters for n in (adapter.a, adapter.b, adapter.weight)}
     driver = Aggregator(
         (get_builtin_components("weighting")["examples"], {"cap": 0}),
@@ -68,7 +68,7 @@ def test_peft_agrees(base_model: Callable[[str], Path], kind: str, fusion: str, 
     shares = [count / sum(COUNTS) for count in COUNTS]
     model.add_weighted_adapter([str(i) for i in range(3)], shares, "merged", combination_type=combination, svd_rank=RANK)
     state, new = next_state(model, fusion)
-    adapters = adapters_of(model.base_model.model)
+    adapters = get_adapters(model.base_model.model)
     assert len(adapters) == 2 * len(TARGETS[kind])
     for adapter in adapters:
         expected = layers[adapter.weight.removesuffix(".weight")].get_delta_weight("merged").double()
