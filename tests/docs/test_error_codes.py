@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS_WITHOUT_CODES = {"client", "flower", "privacy", "protocol", "server", "storage", "strategies"}  # to be empty
+ROOMS_WITHOUT_CODES = {"flower", "privacy", "protocol", "server", "strategies"}  # to be empty
 
 
 def load_script() -> ModuleType:
