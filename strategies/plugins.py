@@ -73,7 +73,8 @@ def load_installed(kind: Kind, name: str) -> ComponentInfo:
     except Exception as error:
         raise PlanError(
             f'the {get_kind_label(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be'
-            f" loaded ({type(error).__name__}: {error}): mend or remove the package"
+            f" loaded ({type(error).__name__}: {error}): mend or remove the package",
+            code="plan.unusable_component",
         ) from error
     return component_from(kind, name, value)
 
@@ -169,7 +170,10 @@ def component_from(kind: Kind, name: str, value: Any) -> ComponentInfo:
     info = getattr(value, "component", None)
     if isinstance(info, ComponentInfo):
         if info.kind != kind:
-            raise PlanError(f'"{name}" is a {get_kind_label(info.kind)}: expected a {get_kind_label(kind)} in its place')
+            raise PlanError(
+                f'"{name}" is a {get_kind_label(info.kind)}: expected a {get_kind_label(kind)} in its place',
+                code="plan.wrong_component_kind",
+            )
         return info
     if kind == "fusion" and inspect.isclass(value):
         from cotune.strategies.flower import build_flower_component, is_flower_class

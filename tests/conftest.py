@@ -12,6 +12,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from cotune.worker_process import WorkerProcess
 from tests.support.datasets import sentences, write_csv
@@ -20,6 +21,8 @@ from tests.support.tiny_models import base_model
 
 __all__ = ["base_model"]  # fixtures
 
+settings.register_profile("cotune", deadline=None)  # how long an example takes says something of the machine
+settings.load_profile("cotune")
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not

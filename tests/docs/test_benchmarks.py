@@ -68,6 +68,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", all_benchmarks(), ids=lambda file: file.stem)
 def test_benchmark_runs_in_its_smallest_form(file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTUNE_CACHE", str(cache))
