@@ -93,11 +93,11 @@ def test_too_many_bytes(folder: Path, upstream: Upstream) -> None:
 )
 def test_a_reason_is_shown_as_one_short_line_whatever_it_is(status: int, detail: object) -> None:
     """The server is not trusted, and the reason goes to the organization's terminal."""
-    shown = str(fleet._fault(httpx.Response(status, content=json.dumps({"detail": detail}))))
+    shown = str(fleet._build_error(httpx.Response(status, content=json.dumps({"detail": detail}))))
     assert shown.isprintable()
     assert len(shown) < 600
 
 
 @pytest.mark.parametrize("make", [lambda: b"", lambda: b"[" * 100_000, lambda: b"\xff", lambda: b"5"])
 def test_an_answer_that_is_no_reason_is_told_by_its_status(make: Callable[[], bytes]) -> None:
-    assert "status 400" in str(fleet._fault(httpx.Response(400, content=make())))
+    assert "status 400" in str(fleet._build_error(httpx.Response(400, content=make())))

@@ -164,7 +164,7 @@ def test_neither_does_what_it_imports() -> None:
     """In a process of its own: what it loads of cotune is itself and the errors; no torch, no transformers."""
     program = "import sys, cotune.server.proxy.server; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    packages = {"cotune", "cotune.server", "cotune.server.proxy", "cotune.models"}
+    packages = {"cotune", "cotune.lazy_names", "cotune.server", "cotune.server.proxy"}  # by which Python gets there
     theirs = {name for name in loaded if name.partition(".")[0] == "cotune" and not name.startswith("cotune.server.proxy.")}
     assert theirs <= packages | OF_THE_REST
     assert not {"flwr", "torch", "transformers", "opacus"} & set(loaded)
