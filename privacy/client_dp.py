@@ -131,8 +131,8 @@ class PrivateMean:
 
     Q rounds each update to the grid of `mechanisms.noise`, on which the sum is exact and the noise lies too, so that low bits
     reveal nothing. Guarantee: adding or removing one update changes the sum by C at most, whatever it holds and whatever number
-    of examples it declares; `result` and `unclipped` are the noised sums over K. Every parameter of `shapes` gets noise, whoever
-    sent it.
+    of examples it declares; `result` and `unclipped` are the noised sums over K. Every parameter of `shapes` gets
+    noise, no matter who sent it.
 
     Args:
         shapes: The shared parameters.

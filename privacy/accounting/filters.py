@@ -122,7 +122,7 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
     One run: the PLD accountant. Several: the Rényi filter for that limit, see the module's docstring; both at δ/2.
 
     Guarantee: if every charge is made only when this, with the charge, is at most `limit`, then everything that is ever released
-    is (limit, delta)-differentially private, even if whoever chose the plans saw all answers before.
+    is (limit, delta)-differentially private, even if the plans were chosen after seeing all answers before.
 
     Args:
         runs: Run id -> its charges. Runs without steps count for nothing.

@@ -73,7 +73,7 @@ RoundOfUpdate = tuple[int, str]  # the round that an update is for, and its orga
 
 
 class ReorderBuffer:
-    """Passes updates on in the order of the organizations, each as soon as all before it are settled, whoever came first.
+    """Passes updates on in the order of the organizations, each as soon as all before it are settled, whatever came first.
 
     Updates before their turn wait on disk. An update that was passed on is held by nobody here.
     """
@@ -163,7 +163,7 @@ class LateBuffer:
         self._held.append((update.round, update.organization))
 
     def drain(self, order: Sequence[str], sink: Sink) -> None:
-        """Pass on the updates by round and organization, whoever came first."""
+        """Pass on the updates by round and organization, in whatever order they came."""
         held = self._held
         self._held = []
         for number in sorted(range(len(held)), key=lambda i: (held[i][0], order.index(held[i][1]))):

@@ -95,7 +95,7 @@ class Session:
 
     Attributes:
         folder: The folder of the run.
-        open_transport: Connects to the organizations; whoever opens a transport closes it.
+        open_transport: Connects to the organizations; the caller that opens a transport closes it.
         read_members: Reads who may take part now, with the agreed bounds of their numbers of records (None: none are agreed).
         trail: Signs requests, and checks signatures of replies.
     """

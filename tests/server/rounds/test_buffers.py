@@ -58,7 +58,7 @@ def test_spill_buffer_removes_leftovers_and_names_damaged_files(tmp_path: Path) 
 
 
 def test_no_update_is_held_once_it_was_passed_on(tmp_path: Path) -> None:
-    """The largest objects of a round: one of them is in memory at a time, whoever came first."""
+    """The largest objects of a round: one of them is in memory at a time, in whatever order they came."""
     alive = list[weakref.ref[Update]]()
     most = list[int]()
 
