@@ -50,9 +50,16 @@ class DatasetManifest(BaseModel):
 
     @classmethod
     def read(cls, file: Path, labels: tuple[str, ...], *, lenient: bool = False) -> Dataset:
-        """The holdings that the document describes, with the records read. Raises DataError.
+        """Return the data set that the document describes, with its records read.
 
-        lenient: a real organization must not fail by the classes of its records: whether it does would tell of single ones.
+        Args:
+            file: The document.
+            labels: The plan's classes in the order of the head.
+            lenient: Whether a record of another class is one without a loss. A real organization must not fail by the classes of
+                its records: whether it does would tell of single ones.
+
+        Raises:
+            DataError: For a document or records that cannot be read.
         """
         try:
             document = cls.model_validate_json(file.read_bytes())

@@ -239,8 +239,10 @@ def _check_alpha(alpha: float, given: str) -> None:
 class UnitGroups:
     """The rows of a file by unit, in the order in which units come first.
 
-    strata: the class of each group, that of most of its records (of equally many, the alphabetically first). names: by which a
-    unit is known in another file.
+    Attributes:
+        groups: The rows of each unit.
+        strata: The class of each unit: that of most of its records, of equally many the alphabetically first.
+        names: By which each unit is known in another file.
     """
 
     groups: tuple[tuple[int, ...], ...]

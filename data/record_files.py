@@ -44,17 +44,23 @@ def read_records(
     lenient: bool = False,
     labels: tuple[str, ...] = (),
 ) -> Records:
-    """Read one file: `path`, or else `config.source`. The same unchanged file is parsed once per process.
+    """Read the records of one file, or of a folder of images with a sub-folder for each class.
 
-    For images it may be a folder with a sub-folder for each class. A record with a blank text, no label or broken Unicode
-    (half of a surrogate pair) is skipped and counted. A CSV field is a word as it stands: "NA" and "None" are labels there,
-    and only an empty field is missing.
-    Raises DataError if the file cannot be read, lacks a column or holds no usable record.
+    The same unchanged file is parsed once per process. A record with a blank text, no label or broken Unicode (half of a
+    surrogate pair) is skipped and counted. A CSV field is a word as it stands: "NA" and "None" are labels there, and only an
+    empty field is missing.
 
-    lenient: whether it is known from outside that reading failed. Then nothing that one record decides makes it fail: what cannot
-    be read is left out and counted, and a file may hold no usable record, or none at all. A file that as a whole cannot be read
-    (one without the columns, a damaged archive) still raises.
-    labels: the plan's classes, by which a lenient reader knows a record where a stray quote stands in a line.
+    Args:
+        config: Which columns are used.
+        path: The file; None: `config.source`.
+        task: What a record is.
+        lenient: Whether it is known from outside that reading failed. Then nothing that one record decides makes it fail: what
+            cannot be read is left out and counted, and a file may hold no usable record, or none at all.
+        labels: The plan's classes, by which a lenient reader knows a record where a stray quote stands in a line.
+
+    Raises:
+        DataError: For a file that cannot be read, lacks a column or holds no usable record; leniently, for one that as a whole
+            cannot be read, such as a damaged archive.
     """
     name, file = _locate(config, path)
     try:

@@ -20,9 +20,12 @@ SHOWN = 5  # how many unknown classes an error names
 class Records:
     """Labeled inputs, in the order of their file: texts and classes, words and tags, or images and classes.
 
-    labels: as `class_name` has them (1.0 reads "1", True reads "true"). source: the name to show. skipped: how many records of
-    the file were left out, by reason ("blank text", "missing label", "broken Unicode", "duplicate", …). units: whose each record
-    is, by its plain name (see `types.normalize_text`); empty where no column says it.
+    Attributes:
+        inputs: Texts, words or images.
+        labels: Classes or tags, as `class_name` has them (1.0 reads "1", True reads "true").
+        source: The name to show.
+        skipped: How many records of the file were left out, by the reason ("blank text", "missing label", "duplicate", …).
+        units: Whose each record is, by its plain name (see `types.normalize_text`); empty where no column says it.
     """
 
     inputs: tuple[Input, ...] = field(repr=False)  # private: never in a log by accident

@@ -21,7 +21,13 @@ from cotune.errors import DataError, nearest, reason_of
 
 @dataclass(frozen=True)
 class Row:
-    """One input. shown: how it is named in the output. reason: why it cannot be used; then there is no input."""
+    """One input.
+
+    Attributes:
+        shown: How it is named in the output.
+        given: The input; None where it cannot be used.
+        reason: Why it cannot be used.
+    """
 
     shown: str
     given: Input | None

@@ -31,8 +31,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 class BaseModelFolder:
     """A checked folder.
 
-    content_hash: SHA-256 over the names and contents of the files that decide what is computed (`base_folder.list_model_files`).
-    revision: the commit, where the folder is a snapshot of the Hugging Face hub.
+    Attributes:
+        name: As the plan names it.
+        path: The folder.
+        content_hash: SHA-256 over the names and contents of the files that decide what is computed
+            (`base_folder.list_model_files`).
+        revision: The commit, where the folder is a snapshot of the Hugging Face hub.
     """
 
     name: str

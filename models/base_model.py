@@ -34,7 +34,16 @@ from cotune.models.base_lookup import BaseModelFolder, find_base
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model for a task. `reader`: its tokenizer or image processor. `frozen`: prefixes of parameters that are never trained."""
+    """A model for a task.
+
+    Attributes:
+        module: The model of transformers.
+        reader: Its tokenizer or image processor.
+        folder: Where it came from.
+        frozen: Prefixes of parameters that are never trained.
+        max_length: Tokens that it reads of a text.
+        task: What it is for.
+    """
 
     module: PreTrainedModel
     reader: Any
@@ -52,11 +61,20 @@ def load_model(
     *,
     finished: bool = False,
 ) -> LoadedModel:
-    """The base model with a head of the task for `labels`; a new head is drawn from `seed`.
+    """Load the base model with a head of the task for the labels.
 
     A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
-    nothing in training is random but the sampling and the noise. finished: whether the folder must hold a trained head. Raises
-    ModelError.
+    nothing in training is random but the sampling and the noise.
+
+    Args:
+        config: Which base model.
+        labels: Class names in the order of the head.
+        seed: That a new head is drawn from.
+        task: What the model is for.
+        finished: Whether the folder must hold a trained head.
+
+    Raises:
+        ModelError: For a base model that cannot be used.
     """
     folder = find_base(config)
     does = get_task(task)

@@ -14,7 +14,14 @@ from cotune.errors import DeviceError
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
-    """auto: the first GPU, else the CPU. Raises DeviceError when a device that was asked for is absent."""
+    """Return a device of PyTorch.
+
+    Args:
+        wanted: cpu, cuda, cuda:N, or auto for the first GPU, else the CPU.
+
+    Raises:
+        DeviceError: For a device that is not here.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,7 +18,12 @@ _mixing: WeakKeyDictionary[TrainableModel, dict[tuple[object, ...], bool]] = Wea
 
 
 def feature_dtype(model: TrainableModel, precision: str) -> torch.dtype:
-    """What features are computed in. auto: bfloat16 where it is fast and no record's feature depends on others."""
+    """Return the arithmetic that features are computed in.
+
+    Args:
+        model: The model.
+        precision: float32, bfloat16, or auto for bfloat16 where it is fast and no record's feature depends on others.
+    """
     if precision == "auto":
         fast = bfloat16_is_fast(model.device)
         return torch.bfloat16 if fast and not features_mix(model, torch.bfloat16) else torch.float32

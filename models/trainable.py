@@ -45,9 +45,15 @@ class TrainableModel:
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
-        """The parameters that a stage trains and shares, in the model's order. Raises ModelError when there are none.
+        """Return the parameters that a stage trains and shares, in the model's order.
 
-        round: from 1; which factors of adapters are trained may depend on it.
+        Args:
+            mode: What the stage trains.
+            freeze_embeddings: Whether the tables of embeddings stay as they are.
+            round: From 1; which factors of adapters are trained may depend on it.
+
+        Raises:
+            ModelError: When there are none.
         """
         chosen = [name for name, _ in self.parameters() if self._belongs(name, mode, freeze_embeddings, round)]
         if not chosen:

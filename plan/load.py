@@ -144,10 +144,16 @@ def parse_value(text: str) -> Any:
 
 
 def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, own_code: bool = True) -> Plan:
-    """The plan in a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError.
+    """Return the plan in a TOML file or a preset.
 
-    own_code: whether a strategy's part that is code (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be run to
-    learn what it needs; without, such a plan must have been completed by anyone who made it.
+    Args:
+        source: A file ending in .toml, or the name of a preset.
+        overrides: KEY=VALUE, such as "privacy.epsilon=3".
+        own_code: Whether a part of the strategy that is code (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be
+            run to learn what it needs; without, such a plan must have been completed by its author.
+
+    Raises:
+        PlanError: For a plan that is not valid.
     """
     table = read_document(source, overrides)
     check_tables(table)

@@ -34,7 +34,16 @@ _SHOWN = 3  # keys that a hint names
 
 @dataclass(frozen=True)
 class Key:
-    """A key by its full name, such as privacy.epsilon. table: whether it holds keys itself."""
+    """A key of a document.
+
+    Attributes:
+        name: Full, such as privacy.epsilon.
+        type: In words.
+        default: In words.
+        bounds: Of a number or a length.
+        meaning: The description.
+        table: Whether it holds keys itself.
+    """
 
     name: str
     type: str

@@ -99,7 +99,12 @@ class RoundsConfig(ConfigTable):
     )
 
     def needed(self, updates: int, *, fuses: bool) -> int:
-        """Updates that a round needs. updates: that would close it. fuses: whether several must be there to be fused."""
+        """Return how many updates a round needs.
+
+        Args:
+            updates: That would close it.
+            fuses: Whether there must be several to be fused.
+        """
         least = 2 if fuses and self.quorum is None and self.asks_everybody else 1
         return max(least, math.ceil((0.5 if self.quorum is None else self.quorum) * updates - 1e-9))  # 0.55 · 20 is 11, and more
 

@@ -57,7 +57,12 @@ ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model on the common test set. told: the class numbers that it gave, in the order of `Dataset.truth`."""
+    """A model on the common test set.
+
+    Attributes:
+        metrics: Its quality.
+        told: The class numbers that it predicted, in the order of `Dataset.truth`.
+    """
 
     metrics: Metrics
     told: tuple[int, ...]

@@ -47,11 +47,17 @@ def simulate(
     device: str = "auto",
     noted: Notes = lambda notes: None,
 ) -> Run:
-    """Runs a plan with simulated organizations: train, compare, report.
+    """Run a plan with simulated organizations: train, compare, report.
 
-    out: the folder of the run; None: runs/<time>-<plan>. engine: "in-process" or "ray". device: auto, cpu, cuda, cuda:N. noted:
-    is called with the notes about the records before anything is trained; they are in the summary, too.
-    Raises a CotuneError, which names what is wrong; what was finished before is kept in the folder, for `resume`.
+    Args:
+        plan: The plan.
+        out: The folder of the run; None: runs/<time>-<plan>.
+        engine: "in-process" or "ray".
+        device: auto, cpu, cuda or cuda:N.
+        noted: Called with the notes about the records before anything is trained; they are in the summary, too.
+
+    Raises:
+        CotuneError: With what is wrong; what was finished before is kept in the folder, for `resume`.
     """
     began = time.monotonic()
     check_engine(engine)

@@ -25,7 +25,17 @@ from cotune.privacy.policy import Policy
 
 @dataclass(frozen=True)
 class Share:
-    """The training records of one organization: rows of a file. units: to how many the plan's promise is made."""
+    """The training records of one organization.
+
+    Attributes:
+        name: Of the organization.
+        file: That its records are in; None: the one pooled file.
+        rows: Of the file.
+        units: To how many the plan's promise is made.
+        epsilon: Its own, where it wants to spend less than the plan allows.
+        rank: Of adapters, its own where it is smaller than the plan's.
+        held_out: Rows of its file that test, and on which nobody trains.
+    """
 
     name: str
     file: Path | None

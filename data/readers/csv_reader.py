@@ -82,7 +82,13 @@ def _is_header(text: str, separator: str, names: Sequence[str], wanted: Sequence
 
 
 def look_like_column_names(names: Sequence[str], below: Sequence[Sequence[object]], wanted: Sequence[str]) -> bool:
-    """The same of the cells of a first row. below: the values under each, in the first records."""
+    """Return the same for the cells of a first row.
+
+    Args:
+        names: The cells.
+        below: The values under each of them, in the first records.
+        wanted: The columns that are looked for.
+    """
     if find_near_names(names, wanted):
         return True
     repeated = any(name in values for name, values in zip(names, below, strict=True))

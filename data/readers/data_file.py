@@ -15,10 +15,17 @@ from cotune.errors import DataError
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file's bytes, and what an error says about it. key: which entry of the configuration names the column of the inputs.
+    """The bytes of a file, and what its readers must know.
 
-    lenient: a line that cannot be read is left out and counted in `skipped`, as a failure would tell that somebody holds it.
-    labels: the plan's classes, where they are known.
+    Attributes:
+        name: What an error calls the file.
+        path: Where it is.
+        raw: Its content.
+        config: Which columns are used.
+        key: The entry of the configuration that names the column of the inputs.
+        lenient: Whether a line that cannot be read is left out and counted, as a failure would tell that somebody holds it.
+        labels: The plan's classes, where they are known.
+        skipped: How many lines were left out, by the reason.
     """
 
     name: str

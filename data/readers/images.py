@@ -27,7 +27,9 @@ _MAX_BYTES = 100_000_000
 class Image:
     """An image that is decoded when it is needed.
 
-    digest: SHA-256 of its size and pixels. source: its file, or the file's bytes.
+    Attributes:
+        digest: SHA-256 of its size and pixels.
+        source: Its file, or the content of one.
     """
 
     digest: bytes

@@ -19,9 +19,12 @@ _SHORTEST = 2  # a blank row shows one position and hides the others
 
 
 def bucket_of_length(tokens: int, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
-    """The length to which a row of so many tokens is padded: by itself, whatever other rows there are.
+    """Return the length to which a row is padded, decided by the row alone.
 
-    max_length: of the model; no row is longer. lengths: ascending.
+    Args:
+        tokens: Of the row.
+        max_length: Of the model; no row is longer.
+        lengths: Lengths to choose from, ascending.
     """
     longest = max(max_length, _SHORTEST)
     fitting = (length for length in lengths if length >= tokens)

@@ -208,12 +208,18 @@ def collator(
     blank: Callable[[Any, int], Example] | None = None,
     end: int | None = None,
 ) -> Collate:
-    """Examples -> a batch on the device: input_ids and attention_mask (b, l), labels, and what the model wants beside.
+    """Return a function that makes a batch on the device: input_ids and attention_mask (b, l), labels, and what the model needs.
 
-    Labels are (b,), or (b, l) where every token has its own. Position and token type numbers are passed explicitly, in the
-    batch's shape: looked up once for the whole batch, they would have no gradient per example (Opacus: `stack expects each tensor
-    to be equal size`). blank: (tokenizer, length) -> the example of a blank row. end: the token with which every row of a batch
-    without a fixed shape ends, and which stands nowhere else.
+    Labels are (b,), or (b, l) where every token has its own. Position and token type numbers are passed explicitly, in the shape
+    of the batch: looked up once for the whole batch, they would have no gradient per example (Opacus: `stack expects each tensor
+    to be equal size`).
+
+    Args:
+        module: The model.
+        tokenizer: Its tokenizer.
+        device: Where batches go.
+        blank: (tokenizer, length) -> the example of a blank row.
+        end: The token with which every row of a batch without a fixed shape ends, and which stands nowhere else.
     """
     accepted = inspect.signature(module.forward).parameters
     config = cast(Any, module).config

@@ -129,9 +129,11 @@ def _example(ids: list[int], starts: Sequence[int | None], tags: Sequence[int]) 
 
 
 def _starts(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int | None]:
-    """The position of the first token of each word; None for a word that has none of its own or was cut off.
+    """Return the position of the first token of each word; None for a word that has none of its own or was cut off.
 
-    offsets: from where to where in the text each token reaches; (0, 0) for special tokens.
+    Args:
+        words: Of the text.
+        offsets: (start, end) of each token in the text; (0, 0) for special tokens.
     """
     ends = list(itertools.accumulate(len(word) + 1 for word in words))
     found: list[int | None] = []

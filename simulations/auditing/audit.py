@@ -51,9 +51,15 @@ _TESTS = 6  # two attacks by two theorems, that on every step, the noise: each t
 
 @dataclass(frozen=True)
 class Attack:
-    """What was attacked and found. at_least_any, at_least: lower bounds on ε for any mechanism, and for the claimed steps.
+    """What was attacked and found.
 
-    power: what `at_least` would be after an attack without a mistake; a claim above it cannot be refuted by so few targets.
+    Attributes:
+        name: Of the attack.
+        targets: How many records or canaries were attacked.
+        auc: Of the attack's scores.
+        at_least_any: Lower bound on ε for any mechanism.
+        at_least: Lower bound on ε for the claimed steps.
+        power: What `at_least` would be after an attack without a mistake; a claim above it cannot be refuted by so few targets.
     """
 
     name: str
@@ -68,8 +74,10 @@ class Attack:
 class AuditResult:
     """The claim (ε at δ of `steps` steps) and what the attacks prove. The bounds hold together with `confidence`.
 
-    tight: whether one step of all records was audited in each stage, see `tightened`. noise: what was drawn, in each stage.
-    states: what adversarial states led to; exact, without any chance.
+    Attributes:
+        tight: Whether one step of all records was audited in each stage, see `tightened`.
+        noise: What was drawn, in each stage.
+        states: What adversarial states led to; exact, without any chance.
     """
 
     plan: str
@@ -159,7 +167,11 @@ def audit(
 
 @dataclass(frozen=True)
 class _Audited:
-    """Whose training is attacked. examples: the public number of records, which decides rate, batch, σ and δ as in training."""
+    """Whose training is attacked.
+
+    Attributes:
+        examples: The public number of records, which decides rate, batch, σ and δ as in training.
+    """
 
     plan: Plan
     policy: Policy

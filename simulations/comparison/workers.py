@@ -35,8 +35,15 @@ from cotune.worker_process import WorkerProcess, receive_all
 
 @dataclass(frozen=True)
 class Task:
-    """A cell to play: a resolved plan as canonical JSON, and the folder of its run. files: of the plan's own rules, with their
-    paths.
+    """A run of a grid to train.
+
+    Attributes:
+        name: Of the grid point.
+        plan: Resolved, as canonical JSON.
+        rounds: Of the plan.
+        folder: Of the run.
+        device: auto, cpu, cuda or cuda:N.
+        files: Of the plan's own rules, with their paths.
     """
 
     name: str
@@ -169,9 +176,16 @@ def _work(pipe: Connection, imports: tuple[str, ...]) -> None:
 
 
 class WorkerSlots:
-    """As many processes as were asked for, else as cores and memory allow, by what finished cells have needed.
+    """How many processes run beside each other: as many as were asked for, else as cores and memory allow.
 
-    memory: bytes that all may have together.
+    What a run needs is known from those that have finished.
+
+    Args:
+        tasks: How many runs there are.
+        wanted: How many processes were asked for; None: as many as fit.
+        cores: Of the machine.
+        memory: Bytes that all processes may have together.
+        on_gpu: Whether they share one GPU.
     """
 
     def __init__(self, tasks: int, wanted: int | None, cores: int, memory: int, *, on_gpu: bool = False) -> None:

@@ -127,7 +127,13 @@ _BUDGET = "budget.epsilon_per_run"
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rule of a new policy that declines the plan. organizations: whose; all of them where the plan alone decides."""
+    """A rule of a new policy that declines the plan.
+
+    Attributes:
+        rule: Its name.
+        problem: In words.
+        organizations: Whose policy; all of them where the plan alone decides.
+    """
 
     rule: str
     problem: str
@@ -136,7 +142,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class OwnBound:
-    """An organization that joins with its own, smaller ε. noise_multiplier: σ. epsilon: what its run spends."""
+    """An organization that joins with its own, smaller ε.
+
+    Attributes:
+        organization: Its name.
+        noise_multiplier: σ.
+        epsilon: What its run spends.
+    """
 
     organization: str
     noise_multiplier: float

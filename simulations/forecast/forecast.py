@@ -30,7 +30,14 @@ from cotune.strategies.types import Update
 
 @dataclass(frozen=True)
 class OrganizationForecast:
-    """Per organization; the privacy figures are None without privacy. batch: expected records per step."""
+    """What an organization will do; the privacy figures are None without privacy.
+
+    Attributes:
+        examples: Its units of privacy.
+        batch: Expected records per step.
+        steps: Of all rounds.
+        noise_multiplier: σ.
+    """
 
     name: str
     examples: int
@@ -45,8 +52,13 @@ class OrganizationForecast:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """Per stage. bytes_up and bytes_down: of one round, all organizations together. parameters: that are trained and travel.
-    steps: in one round, of the organization that takes most.
+    """What a stage will do.
+
+    Attributes:
+        steps: In one round, of the organization that takes most.
+        parameters: That are trained and travel.
+        bytes_up: Of one round, all organizations together.
+        bytes_down: Likewise.
     """
 
     mode: str
@@ -105,9 +117,15 @@ class Forecast:
 
 
 def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Forecast:
-    """Reads data and model and times a few batches; trains nothing. Raises what `prepare` raises.
+    """Read data and model and time a few batches; nothing is trained.
 
-    began: when the command began, by `time.perf_counter`: what it needs to get here a simulation needs, too.
+    Args:
+        plan: The plan.
+        device: auto, cpu, cuda or cuda:N.
+        began: When the command began, by `time.perf_counter`: what it needs to get here a simulation needs, too.
+
+    Raises:
+        CotuneError: What `prepare` raises.
     """
     start = time.perf_counter() if began is None else began
     prepared = prepare(plan, device)

@@ -87,7 +87,11 @@ def by_length(costs: dict[int, Seconds], length: int) -> Seconds:
 class Stopwatch:
     """Measures with one model. Nothing that it trains is kept: the model is as it came whenever something begins.
 
-    sample: some of the records, by which lengths are known and batches are made.
+    Args:
+        plan: The plan.
+        model: Its model.
+        sample: Some of the records, by which lengths are known and batches are made.
+        measure: Times some work.
     """
 
     def __init__(self, plan: Plan, model: TrainableModel, sample: Dataset, measure: Measure = measure) -> None:
