@@ -46,6 +46,10 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run a grid of plans over several seeds and compare them. Resumable."""
+    if private_selection is not None and (seeds not in (None, 1) or baseline is not None):
+        raise typer.BadParameter(
+            "a private selection takes no --seeds and no --baseline: another seed would test on records that train"
+        )
     options.check_files(vary or ())
     beginning(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
     from cotune.cli import comparison  # loads PyTorch

@@ -65,8 +65,8 @@ class Case:
         salt = get_salt(self.content)
         salted = dict(self.content.get(name, {}))
         for key, array in arrays.items():
-            mask = wire._derived(salt, name, key)
-            salted[key] = Array(array.dtype, tuple(array.shape), SALTED, wire._masked(array.data, mask))
+            mask = wire._derive_key(salt, name, key)
+            salted[key] = Array(array.dtype, tuple(array.shape), SALTED, wire._mask(array.data, mask))
         self.content[name] = ArrayRecord(salted)
 
     @property

@@ -540,7 +540,7 @@ def test_renumbered_node_goes_on_with_its_request(tmp_path: Path, stop: threadin
     worker.poll = later  # type: ignore[method-assign]
     second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
     second.node_id = NODE + 1
-    node._activate(second)
+    node._enter(second)
     node.serve(second)
     assert worker.given == given
     assert [reply.metadata.src_node_id for reply in second.sent] == [NODE + 1]

@@ -318,7 +318,7 @@ def test_a_parameter_used_outside_its_module_is_refused(new_plan: MakePlan, mode
         return output
 
     whole.forward = twice
-    with pytest.raises(PrivacyError, match=f"train = {mode} cannot be had with differential privacy for this model"):
+    with pytest.raises(PrivacyError, match=f"train = {mode} does not support per-example gradients for this model"):
         check_stages(plan, model)
 
 

@@ -63,7 +63,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     noting(Site, "finished_update", lambda *_: "the outbox is read")
     noting(context_module, "load_site_model", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
-    noting(Ledger, "unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
+    noting(Ledger, "record_unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
     noting(Dataset, "label_counts", lambda *_: "labels take part")
     build = training.build_setup
 
