@@ -19,6 +19,7 @@ from cotune.protocol.messages import Recipient, decode_receipt, encode_requests,
 from cotune.protocol.signatures import FINISHED, RECEIPT
 from cotune.reporting.documents.events import Delivered, DeliveryFailed, DeliveryStarted
 from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
+from cotune.server.rounds.replies import refuse_unsigned
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.update_validation import one_line
@@ -204,12 +205,8 @@ class _Delivery:
 
     def _verify(self, message: Message, name: str) -> Outcome:
         """Return whether a reply is a receipt for this model."""
-        if message.has_error():
-            return Declined(one_line(self._trail.accept_refusal(message, RECEIPT, self._round, name)))
-        if not message.has_content():
-            return Declined("its answer is empty")
-        if wrong := self._trail.accept(message, RECEIPT, self._round, name):
-            return Rejected(one_line(wrong))
+        if refused := refuse_unsigned(self._trail, message, RECEIPT, self._round, name):
+            return refused
         try:
             receipt = decode_receipt(message.content)
         except RunError as error:

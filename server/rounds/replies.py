@@ -16,7 +16,7 @@ from cotune.protocol.messages import decode_update, payload_bytes
 from cotune.protocol.signatures import UPDATE
 from cotune.server.outcomes import Accepted, Declined, Outcome, Rejected
 from cotune.server.rounds.buffers import ReorderBuffer, UpdateStore
-from cotune.server.rounds.session import Session
+from cotune.server.rounds.session import Session, Trail
 from cotune.server.rounds.update_validation import UpdateSpec, one_line
 from cotune.server.transport.base import Reply, Transport
 from cotune.strategies.aggregator import Aggregator, Combination
@@ -29,6 +29,24 @@ class _Read:
 
     outcome: Outcome
     update: Update | None = None
+
+
+def refuse_unsigned(trail: Trail, message: Message, kind: str, round: int, organization: str) -> Declined | Rejected | None:
+    """Return the outcome of a reply that holds no content signed by its organization; None for one that does.
+
+    Args:
+        trail: Checks and records the signature.
+        message: The reply.
+        kind: `signatures.UPDATE` or `signatures.RECEIPT`.
+        round: Of the request.
+        organization: Whose reply it should be.
+    """
+    if message.has_error():
+        return Declined(one_line(trail.accept_refusal(message, kind, round, organization)))
+    if not message.has_content():
+        return Declined("its answer is empty")
+    wrong = trail.accept(message, kind, round, organization)
+    return Rejected(one_line(wrong)) if wrong else None
 
 
 class UpdateReceiver:
@@ -129,12 +147,8 @@ class UpdateReceiver:
     def _verify(self, message: Message, reply: Reply, spec: UpdateSpec) -> _Read:
         """A reply is held to its organization's signature first, and to the plan then."""
         name = reply.organization
-        if message.has_error():
-            return _Read(Declined(one_line(self._trail.accept_refusal(message, UPDATE, reply.round, name))))
-        if not message.has_content():
-            return _Read(Declined("its answer is empty"))
-        if wrong := self._trail.accept(message, UPDATE, reply.round, name):
-            return _Read(Rejected(one_line(wrong)))
+        if refused := refuse_unsigned(self._trail, message, UPDATE, reply.round, name):
+            return _Read(refused)
         size = payload_bytes(message.content)
         if size > spec.max_bytes:
             return _Read(Rejected(f"it has {size} bytes, expected at most {spec.max_bytes}"))
