@@ -15,22 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = (
-    "cli",
-    "client",
-    "data",
-    "ensembles",
-    "flower",
-    "models",
-    "plan",
-    "privacy",
-    "protocol",
-    "reporting",
-    "server",
-    "simulations",
-    "storage",
-    "strategies",
-)
+ROOMS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py"))
 AREAS = {
     "PlanError": "plan",
     "DataError": "data",
@@ -43,7 +28,7 @@ AREAS = {
 INTRODUCTION = """\
 # Error codes
 
-Every failure that a user can mend has a code, which stays when its sentence is improved. `--debug` shows it below the
+Every failure that a user can fix has a code, which stays when its sentence is improved. `--debug` shows it below the
 traceback. With `--json`, a command that fails prints `{"error": {"code": "data.missing_column", "message": "…"}}` on standard
 output; the sentence is on standard error, as without it, and the exit code is the same (2 for what was asked for, 1 for a run
 that could not go on). In Python it is `CotuneError.code`. Two codes belong to the command line itself: `usage.invalid`, for

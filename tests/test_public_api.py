@@ -18,7 +18,7 @@ from tests.support.federations import founded
 
 HEAVY = {"torch", "transformers", "opacus", "flwr", "pandas", "scipy", "numpy"}
 SLOW = HEAVY - {"numpy"}
-ROOMS = ("cli", "client", "models", "plan", "privacy", "server", "simulations", "strategies")
+ROOMS = sorted(file.parent.name for file in Path(cotune.__file__).parent.glob("*/__init__.py"))
 
 
 def calling(*words: str) -> str:
