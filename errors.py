@@ -23,7 +23,7 @@ if __name__ != "cotune.errors":  # a second copy of every class would be made, a
 
 
 class CotuneError(Exception):
-    """A failure that the user can mend.
+    """A failure that the user can fix.
 
     Args:
         message: One sentence: what was got, what was expected, what to do.

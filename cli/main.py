@@ -1,4 +1,4 @@
-"""`cotune`: the command line. A failure that the user can mend is one sentence and an exit code; --debug shows more."""
+"""`cotune`: the command line. A failure that the user can fix is one sentence and an exit code; --debug shows more."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def run() -> None:
         sys.argv.remove("--debug")
     _leave_telemetry_off()
     if not debug:
-        logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can mend is reported once, below
+        logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can fix is reported once, below
     try:
         code = build_command()(standalone_mode=False)  # typer would end an interrupt without a word, and draw boxes
         if code == 130:

@@ -1,6 +1,6 @@
 """The last check of what is about to leave an organization: only what plan and policy agree on.
 
-The encoded message is decoded and compared with request, plan, policy, records and ledger anew, independently of what training
+The encoded message is decoded and checked again against request, plan, policy, records and ledger, independently of what training
 has computed: a mistake anywhere before shows here, and then nothing leaves. A refusal says nothing of the data: only which public
 rule has declined, or the generic sentence.
 """

@@ -26,7 +26,7 @@ from cotune.storage.append_only_log import Entry
 def summarize_ledger(site: Site) -> dict[str, Any]:
     """Return the ledger as plain values, one table for each collection ("" where there is none).
 
-    ε is composed anew from the charges that count there, at the smallest δ that was in force: `composition` is "pld" for one run,
+    ε is recomputed from the charges that count there, at the smallest δ that was in force: `composition` is "pld" for one run,
     "renyi filter, order α" over several, whose plans may depend on earlier answers (see `privacy.accounting.filters`).
     `epsilon` is that of what was noised; `unprotected` lists what left without any privacy, which no ε bounds. No ledger is
     created where there is none.

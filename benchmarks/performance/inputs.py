@@ -60,7 +60,7 @@ def write_plan(file: Path, **tables: Any) -> Path:
 
 
 def tweets(count: int) -> list[str]:
-    """Return so many different tweets of the data set that the preset `tweets` trains on, from all over it."""
+    """Return a given number of distinct tweets, sampled evenly from the data set of the preset `tweets`."""
     from cotune import load_plan
     from cotune.data.record_files import read_records
 

@@ -92,7 +92,7 @@ def _rounded(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def store(out: Path, name: str, entry: dict[str, Any]) -> None:
-    """Put the entry into the JSON, and write the page anew."""
+    """Store the entry in the JSON file and regenerate the page."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "performance.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"benchmarks": {}}

@@ -30,7 +30,7 @@ _MAX_REFUSED = 5  # members and addresses that are shown
 def status(
     folder: FederationPath,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds until Ctrl-C.")] = False,
 ) -> None:
     """Show the organizations, the newest run and the certificate, whether or not anything runs."""
     if watch and as_json:

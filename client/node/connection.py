@@ -22,7 +22,7 @@ from cotune.storage.files import is_locked
 
 
 class Connector:
-    """Connects a node to its server. Keys and authorities are read anew for every connection, as both may be renewed meanwhile.
+    """Connects a node to its server. Keys and authorities are reloaded for every connection, as both may be renewed meanwhile.
 
     Args:
         site: The folder of the site.

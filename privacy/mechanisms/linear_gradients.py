@@ -1,7 +1,7 @@
 """The gradients of linear layers, row by row, as a step of automatic differentiation instead of a pair of hooks.
 
 Hooks keep the input of a layer in the forward pass and find its gradients in the backward pass. With gradient checkpointing the
-forward pass runs twice, and hooks lose count. A function of autograd is computed anew with the rest, and keeps its input where
+forward pass runs twice, and hooks lose count. A function of autograd is recomputed with the rest, and keeps its input where
 autograd keeps it, in the dtype of the product. The gradient of row n of y = x·Wᵀ + b is Σ_t ∂y[n, t] ⊗ x[n, t] for W, and
 Σ_t ∂y[n, t] for b (Goodfellow 2015, https://arxiv.org/abs/1510.01799, equations 3 and 4, before the norm is taken).
 """
@@ -49,12 +49,12 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def _record(layer: nn.Linear, x: Tensor, above: Tensor) -> None:
     """x: (n, …, inputs); above: (n, …, outputs). A layer that is used twice has the sum."""
+    rows = above.reshape(len(above), -1, above.shape[-1])
     if layer.weight.requires_grad:
-        rows = above.reshape(len(above), -1, above.shape[-1])
         taken = x.reshape(len(x), -1, x.shape[-1])
         _add(layer.weight, rows.transpose(1, 2) @ taken)
     if layer.bias is not None and layer.bias.requires_grad:
-        _add(layer.bias, above.reshape(len(above), -1, above.shape[-1]).sum(dim=1))
+        _add(layer.bias, rows.sum(dim=1))
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:

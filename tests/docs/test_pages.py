@@ -31,8 +31,6 @@ from tests.support.playing import Player
 
 __all__ = ["_logging_as_it_was", "cotune", "folder"]  # fixtures
 
-__all__ = ["cotune", "folder"]  # fixtures
-
 PLAYED = ("bash", "python", "toml")
 DRAWN = ("mermaid",)
 STORIES = {"docs/join.md", "docs/coordinate.md"}  # tests/deployment/test_guides.py
