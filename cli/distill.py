@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cotune.cli.evaluate import figure, records_config
-from cotune.cli.options import AsJson, Device
-from cotune.cli.plan_options import own_options
+from cotune.cli.evaluate import figure
+from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_base, check_file, check_new
+from cotune.ensembles.config import DistillationConfig, Loss
+from cotune.models.config import ModelConfig, TrainMode
 
-if TYPE_CHECKING:
-    from cotune.data.types import Input
-    from cotune.ensembles.calibration import Numbers
-    from cotune.ensembles.distillation import Loss
-    from cotune.models.config import TrainMode
-    from cotune.models.evaluation.predictor import Classifier
-
-_MODES = ("head", "lora", "full")
-_LOSSES = ("kl", "mse")
+_MODES: tuple[TrainMode, ...] = get_args(TrainMode)
+_LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 def distill(
@@ -50,25 +43,9 @@ def distill(
     device: Device = "auto",
 ) -> None:
     """Train a model to predict what others predict: big into small, or several into one. An interrupted one goes on."""
-    for name, value, known in (("train", train, _MODES), ("loss", loss, _LOSSES)):
-        if value not in known:
-            raise typer.BadParameter(f"--{name} {value} is not known: expected one of {', '.join(known)}")
-    check_file(data)
-    check_base(student)
-    check_new(out)
-    beginning(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
-    from cotune.ensembles.distill import Distillation
-    from cotune.ensembles.distill import distill as run_distillation
-    from cotune.ensembles.distillation import DistillationConfig
-    from cotune.ensembles.predictor import open_model
-    from cotune.models.config import ModelConfig
-
-    opened = [open_model(teacher, device) for teacher in teachers]
-    with own_options():
-        inputs, truth = _lessons(opened[0], data.expanduser(), text, image, label, encoding)
     config = DistillationConfig(
-        train=cast("TrainMode", train),
-        loss=cast("Loss", loss),
+        train=parse_choice("--train", train, _MODES),
+        loss=parse_choice("--loss", loss, _LOSSES),
         temperature=temperature,
         label_weight=label_weight if label is not None else 0.0,
         epochs=epochs,
@@ -76,28 +53,21 @@ def distill(
         learning_rate=learning_rate,
         seed=seed,
     )
+    columns = RecordOptions(text=text, image=image, label=label, encoding=encoding)
+    check_file(data)
+    check_base(student)
+    check_new(out)
+    beginning(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
+    from cotune.cli.predictions import distill_models  # loads PyTorch
+
     base = ModelConfig.model_validate({"base": student, "max_length": max_length})
-    work = Distillation(opened, teachers, base, config, inputs, truth, out.expanduser(), device, license)
-    found = run_distillation(work)
+    found = distill_models(
+        teachers, base, config, data.expanduser(), columns, out=out.expanduser(), device=device, license=license
+    )
     if as_json:
         print_json(found)
     else:
         _show(screen(), found, out)
-
-
-def _lessons(
-    teacher: Classifier, data: Path, text: str | None, image: str | None, label: str | None, encoding: str
-) -> tuple[Sequence[Input], Sequence[Numbers] | None]:
-    """The usable inputs, and their class numbers where there are labels."""
-    from cotune.data.record_files import read_records
-    from cotune.data.unlabeled import read_unlabeled
-    from cotune.models.evaluation.predictor import class_numbers
-
-    if label is None:
-        rows = read_unlabeled(data, teacher.task, column=text if text is not None else image, encoding=encoding)
-        return [row.given for row in rows if row.given is not None], None
-    records = read_records(records_config(str(data), text, image, label, None, encoding), None, teacher.task)
-    return records.inputs, class_numbers(records.labels, teacher.labels, records.source)
 
 
 def _show(console: Console, found: dict[str, Any], out: Path) -> None:

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.options import Device
+from cotune.cli.options import Device, RecordOptions, with_options
 from cotune.cli.predict import Length, ModelSource, ThresholdOption
 from cotune.cli.screen import beginning, print_json, screen
-from cotune.data.config import DataConfig
 from cotune.data.readers.sources import check_source
-from cotune.errors import DataError
 
 _MOST_CLASSES = 25  # of a confusion matrix on a terminal
 _WIDE = 24  # characters of a class name
 
 
+@with_options(RecordOptions)
 def evaluate(
     model: ModelSource,
     data: Annotated[str, typer.Option(help="Labeled records: a file, or for an image model a folder with one folder per class.")],
-    text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None,
-    image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None,
-    label: Annotated[str | None, typer.Option(help='Column with the class, or with the words\' tags; default: "label".')] = None,
-    unit: Annotated[str | None, typer.Option(help="Column that says whose a record is: intervals then count persons.")] = None,
-    encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
+    *,
+    options: RecordOptions,
     threshold: ThresholdOption = None,
     max_length: Length = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with every threshold and bin.")] = False,
@@ -37,28 +31,15 @@ def evaluate(
 ) -> None:
     """Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent."""
     check_source(data)
-    beginning(f"loading PyTorch, then {model}, to judge it on {data}", quiet=as_json)
+    beginning(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
     from cotune.cli.predictions import evaluate_records  # loads PyTorch
 
-    config = records_config(data, text, image, label, unit, encoding)
-    result = evaluate_records(model, config, threshold=threshold, max_length=max_length, device=device)
+    result = evaluate_records(model, options.config(data), threshold=threshold, max_length=max_length, device=device)
     found = {"model": model, "data": data, **result}
     if as_json:
         print_json(found)
     else:
         _show(screen(), found)
-
-
-def records_config(
-    data: str, text: str | None, image: str | None, label: str | None, unit: str | None, encoding: str
-) -> DataConfig:
-    source = data if data.startswith("package:") else str(Path(data).expanduser())
-    given = {"source": source, "text": text, "image": image, "label": label, "unit": unit, "encoding": encoding}
-    try:
-        return DataConfig.model_validate({key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise DataError(f"the records cannot be read so: {reason}", code="data.invalid_description") from None
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

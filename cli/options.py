@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+from pydantic import ValidationError
+
+from cotune.data.config import DataConfig
+from cotune.errors import DataError
 
 Command = Callable[..., None]
+Choice = TypeVar("Choice", bound=str)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on standard output.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -37,6 +42,35 @@ class SiteOptions:
     model: Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")] = (
         None
     )
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """How labeled records are read, of `cotune evaluate` and `fuse`."""
+
+    text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None
+    image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None
+    label: Annotated[str | None, typer.Option(help='Column with the class, or with the words\' tags; default: "label".')] = None
+    unit: Annotated[str | None, typer.Option(help="Column that says whose a record is: intervals then count persons.")] = None
+    encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8"
+
+    def config(self, data: str) -> DataConfig:
+        """Return the description of the records in a file or package. Raises DataError for one that cannot be."""
+        source = data if data.startswith("package:") else str(Path(data).expanduser())
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        try:
+            return DataConfig.model_validate({"source": source, **given})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise DataError(f"the records cannot be read so: {reason}", code="data.invalid_description") from None
+
+
+def parse_choice(option: str, value: str, known: Sequence[Choice]) -> Choice:
+    """Return the known value that an option names. Raises BadParameter."""
+    for each in known:
+        if each == value:
+            return each
+    raise typer.BadParameter(f"{option} {value} is not known: expected one of {', '.join(known)}")
 
 
 def with_options(group: type[Any], *, without: Collection[str] = ()) -> Callable[[Command], Command]:

@@ -1,4 +1,4 @@
-"""What `cotune predict` and `cotune evaluate` compute: a model and records are read, and every record gets its answer."""
+"""What `cotune predict`, `evaluate`, `fuse` and `distill` compute: models predict the records that were read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from cotune.cli.options import RecordOptions
 from cotune.cli.plan_options import own_options
 from cotune.data.config import DataConfig
 from cotune.data.record_files import read_records
+from cotune.data.types import Input
 from cotune.data.unlabeled import Row, read_typed, read_unlabeled
+from cotune.ensembles.config import DistillationConfig, Method
+from cotune.ensembles.distill import Distillation, distill
+from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion
 from cotune.ensembles.predictor import open_model
-from cotune.models.evaluation.predictor import Classifier, evaluate_classifier
+from cotune.models.config import ModelConfig
+from cotune.models.evaluation.predictor import Classifier, class_numbers, evaluate_classifier, open_predictor
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, parse_threshold, predict_classes
 
 
@@ -38,8 +44,7 @@ def predict_rows(
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
-    predictor = open_model(model, device, max_length)
-    limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
+    predictor, limit = _open(model, threshold, max_length, device)
     with own_options():
         if isinstance(inputs, Path):
             rows = read_unlabeled(inputs, predictor.task, column=column, encoding=encoding)
@@ -60,11 +65,86 @@ def evaluate_records(
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
-    predictor = open_model(model, device, max_length)
-    limit = None if threshold is None else parse_threshold(threshold, predictor.labels)
+    predictor, limit = _open(model, threshold, max_length, device)
     with own_options():
         records = read_records(data, None, predictor.task)
     return dict(evaluate_classifier(predictor, records, limit))
+
+
+def fuse_models(
+    models: Sequence[str],
+    data: DataConfig,
+    method: Method,
+    *,
+    out: Path | None,
+    seed: int,
+    max_length: int | None,
+    device: str,
+) -> dict[str, Any]:
+    """Return how good each model and their fusion are, and write the fused model.
+
+    Args:
+        models: Folders of models or runs, or hub ids.
+        data: Labeled records and how they are read.
+        method: How predictions become one.
+        out: A new folder for the fused model; None: it is only measured.
+        seed: Of the folds on which the fusion is measured.
+        max_length: Tokens that are read of a text; None: as in training.
+        device: What computes.
+    """
+    opened = [open_predictor(model, device, max_length) for model in models]
+    with own_options():
+        records = read_records(data, None, opened[0].task)
+    judgment = ask_models(opened, records)
+    found = measure_fusion(method, judgment, models, seed)
+    if out is not None:
+        fusion = fit_and_write(method, judgment, opened, out)
+        found |= {"out": str(out), "temperatures": list(fusion.temperatures), "weights": list(fusion.weights)}
+    return found
+
+
+def distill_models(
+    teachers: Sequence[str],
+    student: ModelConfig,
+    config: DistillationConfig,
+    data: Path,
+    columns: RecordOptions,
+    *,
+    out: Path,
+    device: str,
+    license: str,
+) -> dict[str, Any]:
+    """Train a student on what teachers predict, write it, and return its settings and figures.
+
+    Args:
+        teachers: Folders of models, fused models or runs, or hub ids.
+        student: The base model that learns.
+        config: How it is trained.
+        data: Public inputs, with labels where `columns` names their column.
+        columns: How the inputs are read.
+        out: A new folder for the student.
+        device: What computes.
+        license: Of the inputs.
+    """
+    opened = [open_model(teacher, device) for teacher in teachers]
+    first = opened[0]
+    with own_options():
+        if columns.label is None:
+            column = columns.text if columns.text is not None else columns.image
+            rows = read_unlabeled(data, first.task, column=column, encoding=columns.encoding)
+            inputs: Sequence[Input] = [row.given for row in rows if row.given is not None]
+            truth = None
+        else:
+            records = read_records(columns.config(str(data)), None, first.task)
+            inputs = records.inputs
+            truth = class_numbers(records.labels, first.labels, records.source)
+    return distill(Distillation(opened, teachers, student, config, inputs, truth, out, device, license))
+
+
+def _open(model: str, threshold: str | None, max_length: int | None, device: str) -> tuple[Classifier, Threshold | None]:
+    """The model, and the threshold of one of its classes."""
+    predictor = open_model(model, device, max_length)
+    return predictor, None if threshold is None else parse_threshold(threshold, predictor.labels)
 
 
 def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
@@ -80,7 +160,6 @@ def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshol
 
 def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:
     """One class; of words a list of tags, None for one that was not read."""
-
     numbers = predict_classes(probabilities.numpy(), predictor.labels, threshold).tolist()
     labels = [None if number == NOT_PREDICTED else predictor.labels[number] for number in numbers]
     rows = [dict(zip(predictor.labels, row, strict=True)) for row in probabilities.tolist()]

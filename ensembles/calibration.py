@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -25,10 +26,7 @@ def scaled(probabilities: Floats, temperature: float) -> Floats:
     Returns:
         (n, k), rows that add up to 1.
     """
-    scores = np.log(np.maximum(probabilities, _MIN_PROBABILITY)) / temperature
-    scores -= scores.max(axis=1, keepdims=True)
-    powers = np.exp(scores)
-    shares: Floats = powers / powers.sum(axis=1, keepdims=True)
+    shares: Floats = softmax(np.log(np.maximum(probabilities, _MIN_PROBABILITY)) / temperature, axis=1)
     return shares
 
 

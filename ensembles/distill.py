@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from cotune.data.types import Input, content_bytes
+from cotune.data.readers.sources import check_new
+from cotune.data.types import Input, answer_count, content_bytes
 from cotune.ensembles.calibration import Floats, Numbers
-from cotune.ensembles.distillation import DistillationConfig, Lessons, student_probabilities, train_student
+from cotune.ensembles.config import DistillationConfig
+from cotune.ensembles.distillation import Lessons, train_student
 from cotune.ensembles.fusion import weighted_mean
-from cotune.errors import DataError, ModelError, RunError
+from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
+from cotune.errors import DataError, RunError
 from cotune.models.adapter import parameter_seed
 from cotune.models.base_lookup import find_base
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.device import pick_device
-from cotune.models.evaluation.predictor import Classifier
+from cotune.models.evaluation.predictor import Classifier, Predictor
 from cotune.models.export import export_model
 from cotune.models.trainable import State, TrainableModel
+from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
 
 RECORD = "distillation.json"  # what the student was made from, in its folder
@@ -78,7 +82,7 @@ class Distillation:
             "student": {"base": self.student.base, "sha256": find_base(self.student).content_hash},
             "inputs": {"count": len(self.inputs), "sha256": inputs_hash(self.inputs), "license": self.license},
             "labels": self.truth is not None,
-            **self.config.as_dict(),
+            **asdict(self.config),
         }
 
 
@@ -93,8 +97,7 @@ def distill(work: Distillation) -> dict[str, Any]:
         ModelError: Teachers differ in task or classes, or the student cannot be loaded.
         DataError: There are fewer than ten inputs.
     """
-    if work.out.exists():
-        raise RunError(f"{work.out} is there already: expected the name of a new folder", code="run.folder_exists")
+    check_new(work.out)
     if len(work.inputs) < _HELD_OUT:
         raise DataError(f"{len(work.inputs)} inputs are too few: expected at least {_HELD_OUT}", code="data.too_few_records")
     settings = work.settings()
@@ -104,9 +107,9 @@ def distill(work: Distillation) -> dict[str, Any]:
     held = list(range(0, len(work.inputs), _HELD_OUT))
     lessons = Lessons(work.inputs, taught, work.truth)
     chosen = [row for row in range(len(work.inputs)) if row % _HELD_OUT]
-    done, start = _newest(work.part, student)
+    done, start = _newest(work.part)
     train_student(student, lessons.select(chosen), work.config, start=start, done=done, keep=lambda n, s: _keep(work.part, n, s))
-    found = {**settings, "held_out": measure_student(student, lessons.select(held))}
+    found = {**settings, "held_out": measure_student(student, work.teachers[0], lessons.select(held))}
     export_model(student, work.out, {RECORD: json.dumps(found, indent=1)})
     shutil.rmtree(work.part)
     return found
@@ -120,15 +123,20 @@ def inputs_hash(inputs: Sequence[Input]) -> str:
     return total.hexdigest()
 
 
-def measure_student(student: TrainableModel, lessons: Lessons) -> dict[str, float | int | None]:
-    """Compare a student with its teacher on inputs that it has not learned from.
+def measure_student(student: TrainableModel, teacher: Classifier, lessons: Lessons) -> dict[str, float | int | None]:
+    """Compare a student with what it was taught, on inputs that it has not learned from.
+
+    Args:
+        student: In the state that is measured.
+        teacher: Whose task and classes the student has.
+        lessons: The inputs and what was taught.
 
     Returns:
         `answers`; `agreement`, the share of answers with the same most probable class; `kl`, the mean KL(teacher ‖ student) in
         nats; `teacher_accuracy` and `student_accuracy`, None without labels.
     """
     theirs = np.concatenate(lessons.taught)
-    ours = np.concatenate(student_probabilities(student, lessons.inputs))
+    ours = torch.cat(Predictor(student, teacher.labels, teacher.task).probabilities(lessons.inputs)).numpy()
     both = np.flatnonzero(np.isfinite(theirs).all(axis=1) & np.isfinite(ours).all(axis=1))
     logs = np.log(np.maximum(theirs[both], 1e-12)) - np.log(np.maximum(ours[both], 1e-12))
     found: dict[str, float | int | None] = {
@@ -145,13 +153,13 @@ def measure_student(student: TrainableModel, lessons: Lessons) -> dict[str, floa
     return found
 
 
-def _begin(part: Path, settings: Mapping[str, Any]) -> None:
-    file = part / _SETTINGS
-    text = json.dumps(settings, indent=1)
-    if not file.exists():
-        part.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, text.encode())
-    elif file.read_text(encoding="utf-8") != text:
+def _begin(part: Path, settings: dict[str, Any]) -> None:
+    part.mkdir(parents=True, exist_ok=True)
+    document = JsonDocument(part / _SETTINGS, dict[str, Any], advice="remove the folder")
+    before = document.read()
+    if before is None:
+        document.write(settings)
+    elif before != settings:
         raise RunError(
             f"{part} holds an unfinished distillation with other settings: finish that one, or remove the folder",
             code="run.other_settings",
@@ -161,7 +169,7 @@ def _begin(part: Path, settings: Mapping[str, Any]) -> None:
 def _taught(work: Distillation) -> list[Floats]:
     """The teachers' mean probabilities, computed once."""
     file = work.part / _TAUGHT
-    lengths = [len(given) if isinstance(given, tuple) else 1 for given in work.inputs]
+    lengths = [answer_count(given) for given in work.inputs]
     if not file.exists():
         mean = _mean_of_teachers(work)
         atomic_write(file, save({"probabilities": torch.from_numpy(np.ascontiguousarray(mean))}))
@@ -173,13 +181,10 @@ def _taught(work: Distillation) -> list[Floats]:
 
 
 def _mean_of_teachers(work: Distillation) -> Floats:
-    labels = work.teachers[0].labels
-    said = []
+    first = work.teachers[0]
     for teacher, name in zip(work.teachers, work.names, strict=True):
-        if (teacher.task, set(teacher.labels)) != (work.teachers[0].task, set(labels)):
-            raise ModelError(f"{name} does another task than the first teacher, or has other classes", code="model.other_classes")
-        order = [teacher.labels.index(label) for label in labels]
-        said.append(torch.cat(teacher.probabilities(work.inputs)).numpy()[:, order])
+        check_same_kind(teacher, first.task, first.labels, name)
+    said = [np.concatenate(aligned_probabilities(teacher, first.labels, work.inputs)) for teacher in work.teachers]
     return weighted_mean(np.stack(said), np.full(len(said), 1 / len(said)))
 
 
@@ -195,7 +200,7 @@ def _keep(part: Path, epoch: int, state: State) -> None:
     atomic_write(part / f"pass-{epoch:04d}.safetensors", save({name: t.contiguous() for name, t in state.items()}))
 
 
-def _newest(part: Path, student: TrainableModel) -> tuple[int, State]:
+def _newest(part: Path) -> tuple[int, State]:
     """The number of finished passes, and the state after them."""
     kept = sorted(part.glob("pass-*.safetensors"))
     if not kept:

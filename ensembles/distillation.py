@@ -12,57 +12,22 @@ inputs are public, the student is post-processing of what was released, and cost
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.data.tasks.batching import sorted_batches
-from cotune.data.tasks.task import logits
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats, Numbers
+from cotune.ensembles.config import DistillationConfig
 from cotune.models.adapter import parameter_seed
-from cotune.models.config import TrainMode
+from cotune.models.evaluation.predictor import compute_answer_scores
 from cotune.models.trainable import State, TrainableModel
 
-Loss = Literal["kl", "mse"]
-LOSSES: tuple[Loss, ...] = ("kl", "mse")
-
 _MIN_PROBABILITY = 1e-9
-_EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """How a student is trained.
-
-    Attributes:
-        train: Which parameters: the head, adapters with the head, or all.
-        loss: Between teacher and student.
-        temperature: T of `kl`, above 0.
-        label_weight: α, from 0 to 1; above 0 the inputs need labels.
-        epochs: Passes over the inputs; the optimizer (AdamW) starts afresh with each, so that a pass can be repeated.
-        batch_size: Inputs of a step.
-        learning_rate: At first; it falls linearly to 0 over all steps.
-        seed: Of a new head, adapters, and the order of the inputs.
-    """
-
-    train: TrainMode = "full"
-    loss: Loss = "kl"
-    temperature: float = 2.0
-    label_weight: float = 0.0
-    epochs: int = 3
-    batch_size: int = 32
-    learning_rate: float = 5e-5
-    seed: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -132,7 +97,7 @@ def train_student(
         The trained parameters.
     """
     names = student.names(config.train)
-    examples = _examples(student, lessons)
+    examples = student.loaded.encode_unlabeled(lessons.inputs)
     student.load(start)
     state = start
     for epoch in range(done, config.epochs):
@@ -152,40 +117,11 @@ def train_student(
     return state
 
 
-@torch.no_grad()
-def student_probabilities(student: TrainableModel, inputs: Sequence[Input]) -> list[Floats]:
-    """Return for each input (answers, classes), NaN for what the student could not read."""
-    task = student.loaded.task
-    examples = _examples(student, Lessons(inputs, [np.zeros((_answers(each), 0)) for each in inputs]))
-    found: list[Floats] = [np.empty((0, 0))] * len(examples)
-    for rows in sorted_batches(range(len(examples)), lambda row: task.order(examples[row]), _EVALUATION_BATCH):
-        for row, scores in zip(rows, _answer_scores(student, [examples[row] for row in rows]), strict=True):
-            found[row] = functional.softmax(scores.double(), dim=-1).cpu().numpy()
-    return found
-
-
-def _examples(student: TrainableModel, lessons: Lessons) -> list[Example]:
-    """What the student reads; labels are made up, as the loss is not computed from them."""
-    loaded = student.loaded
-    made_up = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in lessons.inputs]
-    return loaded.task.examples(loaded.reader, loaded.max_length, lessons.inputs, made_up)
-
-
-def _answers(given: Input) -> int:
-    return len(given) if isinstance(given, tuple) else 1
-
-
-def _answer_scores(student: TrainableModel, examples: Sequence[Example]) -> list[Tensor]:
-    task = student.loaded.task
-    collate = task.collator(student.module, student.loaded.reader, student.device)
-    return task.answer_scores(logits(student.module, collate(examples)), examples)
-
-
 def _batch_loss(
     student: TrainableModel, examples: Sequence[Example], lessons: Lessons, config: DistillationConfig
 ) -> Tensor | None:
     """The mean over the answers that both teacher and student can give; None where there is none."""
-    scores = torch.cat(_answer_scores(student, examples))
+    scores = torch.cat(compute_answer_scores(student, examples))
     taught = torch.from_numpy(np.concatenate(lessons.taught)).to(scores)
     truth = None if lessons.truth is None else torch.from_numpy(np.concatenate(lessons.truth)).to(scores.device)
     both = ~(scores.detach().isnan().any(dim=1) | taught.isnan().any(dim=1))

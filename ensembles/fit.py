@@ -11,8 +11,9 @@ import numpy as np
 
 from cotune.data.records import Records
 from cotune.ensembles.calibration import Floats, Numbers
+from cotune.ensembles.config import Method
 from cotune.ensembles.folder import write_fused
-from cotune.ensembles.fusion import Method, PredictionFusion, assign_folds, cross_fitted, fit_fusion
+from cotune.ensembles.fusion import PredictionFusion, assign_folds, cross_fitted, fit_fusion
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
 from cotune.errors import DataError
 from cotune.models.evaluation.intervals import Answers, compare_paired

@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cotune.data.config import TaskName
-from cotune.ensembles.fusion import MetaModel, Method, PredictionFusion
-from cotune.errors import ModelError, RunError
+from cotune.data.readers.sources import check_new
+from cotune.ensembles.config import Method
+from cotune.ensembles.fusion import MetaModel, PredictionFusion
+from cotune.errors import ModelError
 from cotune.models.base_folder import content_hash, list_model_files
 from cotune.storage.config_table import format_validation_error
 from cotune.storage.files import atomic_write
@@ -89,8 +91,7 @@ def write_fused(
     Raises:
         RunError: The folder is there already.
     """
-    if folder.exists():
-        raise RunError(f"{folder} is there already: expected the name of a new folder", code="run.folder_exists")
+    check_new(folder)
     for number, member in enumerate(members, 1):
         _copy(member, member_folder(folder, number))
     if fusion.meta_model is not None:

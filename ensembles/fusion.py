@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from cotune.ensembles.calibration import Floats, Numbers, fit_temperature, scaled
+from cotune.ensembles.config import Method
 from cotune.errors import DataError
-
-Method = Literal["vote", "average", "weighted", "stacking"]
-METHODS: tuple[Method, ...] = ("vote", "average", "weighted", "stacking")
 
 _EM_STEPS = 500
 _TIE = 1e-6  # weight of the mean probabilities beside votes: decides between classes with as many votes
@@ -40,7 +38,8 @@ class MetaModel:
     def probabilities(self, features: Floats) -> Floats:
         """(n, models · classes) -> (n, classes)."""
         scores = features @ self.coefficients.T + self.intercepts
-        return _softmax(scores)
+        fused: Floats = softmax(scores, axis=1)
+        return fused
 
 
 @dataclass(frozen=True)
@@ -242,9 +241,3 @@ def _features(probabilities: Floats) -> Floats:
     """(models, n, classes) -> (n, models · classes), logarithms."""
     logs = np.log(np.maximum(_without_gaps(probabilities), 1e-6))
     return np.concatenate(list(logs), axis=1)
-
-
-def _softmax(scores: Floats) -> Floats:
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    shares: Floats = powers / powers.sum(axis=1, keepdims=True)
-    return shares

@@ -17,7 +17,7 @@ from cotune.ensembles.calibration import Floats
 from cotune.ensembles.folder import fusion_hash, is_fused, member_folder, read_fused
 from cotune.ensembles.fusion import PredictionFusion
 from cotune.errors import ModelError
-from cotune.models.evaluation.predictor import Predictor, open_predictor
+from cotune.models.evaluation.predictor import Classifier, Predictor, open_predictor
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def open_model(source: str, device: str = "auto", max_length: int | None = None)
     return FusedPredictor(members, fusion, document.labels, document.task, fusion_hash(folder))
 
 
-def check_same_kind(model: Predictor, task: TaskName, labels: Sequence[str], source: str) -> None:
+def check_same_kind(model: Classifier, task: TaskName, labels: Sequence[str], source: str) -> None:
     """Check that a model does the same task with the same classes, in whatever order.
 
     Raises:
@@ -93,7 +93,7 @@ def check_same_kind(model: Predictor, task: TaskName, labels: Sequence[str], sou
         )
 
 
-def aligned_probabilities(model: Predictor, labels: Sequence[str], inputs: Sequence[Input]) -> list[Floats]:
+def aligned_probabilities(model: Classifier, labels: Sequence[str], inputs: Sequence[Input]) -> list[Floats]:
     """Return for each input (answers, classes), with the classes in the order of `labels`."""
     order = [model.labels.index(label) for label in labels]
     return [each.numpy()[:, order] for each in model.probabilities(inputs)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from cotune.data.config import TaskName
 from cotune.data.tasks.task import Task, get_task
+from cotune.data.tasks.text import Example
+from cotune.data.types import Input
 from cotune.errors import ModelError
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
 from cotune.models.base_folder import (
@@ -51,6 +53,11 @@ class LoadedModel:
     frozen: tuple[str, ...]
     max_length: int
     task: Task
+
+    def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
+        """Return what the collator takes for inputs without labels; class number 0 stands for each answer."""
+        targets = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
+        return self.task.examples(self.reader, self.max_length, inputs, targets)
 
 
 def load_model(

@@ -171,10 +171,7 @@ def _encode(model: TrainableModel, examples: Sequence[Example], dtype: torch.dty
 
 def _compute(model: TrainableModel, inputs: Sequence[Input], dtype: torch.dtype, progress: Progress | None) -> Tensor:
     distinct = list(dict.fromkeys(inputs))  # equal inputs have equal features: they are computed once
-    loaded = model.loaded
-    labels = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in distinct]
-    examples = loaded.task.examples(loaded.reader, loaded.max_length, distinct, labels)
-    features = _encode(model, examples, dtype, progress)
+    features = _encode(model, model.loaded.encode_unlabeled(distinct), dtype, progress)
     rows = dict(zip(distinct, answer_rows(distinct), strict=True))
     return features[[row for given in inputs for row in rows[given]]]
 

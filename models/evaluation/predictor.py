@@ -93,18 +93,19 @@ class Predictor:
     def probabilities(self, inputs: Sequence[Input]) -> list[Tensor]:
         """Return for each input (answers, classes) in float64: one row, or one for each word; NaN for what was not read."""
         loaded = self.model.loaded
-        made_up = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
-        examples = loaded.task.examples(loaded.reader, loaded.max_length, inputs, made_up)
+        examples = loaded.encode_unlabeled(inputs)
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
-            for row, scores in zip(rows, self._scores([examples[row] for row in rows]), strict=True):
+            for row, scores in zip(rows, compute_answer_scores(self.model, [examples[row] for row in rows]), strict=True):
                 found[row] = functional.softmax(scores.double(), dim=-1).cpu()
         return found
 
-    def _scores(self, examples: Sequence[Example]) -> list[Tensor]:
-        loaded = self.model.loaded
-        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
-        return loaded.task.answer_scores(logits(self.model.module, collate(examples)), examples)
+
+def compute_answer_scores(model: TrainableModel, examples: Sequence[Example]) -> list[Tensor]:
+    """Return the scores (answers, classes) of each example of a batch, with their gradients; NaN for what was not read."""
+    loaded = model.loaded
+    collate = loaded.task.collator(model.module, loaded.reader, model.device)
+    return loaded.task.answer_scores(logits(model.module, collate(examples)), examples)
 
 
 def open_predictor(source: str, device: str = "auto", max_length: int | None = None) -> Predictor:

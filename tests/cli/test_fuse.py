@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cotune.ensembles.config import Method
 from cotune.ensembles.folder import FUSION_FILE, member_folder
-from cotune.ensembles.fusion import METHODS, Method
 from cotune.ensembles.predictor import FusedPredictor, open_model
 from cotune.errors import ModelError
 from cotune.models.evaluation.predictor import open_predictor
@@ -19,6 +20,7 @@ from tests.support.console import Cotune
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.exported_models import export_random
 
+METHODS = get_args(Method)
 LABELS = ("bad", "good", "so")
 OTHER_ORDER = ("so", "bad", "good")
 

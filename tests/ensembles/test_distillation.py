@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 from cotune.ensembles import distill as distill_module
+from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.distill import RECORD, Distillation, distill
-from cotune.ensembles.distillation import DistillationConfig, distillation_loss
+from cotune.ensembles.distillation import distillation_loss
 from cotune.ensembles.predictor import open_model
 from cotune.errors import RunError
 from cotune.models.config import ModelConfig

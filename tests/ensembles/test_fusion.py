@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,9 +12,11 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from cotune.ensembles.calibration import fit_temperature, negative_log_likelihood, scaled
-from cotune.ensembles.fusion import METHODS, Method, assign_folds, cross_fitted, fit_fusion, fit_weights, weighted_mean
+from cotune.ensembles.config import Method
+from cotune.ensembles.fusion import assign_folds, cross_fitted, fit_fusion, fit_weights, weighted_mean
 from cotune.errors import DataError
 
+METHODS = get_args(Method)
 NAN = float("nan")
 
 
