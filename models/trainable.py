@@ -112,7 +112,7 @@ class TrainableModel:
     def with_random_weights(self, names: Iterable[str], seed: int = 0) -> Iterator[None]:
         """For the time of the block: the base model with random weights in the named parameters, whatever state it is in.
 
-        Weights are normal, with the standard deviation that keeps the size of what a layer is given; the same ones for the same seed.
+        Weights are normal, with the standard deviation that keeps the size of what a layer is given, and follow from the seed.
         """
         own = dict(self.parameters())
         chosen = list(names)
