@@ -111,10 +111,11 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to be combined with."""
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
     lora = plan.lora.model_copy(update={"keep": "nothing"})
-    return plan.model_copy(update={"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "lora": lora})
+    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "lora": lora, "wire": "float32"}
+    return plan.model_copy(update=alone)
 
 
 def _without_privacy(plan: Plan) -> Plan:

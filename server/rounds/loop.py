@@ -210,6 +210,7 @@ def _collect(
         receiver,
         run.folder.events.write,
         is_real=run.session.is_real,
+        limits=run.session.limits,
     ).collect()
     receiver.end_round()
     return result
