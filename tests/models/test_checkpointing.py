@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.classes import example_losses
 from cotune.models.architecture import AlignedRows
 from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.config import LoraConfig
