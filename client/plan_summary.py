@@ -20,7 +20,7 @@ def summarize_plan(plan: Plan) -> list[str]:
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
     lines = [
-        f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task} into {', '.join(plan.labels)}",
+        f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task}{_classes(plan)}",
         f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}",
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
@@ -29,6 +29,10 @@ def summarize_plan(plan: Plan) -> list[str]:
         f" {', '.join(asks) or 'nothing beside the updates'}",
     ]
     return [printable(line) for line in lines]
+
+
+def _classes(plan: Plan) -> str:
+    return f" into {', '.join(plan.labels)}" if plan.labels else ""
 
 
 def _amount(local: Any) -> str:

@@ -65,7 +65,7 @@ class TrainableModel:
 
     def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
         if not name.startswith(self.prefix):
-            return True  # the head is part of every stage
+            return mode == "full" or not self.loaded.task.keeps_head  # a new head is part of every stage
         if mode == "head" or name.startswith(self.loaded.frozen):
             return False
         if ".lora_" in name:
