@@ -21,8 +21,8 @@ from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 class ServerSGD(ServerOptimizer):
     """θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 FedAvgM.
 
-    nesterov: θ += lr·(D + momentum·v), as in torch (Sutskever et al., ICML 2013), which is the same where momentum is 0; the outer
-    step of DiLoCo (Douillard et al., 2023, algorithm 1), whose workers take hundreds of AdamW steps between two rounds.
+    nesterov: θ += lr·(D + momentum·v), as in torch (Sutskever et al., ICML 2013), which is the same where momentum is 0; the
+    outer step of DiLoCo (Douillard et al., 2023, algorithm 1), whose workers take hundreds of AdamW steps between two rounds.
     """
 
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1.0
