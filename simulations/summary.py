@@ -23,6 +23,7 @@ from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
+    PLAIN,
     Evaluated,
     Personalized,
     mean_metrics,
@@ -32,7 +33,7 @@ from cotune.simulations.baselines import (
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.split import Share
-from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority
+from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority, personal_gains
 
 _METRICS = ("accuracy", "precision", "recall", "f1")
 _EXACT = (  # figures of a simulation that are computed from training records as they are
@@ -51,6 +52,7 @@ def summarize(
     metrics = Metrics(**dict(progress.history[-1].metrics or {}))
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
+    plain = baselines.get(PLAIN)
     personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)
     choices = _choices(folder, prepared, progress, baselines, personalized)
@@ -74,11 +76,13 @@ def summarize(
             "notes": prepared.notes,
         },
         "worth": overall_worth(organizations),
+        "personal": personal_gains(organizations),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _majority(folder, prepared).as_dict(),
             "alone": _each({n: m.as_dict() for n, m in alone.items()}),
             "alone_without_privacy": _common(organizations, "alone_without_privacy"),
+            "plain": plain.metrics.as_dict() if plain else None,
             "federated": metrics.as_dict(),
             "adapted": _common(organizations, "adapted"),
             "pooled": pooled.metrics.as_dict() if pooled else None,
@@ -104,6 +108,7 @@ def _choices(
     model = get_plan_model(plan, folder.file.device)
     own = personal_states(folder, served) if plan.keeps_personal else {}
     common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
+    plain = baselines.get(PLAIN)
     found: dict[str, dict[str, Sequence[int]]] = {}
     for share in prepared.shares:
         told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
@@ -114,6 +119,7 @@ def _choices(
             "majority": (own_majority(prepared, share),) * len(test.truth),
             "alone": alone and alone.told,
             "alone_without_privacy": personalized.alone.get(share.name) or (without and without.told),
+            "plain": plain and plain.told,
             "federated": told,
             "adapted": personalized.told.get(share.name),
         }
@@ -171,7 +177,7 @@ def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, A
         "epsilon_all_models": together,
         "statement": [
             *statement(privacy, spent, clear_metrics=_in_clear(folder)),
-            all_models_statement(together, pooled=pooled),
+            all_models_statement(together, pooled=pooled, plain=folder.plan.keeps_personal),
         ],
     }
 

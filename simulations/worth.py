@@ -21,7 +21,7 @@ from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, accura
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share
 
-COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
+COLUMNS = ("majority", "alone", "alone_without_privacy", "plain", "federated", "adapted")  # from the floor up
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured
 NOT_JOINED = ("alone_without_privacy", "alone")  # what it has when it does not
 
@@ -113,6 +113,20 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
         "test": found.test,
         "few": len(np.unique(ours.units)) < MIN_TEST_RECORDS,
     }
+
+
+def personal_gains(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return `personal` of summary.json: what personal parts change on own held-out records; None where it was not measured.
+
+    The gain of an organization is the accuracy of its own model, less that of the model that is all shared.
+    """
+    held = {each["name"]: each["own"] for each in organizations if each["own"] and each["own"]["plain"]}
+    gains = {name: own["federated"]["accuracy"] - own["plain"]["accuracy"] for name, own in held.items() if own["federated"]}
+    if not gains:
+        return None
+    worst = min(gains, key=lambda name: gains[name])
+    mean = sum(gains.values()) / len(gains)
+    return {"gains": gains, "mean_gain": mean, "worst_gain": gains[worst], "worst": worst}
 
 
 def overall_worth(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
