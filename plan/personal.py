@@ -67,6 +67,4 @@ def explain(personal: PersonalConfig, *, private: bool) -> str | None:
     stays = f"personal: {describe_parts(personal)} {_verb(personal)} with each organization"
     if not private:
         return f"{stays}, trained without noise as all else"
-    return (
-        f"{stays}, trained with noise in the same steps and under the same ε as what is shared, whose gradients follow from it"
-    )
+    return f"{stays}, trained with noise in the same steps and under the same ε as what is shared, whose gradients follow from it"

@@ -68,4 +68,3 @@ class PersonalParameters:
                 " or of another shape, or not finite; restore the site from a backup, or start a new run",
                 code="run.lost_state",
             )
-

@@ -56,7 +56,9 @@ def test_exported_models_are_the_shared_part_with_the_own(finished: Run) -> None
 
 def test_gain_is_over_the_same_run_with_everything_shared(finished: Run) -> None:
     gain = finished.summary["personal"]
-    each = {o["name"]: o["own"]["federated"]["accuracy"] - o["own"]["plain"]["accuracy"] for o in finished.summary["organizations"]}
+    each = {
+        o["name"]: o["own"]["federated"]["accuracy"] - o["own"]["plain"]["accuracy"] for o in finished.summary["organizations"]
+    }
     assert gain["gains"] == pytest.approx(each)
     assert gain["mean_gain"] == pytest.approx(sum(each.values()) / len(each))
     assert gain["worst_gain"] == min(each.values()) == each[gain["worst"]]
