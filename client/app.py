@@ -253,7 +253,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
         sent=request.sent,
         declarable=signed.statement.declarable if signed else None,
     )
-    content = encode_update(trained, plan.plan_id)
+    content = encode_update(trained, plan.plan_id, codec=plan.wire)
     update, account = check_update(content, request, plan, site)
     about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MAX_NAMES], "epsilon": update.epsilon}
     if isinstance(plan.privacy, RecordPrivacy):

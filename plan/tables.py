@@ -17,6 +17,7 @@ from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.storage.config_table import ConfigTable
 
@@ -92,6 +93,11 @@ class PlanTables(ConfigTable):
     test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="of the other records, held by the server: some strategies judge updates by them"
+    )
+    wire: Codec = Field(
+        "float32",
+        description="how the values of updates travel: int8 takes about a quarter of the bytes of float32, int4 an eighth; each"
+        " organization rounds after its noise, at random and without bias, which costs no privacy",
     )
     keep_checkpoints: int = Field(0, ge=0, le=100_000, description="how many rounds' checkpoints stay on disk; 0: all")
     model: ModelConfig

@@ -17,9 +17,10 @@ the common test set, of which its own held-out records are a part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -28,10 +29,11 @@ from cotune.client.personalization.adaptation import Adaptation, adapt, build_ow
 from cotune.client.site import Site
 from cotune.client.training.personal import PERSONAL
 from cotune.data.dataset import Dataset, DatasetManifest
-from cotune.data.tasks.task import Metrics, compute_metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.evaluation.test_set import evaluate, measure, predict
 from cotune.models.export import export_model
 from cotune.models.feature_head import feature_head
 from cotune.models.features import encode_batch
@@ -45,7 +47,7 @@ from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, 
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Evaluator, evaluate, predict
+from cotune.server.rounds.evaluation import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
@@ -63,11 +65,11 @@ class Evaluated:
 
     Attributes:
         metrics: Its quality.
-        told: The class numbers that it predicted, in the order of `Dataset.truth`.
+        told: What it tells, such as class numbers, in the order of `Dataset.truth`.
     """
 
     metrics: Metrics
-    told: tuple[int, ...]
+    told: tuple[Any, ...]
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
@@ -119,9 +121,9 @@ def _without_personal(plan: Plan) -> Plan:
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to be combined with."""
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
-    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig()}
+    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
     return _without_personal(plan).model_copy(update=alone)
 
 
@@ -159,7 +161,7 @@ def _evaluate(folder: RunFolder, baseline: RunFolder) -> Evaluated:
     model = get_plan_model(plan, folder.file.device)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
-    return Evaluated(compute_metrics(test.truth, told, len(test.labels)), tuple(told))
+    return Evaluated(measure(model, test, told), tuple(told))
 
 
 def build_personal_evaluate(folder: RunFolder) -> Evaluator:
@@ -190,8 +192,12 @@ def export_each(folder: RunFolder, state: State) -> None:
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    tables = [m.as_dict() for m in metrics]
-    return Metrics(**{key: sum(t[key] for t in tables) / len(tables) for key in tables[0]})
+    return type(metrics[0])(**mean_values([each.as_dict() for each in metrics]))
+
+
+def mean_values(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each key; the tables have the same ones."""
+    return {key: sum(table[key] for table in tables) / len(tables) for key in tables[0]}
 
 
 def personal_states(folder: RunFolder, state: State) -> dict[str, State]:

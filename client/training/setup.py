@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
-from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
+from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import fixed_batches, sorted_batches
-from cotune.data.tasks.task import Target, example_losses, logits
-from cotune.data.tasks.text import IGNORED, Example
+from cotune.data.tasks.classes import IGNORED
+from cotune.data.tasks.task import Target
+from cotune.data.tasks.text import Example
 from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
 from cotune.models.check_cache import model_key, read_check, write_check
@@ -223,19 +224,19 @@ def _on_examples(
 
     def loss(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            return example_losses(model.module, batch, weights)
+            return task.losses(model.module, batch, weights)
 
     def exact(batch: Batch) -> Tensor:
         with AlignedRows():
-            return example_losses(model.module, batch, weights)
+            return task.losses(model.module, batch, weights)
 
     def scores(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, enabled=False):
-            return logits(model.module, batch)
+            return task.scores(model.module, batch)
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
-        return all_correct(scores(batch), batch["labels"])
+        return task.are_right(scores(batch), batch["labels"])
 
     return TrainingSetup(
         module=model.module,

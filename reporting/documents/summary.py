@@ -102,9 +102,8 @@ class OverallWorth(Document):
 
 
 class PersonalGain(Document):
-    """What personal parts change: accuracy of own models on own held-out records, less that of the model that is all shared."""
+    """What personal parts change, over the organizations (their `personal_gain`)."""
 
-    gains: dict[str, Number] = Field(description="Organization → gain.")
     mean_gain: Number = Field(description="Mean over the organizations.")
     worst_gain: Number = Field(description="The smallest of them.")
     worst: str = Field(description="Whose it is.")
@@ -213,6 +212,10 @@ class OrganizationSummary(Document):
     worth: OrganizationWorth | None = Field(None, description="Whether joining is worth it; null where it was not measured.")
     adaptation: AdaptationSummary | None = Field(None, description="How it has adapted the federated model.")
     gain: Number | None = Field(None, description="`difference` of `worth`.")
+    personal_gain: Number | None = Field(
+        None,
+        description="Accuracy of its own model on its own held-out records, less that of the same run without personal parts.",
+    )
     bytes_up: int | None = Field(None, description="Real run: size of all its updates, interrupted rounds included.")
     weight: Number | None = Field(None, description="Real run: its share in the last round that it took part in, of 1.")
     dropped: int | None = Field(None, description="Real run: rounds without an update of it.")

@@ -14,7 +14,7 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_optimizer, build_setup, synthetic_setup
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
-from cotune.data.tasks.task import logits
+from cotune.data.tasks.classes import logits
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
 from cotune.models.feature_precision import FEATURE_SLOTS

@@ -22,9 +22,11 @@ from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, personal_names, shared_names
 from cotune.plan.schema import Plan
+from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol import messages as wire
+from cotune.protocol.codecs import pack
 from cotune.protocol.messages import (
     SALTED,
     Receipt,
@@ -53,7 +55,8 @@ class Case:
         self.plan = plan
         self.site = site
         self.request = decode_request(content)
-        self.content = encode_update(train_round(plan, site, 1, dict(self.request.state)), plan.plan_id)
+        trained = train_round(plan, site, 1, dict(self.request.state))
+        self.content = encode_update(trained, plan.plan_id, codec=plan.wire)
 
     def check(self) -> None:
         check_update(self.content, self.request, self.plan, self.site)
@@ -74,7 +77,7 @@ class Case:
     @property
     def some(self) -> tuple[str, np.ndarray[Any, Any]]:
         """A parameter and its delta."""
-        delta = decode_update(self.content, self.plan.plan_id).delta
+        delta = decode_update(self.content, self.plan.plan_id, codec=self.plan.wire).delta
         name = sorted(delta)[0]
         return name, delta[name].numpy().copy()
 
@@ -217,6 +220,74 @@ def test_what_must_not_leave(case: Case, spoil: Callable[[Case], None]) -> None:
     spoil(case)
     with pytest.raises(RunError) as raised:
         case.check()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def packed(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> Case:
+    """An update whose values travel as int4."""
+    plan = make_plan(privacy=PRIVATE, wire="int4")
+    return Case(plan, make_site(), state_for(plan))
+
+
+def packed_array(case: Case, change: Callable[[bytes], bytes], dtype: str = "int4") -> None:
+    """Change the bytes of one array of the delta, as they are before the message's mask."""
+    name, values = case.some
+    data = change(pack("int4", torch.from_numpy(values)))
+    case.arrays("delta", **{name: Array(dtype, values.shape, SALTED, data)})
+
+
+def test_a_packed_update_may_leave(packed: Case) -> None:
+    packed.check()
+    packed_array(packed, lambda data: data)
+    packed.check()
+
+
+def in_another_codec(case: Case) -> None:
+    name, values = case.some
+    case.arrays("delta", **{name: Array(values)})
+
+
+def with_scales_twice_as_large_and_integers_half(case: Case) -> None:
+    """Of a block of zeros any exponent gives the same values: bytes in which a record could hide."""
+    name, values = case.some
+    values[...] = 0.0
+    data = bytes([5]) * (-(-values.size // BLOCK)) + bytes(-(-values.size // 2))
+    case.arrays("delta", **{name: Array("int4", values.shape, SALTED, data)})
+
+
+def with_the_number_below_the_lowest(case: Case) -> None:
+    packed_array(case, lambda data: data[:-1] + bytes([0x88]))
+
+
+def with_a_byte_more(case: Case) -> None:
+    packed_array(case, lambda data: data + b"x")
+
+
+def with_scales_beyond_float32(case: Case) -> None:
+    packed_array(case, lambda data: bytes([0x7F]) + data[1:-1] + bytes([0x77]))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        in_another_codec,
+        with_scales_twice_as_large_and_integers_half,
+        with_the_number_below_the_lowest,
+        with_a_byte_more,
+        with_scales_beyond_float32,
+        another_shape,
+        another_type,
+        bytes_behind_an_array,
+        a_missing_parameter,
+        more_records_than_the_rule_says,
+    ],
+)
+def test_what_must_not_leave_packed(packed: Case, spoil: Callable[[Case], None]) -> None:
+    """Also bytes of which both sides would read the same values."""
+    spoil(packed)
+    with pytest.raises(EgressBlocked) as raised:
+        packed.check()
     assert "\n" not in str(raised.value)
 
 

@@ -148,7 +148,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
                 "epsilon_allowed",
                 "delta",
             ),
-            *("noise_multiplier", "sample_rate", "steps", "rounds", "own", "common", "worth", "adaptation"),
+            *("noise_multiplier", "sample_rate", "steps", "rounds", "own", "common", "worth", "adaptation", "personal_gain"),
         }
         for where in ("own", "common"):
             assert set(organization[where]) == {"records", "accuracy", "plain", *columns}
