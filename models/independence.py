@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from cotune.data.tasks.batching import LENGTHS
-from cotune.data.tasks.task import logits
-from cotune.data.tasks.text import Batch, Example
+from cotune.data.tasks.classes import Batch
+from cotune.data.tasks.text import Example
 from cotune.errors import PrivacyError
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
@@ -64,7 +64,7 @@ def check_independence(
             random ones.
         precision: "float32", "bfloat16", or "auto" for bfloat16 where it is fast and independent.
         per_slot: A batch -> what is computed of each slot, (slots, ...): scores, losses, the gradient of every trained
-            parameter, in the way that will train. Called under autocast where bfloat16 is tried. Without it, logits are tried.
+            parameter, in the way that will train. Called under autocast where bfloat16 is tried. Without it, scores are tried.
         slots: Rows of the batches that will train; of those of examples, the blank one included.
         lengths: Lengths of batches of examples; all that the model has, where not given. Of batches of features those of records
             that have several vectors; without them each has one.
@@ -147,14 +147,14 @@ def _mixes_with(model: TrainableModel, drawn: Sequence[str], seed: int, mixing: 
 
 
 def _make_answer(model: TrainableModel, dtype: torch.dtype, per_slot: PerSlot | None) -> PerSlot:
-    """What `per_slot` says of each slot in an arithmetic; logits without it."""
+    """What `per_slot` says of each slot in an arithmetic; the task's scores without it."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             if per_slot is not None:
                 return per_slot(batch)
             with torch.no_grad():
-                return [logits(model.module, batch)]
+                return [model.loaded.task.scores(model.module, batch)]
 
     return answer
 
@@ -208,7 +208,7 @@ def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int
     """How far padding and company move a record, in float32.
 
     Every example is compared alone and unpadded with itself in a batch of `slots` rows, in each length up to four times its own:
-    its logits, and its feature where the head reads one. That is done twice, the second time with a loud padding token, as a
+    its scores, and its feature where the head reads one. That is done twice, the second time with a loud padding token, as a
     state may have one though a base model's is zero.
 
     Returns:
@@ -266,7 +266,7 @@ def _paddings(model: TrainableModel, example: Example) -> list[int]:
 
 
 def _outputs(model: TrainableModel, batch: Batch) -> list[Tensor]:
-    found = [logits(model.module, batch).cpu()]
+    found = [model.loaded.task.scores(model.module, batch).cpu()]
     if feature_head(model) is not None:
         found.append(encode_vectors(model, batch, torch.float32))
     return found

@@ -65,7 +65,7 @@ class TrainableModel:
 
     def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
         if not name.startswith(self.prefix):
-            return True  # the head is part of every stage
+            return mode == "full" or not self.loaded.task.keeps_head  # a new head is part of every stage
         if mode == "head" or name.startswith(self.loaded.frozen):
             return False
         if ".lora_" in name:
@@ -136,6 +136,13 @@ class TrainableModel:
         for name in names:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
+
+    def norm_names(self) -> list[str]:
+        """The parameters of the encoder's normalization layers (LayerNorm, RMSNorm), but for those that are never trained."""
+        layers = [name for name, layer in self.module.named_modules() if type(layer).__name__.endswith("Norm")]
+        found = {f"{name}.{own}" for name in layers for own, _ in self.module.get_submodule(name).named_parameters(recurse=False)}
+        encoder = (name for name, _ in self.parameters() if name.startswith(self.prefix))
+        return [name for name in encoder if name in found and not name.startswith(self.loaded.frozen)]
 
     def adapter_names(self) -> list[str]:
         """The parameters of its adapters, trained or not."""

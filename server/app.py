@@ -10,10 +10,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import CotuneError
 from cotune.flower.control_client import find_run_folder
 from cotune.flower.runtime_client import open_runtime_client
+from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
 from cotune.reporting.documents.events import RunFailed
@@ -22,7 +23,7 @@ from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch
 from cotune.server.deployment.trail import SignedTrail
-from cotune.server.rounds.evaluation import evaluate, get_registered_evaluator
+from cotune.server.rounds.evaluation import get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.data.tasks.batching import fixed_batches
-from cotune.data.tasks.task import logits
-from cotune.data.tasks.text import Batch
+from cotune.data.tasks.classes import Batch, logits
 from cotune.errors import PrivacyError
 from cotune.models import feature_precision, independence
 from cotune.models.base_model import load_model

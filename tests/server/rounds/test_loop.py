@@ -14,7 +14,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.protocol.messages import Request, encode_update
