@@ -109,6 +109,6 @@ def peak_memory_bytes() -> int:
 
 def peak_gpu_memory_bytes() -> int | None:
     """The most memory of one GPU that this process has held in tensors; None where it has used no GPU."""
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
         return None
     return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) or None

@@ -342,5 +342,5 @@ def _checksum(tensor: Tensor) -> int:
     """A slice at a time: on a GPU a sum of integers first makes 64 bits of each."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     flat = tensor.detach().contiguous().view(words).flatten()
-    parts = [part.sum(dtype=torch.int64) for part in flat.split(_SUMMED_AT_ONCE)]
+    parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, _SUMMED_AT_ONCE)]
     return int(torch.stack(parts).sum()) if parts else 0
