@@ -24,6 +24,7 @@ from cotune.data.tasks.text import Example
 from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
 from cotune.models.check_cache import model_key, read_check, write_check
+from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
@@ -134,7 +135,8 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
-    key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *plan.personal.parts, *taken
+    how = stage.local.physical_batch_size, stage.local.activation_checkpointing
+    key = stage.mode, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:
         return
@@ -221,13 +223,14 @@ def _on_examples(
             yield positions, collate([rows[numbers[p]] for p in positions])
 
     weights = _weights_of(plan, model)
+    again = is_checkpointed(stage.local.activation_checkpointing, model.module)
 
     def loss(batch: Batch) -> Tensor:
-        with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            return task.losses(model.module, batch, weights)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
+            return exact(batch)
 
     def exact(batch: Batch) -> Tensor:
-        with AlignedRows():
+        with AlignedRows(), checkpointing(model.module, enabled=again):
             return task.losses(model.module, batch, weights)
 
     def scores(batch: Batch) -> Tensor:
