@@ -127,6 +127,13 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
                 f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
                 True,
             )
+        if plan.personal.keeps_copy and not plan.personal.noise and not policy.training.personal_without_noise:
+            yield Violation(
+                "training.personal_without_noise",
+                "the plan trains your own copy of the model without noise, expected one with noise; where neither the copy nor"
+                " what it predicts ever leaves you, set the rule to true",
+                True,
+            )
     elif policy.training.record_privacy:
         yield Violation(
             "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False

@@ -79,6 +79,7 @@ class ModelSummary(Document):
     base: str = Field(description="Base model, as in the plan.")
     base_hash: str | None = Field(description="SHA-256 over its safetensors.")
     parameters: int = Field(description="Number of parameters of the whole model.")
+    common: bool = Field(True, description="Whether there is one for all: false with personal parts.")
     shared_parameters: int = Field(description="Number of those that were trained and traveled.")
 
 

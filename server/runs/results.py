@@ -57,6 +57,7 @@ def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
             "base": plan.model.base,
             "base_hash": plan.model.base_hash,
             "parameters": load_run_model(folder).parameter_count(),
+            "common": not plan.keeps_parts,
             "shared_parameters": sum(t.numel() for t in progress.state.values()),
         },
         "labels": list(plan.labels),
@@ -155,7 +156,7 @@ def finalize_run(folder: RunFolder) -> RunSummary:
     """
     progress = folder.load()
     summary = summarize(folder, progress)
-    if not folder.plan.keeps_personal:
+    if not folder.plan.keeps_parts:
         _export(folder, progress, summary)
     atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")
