@@ -31,7 +31,7 @@ class ServerSGD(ServerOptimizer):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = compute_rate(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:
-            return apply_delta(state, {name: d * rate for name, d in fused.delta.items()}), {}
+            return apply_delta(state, fused.delta, rate), {}
         delta = fused.delta.items()
         moving = {name: d.to(torch.float64) + self.momentum * memory.get(name, torch.zeros(())) for name, d in delta}
-        return apply_delta(state, {name: v * rate for name, v in moving.items()}), {**memory, **moving}
+        return apply_delta(state, moving, rate), {**memory, **moving}
