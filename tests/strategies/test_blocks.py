@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.errors import RunError
-from cotune.strategies import RoundContext, StrategyConfig, Update, WeightedUpdate, apply_delta, norm, weighted, weighted_mean
+from cotune.strategies import (
+    RoundContext,
+    StrategyConfig,
+    Update,
+    WeightedUpdate,
+    apply_delta,
+    held,
+    norm,
+    weighted,
+    weighted_mean,
+)
 from cotune.strategies.aggregator import Aggregator, build_aggregator
 from cotune.strategies.blocks import BLOCK, is_finite
 from cotune.strategies.conformance.samples import complete, sample
@@ -98,7 +108,10 @@ WHOLE: dict[str, Callable[[Sequence[Update], str], Tensor]] = {
 
 @pytest.mark.parametrize("on_disk", [False, True])
 @pytest.mark.parametrize("fusion", WHOLE)
-def test_fusions_by_blocks_are_those_of_whole_tensors_to_the_bit(fusion: str, on_disk: bool, tmp_path: Path) -> None:
+def test_fusions_by_blocks_are_those_of_whole_tensors_to_the_bit(
+    fusion: str, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "_IN_MEMORY", 0)
     for count in (5, 8):
         sent = updates(count)
         found = play(fusion, sent, tmp_path if on_disk else None)
@@ -115,7 +128,8 @@ def test_fusions_of_many_updates_are_those_of_whole_tensors(fusion: str) -> None
 
 
 @pytest.mark.parametrize("fusion", [name for name, info in get_builtin_components("fusion").items() if not info.needs.adapters])
-def test_held_on_disk_or_in_memory_is_the_same_to_the_bit(fusion: str, tmp_path: Path) -> None:
+def test_held_on_disk_or_in_memory_is_the_same_to_the_bit(fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "_IN_MEMORY", 0)
     info = get_builtin_components("fusion")[fusion]
     parameters = info.check(complete(info))
     case = sample(info, parameters)
@@ -182,25 +196,25 @@ def test_large_float64_values_are_finite_though_their_squares_are_not() -> None:
 
 def test_updates_on_disk_are_read_as_they_came_and_leave_nothing(tmp_path: Path) -> None:
     sent = updates(3, {"large": (1200, 1000), "nothing": (0,), "one": ()})
-    held = HeldUpdates(tmp_path / "inbox")
+    collection = HeldUpdates(tmp_path / "inbox")
     for update in sent:
-        held.add(update)
+        collection.add(update)
     assert list((tmp_path / "inbox").iterdir()) == []  # a file without a name
-    for kept, update in zip(held.updates, sent, strict=True):
+    for kept, update in zip(collection.updates, sent, strict=True):
         assert kept.organization == update.organization
         assert list(kept.delta) == list(update.delta)
         assert all(torch.equal(kept.delta[name], tensor) for name, tensor in update.delta.items())
         assert norm(kept.delta) == norm(update.delta)
         kept.delta["large"].fill_(0.0)  # a rule of one's own may do so: the file stays as it is
-    assert all(norm(kept.delta) == norm(update.delta) for kept, update in zip(held.updates, sent, strict=True))
-    held.clear()
-    assert held.updates == []
+    assert all(norm(kept.delta) == norm(update.delta) for kept, update in zip(collection.updates, sent, strict=True))
+    collection.clear()
+    assert collection.updates == []
 
 
 def test_small_updates_stay_in_memory(tmp_path: Path) -> None:
-    held = HeldUpdates(tmp_path / "inbox")
+    collection = HeldUpdates(tmp_path / "inbox")
     for update in updates(4, {"head": (10, 10)}):
-        held.add(update)
+        collection.add(update)
     assert not (tmp_path / "inbox").exists()
 
 

@@ -82,4 +82,4 @@ def weiszfeld(passes: int, smoothing: float) -> Sums:
 def _pull(update: WeightedUpdate, center: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
     """The update's contribution to the next center: weighted by p_k / max(ν, ‖Δ_k − z‖)."""
     distance = max(smoothing, norm(difference(update.delta, center)))
-    return {name: tensor / distance for name, tensor in weighted(update).items()}
+    return {name: tensor.div_(distance) for name, tensor in weighted(update).items()}
