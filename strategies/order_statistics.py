@@ -52,7 +52,8 @@ def mean_rows(rows: Entries) -> Entries:
 def median_rows(rows: Entries) -> Entries:
     """Return the median over the first dimension in float64; of an even number the mean of the middle two. Sorts the rows."""
     ordered = sort_rows(rows)
-    return (ordered[(len(rows) - 1) // 2].astype(np.float64) + ordered[len(rows) // 2]) / 2
+    found: Entries = (ordered[(len(rows) - 1) // 2].astype(np.float64) + ordered[len(rows) // 2]) / 2
+    return found
 
 
 def sort_rows(rows: Entries) -> Entries:
