@@ -28,6 +28,7 @@ from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import SanityChecks, build_optimizer, build_setup, check_gradients
 from cotune.errors import Declined, RunError
+from cotune.models.device import explained_out_of_memory
 from cotune.models.trainable import State
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
@@ -69,6 +70,7 @@ def train_round(
         DataError: The organization's records cannot be used.
         PrivacyError: The budget does not suffice, or the model cannot be trained privately.
         RunError: The request is not one that the plan makes, or training failed.
+        DeviceError: The GPU is full; what was charged for the round stays charged.
     """
     context = LocalContext(plan, site, site.policy(), round, state, admitted, sent or {}, declarable)
     run_checks(BEFORE_RECORDS, context)
@@ -77,8 +79,9 @@ def train_round(
     if finished is not None:
         return finished
     run_checks(BEFORE_TRAINING, context)
-    prepared = _prepare(context)
-    trained = _train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else _train_without_privacy(prepared)
+    with explained_out_of_memory("ask for a smaller local.physical_batch_size in the plan, or free the GPU"):
+        prepared = _prepare(context)
+        trained = _train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else _train_without_privacy(prepared)
     update = _build_update(prepared, trained)
     _keep(prepared, update)
     return update

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cotune.data.dataset import DatasetManifest
-from cotune.models.device import peak_memory_bytes
+from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_model
 from cotune.plan.schema import Plan
@@ -71,6 +71,7 @@ def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
         "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
     }
 
