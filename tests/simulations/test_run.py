@@ -122,7 +122,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     }
     fields = {"mode", "epsilon", "delta", "clip_norm", "claim", "claim_table", "epsilon_all_models", "statement"}
     assert set(summary["privacy"]) == fields
-    assert set(summary["model"]) == {"base", "base_hash", "parameters", "shared_parameters"}
+    assert set(summary["model"]) == {"base", "base_hash", "parameters", "common", "shared_parameters"}
     columns = {"majority", "alone", "alone_without_privacy", "federated", "adapted"}
     assert set(summary["test"]) == {"examples", "pooled", "plain", *columns}
     assert summary["personal"] is None
