@@ -34,6 +34,9 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", sentences(240))
 
 
+TOY_MODEL = {"max_length": 16, "precision": "float32"}  # processors with fast bfloat16 round off what a tiny model has learned
+
+
 @pytest.fixture(scope="session")
 def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
     """Changes of top-level keys -> a plan; tables are merged one level deep. Without changes it learns well within seconds."""
@@ -43,7 +46,7 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
             "name": "toy",
             "rounds": 3,
             "privacy": "none",
-            "model": {"base": str(base_model(kind)), "max_length": 16, "pooling": "mean" if kind == "bert" else "auto"},
+            "model": {**TOY_MODEL, "base": str(base_model(kind)), "pooling": "mean" if kind == "bert" else "auto"},
             "data": {"source": str(toy_data)},
             "local": {"learning_rate": 5.0, "momentum": 0.9, "batch_size": 0.5, "steps": 5},
             "personalize": {"folds": 2},  # each fits a dozen heads
