@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plan_options import PlanOptions
+from cotune.plan.personal import explain
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, Figures, describe_attack
+from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.formatting import duration, size
 from cotune.simulations.forecast.expected import NewPolicy, OwnBound, Refusal, parse_examples
 from cotune.simulations.forecast.forecast import ClientForecast, Forecast, forecast, forecast_for
@@ -41,6 +43,9 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {tested}")
     for note in seen.notes:
         console.print(escape(note))
+    stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
+    if stays is not None:
+        console.print(stays)
     console.print(_stages(seen))
     console.print(_organizations(seen))
     if plan.privacy == "none":
@@ -121,7 +126,8 @@ def _named(names: Sequence[str]) -> str:
 
 def _stages(seen: Forecast) -> Table:
     table = Table("stage", box=None, header_style="bold", pad_edge=False)
-    for heading in ("rounds", "steps per round", "shared parameters", "up per round", "down per round"):
+    up = f"up per round ({seen.plan.wire})"
+    for heading in ("rounds", "steps per round", "shared parameters", up, "down per round"):
         table.add_column(heading, justify="right")
     for s in seen.stages:
         table.add_row(s.mode, str(s.rounds), str(s.steps), f"{s.parameters:,}", size(s.bytes_up), size(s.bytes_down))

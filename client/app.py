@@ -34,7 +34,7 @@ from cotune.client.node.requests import (
 from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.extensions import PersonalParameters
+from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, Declined, RunError
 from cotune.models.export import export_model
@@ -253,7 +253,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
         sent=request.sent,
         declarable=signed.statement.declarable if signed else None,
     )
-    content = encode_update(trained, plan.plan_id)
+    content = encode_update(trained, plan.plan_id, codec=plan.wire)
     update, account = check_update(content, request, plan, site)
     about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MAX_NAMES], "epsilon": update.epsilon}
     if isinstance(plan.privacy, RecordPrivacy):

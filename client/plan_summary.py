@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cotune.plan.personal import explain
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
@@ -14,20 +15,26 @@ _MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the 
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Return six lines: plan, base model, amount of training, rates and bounds, privacy, strategy."""
+    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
     stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
     lines = [
-        f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task} into {', '.join(plan.labels)}",
+        f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task}{_classes(plan)}",
         f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}",
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
         _privacy(plan),
-        f"strategy {' → '.join(parts)}; asks to be told: {', '.join(asks) or 'nothing beside the updates'}",
+        f"strategy {' → '.join(parts)}; updates travel as {plan.wire}; asks to be told:"
+        f" {', '.join(asks) or 'nothing beside the updates'}",
     ]
-    return [printable(line) for line in lines]
+    stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
+    return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
+
+
+def _classes(plan: Plan) -> str:
+    return f" into {', '.join(plan.labels)}" if plan.labels else ""
 
 
 def _amount(local: Any) -> str:
@@ -47,7 +54,8 @@ def _longest(plan: Plan) -> str:
     found = [bound_norm_by_gradients(plan, stage, _MANY_RECORDS) for stage in plan.stages]
     if None in found:
         return "no bound on the norm of updates follows from the plan but that of the others in a round"
-    return f"updates of a norm of at most {max(x for x in found if x is not None):.3g} and what their noise adds"
+    adds = "their noise adds" if plan.wire == "float32" else "their noise and rounding add"
+    return f"updates of a norm of at most {max(x for x in found if x is not None):.3g} and what {adds}"
 
 
 def _rate(local: Any) -> str:

@@ -21,11 +21,13 @@ from cotune.client.policy_check import Violation, find_number_violations, find_v
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, load_site_model
 from cotune.client.training.setup import SanityChecks, build_optimizer, check_gradients, synthetic_setup
+from cotune.data.config import has_classes
 from cotune.data.left_out import count_cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
+from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
@@ -100,7 +102,7 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
         DataError: The records cannot be read.
         ModelError: The base model cannot be read, and the policy would allow it.
     """
-    if not plan.labels:
+    if has_classes(plan.task) and not plan.labels:
         raise PlanError(
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan",
@@ -240,7 +242,7 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     assert isinstance(plan.privacy, RecordPrivacy)
     batch = stage.local.sample_rate(examples) * examples
     model.load({})
-    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    names = stage_names(plan, stage, model)
     parameters = model.train_only(names)
     setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
     error = check_gradients(setup, plan.privacy, stage.mode)

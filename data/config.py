@@ -7,6 +7,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 TaskName = Literal["sequence-classification", "token-classification", "image-classification"]
+_WITHOUT_CLASSES: frozenset[str] = frozenset()
+
+
+def has_classes(task: str) -> bool:
+    """Whether a task's records have classes, of which a plan lists the names (`labels`)."""
+    return task not in _WITHOUT_CLASSES
 
 
 class DataConfig(BaseModel):

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cotune.data.config import DataConfig, TaskName
+from cotune.data.config import DataConfig, TaskName, has_classes
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
-from cotune.data.tasks.text import IGNORED
+from cotune.data.tasks.classes import IGNORED
 from cotune.data.types import Input, Label, class_names_in, get_stratum
 from cotune.data.units import RECORD, UnitRule, are_same_record, choose_counting, group_positions, person_identity
 from cotune.errors import DataError
@@ -137,7 +137,13 @@ class Dataset:
 
     @cached_property
     def targets(self) -> list[Any]:
-        """The class number of each record, or those of its tags. Raises DataError for a class that the plan does not have."""
+        """The class number of each record, or those of its tags; 0 where a task has no classes.
+
+        Raises:
+            DataError: For a class that the plan does not have.
+        """
+        if not has_classes(self.task):
+            return [0] * len(self)
         number = {label: i for i, label in enumerate(self.labels)}
         if self.unknown and not self.lenient:
             raise DataError(
@@ -147,13 +153,15 @@ class Dataset:
             )
         return [
             number.get(label, IGNORED) if isinstance(label, str) else tuple(number.get(tag, IGNORED) for tag in label)
-            for label in self._held_labels
+            for label in self.held_labels
         ]
 
     @cached_property
     def unknown(self) -> list[str]:
         """The classes of the records that the plan does not list."""
-        held = {name for label in self._held_labels for name in class_names_in(label)}
+        if not has_classes(self.task):
+            return []
+        held = {name for label in self.held_labels for name in class_names_in(label)}
         return sorted(held - set(self.labels))
 
     @property
@@ -174,7 +182,7 @@ class Dataset:
             return self
         whole = replace(self, unit=privacy.unit, whole=self)
         inputs = self.inputs()
-        labels = self._held_labels
+        labels = self.held_labels
         identities = whole.get_unit_identities()
         kept = np.zeros(len(self), dtype=bool)
         dropped = Counter[str]()
@@ -215,8 +223,9 @@ class Dataset:
         found = Counter(self.dropped)
         for records, _ in self.parts:
             found.update(records.skipped)
-        known = set(self.labels)
-        found["label unknown to the plan"] = sum(isinstance(label, str) and label not in known for label in self._held_labels)
+        if has_classes(self.task):
+            known = set(self.labels)
+            found["label unknown to the plan"] = sum(isinstance(label, str) and label not in known for label in self.held_labels)
         return {reason: count for reason, count in found.items() if count}
 
     def _unit_names(self, unit: str) -> list[str]:
@@ -269,13 +278,14 @@ class Dataset:
         What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
         """
         counts = dict.fromkeys(self.labels, 0.0)
-        for label, weight in zip(self._held_labels, self.weights, strict=True):
+        for label, weight in zip(self.held_labels, self.weights, strict=True):
             if (name := get_stratum(label)) in counts:
                 counts[name] += weight
         return counts
 
     @property
-    def _held_labels(self) -> list[Label]:
+    def held_labels(self) -> list[Label]:
+        """The label of each record, as it was read."""
         return [records.labels[int(i)] for records, rows in self.parts for i in rows]
 
     def inputs(self) -> list[Input]:

@@ -179,12 +179,12 @@ def _parse(
 ) -> Records:
     """Read and clean a file. `mtime_ns` and `size` are there for the cache's key: a changed file is read again."""
     suffix = Path(path).suffix.lower()
-    key = get_task(task).key
+    key, target = get_task(task).columns(config)
     if suffix not in READERS:
         got = f"ends in {suffix!r}" if suffix else "has no suffix"
         raise DataError(f"{name} {got}, expected one of {_suffixes()}: convert or rename it", code="data.unknown_format")
     try:
-        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient, labels)
+        file = DataFile(name, Path(path), Path(path).read_bytes(), config, key, lenient, labels, target)
     except OSError as error:
         raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions", code="data.not_readable") from error
     if not file.raw and not (lenient and suffix in JSON_SUFFIXES):  # of JSON lines, that is no record
@@ -196,7 +196,7 @@ def _parse(
         )
     names, values = READERS[suffix](file)
     given, wanted_label = file.wanted
-    for entry, column in zip((key, "label", "unit"), file.columns, strict=False):
+    for entry, column in zip((key, target, "unit"), file.columns, strict=False):
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
     return _clean(file, get_task(task), values[given], values[wanted_label], values.get(config.unit) if config.unit else None)
@@ -261,7 +261,8 @@ def _clean(
     if not kept and not file.lenient:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise DataError(
-            f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and data.label",
+            f"{file.name} holds {len(inputs)} records and none is usable ({reasons}): check data.{file.key} and"
+            f" data.{file.target}",
             code="data.no_records",
         )
     given, named, whose = zip(*kept, strict=True) if kept else ((), (), ())

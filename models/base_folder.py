@@ -1,8 +1,7 @@
 """The files of a base model's folder: which of them decide what is computed, what they say, and what is wrong with them.
 
 Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and anyone who may change that
-line
-without anybody seeing it can ask who holds the word.
+line without anybody seeing it can ask who holds the word. A chat template decides likewise what a conversation becomes.
 
 What is wrong with a model folder's files, looked for where it could not be loaded: libraries name a symptom, and no file.
 
@@ -28,14 +27,15 @@ from cotune.errors import ModelError
 # are never opened, and a README decides nothing.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
+_TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
 
 
 def list_model_files(folder: Path) -> dict[str, Path]:
     """Name within the folder -> file, in the order of names; links are followed."""
     found = {file.name: file for file in folder.iterdir() if is_model_file(file.name) and file.is_file()}
-    if (folder / _POOLING).is_file():
-        found[_POOLING] = folder / _POOLING
+    inside = [folder / _POOLING, *(folder / _TEMPLATES).glob("*.jinja")]
+    found |= {file.relative_to(folder).as_posix(): file for file in inside if file.is_file()}
     return dict(sorted(found.items()))
 
 

@@ -59,7 +59,7 @@ def find_base(config: ModelConfig) -> BaseModelFolder:
     if config.base_hash not in (None, folder.content_hash):
         raise ModelError(
             f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
-            " plan: get the same weights, configuration and tokenizer as the other organizations",
+            " plan: get the same weights, configuration, tokenizer and chat templates as the other organizations",
             code="model.other_hash",
         )
     return folder

@@ -78,7 +78,7 @@ def load_model(
         labels: Class names in the order of the head.
         seed: That a new head is drawn from.
         task: What the model is for.
-        finished: Whether the folder must hold a trained head.
+        finished: Whether the folder must hold a trained head; that of a task that keeps the base model's it must in any case.
 
     Raises:
         ModelError: For a base model that cannot be used.
@@ -91,8 +91,8 @@ def load_model(
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module, frozen = _build(folder.path, model_config, mean, does, finished)
-            if not _head_is_for(folder.path, labels, type(module).__name__):
+            module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
+            if not (does.keeps_head or _head_is_for(folder.path, labels, type(module).__name__)):
                 _draw_head(module)
             does.fit(reader, module)
             longest = does.longest(reader, module, config.max_length)
@@ -174,8 +174,9 @@ def _configure(path: Path, labels: tuple[str, ...]) -> Any:
     _check_no_code_is_named(read_settings(path))
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     _check_padding_row(config)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = None  # how another task's labels were read, such as regression
     for key in dropout_settings(config):
         setattr(config, key, 0.0)

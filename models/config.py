@@ -36,7 +36,7 @@ class ModelConfig(ConfigTable):
 
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
     base_hash: str | None = Field(
-        None, description="SHA-256 of the base model's weights, configuration and tokenizer; checked when given"
+        None, description="SHA-256 of the base model's weights, configuration, tokenizer and chat templates; checked when given"
     )
     revision: str | None = Field(
         None, description="of a hub id: the commit, tag or branch that is fetched; a federation's plan pins the commit"

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from cotune.data.tasks.task import logits
-from cotune.data.tasks.text import Batch
+from cotune.data.tasks.classes import Batch, logits
 from cotune.models.architecture import AlignedRows, encoder_name
 from cotune.models.trainable import TrainableModel
 
@@ -110,6 +109,8 @@ def get_readout(model: TrainableModel) -> str | None:
 @torch.no_grad()
 def _find_readout(model: TrainableModel) -> str | None:
     loaded = model.loaded
+    if loaded.task.keeps_head:
+        return None
     batch = loaded.task.collator(model.module, loaded.reader, model.device)(loaded.task.samples(loaded.reader))
     try:
         expected = logits(model.module, batch)

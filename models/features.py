@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cotune.data.tasks.batching import FINE_LENGTHS, fixed_batches
-from cotune.data.tasks.text import IGNORED, Example
+from cotune.data.tasks.classes import IGNORED
+from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count, content_bytes
 from cotune.errors import RunError
 from cotune.models.check_cache import cache_folder

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cotune.data.tasks.batching import LENGTHS
-from cotune.data.tasks.text import IGNORED, Batch, Example
+from cotune.data.tasks.classes import IGNORED, Batch
+from cotune.data.tasks.text import Example
 from cotune.errors import ModelError
 from cotune.models.trainable import TrainableModel
 

@@ -65,7 +65,7 @@ class TrainableModel:
 
     def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
         if not name.startswith(self.prefix):
-            return True  # the head is part of every stage
+            return mode == "full" or not self.loaded.task.keeps_head  # a new head is part of every stage
         if mode == "head" or name.startswith(self.loaded.frozen):
             return False
         if ".lora_" in name:
@@ -109,17 +109,17 @@ class TrainableModel:
             own[name].copy_(state.get(name, initial))
 
     @contextmanager
-    def with_random_weights(self, names: Iterable[str]) -> Iterator[None]:
+    def with_random_weights(self, names: Iterable[str], seed: int = 0) -> Iterator[None]:
         """For the time of the block: the base model with random weights in the named parameters, whatever state it is in.
 
-        Weights are normal, with the standard deviation that keeps the size of what a layer is given; always the same ones.
+        Weights are normal, with the standard deviation that keeps the size of what a layer is given, and follow from the seed.
         """
         own = dict(self.parameters())
         chosen = list(names)
         self._remember(own, chosen)
         before = {name: own[name].detach().clone() for name in self._initial}
         self.load({})
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         try:
             with torch.no_grad():
                 for name in chosen:
@@ -136,6 +136,13 @@ class TrainableModel:
         for name in names:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
+
+    def norm_names(self) -> list[str]:
+        """The parameters of the encoder's normalization layers (LayerNorm, RMSNorm), but for those that are never trained."""
+        layers = [name for name, layer in self.module.named_modules() if type(layer).__name__.endswith("Norm")]
+        found = {f"{name}.{own}" for name in layers for own, _ in self.module.get_submodule(name).named_parameters(recurse=False)}
+        encoder = (name for name, _ in self.parameters() if name.startswith(self.prefix))
+        return [name for name in encoder if name in found and not name.startswith(self.loaded.frozen)]
 
     def adapter_names(self) -> list[str]:
         """The parameters of its adapters, trained or not."""

@@ -31,6 +31,11 @@ class LocalTraining(ConfigTable):
     physical_batch_size: int = Field(
         32, ge=1, le=65_536, description="records held in memory at a time; no influence on the result"
     )
+    activation_checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compute what layers hold again in the backward pass: less memory, a third more time, the same result (auto:"
+        " for models of a billion parameters and more)",
+    )
 
     @field_validator("batch_size")
     @classmethod

@@ -15,7 +15,9 @@ from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
+from cotune.plan.personal import PersonalConfig
 from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.storage.config_table import ConfigTable
 
@@ -52,9 +54,10 @@ class SimulationConfig(ConfigTable):
     ranks: tuple[int, ...] = Field(
         (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
     )
-    baselines: tuple[Literal["alone", "pooled"], ...] = Field(
-        ("alone", "pooled"),
-        description="what the federated model is compared with: alone is trained twice, with the same privacy and without any",
+    baselines: tuple[Literal["alone", "pooled", "plain"], ...] = Field(
+        ("alone", "pooled", "plain"),
+        description="what the federated model is compared with: alone is trained twice, with the same privacy and without any;"
+        " plain, where the plan keeps something personal, is the same run without that",
     )
     pooled: LocalTraining | None = Field(
         None, description="how models without privacy are trained for comparison, where not like [local]"
@@ -91,6 +94,11 @@ class PlanTables(ConfigTable):
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="of the other records, held by the server: some strategies judge updates by them"
     )
+    wire: Codec = Field(
+        "float32",
+        description="how the values of updates travel: int8 takes about a quarter of the bytes of float32, int4 an eighth; each"
+        " organization rounds after its noise, at random and without bias, which costs no privacy",
+    )
     keep_checkpoints: int = Field(0, ge=0, le=100_000, description="how many rounds' checkpoints stay on disk; 0: all")
     model: ModelConfig
     data: DataConfig
@@ -101,6 +109,7 @@ class PlanTables(ConfigTable):
     strategy: Any = Field(None, description="left to `Plan`: its parts must be imported to be checked")
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
+    personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()
     simulation: SimulationConfig = SimulationConfig()
 

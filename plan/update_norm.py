@@ -7,6 +7,9 @@ Under DP-SGD a step's gradient is (Σ clipped + σC·N(0, I)) / B. An optimizer 
 with a, what weight decay leaves of θ. Adam divides by what it sees: its step is bounded whatever the gradient, by Cauchy-Schwarz
 over its two running means (Kingma & Ba, ICLR 2015, section 2.1, bound the stationary case). Without privacy nothing bounds what
 SGD sends, and a client term adds to the gradients: then no bound follows, and only the round's other updates tell.
+
+An update is rounded onto the values of the plan's codec, which can lengthen it: what arrives is bounded, so that the bound grows
+by as much (`wire.compute_growth`). `server.max_update_norm` is of what arrives, and is taken as it stands.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from functools import lru_cache
 from cotune.errors import PrivacyError
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
+from cotune.plan.wire import compute_growth
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy, compute_delta
@@ -31,7 +35,7 @@ _MAX_BOUND = 1e12  # beyond that it is no bound
 
 
 def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, start: float) -> float | None:
-    """Return a bound on ‖Δ‖₂ that honest updates keep but with a probability below 1e-12; None where none follows.
+    """Return a bound on ‖Δ‖₂, as it arrives; None where none follows. Honest updates exceed it with a probability below 1e-12.
 
     Args:
         examples: The declared number N of units, from which batch and noise follow; it is rounded down to two digits.
@@ -40,7 +44,8 @@ def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, 
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
-    found = _bound_norm(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
+    trained = _bound_norm(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
+    found = None if trained is None else trained * compute_growth(plan.wire)
     return found if found is not None and found <= _MAX_BOUND else None
 
 

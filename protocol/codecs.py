@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cotune.errors import RunError
+from cotune.plan.wire import BLOCK, Codec, largest_integer
 
-Codec = Literal["float32", "bfloat16", "int8", "int4"]
-BLOCK = 64  # values that share an exponent
 _EXPONENTS = (-126, 127)  # the smallest and the largest of the shared powers of two
 _CHUNK = 1 << 16  # values that are rounded at once, a multiple of BLOCK: bounds the memory beside the tensor itself
 
@@ -189,7 +188,7 @@ class _BlockIntegers:
     @property
     def _limit(self) -> int:
         """The largest integer; the smallest is its negative."""
-        return (1 << (self.bits - 1)) - 1
+        return largest_integer(self.bits)
 
     def size(self, count: int) -> int:
         return _block_count(count) + -(-count * self.bits // 8)

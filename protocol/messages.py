@@ -6,6 +6,9 @@ what ties both to plan, round and organization. Every field has one name and one
 No object of one message is an object of another: Flower's store knows objects by the hash of their content and shares them
 between nodes, so that anyone who can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
 random salt in its header, from which every record and array of it is made unlike all others; the salt hides nothing.
+
+The delta of an update is written as the plan's `wire` says (codecs.py), all other arrays as float32 in NumPy's format. Which
+codec an array has is never the sender's choice: one that says another is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from cotune.errors import RunError
+from cotune.plan.wire import Codec
+from cotune.protocol.codecs import pack, unpack
 from cotune.protocol.version import PROTOCOL
 from cotune.strategies.types import Update
 
@@ -35,7 +41,7 @@ _SALT_BYTES = 32
 _COMMON_FIELDS = {"protocol", "salt", "own"}
 _MAX_REPORTED_VALUES = 10_000  # values beside an update: a number per class and a few more
 _MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
-_FLOATS = {"float32": torch.float32}
+_MAX_DIMENSIONS = 8  # of an array
 # Of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html. NumPy's own reader evaluates the header as a Python
 # literal, which fails now and then where several threads do so at a time (CPython 3.11).
 _NPY_HEADER = re.compile(
@@ -128,8 +134,18 @@ def decode_header(content: RecordDict) -> Request:
     return Request(**fields, state={})
 
 
-def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> RecordDict:
-    """salt: of a message that is encoded again; otherwise a new one."""
+def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, codec: Codec = "float32") -> RecordDict:
+    """Return the message of an update, whose delta has been rounded to the codec.
+
+    Args:
+        update: The update.
+        plan_id: Of its plan.
+        salt: Of a message that is encoded again; otherwise a new one.
+        codec: The plan's.
+
+    Raises:
+        RunError: The delta holds values that the codec cannot write.
+    """
     salt = salt or _new_salt()
     record: dict[str, Any] = {
         "protocol": PROTOCOL,
@@ -142,7 +158,7 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> Re
         "received": update.received,
         "salt": salt,
     }
-    content = RecordDict({"delta": _encode_arrays(update.delta, salt, "delta"), "update": ConfigRecord(record)})
+    content = RecordDict({"delta": _encode_arrays(update.delta, salt, "delta", codec), "update": ConfigRecord(record)})
     if update.told:
         told = {name: float(value) for name, value in update.told.items()}
         content["told"] = ConfigRecord({**told, _SALT: _derive_key(salt, "told")})
@@ -154,8 +170,8 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None) -> Re
     return content
 
 
-def decode_update(content: RecordDict, plan_id: str) -> Update:
-    """Raises RunError for an update that is malformed or belongs to another plan."""
+def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32") -> Update:
+    """Raises RunError for an update that is malformed, belongs to another plan, or is not written in the plan's codec."""
     _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _decode_fields(content, "update", types)
@@ -169,7 +185,7 @@ def decode_update(content: RecordDict, plan_id: str) -> Update:
     return Update(
         organization=fields["organization"],
         round=fields["round"],
-        delta=_decode_tensors(content, "delta", "update"),
+        delta=_decode_tensors(content, "delta", "update", codec),
         examples=fields["examples"],
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
@@ -259,23 +275,26 @@ def _mask(data: bytes, key: bytes) -> bytes:
     return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
 
 
-def _encode_arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str) -> ArrayRecord:
-    return ArrayRecord({name: _encode_array(tensor, _derive_key(salt, record, name)) for name, tensor in tensors.items()})
+def _encode_arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str, codec: Codec = "float32") -> ArrayRecord:
+    return ArrayRecord({name: _encode_array(tensor, _derive_key(salt, record, name), codec) for name, tensor in tensors.items()})
 
 
-def _encode_array(tensor: Tensor, key: bytes) -> Array:
-    plain = Array(tensor.detach().cpu().contiguous().numpy())
-    return Array(plain.dtype, plain.shape, SALTED, _mask(plain.data, key))
+def _encode_array(tensor: Tensor, key: bytes, codec: Codec) -> Array:
+    if codec == "float32":
+        plain = Array(tensor.detach().cpu().contiguous().numpy())
+        return Array(plain.dtype, plain.shape, SALTED, _mask(plain.data, key))
+    return Array(codec, tuple(tensor.shape), SALTED, _mask(pack(codec, tensor), key))
 
 
-def _decode_tensors(content: RecordDict, key: str, header: str) -> dict[str, Tensor]:
+def _decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "float32") -> dict[str, Tensor]:
     record = content.get(key)
     if not isinstance(record, ArrayRecord):
         raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
     about = content[header]
     assert isinstance(about, ConfigRecord), "its fields were read before"
     salt = _salt(about)
-    return {name: _decode_tensor(name, _unmask(array, _derive_key(salt, key, name))) for name, array in record.items()}
+    read = _decode_tensor if codec == "float32" else partial(_decode_packed, codec=codec)
+    return {name: read(name, _unmask(array, _derive_key(salt, key, name))) for name, array in record.items()}
 
 
 def _unmask(array: Array, key: bytes) -> Array:
@@ -283,12 +302,23 @@ def _unmask(array: Array, key: bytes) -> Array:
     return Array(array.dtype, array.shape, _NUMPY, _mask(array.data, key)) if array.stype == SALTED else array
 
 
-def _decode_tensor(name: str, array: Array) -> Tensor:
-    if array.dtype not in _FLOATS or array.stype != _NUMPY:
+def _decode_packed(name: str, array: Array, codec: Codec) -> Tensor:
+    """Read an array of the plan's codec; its bytes decide how much memory that takes, whatever shape it claims."""
+    if array.dtype != codec or array.stype != _NUMPY:
+        raise _other_codec(name, array, codec)
+    shape = tuple(array.shape)
+    if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
         raise RunError(
-            f"the array {name[:80]} has the type {array.dtype}/{array.stype}: expected float32/numpy.ndarray",
+            f"the array {name[:80]} has the shape {str(shape[:_MAX_DIMENSIONS])[:80]}: expected at most {_MAX_DIMENSIONS}"
+            " numbers, 0 or more",
             code="run.malformed_message",
         )
+    return unpack(codec, array.data, shape)
+
+
+def _decode_tensor(name: str, array: Array) -> Tensor:
+    if array.dtype != "float32" or array.stype != _NUMPY:
+        raise _other_codec(name, array, "float32")
     header = _NPY_HEADER.match(array.data)
     if header is None:
         raise _unreadable_array(name)
@@ -307,6 +337,14 @@ def _decode_tensor(name: str, array: Array) -> Tensor:
         raise _unreadable_array(name)
     values = np.frombuffer(array.data, dtype="<f4", offset=header.end()).astype(np.float32)
     return torch.from_numpy(values.reshape(shape))
+
+
+def _other_codec(name: str, array: Array, codec: Codec) -> RunError:
+    return RunError(
+        f"the array {name[:80]} has the type {array.dtype[:40]}/{array.stype[:40]}: expected {codec}, in which both sides agree"
+        " that it travels",
+        code="run.other_codec",
+    )
 
 
 def _unreadable_array(name: str) -> RunError:

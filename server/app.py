@@ -10,10 +10,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import CotuneError
 from cotune.flower.control_client import find_run_folder
 from cotune.flower.runtime_client import open_runtime_client
+from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
 from cotune.reporting.documents.events import RunFailed
@@ -22,7 +23,7 @@ from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch
 from cotune.server.deployment.trail import SignedTrail
-from cotune.server.rounds.evaluation import evaluate, get_registered_evaluator
+from cotune.server.rounds.evaluation import get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
 from cotune.server.rounds.session import NoTrail, Session
@@ -31,6 +32,7 @@ from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import load_run_model
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import InProcessTransport
 from cotune.server.transport.node_registry import RegisteredNodes, Roster, SimulatedNodes
 from cotune.server.transport.superlink import SuperLinkTransport
@@ -102,18 +104,23 @@ def train(grid: Grid, folder: RunFolder) -> None:
 
 
 def train_rounds(
-    grid: Grid, folder: RunFolder, model: TrainableModel, evaluate: Evaluate, score: Score | None = None
+    grid: Grid,
+    folder: RunFolder,
+    model: TrainableModel,
+    evaluate: Evaluate,
+    score: Score | None = None,
+    limits: TimeLimits = TIME_LIMITS,
 ) -> Progress:
     """Train the unfinished rounds of a run over a grid (see `rounds.loop.run_rounds`)."""
-    return run_rounds(open_session(grid, folder), model, evaluate, score)
+    return run_rounds(open_session(grid, folder, limits), model, evaluate, score)
 
 
-def deliver_model(grid: Grid, folder: RunFolder) -> list[str]:
+def deliver_model(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> list[str]:
     """Hand the finished model of a real run out over a grid (see `rounds.model_delivery.deliver`)."""
-    return deliver(open_session(grid, folder))
+    return deliver(open_session(grid, folder, limits))
 
 
-def open_session(grid: Grid, folder: RunFolder) -> Session:
+def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> Session:
     """Wire what rounds need: nodes in process for a simulation; a SuperLink, members and signatures for a real run."""
     names = [participant.name for participant in folder.file.participants]
     if not folder.file.federation:
@@ -122,19 +129,21 @@ def open_session(grid: Grid, folder: RunFolder) -> Session:
             open_transport=lambda: InProcessTransport(grid, SimulatedNodes(grid, names)),
             read_members=lambda: dict.fromkeys(names),
             trail=NoTrail(),
+            limits=limits,
         )
     members = FederationFolder(Path(folder.file.federation)).members
     return Session(
         folder,
-        open_transport=lambda: _open_superlink(grid, folder, members),
+        open_transport=lambda: _open_superlink(grid, folder, members, limits),
         read_members=lambda: {member.name: member.examples for member in members.active()},
         trail=SignedTrail(folder),
+        limits=limits,
     )
 
 
-def _open_superlink(grid: Grid, folder: RunFolder, members: Members) -> SuperLinkTransport:
+def _open_superlink(grid: Grid, folder: RunFolder, members: Members, limits: TimeLimits) -> SuperLinkTransport:
     line = open_runtime_client(grid)
-    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.write)
+    return SuperLinkTransport(line, RegisteredNodes(line, lambda: _read_roster(members)), folder.events.write, limits)
 
 
 def _read_roster(members: Members) -> Roster:

@@ -17,21 +17,23 @@ the common test set, of which its own held-out records are a part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
-from cotune.client.training.extensions import PERSONAL
+from cotune.client.training.personal import PERSONAL
 from cotune.data.dataset import Dataset, DatasetManifest
-from cotune.data.tasks.task import Metrics, compute_metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.evaluation.test_set import evaluate, measure, predict
 from cotune.models.export import export_model
 from cotune.models.feature_head import feature_head
 from cotune.models.features import encode_batch
@@ -39,12 +41,13 @@ from cotune.models.head_fit import classes_from_scores, head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model
+from cotune.plan.personal import PersonalConfig
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Evaluator, evaluate, predict
+from cotune.server.rounds.evaluation import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
@@ -53,6 +56,7 @@ from cotune.strategies.config import StrategyConfig
 
 ALONE = "alone"
 ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,15 @@ class Evaluated:
 
     Attributes:
         metrics: Its quality.
-        told: The class numbers that it predicted, in the order of `Dataset.truth`.
+        told: What it tells, such as class numbers, in the order of `Dataset.truth`.
     """
 
     metrics: Metrics
-    told: tuple[int, ...]
+    told: tuple[Any, ...]
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
-    """ "alone/<organization>", "alone-without-privacy/<organization>" and "pooled" on the common test set.
+    """ "alone/<organization>", "alone-without-privacy/<organization>", "pooled" and "plain" on the common test set.
 
     As far as the plan asks for them and they could be trained.
     """
@@ -106,13 +110,21 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
                 yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _without_privacy(plan), (share,)
     if "pooled" in plan.simulation.baselines:
         yield "pooled", _without_privacy(plan), prepared.shares
+    if PLAIN in plan.simulation.baselines and prepared.plan.keeps_personal:
+        yield PLAIN, _without_personal(prepared.plan), prepared.shares
+
+
+def _without_personal(plan: Plan) -> Plan:
+    """The same plan, with the same strategy, rounds and privacy, in which everything that is trained is shared."""
+    lora = plan.lora.model_copy(update={"keep": "nothing"})
+    return plan.model_copy(update={"personal": PersonalConfig(), "lora": lora})
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to be combined with."""
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
-    lora = plan.lora.model_copy(update={"keep": "nothing"})
-    return plan.model_copy(update={"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "lora": lora})
+    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
+    return _without_personal(plan).model_copy(update=alone)
 
 
 def _without_privacy(plan: Plan) -> Plan:
@@ -125,14 +137,19 @@ def _without_privacy(plan: Plan) -> Plan:
 
 
 def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: RunFolder) -> None:
-    who = Participant(name=name.split("/")[-1], site="site")
-    make_site(path / "site", who.name, plan, shares, parent.file.device)
+    if name == PLAIN:
+        people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in shares)
+        for share in shares:
+            make_site(path / "sites" / share.name, share.name, plan, [share], parent.file.device)
+    else:
+        people = (Participant(name=name.split("/")[-1], site="site"),)
+        make_site(path / "site", people[0].name, plan, shares, parent.file.device)
     file = RunFile(
         run=name,
         created=parent.file.created,
         engine="in-process",
         device=parent.file.device,
-        participants=(who,),
+        participants=people,
         silent=True,
     )
     RunFolder.create(path, plan, file)
@@ -144,7 +161,7 @@ def _evaluate(folder: RunFolder, baseline: RunFolder) -> Evaluated:
     model = get_plan_model(plan, folder.file.device)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
-    return Evaluated(compute_metrics(test.truth, told, len(test.labels)), tuple(told))
+    return Evaluated(measure(model, test, told), tuple(told))
 
 
 def build_personal_evaluate(folder: RunFolder) -> Evaluator:
@@ -175,8 +192,12 @@ def export_each(folder: RunFolder, state: State) -> None:
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    tables = [m.as_dict() for m in metrics]
-    return Metrics(**{key: sum(t[key] for t in tables) / len(tables) for key in tables[0]})
+    return type(metrics[0])(**mean_values([each.as_dict() for each in metrics]))
+
+
+def mean_values(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each key; the tables have the same ones."""
+    return {key: sum(table[key] for table in tables) / len(tables) for key in tables[0]}
 
 
 def personal_states(folder: RunFolder, state: State) -> dict[str, State]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import Metrics, majority_metrics
-from cotune.data.types import class_names_in
+from cotune.data.tasks.classes import Metrics
+from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
@@ -16,25 +16,32 @@ from cotune.privacy.claim import Claim, build_claim, compute_figures, max_figure
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
-from cotune.server.rounds.evaluation import predict
 from cotune.server.runs.results import describe_effort, describe_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
+    PLAIN,
     Evaluated,
     Personalized,
-    mean_metrics,
+    mean_values,
     personal_metrics,
     personal_states,
 )
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.split import Share
-from cotune.simulations.worth import TestSet, organization_worth, overall_worth, own_majority
+from cotune.simulations.worth import (
+    Choices,
+    TestSet,
+    held_labels,
+    organization_worth,
+    overall_worth,
+    personal_gains,
+    without_intervals,
+)
 
-_METRICS = ("accuracy", "precision", "recall", "f1")
 _EXACT = (  # figures of a simulation that are computed from training records as they are
     "the numbers and label counts of records, and the majority class",
     "models that are trained without privacy: all data pooled, alone without privacy, and federated, adapted to own records",
@@ -48,12 +55,13 @@ def summarize(
     """Return the summary of a finished run. ε is composed from the organizations' ledgers, not from the plan."""
     plan = folder.plan
     progress = folder.load()
-    metrics = Metrics(**dict(progress.history[-1].metrics or {}))
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
+    plain = baselines.get(PLAIN)
     personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)
-    choices = _choices(folder, prepared, progress, baselines, personalized)
+    floor = _floor(folder)
+    choices = _choices(folder, prepared, progress, baselines, personalized, floor)
     organizations = [
         {
             **_organization(folder, prepared, s, progress, alone.get(s.name), personal.get(s.name)),
@@ -74,12 +82,14 @@ def summarize(
             "notes": prepared.notes,
         },
         "worth": overall_worth(organizations),
+        "personal": personal_gains(organizations),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
-            "majority": _majority(folder, prepared).as_dict(),
+            "majority": _floor_metrics(floor, prepared).as_dict(),
             "alone": _each({n: m.as_dict() for n, m in alone.items()}),
             "alone_without_privacy": _common(organizations, "alone_without_privacy"),
-            "federated": metrics.as_dict(),
+            "plain": plain.metrics.as_dict() if plain else None,
+            "federated": dict(progress.history[-1].metrics or {}),
             "adapted": _common(organizations, "adapted"),
             "pooled": pooled.metrics.as_dict() if pooled else None,
         },
@@ -96,24 +106,27 @@ def _choices(
     progress: Progress,
     baselines: Mapping[str, Evaluated],
     personalized: Personalized,
-) -> dict[str, dict[str, Sequence[int]]]:
+    floor: Floor,
+) -> dict[str, Choices]:
     """Organization -> column -> what that model tells on the common test set."""
     plan = folder.plan
     served = final_params(folder.plan, progress)
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
-    model = get_plan_model(plan, folder.file.device)
+    test = floor.test
+    model = floor.model
     own = personal_states(folder, served) if plan.keeps_personal else {}
     common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
-    found: dict[str, dict[str, Sequence[int]]] = {}
+    plain = baselines.get(PLAIN)
+    found: dict[str, Choices] = {}
     for share in prepared.shares:
         told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
         alone = baselines.get(f"{ALONE}/{share.name}")
         private = isinstance(plan.privacy, RecordPrivacy)
         without = baselines.get(f"{ALONE_WITHOUT_PRIVACY}/{share.name}") or (None if private else alone)
         columns = {
-            "majority": (own_majority(prepared, share),) * len(test.truth),
+            "majority": floor.answers(held_labels(prepared, share)),
             "alone": alone and alone.told,
             "alone_without_privacy": personalized.alone.get(share.name) or (without and without.told),
+            "plain": plain and plain.told,
             "federated": told,
             "adapted": personalized.told.get(share.name),
         }
@@ -135,13 +148,13 @@ def partition_of(prepared: Prepared) -> str:
 def _each(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
     if not metrics:
         return None
-    return {"mean": mean_metrics([Metrics(**m) for m in metrics.values()]).as_dict(), "each": dict(metrics)}
+    return {"mean": mean_values(list(metrics.values())), "each": dict(metrics)}
 
 
 def _common(organizations: Sequence[Mapping[str, Any]], column: str) -> dict[str, Any] | None:
     """Of each organization on the common test set, without intervals."""
     known = {each["name"]: each["common"][column] for each in organizations if each["common"][column] is not None}
-    return _each({name: {key: table[key] for key in _METRICS} for name, table in known.items()})
+    return _each({name: without_intervals(table) for name, table in known.items()})
 
 
 def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, Any]:
@@ -171,7 +184,7 @@ def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, A
         "epsilon_all_models": together,
         "statement": [
             *statement(privacy, spent, clear_metrics=_in_clear(folder)),
-            all_models_statement(together, pooled=pooled),
+            all_models_statement(together, pooled=pooled, plain=folder.plan.keeps_personal),
         ],
     }
 
@@ -214,12 +227,16 @@ def _training(folder: RunFolder, share: Share) -> list[Steps]:
     return [charge.steps for charge in ledger.charges() if charge.purpose == "training"]
 
 
-def _majority(folder: RunFolder, prepared: Prepared) -> Metrics:
-    test = DatasetManifest.read(folder.path / "test" / "data.json", folder.plan.labels)
-    number = {label: i for i, label in enumerate(folder.plan.labels)}
-    held = [prepared.records[s.file].labels[i] for s in prepared.shares for i in s.rows]
-    train = [number[name] for label in held for name in class_names_in(label)]
-    return majority_metrics(train, test.truth, len(folder.plan.labels))
+def _floor(folder: RunFolder) -> Floor:
+    plan = folder.plan
+    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision)
+
+
+def _floor_metrics(floor: Floor, prepared: Prepared) -> Metrics:
+    """What is reached on the common test set without any training."""
+    held = [label for share in prepared.shares for label in held_labels(prepared, share)]
+    return measure(floor.model, floor.test, floor.answers(held))
 
 
 def _organization(

@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 
 from cotune.client.personalization.adaptation import get_unit_numbers
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.task import compute_metrics
-from cotune.data.types import class_names_in
-from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, accuracy_interval, compare_paired, f1_interval
+from cotune.data.types import Label
+from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share
 
-COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
+COLUMNS = ("majority", "alone", "alone_without_privacy", "plain", "federated", "adapted")  # from the floor up
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured
 NOT_JOINED = ("alone_without_privacy", "alone")  # what it has when it does not
 
-Told = Sequence[int]  # class numbers, in the order of the common test set
+Told = Sequence[Any]  # answers, such as class numbers, in the order of the common test set
 Choices = Mapping[str, Told]  # column -> what that model of an organization tells; without those that were not measured
 
 
@@ -61,34 +60,35 @@ class TestSet:
         return Answers(self.truth[where], np.asarray(told, dtype=np.int64)[where], self._unit[where], len(self.plan.labels))
 
 
-def own_majority(prepared: Prepared, share: Share) -> int:
-    """The class number that most of an organization's training records have (with tags: of its words)."""
-    number = {label: i for i, label in enumerate(prepared.plan.labels)}
+def held_labels(prepared: Prepared, share: Share) -> list[Label]:
+    """The labels of an organization's training records."""
     labels = prepared.records[share.file].labels
-    counts = Counter(number[name] for row in share.rows for name in class_names_in(labels[int(row)]))
-    return max(counts, key=lambda c: (counts[c], -c))
+    return [labels[int(row)] for row in share.rows]
 
 
 def organization_worth(test: TestSet, share: Share, choices: Choices) -> dict[str, Any]:
-    """Return `own`, `common` and `worth` of summary.json; `own` and `worth` are None without held-out records."""
+    """Return `own`, `common`, `worth` and `personal_gain` of summary.json; without held-out records None but for `common`."""
     where = test.own(share)
     return {
         "own": _figures(test, choices, where) if where.any() else None,
         "common": _figures(test, choices, np.ones(len(test.truth), dtype=bool)),
         "worth": _worth(test, choices, where) if where.any() else None,
+        "personal_gain": _personal_gain(test, choices, where) if where.any() else None,
     }
+
+
+def _personal_gain(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> float | None:
+    """What personal parts change: the score of the own model, less that of the model that is all shared."""
+    if "plain" not in choices or "federated" not in choices:
+        return None
+    return test.answers(choices["federated"], where).score - test.answers(choices["plain"], where).score
 
 
 def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any]:
     """Metrics of every column with their intervals, and the accuracy of the federated model once more."""
-    columns = {name: _metrics(test.answers(choices[name], where)) if name in choices else None for name in COLUMNS}
+    columns = {name: test.answers(choices[name], where).figures() if name in choices else None for name in COLUMNS}
     federated = columns["federated"]
     return {"records": test.records(where), "accuracy": federated and federated["accuracy"], **columns}
-
-
-def _metrics(answers: Answers) -> dict[str, Any]:
-    found = compute_metrics(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
-    return {**found, "accuracy_interval": list(accuracy_interval(answers)), "f1_interval": list(f1_interval(answers))}
 
 
 def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any] | None:
@@ -99,9 +99,9 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
         return None
     ours = test.answers(choices[joined], where)
     theirs = test.answers(choices[against], where)
-    found = compare_paired(ours, theirs)
+    found = ours.compare(theirs)
     constant = test.answers(choices["majority"], where)
-    useful = bool(ours.right.mean() > constant.right.mean())  # always answering the same is free
+    useful = ours.score > constant.score  # always answering the same is free
     return {
         "answer": found.answer if useful or found.answer != "yes" else "no",
         "useful": useful,
@@ -113,6 +113,15 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
         "test": found.test,
         "few": len(np.unique(ours.units)) < MIN_TEST_RECORDS,
     }
+
+
+def personal_gains(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return `personal` of summary.json, by the `personal_gain` of each organization; None where it was not measured."""
+    gains = {each["name"]: each["personal_gain"] for each in organizations if each["personal_gain"] is not None}
+    if not gains:
+        return None
+    worst = min(gains, key=lambda name: gains[name])
+    return {"mean_gain": sum(gains.values()) / len(gains), "worst_gain": gains[worst], "worst": worst}
 
 
 def overall_worth(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -137,5 +146,11 @@ def _overall(answers: Mapping[str, int]) -> str:
 
 def _mean(own: Sequence[Mapping[str, Any]], name: str) -> dict[str, float] | None:
     tables = [each[name] for each in own if each[name] is not None]
-    keys = ("accuracy", "precision", "recall", "f1")
-    return {key: sum(table[key] for table in tables) / len(tables) for key in keys} if tables else None
+    if not tables:
+        return None
+    return {key: sum(table[key] for table in tables) / len(tables) for key in without_intervals(tables[0])}
+
+
+def without_intervals(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics among figures that have intervals, too."""
+    return {key: value for key, value in figures.items() if not key.endswith("_interval")}

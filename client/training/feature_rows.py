@@ -14,10 +14,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
+from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.tasks.batching import bucket_of_length, fixed_batches
-from cotune.data.tasks.task import Target, losses_from_scores
-from cotune.data.tasks.text import IGNORED
+from cotune.data.tasks.classes import IGNORED, all_correct, losses_from_scores
+from cotune.data.tasks.task import Target
 from cotune.models.feature_head import FeatureHead
 from cotune.models.independence import check_independence
 from cotune.models.probes import bucket_lengths

@@ -21,8 +21,9 @@ from cotune.client.training.context import (
     run_checks,
 )
 from cotune.client.training.disclosures import Disclosures, reported_noise, statistics_of
-from cotune.client.training.extensions import ClientTermState, PersonalParameters, RankMask
+from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.observe import notify
+from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import SanityChecks, build_optimizer, build_setup, check_gradients
 from cotune.errors import Declined, RunError
@@ -33,6 +34,7 @@ from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+from cotune.protocol.codecs import round_to, rounding_generator
 from cotune.strategies.types import Delta, Update, difference, find_not_finite
 
 
@@ -293,6 +295,7 @@ def _build_update(prepared: _Prepared, trained: _Trained) -> Update:
     shared = prepared.personal.shared
     delta = prepared.own_rank.trim(difference(model.state(shared), prepared.received))
     _check_finite(delta)
+    delta = _round_delta(context, delta)
     return Update(
         context.site.organization,
         context.round,
@@ -305,6 +308,20 @@ def _build_update(prepared: _Prepared, trained: _Trained) -> Update:
         statistics_of(context.plan, model, shared, prepared.setup),
         context.received,
     )
+
+
+def _round_delta(context: LocalContext, delta: Delta) -> Delta:
+    """The values that travel, from here on the only ones: what is kept, checked, logged and sent. Noise was added before.
+
+    Repeatable, as a request that comes again is answered with the same update. Raises RunError for a value that the codec cannot
+    write.
+    """
+    plan = context.plan
+    organization = context.site.organization
+    return {
+        name: round_to(plan.wire, tensor, rounding_generator(plan.seed, organization, context.round, name))
+        for name, tensor in delta.items()
+    }
 
 
 def _check_finite(delta: Delta) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cotune.data.tasks.text import IGNORED
 from cotune.models.probes import PerSlot
 from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_example
 
@@ -60,9 +59,3 @@ def build_slot_probe(module: nn.Module, loss: Callable[[Batch], Tensor], scores:
         return [seen, losses, *gradients]
 
     return answer
-
-
-def all_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return (b,) which slots are classified rightly: with a label for each position, all of them. IGNORED ones always are."""
-    right = (scores.argmax(dim=-1) == labels) | (labels == IGNORED)
-    return right.reshape(len(right), -1).all(dim=1)

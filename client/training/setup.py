@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
-from cotune.client.training.rows import TrainingSetup, all_correct, build_slot_probe
+from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.batching import fixed_batches, sorted_batches
-from cotune.data.tasks.task import Target, example_losses, logits
-from cotune.data.tasks.text import IGNORED, Example
+from cotune.data.tasks.classes import IGNORED
+from cotune.data.tasks.task import Target
+from cotune.data.tasks.text import Example
 from cotune.errors import DataError, PlanError, PrivacyError, RunError
 from cotune.models.architecture import AlignedRows
 from cotune.models.check_cache import model_key, read_check, write_check
+from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
@@ -30,6 +32,7 @@ from cotune.models.features import encode_batch
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
+from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
@@ -121,7 +124,7 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
     for stage in plan.stages:
-        model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        model.train_only(stage_names(plan, stage, model))
         if isinstance(plan.privacy, RecordPrivacy):
             _check_gradients_once(plan, stage, model, plan.privacy)
 
@@ -132,7 +135,8 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
-    key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, *taken
+    how = stage.local.physical_batch_size, stage.local.activation_checkpointing
+    key = stage.mode, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:
         return
@@ -219,22 +223,23 @@ def _on_examples(
             yield positions, collate([rows[numbers[p]] for p in positions])
 
     weights = _weights_of(plan, model)
+    again = is_checkpointed(stage.local.activation_checkpointing, model.module)
 
     def loss(batch: Batch) -> Tensor:
-        with AlignedRows(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
-            return example_losses(model.module, batch, weights)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
+            return exact(batch)
 
     def exact(batch: Batch) -> Tensor:
-        with AlignedRows():
-            return example_losses(model.module, batch, weights)
+        with AlignedRows(), checkpointing(model.module, enabled=again):
+            return task.losses(model.module, batch, weights)
 
     def scores(batch: Batch) -> Tensor:
         with AlignedRows(), torch.autocast(model.device.type, enabled=False):
-            return logits(model.module, batch)
+            return task.scores(model.module, batch)
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
-        return all_correct(scores(batch), batch["labels"])
+        return task.are_right(scores(batch), batch["labels"])
 
     return TrainingSetup(
         module=model.module,

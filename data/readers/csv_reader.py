@@ -39,7 +39,7 @@ def read_csv(file: DataFile, separator: str) -> Columns:
     wanted = {name: names.index(name) for name in file.columns if name in names}
     if not wanted and not _is_header(text, separator, names, file.columns):
         raise missing_header_error(file, separator)
-    if file.config.label in wanted:
+    if file.target == "label" and file.config.label in wanted:
         known = frozenset(file.labels) if file.lenient else None
         text = escape_stray_quotes(text, separator, len(names), wanted[file.config.label], known)
     if not file.lenient and (lines := find_torn_field(text, separator)) is not None:
@@ -100,7 +100,7 @@ def missing_header_error(file: DataFile, separator: str) -> DataError:
     return DataError(
         f"{file.name} begins with a line that does not look like the names of its columns: expected one such as"
         f" {separator.join(file.columns)!r} above the records; add it, or name others with --set data.{file.key}=COLUMN"
-        " and --set data.label=COLUMN",
+        f" and --set data.{file.target}=COLUMN",
         code="data.missing_header",
     )
 

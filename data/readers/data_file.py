@@ -23,6 +23,7 @@ class DataFile:
         raw: Its content.
         config: Which columns are used.
         key: The entry of the configuration that names the column of the inputs.
+        target: The entry that names the column of the targets.
         lenient: Whether a line that cannot be read is left out and counted, as a failure would tell that somebody holds it.
         labels: The plan's classes, where they are known.
         skipped: How many lines were left out, by the reason.
@@ -35,6 +36,7 @@ class DataFile:
     key: str = "text"
     lenient: bool = False
     labels: tuple[str, ...] = ()
+    target: str = "label"
     skipped: Counter[str] = field(default_factory=Counter, compare=False)
 
     @property
@@ -44,7 +46,7 @@ class DataFile:
     @property
     def wanted(self) -> tuple[str, str]:
         """The columns of the inputs and of the labels."""
-        return str(getattr(self.config, self.key)), self.config.label
+        return str(getattr(self.config, self.key)), str(getattr(self.config, self.target))
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -13,15 +13,16 @@ from transformers import AutoModelForImageClassification
 from cotune.data.class_names import class_name
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.readers.images import Image, open_image
+from cotune.data.tasks.classes import IGNORED, ClassTargets
 from cotune.data.tasks.image_processor import CONFIG_FILE, ImageProcessor
-from cotune.data.tasks.text import IGNORED, Collate, map_or_none
+from cotune.data.tasks.text import Collate, map_or_none
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
 
 Example = dict[str, Any]  # {"image": Image, or Tensor (3, h, w) where it is made up; "labels": int}
 
 
-class ImageClassification:
+class ImageClassification(ClassTargets):
     """See `tasks.Task`. Images are decoded when a batch is made: decoded ones may not fit into memory together."""
 
     key = "image"
@@ -116,7 +117,7 @@ class ImageClassification:
     def order(self, example: Example) -> tuple[Any, ...]:
         return (example["image"].digest,)
 
-    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
         return [(best,) for best in scores.argmax(dim=1).tolist()]
 
     def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The tasks, and what they have in common: the loss of each example, and the metrics of a prediction.
+"""The tasks: what a record is, what of it a model is to tell, how far it is from that, and how good it is on a test set.
 
 A task is one object, in a file of its own, which answers what the rest of the program must know of it; nobody else tells tasks
 apart.
@@ -6,19 +6,18 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor, device, nn
-from torch.nn import functional
 
-from cotune.data.config import TaskName
+from cotune.data.config import DataConfig, TaskName
 from cotune.data.readers.data_file import DataFile
 from cotune.data.tasks.batching import LENGTHS
+from cotune.data.tasks.classes import Batch, Metrics
 from cotune.data.tasks.image import ImageClassification
-from cotune.data.tasks.text import IGNORED, Batch, Collate, Example, SequenceClassification
+from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.tasks.token import TokenClassification
 from cotune.data.types import Input, Label
 
@@ -37,6 +36,10 @@ class Task(Protocol):
     pipeline: str  # how `transformers.pipeline` calls it
     problem_type: str | None  # of the exported configuration: which loss and which probabilities the scores are for
     pools: bool  # whether its head reads one vector of a record
+    keeps_head: bool  # whether the head is the base model's own, so that it is neither new nor a part of every stage
+
+    def columns(self, config: DataConfig) -> tuple[str, str]:
+        """The entries of [data] that name the columns of the inputs and of the targets."""
 
     def model_class(self) -> Any:
         """The class of transformers that loads a model with a head for this task."""
@@ -77,11 +80,43 @@ class Task(Protocol):
     def order(self, example: Example) -> tuple[Any, ...]:
         """A key for sorting: like examples stand together, and equal keys mean equal inputs."""
 
-    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """The class numbers that a model's scores mean, as many for each example as its target has."""
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
+        """What a model's scores mean, as many answers for each example as its target has: class numbers, if it has classes."""
 
     def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:
         """The model's scores for each answer: (answers, classes) for each example; NaN for an answer that it cannot give."""
+
+    def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        """The loss of each example by itself: (b,). Exactly 0 for one without a target.
+
+        A mean over the targets of a batch would let one record change the gradient of another, which clipping could not bound.
+
+        Args:
+            module: The model.
+            batch: Examples with their labels.
+            weights: (classes,) how much a label of each class counts; None: all the same.
+        """
+
+    def scores(self, module: nn.Module, batch: Batch) -> Tensor:
+        """What the model says of each slot, in float32: (b, ...)."""
+
+    def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """(b,) which slots are told rightly, by their `scores`; those without a target always are."""
+
+    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> Metrics:
+        """How good `answers` are on a test set.
+
+        Args:
+            truth: Of `Dataset.truth`.
+            told: As many answers.
+            classes: How many there are.
+        """
+
+    def read_metrics(self, values: Mapping[str, float]) -> Metrics:
+        """Metrics from their `as_dict`."""
+
+    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> Any:
+        """The one answer that is right most often for these labels; None where there is none such."""
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         """Inputs with which a head alone is called, its encoder answering with the features: (b, d), or (b, t, d) for words."""
@@ -96,64 +131,3 @@ _TASKS: dict[str, Task] = {
 
 def get_task(name: TaskName) -> Task:
     return _TASKS[name]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Quality on a test set, each in [0, 1]; precision, recall and F1 are means over the classes (macro).
-
-    Of tags it is the words that are counted, "O" among the classes. A word that a model's length cuts off is one told wrong.
-    """
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metrics:
-    """Metrics of predicted against true class numbers; a class that is never predicted has precision 0."""
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # its import takes a second
-
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        truth, predicted, labels=list(range(classes)), average="macro", zero_division=0
-    )
-    return Metrics(float(accuracy_score(truth, predicted)), float(precision), float(recall), float(f1))
-
-
-def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -> Metrics:
-    """What always answering the most frequent class of the training data reaches."""
-    most = max(range(classes), key=lambda c: (list(train).count(c), -c))
-    return compute_metrics(truth, [most] * len(truth), classes)
-
-
-def logits(module: nn.Module, batch: Batch) -> Tensor:
-    """The model's scores in float32: (b, classes), or (b, l, classes) where every position has its own."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return cast(Tensor, module(**inputs).logits).float()
-
-
-def example_losses(module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
-    """The loss of each example by itself: (b,). Exactly 0 for one whose every label is IGNORED.
-
-    Cross-entropy; of an example with a label for each position, the mean over its own labeled positions. A mean over the batch's
-    would let one record change the gradient of another, which clipping could not bound.
-
-    Args:
-        module: The model.
-        batch: Examples with their labels.
-        weights: (classes,) how much a label of each class counts; None: all the same. Nothing is divided by their sum over the
-            batch, for the same reason.
-    """
-    return losses_from_scores(logits(module, batch), batch["labels"], weights)
-
-
-def losses_from_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The losses of `example_losses` from scores (b, classes) and labels (b,), or (b, l, classes) and (b, l)."""
-    losses = functional.cross_entropy(scores.movedim(-1, 1), labels, weights, ignore_index=IGNORED, reduction="none")
-    if labels.dim() == 1:
-        return losses
-    return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)

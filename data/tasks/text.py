@@ -14,14 +14,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from cotune.data.class_names import class_name
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.batching import LENGTHS, bucket_of_length
+from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets
 from cotune.data.tasks.token_limits import check_tokens, find_max_length
 from cotune.data.types import Input, Label
 from cotune.errors import ModelError
 
 Example = dict[str, Any]  # {"input_ids": list[int], "labels": int}
-Batch = dict[str, Tensor]
 _PLACEHOLDER_LABEL = "-"  # a label
-IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
 _ENCODED = 2000  # texts that are tokenized at once only to count their tokens
 _Given = TypeVar("_Given")
 _Read = TypeVar("_Read")
@@ -38,10 +37,9 @@ class Collate(Protocol):
         """
 
 
-class SequenceClassification:
+class SequenceClassification(ClassTargets):
     """See `tasks.Task`."""
 
-    key = "text"
     described = "sequence classifier"
     needs = "its tokenizer"
     pipeline = "text-classification"
@@ -131,7 +129,7 @@ class SequenceClassification:
     def order(self, example: Example) -> tuple[Any, ...]:
         return -len(example["input_ids"]), example["input_ids"]
 
-    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
         return [(best,) for best in scores.argmax(dim=1).tolist()]
 
     def answer_scores(self, scores: Tensor, examples: Sequence[Example]) -> list[Tensor]:

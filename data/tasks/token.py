@@ -18,7 +18,8 @@ from transformers import AutoModelForTokenClassification
 
 from cotune.data.class_names import class_name
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
-from cotune.data.tasks.text import IGNORED, Example, SequenceClassification, map_or_none, synthetic_rows
+from cotune.data.tasks.classes import IGNORED
+from cotune.data.tasks.text import Example, SequenceClassification, map_or_none, synthetic_rows
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
 
@@ -98,7 +99,7 @@ class TokenClassification(SequenceClassification):
         rows = [(ids, list(range(0, len(ids), 2))) for ids in synthetic_rows(reader)]
         return [_example(ids, starts, [i % 2 for i in starts]) for ids, starts in rows]
 
-    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
         best = scores.argmax(dim=2).tolist()
         return [
             tuple(_NOT_PREDICTED if start is None else row[start] for start in example["starts"])

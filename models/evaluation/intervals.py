@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cotune.data.tasks.classes import compute_metrics
 
 CONFIDENCE = 0.95
 MIN_TEST_RECORDS = 200  # test records, below which a report warns
@@ -48,6 +51,20 @@ class Answers:
         """(n,) which answers are right."""
         right: NDArray[np.bool_] = self.truth == self.told
         return right
+
+    @property
+    def score(self) -> float:
+        """The accuracy: more is better."""
+        return float(self.right.mean())
+
+    def figures(self) -> dict[str, Any]:
+        """Return the metrics, with the intervals of accuracy and F1."""
+        found = compute_metrics(self.truth.tolist(), self.told.tolist(), self.classes).as_dict()
+        return {**found, "accuracy_interval": list(accuracy_interval(self)), "f1_interval": list(f1_interval(self))}
+
+    def compare(self, theirs: Answers) -> Paired:
+        """Compare with what another model told on the same records (see `compare_paired`)."""
+        return compare_paired(self, theirs)
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ def accuracy_interval(answers: Answers) -> Interval:
 def f1_interval(answers: Answers) -> Interval:
     """Return the percentiles of macro F1 over a bootstrap of the units (Efron & Tibshirani, 1993, chapter 13).
 
-    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.task.compute_metrics`.
+    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.classes.compute_metrics`.
     """
     classes = np.arange(answers.classes)
     there = answers.truth[:, None] == classes

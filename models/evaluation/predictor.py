@@ -24,7 +24,8 @@ from cotune.data.class_names import shown
 from cotune.data.config import TaskName
 from cotune.data.records import Records
 from cotune.data.tasks.batching import sorted_batches
-from cotune.data.tasks.task import get_task, logits
+from cotune.data.tasks.classes import logits
+from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.models.architecture import fill_rows
+
 
 @dataclass(frozen=True)
 class OuterProducts:
@@ -59,8 +61,16 @@ class _RecordingLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         above = above.to(x.dtype)
         ctx.keep(ctx.layer, x, above)
-        below = (above @ weight).to(ctx.given_dtype) if ctx.needs_input_grad[0] else None
+        below = _input_gradient(above, weight).to(ctx.given_dtype) if ctx.needs_input_grad[0] else None
         return below, None, None, None, None
+
+
+def _input_gradient(above: Tensor, weight: Tensor) -> Tensor:
+    """above·W, (n, …, inputs), of filled-up rows: in rows of odd widths a kernel may add in an order that goes by the place."""
+    outputs, inputs = weight.shape
+    above = fill_rows(above)
+    weight = functional.pad(fill_rows(weight), (0, 0, 0, above.shape[-1] - outputs))
+    return (above @ weight)[..., :inputs]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -80,7 +90,8 @@ def add_grad_sample(layer: nn.Linear, x: Tensor, above: Tensor) -> None:
     rows = above.reshape(len(above), -1, above.shape[-1])
     if layer.weight.requires_grad:
         taken = x.reshape(len(x), -1, x.shape[-1])
-        _add(layer.weight, rows.transpose(1, 2) @ taken)
+        products = fill_rows(rows).transpose(1, 2) @ fill_rows(taken)
+        _add(layer.weight, products[:, : rows.shape[-1], : taken.shape[-1]])
     if layer.bias is not None and layer.bias.requires_grad:
         _add(layer.bias, rows.sum(dim=1))
 

@@ -74,6 +74,9 @@ class RunStatus:
         phase: What it does at present, by the last event that says so.
         reason: Why it failed or was stopped.
         accuracy: On the coordinator's test set.
+        bytes_up: Size of the updates of the last finished round; None before the first.
+        bytes_down: Size of its requests.
+        wire: How the values of updates travel, as the plan says.
     """
 
     run: str
@@ -88,6 +91,9 @@ class RunStatus:
     last_event: str | None
     last_at: str | None
     accuracy: float | None
+    bytes_up: int | None
+    bytes_down: int | None
+    wire: str
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,9 @@ def _build_run_status(run: RunFolder, history: History, events: Sequence[Event],
         last_event=events[-1].event if events else None,
         last_at=events[-1].at if events else None,
         accuracy=tested[-1] if tested else None,
+        bytes_up=history[-1].bytes_up if history else None,
+        bytes_down=history[-1].bytes_down if history else None,
+        wire=run.plan.wire,
     )
 
 

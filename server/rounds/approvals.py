@@ -11,12 +11,10 @@ from flwr.app import Message
 
 from cotune.errors import Declined
 from cotune.protocol.signatures import parse_refusal
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
 _PUBLIC_MESSAGE = Declined("training.approval", "").public
-# seconds before it is asked again; doubled each time
-_FIRST_BACKOFF = 5.0
-_MAX_BACKOFF = 300.0
 
 
 def awaits_approval(message: Message | None) -> bool:
@@ -34,7 +32,9 @@ class _Pending:
 class PendingApprovals:
     """Those of one round. Times are seconds on one monotonic clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: TimeLimits = TIME_LIMITS) -> None:
+        """Note none yet. limits: of the back-off."""
+        self._limits = limits
         self._pending: dict[str, _Pending] = {}
         self._began: float | None = None
 
@@ -69,13 +69,12 @@ class PendingApprovals:
     def is_due(self, organization: str, now: float, since: str) -> bool:
         """Return whether to ask an organization again, which connected last at `since`."""
         pending = self._pending[organization]
-        wait = _FIRST_BACKOFF if since != pending.since else _backoff(pending.times)
+        wait = self._limits.approval_backoff if since != pending.since else self._backoff(pending.times)
         return now >= pending.at + wait
 
     def end(self, seconds: float) -> float:
         """Return until when a round waits for approvals: `seconds` after the first was noted; 0 where none is pending."""
         return self._began + seconds if self._pending and self._began is not None else 0.0
 
-
-def _backoff(times: int) -> float:
-    return min(_MAX_BACKOFF, _FIRST_BACKOFF * 2.0 ** min(times - 1, 20))
+    def _backoff(self, times: int) -> float:
+        return min(self._limits.max_approval_backoff, self._limits.approval_backoff * 2.0 ** min(times - 1, 20))

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import MessageType
 from torch import Tensor
 
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import PrivacyError, RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import statistic_shapes
@@ -210,6 +210,7 @@ def _collect(
         receiver,
         run.folder.events.write,
         is_real=run.session.is_real,
+        limits=run.session.limits,
     ).collect()
     receiver.end_round()
     return result

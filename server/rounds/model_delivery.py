@@ -29,13 +29,8 @@ from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.server.transport.base import Reply, Transport
 
-_POLL_SECONDS = 0.1
-_EXPORT_SECONDS = 600.0  # how long an organization may take to write its model
-_NOTICE_SECONDS = 10.0
 _MAX_RECEIPT_BYTES = 2**20
 _MAX_REQUESTS = 3
-_RETRY_BACKOFF = 2.0
-_FIRST_LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
 
 Members = Mapping[str, ExampleBounds | None]
 
@@ -115,8 +110,10 @@ class _Delivery:
         self._round = requests.round
         self._received = received
         config = self._folder.plan.server
-        limits = RetryLimits(max_losses=_MAX_REQUESTS, max_requests=_MAX_REQUESTS, backoff=_RETRY_BACKOFF)
-        self._tracker = RequestTracker(transport, requests, limits, lambda name: config.absent_seconds + _EXPORT_SECONDS)
+        self._limits = session.limits
+        lifetime = config.absent_seconds + self._limits.export
+        retries = RetryLimits(max_losses=_MAX_REQUESTS, max_requests=_MAX_REQUESTS, backoff=self._limits.retry_backoff)
+        self._tracker = RequestTracker(transport, requests, retries, lambda name: lifetime)
         self._organizations = list(requests.contents)
         self._outcomes: dict[str, Outcome] = {}
         self._began = time.monotonic()
@@ -126,7 +123,7 @@ class _Delivery:
     @property
     def _max_wait(self) -> float:
         """Seconds that one that is connected may take at most."""
-        return _EXPORT_SECONDS
+        return self._limits.export
 
     @property
     def _absent_seconds(self) -> float:
@@ -139,7 +136,7 @@ class _Delivery:
             self._has_looked = self._transport.last_seen() > 0
             self._tracker.ask()
             self._tracker.ask_reconnected()
-            for reply in self._tracker.receive(_POLL_SECONDS):
+            for reply in self._tracker.receive(self._limits.poll):
                 self._handle(reply)
         for name in self._tracker.open:
             self._record(name, self._missing(name))
@@ -169,7 +166,7 @@ class _Delivery:
             timeout = self._timeout()
             are_silent = all(now - self._tracker.asked_at(name) > timeout for name in waiting)
             return are_silent and (not self._tracker.idle or seconds > self._absent_seconds)
-        first_look = 0.0 if self._has_looked else _FIRST_LOOK_SECONDS
+        first_look = 0.0 if self._has_looked else self._limits.first_look
         return not self._tracker.idle or seconds > max(self._absent_seconds, first_look)
 
     def _handle(self, reply: Reply) -> None:
@@ -222,7 +219,7 @@ class _Notices(_Delivery):
 
     @property
     def _max_wait(self) -> float:
-        return _NOTICE_SECONDS
+        return self._limits.notice
 
     @property
     def _absent_seconds(self) -> float:

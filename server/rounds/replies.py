@@ -75,6 +75,7 @@ class UpdateReceiver:
         self._transport = transport
         self._trail = session.trail
         self._plan_id = folder.plan.plan_id
+        self._codec = folder.plan.wire
         self._everybody = [participant.name for participant in folder.file.participants]
         self._store = store
         self._spec = spec
@@ -153,7 +154,7 @@ class UpdateReceiver:
         if size > spec.max_bytes:
             return _Read(Rejected(f"it has {size} bytes, expected at most {spec.max_bytes}"))
         try:
-            update = decode_update(message.content, self._plan_id)
+            update = decode_update(message.content, self._plan_id, codec=self._codec)
         except RunError as error:
             return _Read(Rejected(one_line(str(error))))  # it may repeat a stranger's words
         result = spec.validate(update, name)

@@ -36,12 +36,11 @@ from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, 
 from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.round_result import RoundResult
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import LEFT, REVOKED, Node
 
-_POLL_SECONDS = 0.1
-_FIRST_LOOK_SECONDS = 10.0  # for the first look at who is connected, however short the wait
-_RETRY_BACKOFF = 2.0
+_CONNECTION_POLL = 0.02  # seconds
 _COMPLETE = "the round was complete before it answered"
 
 Report = Callable[[Event], None]
@@ -103,6 +102,7 @@ class Round:
         report: Report,
         *,
         is_real: bool = False,
+        limits: TimeLimits = TIME_LIMITS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create a round in which nobody was asked yet.
@@ -115,6 +115,7 @@ class Round:
             receiver: Reads their replies.
             report: Called with every event.
             is_real: Whether organizations work side by side, so that their times can be compared.
+            limits: How often the round looks for replies, and how long it waits before it asks again.
             clock: Seconds, monotonic.
         """
         self._transport = transport
@@ -124,6 +125,7 @@ class Round:
         self._receiver = receiver
         self._report = report
         self._is_real = is_real
+        self._limits = limits
         self._clock = clock
         self._needed = selection.needed
         self._eligible = len(selection.asked)  # who was asked and is not revoked
@@ -131,10 +133,10 @@ class Round:
         self._late: list[LateEntry] = []
         self._late_rejected: list[str] = []
         self._late_bytes = 0
-        self._approvals = PendingApprovals()
+        self._approvals = PendingApprovals(limits)
         self._began = clock()
-        limits = RetryLimits(backoff=_RETRY_BACKOFF)
-        self._tracker = RequestTracker(transport, requests, limits, self._lifetime_of, clock)
+        retries = RetryLimits(backoff=limits.retry_backoff)
+        self._tracker = RequestTracker(transport, requests, retries, self._lifetime_of, clock)
 
     def collect(self) -> RoundResult:
         """Ask, receive and give up until the round is over.
@@ -150,7 +152,7 @@ class Round:
             self._tracker.ask(self._may_be_asked)
             self._tracker.ask_reconnected()
             self._time_out_slow()
-            for reply in self._tracker.receive(_POLL_SECONDS, last=is_last):
+            for reply in self._tracker.receive(self._limits.poll, last=is_last):
                 self._handle(reply)
                 if self._is_complete:
                     break
@@ -250,9 +252,9 @@ class Round:
             if len(self._tracker.open) < self._needed:
                 return  # too few may take part any more
             waited = self._clock() - self._began
-            if waited > self._config.wait_seconds and (self._transport.last_seen() or waited > _FIRST_LOOK_SECONDS):
+            if waited > self._config.wait_seconds and (self._transport.last_seen() or waited > self._limits.first_look):
                 raise self._too_few_connected(here)
-            time.sleep(min(_POLL_SECONDS, 0.02))
+            time.sleep(min(self._limits.poll, _CONNECTION_POLL))
 
     def _connected(self, names: list[str]) -> list[str]:
         connected = self._transport.connected()

@@ -12,6 +12,7 @@ from cotune.protocol.messages import Recipient
 from cotune.protocol.signatures import parse_refusal
 from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Transport
 
 ExampleBounds = tuple[int, int]  # between which numbers an organization's declared number of records must be
@@ -98,12 +99,14 @@ class Session:
         open_transport: Connects to the organizations; the caller that opens a transport closes it.
         read_members: Reads who may take part now, with the agreed bounds of their numbers of records (None: none are agreed).
         trail: Signs requests, and checks signatures of replies.
+        limits: How often the server looks, and how long it waits, beside what the plan says.
     """
 
     folder: RunFolder
     open_transport: Callable[[], Transport]
     read_members: Callable[[], Mapping[str, ExampleBounds | None]]
     trail: Trail
+    limits: TimeLimits = TIME_LIMITS
 
     @property
     def is_real(self) -> bool:

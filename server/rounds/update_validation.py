@@ -14,8 +14,10 @@ from torch import Tensor
 from cotune.models.adapter import Adapter
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
+from cotune.plan.wire import Codec
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
+from cotune.protocol.codecs import packed_bytes
 from cotune.server.rounds.session import ExampleBounds
 from cotune.strategies.sums import norm
 from cotune.strategies.types import RoundContext, Update, find_not_finite
@@ -129,7 +131,7 @@ class UpdateSpec:
             needs_loss="loss" in plan.strategy.sends,
             smaller_ranks=context.adapters if plan.mixed_ranks else (),
             statistics=statistics,
-            max_bytes=max_bytes(len(plan.canonical().encode()), own, statistics),
+            max_bytes=max_bytes(len(plan.canonical().encode()), own, statistics, plan.wire),
         )
 
     def validate(self, update: Update, organization: str) -> ValidationResult:
@@ -250,16 +252,18 @@ class UpdateSpec:
         return ""
 
 
-def max_bytes(plan_length: int, shapes: Mapping[str, Shape], statistics: Mapping[str, Shape]) -> int:
+def max_bytes(plan_length: int, shapes: Mapping[str, Shape], statistics: Mapping[str, Shape], codec: Codec) -> int:
     """Return how large a reply may be, on its way and put together: the arrays that are asked for, and 1 MiB.
 
     Args:
         plan_length: Length of the plan's text, which names all that may be told.
         shapes: Name -> shape of the parameters of a delta.
         statistics: Name -> shape of the arrays beside it.
+        codec: In which the delta is written.
     """
-    arrays = [*shapes.items(), *statistics.items()]
-    return sum(4 * math.prod(shape) + _ARRAY_HEAD + 4 * len(name) for name, shape in arrays) + 4 * plan_length + 2**20
+    written = [(name, packed_bytes(codec, math.prod(shape))) for name, shape in shapes.items()]
+    written += [(name, 4 * math.prod(shape)) for name, shape in statistics.items()]
+    return sum(size + _ARRAY_HEAD + 4 * len(name) for name, size in written) + 4 * plan_length + 2**20
 
 
 def one_line(text: str) -> str:

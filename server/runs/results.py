@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import majority_metrics
 from cotune.models.device import peak_memory_bytes
+from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
@@ -223,8 +223,9 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     if not document.exists():
         return nothing
     test = DatasetManifest.read(document, folder.plan.labels)
-    constant = majority_metrics(test.truth, test.truth, len(folder.plan.labels))
-    return {**nothing, "examples": len(test), "majority": constant.as_dict()}
+    model = load_run_model(folder)
+    floor = measure(model, test, Floor(model, test, folder.plan.model.precision).answers(test.held_labels))
+    return {**nothing, "examples": len(test), "majority": floor.as_dict()}
 
 
 def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Event]) -> dict[str, Any]:

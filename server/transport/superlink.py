@@ -24,20 +24,12 @@ from cotune.flower.chunks import Aborted, Malformed, TooLarge
 from cotune.flower.runtime_client import RunStopped, RuntimeClient
 from cotune.reporting.documents.events import ConnectionLost, ConnectionRestored, Event, OrganizationLeft
 from cotune.server.outcomes import Lost, Rejected
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
-_WATCH_SECONDS = 0.5  # between two looks at who is connected
-_SILENT_SECONDS = 10.0  # a SuperLink that has answered nothing for so long is unreachable
-_POLL_SECONDS = 0.1  # between two looks for replies, at least
-_MAX_POLL_SECONDS = 1.0
 _POLL_GROWTH = 0.05  # of the time without a reply so far: a reply is found late by that share at most
-_MAX_BACKOFF_SECONDS = 2.0  # before a look that failed is made again
-_AWAY_SECONDS = 5.0  # without an answer from the SuperLink: replies that it was handing over may be lost
-_SLOW_SECONDS = 20.0  # without a chunk of a reply: it may have been cut off while it was sent
 _MAX_REPLIES = 4  # fetched at a time, or waiting to be read: each is as large as the model
-_HELD_UP_SECONDS = 30.0  # a call that hangs for so long is overtaken
-_CLOSE_SECONDS = 1.0  # a call after the end of a run would be refused
 _LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
 
 Report = Callable[[Event], None]
@@ -71,7 +63,9 @@ class _SendLock:
     that is not there yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held_up: float) -> None:
+        """Create it. held_up: seconds after which one that still sends is overtaken."""
+        self._held_up = held_up
         self._free = threading.Condition()
         self._holder: object | None = None
         self._since = 0.0
@@ -80,7 +74,7 @@ class _SendLock:
     def acquired(self) -> Iterator[None]:
         ours = object()
         with self._free:
-            while self._holder and (left := self._since + _HELD_UP_SECONDS - time.monotonic()) > 0:
+            while self._holder and (left := self._since + self._held_up - time.monotonic()) > 0:
                 self._free.wait(left)
             self._holder = ours
             self._since = time.monotonic()
@@ -96,20 +90,22 @@ class _SendLock:
 class SuperLinkTransport:
     """Sends and fetches in threads of its own, which end with the process however they hang (see `base.Transport`)."""
 
-    def __init__(self, line: RuntimeClient, nodes: NodeRegistry, report: Report) -> None:
+    def __init__(self, line: RuntimeClient, nodes: NodeRegistry, report: Report, limits: TimeLimits = TIME_LIMITS) -> None:
         """Connect, and begin to watch who is connected.
 
         Args:
             line: The connection to the SuperLink.
             nodes: Which node belongs to which organization.
             report: Called with events of the connection.
+            limits: How often it looks, and how long it waits.
         """
         self._line = line
+        self._limits = limits
         self._nodes = nodes
         self._report = report
         self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # a reply, and whether it holds a slot
         self._slots = threading.Semaphore(_MAX_REPLIES)
-        self._send_lock = _SendLock()
+        self._send_lock = _SendLock(limits.held_up)
         self._sent: dict[str, _SentRequest] = {}  # number -> request
         self._closed = threading.Event()
         self._stopped = threading.Event()
@@ -160,7 +156,7 @@ class SuperLinkTransport:
             try:
                 started = time.monotonic()
                 self._found = self._nodes.connected()
-                if self._last_seen and (refused or time.monotonic() - self._last_seen > _AWAY_SECONDS):
+                if self._last_seen and (refused or time.monotonic() - self._last_seen > self._limits.away):
                     self._returns += 1
                 self._last_seen = started
                 self._failure = ""
@@ -171,11 +167,14 @@ class SuperLinkTransport:
             except Exception as error:
                 self._failure = _describe(error)
                 refused = refused or isinstance(error, httpx.ConnectError)
-            self._closed.wait(_WATCH_SECONDS)
+            self._closed.wait(self._limits.watch)
 
     def _doubt_the_slow(self) -> None:
         for sent in list(self._sent.values()):
-            if sent.fetching_since is not None and time.monotonic() - max(sent.fetching_since, sent.last_chunk) > _SLOW_SECONDS:
+            if (
+                sent.fetching_since is not None
+                and time.monotonic() - max(sent.fetching_since, sent.last_chunk) > self._limits.slow
+            ):
                 sent.fetching_since = math.inf  # once
                 self._doubts[sent.organization] += 1
 
@@ -186,10 +185,10 @@ class SuperLinkTransport:
                 "the run was stopped at the SuperLink: expected it to go on; continue it with --resume",
                 code="run.stopped_at_superlink",
             )
-        away = time.monotonic() - max(self._last_seen, self._began) > _SILENT_SECONDS
+        away = time.monotonic() - max(self._last_seen, self._began) > self._limits.silent
         if away and not self._away:
             self._report(
-                ConnectionLost(reason=self._failure or f"the SuperLink has not answered for {_SILENT_SECONDS:g} seconds")
+                ConnectionLost(reason=self._failure or f"the SuperLink has not answered for {self._limits.silent:g} seconds")
             )
         elif self._away and not away:
             self._report(ConnectionRestored())
@@ -226,16 +225,16 @@ class SuperLinkTransport:
         self._replies.put((Reply(sent.round, sent.organization, Lost(reason)), False))
 
     def _collect(self) -> None:
-        wait = _POLL_SECONDS
+        wait = self._limits.poll
         while not self._closed.wait(wait):
             waiting = [(number, sent) for number, sent in list(self._sent.items()) if sent.fetching_since is None]
             some = [dict(waiting[first : first + _MAX_REPLIES]) for first in range(0, len(waiting), _MAX_REPLIES)]
             answered = [self._look(few) for few in some]
-            wait = self._pause() if all(answered) else min(_MAX_BACKOFF_SECONDS, 2 * wait)
+            wait = self._pause() if all(answered) else min(self._limits.look_backoff, 2 * wait)
 
     def _pause(self) -> float:
         """Return seconds until the next look: a SuperLink answers some thirty calls a second, of all organizations together."""
-        return min(_MAX_POLL_SECONDS, max(_POLL_SECONDS, _POLL_GROWTH * (time.monotonic() - self._active)))
+        return min(self._limits.max_poll, max(self._limits.poll, _POLL_GROWTH * (time.monotonic() - self._active)))
 
     def _look(self, waiting: Mapping[str, _SentRequest]) -> bool:
         """Ask which requests have replies, and begin to fetch those; return whether the SuperLink has answered.
@@ -261,7 +260,7 @@ class SuperLinkTransport:
         return True
 
     def _fetch(self, number: str, sent: _SentRequest, answer: Any) -> None:
-        held = self._slots.acquire(timeout=_HELD_UP_SECONDS)
+        held = self._slots.acquire(timeout=self._limits.held_up)
         try:
             reply = self._fetch_reply(sent, answer)
             if reply is None:
@@ -325,7 +324,7 @@ class SuperLinkTransport:
         """End the threads, but for those that hang: they end with the process."""
         self._closed.set()
         self._sent.clear()
-        deadline = time.monotonic() + _CLOSE_SECONDS
+        deadline = time.monotonic() + self._limits.close
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 

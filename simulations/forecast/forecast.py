@@ -184,7 +184,7 @@ def _organization(plan: Plan, member: Member) -> OrganizationForecast:
 
 
 def _stages(expected: Expected) -> Iterator[StageForecast]:
-    """Sizes are those of real messages with the model's present values in them."""
+    """Sizes are those of real messages: requests with the model's present values, updates with zeros."""
     plan = expected.plan
     model = expected.model
     names = [member.name for member in expected.members]
@@ -198,7 +198,9 @@ def _stages(expected: Expected) -> Iterator[StageForecast]:
         beside = shared if term is not None and term.info("client_term").needs.receives else {}
         requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)
         arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
-        update = encode_update(Update(names[0], 1, shared, 1, 1, statistics=arrays, received="0" * 64), plan.plan_id)
+        empty = {name: torch.zeros(tensor.shape) for name, tensor in shared.items()}
+        filled = Update(names[0], 1, empty, 1, 1, statistics=arrays, received="0" * 64)
+        update = encode_update(filled, plan.plan_id, codec=plan.wire)
         yield StageForecast(
             stage.mode,
             stage.rounds,

@@ -37,31 +37,18 @@ from cotune.protocol.signatures import (
     refusal_digest,
     sign,
 )
-from cotune.server.app import deliver_model, train_rounds
 from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
-from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds import round as round_module
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.server.transport import superlink as superlink_transport
-from tests.support.organizations import adding, model_of
+from tests.support.delivery import deliver
+from tests.support.organizations import adding
+from tests.support.rounds import play
 from tests.support.run_folders import NewRun
 from tests.support.signing import FEDERATION, countersign
 from tests.support.unreliable_grid import PRIVATE, WildGrid, real, told, wild
 
 NAMES = ("bank", "clinic")
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (superlink_transport, "_WATCH_SECONDS"),
-        (superlink_transport, "_POLL_SECONDS"),
-        (round_module, "_POLL_SECONDS"),
-        (delivery, "_POLL_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 0.01)
 
 
 # --- answers
@@ -109,7 +96,7 @@ def test_an_answer_that_its_organization_has_not_signed_does_not_enter_the_model
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]
-    progress = train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    progress = play(folder, grid)
     assert progress.history[0]["participants"] == ["org-2"]
     assert progress.history[0]["quarantined"] == ["org-1"]
     assert "sign" in told(folder, "update_quarantined")[0]["reason"]
@@ -128,8 +115,8 @@ def played(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp_p
     folder = real(RunFolder.create(tmp_path / "run", make_plan(rounds=2, server={"absent_seconds": 5.0}), file))
     sites = {name: make_site(name) for name in NAMES}
     grid = joined(folder, sites)
-    train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
-    assert deliver_model(grid, folder) == []
+    play(folder, grid)
+    assert deliver(grid, folder) == []
     assert sorted(read_deliveries(folder)) == list(NAMES)
     return folder, sites
 
@@ -271,7 +258,7 @@ def declined(make_plan: Callable[..., Plan], make_site: Callable[..., Site], tmp
     folder = real(RunFolder.create(tmp_path / "run", plan, file))
     strict = change_policy(Policy.permissive(), {"training.min_cohort": 5})
     sites = {"bank": make_site("bank"), "clinic": make_site("clinic", policy=strict)}
-    train_rounds(joined(folder, sites), folder, model_of(folder.plan), lambda state: None)
+    play(folder, joined(folder, sites))
     return folder, sites
 
 
@@ -331,7 +318,7 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
         return reply
 
     grid._answer = answer  # type: ignore[method-assign]
-    train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    play(folder, grid)
     [dropped] = told(folder, "update_dropped")
     assert "max_rounds" not in dropped["reason"]
     assert replies_of(folder, "org-1") == []

@@ -20,11 +20,9 @@ from cotune.flower.chunks import ChunkedMessage, Malformed
 from cotune.server.runs.events import Events, read_events
 from tests.support.events import make_event
 from tests.support.organizations import adding
-from tests.support.rounds import impatient, play
+from tests.support.rounds import play
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, told, wild
-
-__all__ = ["impatient"]  # fixtures
 
 NAMES = ("org-1", "org-2", "org-3")
 HALF = "w\ud800"
@@ -57,7 +55,6 @@ def dtype_of_half(content: RecordDict) -> None:
     content["delta"] = ArrayRecord({"w": changed(dtype=HALF)})
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("change", [record, array, value, dtype_of_half])
 def test_the_run_goes_on_and_names_the_sender(new_run: NewRun, change: Callable[[RecordDict], None]) -> None:
     folder = real(new_run(*NAMES, rounds=2))

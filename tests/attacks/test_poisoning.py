@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds

@@ -10,30 +10,21 @@ import pytest
 from flwr.app import MessageType
 
 from cotune.plan.rounds_config import RoundsConfig
-from cotune.server.app import train_rounds
 from cotune.server.outcomes import Accepted
-from cotune.server.rounds import round as round_module
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.runs.exclusions import count_strikes, find_excluded
-from cotune.server.transport import superlink as superlink_transport
-from tests.support.organizations import adding, model_of
+from tests.support.organizations import adding
+from tests.support.rounds import play
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, told, wild
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(round_module, "_POLL_SECONDS", 0.01)
 
 
 def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRun) -> None:
     folder = real(new_run("org-1", "org-2", "org-3", rounds=5, server={"least_seconds": 0.2, "patience": 0.001}))
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0}
-    progress = train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    progress = play(folder, grid)
     assert [entry["timed_out"] for entry in progress.history] == [["org-2"]] * 3 + [[]] * 2
     assert [entry["left_out"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
     assert [d["organization"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
@@ -77,6 +68,6 @@ def test_an_outage_of_the_coordinator_is_nobodys_strike(new_run: NewRun) -> None
     folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"deadline_seconds": 0.3, "quorum": 0.1}))
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0, "org-3": 3600.0}
-    [entry] = train_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
+    [entry] = play(folder, grid).history
     assert [d["organization"] for d in entry["dropped"]] == ["org-2", "org-3"]
     assert entry["timed_out"] == []

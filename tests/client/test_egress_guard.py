@@ -15,14 +15,18 @@ from hypothesis import strategies as st
 
 from cotune.client.account import Account
 from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update
+from cotune.client.node.received import check_received, expected_shapes
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
+from cotune.plan.parameters import get_plan_model, personal_names, shared_names
 from cotune.plan.schema import Plan
+from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol import messages as wire
+from cotune.protocol.codecs import pack
 from cotune.protocol.messages import (
     SALTED,
     Receipt,
@@ -51,7 +55,8 @@ class Case:
         self.plan = plan
         self.site = site
         self.request = decode_request(content)
-        self.content = encode_update(train_round(plan, site, 1, dict(self.request.state)), plan.plan_id)
+        trained = train_round(plan, site, 1, dict(self.request.state))
+        self.content = encode_update(trained, plan.plan_id, codec=plan.wire)
 
     def check(self) -> None:
         check_update(self.content, self.request, self.plan, self.site)
@@ -72,7 +77,7 @@ class Case:
     @property
     def some(self) -> tuple[str, np.ndarray[Any, Any]]:
         """A parameter and its delta."""
-        delta = decode_update(self.content, self.plan.plan_id).delta
+        delta = decode_update(self.content, self.plan.plan_id, codec=self.plan.wire).delta
         name = sorted(delta)[0]
         return name, delta[name].numpy().copy()
 
@@ -218,6 +223,74 @@ def test_what_must_not_leave(case: Case, spoil: Callable[[Case], None]) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.fixture
+def packed(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> Case:
+    """An update whose values travel as int4."""
+    plan = make_plan(privacy=PRIVATE, wire="int4")
+    return Case(plan, make_site(), state_for(plan))
+
+
+def packed_array(case: Case, change: Callable[[bytes], bytes], dtype: str = "int4") -> None:
+    """Change the bytes of one array of the delta, as they are before the message's mask."""
+    name, values = case.some
+    data = change(pack("int4", torch.from_numpy(values)))
+    case.arrays("delta", **{name: Array(dtype, values.shape, SALTED, data)})
+
+
+def test_a_packed_update_may_leave(packed: Case) -> None:
+    packed.check()
+    packed_array(packed, lambda data: data)
+    packed.check()
+
+
+def in_another_codec(case: Case) -> None:
+    name, values = case.some
+    case.arrays("delta", **{name: Array(values)})
+
+
+def with_scales_twice_as_large_and_integers_half(case: Case) -> None:
+    """Of a block of zeros any exponent gives the same values: bytes in which a record could hide."""
+    name, values = case.some
+    values[...] = 0.0
+    data = bytes([5]) * (-(-values.size // BLOCK)) + bytes(-(-values.size // 2))
+    case.arrays("delta", **{name: Array("int4", values.shape, SALTED, data)})
+
+
+def with_the_number_below_the_lowest(case: Case) -> None:
+    packed_array(case, lambda data: data[:-1] + bytes([0x88]))
+
+
+def with_a_byte_more(case: Case) -> None:
+    packed_array(case, lambda data: data + b"x")
+
+
+def with_scales_beyond_float32(case: Case) -> None:
+    packed_array(case, lambda data: bytes([0x7F]) + data[1:-1] + bytes([0x77]))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        in_another_codec,
+        with_scales_twice_as_large_and_integers_half,
+        with_the_number_below_the_lowest,
+        with_a_byte_more,
+        with_scales_beyond_float32,
+        another_shape,
+        another_type,
+        bytes_behind_an_array,
+        a_missing_parameter,
+        more_records_than_the_rule_says,
+    ],
+)
+def test_what_must_not_leave_packed(packed: Case, spoil: Callable[[Case], None]) -> None:
+    """Also bytes of which both sides would read the same values."""
+    spoil(packed)
+    with pytest.raises(EgressBlocked) as raised:
+        packed.check()
+    assert "\n" not in str(raised.value)
+
+
 def told_by(policy: Policy, **rules: Any) -> Policy:
     return policy.model_copy(update={"tell": policy.tell.model_copy(update=rules)})
 
@@ -262,6 +335,38 @@ def test_what_is_personal_never_leaves(make_plan: MakePlan, make_site: MakeSite,
     case.arrays("delta", **{other: Array(np.zeros((16, 2), dtype=np.float32))})
     with pytest.raises(EgressBlocked, match=r"has .*lora_B.* too much"):
         case.check()
+
+
+@pytest.mark.parametrize("part", ["head", "norm"])
+def test_named_personal_parts_never_leave(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, part: str) -> None:
+    plan = make_plan(train="lora", personal=[part])
+    model = get_plan_model(plan, "cpu")
+    case = Case(plan, make_site(), {n: t for n, t in state_for(plan).items() if n in shared_names(plan, model, 1)})
+    case.check()
+    stays = personal_names(plan, model, 1)
+    assert stays
+    assert not {*stays} & case.content["delta"].keys()
+    for name in stays:
+        other = Case(plan, case.site, dict(case.request.state))
+        other.arrays("delta", **{name: Array(model.state([name])[name].numpy())})
+        with pytest.raises(EgressBlocked) as blocked:
+            other.check()
+        assert blocked.value.code == "run.egress_blocked"
+
+
+def test_a_server_cannot_ask_for_a_personal_part(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """A request whose state names it is refused before a record is read, and one without changes nothing in what leaves."""
+    plan = make_plan(train="lora", personal=["head"])
+    site = make_site()
+    model = get_plan_model(plan, "cpu")
+    shared = {name: t for name, t in state_for(plan).items() if name in shared_names(plan, model, 1)}
+    asks = {**shared, "classifier.weight": model.state(["classifier.weight"])["classifier.weight"]}
+    expected = expected_shapes(plan, site, 1, lambda *_: None)
+    check_received(Request(plan.canonical(), 1, "clinic", shared), plan, expected)
+    with pytest.raises(RunError) as refused:
+        check_received(Request(plan.canonical(), 1, "clinic", asks), plan, expected)
+    assert refused.value.code == "run.wrong_state"
+    assert not site.ledger_file.exists()
 
 
 def test_a_smaller_rank_leaves_in_its_own_shape_alone(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:

@@ -15,9 +15,9 @@ from tests.support.loopback import federation, prepare_run, until
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture(scope="module")
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = prepare_run(tmp_path_factory.mktemp("engines") / "in-process", 2, rounds=2)
+@pytest.fixture(scope="module", params=["float32", "int4"])
+def in_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = prepare_run(tmp_path_factory.mktemp("engines") / "in-process", 2, rounds=2, codec=request.param)
     shutil.copytree(run.path, run.path.parent / "prepared")
     run_on("in-process", run)
     return run

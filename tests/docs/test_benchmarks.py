@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from cotune.simulations.comparison.workers import import_all
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "performance"
-import_all([str(FOLDER / "harness.py"), str(FOLDER / "page.py"), str(FOLDER / "run.py")])
+import_all([str(FOLDER / "harness.py"), str(FOLDER / "page.py"), str(FOLDER / "run.py"), str(FOLDER.parent / "gpu.py")])
 
+from gpu import SECTIONS, Bench, Skipped, main, run_section  # noqa: E402
 from harness import Figure, Results, Row, Sample, all_benchmarks, load_benchmark, measure  # noqa: E402
 from page import write_page  # noqa: E402
 from run import run_one, store  # noqa: E402
@@ -113,3 +115,46 @@ def test_published_page_is_that_of_the_published_json(tmp_path: Path) -> None:
     page.write_text((results / "performance.md").read_text(encoding="utf-8"), encoding="utf-8")
     write_page(results / "performance.json", page)
     assert page.read_text(encoding="utf-8") == (results / "performance.md").read_text(encoding="utf-8")
+
+
+# --- benchmarks/gpu.py
+
+
+@pytest.mark.long
+def test_measurements_of_a_gpu_run_with_tiny_models(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_CACHE", str(cache))
+    found = {section.name: section for section in main([str(tmp_path), "--dry-run", "--device", "cpu", "--seconds", "3000"])}
+    assert list(found) == list(SECTIONS)
+    assert {name: section.error for name, section in found.items() if section.error} == {}
+    assert all(section.rows or section.skipped for section in found.values())
+    assert [row for section in found.values() for row in section.rows if "failed" in row] == []
+    assert all(row["relative error"] < 1e-5 for row in found["clipped sums"].rows if row["arithmetic"] == "float32")
+    assert found["killed and resumed"].rows[0]["bit-equal"] is True
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [section["name"] for section in written["sections"]] == list(SECTIONS)
+
+
+def test_a_section_that_fails_ends_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(bench: Bench) -> None:
+        bench.add(known=1.0)
+        raise ValueError("on purpose")
+
+    def skip(bench: Bench) -> None:
+        raise Skipped("nothing is here")
+
+    monkeypatch.setitem(SECTIONS, "steps", fail)
+    monkeypatch.setitem(SECTIONS, "writing", skip)
+    bench = Bench(torch.device("cpu"), True, tmp_path, math.inf)
+    for name in ("steps", "writing"):
+        run_section(bench, name)
+    assert (bench.sections[0].error, bench.sections[0].rows) == ("Failed: ValueError: on purpose", [{"known": 1.0}])
+    assert bench.sections[1].skipped == "Skipped: nothing is here."
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "on purpose" in page
+    assert "nothing is here" in page
+
+
+def test_nothing_is_measured_when_the_time_is_over(tmp_path: Path) -> None:
+    bench = Bench(torch.device("cpu"), True, tmp_path, -math.inf)
+    run_section(bench, "features")
+    assert bench.sections[0].skipped == "Skipped: the time was over."

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,7 @@ DECIDING = (
     "preprocessor_config.json",
     "processor_config.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
     "modules.json",
     "1_Pooling/config.json",
     "model.safetensors.index.json",
@@ -282,6 +285,26 @@ def test_the_hash_covers_every_file_that_a_tokenizer_of_transformers_is_read_fro
     names = {name for table in tables if table for name in re.findall(r":\s*\"([^\"]+)\"", table[1])}
     assert {"tokenizer.json", "vocab.txt", "bpe.codes"} <= names
     assert [name for name in names if not base_files.is_model_file(name)] == []
+
+
+def test_the_hash_covers_every_file_that_a_tokenizer_opens(folder: Path) -> None:
+    """By the paths that Python itself opens, whatever transformers calls them."""
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    script = (
+        "import json, sys\n"
+        "from transformers import AutoTokenizer\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert set(tokenizer.chat_template) == {'default', 'tool_use'}\n"
+        "print(json.dumps([name for name in opened if name.startswith(sys.argv[1])]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    opened = {Path(name).relative_to(folder).as_posix() for name in json.loads(done.stdout.splitlines()[-1])}
+    assert {"tokenizer_config.json", "additional_chat_templates/tool_use.jinja"} <= opened
+    assert opened <= base_files.list_model_files(folder).keys()
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", "modeling.py", "pytorch_model.bin", "onnx/model.onnx"])

@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from cotune.data.tasks.task import example_losses, get_task
+from cotune.data.tasks.classes import example_losses
+from cotune.data.tasks.task import get_task
 from cotune.errors import ModelError
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cotune.data.tasks.task import logits
+from cotune.data.tasks.classes import logits
 from cotune.data.tasks.text import collator, encode
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from cotune.data.config import TaskName
-from cotune.data.tasks.task import logits
+from cotune.data.tasks.classes import logits
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model

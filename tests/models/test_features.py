@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.data.tasks.task import logits
+from cotune.data.tasks.classes import logits
 from cotune.data.tasks.text import collator, encode
 from cotune.models.base_model import load_model
 from cotune.models.check_cache import cache_folder

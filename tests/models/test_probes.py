@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from cotune.data.tasks.text import IGNORED, Batch, synthetic_rows
+from cotune.data.tasks.classes import IGNORED, Batch
+from cotune.data.tasks.text import synthetic_rows
 from cotune.models.probes import feature_probes, mixes_records
 
 Answer = Callable[[Batch], Sequence[Tensor]]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.data.tasks.task import example_losses, logits
-from cotune.data.tasks.text import Batch, collator, encode
+from cotune.data.tasks.classes import Batch, example_losses, logits
+from cotune.data.tasks.text import collator, encode
 from cotune.errors import ModelError
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.lora import merge_adapters

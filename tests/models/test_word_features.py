@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.data.tasks.task import logits
+from cotune.data.tasks.classes import logits
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.feature_head import FeatureHead, feature_head

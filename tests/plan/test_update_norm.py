@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_norm_by_gradients, bound_update_norm
+from cotune.plan.wire import Codec, compute_growth
 
 
 def plan_of(privacy: Any = None, **changes: Any) -> Plan:
@@ -46,6 +47,17 @@ def test_plain_sgd_by_hand() -> None:
     """Each of 4 steps of 0.5 moves by twice a clipped gradient of norm 3 at most."""
     plan = plan_of({"epsilon": 8.0, "clip_norm": 3.0}, local={"learning_rate": 0.5, "steps": 4})
     assert bound_norm_by_gradients(plan, plan.stages[0], 1_000) == pytest.approx(2 * 3 * 0.5 * 4)
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16", "int8", "int4"])
+def test_what_rounding_adds_is_allowed_for(codec: Codec) -> None:
+    """The bound that follows grows by as much; what the plan says stands, as it is of what arrives."""
+    exact = bound(plan_of(local=TWEETS))
+    rounded = bound(plan_of(local=TWEETS, wire=codec))
+    assert exact is not None
+    assert rounded == exact * compute_growth(codec)
+    assert bound(plan_of(server={"max_update_norm": 30.0}, wire=codec)) == 30.0
+    assert bound(plan_of("none", wire=codec)) is None
 
 
 STEPS = (1, 4, 13, 30)  # few, as noise is calibrated for each

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.errors import RunError
+from cotune.plan.wire import Codec
+from cotune.protocol.codecs import round_to, rounding_generator
 from cotune.protocol.messages import (
+    SALTED,
     Receipt,
     Recipient,
     Request,
@@ -88,6 +91,92 @@ def with_field(name: str, value: Any) -> RecordDict:
     fields = {**content["update"], name: value}
     content["update"] = ConfigRecord({key: v for key, v in fields.items() if v is not None})
     return content
+
+
+# --- the codec of a plan
+
+CODECS: tuple[Codec, ...] = get_args(Codec)
+PACKED: tuple[Codec, ...] = CODECS[1:]
+
+
+def rounded(state: dict[str, Tensor], codec: Codec) -> dict[str, Tensor]:
+    return {name: round_to(codec, tensor, rounding_generator(7, "a", 1, name)) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@given(state=states())
+def test_a_packed_update_comes_back_as_it_was(codec: Codec, state: dict[str, Tensor]) -> None:
+    state = {name: tensor.clamp(-1e30, 1e30) for name, tensor in state.items()}
+    update = Update("a", 1, rounded(state, codec), 1, 1, statistics={"fisher/w": torch.rand(3)})
+    decoded = decode_update(traveled(encode_update(update, "plan", codec=codec)), "plan", codec=codec)
+    assert same(dict(decoded.delta), dict(update.delta))
+    assert same(dict(decoded.statistics), dict(update.statistics))  # other arrays keep every bit
+
+
+@pytest.mark.parametrize(("codec", "times"), [("bfloat16", 1.9), ("int8", 3.8), ("int4", 7)])
+def test_a_packed_update_takes_so_many_times_fewer_bytes(codec: Codec, times: float) -> None:
+    update = Update("a", 1, {"w": torch.zeros(300, 100)}, 1, 1)
+    whole = payload_bytes(encode_update(update, "plan"))
+    assert times < whole / payload_bytes(encode_update(update, "plan", codec=codec)) < 32
+
+
+@pytest.mark.parametrize(("sent", "agreed"), [(sent, agreed) for sent in CODECS for agreed in CODECS if sent != agreed])
+def test_a_codec_other_than_the_plans_is_refused(sent: Codec, agreed: Codec) -> None:
+    content = encode_update(Update("a", 1, {"w": torch.zeros(128)}, 1, 1), "plan", codec=sent)
+    with pytest.raises(RunError) as caught:
+        decode_update(content, "plan", codec=agreed)
+    assert caught.value.code == "run.other_codec"
+    assert agreed in str(caught.value)
+
+
+def test_values_that_were_not_rounded_are_not_encoded() -> None:
+    with pytest.raises(RunError) as caught:
+        encode_update(Update("a", 1, {"w": torch.tensor([1.0, 1 / 3])}, 1, 1), "plan", codec="int4")
+    assert caught.value.code == "run.not_encodable"
+
+
+SHAPES = st.lists(st.integers(-2, 70) | st.integers(2**40, 2**62), max_size=10)
+DTYPES = st.sampled_from([*CODECS, "uint8", "object"]) | st.text(max_size=5)
+
+
+@pytest.mark.parametrize("codec", PACKED)
+@given(data=st.binary(max_size=80), shape=SHAPES, dtype=DTYPES, stype=st.sampled_from([SALTED, "numpy.ndarray", ""]))
+def test_any_packed_array_is_an_update_or_one_error(codec: Codec, data: bytes, shape: list[int], dtype: str, stype: str) -> None:
+    content = encode_update(UPDATE, "plan")
+    content["delta"] = ArrayRecord({"w": Array(dtype, tuple(shape), stype, data)})
+    decoded = None
+    refused = None
+    try:
+        decoded = decode_update(content, "plan", codec=codec).delta["w"]
+    except RunError as error:
+        refused = error
+    if decoded is not None:
+        assert (dtype, tuple(decoded.shape)) == (codec, tuple(shape))
+        assert decoded.isfinite().all()
+    if refused is not None:
+        assert refused.code in ("run.other_codec", "run.malformed_message", "run.malformed_update")
+        assert "expected" in str(refused)
+        assert "\n" not in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("shape", "data"),
+    [
+        ((4,), b"\x00" * 2),  # a block without its exponent
+        ((4,), b"\x00" * 4),  # one block too many
+        ((65,), b"\x00" * 34),  # the second block's exponent is not there
+        ((4,), b"\x7f\x77\x77"),  # 7 · 2^127
+        ((-4,), b"\x00" * 3),
+        ((2**62, 2**62), b"\x00" * 3),
+        ((1,) * 9, b"\x00" * 2),
+    ],
+)
+def test_a_packed_array_that_is_not_as_its_shape_says_is_refused(shape: tuple[int, ...], data: bytes) -> None:
+    content = encode_update(UPDATE, "plan")
+    content["delta"] = ArrayRecord({"w": Array("int4", shape, "numpy.ndarray", data)})
+    with pytest.raises(RunError) as caught:
+        decode_update(content, "plan", codec="int4")
+    assert caught.value.code in ("run.malformed_message", "run.malformed_update")
 
 
 # --- round trips
@@ -244,7 +333,7 @@ def test_an_array_that_is_not_what_it_says_is_refused(data: bytes, reason: str) 
 def test_an_array_of_another_type_is_refused(dtype: str) -> None:
     data = saved(np.zeros(3, dtype or "float32"), allow_pickle=True)
     message = refusal(with_array(Array(dtype, (3,), "numpy.ndarray", data)))
-    assert message == f"the array w has the type {dtype}/numpy.ndarray: expected float32/numpy.ndarray"
+    assert f"the array w has the type {dtype}/numpy.ndarray: expected float32" in message
 
 
 def test_an_array_in_another_serialization_is_refused() -> None:

@@ -9,10 +9,10 @@ import torch
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
+from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, get_model
 from cotune.plan.schema import Plan
-from cotune.server.rounds.evaluation import evaluate
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines

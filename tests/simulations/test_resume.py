@@ -64,12 +64,16 @@ MANY = (
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("moments", [FEW, pytest.param(MANY, marks=pytest.mark.long)], ids=["few", "many"])
+@pytest.mark.parametrize(
+    ("moments", "codec"),
+    [(FEW, "float32"), (FEW, "int4"), pytest.param(MANY, "int4", marks=pytest.mark.long)],
+    ids=["few", "few-int4", "many-int4"],
+)
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
-    toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, moments: Sequence[Moment]
+    toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, moments: Sequence[Moment], codec: str
 ) -> None:
     baselines = sorted({m.fields["baseline"].partition("/")[0] for m in moments if m.what == "baseline_started"})
-    plan = slow(toy_plan, simulation={"baselines": baselines})
+    plan = slow(toy_plan, simulation={"baselines": baselines}, wire=codec)
     # of one length: a request names the folder, and its bytes are counted
     whole = tmp_path / "whole"
     run = tmp_path / "other"

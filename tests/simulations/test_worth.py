@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from cotune.data.dataset import Dataset
+from cotune.data.tasks.task import get_task
+from cotune.models.evaluation.test_set import predict
 from cotune.plan.parameters import get_plan_model
-from cotune.server.rounds.evaluation import predict
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.simulations.run import Run, simulate
-from cotune.simulations.worth import TestSet, organization_worth, own_majority
+from cotune.simulations.split import Share
+from cotune.simulations.worth import TestSet, held_labels, organization_worth
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.simulations import NewPlan
 
@@ -42,8 +44,15 @@ def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> Non
             low, high = said["own"][column]["accuracy_interval"]
             assert low <= right / len(own) <= high
         assert said["own"]["records"] == len(share.held_out)
-        constant = own.truth.count(own_majority(prepared, share)) / len(own)
+        constant = own.truth.count(_constant(prepared, share)) / len(own)
         assert said["own"]["majority"]["accuracy"] == pytest.approx(constant)
+
+
+def _constant(prepared: Prepared, share: Share) -> int:
+    """The class number that most of an organization's training records have."""
+    found = get_task(prepared.plan.task).constant(held_labels(prepared, share), prepared.plan.labels)
+    assert isinstance(found, int)
+    return found
 
 
 def skewed(toy_plan: NewPlan, tmp_path: Path) -> Prepared:
@@ -61,7 +70,7 @@ def test_classes_that_an_organization_never_sees_do_not_make_it_worth_joining(to
     prepared = skewed(toy_plan, tmp_path)
     test = TestSet(prepared)
     north = next(share for share in prepared.shares if share.name == "north")
-    only = own_majority(prepared, north)
+    only = _constant(prepared, north)
     federated = [(n + 1) % 3 if i % 5 == 0 else n for i, n in enumerate(test.truth.tolist())]
     told = {"majority": [only] * len(test.truth), "alone_without_privacy": [only] * len(test.truth), "federated": federated}
     found: dict[str, Any] = organization_worth(test, north, told)
@@ -79,7 +88,7 @@ def test_what_a_constant_answer_gives_is_no_reason_to_join(toy_plan: NewPlan, tm
     prepared = skewed(toy_plan, tmp_path)
     test = TestSet(prepared)
     north = next(share for share in prepared.shares if share.name == "north")
-    constant = [own_majority(prepared, north)] * len(test.truth)
+    constant = [_constant(prepared, north)] * len(test.truth)
     wrong = [(n + 1) % 3 for n in test.truth.tolist()]
     found = organization_worth(test, north, {"majority": constant, "alone": wrong, "federated": constant})["worth"]
     assert (found["answer"], found["useful"], found["against"]) == ("no", False, "alone")

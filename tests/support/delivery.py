@@ -10,10 +10,11 @@ from flwr.clientapp import ClientApp
 
 from cotune.protocol.messages import Receipt, Request, decode_request, encode_receipt, received_digest
 from cotune.protocol.signatures import RECEIPT, detach
-from cotune.server.app import train_rounds
+from cotune.server import app
 from cotune.server.runs.run_folder import RunFolder
-from tests.support.organizations import adding, model_of
-from tests.support.rounds import NAMES
+from cotune.server.time_limits import TimeLimits
+from tests.support.organizations import adding
+from tests.support.rounds import IMPATIENT, NAMES, play
 from tests.support.run_folders import NewRun
 from tests.support.signing import countersign
 from tests.support.unreliable_grid import PRIVATE, WildGrid, real, wild
@@ -30,9 +31,9 @@ def receipt(folder: RunFolder, **changes: str) -> Callable[[Request], Receipt]:
 def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Request], Receipt]) -> WildGrid:
     """Organizations that add 1 in each round and confirm the model."""
     grid = wild(folder, {name: adding(1.0) for name in NAMES})
-    app: ClientApp = grid._app
+    client: ClientApp = grid._app
 
-    @app.evaluate()
+    @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         request = decode_request(detach(message.content)[0])
         for requests in seen:
@@ -47,5 +48,10 @@ def receiving(folder: RunFolder, *seen: list[Request], **answers: Callable[[Requ
 
 def finished(new_run: NewRun, **changes: Any) -> RunFolder:
     folder = real(new_run(*NAMES, **{"rounds": 2, "server": {"absent_seconds": 0.2, "quorum": 0.5}, **changes}))
-    train_rounds(receiving(folder), folder, model_of(folder.plan), lambda state: None)
+    play(folder, receiving(folder))
     return folder
+
+
+def deliver(grid: WildGrid, folder: RunFolder, limits: TimeLimits = IMPATIENT) -> list[str]:
+    """Hand the finished model out, and return who still lacks it."""
+    return app.deliver_model(grid, folder, limits)

@@ -177,10 +177,11 @@ def federation(folder: Path, organizations: int, *options: str | Path) -> Iterat
         made.stop()
 
 
-def prepare_run(folder: Path, organizations: int, rounds: int, steps: int = 2) -> RunFolder:
+def prepare_run(folder: Path, organizations: int, rounds: int, steps: int = 2, codec: str = "float32") -> RunFolder:
     """A run on a tiny, random bert and made-up sentences, with a site for each organization."""
     plan = {
         "rounds": rounds,
+        "wire": codec,
         "privacy": "none",
         "model": {"base": str(write_model(folder.parent / "model")), "max_length": 16, "pooling": "mean"},
         "data": {"source": str(write_sentences(folder.parent / "sentences.csv"))},

@@ -38,7 +38,7 @@ def federation(
     def train(message: Message, context: Context) -> Message:
         request = decode_request(detach(message.content)[0])
         answer = answers[request.organization](request)
-        content = encode_update(answer, plan.plan_id) if isinstance(answer, Update) else answer
+        content = encode_update(answer, plan.plan_id, codec=plan.wire) if isinstance(answer, Update) else answer
         if key_of and request.organization in key_of:
             countersign(content, message.content, request.organization, key_of[request.organization])
         return Message(content, reply_to=message)

@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.trainable import State
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
-from cotune.server.rounds import round as round_module
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.transport import superlink as superlink_transport
+from cotune.server.time_limits import TimeLimits
 from tests.support.organizations import Answer, adding, federation, model_of, update
-from tests.support.unreliable_grid import WildGrid
 
 NAMES = ("org-1", "org-2", "org-3")
+IMPATIENT = TimeLimits(poll=0.01, watch=0.01, retry_backoff=0.02, approval_backoff=0.02, max_approval_backoff=0.05)
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(superlink_transport, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(round_module, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(round_module, "_RETRY_BACKOFF", 0.02)
-
-
-def simulate(folder: RunFolder, answers: Mapping[str, Answer], grid: type[InProcessGrid] = InProcessGrid) -> Progress:
-    return train_rounds(federation(folder.plan, answers, grid), folder, model_of(folder.plan), lambda state: None)
+def simulate(
+    folder: RunFolder,
+    answers: Mapping[str, Answer],
+    grid: type[InProcessGrid] = InProcessGrid,
+    limits: TimeLimits = IMPATIENT,
+) -> Progress:
+    return play(folder, federation(folder.plan, answers, grid), limits)
 
 
 def initial(folder: RunFolder) -> State:
@@ -53,8 +48,8 @@ def raises(request: Request) -> Any:
     raise MemoryError("out of memory")
 
 
-def play(folder: RunFolder, grid: WildGrid) -> Progress:
-    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+def play(folder: RunFolder, grid: InProcessGrid, limits: TimeLimits = IMPATIENT) -> Progress:
+    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None, limits=limits)
 
 
 def everybody(*values: float) -> dict[str, Answer]:

@@ -23,7 +23,8 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup, check_gradients, check_stages
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
-from cotune.data.tasks.task import logits
+from cotune.data.tasks import classes
+from cotune.data.tasks.classes import logits
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.trainable import TrainableModel
@@ -297,7 +298,7 @@ def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, mon
         losses = functional.cross_entropy(scores.movedim(-1, 1), labels, reduction="none")
         return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
 
-    monkeypatch.setattr(setting, "example_losses", over_the_batch)
+    monkeypatch.setattr(classes, "example_losses", over_the_batch)
     monkeypatch.setattr(feature_rows, "losses_from_scores", over_its_words)
     plan = new_plan("bert", "token-classification", train=mode)
     with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):

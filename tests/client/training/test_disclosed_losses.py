@@ -16,7 +16,7 @@ from cotune.client.site import Site
 from cotune.client.training import round as training
 from cotune.client.training.disclosures import Disclosures
 from cotune.client.training.round import train_round
-from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.errors import Declined, RunError
 from cotune.models.encoding import encoded_examples

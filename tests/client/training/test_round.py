@@ -20,10 +20,10 @@ from cotune.client.budget import check_examples, get_budget, noise_multiplier, p
 from cotune.client.site import Site
 from cotune.client.training import context
 from cotune.client.training import round as training
-from cotune.client.training import setup as setting
 from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
-from cotune.data.tasks.task import example_losses, logits
+from cotune.data.tasks import classes
+from cotune.data.tasks.classes import example_losses, logits
 from cotune.data.tasks.text import collator
 from cotune.errors import CotuneError, DataError, Declined, PrivacyError, RunError
 from cotune.models.config import TrainMode
@@ -304,7 +304,7 @@ def test_gradients_that_are_wrong_cost_nothing(
         scores = logits(module, batch)
         return functional.cross_entropy(scores + 3 * scores.roll(1, dims=0), batch["labels"], reduction="none")
 
-    monkeypatch.setattr(setting, "example_losses", mixed)
+    monkeypatch.setattr(classes, "example_losses", mixed)
     plan = make_plan(train="lora", privacy=PRIVATE)
     site = make_site()
     with pytest.raises(PrivacyError, match="clipped gradients of this model are wrong"):

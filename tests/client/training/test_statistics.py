@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.encoding import encoded_examples

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cotune.data.readers.images import Image
 from cotune.data.tasks.batching import LENGTHS, bucket_of_length, fixed_batches
-from cotune.data.tasks.task import example_losses, get_task, logits
-from cotune.data.tasks.text import IGNORED
+from cotune.data.tasks.classes import IGNORED, example_losses, logits
+from cotune.data.tasks.task import get_task
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.trainable import TrainableModel

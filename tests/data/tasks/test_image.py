@@ -18,7 +18,8 @@ from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
 from cotune.data.record_files import organization_files, read_records
 from cotune.data.records import Records
-from cotune.data.tasks.task import get_task, logits
+from cotune.data.tasks.classes import logits
+from cotune.data.tasks.task import get_task
 from cotune.errors import DataError, ModelError, PrivacyError
 from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig

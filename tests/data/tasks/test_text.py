@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from cotune.data.tasks.task import Metrics, compute_metrics, example_losses, logits, majority_metrics
+from cotune.data.tasks.classes import Metrics, compute_metrics, example_losses, logits, majority_metrics
 from cotune.data.tasks.text import collator, encode
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from cotune.data.config import DataConfig
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
-from cotune.data.tasks.task import example_losses, get_task, logits
+from cotune.data.tasks.classes import example_losses, logits
+from cotune.data.tasks.task import get_task
 from cotune.errors import DataError
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import ModelConfig

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.data.tasks.task import example_losses
+from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.errors import PrivacyError
 from cotune.models.base_model import load_model

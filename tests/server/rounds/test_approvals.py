@@ -12,17 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.errors import Declined, RunError
+from cotune.flower.runtime_client import RunStopped
 from cotune.reporting.run_report import write_report
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.status import look
-from cotune.server.rounds import approvals
-from cotune.server.rounds import round as round_module
-from cotune.server.rounds.approvals import PendingApprovals, awaits_approval
+from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.exclusions import count_strikes
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport import superlink as superlink_transport
+from cotune.server.time_limits import TimeLimits
 from tests.support.organizations import adding
 from tests.support.rounds import assert_moved, dropped, initial, play
 from tests.support.run_folders import NewRun
@@ -30,18 +29,6 @@ from tests.support.unreliable_grid import WildGrid, real, told, wild
 
 NAMES = ("org-1", "org-2", "org-3")
 EVERYBODY = {name: adding(value) for name, value in zip(NAMES, (1.0, 3.0, 5.0), strict=True)}
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (superlink_transport, "_WATCH_SECONDS"),
-        (superlink_transport, "_POLL_SECONDS"),
-        (round_module, "_POLL_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 0.01)
-    monkeypatch.setattr(approvals, "_FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr(approvals, "_MAX_BACKOFF", 0.05)
 
 
 def says(words: str) -> Callable[[Message], Message]:
@@ -98,7 +85,7 @@ def test_round_with_quorum_begins_without_late_approvals(new_run: NewRun) -> Non
     progress = play(folder, grid)
     assert [entry["participants"] for entry in progress.history] == [["org-1", "org-2"]] * 2 + [list(NAMES)]
     reasons = dropped(progress)
-    assert reasons[0] == reasons[1] == {"org-3": approvals.NOT_APPROVED}
+    assert reasons[0] == reasons[1] == {"org-3": NOT_APPROVED}
     assert reasons[2] == {}
     assert [(entry["quarantined"], entry["timed_out"], entry["absent"]) for entry in progress.history] == [([], [], [])] * 3
 
@@ -110,7 +97,7 @@ def test_who_has_yet_to_approve_is_named_in_status_and_report(new_run: NewRun) -
     [word] = [each.word for each in status.organizations if each.name == "org-3"]
     assert "approve" in word
     write_report(summarize(folder, folder.load()), folder.path / "report.html")
-    assert approvals.NOT_APPROVED.split(";")[0] in (folder.path / "report.html").read_text(encoding="utf-8")
+    assert NOT_APPROVED.split(";")[0] in (folder.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_status_says_while_it_waits_that_it_does(new_run: NewRun) -> None:
@@ -145,7 +132,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
             grid.get_nodes = stops  # type: ignore[method-assign]
 
     def stops() -> Any:
-        raise superlink_transport.RunStopped
+        raise RunStopped
 
     grid.on_push = killed
     with pytest.raises(RunError, match="--resume"):
@@ -175,8 +162,7 @@ def test_approval_after_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun)
 
 
 def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(approvals, "_MAX_BACKOFF", 3600.0)
-    monkeypatch.setattr(approvals, "_backoff", lambda times: 3600.0)
+    monkeypatch.setattr(PendingApprovals, "_backoff", lambda self, times: 3600.0)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = not_approved(folder, org_2=2)
 
@@ -216,11 +202,9 @@ def test_only_those_words_are_taken_for_a_missing_approval(new_run: NewRun) -> N
 
 @given(times=st.integers(1, 10_000))
 def test_the_wait_grows_and_stays_bounded(times: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(approvals, "_FIRST_BACKOFF", 5.0)
-        patch.setattr(approvals, "_MAX_BACKOFF", 300.0)
-        waits = [approvals._backoff(each) for each in (times, times + 1)]
-        assert 5.0 <= waits[0] <= waits[1] <= 300.0
+    pending = PendingApprovals(TimeLimits(approval_backoff=5.0, max_approval_backoff=300.0))
+    waits = [pending._backoff(each) for each in (times, times + 1)]
+    assert 5.0 <= waits[0] <= waits[1] <= 300.0
 
 
 def test_the_bound_counts_from_the_first_that_had_not_approved() -> None:

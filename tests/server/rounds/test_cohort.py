@@ -12,28 +12,16 @@ from flwr.app import Error, Message
 
 from cotune.errors import RunError
 from cotune.protocol.signatures import RequestStatement, detach
-from cotune.server.app import train_rounds
-from cotune.server.rounds import round as round_module
 from cotune.server.rounds.selection import build_cohort, record_waiting
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.transport import superlink as superlink_transport
+from tests.support import rounds
 from tests.support.events import round_entry
-from tests.support.organizations import adding, model_of
+from tests.support.organizations import adding
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, told, wild
 
 WAITS = "declined: its rule training.min_cohort does not allow this plan"
 OTHER = "declined: its rule training.max_steps does not allow this plan"
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (superlink_transport, "_WATCH_SECONDS"),
-        (superlink_transport, "_POLL_SECONDS"),
-        (round_module, "_POLL_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 0.01)
 
 
 def play(folder: RunFolder, declines: Callable[[str, RequestStatement], str]) -> Progress:
@@ -49,7 +37,7 @@ def play(folder: RunFolder, declines: Callable[[str, RequestStatement], str]) ->
         return Message(Error(1001, reason), reply_to=message) if reason else answered(message)
 
     grid._answer = answer  # type: ignore[method-assign]
-    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    return rounds.play(folder, grid)
 
 
 def wanting(least: int) -> Callable[[str, RequestStatement], str]:

@@ -12,30 +12,13 @@ import torch
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import Request
-from cotune.server.app import train_rounds
-from cotune.server.rounds import round as round_module
-from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.transport import superlink as superlink_transport
-from tests.support.organizations import adding, model_of, update
-from tests.support.rounds import assert_moved, initial
+from cotune.server.runs.run_folder import RunFolder
+from tests.support.organizations import adding, update
+from tests.support.rounds import assert_moved, initial, play
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import WildGrid, real, told, wild
 
 FOLD = {"late": "fold", "max_staleness": 1, "quorum": 0.5, "deadline_seconds": 1.0}
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (superlink_transport, "_WATCH_SECONDS"),
-        (superlink_transport, "_POLL_SECONDS"),
-        (round_module, "_POLL_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 0.01)
-
-
-def play(folder: RunFolder, grid: WildGrid) -> Progress:
-    return train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
 
 
 def by_round(first: float, later: float, examples: int) -> Any:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from cotune.data.tasks.task import Metrics
+from cotune.data.tasks.classes import Metrics
 from cotune.errors import RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.protocol.messages import Request, encode_update
 from cotune.server.app import train_rounds
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
-from cotune.server.transport import base as post
+from cotune.server.time_limits import TimeLimits
 from cotune.strategies.sums import weighted
 from cotune.strategies.types import Update, WeightedUpdate
 from tests.support.organizations import Answer, adding, federation, model_of, update
@@ -213,12 +213,12 @@ def test_order_of_replies_does_not_change_the_result(new_run: NewRun, monkeypatc
         noise = {name: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for name, t in request.state.items()}
         return update(request, noise, examples=int(request.organization[-1]) * 7)
 
-    monkeypatch.setattr(post, "_POLL_SECONDS", 0.001)
+    hurried = TimeLimits(poll=0.001)
     results = []
     for order in itertools.permutations(names):
         monkeypatch.setattr(Delayed, "order", order)
         folder = new_run(*names, rounds=2, server={"max_update_norm": 1e12})
-        results.append(play(folder, dict.fromkeys(names, random), Delayed).state)
+        results.append(play(folder, dict.fromkeys(names, random), Delayed, hurried).state)
     assert all(same(results[0], other) for other in results[1:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,36 +13,21 @@ from cotune.errors import RunError
 from cotune.flower.chunks import TooLarge
 from cotune.protocol.messages import Receipt, Request, received_digest
 from cotune.server import app as server_app
-from cotune.server.app import deliver_model, main, train_rounds
+from cotune.server.app import main
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.rounds import model_delivery as delivery
-from cotune.server.rounds import round as round_module
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport import superlink as superlink_transport
-from tests.support.delivery import finished, receipt, receiving
-from tests.support.organizations import adding, model_of
-from tests.support.rounds import NAMES, wrong_shape
+from tests.support.delivery import deliver, finished, receipt, receiving
+from tests.support.organizations import adding
+from tests.support.rounds import IMPATIENT, NAMES, play, wrong_shape
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import WildGrid, real, told, wild
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (superlink_transport, "_WATCH_SECONDS"),
-        (superlink_transport, "_POLL_SECONDS"),
-        (round_module, "_POLL_SECONDS"),
-        (delivery, "_POLL_SECONDS"),
-        (delivery, "_RETRY_BACKOFF"),
-    ):
-        monkeypatch.setattr(module, name, 0.01)
 
 
 def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun) -> None:
     folder = finished(new_run)
     seen = list[Request]()
-    assert deliver_model(receiving(folder, seen), folder) == []
+    assert deliver(receiving(folder, seen), folder) == []
     assert sorted(request.organization for request in seen) == list(NAMES)
     for request in seen:
         assert (request.round, request.plan, request.admitted) == (2, folder.plan.canonical(), 2)
@@ -49,7 +35,7 @@ def test_everybody_gets_the_served_model_of_the_last_round_once(new_run: NewRun)
     assert sorted(read_deliveries(folder)) == list(NAMES)
     assert sorted(event["organization"] for event in told(folder, "delivered")) == list(NAMES)
     seen.clear()
-    assert deliver_model(receiving(folder, seen), folder) == []
+    assert deliver(receiving(folder, seen), folder) == []
     assert seen == []
 
 
@@ -58,11 +44,11 @@ def test_anyone_who_was_away_gets_it_when_the_run_is_continued(new_run: NewRun) 
     seen = list[Request]()
     grid = receiving(folder)
     grid.offline = {"org-2"}
-    assert deliver_model(grid, folder) == ["org-2"]
+    assert deliver(grid, folder) == ["org-2"]
     assert told(folder, "delivery_failed") == [
         {"event": "delivery_failed", "organization": "org-2", "reason": "it was not connected"}
     ]
-    assert deliver_model(receiving(folder, seen), folder) == []
+    assert deliver(receiving(folder, seen), folder) == []
     assert [request.organization for request in seen] == ["org-2"]
     assert sorted(read_deliveries(folder)) == list(NAMES)
 
@@ -71,14 +57,13 @@ def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     folder = finished(new_run)
     grid = receiving(folder)
     grid.unfit["org-2"] = TooLarge("it has more than 1,048,576 bytes, the most that were expected")
-    assert deliver_model(grid, folder) == ["org-2"]
+    assert deliver(grid, folder) == ["org-2"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
 
 
-def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun) -> None:
     """The request may be lost, as Flower hands each over once; or an answer, as it was cut off."""
-    monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 5.0)
     folder = finished(new_run)
     grid = receiving(folder)
     grid.swallowed["org-2"] = 1
@@ -88,7 +73,7 @@ def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun, monkeypatc
 
     grid.on_push = connects_anew
     grid.delay["org-2"] = 0.5
-    assert deliver_model(grid, folder) == []
+    assert deliver(grid, folder, replace(IMPATIENT, export=5.0)) == []
     assert grid.pushed["org-2"] > 1
     assert max(grid.pushed.values()) <= 3
 
@@ -104,12 +89,12 @@ def silent(new_run: NewRun, **server: Any) -> tuple[RunFolder, WildGrid]:
 def test_silent_organization_does_not_hold_up_the_delivery(new_run: NewRun) -> None:
     """Without the rule this test takes ten minutes."""
     folder, grid = silent(new_run)
-    assert deliver_model(grid, folder) == ["org-2"]
+    assert deliver(grid, folder) == ["org-2"]
     assert told(folder, "delivery_failed") == [
         {"event": "delivery_failed", "organization": "org-2", "reason": "it did not confirm in time"}
     ]
-    assert deliver_model(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
-    assert deliver_model(receiving(folder), folder) == []
+    assert deliver(grid, folder) == ["org-2"]  # nor when the run is continued, and it is the only one
+    assert deliver(receiving(folder), folder) == []
     assert sorted(read_deliveries(folder)) == list(NAMES)
 
 
@@ -117,24 +102,20 @@ def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
     folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 30.0, "quorum": 0.5})
     grid = receiving(folder)
     grid.delay["org-2"] = 0.6
-    assert deliver_model(grid, folder) == []
+    assert deliver(grid, folder) == []
 
 
 @pytest.mark.parametrize("change", [{"patience": 0.0}, {}])
-def test_delivery_hurries_nobody_while_most_are_silent(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, change: dict[str, float]
-) -> None:
-    monkeypatch.setattr(delivery, "_EXPORT_SECONDS", 1.0)
+def test_delivery_hurries_nobody_while_most_are_silent(new_run: NewRun, change: dict[str, float]) -> None:
     folder, grid = silent(new_run, least_seconds=0.01, **change)
     grid.delay["org-2"] = 0.5
     grid.swallowed["org-2"] = 0
     if not change:
         grid.swallowed["org-3"] = grid.swallowed["org-1"] = 1000
-    assert "org-2" not in deliver_model(grid, folder)
+    assert "org-2" not in deliver(grid, folder, replace(IMPATIENT, export=1.0))
 
 
 def test_silent_superlink_does_not_hold_up_the_delivery(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "_FIRST_LOOK_SECONDS", 0.3)
     folder = finished(new_run)
     grid = receiving(folder)
 
@@ -142,17 +123,17 @@ def test_silent_superlink_does_not_hold_up_the_delivery(new_run: NewRun, monkeyp
         raise OSError("connection refused")
 
     monkeypatch.setattr(grid, "get_nodes", away)
-    assert deliver_model(grid, folder) == list(NAMES)
+    assert deliver(grid, folder, replace(IMPATIENT, first_look=0.3)) == list(NAMES)
     assert told(folder, "delivery_started") == [{"event": "delivery_started", "organizations": list(NAMES)}]
 
 
 def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=2, server={"strikes": 1, "quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(1.0), "org-3": wrong_shape})
-    train_rounds(grid, folder, model_of(folder.plan), lambda state: None)
+    play(folder, grid)
     FederationFolder(folder.path.parent.parent).members.revoke("org-2")
     seen = list[Request]()
-    assert deliver_model(receiving(folder, seen), folder) == []
+    assert deliver(receiving(folder, seen), folder) == []
     assert {request.organization: bool(request.state) for request in seen} == {"org-1": True, "org-3": False}
     assert set(read_deliveries(folder)) == {"org-1"}
 
@@ -160,7 +141,7 @@ def test_anyone_who_was_revoked_or_left_out_gets_none(new_run: NewRun) -> None:
 @pytest.mark.parametrize("change", [{"received": "0" * 64}, {"organization": "org-2"}, {"plan_id": "0" * 64}])
 def test_a_receipt_for_something_else_is_none(new_run: NewRun, change: dict[str, str]) -> None:
     folder = finished(new_run)
-    assert deliver_model(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
+    assert deliver(receiving(folder, org_1=receipt(folder, **change)), folder) == ["org-1"]
     assert sorted(read_deliveries(folder)) == ["org-2", "org-3"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "its receipt is for another model or organization"
@@ -173,7 +154,7 @@ def test_delivery_names_failures_and_repeats_lost_requests(new_run: NewRun) -> N
     folder = finished(new_run)
     grid = receiving(folder, org_1=fails)
     grid.lost["org-2"] = 1
-    assert deliver_model(grid, folder) == ["org-1"]
+    assert deliver(grid, folder) == ["org-1"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "OSError: disk full"
 

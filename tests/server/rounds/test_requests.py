@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -21,14 +22,13 @@ from cotune.protocol.messages import Request
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.transport import superlink as superlink_transport
 from tests.support.organizations import adding, update
 from tests.support.rounds import (
+    IMPATIENT,
     NAMES,
     assert_moved,
     dropped,
     everybody,
-    impatient,
     initial,
     play,
     raises,
@@ -38,8 +38,6 @@ from tests.support.rounds import (
 )
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import files, full_disk, real, told, wild
-
-__all__ = ["impatient"]  # fixtures
 
 
 def noise(request: Request) -> Any:
@@ -227,7 +225,6 @@ def test_one_that_hangs_holds_up_neither_the_others_nor_the_end(new_run: NewRun)
 
 
 def test_silent_superlink_is_reported_once_and_its_return_too(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found = grid.get_nodes
@@ -239,7 +236,7 @@ def test_silent_superlink_is_reported_once_and_its_return_too(new_run: NewRun, m
         return found()
 
     monkeypatch.setattr(grid, "get_nodes", away)
-    assert play(folder, grid).round == 1
+    assert play(folder, grid, replace(IMPATIENT, silent=0.1)).round == 1
     assert told(folder, "connection_lost", "connection_restored") == [
         {"event": "connection_lost", "reason": "OSError: connection refused"},
         {"event": "connection_restored"},
@@ -247,7 +244,6 @@ def test_silent_superlink_is_reported_once_and_its_return_too(new_run: NewRun, m
 
 
 def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(superlink_transport, "_SILENT_SECONDS", 0.1)
     folder = real(new_run("org-1", rounds=1))
     grid = wild(folder, everybody(1.0))
     found = grid.get_nodes
@@ -261,7 +257,7 @@ def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, mo
     monkeypatch.setattr(grid, "get_nodes", breaks_off)
     grid.delay = {"org-1": 0.5}
     grid.on_push = lambda name, message: asked.set()
-    assert play(folder, grid).round == 1
+    assert play(folder, grid, replace(IMPATIENT, silent=0.1)).round == 1
     assert [event["event"] for event in told(folder, "connection_lost", "connection_restored")] == [
         "connection_lost",
         "connection_restored",
@@ -504,15 +500,14 @@ def test_an_answer_that_is_lost_on_the_way_is_asked_for_again(new_run: NewRun) -
     assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
 
 
-def test_reply_that_was_cut_off_is_asked_for_again(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reply_that_was_cut_off_is_asked_for_again(new_run: NewRun) -> None:
     """As by a node that was killed: Flower goes on to wait for the rest of it, and the node has sent it anew long since."""
-    monkeypatch.setattr(superlink_transport, "_SLOW_SECONDS", 0.2)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     release = grid.hangs["org-2"] = threading.Event()
     grid.hangs_at.add("org-2")
     try:
-        assert_moved(play(folder, grid).state, initial(folder), by=3.0)
+        assert_moved(play(folder, grid, replace(IMPATIENT, slow=0.2)).state, initial(folder), by=3.0)
     finally:
         release.set()
     assert grid.pushed == {"org-1": 1, "org-2": 2, "org-3": 1}
@@ -532,13 +527,13 @@ def test_missing_replies_are_asked_for_when_superlink_is_back(new_run: NewRun, m
             asked.clear()
             if how == "refuses":
                 raise httpx.ConnectError("connection refused")
-            monkeypatch.setattr(superlink_transport, "_AWAY_SECONDS", 0.3)
             time.sleep(0.4)
         return found()
 
     monkeypatch.setattr(grid, "get_nodes", away)
     grid.on_push = lambda name, message: asked.set() if grid.pushed[name] == 1 and name == "org-2" else None
-    assert_moved(play(folder, grid).state, initial(folder), by=2.0)
+    limits = replace(IMPATIENT, away=0.3) if how == "is silent" else IMPATIENT
+    assert_moved(play(folder, grid, limits).state, initial(folder), by=2.0)
     assert grid.pushed["org-2"] >= 2  # where the machine itself is silent for a moment, once more
 
 

@@ -153,6 +153,6 @@ def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:
 
 
 def test_max_bytes_is_what_is_asked_for_and_a_little_more() -> None:
-    assert max_bytes(0, {}, {}) == 2**20
+    assert max_bytes(0, {}, {}, "float32") == 2**20
     arrays = 4 * (6 + 9 + 2)
-    assert max_bytes(100, {"w": (2, 3)}, {"g": (3, 3), "f": (2,)}) == 2**20 + 400 + arrays + 3 * (1024 + 4)
+    assert max_bytes(100, {"w": (2, 3)}, {"g": (3, 3), "f": (2,)}, "float32") == 2**20 + 400 + arrays + 3 * (1024 + 4)

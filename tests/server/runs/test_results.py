@@ -12,10 +12,10 @@ import torch
 from transformers import pipeline
 
 from cotune.data.dataset import DatasetManifest
+from cotune.models.evaluation.test_set import evaluate
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
 from cotune.server.deployment.new_run import create_run
-from cotune.server.rounds.evaluation import evaluate
 from cotune.server.runs.events import read_events
 from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import RunFolder

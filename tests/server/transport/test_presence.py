@@ -5,35 +5,20 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pytest
 from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.flower.nodes import RegisteredNode
-from cotune.server.app import deliver_model
 from cotune.server.deployment.node_registration import reconcile
-from cotune.server.rounds import model_delivery as delivery
 from cotune.server.runs.events import observe_run
 from cotune.server.transport import node_registry as presence
-from cotune.server.transport import superlink as superlink_transport
 from cotune.server.transport.node_registry import LEFT, Presence, Seen
-from tests.support.delivery import finished, receiving
+from tests.support.delivery import deliver, finished, receiving
 from tests.support.registration import MEMBERS, SuperLink
 from tests.support.rounds import NAMES, dropped, everybody, play
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, told, wild
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (superlink_transport, "_WATCH_SECONDS"),
-        (superlink_transport, "_POLL_SECONDS"),
-        (delivery, "_POLL_SECONDS"),
-    ):
-        monkeypatch.setattr(module, name, 0.01)
-
 
 HEARTBEATS = st.lists(st.floats(1, 1e9), min_size=1)
 
@@ -103,7 +88,7 @@ def test_organization_that_left_before_delivery_is_named(new_run: NewRun) -> Non
     grid = receiving(folder)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None
     grid.swallowed["org-2"] = 1
-    assert deliver_model(grid, folder) == ["org-2"]
+    assert deliver(grid, folder) == ["org-2"]
     [event] = told(folder, "delivery_failed")
     assert event["reason"] == "it has left the federation"
 

@@ -15,7 +15,7 @@ from flwr.app import Message
 from cotune.flower.chunks import TooLarge
 from cotune.flower.runtime_client import RuntimeClient
 from cotune.server.outcomes import Rejected
-from cotune.server.transport import superlink as superlink_transport
+from cotune.server.time_limits import TimeLimits
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
 
@@ -82,6 +82,10 @@ class Connected:
         return frozenset()
 
 
+def connect(line: FakeLine | SlowLine, nodes: Connected, limits: TimeLimits) -> SuperLinkTransport:
+    return SuperLinkTransport(cast(RuntimeClient, line), nodes, lambda *_, **__: None, limits)
+
+
 @contextmanager
 def released(line: FakeLine) -> Iterator[None]:
     try:
@@ -90,12 +94,11 @@ def released(line: FakeLine) -> Iterator[None]:
         line.release.set()
 
 
-def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn() -> None:
     """Not all at once: each would send what is not there yet of what they have in common."""
-    monkeypatch.setattr(superlink_transport, "_HELD_UP_SECONDS", 0.5)
     line = FakeLine()
     others = [f"org-{i}" for i in range(6)]
-    with closing(SuperLinkTransport(cast(RuntimeClient, line), Connected(), lambda *_, **__: None)) as post, released(line):
+    with closing(connect(line, Connected(), TimeLimits(held_up=0.5))) as post, released(line):
         for name in ("first", *others):
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 600
@@ -106,14 +109,10 @@ def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("pieces", "seconds", "anew"), [(10, 0.1, False), (1, 1.0, True)])
-def test_slow_reply_is_not_taken_for_one_cut_off(
-    monkeypatch: pytest.MonkeyPatch, pieces: int, seconds: float, anew: bool
-) -> None:
+def test_slow_reply_is_not_taken_for_one_cut_off(pieces: int, seconds: float, anew: bool) -> None:
     """Who is asked again sends it all again, and is late for the next round."""
-    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
-    monkeypatch.setattr(superlink_transport, "_SLOW_SECONDS", 0.5)
-    line = cast(RuntimeClient, SlowLine(pieces, seconds))
-    with closing(SuperLinkTransport(line, Connected("org-1"), lambda *_, **__: None)) as post:
+    limits = TimeLimits(watch=0.01, slow=0.5)
+    with closing(connect(SlowLine(pieces, seconds), Connected("org-1"), limits)) as post:
         post.send(1, "org-1", cast(Message, "first"), 100)
         (reply,) = post.receive(10.0)
         assert isinstance(reply.content, Rejected)
@@ -122,7 +121,6 @@ def test_slow_reply_is_not_taken_for_one_cut_off(
 
 def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have marked as handed over whatever it was to announce."""
-    monkeypatch.setattr(superlink_transport, "_WATCH_SECONDS", 0.01)
     names = [f"org-{i}" for i in range(9)]
     line = SlowLine(1, 0.0)
 
@@ -132,7 +130,7 @@ def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.Monke
         return {}
 
     monkeypatch.setattr(line, "list_replies", list_replies)
-    with closing(SuperLinkTransport(cast(RuntimeClient, line), Connected(*names), lambda *_, **__: None)) as post:
+    with closing(connect(line, Connected(*names), TimeLimits(watch=0.01))) as post:
         for name in names:
             post.send(1, name, cast(Message, name), 100)
         deadline = time.monotonic() + 600

@@ -17,8 +17,10 @@ from cotune.simulations.run import simulate
 from tests.support.simulations import NewPlan
 
 
-def test_what_is_forecast_is_what_happens(toy_plan: NewPlan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["float32", "int4"])
+def test_what_is_forecast_is_what_happens(toy_plan: NewPlan, tmp_path: Path, codec: str) -> None:
     plan = toy_plan(
+        wire=codec,
         train=[{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 1, "local": {"learning_rate": 0.01, "steps": 2}}],
         simulation={"clients": 3, "partition": "quantity:5.0", "min_examples": 30, "baselines": []},
     )

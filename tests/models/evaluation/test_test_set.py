@@ -10,8 +10,8 @@ import torch
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset, DatasetManifest, write_manifest
 from cotune.models.config import ModelConfig, TrainMode
+from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, TrainableModel, get_model
-from cotune.server.rounds.evaluation import evaluate
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES

@@ -1,0 +1,117 @@
+"""Targets that are classes: of a record, or of each word of one. Their scores, losses and metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cotune.data.config import DataConfig
+from cotune.data.types import Label, class_names_in
+
+Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Quality on a test set, each in [0, 1]; precision, recall and F1 are means over the classes (macro).
+
+    Of tags it is the words that are counted, "O" among the classes. A word that a model's length cuts off is one told wrong.
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class ClassTargets:
+    """What tasks have in common whose records have classes: see `tasks.Task`."""
+
+    key = "text"
+    keeps_head = False
+
+    def columns(self, config: DataConfig) -> tuple[str, str]:
+        return self.key, "label"
+
+    def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        return example_losses(module, batch, weights)
+
+    def scores(self, module: nn.Module, batch: Batch) -> Tensor:
+        return logits(module, batch)
+
+    def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return all_correct(scores, labels)
+
+    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> Metrics:
+        return compute_metrics(truth, told, classes)
+
+    def read_metrics(self, values: Mapping[str, float]) -> Metrics:
+        return Metrics(**values)
+
+    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> int:
+        """The class number that most of the labels (with tags: of the words) have; of equally many the first."""
+        counts = Counter(name for label in held for name in class_names_in(label))
+        return max(range(len(classes)), key=lambda number: (counts[classes[number]], -number))
+
+
+def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metrics:
+    """Metrics of predicted against true class numbers; a class that is never predicted has precision 0."""
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # its import takes a second
+
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        truth, predicted, labels=list(range(classes)), average="macro", zero_division=0
+    )
+    return Metrics(float(accuracy_score(truth, predicted)), float(precision), float(recall), float(f1))
+
+
+def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -> Metrics:
+    """What always answering the most frequent class of the training data reaches."""
+    most = max(range(classes), key=lambda c: (list(train).count(c), -c))
+    return compute_metrics(truth, [most] * len(truth), classes)
+
+
+def logits(module: nn.Module, batch: Batch) -> Tensor:
+    """The model's scores in float32: (b, classes), or (b, l, classes) where every position has its own."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return cast(Tensor, module(**inputs).logits).float()
+
+
+def example_losses(module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
+    """The loss of each example by itself: (b,). Exactly 0 for one whose every label is IGNORED.
+
+    Cross-entropy; of an example with a label for each position, the mean over its own labeled positions. A mean over the batch's
+    would let one record change the gradient of another, which clipping could not bound.
+
+    Args:
+        module: The model.
+        batch: Examples with their labels.
+        weights: (classes,) how much a label of each class counts; None: all the same. Nothing is divided by their sum over the
+            batch, for the same reason.
+    """
+    return losses_from_scores(logits(module, batch), batch["labels"], weights)
+
+
+def losses_from_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The losses of `example_losses` from scores (b, classes) and labels (b,), or (b, l, classes) and (b, l)."""
+    losses = functional.cross_entropy(scores.movedim(-1, 1), labels, weights, ignore_index=IGNORED, reduction="none")
+    return losses if labels.dim() == 1 else mean_over_labels(losses, labels)
+
+
+def mean_over_labels(losses: Tensor, labels: Tensor) -> Tensor:
+    """Return (b,) means of losses (b, l) over the positions of each row that have a label; 0 for a row without one."""
+    return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+
+def all_correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return (b,) which slots are classified rightly: with a label for each position, all of them. IGNORED ones always are."""
+    right = (scores.argmax(dim=-1) == labels) | (labels == IGNORED)
+    return right.reshape(len(right), -1).all(dim=1)

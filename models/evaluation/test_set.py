@@ -1,0 +1,75 @@
+"""What a model tells of the common test set, how good that is, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from cotune.data.dataset import Dataset
+from cotune.data.tasks.classes import Metrics
+from cotune.data.types import Label
+from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.feature_head import feature_head
+from cotune.models.head_fit import classes_from_scores
+from cotune.models.trainable import State, TrainableModel
+
+_BATCH = 64
+
+
+def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
+    """Return metrics of the model in a state on the test set."""
+    return measure(model, test, predict(model, state, test, precision))
+
+
+def measure(model: TrainableModel, test: Dataset, told: Sequence[Any]) -> Metrics:
+    """Return metrics of what a model tells of the test set."""
+    return model.loaded.task.metrics(test.truth, told, len(test.labels))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What anyone can tell of the test set without training, which every model is compared with."""
+
+    model: TrainableModel
+    test: Dataset
+    precision: str
+
+    def answers(self, held: Sequence[Label]) -> list[Any]:
+        """Return the one answer that is right most often for the labels `held`; where there is none such, the base model's."""
+        constant = self.model.loaded.task.constant(held, self.test.labels)
+        return self._untrained if constant is None else [constant] * len(self.test.truth)
+
+    @cached_property
+    def _untrained(self) -> list[Any]:
+        return predict(self.model, {}, self.test, self.precision)
+
+
+@torch.no_grad()
+def predict(model: TrainableModel, state: State, test: Dataset, precision: str) -> list[Any]:
+    """Return what the model in a state tells, such as class numbers, in the order of `test.truth`.
+
+    While the encoder is as it came, only the head is computed, on kept features.
+    """
+    model.load(state)
+    head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
+    if head is None:
+        return _predict(model, test)
+    return classes_from_scores(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
+
+
+def _predict(model: TrainableModel, test: Dataset) -> list[int]:
+    examples = encoded_examples(test, model)
+    task = model.loaded.task
+    order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
+    collate = task.collator(model.module, model.loaded.reader, model.device)
+    predicted: list[tuple[Any, ...]] = [()] * len(examples)
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        batch = [examples[i] for i in rows]
+        for row, answer in zip(rows, task.answers(task.scores(model.module, collate(batch)), batch), strict=True):
+            predicted[row] = answer
+    return [each for answers in predicted for each in answers]
