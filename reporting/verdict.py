@@ -156,7 +156,10 @@ def _against(points: float, name: str) -> str:
 
 def personal_note(summary: Summary) -> Iterator[str]:
     if is_personal(summary):
-        yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
+        if summary["model"].get("common"):
+            yield "Beside the common model every organization has a copy of its own, in its own folder; figures are theirs."
+        else:
+            yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
     gain = summary.get("personal")
     if gain is not None:
         yield (
