@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class ClippedSum:
         grid = choose_grid(clip_norm, noise_multiplier, sum(p.numel() for p in like))
         self._entries = ExactSum(like, grid, clipping_mode)
         self._products: OuterProductSum | None = None
-        self._make_products = lambda: _make_products(like, clip_norm, noise_multiplier, clipping_mode)
+        self._make_products = partial(_make_products, like, clip_norm, noise_multiplier, clipping_mode)
 
     def add(self, gradients: Sequence[Tensor] | OuterProducts) -> None:
         """Add the contributions of k units. The gradients may be overwritten."""
