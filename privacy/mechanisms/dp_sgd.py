@@ -8,7 +8,7 @@ step too (noise only).
 
 `DPSGDConfig` holds everything that this guarantee depends on; plan and accounting fix it. `DPSGDSetup` holds what is trained and
 how it is computed: batch sizes, padding and memory limits change speed and rounding, never what a unit may contribute.
-Per-example gradients are those of Opacus.
+Per-example gradients are those of Opacus, and of linear layers our own.
 
 Why no ghost clipping: it computes norms from products and lets autograd form the sum, in which a row whose positions nearly
 cancel can leave rounding errors of 56,843 times the clip norm. Here every clipped gradient exists before it is added.
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from cotune.errors import PrivacyError
-from cotune.privacy.mechanisms.noise import Grid, add_gaussian_noise, choose_grid
+from cotune.privacy.mechanisms.clipped_sum import ClippedSum
+from cotune.privacy.mechanisms.noise import add_gaussian_noise
 from cotune.privacy.mechanisms.per_example import (
     MAX_HELD_ENTRIES,
     Batch,
     Batches,
     ClippingMode,
-    ExactSum,
     LossPerExample,
     PerExample,
     Unit,
@@ -147,15 +147,14 @@ class DPSGD:
         """
         config = self.config
         with per_example(setup.module, setup.loss) as gradients:
-            entries = sum(p.numel() for p in gradients.parameters)
-            grid = choose_grid(config.clip_norm, config.noise_multiplier, entries)
             noise = setup.noise_generator or private_generator()
             samples = setup.sampling_generator or private_generator()
             sampler = PoissonSampler(len(setup.units), config.sample_rate, config.steps, samples)
             for step, sample in enumerate(sampler, start=1):
                 units = [setup.units[i] for i in sample]
-                contributions = unit_gradients(gradients, units, setup.batches, setup.max_held_entries)
-                totals, mean_loss = _clipped_sum(gradients.parameters, contributions, grid, config.clipping_mode)
+                blocks = unit_gradients(gradients, units, setup.batches, setup.max_held_entries)
+                total = ClippedSum(gradients.parameters, config.clip_norm, config.noise_multiplier, config.clipping_mode)
+                totals, mean_loss = _add_up(total, blocks)
                 self._set_gradients(gradients.parameters, totals, noise)
                 setup.optimizer.step()
                 setup.optimizer.zero_grad()
@@ -169,11 +168,8 @@ class DPSGD:
             p.grad = noised.div_(self.config.expected_batch).to(p.dtype)
 
 
-def _clipped_sum(
-    parameters: Sequence[nn.Parameter], blocks: Iterable[UnitGradients], grid: Grid, clipping_mode: ClippingMode
-) -> tuple[list[Tensor], float | None]:
+def _add_up(total: ClippedSum, blocks: Iterable[UnitGradients]) -> tuple[list[Tensor], float | None]:
     """Return the exact sum of the units' contributions, and the mean loss of their rows."""
-    total = ExactSum(parameters, grid, clipping_mode)
     rows = 0
     losses = 0.0
     for gradients, batch_losses in blocks:
@@ -268,7 +264,6 @@ def _max_relative_error(
     """Compare the clipped sums for three clip norms with those of the expected gradients, one tuple for each row."""
     norms = _norms(expected)
     units = [[row] for row in range(len(expected))]
-    entries = sum(p.numel() for p in gradients.parameters)
     errors = []
     for clip in (
         clip_norm,
@@ -276,7 +271,7 @@ def _max_relative_error(
         max(norms) * 2,
     ):  # as in training, all clipped, none clipped: each finds other mistakes
         blocks = unit_gradients(gradients, units, batches)
-        actual, _ = _clipped_sum(gradients.parameters, blocks, choose_grid(clip, 0.0, entries), clipping_mode)
+        actual, _ = _add_up(ClippedSum(gradients.parameters, clip, 0.0, clipping_mode), blocks)
         error = _distance(actual, _expected_sum(expected, clip, clipping_mode))
         errors.append(error / sum(min(clip, norm) for norm in norms))
     return max(errors)

@@ -8,8 +8,9 @@ autograd keeps it, in the dtype of the product. The gradient of row n of y = x·
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,27 +21,48 @@ from torch.nn import functional
 from cotune.models.architecture import fill_rows
 
 
+@dataclass(frozen=True)
+class OuterProducts:
+    """The gradients of b rows for a linear layer that reads one vector a row: above[i] ⊗ inputs[i] for W, above[i] for b.
+
+    Attributes:
+        above: (b, outputs) the gradients of the losses for the layer's outputs.
+        inputs: (b, inputs) what the layer has read.
+    """
+
+    above: Tensor
+    inputs: Tensor
+
+    def first(self, rows: int) -> OuterProducts:
+        """Those of the first rows alone."""
+        return OuterProducts(self.above[:rows], self.inputs[:rows])
+
+
+Keep = Callable[[nn.Linear, Tensor, Tensor], None]  # (layer, x, ∂loss/∂y), called once for each use of a layer
+
+
 class _RecordingLinear(torch.autograd.Function):
-    """x·Wᵀ + b, which adds each row's gradients to `grad_sample` of W and b, and gives them no other gradient."""
+    """x·Wᵀ + b, which hands x and ∂y to `keep`, and gives W and b no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear, keep: Keep) -> Tensor:
         dtype = _product_dtype(x)
         taken = x.to(dtype)
         kernel = weight.to(dtype)
         ctx.save_for_backward(taken, kernel)
         ctx.layer = layer
+        ctx.keep = keep
         ctx.given_dtype = x.dtype
         return functional.linear(taken, kernel, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         [above] = gradients
         x, weight = ctx.saved_tensors
         above = above.to(x.dtype)
-        _record(ctx.layer, x, above)
+        ctx.keep(ctx.layer, x, above)
         below = _input_gradient(above, weight).to(ctx.given_dtype) if ctx.needs_input_grad[0] else None
-        return below, None, None, None
+        return below, None, None, None, None
 
 
 def _input_gradient(above: Tensor, weight: Tensor) -> Tensor:
@@ -57,8 +79,14 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _record(layer: nn.Linear, x: Tensor, above: Tensor) -> None:
-    """x: (n, …, inputs); above: (n, …, outputs). A layer that is used twice has the sum."""
+def add_grad_sample(layer: nn.Linear, x: Tensor, above: Tensor) -> None:
+    """Add each row's gradients to `grad_sample` of the trained parameters; a layer that is used twice has the sum.
+
+    Args:
+        layer: Whose parameters they are.
+        x: (n, …, inputs).
+        above: (n, …, outputs).
+    """
     rows = above.reshape(len(above), -1, above.shape[-1])
     if layer.weight.requires_grad:
         taken = x.reshape(len(x), -1, x.shape[-1])
@@ -73,24 +101,25 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad_sample = gradient if before is None else before + gradient  # type: ignore[attr-defined]
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    found: Tensor = _RecordingLinear.apply(x, layer.weight, layer.bias, layer)  # type: ignore[no-untyped-call]
+def _forward(layer: nn.Linear, keep: Keep, x: Tensor) -> Tensor:
+    found: Tensor = _RecordingLinear.apply(x, layer.weight, layer.bias, layer, keep)  # type: ignore[no-untyped-call]
     return found
 
 
 @contextmanager
-def recording(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """For the time of the block, let layers record the gradients of each row in `grad_sample` of their trained parameters.
+def recording(layers: Sequence[nn.Linear], keep: Keep = add_grad_sample) -> Iterator[None]:
+    """For the time of the block, let layers record the gradients of each row, in `grad_sample` of their trained parameters.
 
     A parameter gets no `grad` from such a layer. One that has a `grad` all the same was used past its layer, so that its
     `grad_sample` is not all of its gradient.
 
     Args:
         layers: Plain `nn.Linear` layers, whose inputs have the rows in their first dimension.
+        keep: Is given what a gradient is made of, and need not make it.
     """
     try:
         for layer in layers:
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+            layer.forward = partial(_forward, layer, keep)  # type: ignore[method-assign]
         yield
     finally:
         for layer in layers:

@@ -23,7 +23,7 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.mechanisms.linear_gradients import recording
+from cotune.privacy.mechanisms.linear_gradients import OuterProducts, add_grad_sample, recording
 from cotune.privacy.mechanisms.noise import Grid
 
 Batch = dict[str, Tensor]
@@ -36,8 +36,9 @@ Slots after those are blank. Rows of one unit keep their order.
 """
 
 MAX_HELD_ENTRIES = 2**26  # entries of summed unit gradients that are held at a time by default: 256 MiB in float32
-UnitGradients = tuple[list[Tensor], list[tuple[int, float]]]
-"""Gradients of whole units, (k, *shape) for each parameter; (rows, sum of their losses) of the batches they were made from."""
+UnitGradients = tuple[list[Tensor] | OuterProducts, list[tuple[int, float]]]
+"""Gradients of whole units, (k, *shape) for each parameter or as outer products of k rows; (rows, sum of their losses) of the
+batches they were made from."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,13 @@ class PerExample:
     Attributes:
         parameters: The trained ones, in the module's order.
         gradients: A batch of b slots -> (losses (b,), a gradient (b, *shape) for each parameter, in the parameter's dtype).
+        factors: The same as outer products, where the parameters are those of one linear layer, used once, that reads one vector
+            a row; else as `gradients`.
     """
 
     parameters: tuple[nn.Parameter, ...]
     gradients: Callable[[Batch], tuple[Tensor, list[Tensor]]]
+    factors: Callable[[Batch], tuple[Tensor, list[Tensor] | OuterProducts]]
 
 
 @contextmanager
@@ -69,21 +73,32 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
     """
     parameters = tuple(p for p in module.parameters() if p.requires_grad)
     hooks = _HooksBesideLinear(module)
+    uses: list[tuple[nn.Linear, Tensor, Tensor]] = []  # of the one linear layer, where there is nothing else to train
+    alone = len(hooks.linear) == 1 and _are_all_of(parameters, hooks.linear[0])
 
     def gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        losses, found = factors(batch)
+        return losses, _multiply(found, parameters) if isinstance(found, OuterProducts) else found
+
+    def factors(batch: Batch) -> tuple[Tensor, list[Tensor] | OuterProducts]:
         _clear_gradients(parameters)
+        uses.clear()
         with warnings.catch_warnings():  # no input of the first hooked layer needs a gradient; the hooks do not mind
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             losses = loss(batch)
             losses.sum().backward()  # type: ignore[no-untyped-call]
         _check_recorded(hooks.linear)
+        if len(uses) == 1 and uses[0][1].dim() == 2:
+            return losses.detach(), OuterProducts(above=uses[0][2], inputs=uses[0][1])
+        for use in uses:
+            add_grad_sample(*use)
         found = [_get_grad_sample(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse for a norm
         _clear_gradients(parameters)
         return losses.detach(), found
 
     try:
-        with recording(hooks.linear):
-            yield PerExample(parameters, gradients)
+        with recording(hooks.linear, (lambda *use: uses.append(use)) if alone else add_grad_sample):
+            yield PerExample(parameters, gradients, factors)
     finally:
         hooks.cleanup()
         for p in module.parameters():
@@ -108,6 +123,19 @@ class _HooksBesideLinear(GradSampleHooks):  # type: ignore[misc]
                 self.linear.append(layer)
             else:
                 yield layer
+
+
+def _are_all_of(parameters: Sequence[nn.Parameter], layer: nn.Linear) -> bool:
+    """Whether the trained parameters are those of the layer and no others, its weight among them."""
+    own = {id(p) for p in layer.parameters(recurse=False) if p.requires_grad}
+    return own == {id(p) for p in parameters} and layer.weight.requires_grad
+
+
+def _multiply(factors: OuterProducts, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The gradients that outer products stand for: (b, *shape) for each parameter."""
+    above = factors.above
+    weight = above[:, :, None] * factors.inputs[:, None, :]
+    return [part.to(p.dtype) for part, p in zip((weight, above), parameters, strict=False)]
 
 
 def _check_recorded(layers: Sequence[nn.Linear]) -> None:
@@ -153,9 +181,10 @@ def unit_gradients(
 ) -> Iterator[UnitGradients]:
     """Yield the gradients of whole units in blocks of k units, every unit in one block.
 
-    A unit's gradient is the sum of its rows' gradients in float32, in the order of its rows within each batch and of the batches:
-    a function of the unit alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither
-    does a unit whose sum is not finite.
+    A unit of one row is an outer product where `of` has one for it, whatever the other units are. A larger unit's gradient is the
+    sum of its rows' gradients in float32, in the order of its rows within each batch and of the batches: a function of the unit
+    alone, as each row's gradient is. A row without a finite gradient contributes nothing, and neither does a unit whose sum is
+    not finite.
 
     Args:
         of: The gradients of single rows.
@@ -163,18 +192,21 @@ def unit_gradients(
         batches: Row numbers -> batches.
         max_held_entries: Decides k where units have several rows.
     """
-    if all(len(unit) == 1 for unit in units):
-        yield from _single(of, [unit[0] for unit in units], batches)
-        return
+    yield from _single(of, [unit[0] for unit in units if len(unit) == 1], batches)
+    larger = [unit for unit in units if len(unit) != 1]
     size = max(1, max_held_entries // sum(p.numel() for p in of.parameters))
-    for start in range(0, len(units), size):
-        yield _summed(of, units[start : start + size], batches)
+    for start in range(0, len(larger), size):
+        yield _summed(of, larger[start : start + size], batches)
 
 
 def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[UnitGradients]:
     for positions, batch in batches(rows):
-        gradients, loss = _finite_rows(of, len(positions), batch)
-        yield gradients, [(len(positions), loss)]
+        count = len(positions)
+        losses, found = of.factors(batch)
+        contributions = (
+            found.first(count) if isinstance(found, OuterProducts) else _zero_unless_finite([g[:count] for g in found])
+        )
+        yield contributions, [(count, float(losses[:count].double().sum()))]
 
 
 def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> UnitGradients:
@@ -208,18 +240,17 @@ def _rounds_of_slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor], float]:
     """Return the gradients of the filled slots, zero for a row without a finite one, and the sum of the rows' losses."""
     losses, whole = of.gradients(batch)
-    gradients = [g[:rows] for g in whole]
-    _zero_unless_finite(gradients)
-    return gradients, float(losses[:rows].double().sum())
+    return _zero_unless_finite([g[:rows] for g in whole]), float(losses[:rows].double().sum())
 
 
-def _zero_unless_finite(gradients: Sequence[Tensor]) -> None:
-    """Set those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry."""
+def _zero_unless_finite(gradients: list[Tensor]) -> list[Tensor]:
+    """Set those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry; return them all."""
     if all(bool(g.sum().isfinite()) for g in gradients):  # one pass; a sum that overflows only costs a second look
-        return
+        return gradients
     finite = torch.stack([g.reshape(len(g), -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
     for g in gradients:
         g[~finite] = 0.0
+    return gradients
 
 
 ClippingMode = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
@@ -235,12 +266,13 @@ def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping_mode: C
     squares = [g.reshape(len(g), -1).to(torch.float64, copy=True).square_().sum(dim=1) for g in gradients]
     if clipping_mode == "flat":
         whole = torch.stack(squares).sum(dim=0).sqrt_()
-        return [_factor(whole, clip_norm)] * len(gradients)
+        return [shrinkage(whole, clip_norm)] * len(gradients)
     share = clip_norm / math.sqrt(len(gradients))
-    return [_factor(square.sqrt_(), share) for square in squares]
+    return [shrinkage(square.sqrt_(), share) for square in squares]
 
 
-def _factor(norms: Tensor, bound: float) -> Tensor:
+def shrinkage(norms: Tensor, bound: float) -> Tensor:
+    """Return min(1, bound / norm) for each norm, in float64."""
     return (bound / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp_(max=1.0)
 
 

@@ -36,8 +36,8 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.noise import choose_grid
-from cotune.privacy.mechanisms.per_example import ExactSum, per_example, unit_gradients
+from cotune.privacy.mechanisms.clipped_sum import ClippedSum
+from cotune.privacy.mechanisms.per_example import per_example, unit_gradients
 from tests.support.datasets import COLORS, write_csv, write_images
 from tests.support.matrix import crossed
 from tests.support.tiny_models import VOCABULARY, config_of, write_model
@@ -99,9 +99,9 @@ def setting_at(plan: Plan, model: TrainableModel, holdings: Dataset, state: Stat
 
 
 def clipped_sum(setting: TrainingSetup, rows: range, clip: float) -> list[Tensor]:
-    """Of one step without noise on these rows, to the bit."""
+    """Of one step on these rows before its noise, to the bit."""
     with per_example(setting.module, setting.loss) as of:
-        total = ExactSum(of.parameters, choose_grid(clip, 0.0, sum(p.numel() for p in of.parameters)), "flat")
+        total = ClippedSum(of.parameters, clip, 1.0, "flat")
         for gradients, _ in unit_gradients(of, [[row] for row in rows], setting.batches):
             total.add(gradients)
     return total.totals()

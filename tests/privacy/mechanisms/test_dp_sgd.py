@@ -24,9 +24,10 @@ from cotune.models.base_model import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.feature_head import feature_head
 from cotune.models.trainable import TrainableModel
+from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, check_clipping
-from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid
-from cotune.privacy.mechanisms.per_example import Batch, ExactSum, LossPerExample, per_example, unit_gradients
+from cotune.privacy.mechanisms.noise import add_gaussian_noise
+from cotune.privacy.mechanisms.per_example import Batch, LossPerExample, per_example, unit_gradients
 from cotune.privacy.mechanisms.random import PoissonSampler
 from tests.support.batches import in_batches, stack
 from tests.support.matrix import crossed
@@ -758,7 +759,7 @@ def test_run_draws_samples_and_noise_in_a_fixed_order() -> None:
     samples = np.random.default_rng(2)
     for _ in range(config.steps):
         present = samples.random(6) < config.sample_rate
-        total = ExactSum(list(expected.parameters()), choose_grid(0.7, 0.8, 15), "flat")
+        total = ClippedSum(list(expected.parameters()), 0.7, 0.8, "flat")
         with per_example(expected, cross_entropy(expected)) as of:
             for gradients, _ in unit_gradients(of, [[i] for i in range(6) if present[i]], in_batches(records, 4)):
                 total.add(gradients)
