@@ -28,7 +28,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import Metrics
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
 from cotune.models.trainable import State
