@@ -119,7 +119,7 @@ def test_what_is_told_of_texts_that_are_cut(new_plan: NewPlan) -> None:
 
 @pytest.mark.crash
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
-    plan = new_plan(simulation={"baselines": []})
+    plan = new_plan(privacy="none", simulation={"baselines": []})  # noise is drawn anew
     whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
     simulate(plan, whole, device="cpu")
     arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
