@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plan_options import PlanOptions
+from cotune.plan.personal import explain
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, Figures, describe_attack
+from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.formatting import duration, size
 from cotune.simulations.forecast.expected import NewPolicy, OwnBound, Refusal, parse_examples
 from cotune.simulations.forecast.forecast import ClientForecast, Forecast, forecast, forecast_for
@@ -42,6 +44,9 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     console.print(f"{classes}{tested}")
     for note in seen.notes:
         console.print(escape(note))
+    stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
+    if stays is not None:
+        console.print(stays)
     console.print(_stages(seen))
     console.print(_organizations(seen))
     if plan.privacy == "none":

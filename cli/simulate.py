@@ -21,7 +21,16 @@ from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import measures_of
-from cotune.reporting.verdict import few_note, floor_name, is_personal, is_private, judge, own_columns, partition_note
+from cotune.reporting.verdict import (
+    few_note,
+    floor_name,
+    is_personal,
+    is_private,
+    judge,
+    own_columns,
+    partition_note,
+    personal_note,
+)
 
 if TYPE_CHECKING:
     from cotune.simulations.run import Run
@@ -110,7 +119,7 @@ def show(console: Console, result: Run) -> None:
 def _own_records(console: Console, summary: RunSummary) -> Table:
     """What each choice reaches on an organization's own held-out records, and whether joining and alone differ there."""
     columns = own_columns(summary)
-    headings = {"majority": "majority", "alone_without_privacy": "alone", "adapted": "adapted"}
+    headings = {"majority": "majority", "alone_without_privacy": "alone", "plain": "plain", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
     decides = measures_of(summary)[0]
     if not decides.share:
@@ -134,6 +143,8 @@ def _answer(console: Console, summary: RunSummary) -> None:
     """The verdict, and what it depends on; of the report's notes, the first ones."""
     verdict = judge(summary)
     console.print(f"[bold]{verdict.answer}:[/bold] {escape(verdict.sentence)}")
+    for note in personal_note(summary):
+        console.print(escape(note))
     if summary["worth"] is not None:
         for note in (*few_note(summary), *partition_note(summary)):
             console.print(escape(note))
@@ -153,6 +164,7 @@ def _comparison(summary: RunSummary) -> Table:
     rows = [(floor_name(summary).lower(), test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
     rows += [
         ("each organization alone, mean (without privacy)", without),
+        ("federated, nothing personal", test.get("plain")),
         (f"federated ({'own models, mean of ' if is_personal(summary) else ''}this run)", test["federated"]),
         ("federated, adapted by each organization, mean", (test["adapted"] or {}).get("mean")),
         ("all data pooled, without privacy (the bound)", test["pooled"]),

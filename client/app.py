@@ -34,7 +34,7 @@ from cotune.client.node.requests import (
 from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.extensions import PersonalParameters
+from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, Declined, RunError
 from cotune.models.export import export_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cotune.plan.personal import explain
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
@@ -14,7 +15,7 @@ _MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the 
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Return six lines: plan, base model, amount of training, rates and bounds, privacy, strategy and what travels."""
+    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
     stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
@@ -28,7 +29,8 @@ def summarize_plan(plan: Plan) -> list[str]:
         f"strategy {' → '.join(parts)}; updates travel as {plan.wire}; asks to be told:"
         f" {', '.join(asks) or 'nothing beside the updates'}",
     ]
-    return [printable(line) for line in lines]
+    stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
+    return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
 
 
 def _classes(plan: Plan) -> str:

@@ -27,6 +27,7 @@ from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyErr
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
+from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
@@ -241,7 +242,7 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     assert isinstance(plan.privacy, RecordPrivacy)
     batch = stage.local.sample_rate(examples) * examples
     model.load({})
-    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+    names = stage_names(plan, stage, model)
     parameters = model.train_only(names)
     setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
     error = check_gradients(setup, plan.privacy, stage.mode)

@@ -137,6 +137,13 @@ class TrainableModel:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
 
+    def norm_names(self) -> list[str]:
+        """The parameters of the encoder's normalization layers (LayerNorm, RMSNorm), but for those that are never trained."""
+        layers = [name for name, layer in self.module.named_modules() if type(layer).__name__.endswith("Norm")]
+        found = {f"{name}.{own}" for name in layers for own, _ in self.module.get_submodule(name).named_parameters(recurse=False)}
+        encoder = (name for name, _ in self.parameters() if name.startswith(self.prefix))
+        return [name for name in encoder if name in found and not name.startswith(self.loaded.frozen)]
+
     def adapter_names(self) -> list[str]:
         """The parameters of its adapters, trained or not."""
         return [name for name, _ in self.parameters() if ".lora_" in name]

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel, get_model
+from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
@@ -30,16 +31,46 @@ def get_plan_model(plan: Plan, device: str) -> TrainableModel:
 
 def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """The parameters that organizations train in a round, in the model's order."""
-    stage = plan.get_stage(round)
-    return model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
+    return stage_names(plan, plan.get_stage(round), model, round)
+
+
+def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1) -> list[str]:
+    """The parameters that a stage of the plan trains, in the model's order: those of its mode, and personal ones beside them."""
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
+    if "norm" not in plan.personal.parts:
+        return names
+    both = {*names, *model.norm_names()}
+    return [name for name, _ in model.parameters() if name in both]
 
 
 def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """Those of them that travel: all, unless the plan lets organizations keep some to themselves."""
+    """Those that travel: all that organizations train in a round, unless the plan lets them keep some to themselves."""
     names = trained_names(plan, model, round)
     if not plan.keeps_personal:
         return names
-    return [name for name in names if name.startswith(model.prefix) and ".lora_B." not in name]
+    personal = _personal_names(plan, model)
+    return [name for name in names if name not in personal]
+
+
+def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
+    """Those that organizations have trained up to a round and kept to themselves."""
+    if not plan.keeps_personal:
+        return []
+    personal = _personal_names(plan, model)
+    trained = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}
+    return [name for name, _ in model.parameters() if name in trained & personal]
+
+
+def _personal_names(plan: Plan, model: TrainableModel) -> set[str]:
+    """Every parameter of the model that stays with the organization where it is trained."""
+    found = set[str]()
+    if plan.lora.keep == "b" or "head" in plan.personal.parts:
+        found |= {name for name, _ in model.parameters() if not name.startswith(model.prefix)}
+    if plan.lora.keep == "b":
+        found |= {name for name, _ in model.parameters() if ".lora_B." in name}
+    if "norm" in plan.personal.parts:
+        found |= set(model.norm_names())
+    return found
 
 
 def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:

@@ -85,8 +85,14 @@ class Plan(PlanTables):
 
     @model_validator(mode="after")
     def _something_is_shared(self) -> Self:
+        modes = tuple(stage.mode for stage in self.stages)
+        problem = next(self.personal.find_problems(modes), None)
+        if problem:
+            raise ValueError(f"{problem}: expected train = lora or full in all rounds, or fewer parts")
         if self.lora.keep == "nothing":
             return self
+        if self.personal.parts:
+            raise ValueError('lora.keep = "b" keeps B and the head already: expected it, or personal.parts')
         if self.lora.factors != "ab":
             raise ValueError(f'lora.keep = "b" shares A alone, and lora.factors = "{self.lora.factors}": expected "ab"')
         if any(stage.mode != "lora" for stage in self.stages):
@@ -109,7 +115,7 @@ class Plan(PlanTables):
         problems = {
             "client_privacy, which bounds what an organization adds to one round": self.client_privacy is not None,
             "several stages, as an update may come in the next one": len(self.stages) > 1,
-            "lora.keep, which ties what is kept to a round": self.keeps_personal,
+            "personal parts, as what is kept is tied to a round": self.keeps_personal,
             "adapters of different ranks, as a rank may change in between": self.mixed_ranks,
         }
         for problem, found in problems.items():
@@ -188,7 +194,7 @@ class Plan(PlanTables):
     @property
     def keeps_personal(self) -> bool:
         """Whether organizations keep parameters to themselves: then each has a model of its own, and there is no common one."""
-        return self.lora.keep != "nothing"
+        return self.lora.keep != "nothing" or self.personal.any
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

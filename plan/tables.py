@@ -15,6 +15,7 @@ from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
+from cotune.plan.personal import PersonalConfig
 from cotune.plan.rounds_config import RoundsConfig
 from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
@@ -53,9 +54,10 @@ class SimulationConfig(ConfigTable):
     ranks: tuple[int, ...] = Field(
         (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
     )
-    baselines: tuple[Literal["alone", "pooled"], ...] = Field(
-        ("alone", "pooled"),
-        description="what the federated model is compared with: alone is trained twice, with the same privacy and without any",
+    baselines: tuple[Literal["alone", "pooled", "plain"], ...] = Field(
+        ("alone", "pooled", "plain"),
+        description="what the federated model is compared with: alone is trained twice, with the same privacy and without any;"
+        " plain, where the plan keeps something personal, is the same run without that",
     )
     pooled: LocalTraining | None = Field(
         None, description="how models without privacy are trained for comparison, where not like [local]"
@@ -109,6 +111,7 @@ class PlanTables(ConfigTable):
     strategy: Any = Field(None, description="left to `Plan`: its parts must be imported to be checked")
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
+    personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()
     simulation: SimulationConfig = SimulationConfig()
 

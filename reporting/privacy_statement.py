@@ -56,14 +56,17 @@ def statement(
     ]
 
 
-def all_models_statement(together: float, *, pooled: bool) -> str:
+def all_models_statement(together: float, *, pooled: bool, plain: bool = False) -> str:
     """What a simulation says beside the ε of the run: that its comparisons are trained on the same records.
 
     together: ε of the federated model and of an organization's own, the largest. pooled: whether all data were pooled as well.
+    plain: whether the same run without personal parts may be among them.
     """
+    also = ", the same run without personal parts" if plain else ""
     return (
-        "This report compares several models of the same records. The federated model and the one that each organization trained "
-        f"alone with the same privacy cost ε = {round_up(together)} together, the most that any organization spent at its δ; "
+        f"This report compares several models of the same records. The federated model{also} and the one that each organization"
+        f" trained alone with the same privacy cost ε = {round_up(together)} together, the most that any organization spent at"
+        " its δ; "
         'they were fixed before training, so that their steps compose as one list. No ε covers the columns "alone without '
         'privacy" and "adapted": these models are fitted to an organization\'s records without noise, and would stay with it. '
         "No ε covers what is computed from records as they are: numbers of records, label counts, the majority class, and every "

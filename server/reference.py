@@ -113,7 +113,7 @@ EVERY_RUN = (
         "model/",
         "after the last round",
         'The fine-tuned model: `transformers.pipeline(task, "runs/X/model")` loads it, label names included ([use.md](use.md));'
-        ' adapters are merged. With `lora.keep = "b"` there is no common model, and each organization\'s is in'
+        " adapters are merged. With personal parts there is no common model, and each organization's is in"
         " `sites/<organization>/model/`.",
     ),
     File("summary.json", "at the end", "The results; see below."),

@@ -27,7 +27,7 @@ from torch import Tensor
 from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
-from cotune.client.training.extensions import PERSONAL
+from cotune.client.training.personal import PERSONAL
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.task import Task, get_task
@@ -42,6 +42,7 @@ from cotune.models.head_fit import classes_from_scores, head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model
+from cotune.plan.personal import PersonalConfig
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry
@@ -56,6 +57,7 @@ from cotune.strategies.config import StrategyConfig
 
 ALONE = "alone"
 ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Evaluated:
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
-    """ "alone/<organization>", "alone-without-privacy/<organization>" and "pooled" on the common test set.
+    """ "alone/<organization>", "alone-without-privacy/<organization>", "pooled" and "plain" on the common test set.
 
     As far as the plan asks for them and they could be trained.
     """
@@ -109,14 +111,21 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
                 yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _without_privacy(plan), (share,)
     if "pooled" in plan.simulation.baselines:
         yield "pooled", _without_privacy(plan), prepared.shares
+    if PLAIN in plan.simulation.baselines and prepared.plan.keeps_personal:
+        yield PLAIN, _without_personal(prepared.plan), prepared.shares
+
+
+def _without_personal(plan: Plan) -> Plan:
+    """The same plan, with the same strategy, rounds and privacy, in which everything that is trained is shared."""
+    lora = plan.lora.model_copy(update={"keep": "nothing"})
+    return plan.model_copy(update={"personal": PersonalConfig(), "lora": lora})
 
 
 def _without_others(plan: Plan) -> Plan:
     """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
-    lora = plan.lora.model_copy(update={"keep": "nothing"})
-    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "lora": lora, "wire": "float32"}
-    return plan.model_copy(update=alone)
+    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
+    return _without_personal(plan).model_copy(update=alone)
 
 
 def _without_privacy(plan: Plan) -> Plan:
@@ -129,14 +138,19 @@ def _without_privacy(plan: Plan) -> Plan:
 
 
 def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: RunFolder) -> None:
-    who = Participant(name=name.split("/")[-1], site="site")
-    make_site(path / "site", who.name, plan, shares, parent.file.device)
+    if name == PLAIN:
+        people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in shares)
+        for share in shares:
+            make_site(path / "sites" / share.name, share.name, plan, [share], parent.file.device)
+    else:
+        people = (Participant(name=name.split("/")[-1], site="site"),)
+        make_site(path / "site", people[0].name, plan, shares, parent.file.device)
     file = RunFile(
         run=name,
         created=parent.file.created,
         engine="in-process",
         device=parent.file.device,
-        participants=(who,),
+        participants=people,
         silent=True,
     )
     RunFolder.create(path, plan, file)

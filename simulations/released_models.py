@@ -18,8 +18,15 @@ _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 
 
 def get_charged_steps(run: Path, organization: str) -> list[Steps]:
-    """Return all that an organization was charged: for the run, and for training alone beside it."""
-    sites = (run / "sites" / organization, run / "baselines" / "alone" / organization / "site")
+    """Return all that an organization was charged: for the run, for training alone beside it, and for the run without personal
+    parts.
+    """
+    baselines = run / "baselines"
+    sites = (
+        run / "sites" / organization,
+        baselines / "alone" / organization / "site",
+        baselines / "plain" / "sites" / organization,
+    )
     return [steps for site in sites for steps in _charged(site)]
 
 

@@ -22,6 +22,7 @@ from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
+    PLAIN,
     Evaluated,
     Personalized,
     mean_values,
@@ -31,7 +32,15 @@ from cotune.simulations.baselines import (
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.split import Share
-from cotune.simulations.worth import Choices, TestSet, held_labels, organization_worth, overall_worth, without_intervals
+from cotune.simulations.worth import (
+    Choices,
+    TestSet,
+    held_labels,
+    organization_worth,
+    overall_worth,
+    personal_gains,
+    without_intervals,
+)
 
 _EXACT = (  # figures of a simulation that are computed from training records as they are
     "the numbers and label counts of records, and the majority class",
@@ -48,6 +57,7 @@ def summarize(
     progress = folder.load()
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
     pooled = baselines.get("pooled")
+    plain = baselines.get(PLAIN)
     personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)
     floor = _floor(folder)
@@ -72,11 +82,13 @@ def summarize(
             "notes": prepared.notes,
         },
         "worth": overall_worth(organizations),
+        "personal": personal_gains(organizations),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _floor_metrics(floor, prepared).as_dict(),
             "alone": _each({n: m.as_dict() for n, m in alone.items()}),
             "alone_without_privacy": _common(organizations, "alone_without_privacy"),
+            "plain": plain.metrics.as_dict() if plain else None,
             "federated": dict(progress.history[-1].metrics or {}),
             "adapted": _common(organizations, "adapted"),
             "pooled": pooled.metrics.as_dict() if pooled else None,
@@ -103,6 +115,7 @@ def _choices(
     model = floor.model
     own = personal_states(folder, served) if plan.keeps_personal else {}
     common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
+    plain = baselines.get(PLAIN)
     found: dict[str, Choices] = {}
     for share in prepared.shares:
         told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
@@ -113,6 +126,7 @@ def _choices(
             "majority": floor.answers(held_labels(prepared, share)),
             "alone": alone and alone.told,
             "alone_without_privacy": personalized.alone.get(share.name) or (without and without.told),
+            "plain": plain and plain.told,
             "federated": told,
             "adapted": personalized.told.get(share.name),
         }
@@ -170,7 +184,7 @@ def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, A
         "epsilon_all_models": together,
         "statement": [
             *statement(privacy, spent, clear_metrics=_in_clear(folder)),
-            all_models_statement(together, pooled=pooled),
+            all_models_statement(together, pooled=pooled, plain=folder.plan.keeps_personal),
         ],
     }
 

@@ -21,7 +21,7 @@ from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, TextAn
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share
 
-COLUMNS = ("majority", "alone", "alone_without_privacy", "federated", "adapted")  # from the floor up
+COLUMNS = ("majority", "alone", "alone_without_privacy", "plain", "federated", "adapted")  # from the floor up
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured
 NOT_JOINED = ("alone_without_privacy", "alone")  # what it has when it does not
 
@@ -71,13 +71,21 @@ def held_labels(prepared: Prepared, share: Share) -> list[Label]:
 
 
 def organization_worth(test: TestSet, share: Share, choices: Choices) -> dict[str, Any]:
-    """Return `own`, `common` and `worth` of summary.json; `own` and `worth` are None without held-out records."""
+    """Return `own`, `common`, `worth` and `personal_gain` of summary.json; without held-out records None but for `common`."""
     where = test.own(share)
     return {
         "own": _figures(test, choices, where) if where.any() else None,
         "common": _figures(test, choices, np.ones(len(test.truth), dtype=bool)),
         "worth": _worth(test, choices, where) if where.any() else None,
+        "personal_gain": _personal_gain(test, choices, where) if where.any() else None,
     }
+
+
+def _personal_gain(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> float | None:
+    """What personal parts change: the score of the own model, less that of the model that is all shared."""
+    if "plain" not in choices or "federated" not in choices:
+        return None
+    return test.answers(choices["federated"], where).score - test.answers(choices["plain"], where).score
 
 
 def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any]:
@@ -109,6 +117,15 @@ def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[st
         "test": found.test,
         "few": len(np.unique(ours.units)) < MIN_TEST_RECORDS,
     }
+
+
+def personal_gains(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return `personal` of summary.json, by the `personal_gain` of each organization; None where it was not measured."""
+    gains = {each["name"]: each["personal_gain"] for each in organizations if each["personal_gain"] is not None}
+    if not gains:
+        return None
+    worst = min(gains, key=lambda name: gains[name])
+    return {"mean_gain": sum(gains.values()) / len(gains), "worst_gain": gains[worst], "worst": worst}
 
 
 def overall_worth(organizations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -212,7 +212,7 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
     if facts.mixed_ranks and facts.client_privacy and info.kind == "fusion":
         yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"
     if facts.personal and (needs.adapters or needs.server_data or needs.client_state or needs.receives):
-        yield 'is about whole models, and lora.keep leaves a part of them at home: expected lora.keep = "nothing"'
+        yield "is about whole models, and the plan leaves a part of them at home: expected no lora.keep and no personal.parts"
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
 

@@ -1,4 +1,4 @@
-"""What a plan adds to plain training: client terms, parameters that stay with the organization, and smaller ranks."""
+"""What a plan adds to plain training: client terms and smaller ranks (parameters that stay here: see `personal`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from cotune.client.site import Site
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import shared_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.strategies.aggregator import build_client_term
@@ -75,47 +74,6 @@ class ClientTermState:
 
 def _on(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: tensor.to(parameters[name].device, parameters[name].dtype) for name, tensor in tensors.items()}
-
-
-PERSONAL = "personal"  # the folder of what is kept
-
-
-class PersonalParameters:
-    """The parameters that are trained and stay with the organization; none where the plan shares all that is trained.
-
-    What is kept belongs to the last admitted round, as the shared part that it was trained with does.
-
-    Args:
-        admitted: The last round whose update of this organization is in the model; 0: none, and the personal parameters start as
-            in the base model.
-
-    Raises:
-        RunError: What was kept is lost.
-    """
-
-    def __init__(self, plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> None:
-        self.plan = plan
-        self.site = site
-        self.model = model
-        self.round = round
-        self.admitted = admitted
-        self.shared = shared_names(plan, model, round)
-        self.names = [name for name in trained_names(plan, model, round) if name not in set(self.shared)]
-        self.kept = site.recall(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}
-
-    def join(self, state: State) -> State:
-        """Return the received state with the personal parameters, and set the model to it."""
-        if not self.names:
-            return state
-        joined = {**state, **self.model.state(self.names), **self.kept}
-        self.model.load(joined)
-        return joined
-
-    def keep(self) -> None:
-        """Keep the personal parameters after training, before the update is finished."""
-        if self.names:
-            own = self.model.state(self.names)
-            self.site.remember(self.plan.plan_id, self.round, own, PERSONAL, since=self.admitted)
 
 
 class RankMask:

@@ -21,8 +21,9 @@ from cotune.client.training.context import (
     run_checks,
 )
 from cotune.client.training.disclosures import Disclosures, reported_noise, statistics_of
-from cotune.client.training.extensions import ClientTermState, PersonalParameters, RankMask
+from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.observe import notify
+from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import SanityChecks, build_optimizer, build_setup, check_gradients
 from cotune.errors import Declined, RunError

@@ -32,6 +32,7 @@ from cotune.models.features import encode_batch
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
+from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
@@ -123,7 +124,7 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
     for stage in plan.stages:
-        model.train_only(model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        model.train_only(stage_names(plan, stage, model))
         if isinstance(plan.privacy, RecordPrivacy):
             _refuse_trained_ties(model, stage)
             _check_gradients_once(plan, stage, model, plan.privacy)
@@ -148,7 +149,8 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
-    key = stage.mode, stage.freeze_embeddings, stage.local.physical_batch_size, stage.local.activation_checkpointing, *taken
+    how = stage.local.physical_batch_size, stage.local.activation_checkpointing
+    key = stage.mode, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:
         return

@@ -101,6 +101,14 @@ class OverallWorth(Document):
     own_means: dict[str, MetricsEntry | None] = Field(description="Column → mean metrics on own held-out records.")
 
 
+class PersonalGain(Document):
+    """What personal parts change, over the organizations (their `personal_gain`)."""
+
+    mean_gain: Number = Field(description="Mean over the organizations.")
+    worst_gain: Number = Field(description="The smallest of them.")
+    worst: str = Field(description="Whose it is.")
+
+
 class Repeated(Document):
     """Metrics of each organization's model."""
 
@@ -122,9 +130,11 @@ class TestSummary(Document):
         description=f"Each organization training by itself: same plan, privacy and number of steps; {_WHERE_REAL}."
     )
     alone_without_privacy: Repeated | None = Field(description="The same without privacy.")
+    plain: MetricsEntry | None = Field(
+        None, description=f"The same run without personal parts; null where the plan has none; {_WHERE_REAL}."
+    )
     federated: MetricsEntry | None = Field(
-        description='The fused model after the last round; with `lora.keep = "b"` the mean over the organizations\' own'
-        " models, and"
+        description="The fused model after the last round; with personal parts the mean over the organizations' own models, and"
         " null in a real run."
     )
     adapted: Repeated | None = Field(description="The federated model as each organization has adapted it.")
@@ -149,7 +159,8 @@ class OwnFigures(Document):
     )
     alone: ColumnFigures | None = Field(description="The model that it trained alone.")
     alone_without_privacy: ColumnFigures | None = Field(description="The same without privacy.")
-    federated: ColumnFigures | None = Field(description="The federated model.")
+    plain: ColumnFigures | None = Field(None, description="The federated model of the same run without personal parts.")
+    federated: ColumnFigures | None = Field(description="The federated model; with personal parts its own.")
     adapted: ColumnFigures | None = Field(description="The federated model as it has adapted it.")
 
 
@@ -205,6 +216,10 @@ class OrganizationSummary(Document):
     worth: OrganizationWorth | None = Field(None, description="Whether joining is worth it; null where it was not measured.")
     adaptation: AdaptationSummary | None = Field(None, description="How it has adapted the federated model.")
     gain: Number | None = Field(None, description="`difference` of `worth`.")
+    personal_gain: Number | None = Field(
+        None,
+        description="Accuracy of its own model on its own held-out records, less that of the same run without personal parts.",
+    )
     bytes_up: int | None = Field(None, description="Real run: size of all its updates, interrupted rounds included.")
     weight: Number | None = Field(None, description="Real run: its share in the last round that it took part in, of 1.")
     dropped: int | None = Field(None, description="Real run: rounds without an update of it.")
@@ -241,6 +256,9 @@ class RunSummary(Document):
     data: DataSummary | None = Field(None, description="The records; absent in a real run.")
     worth: OverallWorth | None = Field(
         description="[Is it worth joining](worth.md), over all organizations; null where training alone was not measured."
+    )
+    personal: PersonalGain | None = Field(
+        None, description="What [personal parts](personal.md) change; null without them, or where that was not measured."
     )
     test: TestSummary = Field(description="Figures on the common test set.")
     organizations: list[OrganizationSummary] = Field(description="The organizations.")

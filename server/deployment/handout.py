@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from cotune.plan.personal import describe_parts
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation
@@ -57,7 +58,9 @@ def render_join_page(invitation: Invitation) -> str:
 def list_disclosures(plan: Plan) -> Iterator[str]:
     """Yield one phrase for everything that a plan asks organizations to send."""
     trained = " then ".join(dict.fromkeys(_TRAINED_PARTS[stage.mode] for stage in plan.stages))
-    if plan.keeps_personal:
+    if plan.personal.parts:
+        trained = f"{trained}, but for {describe_parts(plan.personal)}: that stays with you"
+    if plan.lora.keep == "b":
         trained = "one half of the adapters (the other half and the head stay with you)"
     yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_describe_protection(plan)}"
     yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"

@@ -22,6 +22,7 @@ from cotune.models.features import encode_batch
 from cotune.models.head_fit import fit_head, head_names
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
+from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
@@ -164,11 +165,11 @@ class Stopwatch:
 
     def _made_up(self, stage: Stage, rows: int) -> TrainingSetup:
         self.model.load({})
-        self.model.train_only(self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings))
+        self.model.train_only(stage_names(self.plan, stage, self.model))
         return synthetic_setup(self.plan, stage, self.model, rows)
 
     def _step(self, setting: TrainingSetup, stage: Stage, rows: Sequence[int], *, private: bool) -> Seconds:
-        names = self.model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
+        names = stage_names(self.plan, stage, self.model)
         optimizer = build_optimizer(stage.local, self.model, names, self.model.train_only(names))
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # nothing moves, however often it is measured

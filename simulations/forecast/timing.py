@@ -83,6 +83,8 @@ class _Work:
             yield from self._fits()
         if "pooled" in baselines:
             yield from self._training(self._without_privacy(), private=False)
+        if "plain" in baselines and self.plan.keeps_personal:
+            yield from run
         yield self._encode(0 if self._kept() else self._distinct)
 
     def _without_privacy(self) -> tuple[Stage, ...]:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from cotune.client.account import Account
 from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update
+from cotune.client.node.received import check_received, expected_shapes
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
+from cotune.plan.parameters import get_plan_model, personal_names, shared_names
 from cotune.plan.schema import Plan
 from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
@@ -333,6 +335,38 @@ def test_what_is_personal_never_leaves(make_plan: MakePlan, make_site: MakeSite,
     case.arrays("delta", **{other: Array(np.zeros((16, 2), dtype=np.float32))})
     with pytest.raises(EgressBlocked, match=r"has .*lora_B.* too much"):
         case.check()
+
+
+@pytest.mark.parametrize("part", ["head", "norm"])
+def test_named_personal_parts_never_leave(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, part: str) -> None:
+    plan = make_plan(train="lora", personal=[part])
+    model = get_plan_model(plan, "cpu")
+    case = Case(plan, make_site(), {n: t for n, t in state_for(plan).items() if n in shared_names(plan, model, 1)})
+    case.check()
+    stays = personal_names(plan, model, 1)
+    assert stays
+    assert not {*stays} & case.content["delta"].keys()
+    for name in stays:
+        other = Case(plan, case.site, dict(case.request.state))
+        other.arrays("delta", **{name: Array(model.state([name])[name].numpy())})
+        with pytest.raises(EgressBlocked) as blocked:
+            other.check()
+        assert blocked.value.code == "run.egress_blocked"
+
+
+def test_a_server_cannot_ask_for_a_personal_part(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """A request whose state names it is refused before a record is read, and one without changes nothing in what leaves."""
+    plan = make_plan(train="lora", personal=["head"])
+    site = make_site()
+    model = get_plan_model(plan, "cpu")
+    shared = {name: t for name, t in state_for(plan).items() if name in shared_names(plan, model, 1)}
+    asks = {**shared, "classifier.weight": model.state(["classifier.weight"])["classifier.weight"]}
+    expected = expected_shapes(plan, site, 1, lambda *_: None)
+    check_received(Request(plan.canonical(), 1, "clinic", shared), plan, expected)
+    with pytest.raises(RunError) as refused:
+        check_received(Request(plan.canonical(), 1, "clinic", asks), plan, expected)
+    assert refused.value.code == "run.wrong_state"
+    assert not site.ledger_file.exists()
 
 
 def test_a_smaller_rank_leaves_in_its_own_shape_alone(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:

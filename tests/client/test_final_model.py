@@ -18,7 +18,7 @@ from cotune.client import app as finished_module
 from cotune.client.app import app, store_final_model
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
-from cotune.client.training.extensions import PERSONAL
+from cotune.client.training.personal import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, ModelError, RunError
 from cotune.models.trainable import State

@@ -115,6 +115,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
             "partition",
             "data",
             "worth",
+            "personal",
             "test",
         ),
         *("organizations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
@@ -122,7 +123,10 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     fields = {"mode", "epsilon", "delta", "clip_norm", "claim", "claim_table", "epsilon_all_models", "statement"}
     assert set(summary["privacy"]) == fields
     assert set(summary["model"]) == {"base", "base_hash", "parameters", "shared_parameters"}
-    assert set(summary["test"]) == {"examples", "majority", "alone", "alone_without_privacy", "federated", "adapted", "pooled"}
+    columns = {"majority", "alone", "alone_without_privacy", "federated", "adapted"}
+    assert set(summary["test"]) == {"examples", "pooled", "plain", *columns}
+    assert summary["personal"] is None
+    assert summary["test"]["plain"] is None
     assert set(summary["test"]["alone"]) == {"mean", "each"}
     metrics = [summary["test"][key] for key in ("majority", "federated", "pooled")]
     metrics += [summary["test"]["alone"]["mean"], *summary["test"]["alone"]["each"].values()]
@@ -144,11 +148,10 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
                 "epsilon_allowed",
                 "delta",
             ),
-            *("noise_multiplier", "sample_rate", "steps", "rounds", "own", "common", "worth", "adaptation"),
+            *("noise_multiplier", "sample_rate", "steps", "rounds", "own", "common", "worth", "adaptation", "personal_gain"),
         }
-        columns = {"majority", "alone", "alone_without_privacy", "federated", "adapted"}
         for where in ("own", "common"):
-            assert set(organization[where]) == {"records", "accuracy", *columns}
+            assert set(organization[where]) == {"records", "accuracy", "plain", *columns}
             for column in columns:
                 assert set(organization[where][column]) == METRICS | {"accuracy_interval", "f1_interval"}
         worth = {"answer", "useful", "joined", "against", "difference", "interval", "p", "test", "few"}

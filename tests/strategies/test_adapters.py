@@ -99,7 +99,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
         ),
         ({}, "fedit", None),
         ({"mixed_ranks": True}, "mean", "is about whole adapters, and the plan has smaller ranks"),
-        ({"personal": True}, "mean", "is about whole models, and lora.keep leaves a part of them at home"),
+        ({"personal": True}, "mean", "is about whole models, and the plan leaves a part of them at home"),
     ],
 )
 @pytest.mark.parametrize("needs", [Needs(client_state=True), Needs(receives=True), Needs()])

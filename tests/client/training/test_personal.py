@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cotune.client.site import Site
-from cotune.client.training.extensions import PERSONAL
+from cotune.client.training.personal import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import RunError
 from cotune.models.trainable import State
@@ -118,3 +118,53 @@ def test_where_everything_is_shared_nothing_is_kept(make_plan: MakePlan, make_si
     model.load({})
     train_round(plan, site, 1, model.state(trained_names(plan, model, 1)))
     assert not (site.folder / "kept").exists()
+
+
+@pytest.mark.parametrize("parts", [["head"], ["norm"], ["head", "norm"]], ids="+".join)
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_named_parts_stay_and_the_rest_travels(make_plan: MakePlan, make_site: MakeSite, parts: list[str], mode: str) -> None:
+    plan = make_plan(train=mode, personal=parts, privacy=PRIVATE)
+    site = make_site()
+    update = train_round(plan, site, 1, base_state(plan))
+    model = get_plan_model(plan, "cpu")
+    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    trained = set(trained_names(plan, model, 1))
+    assert kept.keys() | update.delta.keys() == trained
+    assert not kept.keys() & update.delta.keys()
+    heads = {name for name in trained if not name.startswith(model.prefix)}
+    norms = {name for name in trained if "LayerNorm" in name}
+    assert kept.keys() == {*(heads if "head" in parts else ()), *(norms if "norm" in parts else ())}
+    model.load({})
+    assert not any(torch.equal(kept[name], base) for name, base in model.state(kept).items())  # all of it got its noise
+
+
+def test_what_is_shared_follows_from_the_own_part(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """As in FedPer: the next round goes on from the own head of the last admitted one."""
+    plan = make_plan(train="lora", personal=["head"])
+    site = make_site()
+    state = base_state(plan)
+    state = apply_delta(state, train_round(plan, site, 1, state).delta)
+    with_own = train_round(plan, site, 2, state, admitted=1).delta
+    afresh = train_round(plan, make_site(at="other"), 2, state).delta
+    assert any(not torch.equal(with_own[name], tensor) for name, tensor in afresh.items())
+
+
+@pytest.mark.parametrize("wrong", ["foreign", "shape", "not finite"])
+def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_site: MakeSite, wrong: str) -> None:
+    """Nothing in it takes the place of a shared parameter, and no record was charged for."""
+    plan = make_plan(train="lora", personal=["head"], privacy=PRIVATE)
+    site = make_site()
+    state = base_state(plan)
+    train_round(plan, site, 1, state)
+    charges = len(site.ledger().charges())
+    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    broken = {
+        "foreign": {**kept, next(iter(state)): torch.zeros(next(iter(state.values())).shape)},
+        "shape": {**kept, "classifier.bias": torch.zeros(7)},
+        "not finite": {**kept, "classifier.bias": kept["classifier.bias"] + float("nan")},
+    }
+    site.remember(plan.plan_id, 1, broken[wrong], PERSONAL)
+    with pytest.raises(RunError) as refused:
+        train_round(plan, site, 2, state, admitted=1)
+    assert refused.value.code == "run.lost_state"
+    assert len(site.ledger().charges()) == charges

@@ -223,6 +223,15 @@ def test_no_attack_guesses_worse_than_by_chance_or_better_than_always(sigma: flo
     assert found == 1 - trade_off(steps)(rate)
 
 
+@few
+@given(sigma=sigmas, q=st.sampled_from([0.02, 0.1, 1.0]), rounds=st.lists(st.integers(1, 40), min_size=1, max_size=4))
+def test_steps_computed_once_compose_as_by_the_accountant(sigma: float, q: float, rounds: list[int]) -> None:
+    """Round after round, with another mechanism beside: the same ε as a fresh `PLDAccountant` of dp-accounting, bit for bit."""
+    for finished in range(1, len(rounds) + 1):
+        steps = [Steps(sigma, q, sum(rounds[:finished])), Steps(8.0, 1.0, finished)]
+        assert epsilon(steps, DELTA) == finely(sorted(steps, key=lambda s: (s.noise_multiplier, s.sample_rate)), DELTA, 5e-4)
+
+
 def test_nothing_spent_means_guessing() -> None:
     assert gaussian_mu([]) == gaussian_mu([Steps(1.0, 0.1, 0)]) == 0.0
     assert true_positive_rate([], 0.01) == 0.01
