@@ -10,7 +10,7 @@ from typing import Any
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
-from cotune.reporting.formatting import SPACE, percent, signed
+from cotune.reporting.formatting import SPACE, percent
 from cotune.reporting.measures import Measure, measures_of
 
 Summary = RunSummary | Mapping[str, Any]
@@ -89,8 +89,13 @@ def _sentence(summary: Summary) -> str:
 
 
 def _range(measure: Measure, gains: Sequence[float]) -> str:
-    low, high = (measure.show_gain(100 * gain if measure.share else gain) for gain in (min(gains), max(gains)))
+    low, high = (_signed(measure, gain) for gain in (min(gains), max(gains)))
     return f"by {low} {measure.unit}" if low == high else f"from {low} to {high} {measure.unit}"
+
+
+def _signed(measure: Measure, gain: float) -> str:
+    """A gain of `worth`, which is a share or in nats."""
+    return measure.show_gain(100 * gain if measure.share else gain)
 
 
 _COLUMNS = {
@@ -172,9 +177,12 @@ def personal_note(summary: Summary) -> Iterator[str]:
         yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
     gain = summary.get("personal")
     if gain is not None:
+        measure = measures_of(summary)[0]
+        unit = "points" if measure.share else f"{measure.unit}, for the better where positive,"
         yield (
-            f"What is personal changes the accuracy on own held-out records by {signed(100 * gain['mean_gain'])} points in the"
-            f" mean, and by {signed(100 * gain['worst_gain'])} for {gain['worst']}, against the same run with everything shared."
+            f"What is personal changes the {measure.key} on own held-out records by {_signed(measure, gain['mean_gain'])} {unit} in"
+            f" the mean, and by {_signed(measure, gain['worst_gain'])} for {gain['worst']}, against the same run with everything"
+            " shared."
         )
 
 
