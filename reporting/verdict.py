@@ -180,8 +180,8 @@ def personal_note(summary: Summary) -> Iterator[str]:
         measure = measures_of(summary)[0]
         unit = "points" if measure.share else f"{measure.unit}, for the better where positive,"
         yield (
-            f"What is personal changes the {measure.key} on own held-out records by {_signed(measure, gain['mean_gain'])} {unit} in"
-            f" the mean, and by {_signed(measure, gain['worst_gain'])} for {gain['worst']}, against the same run with everything"
+            f"What is personal changes the {measure.key} on own held-out records by {_signed(measure, gain['mean_gain'])} {unit}"
+            f" in the mean, and by {_signed(measure, gain['worst_gain'])} for {gain['worst']}, against the same run with everything"
             " shared."
         )
 

@@ -85,7 +85,8 @@ def _personal_gain(test: TestSet, choices: Choices, where: NDArray[np.bool_]) ->
     """What personal parts change: the score of the own model, less that of the model that is all shared."""
     if "plain" not in choices or "federated" not in choices:
         return None
-    return test.answers(choices["federated"], where).score - test.answers(choices["plain"], where).score
+    gain: float = test.answers(choices["federated"], where).score - test.answers(choices["plain"], where).score
+    return gain
 
 
 def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any]:
