@@ -179,10 +179,10 @@ def personal_note(summary: Summary) -> Iterator[str]:
     if gain is not None:
         measure = measures_of(summary)[0]
         unit = "points" if measure.share else f"{measure.unit}, for the better where positive,"
+        mean, worst = (_signed(measure, gain[key]) for key in ("mean_gain", "worst_gain"))
         yield (
-            f"What is personal changes the {measure.key} on own held-out records by {_signed(measure, gain['mean_gain'])} {unit}"
-            f" in the mean, and by {_signed(measure, gain['worst_gain'])} for {gain['worst']}, against the same run with everything"
-            " shared."
+            f"What is personal changes the {measure.key} on own held-out records by {mean} {unit} in the mean, and by {worst} for"
+            f" {gain['worst']}, against the same run with everything shared."
         )
 
 
