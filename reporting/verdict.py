@@ -116,7 +116,10 @@ def _means_note(summary: Summary) -> str:
     measure = measures_of(summary)[0]
     if not measure.share:
         names["majority"] = "base model"
-    said = ", ".join(f"{names[name]} {measure.show(means[name][measure.key])}" for name in names if means[name] is not None)
+    known = {name: means.get(name) for name in names}  # runs of earlier builds lack some
+    said = ", ".join(
+        f"{names[name]} {measure.show(figures[measure.key])}" for name, figures in known.items() if figures is not None
+    )
     how = "the federated model, which each has adapted to itself" if means["adapted"] else "the federated model"
     return (
         f"Joining means {how}; alone means without privacy, which nobody needs who shares nothing. Mean {measure.name} on own"
@@ -241,4 +244,4 @@ def own_columns(summary: Summary) -> dict[str, str]:
         "adapted": "Federated, adapted",
     }
     held = [each["own"] for each in summary["organizations"] if each["own"]]
-    return {key: heading for key, heading in headings.items() if any(own[key] is not None for own in held)}
+    return {key: heading for key, heading in headings.items() if any(own.get(key) is not None for own in held)}
