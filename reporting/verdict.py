@@ -177,7 +177,10 @@ def _against(measure: Measure, ours: Mapping[str, float], theirs: Mapping[str, f
 
 def personal_note(summary: Summary) -> Iterator[str]:
     if is_personal(summary):
-        yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
+        if summary["model"].get("common"):
+            yield "Beside the common model every organization has a copy of its own, in its own folder; figures are theirs."
+        else:
+            yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
     gain = summary.get("personal")
     if gain is not None:
         measure = measures_of(summary)[0]
