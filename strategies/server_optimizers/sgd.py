@@ -36,8 +36,8 @@ class ServerSGD(ServerOptimizer):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = compute_rate(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:
-            return apply_delta(state, {name: d * rate for name, d in fused.delta.items()}), {}
+            return apply_delta(state, fused.delta, rate), {}
         delta = fused.delta.items()
         moving = {name: d.to(torch.float64) + self.momentum * memory.get(name, torch.zeros(())) for name, d in delta}
         ahead = {name: d.to(torch.float64) + self.momentum * moving[name] for name, d in delta} if self.nesterov else moving
-        return apply_delta(state, {name: v * rate for name, v in ahead.items()}), {**memory, **moving}
+        return apply_delta(state, ahead, rate), {**memory, **moving}
