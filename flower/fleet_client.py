@@ -338,8 +338,9 @@ def _build_error(response: httpx.Response) -> FleetError:
         )
     if status == httpx.codes.PRECONDITION_FAILED:
         return NodeRejected(
-            "the server does not let this node in: its key is not registered (`cotune server invite`), or a node with the same"
-            " key is online already, perhaps on another machine, or until a minute ago"
+            "the server does not let this node in: its key is not registered (`cotune server invite`; a server that runs"
+            " follows within seconds), or a node with the same key is online already, perhaps on another machine, or was until a"
+            " minute ago"
         )
     if status == httpx.codes.FORBIDDEN:
         return RequestExpired("the run is over, or not for this node")

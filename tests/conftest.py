@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Features are cached in a folder of the test session, not in the user's."""
     folder = tmp_path_factory.getbasetemp() / "cotune-cache"
     monkeypatch.setenv("COTUNE_CACHE", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _import_paths_stay() -> Iterator[None]:
+    """A folder that a test leaves on `sys.path` would hide modules from later tests and their processes."""
+    before = list(sys.path)
+    yield
+    added = [path for path in sys.path if path not in before]
+    assert not added
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ over many processes and is not told.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import tomli_w
 from harness import HERE, Benchmark, Contender, Figure, Meter, Results, Row
@@ -30,31 +32,38 @@ ORGANIZATIONS = 3
 PERMISSIVE = "from cotune.privacy.policy import Policy, dump_policy; print(dump_policy(Policy.permissive()))"
 
 
-def _import_loopback() -> None:
-    """Make the module with a federation on this machine importable, which is that of the deployment tests."""
-    folder = str(HERE.parents[1] / "tests" / "support")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+def _loopback() -> ModuleType:
+    """The module with a federation on this machine, which is that of the deployment tests.
+
+    Loaded from its file: its folder on `sys.path` would hide modules of the standard library from this process and its children.
+    """
+    file = HERE.parents[1] / "tests" / "support" / "loopback.py"
+    found = importlib.util.spec_from_file_location("cotune_benchmarks_loopback", file)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # as dataclasses look themselves up
+    found.loader.exec_module(module)
+    return module
 
 
 def nodes(meter: Meter, folder: Path, smoke: bool, stock: bool) -> None:
     """The round loop as an app on a SuperLink, and nodes that connect to it directly."""
     import tempfile
 
-    _import_loopback()
-    from loopback import federation, prepare_run, until
+    loopback = _loopback()
 
     organizations = 1 if smoke else ORGANIZATIONS
     rounds = WARM + (1 if smoke else 2 if stock else 12)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        run = prepare_run(Path(place) / "run", organizations, rounds)
-        with federation(Path(place) / "loopback", organizations) as made:
+        run = loopback.prepare_run(Path(place) / "run", organizations, rounds)
+        with loopback.federation(Path(place) / "loopback", organizations) as made:
             start = made.start_stock_node if stock else made.start_node
             for number, participant in enumerate(run.file.participants):
                 start(number, run.path / participant.site)
-            until(lambda: made.online() == organizations, 300.0)
+            loopback.until(lambda: made.online() == organizations, 300.0)
             made.submit(run.path)
-            until(lambda: run.finished, 120.0 * rounds)
+            loopback.until(lambda: run.finished, 120.0 * rounds)
         for entry in run.load().history[WARM:]:
             meter.add(wall=float(entry["seconds"]))
 
@@ -63,8 +72,7 @@ def commands(meter: Meter, folder: Path, smoke: bool) -> None:
     """All by cotune's commands; nodes and the run pass the public port."""
     import tempfile
 
-    _import_loopback()
-    from loopback import until
+    until = _loopback().until
 
     rounds = WARM + (1 if smoke else 12)
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -98,24 +106,23 @@ class Side:
 
     def set_up(self, rounds: int) -> None:
         """Found the federation, and make and invite its organizations."""
-        from loopback import free_port, write_model, write_sentences
-
+        loopback = _loopback()
         plan = {
             "rounds": rounds,
             "labels": ["bad", "good"],
             "privacy": "none",
-            "model": {"base": str(write_model(self.folder / "base")), "max_length": 16, "pooling": "mean"},
+            "model": {"base": str(loopback.write_model(self.folder / "base")), "max_length": 16, "pooling": "mean"},
             "data": {"source": "records.csv"},
             "strategy": "fedavg",
             "local": {"learning_rate": 1.0, "batch_size": 0.5, "steps": 2},
             "server": {"quorum": 1.0},
         }
         (self.folder / "plan.toml").write_text(tomli_w.dumps(plan), encoding="utf-8")
-        ports = ("--port", str(free_port()), "--superlink-port", str(free_port()))
+        ports = ("--port", str(loopback.free_port()), "--superlink-port", str(loopback.free_port()))
         self.do("server", "init", self.fed, "--plan", self.folder / "plan.toml", "--host", "localhost", "--device", "cpu", *ports)
         policy = subprocess.run([sys.executable, "-c", PERMISSIVE], capture_output=True, text=True, check=True).stdout
         for number, name in enumerate(self.organizations):
-            write_sentences(self.folder / f"{name}.csv", number)
+            loopback.write_sentences(self.folder / f"{name}.csv", number)
             self.do("client", "init", self.folder / name, "--name", name, "--device", "cpu")
             (self.folder / name / "policy.toml").write_text(policy, encoding="utf-8")
             self.do("server", "invite", self.fed, name, self.folder / name / "node.pub")

@@ -183,6 +183,8 @@ def test_a_coordinator_and_three_organizations_follow_their_pages(coordinator: O
         office.follow("cotune client init")
         shutil.copy(next(office.folder.glob("site*/node.pub")), coordinator.folder / "node.pub")
         coordinator.do(invite.replace("hospital-a", name))
+    for name in organizations:
+        coordinator.wait_for("cotune server start", f"{name} may join")
     prepare_by_join(organizations["hospital-a"])
     prepare_by_page_of_federation(organizations["hospital-b"])
     prepare_by_readme(organizations["hospital-c"])
