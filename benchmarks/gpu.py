@@ -595,7 +595,7 @@ def limited_memory(bench: Bench, gib: float) -> Iterator[None]:
 def measure_writing(bench: Bench) -> None:
     """A step of a model that writes."""
     try:
-        get_task("causal-lm")  # type: ignore[arg-type]
+        get_task("causal-lm")
     except KeyError:
         raise Skipped("this version of cotune has no task causal-lm") from None
     for checkpointing in (True, False):

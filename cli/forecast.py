@@ -40,7 +40,8 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}")
     console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
     tested = "no data were read" if seen.test_examples is None else f"{seen.test_examples:,} test examples"
-    console.print(f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), {tested}")
+    classes = f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), " if plan.labels else ""
+    console.print(f"{classes}{tested}")
     for note in seen.notes:
         console.print(escape(note))
     stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))

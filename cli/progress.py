@@ -29,6 +29,7 @@ from cotune.client.training.observe import observe_client
 from cotune.observers import Observer
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import duration, size
+from cotune.reporting.measures import headline
 from cotune.server.runs.events import observe_run
 
 
@@ -174,7 +175,7 @@ class _Lines:
         elif event == "baseline_failed":
             self.print(f"baseline {fields['baseline']} could not be trained: {fields['reason']}")
         elif event == "baseline_finished":
-            self.print(f"baseline {fields['baseline']}: accuracy {fields['metrics']['accuracy']:.3f}")
+            self.print(f"baseline {fields['baseline']}: {headline(fields['metrics'])}")
 
     def _remaining(self, round: int) -> float | None:
         """By the rounds so far, but for the first, which encodes the records; None while that is the only one."""
@@ -246,7 +247,7 @@ def _file_of(details: dict[str, Any]) -> str:
 def _round_line(fields: dict[str, Any], rounds: int, remaining: float | None) -> str:
     parts = [f"round {fields['round']}/{rounds} ({fields['stage']})", f"{len(fields['participants'])} organizations"]
     if fields["metrics"]:
-        parts.append(f"test accuracy {fields['metrics']['accuracy']:.3f}")
+        parts.append(f"test {headline(fields['metrics'])}")
     if fields["epsilon"]:
         parts.append(f"ε {round_up(max(fields['epsilon'].values()))}")
     parts.append(f"{size(fields['bytes_up'])} up, {size(fields['bytes_down'])} down")

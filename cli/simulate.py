@@ -20,7 +20,17 @@ from cotune.cli.screen import print_json, screen
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
-from cotune.reporting.verdict import few_note, is_personal, is_private, judge, own_columns, partition_note, personal_note
+from cotune.reporting.measures import measures_of
+from cotune.reporting.verdict import (
+    few_note,
+    floor_name,
+    is_personal,
+    is_private,
+    judge,
+    own_columns,
+    partition_note,
+    personal_note,
+)
 
 if TYPE_CHECKING:
     from cotune.simulations.run import Run
@@ -85,7 +95,8 @@ def show(console: Console, result: Run) -> None:
     if summary["stopped"] is not None:
         console.print(f"[bold]The run was stopped: {escape(summary['stopped'])}.[/bold]")
     console.print(
-        "[bold]is it worth joining?[/bold] accuracy on each organization's own held-out records; alone: without privacy"
+        f"[bold]is it worth joining?[/bold] {measures_of(summary)[0].name} on each organization's own held-out records; alone:"
+        " without privacy"
     )
     console.print(_own_records(console, summary))
     _answer(console, summary)
@@ -103,7 +114,7 @@ def show(console: Console, result: Run) -> None:
         console.print(f"client-level privacy: {spent}, {client_level['rounds_charged']} rounds charged")
     for file in ("report.html", "summary.json", "sites/*/model" if is_personal(summary) else "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
-    if summary["stopped"] is None and not is_personal(summary):
+    if summary["stopped"] is None and not is_personal(summary) and measures_of(summary)[0].share:
         console.print(f'next: cotune predict {shlex.quote(str(result.folder))} "a text"; docs/use.md says what else')
 
 
@@ -112,6 +123,9 @@ def _own_records(console: Console, summary: RunSummary) -> Table:
     columns = own_columns(summary)
     headings = {"majority": "majority", "alone_without_privacy": "alone", "plain": "plain", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
+    decides = measures_of(summary)[0]
+    if not decides.share:
+        headings["majority"] = "base model"
     narrow = console.width < _WIDE
     table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0) if narrow else (0, 1))
     table.add_column("organization", overflow="fold")
@@ -120,7 +134,7 @@ def _own_records(console: Console, summary: RunSummary) -> Table:
     for o in summary["organizations"]:
         own = o["own"]
         worth = o["worth"]
-        figures = [f"{own[key]['accuracy']:.3f}" if own and own[key] else "–" for key in columns]
+        figures = [f"{own[key][decides.key]:.3f}" if own and own[key] else "–" for key in columns]
         gain = f"{worth['difference']:+.3f}" if worth else "–"
         answer = worth["answer"].removesuffix(" to tell") if worth else "–"
         table.add_row(escape(o["name"]), *figures, gain, f"{own['records'] if own else 0:,}", answer)
@@ -144,11 +158,12 @@ def _comparison(summary: RunSummary) -> Table:
     table = Table(
         f"everybody's records mixed ({test['examples']:,} test examples)", header_style="bold", pad_edge=False, box=None
     )
-    for heading in ("accuracy", "precision", "recall", "F1"):
+    measures = measures_of(summary)
+    for heading in [each.key for each in measures] if not measures[0].share else ["accuracy", "precision", "recall", "F1"]:
         table.add_column(heading, justify="right")
     alone = "each organization alone, mean" + (" (same privacy)" if private else "")
     without = (test["alone_without_privacy"] or {}).get("mean")
-    rows = [("majority class", test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
+    rows = [(floor_name(summary).lower(), test["majority"]), (alone, (test["alone"] or {}).get("mean"))]
     rows += [
         ("each organization alone, mean (without privacy)", without),
         ("federated, nothing personal", test.get("plain")),
@@ -159,7 +174,7 @@ def _comparison(summary: RunSummary) -> Table:
     for name, metrics in rows:
         if metrics is not None:
             style = "bold" if name.startswith("federated") else None
-            table.add_row(name, *(f"{metrics[key]:.3f}" for key in ("accuracy", "precision", "recall", "f1")), style=style)
+            table.add_row(name, *(f"{metrics[key]:.3f}" for key in [each.key for each in measures]), style=style)
     return table
 
 

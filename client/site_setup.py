@@ -179,7 +179,8 @@ def set_records(
     if data is None:
         raise DataError(f"{site.folder} does not say where the records are: name their file with --data", code="data.no_source")
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
-    columns = {get_task(plan.task).key: text, "label": label, "unit": unit}
+    given, target = get_task(plan.task).columns(plan.data)
+    columns = {target: label, given: text, "unit": unit}
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
     try:
         described = DatasetManifest(

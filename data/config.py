@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-TaskName = Literal["sequence-classification", "token-classification", "image-classification"]
-_WITHOUT_CLASSES: frozenset[str] = frozenset()
+TaskName = Literal["sequence-classification", "token-classification", "image-classification", "causal-lm"]
+_WITHOUT_CLASSES = frozenset({"causal-lm"})
 
 
 def has_classes(task: str) -> bool:
@@ -27,6 +27,13 @@ class DataConfig(BaseModel):
     text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
     image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")
     label: str = Field(default="label", min_length=1, description="the column that holds the label, or the tag of each word")
+    prompt: str | None = Field(
+        default=None,
+        min_length=1,
+        description="causal-lm: the column that holds what a model is given; default: nothing, and it learns to write `text`",
+    )
+    target: str | None = Field(default=None, min_length=1, description="causal-lm: the column that holds what it is to write")
+    separator: str = Field(default="\n", max_length=100, description="causal-lm: what stands between a prompt and its target")
     unit: str | None = Field(
         default=None,
         min_length=1,
@@ -51,8 +58,16 @@ class DataConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _prompts_have_targets(self) -> DataConfig:
+        if (self.prompt is None) != (self.target is None):
+            lacking = "target" if self.target is None else "prompt"
+            raise ValueError(f"{lacking} is not given: expected the columns of both, prompt and target, or of text alone")
+        return self
+
+    @model_validator(mode="after")
     def _different_columns(self) -> DataConfig:
-        for key, other in (("text", "label"), ("image", "label"), ("unit", "label"), ("unit", "text"), ("unit", "image")):
-            if getattr(self, key) == getattr(self, other):
+        pairs = (("text", "label"), ("image", "label"), ("unit", "label"), ("unit", "text"), ("unit", "image"))
+        for key, other in (*pairs, ("prompt", "target"), ("unit", "prompt"), ("unit", "target")):
+            if getattr(self, key) is not None and getattr(self, key) == getattr(self, other):
                 raise ValueError(f"{key} and {other} are both {getattr(self, key)!r}: expected two different columns")
         return self

@@ -15,8 +15,12 @@ UNREADABLE = "unreadable"  # of a line, or of what stands in it
 KEPT = "duplicate that is trained on"  # where nothing leaves out copies: no promise to records, and no data.deduplicate
 ELSEWHERE = "held out, and trained on elsewhere"  # a person, or a text, that is in the files of several organizations
 _CUT = "cut at "
+_LOST = "target cut off"
 _NAMED = {  # reason: (of one record, of several)
     "blank text": ("blank text", "blank texts"),
+    "blank prompt": ("blank prompt", "blank prompts"),
+    "blank target": ("blank target", "blank targets"),
+    _LOST: ("text that loses all of its target, and contributes nothing", "texts that lose all of it, and contribute nothing"),
     "blank word": ("text with a blank word", "texts with blank words"),
     "blank image": ("blank image", "blank images"),
     "missing label": ("missing label", "missing labels"),
@@ -45,10 +49,14 @@ def cut_reason(tokens: int) -> str:
 
 
 def count_cut_texts(model: TrainableModel, inputs: Sequence[Input]) -> dict[str, int]:
-    """Return how many of the inputs are longer than the model reads, by the reason; nothing where none is."""
+    """Return how many of the inputs are longer than the model reads, and how many of these lose all that is to be learned."""
     loaded = model.loaded
-    count = loaded.task.cut(loaded.reader, loaded.max_length, inputs)
-    return {cut_reason(loaded.max_length): count} if count else {}
+    task = loaded.task
+    found = {
+        cut_reason(loaded.max_length): task.cut(loaded.reader, loaded.max_length, inputs),
+        _LOST: task.lost(loaded.reader, loaded.max_length, inputs),
+    }
+    return {reason: count for reason, count in found.items() if count}
 
 
 def format_left_out(reasons: Mapping[str, int], records: int, source: str = "") -> str | None:

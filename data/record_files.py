@@ -188,7 +188,7 @@ def _parse(
     except OSError as error:
         raise DataError(f"{name} cannot be read ({reason_of(error)}): check its permissions", code="data.not_readable") from error
     if not file.raw and not (lenient and suffix in JSON_SUFFIXES):  # of JSON lines, that is no record
-        columns = " and ".join(map(repr, file.wanted))
+        columns = " and ".join(map(repr, dict.fromkeys(file.wanted)))
         raise DataError(f"{name} is empty (0 bytes): expected records with the columns {columns}", code="data.no_records")
     if is_lfs_pointer(file.raw):
         raise DataError(
@@ -278,7 +278,7 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
         return False
     named = tuple(class_name(column).casefold() for column in file.wanted)
     held = class_name(given[:MAX_COLUMN_NAMES]).casefold(), class_name(label).casefold()
-    if held == named[::-1] and not file.lenient:
+    if held == named[::-1] != named and not file.lenient:
         raise DataError(
             f"{file.name} holds the names of its columns again in record {number}, in another order: expected the same order in"
             " all of the file; split it there",

@@ -1,6 +1,7 @@
 """What a record is made of, whatever the task: its input, its label, and how a ledger and a cache know it again.
 
-An input is a text, the words of one, or an image; a label is one class, or one tag for each word.
+An input is a text, the words of one, an image, or a prompt with what is to follow it; a label is one class, one tag for each
+word, or nothing where there are no classes.
 """
 
 from __future__ import annotations
@@ -9,11 +10,21 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 
 from cotune.data.readers.images import Image
 from cotune.printable import IGNORABLE
 
-Input = str | tuple[str, ...] | Image
+
+@dataclass(frozen=True)
+class Passage:
+    """What a model is to write, and what it is given before: "" where the whole text is to be written."""
+
+    prompt: str
+    target: str
+
+
+Input = str | tuple[str, ...] | Image | Passage
 Label = str | tuple[str, ...]
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
 
@@ -27,6 +38,8 @@ def content_bytes(value: Input | Label) -> bytes:
     """Bytes that are equal for equal inputs or labels and for no others of the same kind."""
     if isinstance(value, Image):
         return value.digest
+    if isinstance(value, Passage):
+        value = (value.prompt, value.target)
     text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "surrogatepass")
 
@@ -35,13 +48,20 @@ def record_identity(given: Input) -> bytes:
     """Return 16 bytes that stay the same when a file is shuffled, exported anew, labeled anew or retyped a little.
 
     SHA-256 over the plain form of a text (see `normalize_text`), whether it is kept as one or as its words; over the decoded
-    pixels and the size of an image. A corrected label is still the same record. Anyone who can guess a text can recognize its
+    pixels and the size of an image. A corrected label is still the same record; a prompt with another target is another one, as
+    many records may have one prompt. Anyone who can guess a text can recognize its
     identity: what is stored or exported is keyed first (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]
-    text = given if isinstance(given, str) else " ".join(given)
-    return hashlib.sha256(normalize_text(text).encode("utf-8", "surrogatepass")).digest()[:16]
+    if isinstance(given, Passage):
+        parts = [normalize_text(part) for part in (given.prompt, given.target) if part]
+        return _hashed("\0".join(parts))
+    return _hashed(normalize_text(given if isinstance(given, str) else " ".join(given)))
+
+
+def _hashed(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def normalize_text(text: str) -> str:

@@ -13,7 +13,7 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.data.readers.csv_reader import displayable_names
 from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
-from cotune.data.readers.images import SUFFIXES, Image
+from cotune.data.readers.images import SUFFIXES
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Input
 from cotune.errors import DataError, nearest, reason_of
@@ -82,7 +82,9 @@ def _row(file: DataFile, task: TaskName, number: int, value: object) -> Row:
     if isinstance(found, str):
         return Row(shown, None, found)
     given = found[0]
-    return Row(shown if isinstance(given, Image) else given if isinstance(given, str) else " ".join(given), given)
+    if isinstance(given, tuple):
+        return Row(" ".join(given), given)
+    return Row(given if isinstance(given, str) else shown, given)
 
 
 def _file(path: Path, raw: bytes, key: str, column: str, encoding: str = "utf-8") -> DataFile:

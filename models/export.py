@@ -14,13 +14,18 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
+from cotune.models.adapter_export import export_adapters
 from cotune.models.base_model import dropout_settings, silence_transformers
 from cotune.models.lora import merge_adapters
 from cotune.models.trainable import TrainableModel
 
+ADAPTERS = "adapter"  # the folder of adapters by themselves, in that of the model
+
 
 def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
     """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
+
+    Of a model that keeps its base model's head, the adapters are written by themselves, too: `adapter/`, for peft.
 
     An earlier export in the folder is replaced once the new one is complete. Anyone who may enter the folder above can read it,
     whatever the umask says. The model itself is left as it is.
@@ -40,6 +45,8 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         with silence_transformers():
             module.save_pretrained(part)
         model.loaded.reader.save_pretrained(part)
+        if model.lora is not None and model.loaded.task.keeps_head:
+            export_adapters(model, part / ADAPTERS)
         _limit_length(part, model.loaded.max_length)
         for name, text in (beside or {}).items():
             (part / name).write_text(text, encoding="utf-8")

@@ -135,7 +135,8 @@ def _known_mixing(model: TrainableModel, what: tuple[object, ...], mixing: Calla
     known = _mixing.setdefault(model, {})
     key = (*what, trained, kernel_key(model.device))
     if key not in known:
-        head = [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
+        kept = model.loaded.task.keeps_head
+        head = [] if kept else [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
         drawn = list(dict.fromkeys((*trained, *head, *model.adapter_names())))
         known[key] = any(_mixes_with(model, drawn, seed, mixing) for seed in range(_WEIGHTS_TRIED))
     return known[key]

@@ -19,24 +19,32 @@ _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "q
 
 def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
     """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero. Raises ModelError."""
-    from peft import LoraConfig as PeftLoraConfig  # takes seconds to import, which commands that load no model need not wait for
-    from peft import inject_adapter_in_model
+    from peft import inject_adapter_in_model  # takes seconds to import, which commands that load no model need not wait for
 
-    targets = _last_layers(_target_modules(loaded, lora), lora.layers)
-    transposed = type(loaded.module.get_submodule(targets[0])).__name__ == "Conv1D"  # GPT-2's linear layers
-    config = PeftLoraConfig(
+    inject_adapter_in_model(build_peft_config(loaded, lora), loaded.module)
+    for name, parameter in loaded.module.named_parameters():
+        if ".lora_A." in name:
+            parameter.data.copy_(init_lora_a(tuple(parameter.shape), parameter_seed(seed, name)))
+    loaded.module.requires_grad_(False)
+
+
+def build_peft_config(loaded: LoadedModel, lora: LoraConfig) -> Any:
+    """Return peft's configuration of the adapters that a plan asks for. Raises ModelError."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    given = [name for name, layer in loaded.module.named_modules() if isinstance(layer, LoraLayer)]
+    targets = given or _last_layers(_target_modules(loaded, lora), lora.layers)
+    first: Any = loaded.module.get_submodule(targets[0])
+    base = first.get_base_layer() if given else first
+    return PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
         use_rslora=lora.method == "rslora",
         target_modules=targets,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=type(base).__name__ == "Conv1D",  # GPT-2's linear layers
     )
-    inject_adapter_in_model(config, loaded.module)
-    for name, parameter in loaded.module.named_parameters():
-        if ".lora_A." in name:
-            parameter.data.copy_(init_lora_a(tuple(parameter.shape), parameter_seed(seed, name)))
-    loaded.module.requires_grad_(False)
 
 
 def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:

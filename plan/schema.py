@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
+from cotune.data.config import has_classes
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
 from cotune.plan.tables import PlanTables
@@ -33,6 +34,24 @@ class Plan(PlanTables):
     def _labels_are_distinct(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels: expected distinct class names, got {list(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _task_without_classes(self) -> Self:
+        if has_classes(self.task):
+            return self
+        problems = {
+            "labels": bool(self.labels),
+            "class_weights": bool(self.class_weights),
+            "tell.label_histogram": self.tell.label_histogram,
+        }
+        for key, given in problems.items():
+            if given:
+                raise ValueError(f"{key} is for classes, and the records of task = {self.task} have none: leave it out")
+        if any(stage.mode == "head" for stage in self.stages):
+            raise ValueError(
+                f"train = head trains a new head, and task = {self.task} keeps that of its base model: expected train = lora"
+            )
         return self
 
     @model_validator(mode="after")

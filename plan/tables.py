@@ -79,7 +79,9 @@ class PlanTables(ConfigTable):
     )
     seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
     task: TaskName = Field(
-        "sequence-classification", description="a class for a text (sequence-), for each word of one (token-), or for an image"
+        "sequence-classification",
+        description="a class for a text (sequence-), for each word of one (token-), or for an image; or a text that goes on with"
+        " another (causal-lm)",
     )
     labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.formatting import percent
+from cotune.reporting.measures import Measure, get_measures
 from cotune.reporting.verdict import Summary, is_private, is_real
 
 _MOST_DRAWN = 1e12  # ε: older runs admitted whatever was stated
@@ -81,24 +82,26 @@ class Chart:
 
 
 def accuracy_chart(summary: Summary) -> Chart | None:
-    """Test accuracy after each round against what is reached without it; None if no round was tested."""
-    measured = {r["round"]: r["metrics"]["accuracy"] for r in summary["rounds"] if r["metrics"] is not None}
+    """Test accuracy (or loss) after each round against what is reached without it; None if no round was tested."""
+    measure = get_measures(next((r["metrics"] for r in summary["rounds"] if r["metrics"] is not None), None))[0]
+    measured = {r["round"]: r["metrics"][measure.key] for r in summary["rounds"] if r["metrics"] is not None}
     if not measured:
         return None
-    levels = _baselines(summary["test"])
+    levels = _baselines(summary["test"], measure)
     rounds = _round_scale(summary)
-    y = value_scale(100 * value for value in (*measured.values(), *(value for _, _, value in levels)))
-    points = tuple(Point(rounds.along(r), y.down(100 * v), f"Round {r}: {percent(v)}") for r, v in measured.items())
+    factor = 100 if measure.share else 1
+    y = value_scale(factor * value for value in (*measured.values(), *(value for _, _, value in levels)))
+    points = tuple(Point(rounds.along(r), y.down(factor * v), f"Round {r}: {measure.show(v)}") for r, v in measured.items())
     return Chart(
         name="accuracy",
-        title="Accuracy on the common test set after each round (%)",
-        description=f"{points[0].text}. {points[-1].text}. " + ". ".join(f"{name}: {percent(v)}" for _, name, v in levels),
+        title=f"{measure.name.capitalize()} on the common test set after each round{' (%)' if measure.share else ''}",
+        description=f"{points[0].text}. {points[-1].text}. " + ". ".join(f"{name}: {measure.show(v)}" for _, name, v in levels),
         legend=(
-            Key("c0 strong", "federated", percent(summary["test"]["federated"]["accuracy"])),
-            *(Key(style, name, percent(value)) for style, name, value in levels),
+            Key("c0 strong", "federated", measure.show(summary["test"]["federated"][measure.key])),
+            *(Key(style, name, measure.show(value)) for style, name, value in levels),
         ),
         lines=(
-            *(_level(style, y.down(100 * value)) for style, _, value in levels),
+            *(_level(style, y.down(factor * value)) for style, _, value in levels),
             Line("c0 strong", points, len(points) <= MOST_DOTS),
         ),
         bands=_bands(summary, rounds),
@@ -158,17 +161,17 @@ def _styles(count: int) -> list[str]:
     return [f"c{i} pattern{i}" for i in range(count)] if count <= COLORS else ["c0 faint"] * count
 
 
-def _baselines(test: Summary) -> list[tuple[str, str, float]]:
-    """(style, name, accuracy) of each baseline that was measured."""
+def _baselines(test: Summary, measure: Measure) -> list[tuple[str, str, float]]:
+    """(style, name, figure) of each baseline that was measured."""
     alone = test["alone"] and test["alone"]["mean"]
     without = test["alone_without_privacy"] and test["alone_without_privacy"]["mean"]
     all_of_them = (
         ("c2 pattern1", "all data pooled, no privacy", test["pooled"]),
         ("c1 pattern2", "alone, mean", alone),
         ("c3 pattern4", "alone without privacy, mean", without),
-        ("c5 pattern3", "majority class", test["majority"]),
+        ("c5 pattern3", "majority class" if measure.share else "base model", test["majority"]),
     )
-    return [(style, name, metrics["accuracy"]) for style, name, metrics in all_of_them if metrics is not None]
+    return [(style, name, metrics[measure.key]) for style, name, metrics in all_of_them if metrics is not None]
 
 
 def _level(style: str, y: float) -> Line:

@@ -18,10 +18,10 @@ from cotune.models.base_lookup import FOLDER
 from cotune.plan.schema import Plan
 from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
+from cotune.reporting.measures import get_measures
 
 CARD = "README.md"  # its name in the folder of a model
 Measured = Mapping[str, Mapping[str, Any] | None]  # what was tested -> its metrics; None: not tested
-_METRICS = ("accuracy", "precision", "recall", "f1")
 _MOST_LABELS = 200
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
@@ -69,6 +69,9 @@ def promised(plan: Plan) -> list[str]:
 
 
 def _use(pipeline: str, length: int) -> Iterator[str]:
+    if pipeline == "text-generation":
+        yield from _use_of_writer(length)
+        return
     is_image = pipeline == "image-classification"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
@@ -84,10 +87,18 @@ def _use(pipeline: str, length: int) -> Iterator[str]:
     yield f"`cotune predict FOLDER {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
 
 
+def _use_of_writer(length: int) -> Iterator[str]:
+    yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
+    yield 'write = pipeline("text-generation", "FOLDER")'
+    yield from ('print(write("a prompt\\n", max_new_tokens=50, return_full_text=False))', "```", "")
+    yield f"A prompt ends with the separator of the plan, as in training; with its answer it had {length} tokens at most."
+
+
 def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
     labels = ", ".join(plan.labels[:_MOST_LABELS]) + (" …" if len(plan.labels) > _MOST_LABELS else "")
     yield "task", plan.task
-    yield "labels", f"{len(plan.labels)}, in the order of the head: {labels}"
+    if plan.labels:
+        yield "labels", f"{len(plan.labels)}, in the order of the head: {labels}"
     if key == "text":
         yield "length", f"{length} tokens; the rest of a text is not read"
     yield "base model", _base(plan)
@@ -110,12 +121,13 @@ def _results(test: Measured, examples: int) -> Iterator[str]:
     rows = [(name, metrics) for name, metrics in test.items() if metrics]
     if not rows:
         return
-    means = "precision, recall and F1 are means over the classes. No ε covers these figures."
-    yield from ("", "## Test", "", f"On {examples:,} held-out records; {means}", "")
-    yield f"| | {' | '.join(_METRICS)} |"
-    yield f"|---|{'---|' * len(_METRICS)}"
+    keys = [measure.key for measure in get_measures(rows[0][1])]
+    means = "precision, recall and F1 are means over the classes" if "f1" in keys else "loss is in nats per target token"
+    yield from ("", "## Test", "", f"On {examples:,} held-out records; {means}. No ε covers these figures.", "")
+    yield f"| | {' | '.join(keys)} |"
+    yield f"|---|{'---|' * len(keys)}"
     for name, metrics in rows:
-        yield f"| {_shown(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in _METRICS)} |"
+        yield f"| {_shown(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in keys)} |"
 
 
 def _shown(text: str) -> str:

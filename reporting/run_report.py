@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
+from cotune.reporting.measures import measures_of
 from cotune.reporting.pages import page_environment
 from cotune.reporting.verdict import Summary, is_private, is_real, judge, own_columns, results
 from cotune.storage.files import atomic_write
@@ -23,11 +24,14 @@ def render_report(summary: Summary) -> str:
     where a field is absent.
     """
     page = page_environment().get_template("report.html.j2")
+    measures = measures_of(summary)
     return page.render(
         summary=summary,
         private=is_private(summary),
         real=is_real(summary),
         verdict=judge(summary),
+        measures=measures,
+        gain=lambda value: measures[0].show_gain(100 * value if measures[0].share else value),
         results=results(summary),
         own_columns={} if is_real(summary) else own_columns(summary),
         accuracy_chart=accuracy_chart(summary),

@@ -10,7 +10,8 @@ from typing import Any
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
-from cotune.reporting.formatting import SPACE, percent, signed
+from cotune.reporting.formatting import SPACE, percent
+from cotune.reporting.measures import Measure, measures_of
 
 Summary = RunSummary | Mapping[str, Any]
 _MOST_NAMES = 5
@@ -78,17 +79,23 @@ def _nobody_knows(test: Summary) -> str:
 def _sentence(summary: Summary) -> str:
     answers = summary["worth"]["answers"]
     compared = [o["worth"] for o in summary["organizations"] if o["worth"]]
-    gains = [100 * each["difference"] for each in compared]
+    gains = [each["difference"] for each in compared]
+    measure = measures_of(summary)[0]
     return (
         f"each on its own held-out records, joining is better than training alone for {answers['yes']} of {len(gains)}"
-        f" organizations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}: {_range(gains)}."
+        f" organizations, worse for {answers['no']} and too close to tell for {answers['too close to tell']}:"
+        f" {_range(measure, gains)}."
     )
 
 
-def _range(gains: Sequence[float]) -> str:
-    low = signed(min(gains))
-    high = signed(max(gains))
-    return f"by {low} points of accuracy" if low == high else f"from {low} to {high} points of accuracy"
+def _range(measure: Measure, gains: Sequence[float]) -> str:
+    low, high = (_signed(measure, gain) for gain in (min(gains), max(gains)))
+    return f"by {low} {measure.unit}" if low == high else f"from {low} to {high} {measure.unit}"
+
+
+def _signed(measure: Measure, gain: float) -> str:
+    """A gain of `worth`, which is a share or in nats."""
+    return measure.show_gain(100 * gain if measure.share else gain)
 
 
 _COLUMNS = {
@@ -106,11 +113,17 @@ def _means_note(summary: Summary) -> str:
     names = dict(_COLUMNS)
     if not is_private(summary):
         names["alone"] = "alone, as the plan trains"
-    said = ", ".join(f"{names[name]} {percent(means[name]['accuracy'])}" for name in names if means.get(name) is not None)
+    measure = measures_of(summary)[0]
+    if not measure.share:
+        names["majority"] = "base model"
+    known = {name: means.get(name) for name in names}  # runs of earlier builds lack some
+    said = ", ".join(
+        f"{names[name]} {measure.show(figures[measure.key])}" for name, figures in known.items() if figures is not None
+    )
     how = "the federated model, which each has adapted to itself" if means["adapted"] else "the federated model"
     return (
-        f"Joining means {how}; alone means without privacy, which nobody needs who shares nothing. Mean accuracy on own held-out"
-        f" records: {said}."
+        f"Joining means {how}; alone means without privacy, which nobody needs who shares nothing. Mean {measure.name} on own"
+        f" held-out records: {said}."
     )
 
 
@@ -141,17 +154,25 @@ def _measured(summary: Summary) -> str:
     test = summary["test"]
     federated = test["federated"]
     who = "each organization's own model reaches, in the mean," if is_personal(summary) else "the federated model reaches"
+    measure = measures_of(summary)[0]
     constant = f"always giving the most frequent label{' of the test set' if is_real(summary) else ''}"
-    against = [_against(_points(federated, test["majority"]), constant)]
+    floor = constant if measure.share else "the base model as it came"
+    against = [_against(measure, federated, test["majority"], floor)]
     if test["pooled"] is not None:
-        against.append(_against(_points(federated, test["pooled"]), "pooling all data without privacy"))
+        against.append(_against(measure, federated, test["pooled"], "pooling all data without privacy"))
     known = summary["worth"] is not None or is_real(summary)
     unknown = "" if known else "; what the organizations reach alone was not measured"
-    return f"{who} {percent(federated['accuracy'])} accuracy, {', and '.join(against)}{unknown}."
+    reached = f"{percent(federated['accuracy'])} accuracy" if measure.share else f"a loss of {measure.show(federated['loss'])}"
+    return f"{who} {reached}, {', and '.join(against)}{unknown}."
 
 
-def _against(points: float, name: str) -> str:
-    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'} {name}" if points else f"level with {name}"
+def _against(measure: Measure, ours: Mapping[str, float], theirs: Mapping[str, float], name: str) -> str:
+    gain = measure.gain(ours, theirs)
+    if not gain:
+        return f"level with {name}"
+    if measure.share:
+        return f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'} {name}"
+    return f"{abs(gain):.3f} {measure.unit} {'better' if gain > 0 else 'worse'} than {name}"
 
 
 def personal_note(summary: Summary) -> Iterator[str]:
@@ -162,14 +183,19 @@ def personal_note(summary: Summary) -> Iterator[str]:
             yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
     gain = summary.get("personal")
     if gain is not None:
+        measure = measures_of(summary)[0]
+        unit = "points" if measure.share else f"{measure.unit}, for the better where positive,"
+        mean, worst = (_signed(measure, gain[key]) for key in ("mean_gain", "worst_gain"))
         yield (
-            f"What is personal changes the accuracy on own held-out records by {signed(100 * gain['mean_gain'])} points in the"
-            f" mean, and by {signed(100 * gain['worst_gain'])} for {gain['worst']}, against the same run with everything shared."
+            f"What is personal changes the {measure.key} on own held-out records by {mean} {unit} in the mean, and by {worst} for"
+            f" {gain['worst']}, against the same run with everything shared."
         )
 
 
 def _chance_note(test: Summary) -> str:
     """The 95 % interval of an accuracy on so many examples."""
+    if "loss" in test["federated"]:
+        return f"Measured on the target tokens of {test['examples']:,} test examples."
     accuracy = test["federated"]["accuracy"]
     margin = 100 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / test["examples"])
     return (
@@ -188,17 +214,12 @@ def _privacy_note(summary: Summary) -> Iterator[str]:
         yield f"Differential privacy for every single record: the plan allows ε = {privacy['epsilon']:g}{delta}{most}."
 
 
-def _points(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
-    """Percentage points between two accuracies, to the one decimal that is shown: words and numbers agree."""
-    return round(100 * (ours["accuracy"] - theirs["accuracy"]), 1)
-
-
 def results(summary: Summary) -> dict[str, Mapping[str, float] | None]:
     """The rows of the table on the common test set, from floor to bound."""
     test = summary["test"]
     same = ", same privacy" if is_private(summary) else ""
     rows = {
-        "Majority class": test["majority"],
+        floor_name(summary): test["majority"],
         f"Each organization alone (mean{same})": test["alone"] and test["alone"]["mean"],
         "Each organization alone (mean, without privacy)": test["alone_without_privacy"]
         and test["alone_without_privacy"]["mean"],
@@ -210,10 +231,15 @@ def results(summary: Summary) -> dict[str, Mapping[str, float] | None]:
     return {name: metrics for name, metrics in rows.items() if metrics is not None or not name.startswith("Federated, ")}
 
 
+def floor_name(summary: Summary) -> str:
+    """What needs no training: the most frequent class, or the base model where there are none."""
+    return "Majority class" if measures_of(summary)[0].share else "Base model, untrained"
+
+
 def own_columns(summary: Summary) -> dict[str, str]:
     """The columns of the table on own records: key in `own` -> heading; those that some organization has."""
     headings = {
-        "majority": "Majority class",
+        "majority": floor_name(summary),
         "alone": "Alone, same privacy" if is_private(summary) else "Alone, as the plan trains",
         "alone_without_privacy": "Alone, without privacy",
         "plain": "Federated, nothing personal",

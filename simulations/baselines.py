@@ -29,7 +29,8 @@ from cotune.client.personalization.adaptation import Adaptation, adapt, build_ow
 from cotune.client.site import Site
 from cotune.client.training.personal import PERSONAL, UNNOISED
 from cotune.data.dataset import Dataset, DatasetManifest
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import Metrics
+from cotune.data.tasks.task import Task, get_task
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_examples, encoded_features
@@ -169,7 +170,7 @@ def build_personal_evaluate(folder: RunFolder) -> Evaluator:
 
     def judge(state: State) -> Metrics | None:
         metrics = personal_metrics(folder, state)
-        return mean_metrics(list(metrics.values())) if metrics else None
+        return mean_metrics(get_task(folder.plan.task), list(metrics.values())) if metrics else None
 
     return judge
 
@@ -193,8 +194,8 @@ def export_each(folder: RunFolder, state: State) -> None:
         export_model(model, folder.path / "sites" / name / "model", {CARD: card})
 
 
-def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    return type(metrics[0])(**mean_values([each.as_dict() for each in metrics]))
+def mean_metrics(task: Task, metrics: Sequence[Metrics]) -> Metrics:
+    return task.read_metrics(mean_values([each.as_dict() for each in metrics]))
 
 
 def mean_values(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset
 from cotune.data.natural_partition import get_partition_column, read_owners
 from cotune.data.partition import PartitionConfig, Rows, UnitGroups, partition, split_by_class_shares, split_test, unit_groups
@@ -171,6 +172,12 @@ def _apart(
 
 def _partition_config(plan: Plan) -> PartitionConfig:
     simulation = plan.simulation
+    if not has_classes(plan.task) and simulation.partition.startswith(("dirichlet", "shards")):
+        raise PlanError(
+            f'simulation.partition = "{simulation.partition}" shares out classes, and the records of task = {plan.task} have'
+            " none: expected iid, quantity:ALPHA or column:NAME",
+            code="plan.partition",
+        )
     try:
         return PartitionConfig(clients=simulation.clients, scheme=simulation.partition, min_examples=simulation.min_examples)
     except ValidationError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotune.client.personalization.adaptation import get_unit_numbers
+from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset
 from cotune.data.types import Label
-from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers
+from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, TextAnswers
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share
 
@@ -55,8 +56,11 @@ class TestSet:
         """How many records a part of the answers is of."""
         return len(np.unique(self._record[where]))
 
-    def answers(self, told: Told, where: NDArray[np.bool_]) -> Answers:
-        """What a model tells on a part of the set."""
+    def answers(self, told: Told, where: NDArray[np.bool_]) -> Any:
+        """What a model tells on a part of the set: `Answers`, or `TextAnswers` where there are no classes."""
+        if not has_classes(self.plan.task):
+            losses, tokens, right = (np.asarray(column)[where] for column in zip(*told, strict=True))
+            return TextAnswers(losses, tokens, right, self._unit[where])
         return Answers(self.truth[where], np.asarray(told, dtype=np.int64)[where], self._unit[where], len(self.plan.labels))
 
 
@@ -81,7 +85,8 @@ def _personal_gain(test: TestSet, choices: Choices, where: NDArray[np.bool_]) ->
     """What personal parts change: the score of the own model, less that of the model that is all shared."""
     if "plain" not in choices or "federated" not in choices:
         return None
-    return test.answers(choices["federated"], where).score - test.answers(choices["plain"], where).score
+    gain: float = test.answers(choices["federated"], where).score - test.answers(choices["plain"], where).score
+    return gain
 
 
 def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any]:

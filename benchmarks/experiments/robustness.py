@@ -28,7 +28,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import ClassMetrics, Metrics
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
 from cotune.models.trainable import State
@@ -197,7 +197,7 @@ def sigma(plan: Plan, examples: int) -> float:
 
 def judged(data: Data, state: State) -> Metrics:
     right = np.argmax(data.features[data.test] @ matrix(state).T, axis=1) == data.labels[data.test]
-    return Metrics(float(right.mean()), 0.0, 0.0, 0.0)
+    return ClassMetrics(float(right.mean()), 0.0, 0.0, 0.0)
 
 
 def grid_of(plan: Plan, answer: Callable[[Request], Update]) -> InProcessGrid:

@@ -20,7 +20,8 @@ from cotune.flower.control_client import open_control
 from cotune.plan.load import check_tables, parse_overrides, read_document
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary, read_summary
-from cotune.reporting.formatting import percent, size
+from cotune.reporting.formatting import size
+from cotune.reporting.measures import measures_of
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.run_controller import (
@@ -102,9 +103,10 @@ def _show_result(console: Console, played: RunFolder) -> None:
     console.print(_organizations(summary))
     test = summary["test"]
     if test["federated"] is not None:
-        reached = percent(test["federated"]["accuracy"])
-        constant = percent(test["majority"]["accuracy"])
-        console.print(f"accuracy {reached} on {test['examples']:,} test examples (most frequent label: {constant})")
+        measure = measures_of(summary)[0]
+        reached = measure.show(test["federated"][measure.key])
+        floor = f"{'most frequent label' if measure.share else 'base model'}: {measure.show(test['majority'][measure.key])}"
+        console.print(f"{measure.name} {reached} on {test['examples']:,} test examples ({floor})")
     console.print(f"{len(summary['rounds'])} rounds, {size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down")
     for file in ("report.html", "summary.json", "model"):
         if (played.path / file).exists():

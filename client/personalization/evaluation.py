@@ -30,7 +30,7 @@ from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.classes import compute_metrics
+from cotune.data.tasks.metrics import compute_metrics
 from cotune.errors import ModelError, RunError
 from cotune.models.adapter import parameter_seed
 from cotune.models.base_model import draw_head

@@ -126,7 +126,21 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
     for stage in plan.stages:
         model.train_only(stage_names(plan, stage, model))
         if isinstance(plan.privacy, RecordPrivacy):
+            _refuse_trained_ties(model, stage)
             _check_gradients_once(plan, stage, model, plan.privacy)
+
+
+def _refuse_trained_ties(model: TrainableModel, stage: Stage) -> None:
+    """A table that reads and writes tokens has a gradient in two places, of which per-example gradients see one."""
+    module = model.loaded.module
+    output = module.get_output_embeddings() if model.loaded.task.keeps_head else None
+    table = module.get_input_embeddings().weight
+    if output is not None and output.weight is table and table.requires_grad:
+        raise PrivacyError(
+            f"train = {stage.mode} would train the table of tokens, which is the output layer, too (tied weights): expected train"
+            " = lora, or freeze_embeddings = true",
+            code="privacy.tied_weights",
+        )
 
 
 def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:

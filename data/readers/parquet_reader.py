@@ -20,7 +20,7 @@ def read_parquet(file: DataFile) -> Columns:
     try:
         opened = parquet.ParquetFile(BufferReader(file.raw))
         names = list(opened.schema_arrow.names)
-        present = [name for name in file.columns if names.count(name) == 1]
+        present = [name for name in dict.fromkeys(file.columns) if names.count(name) == 1]
         # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
         table = Dataset(InMemoryTable(opened.read(columns=present, use_threads=False)), fingerprint="unused")
         for name, feature in dict(table.features).items():

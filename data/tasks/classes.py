@@ -1,36 +1,20 @@
-"""Targets that are classes: of a record, or of each word of one. Their scores, losses and metrics."""
+"""Targets that are classes: of a record, or of each word of one. Their scores and losses."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.data.config import DataConfig
+from cotune.data.tasks.metrics import ClassMetrics, Metrics, compute_metrics
 from cotune.data.types import Label, class_names_in
 
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of a position that has none; of a whole row that contributes nothing
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Quality on a test set, each in [0, 1]; precision, recall and F1 are means over the classes (macro).
-
-    Of tags it is the words that are counted, "O" among the classes. A word that a model's length cuts off is one told wrong.
-    """
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class ClassTargets:
@@ -41,6 +25,9 @@ class ClassTargets:
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.key, "label"
+
+    def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        return 0
 
     def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
         return example_losses(module, batch, weights)
@@ -55,28 +42,12 @@ class ClassTargets:
         return compute_metrics(truth, told, classes)
 
     def read_metrics(self, values: Mapping[str, float]) -> Metrics:
-        return Metrics(**values)
+        return ClassMetrics(**values)
 
-    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> int:
+    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> int | None:
         """The class number that most of the labels (with tags: of the words) have; of equally many the first."""
         counts = Counter(name for label in held for name in class_names_in(label))
         return max(range(len(classes)), key=lambda number: (counts[classes[number]], -number))
-
-
-def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int) -> Metrics:
-    """Metrics of predicted against true class numbers; a class that is never predicted has precision 0."""
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # its import takes a second
-
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        truth, predicted, labels=list(range(classes)), average="macro", zero_division=0
-    )
-    return Metrics(float(accuracy_score(truth, predicted)), float(precision), float(recall), float(f1))
-
-
-def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -> Metrics:
-    """What always answering the most frequent class of the training data reaches."""
-    most = max(range(classes), key=lambda c: (list(train).count(c), -c))
-    return compute_metrics(truth, [most] * len(truth), classes)
 
 
 def logits(module: nn.Module, batch: Batch) -> Tensor:

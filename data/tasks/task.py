@@ -15,8 +15,10 @@ from torch import Tensor, device, nn
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.readers.data_file import DataFile
 from cotune.data.tasks.batching import LENGTHS
-from cotune.data.tasks.classes import Batch, Metrics
+from cotune.data.tasks.causal import CausalLanguageModeling
+from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.image import ImageClassification
+from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.tasks.token import TokenClassification
 from cotune.data.types import Input, Label
@@ -64,6 +66,9 @@ class Task(Protocol):
 
     def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
         """How many of the inputs are longer than the model reads, so that their ends are not seen."""
+
+    def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        """How many of them have a target of which nothing is seen, so that they contribute nothing."""
 
     def samples(self, reader: Any) -> list[Example]:
         """Three made-up examples, of unlike lengths where there are lengths; their classes are 0 and 1."""
@@ -126,6 +131,7 @@ _TASKS: dict[str, Task] = {
     "sequence-classification": SequenceClassification(),
     "token-classification": TokenClassification(),
     "image-classification": ImageClassification(),
+    "causal-lm": CausalLanguageModeling(),
 }
 
 

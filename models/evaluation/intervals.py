@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.data.tasks.classes import compute_metrics
+from cotune.data.tasks.metrics import TextMetrics, compute_metrics, compute_text_metrics
 
 CONFIDENCE = 0.95
 MIN_TEST_RECORDS = 200  # test records, below which a report warns
@@ -68,11 +68,53 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Two models on the same records: the difference of their accuracies.
+class TextAnswers:
+    """What a model makes of the texts that it is to write.
 
     Attributes:
-        difference: Accuracy of ours minus accuracy of theirs.
+        losses: (n,) sum of the losses of each record's target tokens, in nats.
+        tokens: (n,) how many these are.
+        right: (n,) how many of them are the most probable ones.
+        units: (n,) the number of the unit that each record belongs to.
+    """
+
+    losses: NDArray[np.float64]
+    tokens: Numbers
+    right: Numbers
+    units: Numbers
+
+    @property
+    def score(self) -> float:
+        """The loss per token with its sign changed: more is better."""
+        return -self._metrics().loss
+
+    def figures(self) -> dict[str, Any]:
+        """Return the metrics, with the intervals of loss and accuracy: percentiles of a bootstrap over the units."""
+        sums = _resampled(self.units, np.stack([self.losses, self.right, self.tokens], axis=1))
+        sums = sums[sums[:, 2] > 0]  # a draw of records without any target says nothing
+        return {
+            **self._metrics().as_dict(),
+            "loss_interval": list(_percentiles(sums[:, 0] / sums[:, 2])),
+            "accuracy_interval": list(_percentiles(sums[:, 1] / sums[:, 2])),
+        }
+
+    def compare(self, theirs: TextAnswers) -> Paired:
+        """Compare with another model on the same records, by a paired bootstrap over the units of the loss per token."""
+        saved = theirs.losses - self.losses
+        sums = _resampled(self.units, np.stack([saved, self.tokens], axis=1))
+        sums = sums[sums[:, 1] > 0]
+        return _bootstrapped(float(saved.sum() / self.tokens.sum()), sums[:, 0] / sums[:, 1])
+
+    def _metrics(self) -> TextMetrics:
+        return compute_text_metrics(list(zip(self.losses.tolist(), self.tokens.tolist(), self.right.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same records: by how much ours is better.
+
+    Attributes:
+        difference: Accuracy of ours minus accuracy of theirs; of texts, loss of theirs minus loss of ours, in nats per token.
         low: Lower end of its 95 % interval.
         high: Upper end.
         p: Of the two-sided test that there is no difference.
@@ -116,7 +158,7 @@ def accuracy_interval(answers: Answers) -> Interval:
 def f1_interval(answers: Answers) -> Interval:
     """Return the percentiles of macro F1 over a bootstrap of the units (Efron & Tibshirani, 1993, chapter 13).
 
-    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.classes.compute_metrics`.
+    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.metrics.compute_metrics`.
     """
     classes = np.arange(answers.classes)
     there = answers.truth[:, None] == classes
@@ -138,9 +180,12 @@ def compare_paired(ours: Answers, theirs: Answers) -> Paired:
     if ours.single:
         return _mcnemar(int((apart > 0).sum()), int((apart < 0).sum()), len(apart))
     sums = _resampled(ours.units, np.stack([apart, np.ones(len(apart))], axis=1))
-    drawn = sums[:, 0] / sums[:, 1]
+    return _bootstrapped(float(apart.mean()), sums[:, 0] / sums[:, 1])
+
+
+def _bootstrapped(difference: float, drawn: NDArray[np.float64]) -> Paired:
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1
-    return Paired(float(apart.mean()), *_percentiles(drawn), min(1.0, 2 * float(tail) / (_DRAWS + 1)), "paired bootstrap")
+    return Paired(difference, *_percentiles(drawn), min(1.0, 2 * float(tail) / (len(drawn) + 1)), "paired bootstrap")
 
 
 def _mcnemar(better: int, worse: int, total: int) -> Paired:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import Metrics
 from cotune.data.types import Label
 from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features

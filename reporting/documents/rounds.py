@@ -8,12 +8,16 @@ from cotune.reporting.documents.base import Document, Number
 
 
 class MetricsEntry(Document):
-    """Metrics in [0, 1]; precision, recall and F1 are macro means over the classes."""
+    """Metrics of a task: of classes precision, recall and F1, of texts loss and perplexity; the others are absent."""
 
-    accuracy: Number = Field(description="Share of the records (with tags: of the words) that are told right.")
-    precision: Number = Field(description="Macro mean over the classes.")
-    recall: Number = Field(description="Macro mean over the classes.")
-    f1: Number = Field(description="Macro mean over the classes.")
+    accuracy: Number = Field(
+        description="Share of the records (with tags: of the words; of texts: of the target tokens) that are told right, of 1."
+    )
+    precision: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
+    recall: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
+    f1: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
+    loss: Number = Field(0.0, description="Texts: mean negative log-likelihood of the target tokens, in nats per token.")
+    perplexity: Number = Field(0.0, description="Texts: e to the loss.")
 
 
 class DroppedEntry(Document):

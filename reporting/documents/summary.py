@@ -124,7 +124,8 @@ class TestSummary(Document):
 
     examples: int = Field(description="Size of the test set; 0: there is none.")
     majority: MetricsEntry | None = Field(
-        description="Always answering the most frequent class of the training data (in a real run: of the test set)."
+        description="Always answering the most frequent class of the training data (in a real run: of the test set); of texts,"
+        " the base model as it came."
     )
     alone: Repeated | None = Field(
         description=f"Each organization training by itself: same plan, privacy and number of steps; {_WHERE_REAL}."
@@ -145,7 +146,8 @@ class ColumnFigures(MetricsEntry):
     """Metrics with intervals."""
 
     accuracy_interval: list[Number] = Field(description="95 % interval of the accuracy.")
-    f1_interval: list[Number] = Field(description="95 % interval of F1.")
+    f1_interval: list[Number] = Field([], description="Classes: 95 % interval of F1.")
+    loss_interval: list[Number] = Field([], description="Texts: 95 % interval of the loss.")
 
 
 class OwnFigures(Document):
@@ -153,7 +155,9 @@ class OwnFigures(Document):
 
     records: int = Field(description="Size of the test set.")
     accuracy: Number | None = Field(description="Of the federated model.")
-    majority: ColumnFigures | None = Field(description="Always answering its most frequent class.")
+    majority: ColumnFigures | None = Field(
+        description="Always answering its most frequent class; of texts, the base model as it came."
+    )
     alone: ColumnFigures | None = Field(description="The model that it trained alone.")
     alone_without_privacy: ColumnFigures | None = Field(description="The same without privacy.")
     plain: ColumnFigures | None = Field(None, description="The federated model of the same run without personal parts.")
@@ -168,7 +172,7 @@ class OrganizationWorth(Document):
     useful: bool = Field(description="Whether the model is better than a constant answer.")
     joined: str = Field(description="The column that stands for joining.")
     against: str = Field(description="The column that it is compared with.")
-    difference: Number = Field(description="Difference of the accuracies.")
+    difference: Number = Field(description="By how much joining is better: accuracy, or nats per token.")
     interval: list[Number] = Field(description="Its 95 % interval.")
     p: Number = Field(description="p-value of the test.")
     test: str = Field(description="Which test.")
@@ -245,7 +249,8 @@ class RunSummary(Document):
     stopped: str | None = Field(description="Why the run ended before its last round; null if it did not.")
     client_privacy: ClientPrivacySummary | None = Field(description="Client-level privacy; null without it.")
     model: ModelSummary = Field(description="The model.")
-    labels: list[str] = Field(description="Class names in the order of the head.")
+    task: str | None = Field(None, description="What the records are read as; absent in runs of earlier builds.")
+    labels: list[str] = Field(description="Class names in the order of the head; empty where there are no classes.")
     federation: str | None = Field(None, description="Real run: folder of the federation.")
     privacy: PrivacySummary = Field(description="Record-level privacy.")
     partition: str | None = Field(description=f"How records were shared out: `simulation.partition`, or `files`; {_WHERE_REAL}.")

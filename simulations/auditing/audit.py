@@ -23,6 +23,7 @@ from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.plan.parameters import get_plan_model
+from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
@@ -207,6 +208,7 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
 
 def _check(plan: Plan) -> None:
     """Before anything is read: that there is something to audit, and the means to."""
+    require_classes(plan, "an audit")
     if not isinstance(plan.privacy, RecordPrivacy):
         raise PrivacyError(
             "the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit",

@@ -25,6 +25,7 @@ from cotune.client.budget import planned_charges
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.observers import Observer
 from cotune.plan.load import load_plan
+from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
@@ -212,6 +213,7 @@ def _plan(source: str | Path, settings: Settings, paths: Mapping[str, str], over
 
 def _checked(settings: Settings, plan: Plan, device: str) -> GridPoint:
     try:
+        require_classes(plan, "a comparison or a selection")
         prepared = prepare(plan, device)
     except CotuneError as error:
         raise PlanError(f"{_describe(settings)}, seed={plan.seed}: {error}", code=error.code) from None

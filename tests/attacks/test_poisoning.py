@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import ClassMetrics, Metrics
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
@@ -92,7 +92,7 @@ class World:
         return float((scores.argmax(dim=1) == labels).double().mean())
 
     def metrics(self, state: Any) -> Metrics:
-        return Metrics(self.accuracy(state), 0.5, 0.5, 0.5)
+        return ClassMetrics(self.accuracy(state), 0.5, 0.5, 0.5)
 
     def works(self, state: Any) -> float:
         """How often the trigger makes class 0 of another."""

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from cotune.data.tasks.classes import Metrics, compute_metrics, example_losses, logits, majority_metrics
+from cotune.data.tasks.classes import example_losses, logits
+from cotune.data.tasks.metrics import ClassMetrics, compute_metrics, majority_metrics
 from cotune.data.tasks.text import collator, encode
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel
@@ -50,7 +51,7 @@ def test_majority_answers_the_most_frequent_class_of_the_training_data() -> None
 
 def test_metrics_are_plain_floats() -> None:
     assert all(type(value) is float for value in astuple(compute_metrics(np.array([0, 1]), np.array([0, 0]), 2)))
-    assert type(Metrics(1, 1, 1, 1).as_dict()) is dict
+    assert type(ClassMetrics(1, 1, 1, 1).as_dict()) is dict
 
 
 # --- tokens

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from cotune.data.tasks.classes import Metrics
+from cotune.data.tasks.metrics import ClassMetrics
 from cotune.errors import RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.protocol.messages import Request, encode_update
@@ -107,7 +107,7 @@ def test_a_stage_adds_its_parameters_and_shares_only_its_own(new_run: NewRun) ->
 def test_the_history_holds_what_happened(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=2, privacy={"epsilon": 8.0, "delta": 1e-5})
     metrics = iter(
-        [Metrics(0.25, 0.5, 0.75, 1.0), Metrics(0.25, 0.5, 0.75, 1.0), Metrics(0.5, 0.5, 0.5, 0.5)]
+        [ClassMetrics(0.25, 0.5, 0.75, 1.0), ClassMetrics(0.25, 0.5, 0.75, 1.0), ClassMetrics(0.5, 0.5, 0.5, 0.5)]
     )  # first: before all
 
     def spends(request: Request) -> Any:

@@ -1,0 +1,159 @@
+"""Causal language modeling: a model goes on with a text; the targets are the tokens of what it is to write.
+
+A record is a prompt and what is to follow, or a text alone, all of which is to follow. The loss of a record is the mean over its
+own target tokens, so that a long record moves the model no more than a short one. Records are never packed into one row, where
+one would be read by another.
+
+Position t of an example has the number of token t + 1 as its label, if that is a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from cotune.data.config import DataConfig
+from cotune.data.readers.data_file import DataFile, format_value, is_unicode
+from cotune.data.tasks.classes import IGNORED, Batch, mean_over_labels
+from cotune.data.tasks.metrics import TextAnswer, TextMetrics, compute_text_metrics
+from cotune.data.tasks.text import Example, SequenceClassification, map_or_none
+from cotune.data.tasks.token_losses import token_losses
+from cotune.data.types import Input, Label, Passage
+from cotune.errors import ModelError
+
+NO_CLASS = ""  # the label of a record that has none
+_ENCODED = 2000  # records that are tokenized at once only to count their tokens
+
+
+class CausalLanguageModeling(SequenceClassification):
+    """See `tasks.Task`."""
+
+    described = "language model"
+    pipeline = "text-generation"
+    problem_type: str | None = None
+    pools = False
+    keeps_head = True
+
+    def columns(self, config: DataConfig) -> tuple[str, str]:
+        return ("text", "text") if config.prompt is None else ("prompt", "target")
+
+    def model_class(self) -> Any:
+        return AutoModelForCausalLM
+
+    def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+        input_column, target_column = file.wanted
+        prompt = "" if file.target == "text" else format_value(file, input_column, number, given)
+        target = format_value(file, target_column, number, label)
+        if not target.strip():
+            return "blank text" if file.target == "text" else "blank target"
+        if file.target != "text":
+            if not prompt.strip():
+                return "blank prompt"
+            prompt += file.config.separator
+        return (Passage(prompt, target), NO_CLASS) if is_unicode(prompt) and is_unicode(target) else "broken Unicode"
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        raise ModelError(
+            "a language model has no classes to predict: load the folder with transformers, and call its generate()",
+            code="model.no_classifier",
+        )
+
+    def fit(self, reader: Any, module: Any) -> None:
+        super().fit(reader, module)
+        output = module.get_output_embeddings()
+        if output is None or output.weight.shape[0] < module.get_input_embeddings().weight.shape[0]:
+            raise ModelError(
+                f"the architecture {module.config.model_type} has no score for every token: expected a causal language"
+                " model; use another base model",
+                code="model.no_language_model",
+            )
+
+    def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
+        def read(passages: Sequence[Any]) -> list[Example | None]:
+            return [_example(*parts, max_length) for parts in _tokens(reader, passages, max_length)]
+
+        return [found or self.blank(reader, max_length) for found in map_or_none(read, inputs)]
+
+    def blank(self, reader: Any, length: int) -> Example:
+        ids = super().blank(reader, length)["input_ids"]
+        return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+
+    def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        return sum(len(prompt) + len(target) > max_length + 1 for prompt, target in _all_tokens(reader, inputs, max_length))
+
+    def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        found = (_example(*parts, max_length) for parts in _all_tokens(reader, inputs, max_length))
+        return sum(example is None or not _has_target(example) for example in found)
+
+    def samples(self, reader: Any) -> list[Example]:
+        """Of the longest the first half is a prompt."""
+        rows = [example["input_ids"] for example in super().samples(reader)]
+        rows = [ids if len(ids) > 1 else ids * 2 for ids in rows]
+        halves = [len(ids) // 2 if len(ids) == max(map(len, rows)) else 1 for ids in rows]
+        found = (_example(ids[:half], ids[half:], len(ids)) for ids, half in zip(rows, halves, strict=True))
+        return [example for example in found if example is not None]
+
+    def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        losses, _ = token_losses(module, batch)
+        return mean_over_labels(losses, batch["labels"])
+
+    def scores(self, module: nn.Module, batch: Batch) -> Tensor:
+        """(b, l, 2): the loss of each target token, and by how much its score is below the highest; 0 without a target."""
+        return torch.stack(token_losses(module, batch), dim=-1)
+
+    def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
+        return ((scores[..., 1] == 0) | (labels == IGNORED)).all(dim=1)
+
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
+        """One answer for each example: the sum of its losses, its target tokens, and how many of these are the most probable."""
+        return [(_answer(row, example["labels"]),) for row, example in zip(scores.double().cpu(), examples, strict=True)]
+
+    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> TextMetrics:
+        return compute_text_metrics(told)
+
+    def read_metrics(self, values: Mapping[str, float]) -> TextMetrics:
+        return TextMetrics(**values)
+
+    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> None:
+        """No text is right most often: the base model as it came is what training is compared with."""
+
+
+def _answer(scores: Tensor, labels: Sequence[int]) -> TextAnswer:
+    """What (l, 2) scores say of the target tokens of an example, which may be shorter than l."""
+    own = scores[[position for position, label in enumerate(labels) if label != IGNORED]]
+    return float(own[:, 0].sum()), len(own), int((own[:, 1] == 0).sum())
+
+
+def _has_target(example: Example) -> bool:
+    return any(label != IGNORED for label in example["labels"])
+
+
+def _tokens(reader: Any, passages: Sequence[Any], most: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of prompts and of targets, of each a few more than `most` at most; an end token stands behind every target."""
+    end = [] if reader.eos_token_id is None else [reader.eos_token_id]
+    cut = {"truncation": True, "max_length": most + 2, "padding": False}
+    prompts = reader([passage.prompt for passage in passages], **cut)["input_ids"]
+    targets = reader([passage.target for passage in passages], add_special_tokens=False, **cut)["input_ids"]
+    for prompt, target in zip(prompts, targets, strict=True):
+        yield list(prompt[:-1] if end and prompt[-1:] == end else prompt), [*target, *end]
+
+
+def _example(prompt: list[int], target: list[int], max_length: int) -> Example | None:
+    """The last token is read by nobody, as nothing follows it; None where nothing is left to be read or told."""
+    whole = [*prompt, *target][: max_length + 1]
+    labels = [IGNORED if position < len(prompt) else token for position, token in enumerate(whole)]
+    if len(whole) < 2:
+        return None
+    return {"input_ids": whole[:-1], "labels": labels[1:]}
+
+
+def _all_tokens(reader: Any, inputs: Sequence[Any], most: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of all records that can be read."""
+    for start in range(0, len(inputs), _ENCODED):
+        for found in map_or_none(lambda part: list(_tokens(reader, part, most)), inputs[start : start + _ENCODED]):
+            if found is not None:
+                yield found

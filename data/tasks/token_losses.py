@@ -1,0 +1,120 @@
+"""The loss of every target token, without the scores of all tokens of a batch in memory at once.
+
+Scores over a vocabulary are the largest tensor of a language model by far: 8 rows of 1,024 tokens and 49,152 words take 1.6 GB
+in float32, and their gradient as much. The gradient of a loss with respect to the hidden states below a frozen output layer,
+(softmax(s) − onehot(y))·W, is known as soon as the scores s are, so that scores are made for some positions at a time, turned
+into losses and gradients, and forgotten (as in Hsu et al. 2024, https://arxiv.org/abs/2410.10989, section 3.2).
+
+How many positions are taken at a time follows from the shape of the batch alone: what is computed for a record must not depend on
+what other records hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cotune.data.tasks.classes import IGNORED, Batch
+
+_MAX_SCORES = 2**25  # entries that are in memory at a time: 128 MiB in float32
+_TOLERANCE = 1e-3  # relative, between two ways to the same scores
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def token_losses(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (b, l) cross-entropies in nats, and (b, l) by how much the label's score is below the highest; 0 without a label.
+
+    Args:
+        module: A causal language model of transformers.
+        batch: input_ids, attention_mask, and labels (b, l): the number of the token that follows, or IGNORED.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
+    if not _has_frozen_output(module):
+        return _losses_of_scores(cast(Any, module)(**inputs, use_cache=False).logits.float(), labels)
+    hidden = _hidden_states(module, inputs)
+    return _losses_of_hidden(hidden, labels, cast(Any, module).get_output_embeddings())
+
+
+def _has_frozen_output(module: nn.Module) -> bool:
+    """Whether the scores are those of one plain layer on the hidden states, which is not trained.
+
+    Some architectures scale or bound their scores afterwards (Gemma 2, Cohere). That is found out once, by comparing.
+    """
+    layer = cast(Any, module).get_output_embeddings()
+    if type(layer) is not nn.Linear or any(p.requires_grad for p in layer.parameters()):
+        return False
+    if module not in _plain:
+        _plain[module] = _is_plain(module, layer)
+    return _plain[module]
+
+
+@torch.no_grad()
+def _is_plain(module: nn.Module, layer: nn.Linear) -> bool:
+    ids = torch.arange(4, device=layer.weight.device)[None] % layer.weight.shape[0]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with torch.autocast(ids.device.type, enabled=False):
+            expected = cast(Any, module)(**inputs, use_cache=False).logits.float()
+            got = layer(_hidden_states(module, inputs)).float()
+    except (AttributeError, TypeError, RuntimeError, ValueError):  # another kind of encoder: its own forward tells what is wrong
+        return False
+    return bool(torch.allclose(got, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())))
+
+
+def _hidden_states(module: nn.Module, inputs: Batch) -> Tensor:
+    decoder = getattr(module, cast(Any, module).base_model_prefix)
+    return cast(Tensor, decoder(**inputs, use_cache=False).last_hidden_state)
+
+
+def _losses_of_scores(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    losses = functional.cross_entropy(scores.movedim(-1, 1), labels, ignore_index=IGNORED, reduction="none")
+    there = labels != IGNORED
+    own = scores.detach().gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return losses, (scores.detach().amax(dim=-1) - own) * there
+
+
+def _losses_of_hidden(hidden: Tensor, labels: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    size = max(1, _MAX_SCORES // (len(hidden) * layer.weight.shape[0]))
+    losses, behind = _FrozenOutput.apply(hidden, labels, layer, size)  # type: ignore[no-untyped-call]
+    return losses, behind
+
+
+class _FrozenOutput(torch.autograd.Function):
+    """Hidden states (b, l, d) -> what `token_losses` returns, with the gradient of each loss made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, layer: nn.Linear, size: int) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0]
+        parts = [
+            _part(hidden[:, at : at + size], labels[:, at : at + size], layer, wanted) for at in range(0, hidden.shape[1], size)
+        ]
+        losses, behind, gradients = ([part[i] for part in parts] for i in range(3))
+        ctx.save_for_backward(*([torch.cat(gradients, dim=1)] if wanted else []))
+        found = torch.cat(behind, dim=1)
+        ctx.mark_non_differentiable(found)
+        return torch.cat(losses, dim=1), found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        [gradient] = ctx.saved_tensors
+        return gradient * gradients[0][..., None].to(gradient.dtype), None, None, None
+
+
+def _part(hidden: Tensor, labels: Tensor, layer: nn.Linear, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `token_losses` returns, and where wanted the gradient of each loss with respect to its own hidden state."""
+    made = layer(hidden)
+    scores = made.float()
+    losses, behind = _losses_of_scores(scores, labels)
+    if not wanted:
+        return losses, behind, hidden
+    there = labels != IGNORED
+    slope = functional.softmax(scores, dim=-1)
+    slope.scatter_add_(-1, labels.clamp(min=0)[..., None], -torch.ones_like(losses)[..., None])
+    slope *= there[..., None]
+    below = slope.to(made.dtype) @ layer.weight.to(made.dtype)
+    return losses, behind, below.to(hidden.dtype)

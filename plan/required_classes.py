@@ -1,0 +1,21 @@
+"""What can be had only for tasks whose records have classes."""
+
+from __future__ import annotations
+
+from cotune.data.config import has_classes
+from cotune.errors import PlanError
+from cotune.plan.schema import Plan
+
+
+def require_classes(plan: Plan, command: str) -> None:
+    """Refuse a plan of a task without classes, for a command that cannot judge texts.
+
+    Raises:
+        PlanError: For such a plan.
+    """
+    if not has_classes(plan.task):
+        raise PlanError(
+            f"{command} is for tasks with classes, and task = {plan.task} has none: expected another task; `cotune simulate`"
+            " plays this one",
+            code="plan.no_classes",
+        )

@@ -1,0 +1,72 @@
+"""The figures by which models are judged, and how people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cotune.reporting.documents.base import Document
+from cotune.reporting.formatting import percent, signed
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure.
+
+    Attributes:
+        key: In `metrics` of summary.json.
+        name: In a sentence or a heading.
+        share: Whether it is a share, shown in percent and compared in points; else it is a number as it stands.
+        less_is_better: Whether a smaller one is better.
+        unit: Of a difference.
+    """
+
+    key: str
+    name: str
+    share: bool = True
+    less_is_better: bool = False
+    unit: str = "points of accuracy"
+
+    def show(self, value: float) -> str:
+        """Return the figure with its unit: "71.2 %", or "2.345"."""
+        return percent(value) if self.share else f"{value:.3f}"
+
+    def gain(self, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+        """Return by how much ours is better, as precisely as it is shown, in `unit`."""
+        apart: float = ours[self.key] - theirs[self.key]
+        found = round(100 * apart, 1) if self.share else round(apart, 3)
+        return -found if self.less_is_better else found
+
+    def show_gain(self, value: float) -> str:
+        """Return a `gain` with its sign."""
+        return signed(value) if self.share else f"{value:+.3f}".replace("-", "−")
+
+
+_OF_CLASSES = (
+    Measure("accuracy", "accuracy"),
+    Measure("precision", "macro precision"),
+    Measure("recall", "macro recall"),
+    Measure("f1", "macro F1"),
+)
+_OF_TEXTS = (
+    Measure("loss", "loss (nats per token)", share=False, less_is_better=True, unit="nats per token"),
+    Measure("perplexity", "perplexity", share=False, less_is_better=True),
+    Measure("accuracy", "token accuracy"),
+)
+
+
+def get_measures(metrics: Document | Mapping[str, Any] | None) -> tuple[Measure, ...]:
+    """Return the figures that metrics consist of, the one first that decides; those of classes where there are none."""
+    return _OF_TEXTS if metrics is not None and "loss" in metrics else _OF_CLASSES
+
+
+def measures_of(summary: Document | Mapping[str, Any]) -> tuple[Measure, ...]:
+    """Return the figures in the summary of a run."""
+    return get_measures(summary["test"]["federated"])
+
+
+def headline(metrics: Document | Mapping[str, Any]) -> str:
+    """Return the figure that decides, with its name: "accuracy 0.712", or "loss 2.345"."""
+    first = get_measures(metrics)[0]
+    return f"{first.key} {metrics[first.key]:.3f}"

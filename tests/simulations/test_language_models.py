@@ -1,0 +1,193 @@
+"""Language models from a plan to an exported model: with ε, alone and together, killed and continued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cotune.client.site import Site
+from cotune.errors import PlanError, PrivacyError
+from cotune.plan.load import parse_plan
+from cotune.plan.parameters import get_plan_model
+from cotune.plan.required_classes import require_classes
+from cotune.plan.schema import Plan
+from cotune.reporting.documents.summary import RunSummary
+from cotune.reporting.verdict import judge
+from cotune.simulations.prepare import prepare
+from cotune.simulations.run import Run, simulate
+from tests.support.language_models import language_model, write_dialogs
+from tests.support.processes import Cotune, Moment, finish, kill_at, written
+from tests.support.simulations import final_model, same, tensors_of
+
+__all__ = ["language_model"]  # fixtures
+NewPlan = Callable[..., Plan]
+PRIVATE = {"epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dialogs(tmp_path_factory.mktemp("dialogs") / "dialogs.jsonl", 400)
+
+
+@pytest.fixture(scope="module")
+def new_plan(language_model: Callable[..., Path], records: Path) -> NewPlan:
+    def make(*, tied: bool = False, **changes: Any) -> Plan:
+        table: dict[str, Any] = {
+            "name": "dialogs",
+            "task": "causal-lm",
+            "train": "lora",
+            "rounds": 2,
+            "privacy": PRIVATE,
+            "model": {"base": str(language_model("llama", tied=tied)), "max_length": 16, "precision": "float32"},
+            "data": {"source": str(records), "prompt": "prompt", "target": "target"},
+            "lora": {"rank": 4, "factors": "ab", "targets": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+            "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 16},
+            "simulation": {"clients": 2, "partition": "iid", "min_examples": 10},
+        }
+        for key, value in changes.items():
+            both = isinstance(value, dict) and isinstance(table.get(key), dict)
+            table[key] = {**table[key], **value} if both else value
+        return parse_plan(table)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def private(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return simulate(new_plan(rounds=3), tmp_path_factory.mktemp("private") / "run", device="cpu")
+
+
+def test_together_they_learn_more_than_each_alone_at_one_epsilon(private: Run) -> None:
+    test = private.summary.test
+    assert test.federated
+    assert test.majority
+    assert test.alone
+    assert test.federated.loss < test.majority.loss - 0.02, "the base model as it came"
+    assert test.federated.loss < test.alone.mean.loss
+    assert set(test.federated) == {"loss", "perplexity", "accuracy"}
+    for organization in private.summary.organizations:
+        spent = Site(private.folder / "sites" / organization.name).ledger().spent()
+        assert spent
+        assert organization.epsilon_spent is not None
+        assert 0 < organization.epsilon_spent <= 8.0
+
+
+def test_the_verdict_is_about_the_loss(private: Run) -> None:
+    found = judge(private.summary)
+    assert "nats per token" in found.sentence
+    assert "base model" in " ".join(found.notes)
+    page = (private.folder / "report.html").read_text(encoding="utf-8")
+    assert "Token accuracy" in page
+    assert "Macro" not in page
+    for organization in private.summary.organizations:
+        assert organization.own
+        assert organization.own.federated
+        assert organization.worth
+        low, high = organization.own.federated.loss_interval
+        assert low <= organization.own.federated.loss <= high
+        other = organization.own[organization.worth.against]
+        assert organization.worth.difference == pytest.approx(other.loss - organization.own.federated.loss)
+
+
+def test_plain_transformers_loads_and_writes_with_what_comes_out(private: Run, new_plan: NewPlan) -> None:
+    plan = new_plan()
+    folder = private.folder / "model"
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    reader = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(plan.model.base)
+    ids = reader("the great day\n", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = merged(ids).logits
+        assert not torch.allclose(base(ids).logits, expected, atol=1e-4)
+    written_tokens = merged.generate(ids, max_new_tokens=3, do_sample=False)
+    assert written_tokens.shape[1] > ids.shape[1]
+    assert "text-generation" in (folder / "README.md").read_text(encoding="utf-8")
+    assert str(Path(plan.model.base).parent) not in (folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8")
+
+
+def test_what_is_told_of_texts_that_are_cut(new_plan: NewPlan) -> None:
+    prepared = prepare(new_plan(model={"max_length": 4}), "cpu")
+    assert prepared.left_out["target cut off"] > 0
+    assert prepared.left_out["cut at 4 tokens"] > prepared.left_out["target cut off"]
+
+
+@pytest.mark.crash
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
+    plan = new_plan(privacy="none", simulation={"baselines": []})  # noise is drawn anew
+    whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
+    simulate(plan, whole, device="cpu")
+    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
+    moments = (
+        Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
+        Moment("update_received", {"round": 2, "organization": "org-1"}),
+    )
+    for moment in moments:
+        kill_at(cotune, moment, *arguments)
+        arguments = ("simulate", "--resume", run)
+    finish(cotune(*arguments), tmp_path / "cotune.log")
+    assert same(final_model(run), final_model(whole))
+    assert tensors_of(run) == tensors_of(whole)
+    one, other = (json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (run, whole))
+    assert one["test"] == other["test"]
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (run / "model" / "adapter" / file).read_bytes() == (whole / "model" / "adapter" / file).read_bytes()
+
+
+# --- what a language model cannot have is refused
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "head"},
+        {"labels": ["no", "yes"]},
+        {"class_weights": {"no": 0.5}},
+        {"tell": {"label_histogram": True}},
+    ],
+)
+def test_what_is_for_classes_is_refused(new_plan: NewPlan, changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError) as raised:
+        new_plan(**changes)
+    assert raised.value.code == "plan.invalid"
+
+
+def test_a_partition_by_classes_is_refused(new_plan: NewPlan) -> None:
+    with pytest.raises(PlanError) as raised:
+        prepare(new_plan(simulation={"partition": "dirichlet:0.5"}), "cpu")
+    assert raised.value.code == "plan.partition"
+
+
+def test_tied_weights_are_trained_by_nobody_under_privacy(new_plan: NewPlan) -> None:
+    stage = {"mode": "full", "rounds": 1, "freeze_embeddings": False}
+    with pytest.raises(PrivacyError) as raised:
+        prepare(new_plan(tied=True, train=[stage]), "cpu")
+    assert raised.value.code == "privacy.tied_weights"
+
+
+def test_adapters_alone_travel_of_a_language_model(new_plan: NewPlan) -> None:
+    """Neither the output layer nor the table of tokens, tied or not."""
+    for tied in (False, True):
+        plan = new_plan(tied=tied)
+        names = get_plan_model(plan, "cpu").names("lora")
+        assert names
+        assert all(".lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("what", ["a comparison or a selection", "an audit"])
+def test_what_judges_classes_alone_is_refused(new_plan: NewPlan, what: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        require_classes(new_plan(), what)
+    assert raised.value.code == "plan.no_classes"
+
+
+def test_a_summary_of_texts_has_no_figures_of_classes(private: Run) -> None:
+    table = json.loads((private.folder / "summary.json").read_text(encoding="utf-8"))
+    assert (table["task"], table["labels"]) == ("causal-lm", [])
+    assert set(table["test"]["federated"]) == {"loss", "perplexity", "accuracy"}
+    assert RunSummary.model_validate(table).as_json() == table
