@@ -151,7 +151,7 @@ class Account:
         """Return the hours of training that this run has taken, as far as its rounds were finished and charged."""
         if not self.site.ledger_file.exists():
             return 0.0
-        return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
+        return self.ledger.seconds(self.plan.plan_id) / 3600
 
     def check_unanswered(self, round: int) -> None:
         """Check that a round may be trained: each is answered once, and none after a later one.
@@ -176,9 +176,15 @@ class Account:
                 code="privacy.answered_round",
             )
 
-    def answered(self, round: int) -> None:
-        """Enter in the ledger that a round's update is complete and may leave."""
-        self.ledger.record_answer(self.plan.plan_id, round, data=self.data)
+    def answered(self, round: int, charge: int | None = None, seconds: float = 0.0) -> None:
+        """Enter in the ledger that a round's update is complete and may leave.
+
+        Args:
+            round: Of the run.
+            charge: That of its steps, all of which have run; None: settled before, or left as reserved.
+            seconds: How long they took.
+        """
+        self.ledger.record_answer(self.plan.plan_id, round, data=self.data, charge=charge, seconds=seconds)
 
     def plan_noise(self, round: int) -> float:
         """Return σ for a round and those after it (see `budget.noise_multiplier`); no training is charged.

@@ -79,7 +79,7 @@ def train_round(
     prepared = _prepare(context)
     trained = _train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else _train_without_privacy(prepared)
     update = _build_update(prepared, trained)
-    _keep(prepared, update)
+    _keep(prepared, trained, update)
     return update
 
 
@@ -113,6 +113,8 @@ class _Trained:
     disclosed: dict[str, float]
     epsilon: float | None = None
     noise: dict[str, float] | None = None
+    charge: int | None = None  # of the steps; settled once the update is kept
+    seconds: float = 0.0  # that they took
 
 
 def _prepare(context: LocalContext) -> _Prepared:
@@ -157,8 +159,8 @@ def _train_with_privacy(prepared: _Prepared) -> _Trained:
     shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
     noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
     with prepared.attach_extensions():
-        steps = _private_training(prepared)
-    return _Trained(steps, disclosed, context.account.reported_epsilon(), noise)
+        steps, charge, seconds = _private_training(prepared)
+    return _Trained(steps, disclosed, context.account.reported_epsilon(), noise, charge, seconds)
 
 
 def _train_without_privacy(prepared: _Prepared) -> _Trained:
@@ -172,8 +174,8 @@ def _train_without_privacy(prepared: _Prepared) -> _Trained:
     return _Trained(steps, disclosed)
 
 
-def _private_training(prepared: _Prepared) -> int:
-    """Train by DP-SGD and return the steps taken. The ledger is charged before a record enters a batch."""
+def _private_training(prepared: _Prepared) -> tuple[int, int, float]:
+    """Train by DP-SGD and return the steps taken, their charge and its seconds. It is made before a record enters a batch."""
     context = prepared.context
     account = context.account
     privacy = context.plan.privacy
@@ -195,8 +197,7 @@ def _private_training(prepared: _Prepared) -> int:
     setup = DPSGDSetup(rows.module, prepared.optimizer, rows.loss, rows.units, rows.batches)
     reports = DPSGD(config).run(setup)
     taken = _follow(_within_hours(reports, account), prepared, account.epsilon())
-    account.ledger.settle(charge, taken, time.monotonic() - began)
-    return taken
+    return taken, charge, time.monotonic() - began
 
 
 def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
@@ -333,11 +334,14 @@ def _check_finite(delta: Delta) -> None:
         )
 
 
-def _keep(prepared: _Prepared, update: Update) -> None:
-    """Keep what the next round goes on from and, last, the update: from then on the round is answered."""
+def _keep(prepared: _Prepared, trained: _Trained, update: Update) -> None:
+    """Keep what the next round goes on from and, last, the update: from then on the round is answered, and its charge settled.
+
+    A process that is killed between the two leaves the charge as it was reserved, which is as many steps.
+    """
     context = prepared.context
     prepared.correction.keep(context.round, context.stage, update.delta)
     prepared.personal.keep()
     context.site.keep(update, context.plan.plan_id)
     if context.account.budget is not None:
-        context.account.answered(context.round)
+        context.account.answered(context.round, trained.charge, trained.seconds)
