@@ -18,10 +18,11 @@ demo: install
 	$(BIN)/cotune simulate
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-faults: install
 	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m "crash or long"
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=thorough
 
 # ONLY="ledger fusion": these alone. SMOKE=1: in the smallest form, figures are not kept. PROFILE=folder: where the time goes.
 bench: install

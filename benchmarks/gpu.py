@@ -514,20 +514,23 @@ def model_bytes(run: Path) -> bytes:
 
 
 def measure_evaluation(bench: Bench) -> None:
-    for weights in (torch.bfloat16, torch.float32):
+    """As the common test set is evaluated, in bfloat16, and in float32."""
+    for weights, low in ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
         case = Case("1.5 B", weights, False, 64)
-        bench.attempt(lambda case=case: evaluation_of(bench, case), **case.named)  # type: ignore[misc]
+        arithmetic = "bfloat16" if low else "float32"
+        bench.attempt(lambda case=case, low=low: evaluation_of(bench, case, low), **case.named, arithmetic=arithmetic)  # type: ignore[misc]
 
 
-def evaluation_of(bench: Bench, case: Case) -> Row:
+def evaluation_of(bench: Bench, case: Case, low: bool) -> Row:
     """Predicting records of 128 tokens."""
     predictor = Predictor(build_model(bench, case), LABELS, "sequence-classification")
     count = 8 if bench.tiny else 512
     given = texts(count, 128)
-    predictor.probabilities(given[:64])
-    _wait(bench)
-    began = time.perf_counter()
-    found = predictor.probabilities(given)
+    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=low):
+        predictor.probabilities(given[:64])
+        _wait(bench)
+        began = time.perf_counter()
+        found = predictor.probabilities(given)
     seconds = time.perf_counter() - began
     return {"tokens/s": count * 128 / seconds, "all are numbers": all(bool(each.isfinite().all()) for each in found)}
 

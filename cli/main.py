@@ -13,7 +13,7 @@ import click
 import typer
 
 from cotune.cli.lazy import LazyCommand, lazy_group
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, DeviceError
 from cotune.printable import clean_output, printable
 
 COMMANDS = {
@@ -216,6 +216,12 @@ def run() -> None:
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which few commands load
+            _fail(
+                "the GPU has no memory left: expected room for the model and one batch; free it, or use --device cpu",
+                "device.out_of_memory",
+                DeviceError.exit_code,
+            )
         about = f"{type(error).__name__}: {error}"
         _fail(f"unexpected error ({about}); run it again with --debug for a traceback", "internal.unexpected", 70)
 

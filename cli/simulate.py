@@ -95,6 +95,8 @@ def show(console: Console, result: Run) -> None:
         console.print(escape(note))
     traffic = f"{size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down"
     effort = f"{duration(summary['seconds'])}, {size(summary['peak_memory_bytes'])} peak memory"
+    if summary.get("peak_gpu_memory_bytes"):
+        effort += f", {size(summary['peak_gpu_memory_bytes'])} of the GPU"
     console.print(f"{len(summary['rounds'])} rounds, {traffic}, {effort}")
     if client_level is not None:
         spent = f"ε {round_up(client_level['epsilon_spent'])} of {client_level['epsilon']:g} at δ = {client_level['delta']:g}"

@@ -176,15 +176,9 @@ class Account:
                 code="privacy.answered_round",
             )
 
-    def answered(self, round: int, charge: int | None = None, seconds: float = 0.0) -> None:
-        """Enter in the ledger that a round's update is complete and may leave.
-
-        Args:
-            round: Of the run.
-            charge: That of its steps, all of which have run; None: settled before, or left as reserved.
-            seconds: How long they took.
-        """
-        self.ledger.record_answer(self.plan.plan_id, round, data=self.data, charge=charge, seconds=seconds)
+    def answered(self, round: int) -> None:
+        """Enter in the ledger that a round's update is complete and may leave."""
+        self.ledger.record_answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
         """Return σ for a round and those after it (see `budget.noise_multiplier`); no training is charged.

@@ -34,7 +34,8 @@ from cotune.client.node.requests import (
 from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.personal import PersonalParameters
+from cotune.client.training.own_copy import open_personal
+from cotune.client.training.personal import UNNOISED
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, Declined, RunError
 from cotune.models.export import export_model
@@ -92,8 +93,12 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
                 f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
             )
         model.load(state)
-        PersonalParameters(plan, site, model, request.round, request.admitted).join(state)
-        card = model_card(plan, privacy=promised(plan), length=model.loaded.max_length)
+        open_personal(plan, site, model, request.round, request.admitted).own_model(state)
+        card = model_card(
+            plan,
+            privacy=[UNNOISED] if plan.personal.keeps_copy and not plan.personal.noise else promised(plan),
+            length=model.loaded.max_length,
+        )
         _write(model, folder, card, about)
     return folder
 

@@ -19,6 +19,7 @@ import torch
 
 from cotune.client.site import Site
 from cotune.errors import Declined, RunError
+from cotune.models.device import limit_memory
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, compute_delta
@@ -124,6 +125,13 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
             yield Violation(
                 "tell.noise_level",
                 f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
+                True,
+            )
+        if plan.personal.keeps_copy and not plan.personal.noise and not policy.training.personal_without_noise:
+            yield Violation(
+                "training.personal_without_noise",
+                "the plan trains your own copy of the model without noise, expected one with noise; where neither the copy nor"
+                " what it predicts ever leaves you, set the rule to true",
                 True,
             )
     elif policy.training.record_privacy:
@@ -255,8 +263,7 @@ def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Violation]:
 def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
     """Limit the GPU memory of this process to what the policy allows: torch raises its out-of-memory error beyond it."""
     if policy.training.max_gpu_memory_gib is not None and device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, policy.training.max_gpu_memory_gib * 2**30 / whole), device)
+        limit_memory(device, policy.training.max_gpu_memory_gib)
 
 
 _MAX_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,6 +54,35 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return bool(native and native())
 
 
+def autocasts(precision: str, device: torch.device) -> bool:
+    """Whether what no privacy hangs on, such as an evaluation, is computed in bfloat16: on a GPU that is good at it.
+
+    Args:
+        precision: `model.precision` of a plan.
+    """
+    return precision != "float32" and device.type == "cuda" and bfloat16_is_fast(device)
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Let this process have so much memory of a GPU: beyond it, torch raises its out-of-memory error."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    whole = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole), index)
+
+
+@contextmanager
+def explained_out_of_memory(advice: str) -> Iterator[None]:
+    """Raise DeviceError for a GPU that is full; the advice says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the GPU has no memory left ({str(error).splitlines()[0].split('. ')[0][:120]}): expected room for the model and one"
+            f" batch; {advice}",
+            code="device.out_of_memory",
+        ) from None
+
+
 def kernel_key(device: torch.device) -> tuple[object, ...]:
     """What decides, beside operations and shapes, which kernels compute on a device in this process: equal where they are."""
     on_gpu = device.type == "cuda"
@@ -74,3 +105,10 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has held (resident set)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_gpu_memory_bytes() -> int | None:
+    """The most memory of one GPU that this process has held in tensors; None where it has used no GPU."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]
+        return None
+    return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) or None

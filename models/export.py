@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig
 
 from cotune.models.base_model import dropout_settings, silence_transformers
@@ -29,7 +30,7 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         folder: Where to.
         beside: Name -> text of further files, such as a model card.
     """
-    module: Any = copy.deepcopy(model.loaded.module).to("cpu")
+    module = _copy_to_cpu(model.loaded.module)
     merge_adapters(module)
     _restore_dropout(module.config, model.loaded.folder.path)
     module.config.problem_type = model.loaded.task.problem_type
@@ -48,6 +49,15 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _copy_to_cpu(module: Any) -> Any:
+    """A copy on the CPU, which takes no memory of the device that the module is on."""
+    copies: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        copied = tensor.detach().to("cpu", copy=True)
+        copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(module, copies)
 
 
 def _restore_dropout(config: Any, base: Path) -> None:

@@ -30,7 +30,8 @@ def head_names(model: TrainableModel) -> list[str]:
 def last_layer(model: TrainableModel) -> tuple[str, str] | None:
     """Weight and bias of the layer that gives the scores; None where the head has no such layer, or one without a bias."""
     classes = len(model.loaded.module.config.id2label)
-    shapes = {name: p.shape for name, p in model.parameters() if name in set(head_names(model))}
+    names = set(head_names(model))
+    shapes = {name: p.shape for name, p in model.parameters() if name in names}
     for bias, shape in reversed(shapes.items()):
         weight = f"{bias.removesuffix('bias')}weight"
         if bias.endswith("bias") and shape == (classes,) and len(shapes.get(weight, ())) == 2:

@@ -46,17 +46,17 @@ def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1)
 def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """Those that travel: all that organizations train in a round, unless the plan lets them keep some to themselves."""
     names = trained_names(plan, model, round)
-    if not plan.keeps_personal:
+    if not plan.keeps_parts:
         return names
     personal = _personal_names(plan, model)
     return [name for name in names if name not in personal]
 
 
 def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """Those that organizations have trained up to a round and kept to themselves."""
+    """Those that organizations have trained up to a round and kept to themselves; of a copy all that it has of its own."""
     if not plan.keeps_personal:
         return []
-    personal = _personal_names(plan, model)
+    personal = {name for name, _ in model.parameters()} if plan.personal.keeps_copy else _personal_names(plan, model)
     trained = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}
     return [name for name, _ in model.parameters() if name in trained & personal]
 

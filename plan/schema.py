@@ -69,15 +69,32 @@ class Plan(PlanTables):
         modes = tuple(stage.mode for stage in self.stages)
         problem = next(self.personal.find_problems(modes), None)
         if problem:
-            raise ValueError(f"{problem}: expected train = lora or full in all rounds, or fewer parts")
+            raise ValueError(problem)
         if self.lora.keep == "nothing":
             return self
-        if self.personal.parts:
-            raise ValueError('lora.keep = "b" keeps B and the head already: expected it, or personal.parts')
+        if self.personal.any:
+            raise ValueError('lora.keep = "b" keeps B and the head already: expected it, or a [personal] table')
         if self.lora.factors != "ab":
             raise ValueError(f'lora.keep = "b" shares A alone, and lora.factors = "{self.lora.factors}": expected "ab"')
         if any(stage.mode != "lora" for stage in self.stages):
             raise ValueError('lora.keep = "b" keeps the head of every organization apart: expected train = lora in all rounds')
+        return self
+
+    @model_validator(mode="after")
+    def _copy_can_be_had(self) -> Self:
+        if self.personal.keeps_copy and self.mixed_ranks:
+            raise ValueError("an own copy of the model has the plan's rank: expected no smaller ranks, or personal.parts")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_part_reads_nothing_without_noise(self) -> Self:
+        """Gradients of the shared part follow from personal parts: one record in them would move all gradients of a batch."""
+        if self.keeps_parts and not self.personal.noise and isinstance(self.privacy, RecordPrivacy):
+            raise ValueError(
+                "personal.noise = false, and the gradients of what is shared follow from the personal parts, so that a single"
+                " record would show in all of them, past clip norm and noise: expected personal.noise = true, or"
+                ' personal.method = "ditto", whose copy the shared model never reads'
+            )
         return self
 
     @model_validator(mode="after")
@@ -158,7 +175,7 @@ class Plan(PlanTables):
             modes=tuple(stage.mode for stage in self.stages),
             factors=self.lora.factors if self.uses_lora else None,
             mixed_ranks=self.mixed_ranks,
-            personal=self.keeps_personal,
+            personal=self.keeps_parts,
             server_data=self.validation_fraction > 0,
             folds_late=self.server.late == "fold",
         )
@@ -174,8 +191,18 @@ class Plan(PlanTables):
 
     @property
     def keeps_personal(self) -> bool:
-        """Whether organizations keep parameters to themselves: then each has a model of its own, and there is no common one."""
-        return self.lora.keep != "nothing" or self.personal.any
+        """Whether each organization has a model of its own."""
+        return self.keeps_parts or self.personal.keeps_copy
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether organizations keep parts of what they train to themselves, so that there is no common model."""
+        return self.lora.keep != "nothing" or bool(self.personal.parts)
+
+    def charged_steps(self, stage: Stage, examples: int) -> int:
+        """Return how many steps of DP-SGD a round of a stage takes at an organization, those of a copy with noise included."""
+        steps = stage.local.steps_per_round(examples)
+        return 2 * steps if self.personal.keeps_copy and self.personal.noise else steps
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

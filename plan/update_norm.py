@@ -115,7 +115,7 @@ def _adam_factors(steps: int) -> list[float]:
 def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
     """σ, as it follows from the plan for so many records; None where no noise reaches the plan's ε."""
     planned = tuple(
-        (stage.local.sample_rate(examples), stage.rounds * stage.local.steps_per_round(examples)) for stage in plan.stages
+        (stage.local.sample_rate(examples), stage.rounds * plan.charged_steps(stage, examples)) for stage in plan.stages
     )
     return _calibrated(planned, privacy.epsilon, compute_delta(privacy.delta, examples))
 

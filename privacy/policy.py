@@ -68,6 +68,10 @@ class TrainingRules(ConfigTable):
         "each", description="each: a plan is trained on only after somebody here has approved it; none: whatever the rules allow"
     )
     record_privacy: bool = Field(True, description="true: a plan without record-level differential privacy is declined")
+    personal_without_noise: bool = Field(
+        False,
+        description="true: no own copy of the model leaves, nor what it predicts, so that a plan may train it without noise",
+    )
     units: tuple[str, ...] = Field(
         (), description="whom a plan may promise its privacy to: a unit such as patient_id; record, where each record is a person"
     )
@@ -156,6 +160,7 @@ class Policy(ConfigTable):
             training=TrainingRules(
                 approval="none",
                 record_privacy=False,
+                personal_without_noise=True,
                 units=_EVERYTHING,
                 min_examples=0,
                 min_batch=0,

@@ -27,7 +27,7 @@ from cotune.errors import RunError
 from cotune.plan.wire import BLOCK, Codec, largest_integer
 
 _EXPONENTS = (-126, 127)  # the smallest and the largest of the shared powers of two
-_CHUNK = 1 << 16  # values that are rounded at once, a multiple of BLOCK: bounds the memory beside the tensor itself
+_CHUNK = 1 << 16  # values that are worked on at once, a multiple of BLOCK: bounds the memory beside the tensor itself
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -201,15 +201,28 @@ class _BlockIntegers:
         return _product(np.clip(integers, -self._limit, self._limit), exponents, len(values))
 
     def pack(self, values: Floats) -> bytes:
-        quotients, exponents = self._scaled(np.nan_to_num(values))
-        integers = np.rint(quotients).astype(np.int8).reshape(-1)[: len(values)]
-        return exponents.astype(np.int8).tobytes() + (integers.tobytes() if self.bits == 8 else _nibbles(integers))
+        parts = [self._pack_part(values[part]) for part in _parts(len(values))]
+        return b"".join([*(exponents for exponents, _ in parts), *(integers for _, integers in parts)])
 
     def unpack(self, data: Bytes, count: int) -> Floats:
-        exponents = data[: _block_count(count)].view(np.int8).astype(np.int64)
+        exponents = data[: _block_count(count)].view(np.int8)
         rest = data[_block_count(count) :]
-        integers = rest.view(np.int8) if self.bits == 8 else _from_nibbles(rest, count)
-        return _product(_blocks(integers.astype(np.float64)), exponents, count)
+        values = np.empty(count, dtype=np.float32)
+        for part in _parts(count):
+            size = part.stop - part.start
+            integers = self._integers(rest[part.start * self.bits // 8 : -(-part.stop * self.bits // 8)], size)
+            own = exponents[part.start // BLOCK : _block_count(part.stop)].astype(np.int64)
+            values[part] = _product(_blocks(integers.astype(np.float64)), own, size)
+        return values
+
+    def _pack_part(self, values: Floats) -> tuple[bytes, bytes]:
+        """The exponents and the integers of whole blocks, and the array's end."""
+        quotients, exponents = self._scaled(np.nan_to_num(values))
+        integers = np.rint(quotients).astype(np.int8).reshape(-1)[: len(values)]
+        return exponents.astype(np.int8).tobytes(), integers.tobytes() if self.bits == 8 else _nibbles(integers)
+
+    def _integers(self, data: Bytes, count: int) -> NDArray[np.int8]:
+        return data.view(np.int8) if self.bits == 8 else _from_nibbles(data, count)
 
     def _scaled(self, values: Floats) -> tuple[Doubles, NDArray[np.int64]]:
         """Divide each block by 2^e, with the smallest e that leaves no |value| above the limit: (blocks, BLOCK), (blocks,)."""

@@ -106,7 +106,7 @@ def _means_note(summary: Summary) -> str:
     names = dict(_COLUMNS)
     if not is_private(summary):
         names["alone"] = "alone, as the plan trains"
-    said = ", ".join(f"{names[name]} {percent(means[name]['accuracy'])}" for name in names if means[name] is not None)
+    said = ", ".join(f"{names[name]} {percent(means[name]['accuracy'])}" for name in names if means.get(name) is not None)
     how = "the federated model, which each has adapted to itself" if means["adapted"] else "the federated model"
     return (
         f"Joining means {how}; alone means without privacy, which nobody needs who shares nothing. Mean accuracy on own held-out"
@@ -156,7 +156,10 @@ def _against(points: float, name: str) -> str:
 
 def personal_note(summary: Summary) -> Iterator[str]:
     if is_personal(summary):
-        yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
+        if summary["model"].get("common"):
+            yield "Beside the common model every organization has a copy of its own, in its own folder; figures are theirs."
+        else:
+            yield "There is no common model: every organization keeps a part of its own, and has its model in its own folder."
     gain = summary.get("personal")
     if gain is not None:
         yield (
@@ -218,4 +221,4 @@ def own_columns(summary: Summary) -> dict[str, str]:
         "adapted": "Federated, adapted",
     }
     held = [each["own"] for each in summary["organizations"] if each["own"]]
-    return {key: heading for key, heading in headings.items() if any(own[key] is not None for own in held)}
+    return {key: heading for key, heading in headings.items() if any(own.get(key) is not None for own in held)}

@@ -98,9 +98,9 @@ def train(grid: Grid, folder: RunFolder) -> None:
         assert validation is not None, "asked only where there are records"
         return evaluate(model, state, validation, plan.model.precision).accuracy
 
-    train_rounds(
-        grid, folder, model, get_registered_evaluator() if plan.keeps_personal else evaluate_test, score if validation else None
-    )
+    common = None if plan.keeps_parts else evaluate_test
+    evaluator = get_registered_evaluator(common) if plan.keeps_personal else evaluate_test
+    train_rounds(grid, folder, model, evaluator, score if validation else None)
 
 
 def train_rounds(

@@ -27,7 +27,7 @@ from torch import Tensor
 from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal import PERSONAL, UNNOISED
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.data.tasks.classes import Metrics
 from cotune.errors import CotuneError, RunError
@@ -185,9 +185,11 @@ def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
 def export_each(folder: RunFolder, state: State) -> None:
     """Writes the model of every organization that has trained to `model/` in its site."""
     model = get_plan_model(folder.plan, folder.file.device)
+    unnoised = folder.plan.personal.keeps_copy and not folder.plan.personal.noise
+    said = [UNNOISED] if unnoised else promised(folder.plan)
     for name, own in personal_states(folder, state).items():
         model.load(own)
-        card = model_card(folder.plan, privacy=promised(folder.plan), length=model.loaded.max_length)
+        card = model_card(folder.plan, privacy=said, length=model.loaded.max_length)
         export_model(model, folder.path / "sites" / name / "model", {CARD: card})
 
 

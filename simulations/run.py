@@ -112,10 +112,11 @@ def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
 
 
 def _export(folder: RunFolder, summary: RunSummary) -> None:
-    """The model of the run; or, where there is no common one, each organization's in its site."""
+    """The model of the run, where there is a common one; each organization's in its site, where it has one of its own."""
     state = final_params(folder.plan, folder.load())
     if folder.plan.keeps_personal:
         export_each(folder, state)
+    if folder.plan.keeps_parts:
         return
     model = get_plan_model(folder.plan, folder.file.device)
     model.load(state)

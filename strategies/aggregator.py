@@ -1,8 +1,8 @@
 """Weighting and fusion as one, fed by the round loop: updates in, one at a time, and the fused delta out.
 
 How much memory a round takes is decided here: a weighting that looks at one update at a time and a fusion that needs one sum
-keep the running sums only; where updates are compared, the server holds every delta of the round, 4 bytes per shared parameter
-and organization.
+keep the running sums only, 8 bytes per shared parameter. Where updates are compared, every delta of the round is held, 4 bytes
+per shared parameter and organization: on disk, where the caller names a folder (see `held`), else in memory.
 
 The parts of a strategy, built from its table: what one round and one run need of it.
 
@@ -16,17 +16,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from cotune.errors import RunError
+from cotune.strategies.blocks import is_finite, read_stacks, shape_of
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.config import StrategyConfig
+from cotune.strategies.held import HeldUpdates
+from cotune.strategies.order_statistics import sort_rows
 from cotune.strategies.registry import ComponentInfo, Visibility
 from cotune.strategies.server_optimizers.base import ServerOptimizer
-from cotune.strategies.sums import Contribution, norm, total
+from cotune.strategies.sums import Contribution, add_weighted, norm, total, weighted
 from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, find_not_finite
 
 
@@ -51,24 +55,25 @@ class UpdateSummary:
 
 
 def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
-    """Organization -> (distance, cosine) of its delta to the median of every coordinate, over the parameters that all sent."""
+    """Organization -> (distance, cosine) of its delta to the (lower) median of every coordinate, over what all sent."""
     if len(held) < 3:
         return {}
-    sums: dict[str, list[float]] = {update.organization: [0.0, 0.0, 0.0] for update in held}
+    deltas = [update.delta for update in held]
+    far, inner, own = np.zeros((3, len(held)))
     length = 0.0
-    for name, first in held[0].delta.items():
-        deltas = [u.delta[name].double() for u in held if name in u.delta and u.delta[name].shape == first.shape]
-        if len(deltas) < len(held):
+    for name in deltas[0]:
+        if any(name not in each or shape_of(each, name) != shape_of(deltas[0], name) for each in deltas):
             continue
-        middle = torch.stack(deltas).median(dim=0).values
-        length += float(middle.pow(2).sum())
-        for update, delta in zip(held, deltas, strict=True):
-            found = ((delta - middle).pow(2).sum(), (delta * middle).sum(), delta.pow(2).sum())
-            sums[update.organization] = [a + float(b) for a, b in zip(sums[update.organization], found, strict=True)]
-    return {
-        name: (math.sqrt(far), inner / math.sqrt(own * length) if own * length > 0 else 0.0)
-        for name, (far, inner, own) in sums.items()
-    }
+        for _, rows in read_stacks(deltas, name, np.float64):
+            middle = sort_rows(rows.copy())[(len(rows) - 1) // 2]
+            length += float(np.einsum("j,j->", middle, middle))
+            inner += np.einsum("ij,j->i", rows, middle)
+            own += np.einsum("ij,ij->i", rows, rows)
+            rows -= middle
+            far += np.einsum("ij,ij->i", rows, rows)
+    both = own * length
+    cosines = np.where(both > 0, inner / np.sqrt(np.where(both > 0, both, 1.0)), 0.0)
+    return {u.organization: (math.sqrt(d), float(cosine)) for u, d, cosine in zip(held, far, cosines, strict=True)}
 
 
 class Aggregator:
@@ -79,7 +84,9 @@ class Aggregator:
         weighting: tuple[ComponentInfo, Mapping[str, Any]],
         fusion: tuple[ComponentInfo, Mapping[str, Any]],
         context: RoundContext,
+        folder: Path | None = None,
     ) -> None:
+        """folder: for deltas that are compared, where they are large; None: they are held in memory."""
         self._weighting = weighting
         self._fusion = fusion
         self._context = context
@@ -87,7 +94,8 @@ class Aggregator:
         self._fuse = _bound(*fusion, context)
         self._in_sums = inspect.isgeneratorfunction(fusion[0].build)
         self._streams = self._in_sums and fusion[0].needs.visibility == Visibility.SUM and not weighting[0].sees_all
-        self._held: list[Update] = []
+        self._held = HeldUpdates(folder)
+        self._lengths: list[float] = []  # norms of what is held
         self._sums: dict[str, Tensor] = {}
         self._passes = self._fuse() if self._in_sums else None
         self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
@@ -104,21 +112,34 @@ class Aggregator:
 
         Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
         """
-        if find_not_finite(update.delta):
-            raise RunError(
-                f"the update of {update.organization[:80]} is not finite: expected finite values", code="run.update_not_finite"
-            )
-        self._count += 1
         if self._streams:
-            self._add_up(self._weighed(update, _discounted(self._weigh(update), staleness)))
+            self._count += 1
+            self._stream(update, _discounted(self._weigh(update), staleness))
         elif staleness:
             raise RunError(
                 f"the update of {update.organization[:80]} is late: expected a rule that adds updates up", code="run.update_late"
             )
         else:
-            self._held.append(update)
+            length = norm(update.delta)
+            self._check_finite(update, length)
+            self._count += 1
+            self._held.add(update)
+            self._lengths.append(length)
 
-    def _weighed(self, update: Update, weight: Any) -> WeightedUpdate:
+    def _stream(self, update: Update, weight: Any) -> None:
+        """Add an update to the sum; where that is the plain weighted one, in the same pass as all that is asked of it."""
+        self._check_weight(update, weight)
+        weighed = WeightedUpdate(update, weight, self._context.state)
+        if self._contribute is weighted:
+            length = math.sqrt(add_weighted(self._sums, weighed))
+            self._check_finite(update, length)
+        else:
+            length = norm(update.delta)
+            self._check_finite(update, length)
+            self._add_up(weighed)
+        self._note(weighed, length)
+
+    def _check_weight(self, update: Update, weight: Any) -> None:
         values = weight.values() if isinstance(weight, Mapping) else (weight,)
         if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in values):
             raise RunError(
@@ -126,17 +147,27 @@ class Aggregator:
                 " finite number, 0 or more",
                 code="run.invalid_weight",
             )
-        length = norm(update.delta)
+
+    def _check_finite(self, update: Update, length: float) -> None:
+        if not math.isfinite(length) and find_not_finite(update.delta):
+            raise RunError(
+                f"the update of {update.organization[:80]} is not finite: expected finite values", code="run.update_not_finite"
+            )
+
+    def _note(self, weighed: WeightedUpdate, length: float) -> None:
+        """Remember what an update looked like."""
+        values = list(weighed.weight.values()) if isinstance(weighed.weight, Mapping) else [weighed.weight]
         mean = sum(values) / max(1, len(values))
-        square = length**2
-        self._seen[update.organization] = (mean, length)
-        self._weights = self._weights + mean
-        self._squares = self._squares + mean * square
-        return WeightedUpdate(update, weight, self._context.state)
+        self._seen[weighed.update.organization] = (mean, length)
+        self._weights += mean
+        self._squares += mean * length**2
 
     def _add_up(self, weighed: WeightedUpdate) -> None:
         assert self._contribute is not None
-        total(self._sums, self._contribute(weighed))
+        if self._contribute is weighted:
+            add_weighted(self._sums, weighed)
+        else:
+            total(self._sums, self._contribute(weighed))
 
     def result(self) -> Aggregate:
         """Raises RunError where the updates do not suffice for the rule, or its result is not a delta of the model."""
@@ -150,16 +181,16 @@ class Aggregator:
                 " server.quorum, or choose another fusion",
                 code="run.too_few_updates",
             )
-        weighed = [] if self._streams else self._weigh_all()
+        weights = [] if self._streams else self._weigh_all()
         if not self._weights > 0:
             raise RunError(
                 f'the weighting "{self._weighting[0].name}" gave every update the weight 0: expected one above',
                 code="run.no_weight",
             )
-        found = self._passed(weighed) if self._passes is not None else self._fuse(weighed)
+        found = self._passed(weights) if self._passes is not None else self._fuse(self._weighed(weights))
         fused = found if isinstance(found, Aggregate) else Aggregate(found)
         self._given = fused.weights
-        self._places = _apart(self._held)
+        self._places = _apart(self._held.updates)
         self._held.clear()
         _check(info.name, fused.delta, self._context.state)
         return Aggregate(fused.delta, self._count, self._squares / self._weights, fused.memory)
@@ -173,19 +204,25 @@ class Aggregator:
             for name, (_, length) in self._seen.items()
         }
 
-    def _weigh_all(self) -> list[WeightedUpdate]:
-        weights: Sequence[Any] = (
-            self._weigh(self._held) if self._weighting[0].sees_all else [self._weigh(update) for update in self._held]
-        )
-        return [self._weighed(update, weight) for update, weight in zip(self._held, weights, strict=True)]
+    def _weigh_all(self) -> list[Any]:
+        held = self._held.updates
+        weights = list(self._weigh(held) if self._weighting[0].sees_all else map(self._weigh, held))
+        for update, weight, length in zip(held, weights, self._lengths, strict=True):
+            self._check_weight(update, weight)
+            self._note(WeightedUpdate(update, weight), length)
+        return weights
 
-    def _passed(self, weighed: Sequence[WeightedUpdate]) -> Delta | Aggregate:
+    def _weighed(self, weights: Sequence[Any]) -> list[WeightedUpdate]:
+        state = self._context.state
+        return [WeightedUpdate(update, weight, state) for update, weight in zip(self._held.updates, weights, strict=True)]
+
+    def _passed(self, weights: Sequence[Any]) -> Delta | Aggregate:
         """The passes of a generator over the updates; where they were streamed, its one sum is there already."""
         assert self._passes is not None
         try:
             while True:
-                for update in weighed:
-                    self._add_up(update)
+                for number, weight in enumerate(weights):  # made anew: what a rule computes of an update is then let go of
+                    self._add_up(WeightedUpdate(self._held.updates[number], weight, self._context.state))
                 sums = self._sums
                 self._sums = {}
                 self._contribute = self._passes.send(sums)
@@ -222,18 +259,17 @@ def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
                 f'the fusion "{name}" gave {key} {tuple(tensor.shape)}: expected {tuple(state[key].shape)}, as in the model',
                 code="run.invalid_aggregate",
             )
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(delta, key):
             raise RunError(
                 f'the fusion "{name}" gave values for {key} that are not finite: expected a finite delta',
                 code="run.invalid_aggregate",
             )
 
 
-def build_aggregator(strategy: StrategyConfig, context: RoundContext) -> Aggregator:
-    """Return weighting and fusion for one round."""
-    weighting = strategy.weighting
-    fusion = strategy.fusion
-    return Aggregator((weighting.info("weighting"), weighting.parameters), (fusion.info("fusion"), fusion.parameters), context)
+def build_aggregator(strategy: StrategyConfig, context: RoundContext, folder: Path | None = None) -> Aggregator:
+    """Return weighting and fusion for one round. folder: see `Aggregator`."""
+    weighting = (strategy.weighting.info("weighting"), strategy.weighting.parameters)
+    return Aggregator(weighting, (strategy.fusion.info("fusion"), strategy.fusion.parameters), context, folder)
 
 
 def build_server_optimizer(strategy: StrategyConfig) -> ServerOptimizer:

@@ -131,7 +131,7 @@ def _counts_on_the_mean(info: ComponentInfo) -> bool:
 
 
 def _plain(optimizer: Component) -> bool:
-    plain = {"lr": 1.0, "momentum": 0.0, "schedule": "constant", "warmup": 0}
+    plain = {"lr": 1.0, "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup": 0}
     return optimizer.name == "sgd" and optimizer.parameters == plain
 
 

@@ -47,7 +47,7 @@ class Component(BaseModel):
 _DEFAULT_COMPONENTS: dict[Kind, Component] = {
     "weighting": Component(name="examples", cap=0),
     "fusion": Component(name="mean"),
-    "server_optimizer": Component(name="sgd", lr=1.0, momentum=0.0, schedule="constant", warmup=0),
+    "server_optimizer": Component(name="sgd", lr=1.0, momentum=0.0, nesterov=False, schedule="constant", warmup=0),
 }
 
 
@@ -192,6 +192,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fedyogi": {"server_optimizer": "yogi"},
     "fedadagrad": {"server_optimizer": "adagrad"},
     "fedexp": {"server_optimizer": "fedexp"},
+    "diloco": {
+        "server_optimizer": {"name": "sgd", "lr": 0.7, "momentum": 0.9, "nesterov": True},
+        "cite": "Douillard et al., 2023, https://arxiv.org/abs/2311.08105",
+    },
     # client terms
     "fedprox": {"client_term": "proximal"},
     "scaffold": {"weighting": "uniform", "client_term": "scaffold"},

@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cotune.strategies.blocks import add_exactly, empty, flatten, measure, read_blocks, shape_of, sum_squares
 from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
 
 Contribution = Callable[[WeightedUpdate], Mapping[str, Tensor]]  # of one update, in float64
@@ -44,9 +46,21 @@ def weighted_mean(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.where(sums[_WEIGHT + name] > 0, sums[name] / sums[_WEIGHT + name], 0.0) for name in names}
 
 
+def divide(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `weighted_mean` gives, in the memory of the sums, which are used up."""
+    found: dict[str, Tensor] = {}
+    for name in [name for name in sums if _WEIGHT + name in sums]:
+        weight = sums.pop(_WEIGHT + name)
+        if weight.dim():
+            found[name] = torch.where(weight > 0, sums.pop(name) / weight, 0.0)
+        else:
+            found[name] = sums.pop(name).div_(weight) if float(weight) > 0 else sums.pop(name).zero_()
+    return found
+
+
 def norm(delta: Delta) -> float:
     """‖Δ‖₂ over all parameters, in float64; the same whatever their order, which a file or a sender may change."""
-    return math.sqrt(math.fsum(float(tensor.to(torch.float64).pow(2).sum()) for tensor in delta.values()))
+    return math.sqrt(measure(delta))
 
 
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
@@ -58,3 +72,42 @@ def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
             sums[name] = sums[name] + tensor
         else:
             sums[name] = tensor.to(torch.float64, copy=True)
+
+
+def add_weighted(sums: dict[str, Tensor], update: WeightedUpdate) -> float:
+    """Adds what `weighted` gives to the running sums, to the bit, in one pass and without making it; returns ‖Δ_k‖².
+
+    It is not finite where an entry is not; then the sums are not, either.
+    """
+    squares = []
+    for name in update.update.delta:
+        weight = update.weight_of(name)
+        if isinstance(weight, Tensor) or not _fits(sums.get(name), shape_of(update.update.delta, name)):
+            delta = update.padded(name)
+            squares.append(measure({name: delta}))
+            total(sums, {name: delta * weight})
+        else:
+            squares.append(_add_scaled(sums, name, update.update.delta, weight))
+        total(sums, {_WEIGHT + name: torch.as_tensor(weight, dtype=torch.float64)})
+    return add_exactly(squares)
+
+
+def _fits(running: Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether entries of that shape can be added in place."""
+    return running is None or (running.shape == shape and running.is_contiguous())
+
+
+def _add_scaled(sums: dict[str, Tensor], name: str, delta: Delta, weight: float) -> float:
+    """The sum of a parameter += w_k Δ_k; Σ of the squares of Δ_k."""
+    is_first = name not in sums
+    if is_first:
+        sums[name] = empty(shape_of(delta, name))
+    running = flatten(sums[name])
+    squares = []
+    with np.errstate(all="ignore"):  # what is not finite is told by the result
+        for where, block in read_blocks(delta, name):
+            squares.append(sum_squares(block))
+            np.multiply(block, weight, out=running[where] if is_first else block)
+            if not is_first:
+                running[where] += block
+    return add_exactly(squares)

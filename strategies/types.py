@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
+from cotune.strategies.blocks import empty, flatten, is_finite, read_blocks, shape_of
 
 Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
 
@@ -48,13 +49,24 @@ def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:
 
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is infinite or not a number; None where there is none."""
-    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    return next((name for name in tensors if not is_finite(tensors, name)), None)
 
 
-def apply_delta(state: Mapping[str, Tensor], delta: Delta) -> dict[str, Tensor]:
-    """θ + Δθ, computed in float64 and kept in the parameter's dtype; parameters without a delta stay as they are."""
-    moved = {name: (state[name].to(torch.float64) + d.to(torch.float64)).to(state[name].dtype) for name, d in delta.items()}
-    return {**state, **moved}
+def apply_delta(state: Mapping[str, Tensor], delta: Delta, rate: float = 1.0) -> dict[str, Tensor]:
+    """θ + rate·Δθ, computed in float64 and kept in the parameter's dtype; parameters without a delta stay as they are."""
+    return {**state, **{name: _moved(state[name], delta, name, rate) for name in delta}}
+
+
+def _moved(parameter: Tensor, delta: Delta, name: str, rate: float) -> Tensor:
+    """One parameter after the step, by blocks where both are as large."""
+    if parameter.dtype not in (torch.float32, torch.float64) or shape_of(delta, name) != parameter.shape:
+        return (parameter.to(torch.float64) + delta[name].to(torch.float64) * rate).to(parameter.dtype)
+    moved = parameter.detach().clone(memory_format=torch.contiguous_format)
+    entries = flatten(moved)
+    for where, block in read_blocks(delta, name):
+        block *= rate
+        entries[where] = entries[where] + block
+    return moved
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,23 @@ class WeightedUpdate:
     @cached_property
     def delta(self) -> dict[str, Tensor]:
         """The delta in float64; factors of a smaller rank are padded with zeros."""
-        return {name: self._padded(name, tensor.to(torch.float64)) for name, tensor in self.update.delta.items()}
+        return {name: self.padded(name) for name in self.update.delta}
+
+    @property
+    def entries(self) -> Delta:
+        """The delta as it came, most often in float32, to be read by blocks; as `delta` where factors are of a smaller rank."""
+        sent = self.update.delta
+        is_whole = all(name not in self.state or self.state[name].shape == shape_of(sent, name) for name in sent)
+        return sent if is_whole else self.delta
+
+    def padded(self, name: str) -> Tensor:
+        """One parameter of `delta`, which is kept by nobody."""
+        sent = self.update.delta
+        whole = empty(shape_of(sent, name))
+        entries = flatten(whole)
+        for where, block in read_blocks(sent, name):
+            entries[where] = block
+        return self._padded(name, whole)
 
     def weight_of(self, name: str) -> float | Tensor:
         """w_k of a parameter; a mask times w_k where the organization holds a part of it only."""

@@ -21,11 +21,20 @@ from tests.support.tiny_models import base_model
 
 __all__ = ["base_model"]  # fixtures
 
-settings.register_profile("cotune", deadline=None)  # how long an example takes says something of the machine
+# how long an example takes says something of the machine; `make test-faults` plays the property tests with "thorough"
+settings.register_profile("thorough", deadline=None)
+settings.register_profile("cotune", deadline=None, max_examples=40)
 settings.load_profile("cotune")
+_LONGEST = ("deployment", "simulations", "docs", "cli", "attacks", "client")  # rooms by CPU seconds of a test
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder)."""
+    rank = {("tests", room): place for place, room in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(tuple(item.nodeid.split("/")[:2]), len(rank)))
 
 
 @pytest.fixture

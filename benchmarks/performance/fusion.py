@@ -56,8 +56,8 @@ def updates(count: int, share: int, *, reuse: bool) -> Iterator[dict[str, Any]]:
         yield {f"p{i}": tensor for i, tensor in enumerate(found or [tensor * factor for tensor in base])}
 
 
-def cotune(meter: Meter, smoke: bool, fusion: str, count: int) -> None:
-    """One round of a strategy's weighting and fusion, as the server runs it."""
+def cotune(meter: Meter, folder: Path, smoke: bool, fusion: str, count: int) -> None:
+    """One round of a strategy's weighting and fusion, as the server runs it, with a folder for what is held."""
     from cotune.strategies.aggregator import build_aggregator
     from cotune.strategies.config import StrategyConfig
     from cotune.strategies.types import RoundContext, Update
@@ -71,7 +71,7 @@ def cotune(meter: Meter, smoke: bool, fusion: str, count: int) -> None:
     first = next(source)
     state = {name: tensor.clone() for name, tensor in first.items()}
     with meter.measure(units=count * parameters_of(share) / 1e6, label=label(fusion, count)):
-        aggregator = build_aggregator(StrategyConfig(fusion=fusion), RoundContext(state=state))
+        aggregator = build_aggregator(StrategyConfig(fusion=fusion), RoundContext(state=state), folder)
         aggregator.add(Update("org-0", 1, first, 100, 5))
         first = {}
         for number, delta in enumerate(source, start=1):
@@ -79,7 +79,7 @@ def cotune(meter: Meter, smoke: bool, fusion: str, count: int) -> None:
         aggregator.result()
 
 
-def flower(meter: Meter, smoke: bool, count: int) -> None:
+def flower(meter: Meter, folder: Path, smoke: bool, count: int) -> None:
     """FedAvg's aggregation of messages, as `flwr.serverapp.strategy.FedAvg` makes it in every round."""
     from flwr.app import ArrayRecord, MetricRecord, RecordDict
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
@@ -102,7 +102,7 @@ def _array(tensor: Any) -> Any:
     return Array(tensor.numpy())
 
 
-def numpy(meter: Meter, smoke: bool, count: int) -> None:
+def numpy(meter: Meter, folder: Path, smoke: bool, count: int) -> None:
     """The least that a mean can do: one addition for every number."""
     share = share_of("mean", smoke)
     source = updates(count, share, reuse=True)
@@ -139,14 +139,14 @@ def all_counts(body: Any) -> Any:
         import gc
 
         for count in COUNTS if not smoke else (5,):
-            body(meter, smoke, count)
+            body(meter, folder, smoke, count)
             gc.collect()
 
     return run
 
 
 def held(fusion: str) -> Any:
-    return all_counts(lambda meter, smoke, count: cotune(meter, smoke, fusion, max(count, fewest(fusion))))
+    return all_counts(lambda meter, folder, smoke, count: cotune(meter, folder, smoke, fusion, max(count, fewest(fusion))))
 
 
 def fewest(fusion: str) -> int:
@@ -193,7 +193,7 @@ BENCHMARK = Benchmark(
     contenders=(
         Contender("NumPy add", all_counts(numpy)),
         Contender("Flower FedAvg", all_counts(flower)),
-        Contender("cotune", all_counts(lambda meter, smoke, count: cotune(meter, smoke, "mean", count))),
+        Contender("cotune", all_counts(lambda meter, folder, smoke, count: cotune(meter, folder, smoke, "mean", count))),
         *(Contender(f"cotune, {fusion}", held(fusion), repeats=1) for fusion in HELD),
     ),
     rows=rows,

@@ -14,6 +14,10 @@ from cotune.plan.schema import Plan
 from cotune.strategies.types import find_not_finite
 
 PERSONAL = "personal"  # the folder of what is kept
+UNNOISED = (
+    "A copy that one organization has trained on its own records, without noise. No ε bounds what it reveals of them: keep it and"
+    " what it predicts where the records are."
+)
 
 
 class PersonalParameters:
@@ -40,7 +44,11 @@ class PersonalParameters:
         self._check_kept()
 
     def join(self, state: State) -> State:
-        """Return the received state with the personal parameters, and set the model to it."""
+        """Return what a round trains from: the received state with the personal parameters. Set the model to it."""
+        return self.own_model(state)
+
+    def own_model(self, state: State) -> State:
+        """Return the organization's own model: a shared state with the personal parameters. Set the model to it."""
         if not self.names:
             return state
         joined = {**state, **self.model.state(self._trained()), **self.kept}

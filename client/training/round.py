@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,10 +23,12 @@ from cotune.client.training.context import (
 from cotune.client.training.disclosures import Disclosures, reported_noise, statistics_of
 from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.observe import notify
+from cotune.client.training.own_copy import OwnCopy, open_personal
 from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import SanityChecks, build_optimizer, build_setup, check_gradients
 from cotune.errors import Declined, RunError
+from cotune.models.device import explained_out_of_memory
 from cotune.models.trainable import State
 from cotune.plan.parameters import trained_names
 from cotune.plan.schema import Plan
@@ -68,6 +70,7 @@ def train_round(
         DataError: The organization's records cannot be used.
         PrivacyError: The budget does not suffice, or the model cannot be trained privately.
         RunError: The request is not one that the plan makes, or training failed.
+        DeviceError: The GPU is full; what was charged for the round stays charged.
     """
     context = LocalContext(plan, site, site.policy(), round, state, admitted, sent or {}, declarable)
     run_checks(BEFORE_RECORDS, context)
@@ -76,10 +79,11 @@ def train_round(
     if finished is not None:
         return finished
     run_checks(BEFORE_TRAINING, context)
-    prepared = _prepare(context)
-    trained = _train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else _train_without_privacy(prepared)
+    with explained_out_of_memory("ask for a smaller local.physical_batch_size in the plan, or free the GPU"):
+        prepared = _prepare(context)
+        trained = _train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else _train_without_privacy(prepared)
     update = _build_update(prepared, trained)
-    _keep(prepared, trained, update)
+    _keep(prepared, update)
     return update
 
 
@@ -113,8 +117,6 @@ class _Trained:
     disclosed: dict[str, float]
     epsilon: float | None = None
     noise: dict[str, float] | None = None
-    charge: int | None = None  # of the steps; settled once the update is kept
-    seconds: float = 0.0  # that they took
 
 
 def _prepare(context: LocalContext) -> _Prepared:
@@ -123,7 +125,7 @@ def _prepare(context: LocalContext) -> _Prepared:
     site = context.site
     model = context.model
     model.load(context.state)
-    personal = PersonalParameters(plan, site, model, context.round, context.admitted)
+    personal = open_personal(plan, site, model, context.round, context.admitted)
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
@@ -158,9 +160,8 @@ def _train_with_privacy(prepared: _Prepared) -> _Trained:
     disclosed = _disclose(prepared)
     shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
     noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
-    with prepared.attach_extensions():
-        steps, charge, seconds = _private_training(prepared)
-    return _Trained(steps, disclosed, context.account.reported_epsilon(), noise, charge, seconds)
+    steps = _private_training(prepared)
+    return _Trained(steps, disclosed, context.account.reported_epsilon(), noise)
 
 
 def _train_without_privacy(prepared: _Prepared) -> _Trained:
@@ -170,34 +171,68 @@ def _train_without_privacy(prepared: _Prepared) -> _Trained:
     disclosed = _disclose(prepared)
     with prepared.attach_extensions():
         reports = _plain_steps(prepared.setup, prepared.optimizer, _sampler(prepared))
-        steps = _follow(reports, prepared, None)
+        steps = _follow(reports, prepared, prepared.sanity_checks, None)
+    _train_copy(
+        prepared, lambda optimizer: _plain_steps(prepared.setup, optimizer, _sampler(prepared, "own batches")), noise=False
+    )
     return _Trained(steps, disclosed)
 
 
-def _private_training(prepared: _Prepared) -> tuple[int, int, float]:
-    """Train by DP-SGD and return the steps taken, their charge and its seconds. It is made before a record enters a batch."""
+def _private_training(prepared: _Prepared) -> int:
+    """Train by DP-SGD and return the steps of the shared model. The ledger is charged before a record enters a batch."""
     context = prepared.context
+    plan = context.plan
     account = context.account
-    privacy = context.plan.privacy
+    privacy = plan.privacy
     assert isinstance(privacy, RecordPrivacy)
     check_gradients(prepared.setup, privacy, context.stage.mode)
     rate = context.stage.local.sample_rate(context.examples)
-    charged = Steps(context.noise_multiplier, rate, context.stage.local.steps_per_round(context.examples))
+    charged = Steps(context.noise_multiplier, rate, plan.charged_steps(context.stage, context.examples))
     charge = account.reserve(context.round, charged)
     began = time.monotonic()
+    epsilon = account.epsilon()
     config = DPSGDConfig(
         noise_multiplier=charged.noise_multiplier,
         clip_norm=privacy.clip_norm,
         sample_rate=charged.sample_rate,
         expected_batch=context.expected_batch,
-        steps=charged.count,
+        steps=context.stage.local.steps_per_round(context.examples),
         clipping_mode=privacy.clipping,
     )
     rows = prepared.setup
-    setup = DPSGDSetup(rows.module, prepared.optimizer, rows.loss, rows.units, rows.batches)
-    reports = DPSGD(config).run(setup)
-    taken = _follow(_within_hours(reports, account), prepared, account.epsilon())
-    return taken, charge, time.monotonic() - began
+
+    def private_steps(optimizer: torch.optim.Optimizer) -> Iterator[StepReport]:
+        setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches)
+        return _within_hours(DPSGD(config).run(setup), account)
+
+    def plain_steps(optimizer: torch.optim.Optimizer) -> Iterator[StepReport]:
+        return _within_hours(_plain_steps(rows, optimizer, _sampler(prepared, "own batches")), account)
+
+    with prepared.attach_extensions():
+        taken = _follow(private_steps(prepared.optimizer), prepared, prepared.sanity_checks, epsilon)
+    noise = plan.personal.noise
+    copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
+    account.ledger.settle(charge, taken + (copied if noise else 0), time.monotonic() - began)
+    return taken
+
+
+def _train_copy(prepared: _Prepared, steps: Callable[[torch.optim.Optimizer], Iterator[StepReport]], *, noise: bool) -> int:
+    """Train the organization's own copy, after the shared model, which is left as it is; return the steps, 0 without a copy.
+
+    Args:
+        steps: An optimizer -> the steps that it takes.
+        noise: Whether they add noise.
+    """
+    copy = prepared.personal
+    if not isinstance(copy, OwnCopy):
+        return 0
+    context = prepared.context
+    with copy.in_place(prepared.received) as parameters:
+        names = list(parameters)
+        optimizer = build_optimizer(context.stage.local, context.model, names, list(parameters.values()))
+        checks = SanityChecks(context.model, context.model.state(names), noise=True) if noise else None
+        with copy.pull(optimizer, parameters, prepared.received):
+            return _follow(steps(optimizer), prepared, checks, None)
 
 
 def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
@@ -243,11 +278,11 @@ def _total_loss(setup: TrainingSetup, ceiling: float) -> float:
     return sum(float(loss @ weights) for loss, weights in known)
 
 
-def _sampler(prepared: _Prepared) -> PoissonSampler:
+def _sampler(prepared: _Prepared, purpose: str = "batches") -> PoissonSampler:
     """Poisson samples of the rows, reproducible from the plan's seed: training without privacy."""
     context = prepared.context
     local = context.stage.local
-    generator = seeded_generator(context.plan.seed, "batches", context.site.organization, context.round)
+    generator = seeded_generator(context.plan.seed, purpose, context.site.organization, context.round)
     return PoissonSampler(
         prepared.setup.rows, local.sample_rate(context.examples), local.steps_per_round(context.examples), generator
     )
@@ -267,15 +302,17 @@ def _plain_steps(setup: TrainingSetup, optimizer: torch.optim.Optimizer, sampler
         yield StepReport(step, len(sampler), total if batch else None)
 
 
-def _follow(reports: Iterator[StepReport], prepared: _Prepared, epsilon: float | None) -> int:
+def _follow(reports: Iterator[StepReport], prepared: _Prepared, checks: SanityChecks | None, epsilon: float | None) -> int:
     """Take the steps, check the first, tell local observers of each, and return how many were taken.
 
     Args:
+        checks: None where even a failure would tell of records that no noise protects.
         epsilon: ε with this round, which is reserved already.
     """
     taken = 0
     for report in reports:
-        prepared.sanity_checks.after_step(report)
+        if checks is not None:
+            checks.after_step(report)
         taken = report.step
         notify(
             "step",
@@ -286,7 +323,8 @@ def _follow(reports: Iterator[StepReport], prepared: _Prepared, epsilon: float |
             loss=report.loss,
             epsilon=epsilon,
         )
-    prepared.sanity_checks.after_round()
+    if checks is not None:
+        checks.after_round()
     return taken
 
 
@@ -334,14 +372,11 @@ def _check_finite(delta: Delta) -> None:
         )
 
 
-def _keep(prepared: _Prepared, trained: _Trained, update: Update) -> None:
-    """Keep what the next round goes on from and, last, the update: from then on the round is answered, and its charge settled.
-
-    A process that is killed between the two leaves the charge as it was reserved, which is as many steps.
-    """
+def _keep(prepared: _Prepared, update: Update) -> None:
+    """Keep what the next round goes on from and, last, the update: from then on the round is answered."""
     context = prepared.context
     prepared.correction.keep(context.round, context.stage, update.delta)
     prepared.personal.keep()
     context.site.keep(update, context.plan.plan_id)
     if context.account.budget is not None:
-        context.account.answered(context.round, trained.charge, trained.seconds)
+        context.account.answered(context.round)

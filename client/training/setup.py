@@ -276,6 +276,7 @@ def build_optimizer(
     return adam(groups, weight_decay=local.weight_decay)
 
 
+_SUMMED_AT_ONCE = 2**22  # entries: 32 MiB as integers
 _MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
 
 
@@ -338,5 +339,8 @@ class SanityChecks:
 
 
 def _checksum(tensor: Tensor) -> int:
+    """A slice at a time: on a GPU a sum of integers first makes 64 bits of each."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(words).sum(dtype=torch.int64))
+    flat = tensor.detach().contiguous().view(words).flatten()
+    parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, _SUMMED_AT_ONCE)]
+    return int(torch.stack(parts).sum()) if parts else 0

@@ -12,6 +12,7 @@ import torch
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.classes import Metrics
 from cotune.data.types import Label
+from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
 from cotune.models.head_fit import classes_from_scores
@@ -57,7 +58,8 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
     model.load(state)
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
     if head is None:
-        return _predict(model, test)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
+            return _predict(model, test)
     return classes_from_scores(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
 
 

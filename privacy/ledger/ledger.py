@@ -250,16 +250,13 @@ class Ledger:
             PrivacyError: For a charge that is not reserved, and for more steps than were reserved.
         """
         with self._chain.transaction() as log:
-            self._settle(log, charge, steps_run, seconds)
-
-    def _settle(self, log: OpenLog, charge: int, steps_run: int, seconds: float) -> None:
-        reserved = self._totals.open_steps(charge)
-        if reserved is None or not 0 <= steps_run <= reserved.count:
-            raise PrivacyError(
-                f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many",
-                code="privacy.charge_not_open",
-            )
-        log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
+            reserved = self._totals.open_steps(charge)
+            if reserved is None or not 0 <= steps_run <= reserved.count:
+                raise PrivacyError(
+                    f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many",
+                    code="privacy.charge_not_open",
+                )
+            log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
 
     def record_unprotected(self, plan_id: str, round: int, what: str, *, data: str, collection: str = "", plan: str = "") -> None:
         """Record, durably, that something about a data set is leaving without privacy."""
@@ -281,21 +278,9 @@ class Ledger:
         found = None if run is None else run.told.get(what)
         return None if found is None else list(found)
 
-    def record_answer(self, plan_id: str, round: int, *, data: str, charge: int | None = None, seconds: float = 0.0) -> None:
-        """Record, durably, that a round of a run was answered, and that an open charge ran in full.
-
-        Args:
-            plan_id: The run.
-            round: Of the run.
-            data: Fingerprint of the data set.
-            charge: To settle in the same transaction; None: none.
-            seconds: How long its steps took.
-        """
-        with self._chain.transaction() as log:
-            reserved = None if charge is None else self._totals.open_steps(charge)
-            if charge is not None and reserved is not None:
-                self._settle(log, charge, reserved.count, seconds)
-            log.append("told", {"plan_id": plan_id, "data": data, "what": ANSWER, "values": [float(round)]})
+    def record_answer(self, plan_id: str, round: int, *, data: str) -> None:
+        """Record, durably, that a round of a run was answered."""
+        self.record_disclosure(plan_id, data, ANSWER, [float(round)])
 
     def last_answered_round(self, plan_id: str) -> int:
         """Return the last round of a run that was answered; 0: none."""

@@ -79,6 +79,7 @@ class ModelSummary(Document):
     base: str = Field(description="Base model, as in the plan.")
     base_hash: str | None = Field(description="SHA-256 over its safetensors.")
     parameters: int = Field(description="Number of parameters of the whole model.")
+    common: bool = Field(True, description="Whether there is one for all: false with personal parts.")
     shared_parameters: int = Field(description="Number of those that were trained and traveled.")
 
 
@@ -265,6 +266,9 @@ class RunSummary(Document):
         " of the finished rounds."
     )
     peak_memory_bytes: int | None = Field(description="Resident set of the process at its largest.")
+    peak_gpu_memory_bytes: int | None = Field(
+        None, description="The most memory of one GPU that the process held in tensors; null without a GPU."
+    )
     versions: dict[str, str] = Field(description="Versions of Python and of the packages.")
     reproduce: list[str] = Field(description="The command that repeats the run.")
 

@@ -241,15 +241,17 @@ class UpdateStore:
         inbox: Updates of the round before their turn.
         late: Updates of earlier rounds.
         quarantine: Rejected updates.
+        folder: Of the updates that a rule compares; see `strategies.held`.
     """
 
     inbox: SpillBuffer
     late: LateBuffer
     quarantine: Quarantine
+    folder: Path
 
     @classmethod
     def open(cls, folder: RunFolder) -> UpdateStore:
         """Open the store of a run; inbox/ is emptied."""
         inbox = SpillBuffer(folder.path / "inbox")
         late = LateBuffer(folder.plan.server, SpillBuffer(folder.path / "inbox" / "late"))
-        return cls(inbox, late, Quarantine(folder.path / "quarantine"))
+        return cls(inbox, late, Quarantine(folder.path / "quarantine"), inbox.folder)

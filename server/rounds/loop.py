@@ -1,7 +1,8 @@
 """The round loop, the same for every engine: select, ask, receive, combine, step, evaluate, checkpoint.
 
 Updates are added one at a time, in the order of the organizations, so that the sum is the same no matter who was faster; the
-server never holds more than a few beside the running sum, unless the weighting must compare them (strategies/aggregator.py).
+server never holds more than a few in memory beside the running sum: those that must be compared wait on disk
+(strategies/aggregator.py).
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def _combination(run: _Run, start: _Start) -> Combination:
     """Where updates are added: under client-level privacy a noised mean, else the fusion of the plan's strategy."""
     if run.client_level:
         return run.client_level.new_mean(start.shared, start.before)
-    return build_aggregator(run.plan.strategy, start.context)
+    return build_aggregator(run.plan.strategy, start.context, run.store.folder)
 
 
 def _collect(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cotune.data.dataset import DatasetManifest
-from cotune.models.device import peak_memory_bytes
+from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_model
 from cotune.plan.schema import Plan
@@ -57,6 +57,7 @@ def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
             "base": plan.model.base,
             "base_hash": plan.model.base_hash,
             "parameters": load_run_model(folder).parameter_count(),
+            "common": not plan.keeps_parts,
             "shared_parameters": sum(t.numel() for t in progress.state.values()),
         },
         "labels": list(plan.labels),
@@ -70,6 +71,7 @@ def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
         "bytes": {"up": _total(progress, "bytes_up"), "down": _total(progress, "bytes_down")},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in _PACKAGES},
     }
 
@@ -154,7 +156,7 @@ def finalize_run(folder: RunFolder) -> RunSummary:
     """
     progress = folder.load()
     summary = summarize(folder, progress)
-    if not folder.plan.keeps_personal:
+    if not folder.plan.keeps_parts:
         _export(folder, progress, summary)
     atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")

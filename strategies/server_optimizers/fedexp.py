@@ -36,7 +36,7 @@ class FedExP(ServerOptimizer):
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = max(1.0, fused.mean_squared_norm / (2 * (norm(fused.delta) ** 2 + self.epsilon)))
-        moved = apply_delta(state, {name: d.to(torch.float64) * rate for name, d in fused.delta.items()})
+        moved = apply_delta(state, fused.delta, rate)
         return moved, {name: state[name] for name in fused.delta}
 
     def serve(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,10 +19,15 @@ from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 @server_optimizer("sgd", cite="Hsu et al., 2019, https://arxiv.org/abs/1909.06335")
 @dataclass(frozen=True)
 class ServerSGD(ServerOptimizer):
-    """θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 FedAvgM."""
+    """θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 FedAvgM.
+
+    nesterov: θ += lr·(D + momentum·v), as in torch (Sutskever et al., ICML 2013), which is the same where momentum is 0; the
+    outer step of DiLoCo (Douillard et al., 2023, algorithm 1), whose workers take hundreds of AdamW steps between two rounds.
+    """
 
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
     schedule: Schedule = "constant"
     warmup: Warmup = 0
 
@@ -31,7 +36,8 @@ class ServerSGD(ServerOptimizer):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rate = compute_rate(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:
-            return apply_delta(state, {name: d * rate for name, d in fused.delta.items()}), {}
+            return apply_delta(state, fused.delta, rate), {}
         delta = fused.delta.items()
         moving = {name: d.to(torch.float64) + self.momentum * memory.get(name, torch.zeros(())) for name, d in delta}
-        return apply_delta(state, {name: v * rate for name, v in moving.items()}), {**memory, **moving}
+        ahead = {name: d.to(torch.float64) + self.momentum * moving[name] for name, d in delta} if self.nesterov else moving
+        return apply_delta(state, ahead, rate), {**memory, **moving}

@@ -14,8 +14,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
+from cotune.strategies.blocks import add_exactly, read_stacks
 from cotune.strategies.registry import Needs, weighting
 from cotune.strategies.types import Update
 
@@ -81,12 +82,13 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
 
 
 def _scatter(updates: Sequence[Update], names: Sequence[str], a: Sequence[float]) -> float:
-    """Q / d, in float64, one parameter at a time."""
-    scatter = 0.0
+    """Q / d, in float64, a block of coordinates at a time."""
+    weights = np.array(a)
+    scatter: list[float] = []
     size = 0
     for name in names:
-        deltas = [u.delta[name].to(torch.float64) for u in updates]
-        mean = sum((d * x for d, x in zip(deltas, a, strict=True)), torch.zeros_like(deltas[0])) / sum(a)
-        scatter += sum(x * float((d - mean).pow(2).sum()) for d, x in zip(deltas, a, strict=True))
-        size += mean.numel()
-    return scatter / size if size else 0.0
+        for _, rows in read_stacks([update.delta for update in updates], name, np.float64):
+            rows -= np.einsum("k,kj->j", weights, rows) / sum(a)
+            scatter.append(float(np.einsum("k,kj,kj->", weights, rows, rows)))
+            size += rows.shape[1]
+    return add_exactly(scatter) / size if size else 0.0

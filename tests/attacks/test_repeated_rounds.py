@@ -115,7 +115,7 @@ def test_an_answered_round_is_not_answered_again(
     other = {name: tensor + 0.01 for name, tensor in state.items()}
     with monkeypatch.context() as killed:
         if lost == "the mark":
-            killed.setattr(Account, "answered", lambda *_: None)
+            killed.setattr(Account, "answered", lambda self, round: None)
         first = train_round(plan, site, 2, state)
     if lost == "the outbox":
         (site.folder / "outbox" / "update.safetensors").unlink()

@@ -210,6 +210,15 @@ def test_an_option_that_does_not_exist(cotune: Cotune) -> None:
     assert "Traceback" not in outcome.err
 
 
+def test_a_run_that_fails_says_one_line_and_exits_with_1(cotune: Cotune, folder: Path) -> None:
+    outcome = cotune("simulate", "toy.toml", "--out", "run", "--set", "server.max_update_norm=1e-30")
+    said = sentence(outcome, code=1)
+    assert "round 1 got 0 of 2 updates" in said
+    assert "org-1" in said
+    assert "round 1: org-2 left out" in outcome.out
+    assert not (folder / "run" / "summary.json").exists()
+
+
 # --- as a process of its own
 
 
@@ -224,15 +233,6 @@ def test_the_script_says_one_line_and_exits_with_2_and_debug_shows_where(started
     *_, failure, code = trace.splitlines()
     assert failure.startswith("cotune.errors.DataError: nowhere.csv does not exist")
     assert code == "error code: data.missing_file"
-
-
-def test_a_run_that_fails_says_one_line_and_exits_with_1(script: Cotune, folder: Path) -> None:
-    outcome = script("simulate", "toy.toml", "--out", "run", "--set", "server.max_update_norm=1e-30")
-    said = sentence(outcome, code=1)
-    assert "round 1 got 0 of 2 updates" in said
-    assert "org-1" in said
-    assert "round 1: org-2 left out" in outcome.out
-    assert not (folder / "run" / "summary.json").exists()
 
 
 def test_stopped_by_hand_it_says_how_to_go_on(started: Started, folder: Path) -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from cotune.errors import DeviceError
-from cotune.models.device import bfloat16_is_fast, peak_memory_bytes, pick_device
+from cotune.models.device import (
+    autocasts,
+    bfloat16_is_fast,
+    explained_out_of_memory,
+    limit_memory,
+    peak_gpu_memory_bytes,
+    peak_memory_bytes,
+    pick_device,
+)
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -67,3 +75,41 @@ def test_peak_memory_is_that_of_the_operating_system() -> None:
     kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
     assert kilobytes
     assert peak_memory_bytes() == pytest.approx(int(kilobytes[1]) * 1024, rel=0.02)
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this machine has a GPU")
+def test_no_gpu_has_no_peak() -> None:
+    assert peak_gpu_memory_bytes() is None
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 1), ("cuda:0", 0)])
+def test_memory_is_limited_on_the_device_that_is_used(name: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: dict[int, float] = {}
+
+    class Properties:
+        total_memory = 8 * 2**30
+
+    def limit(fraction: float, device: int) -> None:
+        assert isinstance(device, int), "torch asks for a number"
+        limits[device] = fraction
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
+    limit_memory(torch.device(name), 2.0)
+    assert limits == {index: 0.25}
+    limit_memory(torch.device(name), 100.0)
+    assert limits == {index: 1.0}
+
+
+def test_a_full_gpu_is_told_in_one_sentence() -> None:
+    with pytest.raises(DeviceError, match="a smaller batch") as caught, explained_out_of_memory("take a smaller batch"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has more lines")
+    assert caught.value.code == "device.out_of_memory"
+    assert "more lines" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="other"), explained_out_of_memory(""):
+        raise RuntimeError("other")
+
+
+def test_an_evaluation_on_a_cpu_is_in_float32() -> None:
+    assert not any(autocasts(precision, torch.device("cpu")) for precision in ("auto", "float32", "bfloat16"))

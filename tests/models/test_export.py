@@ -141,6 +141,21 @@ def test_the_model_itself_is_left_alone(
     assert not any(value for key, value in config.items() if "dropout" in key or "pdrop" in key)
 
 
+def test_no_tensor_is_copied_where_the_model_is(
+    base_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy on the device of a model that fills half of it would not fit."""
+    loaded = load_model(ModelConfig(base=str(base_model("bert"))), LABELS, 3)
+
+    def refuse(tensor: Tensor, memo: object) -> Tensor:
+        raise AssertionError("a tensor was copied on its device")
+
+    monkeypatch.setattr(Tensor, "__deepcopy__", refuse)
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
+    export_model(TrainableModel(loaded, None, 3, torch.device("cpu")), tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 def test_the_states_say_something_else_than_the_base(
     exported: dict[tuple[str, str, str], Exported], texts: tuple[str, ...]
 ) -> None:

@@ -209,6 +209,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.deadline_seconds": st.floats(0, 2e6, exclude_min=True),
     "server.max_accuracy_drop": st.floats(0, 1, exclude_min=True),
     "server.max_update_norm": st.floats(0, 1e6, exclude_min=True),
+    "personal.pull": st.floats(0, 1e3),
     "personalize.folds": st.integers(2, 20),
     "simulation.clients": st.integers(1, 10_000),
     "simulation.min_examples": st.integers(1, 10**6),
@@ -314,7 +315,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("data.encoding=utf-88", 'data.encoding = "utf-88"', "expected one such as utf-8"),
         ("data.deduplicate=perhaps", 'data.deduplicate = "perhaps"', "boolean"),
         ("data.source=''", 'data.source = ""', "at least 1 character"),
-        ('simulation.baselines=["alone", "joint"]', 'simulation.baselines.1 = "joint"', "'alone' or 'pooled'"),
+        ('simulation.baselines=["alone", "joint"]', 'simulation.baselines.1 = "joint"', "'alone', 'pooled' or 'plain'"),
         ("server.quorum=2", "server.quorum = 2", "less than or equal to 1"),
     ],
 )

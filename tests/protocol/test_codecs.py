@@ -139,6 +139,18 @@ def test_bytes_beside_float32(codec: Codec, most: float) -> None:
     assert packed_bytes(codec, count) / packed_bytes("float32", count) <= most
 
 
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("count", [1 << 16, (1 << 16) + 1, (1 << 17) + BLOCK - 1])
+def test_arrays_longer_than_what_is_worked_on_at_once_are_packed_in_one_piece(codec: Codec, count: int) -> None:
+    """All exponents first, then all integers."""
+    rounded = round_to(codec, torch.randn(count), generator())
+    packed = pack(codec, rounded)
+    assert torch.equal(unpack(codec, packed, (count,)), rounded)
+    first, rest = pack(codec, rounded[:BLOCK]), pack(codec, rounded[BLOCK:])
+    blocks = -(-count // BLOCK)
+    assert packed == first[:1] + rest[: blocks - 1] + first[1:] + rest[blocks - 1 :]
+
+
 def test_long_arrays_are_rounded_as_their_parts_are() -> None:
     """Longer than what is rounded at once, in more than one dimension, and not contiguous."""
     values = torch.randn(700, 401).T

@@ -82,6 +82,30 @@ def test_personal_parts_are_charged_as_plain_training_is(finished: Run) -> None:
     assert Site(finished.folder / "sites" / "org-1").ledger().spent() == plain
 
 
+@pytest.mark.parametrize("noise", [True, False], ids=["with noise", "without noise"])
+def test_copies_stand_beside_the_common_model(toy_plan: NewPlan, tmp_path: Path, noise: bool) -> None:
+    """Judged and exported are the copies; the common model is there, too, and the copy without noise says that it stays."""
+    personal = {"method": "ditto", "noise": noise}
+    plan = toy_plan(personal=personal, privacy={"epsilon": 8.0}, simulation={"baselines": ["plain"]})
+    result = simulate(plan, tmp_path / "run", device="cpu")
+    folder = RunFolder(result.folder)
+    common = load_file(result.folder / "model" / "model.safetensors")
+    for name, tensors in own_models(result.folder).items():
+        own = Site(result.folder / "sites" / name).recall(folder.plan.plan_id, 3, PERSONAL)
+        assert all(torch.equal(tensors[part], tensor) for part, tensor in own.items())
+        assert not torch.equal(tensors["classifier.weight"], common["classifier.weight"])
+        card = (result.folder / "sites" / name / "model" / "README.md").read_text(encoding="utf-8")
+        assert ("No ε bounds" in card) != noise
+    assert result.summary["model"]["common"]
+    assert result.summary["personal"] is not None
+    each = [organization["personal"]["accuracy"] for organization in result.summary["organizations"]]
+    assert result.summary["test"]["federated"]["accuracy"] == pytest.approx(sum(each) / len(each))
+    charged = Site(result.folder / "sites" / "org-1").ledger().spent()
+    plain = Site(result.folder / "baselines" / "plain" / "sites" / "org-1").ledger().spent()
+    assert sum(steps.count for steps in charged) == (2 if noise else 1) * sum(steps.count for steps in plain)
+    assert all(organization["epsilon_spent"] <= 8.0 for organization in result.summary["organizations"])
+
+
 MOMENTS = (
     Moment("renamed", {"path": "*/sites/org-1/kept/*/personal/round-00002.safetensors"}),  # kept, and not yet in the outbox
     Moment("update_received", {"round": 2, "organization": "org-2"}),
@@ -90,9 +114,11 @@ MOMENTS = (
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("parts", [["head"], pytest.param(["norm"], marks=pytest.mark.long)], ids=lambda parts: parts[0])
-def test_killed_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, parts: list[str]) -> None:
-    plan = plan_of(toy_plan, parts, simulation={"baselines": []})
+@pytest.mark.parametrize(
+    "personal", [["head"], pytest.param(["norm"], marks=pytest.mark.long), "ditto"], ids=["head", "norm", "ditto"]
+)
+def test_killed_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, personal: Any) -> None:
+    plan = plan_of(toy_plan, [], personal=personal, simulation={"baselines": []})
     whole = tmp_path / "whole"
     run = tmp_path / "other"
     simulate(plan, whole, device="cpu")

@@ -118,7 +118,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
             "personal",
             "test",
         ),
-        *("organizations", "rounds", "bytes", "seconds", "peak_memory_bytes", "versions", "reproduce"),
+        *("organizations", "rounds", "bytes", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "versions", "reproduce"),
     }
     fields = {"mode", "epsilon", "delta", "clip_norm", "claim", "claim_table", "epsilon_all_models", "statement"}
     assert set(summary["privacy"]) == fields

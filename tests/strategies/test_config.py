@@ -52,6 +52,7 @@ def test_a_plan_says_every_parameter_whether_given_or_not() -> None:
     assert config(server_optimizer="sgd").server_optimizer.parameters == {
         "lr": 1.0,
         "momentum": 0.0,
+        "nesterov": False,
         "schedule": "constant",
         "warmup": 0,
     }

@@ -33,6 +33,9 @@ momentum = 0.9
 batch_size = 0.5
 steps = 3
 
+[personalize]
+folds = 2
+
 [simulation]
 clients = 2
 partition = "iid"
@@ -60,12 +63,17 @@ Cotune = Callable[..., Outcome]
 Started = Callable[..., subprocess.Popen[str]]
 
 
+def write_folder(folder: Path, base: Path) -> None:
+    """Write toy.toml, reviews.csv and the base model as base/."""
+    (folder / "base").symlink_to(base)
+    (folder / "toy.toml").write_text(PLAN.format(base=base), encoding="utf-8")
+    write_csv(folder / "reviews.csv", sentences(240))
+
+
 @pytest.fixture
 def folder(tmp_path: Path, base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """The present folder, with toy.toml, reviews.csv and the base model in base/."""
-    (tmp_path / "base").symlink_to(base_model("bert"))
-    (tmp_path / "toy.toml").write_text(PLAN.format(base=base_model("bert")), encoding="utf-8")
-    write_csv(tmp_path / "reviews.csv", sentences(240))
+    write_folder(tmp_path, base_model("bert"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     return tmp_path

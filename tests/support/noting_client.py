@@ -85,7 +85,7 @@ def run_client(site: Path, state: Path, notes: Path, plan: Path, seed: int, roun
 
         before = dp_sgd.PoissonSampler
         training.DPSGD = engine(steps)  # type: ignore[misc]
-        for owner, name in ((Ledger, "reserve"), (Ledger, "record_answer"), (os, "replace")):
+        for owner, name in ((Ledger, "reserve"), (Ledger, "settle"), (os, "replace")):
             setattr(owner, name, between(getattr(owner, name)))
         table = tomllib.loads(plan.read_text(encoding="utf-8"))
         while True:

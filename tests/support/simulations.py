@@ -46,6 +46,7 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
             "model": {"base": str(base_model(kind)), "max_length": 16, "pooling": "mean" if kind == "bert" else "auto"},
             "data": {"source": str(toy_data)},
             "local": {"learning_rate": 5.0, "momentum": 0.9, "batch_size": 0.5, "steps": 5},
+            "personalize": {"folds": 2},  # each fits a dozen heads
             "simulation": {"clients": 2, "partition": "iid"},
         }
         for key, value in changes.items():

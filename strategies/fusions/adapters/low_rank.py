@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.sums import total, weighted, weighted_mean
+from cotune.strategies.sums import add_weighted, divide
 from cotune.strategies.types import WeightedUpdate
 
 
@@ -19,8 +19,8 @@ def average_deltas(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """The weighted mean of the deltas, as the fusion `mean` has it."""
     sums: dict[str, Tensor] = {}
     for update in updates:
-        total(sums, weighted(update))
-    return weighted_mean(sums)
+        add_weighted(sums, update)
+    return divide(sums)
 
 
 def normalize_weights(updates: Sequence[WeightedUpdate]) -> list[float]:

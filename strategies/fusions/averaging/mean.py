@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cotune.strategies.registry import Needs, fusion
-from cotune.strategies.sums import Sums, weighted, weighted_mean
+from cotune.strategies.sums import Sums, divide, weighted
 
 
 @fusion(
@@ -14,4 +14,4 @@ from cotune.strategies.sums import Sums, weighted, weighted_mean
 def mean() -> Sums:
     """D = Σ w_k Δ_k / Σ w_k, for every entry over the organizations that sent it."""
     sums = yield weighted
-    return weighted_mean(sums)
+    return divide(dict(sums))

@@ -22,7 +22,7 @@ def greedy_soup(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> 
     """
     score = context.score
     assert score is not None, "needs.server_data"
-    own = [score(update.delta) for update in updates]
+    own = [score(update.entries) for update in updates]
     first, *others = sorted(range(len(updates)), key=lambda k: own[k], reverse=True)
     soup = [updates[first]]
     best = own[first]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import torch
+import numpy as np
 from pydantic import Field
 
-from cotune.strategies.fusions.merging.merging_ops import trim_to_density
+from cotune.strategies.blocks import Entries
+from cotune.strategies.fusions.merging.merging_ops import smallest_kept
+from cotune.strategies.order_statistics import fuse_coordinates, sum_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -32,15 +34,18 @@ def ties(
 
     density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
     """
-    kept = [trim_to_density(u.delta, density) for u in updates]
-    found = {}
-    for name in dict.fromkeys(name for delta in kept for name in delta):
-        held = [(u.scalar, delta[name]) for u, delta in zip(updates, kept, strict=True) if name in delta]
-        deltas = torch.stack([delta for _, delta in held])
-        weights = torch.tensor([w for w, _ in held], dtype=torch.float64).reshape(-1, *[1] * (deltas.dim() - 1))
-        sign = (weights * deltas).sum(dim=0).sign()
-        agreed = weights * ((deltas.sign() == sign) & (sign != 0))
-        merged = (agreed * deltas).sum(dim=0)
-        weight = agreed.sum(dim=0)
-        found[name] = torch.where(weight > 0, scale * merged / weight, 0.0)
-    return found
+    deltas = [update.entries for update in updates]
+    smallest = [smallest_kept(delta, density) for delta in deltas]
+    weights = [update.scalar for update in updates]
+
+    def merge(rows: Entries, numbers: Sequence[int]) -> Entries:
+        for row, k in zip(rows, numbers, strict=True):
+            row[np.abs(row) < smallest[k]] = 0.0
+        weighted = [row * np.float64(weights[k]) for row, k in zip(rows, numbers, strict=True)]
+        sign = np.sign(sum_rows(weighted))
+        agreeing = [(np.sign(row) == sign) & (sign != 0) for row in rows]
+        weight = sum_rows([agrees * weights[k] for agrees, k in zip(agreeing, numbers, strict=True)])
+        merged = sum_rows([agrees * row for agrees, row in zip(agreeing, weighted, strict=True)])
+        return np.where(weight > 0, scale * merged / np.where(weight > 0, weight, 1.0), 0.0)
+
+    return fuse_coordinates(deltas, merge)

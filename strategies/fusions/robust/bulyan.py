@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.robust.robust_ops import (
-    compute_squared_distances,
-    coordinate_median,
-    rank_by_krum_score,
-    stack_deltas,
-)
+from cotune.strategies.blocks import Entries
+from cotune.strategies.fusions.robust.robust_ops import compute_squared_distances, rank_by_krum_score
+from cotune.strategies.order_statistics import fuse_coordinates, mean_rows, sort_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -32,7 +30,7 @@ def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field
     malicious: f, how many of the n updates may be; n ≥ 4f + 3.
     """
     chosen = _chosen(compute_squared_distances(updates), malicious)
-    return {name: _around_middle(deltas, 2 * malicious) for name, deltas in stack_deltas([updates[k] for k in chosen]).items()}
+    return fuse_coordinates([updates[k].entries for k in chosen], lambda rows, _: _around_middle(rows, 2 * malicious))
 
 
 def _chosen(distances: Tensor, malicious: int) -> list[int]:
@@ -44,8 +42,9 @@ def _chosen(distances: Tensor, malicious: int) -> list[int]:
     return chosen
 
 
-def _around_middle(deltas: Tensor, without: int) -> Tensor:
+def _around_middle(rows: Entries, without: int) -> Entries:
     """The mean over the first dimension of all but the `without` values that are farthest from the median."""
-    ordered = deltas.sort(dim=0).values  # of two that are as far, the smaller stays
-    nearest = (ordered - coordinate_median(deltas)).abs().argsort(dim=0, stable=True)[: len(deltas) - without]
-    return ordered.gather(0, nearest).mean(dim=0)
+    ordered = sort_rows(rows).astype(np.float64)  # of two that are as far, the smaller stays
+    middle = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
+    nearest = np.abs(ordered - middle).argsort(axis=0, kind="stable")[: len(rows) - without]
+    return mean_rows(np.take_along_axis(ordered, nearest, axis=0))

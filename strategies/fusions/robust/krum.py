@@ -23,4 +23,4 @@ def krum(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(g
 
     malicious: f, how many of the n updates may be; n ≥ 2f + 3.
     """
-    return updates[rank_by_krum_score(compute_squared_distances(updates), malicious)[0]].delta
+    return dict(updates[rank_by_krum_score(compute_squared_distances(updates), malicious)[0]].delta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cotune.strategies.fusions.robust.robust_ops import coordinate_median, stack_deltas
+from cotune.strategies.order_statistics import fuse_coordinates, median_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -16,4 +16,4 @@ from cotune.strategies.types import Delta, WeightedUpdate
 )
 def median(updates: Sequence[WeightedUpdate]) -> Delta:
     """D_j = the median of Δ_1j … Δ_nj, for every coordinate j; the mean of the middle two where n is even."""
-    return {name: coordinate_median(deltas) for name, deltas in stack_deltas(updates).items()}
+    return fuse_coordinates([update.entries for update in updates], lambda rows, _: median_rows(rows))

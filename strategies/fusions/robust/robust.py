@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -41,9 +41,12 @@ def robust(
     """
     counted = [update for update in updates if update.scalar > 0]
     shares = bounded_shares([update.scalar for update in counted], max(share, _MAX_SHARE_OF_FEW / len(counted)))
-    longest = compute_max_norm([norm(update.delta) for update in counted], ratio)
-    weighed = [_bounded(update, p, longest) for update, p in zip(counted, shares, strict=True)]
-    found = _played(weiszfeld(MAX_PASSES if len(counted) >= FEWEST else 0, SMOOTHING), weighed)
+    longest = compute_max_norm([norm(update.entries) for update in counted], ratio)
+
+    def bounded() -> Iterator[WeightedUpdate]:
+        return (_bounded(update, p, longest) for update, p in zip(counted, shares, strict=True))
+
+    found = _played(weiszfeld(MAX_PASSES if len(counted) >= FEWEST else 0, SMOOTHING), bounded)
     by_name = {update.update.organization: p for update, p in zip(counted, shares, strict=True)}
     return Aggregate(found, weights=by_name)
 
@@ -72,15 +75,16 @@ def compute_max_norm(norms: Sequence[float], ratio: float) -> float:
 
 
 def _bounded(update: WeightedUpdate, share: float, longest: float) -> WeightedUpdate:
-    return WeightedUpdate(replace(update.update, delta=clip_to_norm(update.delta, longest)), share, update.state)
+    whole = WeightedUpdate(update.update, share, update.state)  # a new one, as an update keeps its delta in float64
+    return WeightedUpdate(replace(update.update, delta=clip_to_norm(whole.delta, longest)), share, update.state)
 
 
-def _played(passes: Sums, weighed: Sequence[WeightedUpdate]) -> Delta:
-    """A rule of sums, on updates that are all at hand."""
+def _played(passes: Sums, weighed: Callable[[], Iterable[WeightedUpdate]]) -> Delta:
+    """A rule of sums, on updates that are all at hand and made anew for each pass, so that one at a time is in memory."""
     contribute = next(passes)
     sums = dict[str, Tensor]()
     while True:
-        for update in weighed:
+        for update in weighed():
             total(sums, contribute(update))
         try:
             contribute = passes.send(sums)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cotune.strategies.blocks import read_stacks
+from cotune.strategies.order_statistics import fuse_coordinates, mean_rows
 from cotune.strategies.sums import Sums, norm, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate, difference
 
@@ -16,24 +19,9 @@ SMOOTHING = 1e-6  # ν of the geometric median, a length of deltas
 _CONVERGED = 1e-12  # relative to the center's length: a pass that moves it by less is the last
 
 
-def stack_deltas(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
-    """Return for every parameter the deltas of the updates that hold it, (n, *shape) in float64."""
-    names = dict.fromkeys(name for update in updates for name in update.delta)
-    return {name: torch.stack([u.delta[name] for u in updates if name in u.delta]) for name in names}
-
-
 def unweighted_mean(updates: Sequence[WeightedUpdate]) -> dict[str, Tensor]:
     """Return the mean of every parameter over the updates that hold it, without weights."""
-    return {name: deltas.mean(dim=0) for name, deltas in stack_deltas(updates).items()}
-
-
-def coordinate_median(deltas: Tensor) -> Tensor:
-    """Return the median over the first dimension, (n, *shape) -> shape; of an even number the mean of the middle two.
-
-    torch's own median takes the lower of the middle two.
-    """
-    ordered = deltas.sort(dim=0).values
-    return (ordered[(len(deltas) - 1) // 2] + ordered[len(deltas) // 2]) / 2
+    return fuse_coordinates([update.entries for update in updates], lambda rows, _: mean_rows(rows))
 
 
 def compute_squared_distances(updates: Sequence[WeightedUpdate]) -> Tensor:
@@ -41,12 +29,15 @@ def compute_squared_distances(updates: Sequence[WeightedUpdate]) -> Tensor:
 
     Computed from the differences themselves: ‖x‖² + ‖y‖² − 2⟨x, y⟩ can fall below 0.
     """
+    deltas = [update.entries for update in updates]
+    pairs = torch.zeros(len(updates) * (len(updates) - 1) // 2, dtype=torch.float64)
+    for name in deltas[0]:
+        if all(name in delta for delta in deltas):
+            for _, rows in read_stacks(deltas, name, np.float64):
+                pairs += torch.pdist(torch.from_numpy(rows)).square()
     found = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for deltas in stack_deltas(updates).values():
-        if len(deltas) == len(updates):
-            rows = deltas.reshape(len(updates), -1)
-            found += torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return found
+    found[tuple(torch.triu_indices(len(updates), len(updates), offset=1))] = pairs
+    return found + found.T
 
 
 def rank_by_krum_score(distances: Tensor, malicious: int) -> list[int]:
@@ -91,4 +82,4 @@ def weiszfeld(passes: int, smoothing: float) -> Sums:
 def _pull(update: WeightedUpdate, center: Mapping[str, Tensor], smoothing: float) -> dict[str, Tensor]:
     """The update's contribution to the next center: weighted by p_k / max(ν, ‖Δ_k − z‖)."""
     distance = max(smoothing, norm(difference(update.delta, center)))
-    return {name: tensor / distance for name, tensor in weighted(update).items()}
+    return {name: tensor.div_(distance) for name, tensor in weighted(update).items()}

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.robust.robust_ops import stack_deltas
+from cotune.strategies.blocks import Entries
+from cotune.strategies.order_statistics import fuse_coordinates, mean_rows, sort_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
@@ -26,8 +27,9 @@ def trimmed_mean(updates: Sequence[WeightedUpdate], *, fraction: Annotated[float
 
     fraction: β, cut off at either end. A round of fewer than 1/β updates is refused, as nothing would be.
     """
-    found = {}
-    for name, deltas in stack_deltas(updates).items():
-        cut = math.floor(fraction * len(deltas) + _ROUNDING)
-        found[name] = deltas.sort(dim=0).values[cut : len(deltas) - cut].mean(dim=0)
-    return found
+
+    def trimmed(rows: Entries, _: Sequence[int]) -> Entries:
+        cut = math.floor(fraction * len(rows) + _ROUNDING)
+        return mean_rows(sort_rows(rows)[cut : len(rows) - cut])
+
+    return fuse_coordinates([update.entries for update in updates], trimmed)

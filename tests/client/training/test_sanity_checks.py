@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from cotune.client.training import setup
 from cotune.client.training.setup import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
@@ -47,7 +48,11 @@ def test_a_frozen_parameter_must_not_move(model: TrainableModel) -> None:
         watching.after_step(FIRST)
 
 
-def test_the_least_change_of_a_frozen_parameter_shows(model: TrainableModel) -> None:
+@pytest.mark.parametrize("at_once", [1, 7, 2**22])
+def test_the_least_change_of_a_frozen_parameter_shows(
+    model: TrainableModel, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "_SUMMED_AT_ONCE", at_once)
     watching = guard(model)
     move(model, *model.names("lora"))
     name, parameter = next((n, p) for n, p in model.parameters() if n.startswith(model.prefix) and ".lora_" not in n)

@@ -101,7 +101,8 @@ def test_a_ledger_that_is_opened_again_knows_the_same(tmp_path: Path) -> None:
     for round in (1, 2, 3):
         charge = ledger.reserve("plan", round, Steps(1.0, 0.1, 4), data=data)
         if round < 3:
-            ledger.record_answer("plan", round, data=data, charge=charge, seconds=1.5)
+            ledger.settle(charge, 4, 1.5)
+            ledger.record_answer("plan", round, data=data)
     again = Ledger(ledger.path)
     for each in (ledger, again):
         assert [c.state for c in each.charges()] == ["settled", "settled", "reserved"]

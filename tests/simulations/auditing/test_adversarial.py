@@ -42,7 +42,7 @@ def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, subject: Any, mo
     return audit(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
 
 
-@pytest.mark.parametrize("mode", ["head", "lora", "full"])
+@pytest.mark.parametrize("mode", ["head", pytest.param("lora", marks=pytest.mark.long), "full"])
 def test_no_state_lets_a_record_do_more(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     result = audited(toy_plan, monkeypatch, DPSGD, mode)
     assert result.faults == ()

@@ -66,7 +66,7 @@ def test_fewer_rounds_claim_less(toy_plan: NewPlan) -> None:
     assert result.epsilon < 3
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.long), "full"])
 def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None:
     """Also after a stage of another kind, and in ghost clipping."""
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}

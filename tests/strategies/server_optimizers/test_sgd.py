@@ -55,6 +55,34 @@ def test_momentum_is_that_of_torch() -> None:
     torch.testing.assert_close(state["w"], parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
+def test_nesterov_by_hand() -> None:
+    """lr 0.5, momentum 0.5: v = 4, 3; the steps are ½ (4 + 2) and ½ (1 + 1½)."""
+    optimizer = ServerSGD(lr=0.5, momentum=0.5, nesterov=True)
+    state, memory = step(optimizer, {"w": tensor(0.0)}, {"w": tensor(4.0)}, {})
+    assert (state["w"].item(), memory["w"].item()) == (3.0, 4.0)
+    state, memory = step(optimizer, state, {"w": tensor(1.0)}, memory)
+    assert (state["w"].item(), memory["w"].item()) == (4.25, 3.0)
+
+
+def test_nesterov_is_that_of_torch() -> None:
+    parameter = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    reference = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    state: dict[str, Tensor] = {"w": torch.zeros(5, dtype=torch.float64)}
+    memory: dict[str, Tensor] = {}
+    for round in range(6):
+        delta = torch.randn(5, generator=torch.Generator().manual_seed(round), dtype=torch.float64)
+        parameter.grad = -delta
+        reference.step()
+        state, memory = step(ServerSGD(lr=0.7, momentum=0.9, nesterov=True), state, {"w": delta}, memory)
+    torch.testing.assert_close(state["w"], parameter.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_nesterov_without_momentum_is_the_plain_step() -> None:
+    state = {"w": torch.randn(5)}
+    delta = {"w": torch.randn(5, dtype=torch.float64)}
+    assert torch.equal(step(ServerSGD(nesterov=True), state, delta, {})[0]["w"], step(ServerSGD(), state, delta, {})[0]["w"])
+
+
 def test_momentum_waits_for_a_parameter_that_nobody_sent() -> None:
     optimizer = ServerSGD(momentum=0.5)
     state = {"a": tensor(0.0), "b": tensor(0.0)}

@@ -1,0 +1,134 @@
+"""An organization's own copy of the model (Ditto): pulled toward the shared one, which never reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cotune.client.policy_check import find_violations
+from cotune.client.site import Site
+from cotune.client.training import own_copy
+from cotune.client.training.own_copy import open_personal
+from cotune.client.training.personal import PERSONAL
+from cotune.client.training.round import train_round
+from cotune.errors import PlanError
+from cotune.models.trainable import State
+from cotune.plan.parameters import get_plan_model, shared_names, trained_names
+from cotune.plan.schema import Plan
+from cotune.privacy.policy import Policy, change_policy
+from cotune.strategies.types import apply_delta
+
+MakePlan = Callable[..., Plan]
+MakeSite = Callable[..., Site]
+PRIVATE = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0}
+UNNOISED = {"method": "ditto", "noise": False}
+
+
+def base_state(plan: Plan) -> State:
+    model = get_plan_model(plan, "cpu")
+    model.load({})
+    return model.state(shared_names(plan, model, 1))
+
+
+def copy_of(plan: Plan, site: Site, round: int) -> State:
+    return site.recall(plan.plan_id, round, PERSONAL)
+
+
+@pytest.mark.parametrize("mode", ["head", "lora"])
+def test_shared_update_is_the_same_with_and_without_a_copy(make_plan: MakePlan, make_site: MakeSite, mode: str) -> None:
+    """To the bit, in rounds that go on from a copy, too: nothing of it reaches what leaves."""
+    deltas = []
+    for personal in ("ditto", []):
+        plan = make_plan(train=mode, personal=personal)
+        site = make_site(at=f"site-{bool(personal)}")
+        state = base_state(plan)
+        for round in (1, 2):
+            update = train_round(plan, site, round, state, admitted=round - 1)
+            state = apply_delta(state, update.delta)
+        deltas.append(update.delta)
+    assert deltas[0].keys() == deltas[1].keys()
+    assert all(torch.equal(tensor, deltas[1][name]) for name, tensor in deltas[0].items())
+
+
+def test_copy_is_all_that_is_trained_and_goes_on_from_the_last_admitted(make_plan: MakePlan, make_site: MakeSite) -> None:
+    plan = make_plan(personal="ditto")
+    site = make_site()
+    state = base_state(plan)
+    train_round(plan, site, 1, state)
+    first = copy_of(plan, site, 1)
+    assert first.keys() == set(trained_names(plan, get_plan_model(plan, "cpu"), 1))
+    train_round(plan, site, 2, state, admitted=1)
+    second = copy_of(plan, site, 2)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    train_round(plan, site, 3, state, admitted=1)  # round 2 never entered the model
+    assert copy_of(plan, site, 3).keys() == first.keys()
+
+
+def test_one_step_of_the_copy_is_that_of_the_paper(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """v − η(∇F(v) + λ(v − w)): of two pulls on the same batch, the difference is η(λ₁ − λ₂)(v − w)."""
+    found = {}
+    for pull in (0.0, 0.5):
+        plan = make_plan(personal={"method": "ditto", "pull": pull}, local={"steps": 1, "learning_rate": 0.1, "momentum": 0.0})
+        site = make_site(at=f"pull-{pull}")
+        state = base_state(plan)
+        train_round(plan, site, 1, state)
+        first = copy_of(plan, site, 1)
+        elsewhere = {name: tensor + 1.0 for name, tensor in state.items()}  # w has moved away from v
+        train_round(plan, site, 2, elsewhere, admitted=1)
+        found[pull] = (first, copy_of(plan, site, 2), elsewhere)
+    first, plain, toward = found[0.0]
+    _, pulled, _ = found[0.5]
+    for name in plain:
+        torch.testing.assert_close(pulled[name] - plain[name], -0.1 * 0.5 * (first[name] - toward[name]), atol=1e-5, rtol=1e-4)
+
+
+def test_steps_with_noise_are_charged_and_those_without_are_not(make_plan: MakePlan, make_site: MakeSite) -> None:
+    counts = {}
+    noise = {}
+    for name, personal in (("none", []), ("noised", "ditto"), ("unnoised", UNNOISED)):
+        plan = make_plan(personal=personal, privacy=PRIVATE, local={"steps": 3})
+        site = make_site(at=name)
+        update = train_round(plan, site, 1, base_state(plan))
+        assert update.steps == 3
+        [charge] = [charge for charge in site.ledger().charges() if charge.purpose == "training"]
+        counts[name] = charge.steps.count
+        noise[name] = charge.steps.noise_multiplier
+        assert update.epsilon is not None
+        assert update.epsilon <= 2.0
+    assert counts == {"none": 3, "noised": 6, "unnoised": 3}
+    assert noise["noised"] > noise["none"] == noise["unnoised"]
+
+
+def test_a_copy_that_diverges_is_dropped_and_nobody_is_told(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """A refusal would tell of records that no noise protects."""
+    plan = make_plan(personal=UNNOISED, privacy=PRIVATE)
+    site = make_site()
+    model = get_plan_model(plan, "cpu")
+    state = base_state(plan)
+    copy = open_personal(plan, site, model, 1, 0)
+    assert isinstance(copy, own_copy.OwnCopy)
+    model.load(state)
+    with copy.in_place(state) as parameters, torch.no_grad():
+        next(iter(parameters.values())).fill_(float("nan"))
+    assert copy.kept == {}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state(state).items())
+
+
+def test_policy_allows_a_copy_without_noise_or_declines_it(make_plan: MakePlan) -> None:
+    plan = make_plan(personal=UNNOISED, privacy=PRIVATE)
+    strict = change_policy(Policy.permissive(), {"training.personal_without_noise": False})
+    assert [each.rule for each in find_violations(plan, strict, 60)] == ["training.personal_without_noise"]
+    assert not list(find_violations(plan, Policy.permissive(), 60))
+    assert not list(find_violations(make_plan(personal="ditto", privacy=PRIVATE), strict, 60))
+
+
+@pytest.mark.parametrize("personal", [{"parts": ["head"], "noise": False}, {"parts": ["norm"], "noise": False}])
+def test_parts_that_the_shared_gradients_read_cannot_go_without_noise(make_plan: MakePlan, personal: dict[str, Any]) -> None:
+    """See tests/privacy/mechanisms/test_personal_leak.py for what would leak."""
+    with pytest.raises(PlanError, match=r"personal\.noise = false") as refused:
+        make_plan(train="lora", personal=personal, privacy=PRIVATE)
+    assert refused.value.code == "plan.invalid"
+    make_plan(train="lora", personal=personal)  # without privacy there is nothing to keep

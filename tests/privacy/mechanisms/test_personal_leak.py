@@ -1,0 +1,107 @@
+"""What leaks where a personal part is trained without noise and the gradients of the shared part follow from it.
+
+The combination is refused (`Plan._shared_part_reads_nothing_without_noise`). A model of two numbers, p personal and w shared, and the
+loss −w·tanh(p) of each record: p decides the sign of every record's gradient of w. One record, in a step without noise, turns p
+around.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cotune.privacy.accounting.composition import Steps, epsilon
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
+
+RECORDS = 40
+SIGMA = 4.0  # of a mechanism of one or two steps on all records, C = 1
+DELTA = 1e-5
+RUNS = 60
+
+
+class Two(nn.Module):
+    """w · tanh(p), each a layer that has gradients of single records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.personal = nn.Linear(1, 1, bias=False)
+        self.shared = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.personal.weight)
+        nn.init.zeros_(self.shared.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(torch.tanh(self.personal(torch.ones_like(x))))
+
+
+def personal_loss(model: Two, votes: Tensor) -> Tensor:
+    """Records vote on the sign of p."""
+    return -model.personal(votes).sum(dim=1)
+
+
+def shared_loss(model: Two, votes: Tensor) -> Tensor:
+    """Each record pulls w along tanh(p)."""
+    return -10 * model(votes).sum(dim=1)
+
+
+def train(votes: Tensor, *, personal_has_noise: bool, seed: int) -> float:
+    """One step on p, then one step of DP-SGD on w: return how w has moved."""
+    torch.manual_seed(seed)
+    model = Two()
+    model.shared.requires_grad_(False)
+    if personal_has_noise:
+        step(model, votes, model.personal, personal_loss, seed)
+    else:
+        total = votes.sum()  # −∇ of the personal loss at p = 0
+        with torch.no_grad():
+            model.personal.weight.fill_(float(3 * total))
+    model.personal.requires_grad_(False)
+    model.shared.requires_grad_(True)
+    step(model, votes, model.shared, shared_loss, seed + 10_000)
+    return float(model.shared.weight.detach())
+
+
+def step(model: Two, votes: Tensor, trained: nn.Linear, loss: Callable[[Two, Tensor], Tensor], seed: int) -> None:
+    def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:
+        yield range(len(rows)), {"x": votes[list(rows)]}
+
+    config = DPSGDConfig(noise_multiplier=SIGMA, clip_norm=1.0, sample_rate=1.0, expected_batch=1.0, steps=1)
+    setup = DPSGDSetup(
+        module=model,
+        optimizer=torch.optim.SGD(trained.parameters(), lr=1.0),
+        loss=lambda batch: loss(model, batch["x"]),
+        units=[[row] for row in range(len(votes))],
+        batches=batches,
+        noise_generator=np.random.default_rng(seed),
+    )
+    for _ in DPSGD(config).run(setup):
+        pass
+
+
+def rates(*, personal_has_noise: bool) -> tuple[float, float]:
+    """How often w moves up, with the votes in balance but for one record, and without that record."""
+    balanced = torch.cat([torch.full((RECORDS // 2, 1), 1.0), torch.full((RECORDS // 2, 1), -1.0)])
+    one_up = torch.cat([balanced, torch.full((1, 1), 1.0)])
+    one_down = torch.cat([balanced, torch.full((1, 1), -1.0)])
+    runs = range(RUNS)
+    up = [
+        sum(train(votes, personal_has_noise=personal_has_noise, seed=seed) > 0 for seed in runs) for votes in (one_up, one_down)
+    ]
+    return up[0] / RUNS, up[1] / RUNS
+
+
+def bound(steps: int) -> float:
+    """e^ε of what is claimed, for two data sets that differ in one record's value: one removed, one added."""
+    return math.exp(2 * epsilon([Steps(SIGMA, 1.0, steps)], DELTA))
+
+
+@pytest.mark.parametrize("personal_has_noise", [False, True], ids=["refused: without noise", "with noise"])
+def test_one_record_shows_in_what_is_shared_unless_the_personal_part_has_noise(personal_has_noise: bool) -> None:
+    high, low = rates(personal_has_noise=personal_has_noise)
+    claimed = bound(2 if personal_has_noise else 1)
+    leaks = high > claimed * low + 0.1
+    assert leaks != personal_has_noise
