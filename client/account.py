@@ -151,7 +151,7 @@ class Account:
         """Return the hours of training that this run has taken, as far as its rounds were finished and charged."""
         if not self.site.ledger_file.exists():
             return 0.0
-        return sum(c.seconds for c in self.ledger.charges() if c.plan_id == self.plan.plan_id) / 3600
+        return self.ledger.seconds(self.plan.plan_id) / 3600
 
     def check_unanswered(self, round: int) -> None:
         """Check that a round may be trained: each is answered once, and none after a later one.

@@ -10,7 +10,7 @@ from cotune.errors import DataError, Declined, PrivacyError
 from cotune.plan.local_training import LocalTraining
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
-from cotune.privacy.accounting.filters import epsilon_filter, epsilon_over_runs
+from cotune.privacy.accounting.filters import epsilon_filter
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.ledger.charges import History, Limit
@@ -37,12 +37,12 @@ class Total:
     @property
     def others(self) -> bool:
         """Whether another run was charged in these collections."""
-        return any(set(history.runs) - {self.plan_id} for history in self.histories)
+        return any(name != self.plan_id for history in self.histories for name in history.runs)
 
     def after(self, steps: Sequence[Steps]) -> float:
         """Return the ε that further steps of the run would bring the most burdened of these collections to."""
         return max(
-            epsilon_over_runs(history.with_steps(self.plan_id, steps), self.epsilon, min(self.delta, history.delta))
+            history.compute_epsilon(self.epsilon, min(self.delta, history.delta), self.plan_id, steps)
             for history in self.histories or [History("", {})]
         )
 
@@ -52,9 +52,9 @@ class Total:
 
     def _spent(self, history: History) -> float:
         delta = min(self.delta, history.delta)
-        if set(history.runs) <= {self.plan_id}:
-            return epsilon_over_runs(history.runs, self.epsilon, delta)
-        return epsilon_filter([s for steps in history.runs.values() for s in steps], self.epsilon, delta / 2)
+        if all(name == self.plan_id for name in history.runs):
+            return history.compute_epsilon(self.epsilon, delta)
+        return epsilon_filter(history.all_steps(), self.epsilon, delta / 2)
 
     def smallest_noise(self, steps_at: Callable[[float], Sequence[Steps]], low: float, high: float) -> float:
         """Return the smallest σ in [low, high] with which the steps fit into the total, to one part in a thousand.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from cotune.privacy.ledger.ledger import Ledger
 from cotune.protocol.update_file import read_update, round_of, update_bytes
 from cotune.storage.files import atomic_write, remove_parts
 from cotune.strategies.types import Update
+
+_MAX_OPEN = 64  # ledgers that a process keeps open, each with up to three files
 
 
 class Site(SiteFolder):
@@ -35,8 +38,19 @@ class Site(SiteFolder):
         return held.bound_contributions(plan.privacy, plan.seed)
 
     def ledger(self) -> Ledger:
-        """Open the ledger, which is created where it is missing. Raises PrivacyError where it is damaged."""
-        return Ledger(self.ledger_file)
+        """Return the ledger, which is created where it is missing, and stays open in this process.
+
+        What is entered in that of a simulated organization survives the end of the process, and no power cut: it is an account
+        of nobody's records, and begins with its run.
+
+        Raises:
+            PrivacyError: It is damaged.
+        """
+        durable = not self.file.simulated
+        if not self.ledger_file.exists():
+            Ledger(self.ledger_file, durable=durable).close()
+        files = self.ledger_file.resolve(), self.ledger_file.with_name("ledger.key")
+        return _open_ledger(files[0], durable, *map(_identity, files))
 
     def keep(self, update: Update, plan_id: str) -> None:
         """Put a finished update into the outbox, durably, in place of the one before."""
@@ -98,6 +112,27 @@ class Site(SiteFolder):
             return round_of(self.outbox, plan_id)
         except ValueError as error:
             raise _damaged(self.outbox, error) from None
+
+
+@lru_cache(maxsize=_MAX_OPEN)
+def _open_ledger(file: Path, durable: bool, ledger: tuple[int, int] | None, key: tuple[int, int] | None) -> Ledger:
+    """Open a ledger once: opening verifies all of its log, and every use after that whether anybody else has written it.
+
+    Args:
+        file: The ledger.
+        durable: See `Ledger`.
+        ledger: The identity of the file; another one that is put in its place is another ledger.
+        key: That of its key.
+    """
+    return Ledger(file, durable=durable)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:

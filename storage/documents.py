@@ -57,13 +57,13 @@ class JsonDocument(Generic[T]):
                 f"{self.file} is damaged ({type(error).__name__}): {self._advice}", code="run.damaged_document"
             ) from None
 
-    def write(self, value: T) -> None:
-        """Replace the document; when this returns, it survives a power cut.
+    def write(self, value: T, *, durable: bool = True) -> None:
+        """Replace the document; when this returns, it survives a power cut, or without `durable` only the end of the process.
 
         Raises:
             OSError: The file cannot be written; the former document is still there.
         """
-        atomic_write(self.file, self._schema.dump_json(value, indent=1))
+        atomic_write(self.file, self._schema.dump_json(value, indent=1), durable=durable)
 
 
 _MAX_CHARACTERS = 4 * 2**20  # of a document

@@ -17,8 +17,8 @@ from filelock import FileLock, SoftFileLock, Timeout
 from cotune.errors import RunError
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file as a whole; when this returns, it survives a power cut.
+def atomic_write(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file as a whole; when this returns, it survives a power cut, or without `durable` only the end of the process.
 
     The content is written to a temporary file (mode 0600) in the same folder, synchronized to the disk, and renamed: other
     processes see the former file or the new one, never a part. Folders that are missing are created.
@@ -32,12 +32,14 @@ def atomic_write(path: Path, content: bytes) -> None:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(part, path)
     except BaseException:
         os.unlink(part)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def remove_parts(path: Path) -> None:

@@ -50,7 +50,7 @@ def charges(meter: Meter, folder: Path, smoke: bool) -> None:
 
 def _lengthen(file: Path, entries: int) -> None:
     """Add reservations and settlements of other plans in one transaction."""
-    from cotune.storage.append_only_log import DatabaseLog
+    from cotune.storage.database_log import DatabaseLog
 
     with DatabaseLog(file).transaction() as log:
         for number in range(entries // 2):
@@ -83,23 +83,23 @@ def transactions(meter: Meter, folder: Path, smoke: bool) -> None:
 @contextmanager
 def _counting(counted: dict[str, int]) -> Iterator[None]:
     """Count transactions inside the block, and those that append."""
-    from cotune.storage import append_only_log
+    from cotune.storage import database_log
 
-    original = append_only_log.DatabaseLog.transaction
+    original = database_log.DatabaseLog.transaction
 
     @contextmanager
     def transaction(self: Any) -> Iterator[Any]:
         with original(self) as log:
-            before = len(log.entries)
+            before = log.count
             yield log
-            counted["writing"] += len(log.entries) != before
+            counted["writing"] += log.count != before
         counted["all"] += 1
 
-    append_only_log.DatabaseLog.transaction = transaction  # type: ignore[method-assign]
+    database_log.DatabaseLog.transaction = transaction  # type: ignore[method-assign]
     try:
         yield
     finally:
-        append_only_log.DatabaseLog.transaction = original  # type: ignore[method-assign]
+        database_log.DatabaseLog.transaction = original  # type: ignore[method-assign]
 
 
 def floor(meter: Meter, folder: Path, smoke: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any, Literal
 
@@ -140,21 +140,34 @@ def _step_below(sigma: float, rate: float, interval: float) -> PrivacyLossDistri
     )
 
 
+def add_counts(steps: Iterable[Steps]) -> tuple[Steps, ...]:
+    """Return the steps with the counts of equal ones added, in the order of the first of each; those that did not run left out.
+
+    Every ε here and in `filters` is computed from these, so that it is the same to the last digit for a log of charges and for
+    their totals.
+    """
+    counts: dict[Steps, int] = {}
+    for s in steps:
+        one = replace(s, count=1)
+        counts[one] = counts.get(one, 0) + s.count
+    return tuple(replace(one, count=count) for one, count in counts.items() if count)
+
+
 def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
     """Return ε of all geometric steps, and the Gaussian ones with the counts of equal steps added: one convolution for each."""
-    pure = 0.0
-    counts: dict[tuple[float, float], int] = {}
-    for s in spent:
+    numbers = []
+    sampled = []
+    for s in add_counts(spent):
         if s.mechanism == "geometric":
-            pure += s.count * geometric_epsilon(s.noise_multiplier)
-        elif s.mechanism != "gaussian":
+            numbers.append(s.count * geometric_epsilon(s.noise_multiplier))
+        elif s.mechanism == "gaussian":
+            sampled.append(s)
+        else:
             raise PrivacyError(
                 f"{s} is of an unknown mechanism: expected gaussian or geometric, or a newer cotune",
                 code="privacy.unknown_mechanism",
             )
-        elif s.count:
-            counts[s.noise_multiplier, s.sample_rate] = counts.get((s.noise_multiplier, s.sample_rate), 0) + s.count
-    return pure, tuple(Steps(sigma, q, count) for (sigma, q), count in sorted(counts.items()))
+    return math.fsum(numbers), tuple(sorted(sampled, key=lambda s: (s.noise_multiplier, s.sample_rate)))
 
 
 @lru_cache(maxsize=4096)

@@ -30,7 +30,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq, minimize_scalar
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.composition import Steps, epsilon, epsilon_lower_bound
+from cotune.privacy.accounting.composition import Steps, add_counts, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.tradeoff import true_positive_rate
 from cotune.privacy.mechanisms.noise import geometric_epsilon, geometric_renyi
 
@@ -70,7 +70,7 @@ def renyi(steps: Iterable[Steps], order: float) -> float:
     Mironov, Talwar, Zhang, https://arxiv.org/abs/1908.10530, section 3.3, for Poisson sampling. Infinite where it cannot be
     computed.
     """
-    return math.fsum(s.count * _renyi_of(replace(s, count=1), order) for s in steps if s.count)
+    return math.fsum(s.count * _renyi_of(replace(s, count=1), order) for s in add_counts(steps))
 
 
 @lru_cache(maxsize=65536)
@@ -110,7 +110,7 @@ def _filter_epsilon(steps: Iterable[Steps], order: int, delta: float) -> float:
 
 def _split_off_numbers(steps: Iterable[Steps]) -> tuple[float, list[Steps]]:
     """Return the pure ε of the numbers released among the steps, and the other steps."""
-    everything = list(steps)
+    everything = add_counts(steps)
     numbers = [s for s in everything if s.mechanism == "geometric"]
     pure = math.fsum(s.count * geometric_epsilon(s.noise_multiplier) for s in numbers)
     return pure, [s for s in everything if s.mechanism != "geometric"]
@@ -130,9 +130,12 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
         delta: δ of everything together.
     """
     charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
-    if len(charged) <= 1:
-        return epsilon(charged[0], delta / 2) if charged else 0.0
-    return epsilon_filter([s for steps in charged for s in steps], limit, delta / 2)
+    return epsilon_of_total(len(charged), [s for steps in charged for s in steps], limit, delta)
+
+
+def epsilon_of_total(runs: int, total: Iterable[Steps], limit: float, delta: float) -> float:
+    """Return what `epsilon_over_runs` does, given how many runs have steps, and the steps of all of them."""
+    return epsilon(total, delta / 2) if runs <= 1 else epsilon_filter(total, limit, delta / 2)
 
 
 def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, *, at: float | None = None) -> float:

@@ -11,15 +11,15 @@ one collection and those of none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cotune.errors import Declined
-from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.filters import check_accountants, epsilon_over_runs
+from cotune.privacy.accounting.composition import Steps, add_counts, epsilon
+from cotune.privacy.accounting.filters import check_accountants, epsilon_of_total
 from cotune.privacy.accounting.rounding import round_up
-from cotune.storage.append_only_log import Entry
+from cotune.storage.database_log import Entry
 
 _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
 
@@ -82,15 +82,30 @@ class History:
         collection: Its name.
         runs: Run id -> its charges, in the order of the first charges.
         delta: The smallest δ at which a limit was ever checked there; 1 for none.
+        total: The charges of all runs, those of equal parameters added; None: computed from the runs.
+        charged: How many runs have steps; None: computed from the runs.
     """
 
     collection: str
     runs: Mapping[str, tuple[Steps, ...]]
     delta: float = 1.0
+    total: tuple[Steps, ...] | None = None
+    charged: int | None = None
 
-    def with_steps(self, plan_id: str, steps: Iterable[Steps]) -> dict[str, tuple[Steps, ...]]:
-        """Return the runs, with further steps of one of them."""
-        return {**self.runs, plan_id: (*self.runs.get(plan_id, ()), *steps)}
+    def steps_of(self, plan_id: str, more: Iterable[Steps] = ()) -> tuple[Steps, ...]:
+        """Return the charges of a run, with further steps of it."""
+        return (*self.runs.get(plan_id, ()), *more)
+
+    def all_steps(self) -> tuple[Steps, ...]:
+        """Return the charges of all runs, those of equal parameters added."""
+        return add_counts(s for steps in self.runs.values() for s in steps) if self.total is None else self.total
+
+    def compute_epsilon(self, limit: float, delta: float, plan_id: str = "", more: Sequence[Steps] = ()) -> float:
+        """Return what `epsilon_over_runs` does for these runs, with further steps of one of them."""
+        had = any(s.count for s in self.runs.get(plan_id, ()))
+        begins = not had and any(s.count for s in more)
+        charged = sum(any(s.count for s in steps) for steps in self.runs.values()) if self.charged is None else self.charged
+        return epsilon_of_total(charged + begins, (*self.all_steps(), *more), limit, delta)
 
 
 def reserved_steps(body: Mapping[str, Any]) -> Steps:
@@ -195,37 +210,46 @@ class Limit:
     delta: float
     plan_id: str | None = None
 
-    def compute_epsilon(self, runs: Mapping[str, Sequence[Steps]], delta: float) -> float:
-        """Return ε of the charges that count for this limit."""
+    def compute_epsilon(self, history: History, delta: float, plan_id: str = "", more: Sequence[Steps] = ()) -> float:
+        """Return ε of the charges that count for this limit, with further steps of a run."""
         if self.plan_id is None:
-            return epsilon_over_runs(runs, self.epsilon, delta)
-        return epsilon(runs.get(self.plan_id, ()), delta)
+            return history.compute_epsilon(self.epsilon, delta, plan_id, more)
+        return epsilon(history.steps_of(self.plan_id, more if plan_id == self.plan_id else ()), delta)
 
 
-def check_charge(entries: Sequence[Entry], collection: str, plan_id: str, steps: Steps, limits: Sequence[Limit]) -> None:
+FindHistories = Callable[[str, str | None], Sequence[History]]  # (rule, run) of a limit -> see `build_histories`
+
+
+def check_charge(find: FindHistories, plan_id: str, steps: Steps, limits: Sequence[Limit]) -> None:
     """Check that a charge stays within the limits in every collection that it concerns.
 
     Each collection counts all charges that may have touched one of its records, at the smallest δ that was ever promised there:
     the decision follows from the charges and from no record.
+
+    Args:
+        find: Returns the histories of the collections that the charge concerns.
+        plan_id: The run.
+        steps: The charge.
+        limits: What it must stay within.
 
     Raises:
         Declined: When a limit would be exceeded.
         PrivacyError: When two accountants contradict each other about the run.
     """
     for limit in limits:
-        for history in build_histories(entries, collection, limit.rule, limit.plan_id):
+        for history in find(limit.rule, limit.plan_id):
             _check_limit(limit, history, plan_id, steps)
     if limits:
         delta = min(limit.delta for limit in limits)
-        for history in build_histories(entries, collection):
-            check_accountants(history.with_steps(plan_id, [steps])[plan_id], delta)
+        for history in find("", None):
+            check_accountants(history.steps_of(plan_id, [steps]), delta)
 
 
 def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> None:
     delta = min(limit.delta, history.delta)
-    after = limit.compute_epsilon(history.with_steps(plan_id, [steps]), delta)
+    after = limit.compute_epsilon(history, delta, plan_id, [steps])
     if after > limit.epsilon:
-        left = max(0.0, limit.epsilon - limit.compute_epsilon(history.runs, delta))
+        left = max(0.0, limit.epsilon - limit.compute_epsilon(history, delta))
         which = f"the collection {history.collection}" if history.collection else "this organization"
         raise Declined(
             limit.rule,

@@ -22,7 +22,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,12 @@ from cotune.privacy.ledger.charges import (
     DataSet,
     History,
     Limit,
-    build_histories,
     check_charge,
-    find_charged_elsewhere,
     list_charges,
-    list_counted_charges,
-    list_data_sets,
 )
 from cotune.privacy.ledger.site_key import IDENTITY_BYTES, SiteKey
-from cotune.storage.append_only_log import DatabaseLog, Entry, OpenLog
+from cotune.privacy.ledger.totals import ANSWER, Totals
+from cotune.storage.database_log import DatabaseLog, Entry, OpenLog
 
 _CHARGES = """
 CREATE VIEW charges AS
@@ -84,39 +82,55 @@ def migrate_entries(log: OpenLog, entries: Sequence[Entry]) -> None:
             now[e.id] = log.append(e.kind, {**e.body, "data": ""}, e.at).id
 
 
-_ANSWER = "answer"  # name of the disclosure that a round was answered
-
-
 class Ledger:
     """The ledger in one file. Safe to use from several processes: every transaction sees all charges before it.
 
+    Opening it verifies the whole log. Keep it open: what a charge costs does not grow with the log then (see
+    `storage.database_log`).
+
     Args:
         path: Of the file; its key lies beside it.
+        durable: Whether what is entered survives a power cut; only the ledgers of simulated organizations can do without.
 
     Raises:
         PrivacyError: When the key is missing or another one, because known records would look new; and for a damaged log.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
         self.path = path
         self.key_file = path.with_name("ledger.key")
-        self._chain = DatabaseLog(path, _TABLES, {"charges": migrate_table}, migrate_entries)
+        self._chain = DatabaseLog(path, _TABLES, {"charges": migrate_table}, migrate_entries, fold=Totals, durable=durable)
         self._key = self._open_key()
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again, and verifies the whole log."""
+        self._chain.close()
+
+    @property
+    def _totals(self) -> Totals:
+        """What is known of the log, as it was last looked at."""
+        assert isinstance(self._chain.fold, Totals)
+        return self._chain.fold
+
+    def _refreshed(self) -> Totals:
+        """What is known of the log as it is now."""
+        self._chain.refresh()
+        return self._totals
 
     def _open_key(self) -> SiteKey:
         """Return the key that the ledger was created with; a new ledger draws one."""
-        with self._chain.transaction() as log:
-            known = next((str(e.body["check"]) for e in log.entries if e.kind == "key"), None)
-            key = SiteKey.create(self.key_file) if known is None else SiteKey.read(self.key_file)
-            if known is None:
-                log.append("key", {"check": key.check})
-            elif known != key.check:
-                raise PrivacyError(
-                    f"{self.key_file} is not the key that the privacy ledger {self.path} was created with: expected that one, as"
-                    " no record can be recognized without it and nothing is trained; restore it from a backup",
-                    code="privacy.wrong_ledger_key",
-                )
-            return key
+        if self._refreshed().key_check is None:
+            with self._chain.transaction() as log:
+                if self._totals.key_check is None:
+                    log.append("key", {"check": SiteKey.create(self.key_file).check})
+        key = SiteKey.read(self.key_file)
+        if self._totals.key_check != key.check:
+            raise PrivacyError(
+                f"{self.key_file} is not the key that the privacy ledger {self.path} was created with: expected that one, as"
+                " no record can be recognized without it and nothing is trained; restore it from a backup",
+                code="privacy.wrong_ledger_key",
+            )
+        return key
 
     def register_data_set(self, identities: Sequence[bytes], *, unit: str = "record", also: Iterable[bytes] = ()) -> str:
         """Return the fingerprint of a data set; a new data set is entered with its links to known ones.
@@ -131,9 +145,11 @@ class Ledger:
         further = self._key.identities(also)
         blob = b"".join(sorted({*own, *further})) if further else b"".join(sorted(own))
         name = _digest(blob)
+        if name in self._refreshed().data_sets:
+            return name
         units = b"".join(sorted(own))
         with self._chain.transaction() as log:
-            if name not in list_data_sets(log.entries):
+            if name not in self._totals.data_sets:
                 shares = {other: common for other, common in self._common(log, blob) if common}
                 for content in {blob, units}:
                     log.db.execute("INSERT OR IGNORE INTO members VALUES (?, ?)", (_digest(content), content))
@@ -150,14 +166,13 @@ class Ledger:
         own = np.array(self._key.identities(identities), dtype=f"S{IDENTITY_BYTES}")
         found = np.zeros(len(own), dtype=bool)
         with self._chain.transaction() as log:
-            for name in sorted(find_charged_elsewhere(log.entries, collection)):
+            for name in sorted(self._totals.find_charged_elsewhere(collection)):
                 found |= np.isin(own, _as_array(self._units(log, name)))
         return {identity for identity, there in zip(identities, found, strict=True) if there}
 
     def _units(self, log: OpenLog, name: str) -> bytes:
         """Return the keyed identities of a data set's units; with those of their records, where an older cotune entered it."""
-        bodies = (e.body for e in log.entries if e.kind == "data" and e.body["fingerprint"] == name)
-        return self._members(log, next((str(body.get("units", name)) for body in bodies), name))
+        return self._members(log, self._totals.units.get(name, name))
 
     def _members(self, log: OpenLog, name: str) -> bytes:
         """Return the keyed identities of a data set, as they were entered."""
@@ -173,12 +188,12 @@ class Ledger:
     def _common(self, log: OpenLog, blob: bytes) -> Iterator[tuple[str, int]]:
         """Yield every data set with the number of its records that are in `blob`, holding one data set in memory at a time."""
         own = _as_array(blob)
-        for name in sorted(list_data_sets(log.entries)):
+        for name in sorted(self._totals.data_sets):
             yield name, len(np.intersect1d(own, _as_array(self._members(log, name))))
 
     def _check_no_other_collection(self, log: OpenLog, data: str, collection: str) -> None:
         """Check that no record of the data set was charged in another collection since it was looked up."""
-        for name in sorted(find_charged_elsewhere(log.entries, collection)) if data else ():
+        for name in sorted(self._totals.find_charged_elsewhere(collection)) if data else ():
             if len(np.intersect1d(_as_array(self._units(log, data)), _as_array(self._units(log, name)))):
                 raise PrivacyError(
                     f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
@@ -221,9 +236,9 @@ class Ledger:
                 code="privacy.impossible_charge",
             )
         with self._chain.transaction() as log:
-            _check_unit(log.entries, data)
+            _check_unit(self._totals, data)
             self._check_no_other_collection(log, data, collection)
-            check_charge(log.entries, collection, plan_id, steps, limits)
+            check_charge(partial(self._totals.histories, collection), plan_id, steps, limits)
             body = {"plan_id": plan_id, "plan": plan, "round": round, "data": data, "purpose": purpose, **asdict(steps)}
             body |= {"collection": collection, "limits": [asdict(limit) for limit in limits]}
             return log.append("reserve", body).id
@@ -235,8 +250,8 @@ class Ledger:
             PrivacyError: For a charge that is not reserved, and for more steps than were reserved.
         """
         with self._chain.transaction() as log:
-            found = next((c for c in list_charges(log.entries) if c.id == charge and c.state == "reserved"), None)
-            if found is None or not 0 <= steps_run <= found.steps.count:
+            reserved = self._totals.open_steps(charge)
+            if reserved is None or not 0 <= steps_run <= reserved.count:
                 raise PrivacyError(
                     f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many",
                     code="privacy.charge_not_open",
@@ -259,38 +274,35 @@ class Ledger:
 
         Of any data set of the run: a new draw would reveal that a record was added or removed since.
         """
-        for e in self.entries():
-            if e.kind == "told" and (e.body["plan_id"], e.body["what"]) == (plan_id, what):
-                return list(e.body["values"])
-        return None
+        run = self._refreshed().runs.get(plan_id)
+        found = None if run is None else run.told.get(what)
+        return None if found is None else list(found)
 
     def record_answer(self, plan_id: str, round: int, *, data: str) -> None:
         """Record, durably, that a round of a run was answered."""
-        self.record_disclosure(plan_id, data, _ANSWER, [float(round)])
+        self.record_disclosure(plan_id, data, ANSWER, [float(round)])
 
     def last_answered_round(self, plan_id: str) -> int:
         """Return the last round of a run that was answered; 0: none."""
-        return max(_first_answers(self.entries(), plan_id), default=0)
+        run = self._refreshed().runs.get(plan_id)
+        return 0 if run is None else max(run.answers, default=0)
 
     def charges(self) -> list[Charge]:
         """Return all charges, in order."""
-        with self._chain.transaction() as log:
-            return list(list_charges(log.entries))
+        return list(list_charges(self.entries()))
 
     def data_sets(self) -> list[DataSet]:
         """Return all data sets, in the order in which they were first seen, with links in both directions."""
-        with self._chain.transaction() as log:
-            return list(list_data_sets(log.entries).values())
+        return [replace(data, shares=dict(data.shares)) for data in self._refreshed().data_sets.values()]
 
     def histories(self, collection: str = "", rule: str = "", plan_id: str | None = None) -> list[History]:
         """Return what counts in each collection that a charge in this one concerns, with the smallest δ of a limit."""
-        with self._chain.transaction() as log:
-            return build_histories(log.entries, collection, rule, plan_id)
+        return self._refreshed().histories(collection, rule, plan_id)
 
     def entries(self) -> list[Entry]:
         """Return the whole log, verified."""
         with self._chain.transaction() as log:
-            return list(log.entries)
+            return log.entries
 
     def spent(self, plan_id: str | None = None, collection: str | None = None, answered: int | None = None) -> list[Steps]:
         """Return the steps of all charges, reservations at their worst case.
@@ -300,14 +312,20 @@ class Ledger:
             collection: Only those that may concern a record of this collection.
             answered: Only those made before this round of the run was answered; all, where it was not answered.
         """
-        with self._chain.transaction() as log:
-            found = list_counted_charges(log.entries, collection or None)
-            end = math.inf if answered is None else _first_answers(log.entries, plan_id).get(answered, math.inf)
-            return [c.steps for c in found if plan_id in (None, c.plan_id) and c.id < end]
+        totals = self._refreshed()
+        run = totals.runs.get(plan_id or "")
+        end = math.inf if answered is None or run is None else run.answers.get(answered, math.inf)
+        return totals.spent(plan_id, collection, end)
 
     def rounds(self, plan_id: str) -> list[int]:
         """Return the rounds of a run for which something was charged, in order."""
-        return sorted({c.round for c in self.charges() if c.plan_id == plan_id})
+        run = self._refreshed().runs.get(plan_id)
+        return [] if run is None else sorted(run.rounds)
+
+    def seconds(self, plan_id: str) -> float:
+        """Return how long the steps of a run took, as far as they are settled."""
+        run = self._refreshed().runs.get(plan_id)
+        return 0.0 if run is None else run.seconds
 
     def check_unit(self, data: str) -> None:
         """Check that nothing was charged under another unit of privacy, so that a charge on the data set would be accepted.
@@ -315,17 +333,7 @@ class Ledger:
         Raises:
             PrivacyError: Where something was.
         """
-        with self._chain.transaction() as log:
-            _check_unit(log.entries, data)
-
-
-def _first_answers(entries: Sequence[Entry], plan_id: str | None) -> dict[int, int]:
-    """Return round of a run -> the number of the entry that records its first answer."""
-    found: dict[int, int] = {}
-    for e in entries:
-        if e.kind == "told" and (e.body["plan_id"], e.body["what"]) == (plan_id, _ANSWER):
-            found.setdefault(int(e.body["values"][0]), e.id)
-    return found
+        _check_unit(self._refreshed(), data)
 
 
 def _digest(blob: bytes) -> str:
@@ -338,7 +346,7 @@ def _as_array(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     return np.frombuffer(blob, dtype=f"S{IDENTITY_BYTES}")
 
 
-def _check_unit(entries: Sequence[Entry], data: str) -> None:
+def _check_unit(totals: Totals, data: str) -> None:
     """Check that everything was charged under one unit of privacy: charges under different units do not add up.
 
     This holds for all records and collections: an exception for data sets that share no record would reveal whether they do, and
@@ -347,13 +355,13 @@ def _check_unit(entries: Sequence[Entry], data: str) -> None:
     Raises:
         PrivacyError: Where they were not.
     """
-    units = {name: found.unit for name, found in list_data_sets(entries).items()}
+    units = {name: found.unit for name, found in totals.data_sets.items()}
     own = units.get(data, RECORD)  # an older cotune named no data set, and knew records alone
-    for charge in list_charges(entries):
-        other = units.get(charge.data, RECORD)
+    for charged in totals.charged_data():
+        other = units.get(charged, RECORD)
         if other != own:
             raise PrivacyError(
-                f'data set {data[:12]} protects each "{own}", and {charge.data[:12] or "one"} of the same ledger was charged for'
+                f'data set {data[:12]} protects each "{own}", and {charged[:12] or "one"} of the same ledger was charged for'
                 f' each "{other}": expected one unit of privacy in a ledger, as charges under two do not add up; go on with'
                 f' "{other}", or, for records of other people, with a site of their own',
                 code="privacy.mixed_units",

@@ -32,7 +32,8 @@ from cotune.privacy.ledger.charges import (
     list_data_sets,
     reserved_steps,
 )
-from cotune.storage.append_only_log import BrokenChain, Entry, verify_chain
+from cotune.storage.append_only_log import BrokenChain, verify_chain
+from cotune.storage.database_log import Entry
 
 FORMAT = "cotune ledger 3"
 _EVENT = ("id", "plan_id", "mechanism", "noise_multiplier", "sample_rate", "steps")

@@ -20,7 +20,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_over_runs
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.storage.append_only_log import entry_hash
+from cotune.storage.database_log import entry_hash
 
 ROUND = Steps(1.0, 0.05, 20)
 PROCESS = """
@@ -256,10 +256,10 @@ def test_no_record_is_charged_too_little(tmp_path_factory: pytest.TempPathFactor
     charged = {}
     for number, (members, collection) in enumerate(sets, start=1):
         held = sorted(set(records(*members)) - ledger.find_charged_elsewhere(records(*members), collection))
-        ledger.reserve("plan", number, Steps(1.0, 0.1, number), data=ledger.register_data_set(held), collection=collection)
+        ledger.reserve("plan", number, Steps(number, 0.1, 1), data=ledger.register_data_set(held), collection=collection)
         for record in held:
             charged.setdefault(record, []).append((number, collection))
-    counted = {h.collection: {s.count for s in h.runs["plan"]} for h in ledger.histories("")}
+    counted = {h.collection: {s.noise_multiplier for s in h.runs["plan"]} for h in ledger.histories("")}
     for charges in charged.values():
         assert len({collection for _, collection in charges if collection}) <= 1
         assert any({number for number, _ in charges} <= numbers for numbers in counted.values())

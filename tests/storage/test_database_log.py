@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import stat
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.storage.append_only_log import DatabaseLog, entry_hash
+from cotune.storage.database_log import DatabaseLog, Entry, entry_hash
 
 ROUND = Steps(1.0, 0.05, 20)
 FORCE = "DROP TRIGGER entries_stay; DROP TRIGGER entries_remain;"
@@ -172,3 +173,81 @@ def test_the_hash_is_what_the_documents_say() -> None:
     import hashlib
 
     assert entry_hash("0" * 64, 1, "now", "kind", "{}") == hashlib.sha256(b"0" * 64 + b"\n1\nnow\nkind\n{}").hexdigest()
+
+
+class Counting:
+    """A fold that counts what it was given."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+
+    def add(self, entry: Entry) -> None:
+        self.entries += 1
+
+
+def test_a_kept_log_reads_an_entry_once_and_verifies_anew_after_others(tmp_path: Path) -> None:
+    made: list[Counting] = []
+
+    def fold() -> Counting:
+        made.append(Counting())
+        return made[-1]
+
+    log = DatabaseLog(tmp_path / "log.sqlite", fold=fold)
+    for number in range(5):
+        with log.transaction() as open_log:
+            open_log.append("note", {"number": number})
+    log.refresh()
+    opened = len(made)
+    assert made[-1].entries == 5
+    with DatabaseLog(log.path).transaction() as other:
+        other.append("note", {"number": 5})
+    log.refresh()
+    assert (len(made), made[-1].entries) == (opened + 1, 6)
+
+
+@pytest.mark.parametrize("use", [Ledger.spent, Ledger.entries, lambda kept: kept.reserve("plan", 4, ROUND)])
+def test_what_is_changed_while_a_ledger_is_open_shows_at_its_next_use(path: Path, use: Callable[[Ledger], object]) -> None:
+    kept = Ledger(path)
+    assert len(kept.spent()) == 3
+    sql(path, FORCE + "UPDATE entries SET at = '2020-01-01' WHERE id = 2")
+    with pytest.raises(PrivacyError, match="entry 2 is not as it was written"):
+        use(kept)
+    with pytest.raises(PrivacyError, match="entry 2 is not as it was written"):  # and again
+        use(kept)
+
+
+def test_an_older_copy_that_is_put_under_an_open_ledger_is_refused(path: Path) -> None:
+    old = path.with_name("backup")
+    shutil.copy(path, old)
+    kept = Ledger(path)
+    kept.reserve("plan", 4, ROUND)
+    old.replace(path)
+    for side in ("-wal", "-shm"):
+        path.with_name(path.name + side).unlink(missing_ok=True)
+    with pytest.raises(PrivacyError, match="an older copy was put back"):
+        kept.spent()
+
+
+def test_a_transaction_that_fails_leaves_a_kept_log_as_it_was(path: Path) -> None:
+    kept = Ledger(path)
+
+    def aborted() -> None:
+        with kept._chain.transaction() as log:
+            log.append("reserve", {"never": True})
+            raise RuntimeError("the process has a problem")
+
+    with pytest.raises(RuntimeError):
+        aborted()
+    kept.reserve("plan", 4, ROUND)
+    assert len(kept.spent()) == len(Ledger(path).spent()) == 4
+
+
+def test_a_forked_process_opens_the_log_itself(path: Path) -> None:
+    kept = Ledger(path)
+    kept.reserve("plan", 4, ROUND)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if kept.reserve("plan", 5, ROUND) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    kept.reserve("plan", 6, ROUND)
+    assert len(kept.spent()) == len(Ledger(path).spent()) == 6
