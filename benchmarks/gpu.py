@@ -13,10 +13,11 @@ import argparse
 import gc
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -425,20 +426,18 @@ def measure_resumption(bench: Bench) -> None:
     with repeatable_noise():
         whole = simulate(plan, folder / "whole", device=str(bench.device))
     seconds = time.monotonic() - began
-    child = multiprocessing.get_context("spawn").Process(
-        target=simulate_until_killed, args=(dump_plan(plan), str(folder / "other"), str(bench.device))
-    )
-    child.start()
-    child.join(150)
-    child.kill()
+    file = folder / "plan.toml"
+    file.write_text(dump_plan(plan), encoding="utf-8")
+    command = [sys.executable, __file__, str(folder / "other"), "--device", str(bench.device), "--killed", str(file)]
+    ended = subprocess.run(command, timeout=200).returncode
     with repeatable_noise():
         other = resume(folder / "other")
     same = model_bytes(whole.folder) == model_bytes(other.folder)
     bench.add(
-        **{"ended by": child.exitcode, "bit-equal": same, "seconds of the whole run": seconds},
+        **{"ended by": ended, "bit-equal": same, "seconds of the whole run": seconds},
         **{"spent ε": max(float(o.epsilon_spent or 0) for o in whole.summary.organizations)},
     )
-    if not same or child.exitcode != -signal.SIGKILL:
+    if not same or ended != -signal.SIGKILL:
         raise AssertionError("expected a process that killed itself, and the same model after it")
 
 
@@ -472,7 +471,7 @@ def write_base(folder: Path, config: Any) -> Path:
     return folder
 
 
-def simulate_until_killed(plan: str, folder: str, device: str) -> None:
+def simulate_until_killed(plan: Path, folder: Path, device: str) -> None:
     """Play a run that ends with SIGKILL when the first update of its third round has come."""
 
     def look(what: str, fields: Mapping[str, Any]) -> None:
@@ -480,7 +479,7 @@ def simulate_until_killed(plan: str, folder: str, device: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with observe_run(look), repeatable_noise():
-        simulate(parse_plan(tomllib.loads(plan)), Path(folder), device=device)
+        simulate(parse_plan(tomllib.loads(plan.read_text(encoding="utf-8"))), folder, device=device)
 
 
 @contextmanager
@@ -654,7 +653,10 @@ def main(arguments: list[str] | None = None) -> list[Section]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=390, help="nothing is begun after that time")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="some of the sections")
+    parser.add_argument("--killed", type=Path, help=argparse.SUPPRESS)  # the plan of the run that a section lets be killed
     chosen = parser.parse_args(arguments)
+    if chosen.killed:
+        simulate_until_killed(chosen.killed, chosen.folder, chosen.device)
     bench = Bench(torch.device(chosen.device), chosen.dry_run, chosen.folder, time.monotonic() + chosen.seconds)
     print(machine(bench.device), flush=True)
     for name in chosen.only:
