@@ -265,7 +265,7 @@ def test_noise_cannot_be_drawn_again() -> None:
     with pytest.raises(AssertionError, match="100% of the noise was the same"):
         check_unpredictable(predictable_noise)
     taken_away = attacked(release(predictable_noise, [record()], nn.Linear(8, 300)))
-    assert torch.allclose(taken_away, exact_sum(), atol=1e-5)  # which is why it matters
+    assert torch.allclose(taken_away, exact_sum(), atol=1e-4)  # which is why it matters
 
 
 def test_sampling() -> None:
