@@ -132,8 +132,10 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
 
 def _refuse_trained_ties(model: TrainableModel, stage: Stage) -> None:
     """A table that reads and writes tokens has a gradient in two places, of which per-example gradients see one."""
+    if not model.loaded.task.keeps_head:
+        return
     module = model.loaded.module
-    output = module.get_output_embeddings() if model.loaded.task.keeps_head else None
+    output = module.get_output_embeddings()
     table = module.get_input_embeddings().weight
     if output is not None and output.weight is table and table.requires_grad:
         raise PrivacyError(

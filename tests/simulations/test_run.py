@@ -111,6 +111,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
             "privacy",
             "client_privacy",
             "model",
+            "task",
             "labels",
             "partition",
             "data",

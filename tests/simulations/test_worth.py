@@ -38,7 +38,7 @@ def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> Non
         states = {"federated": folder.load().state}
         states["alone"] = RunFolder(result.folder / "baselines" / "alone" / share.name).load().state
         for column, state in states.items():
-            told = predict(get_plan_model(folder.plan, "cpu"), state, own, "auto")
+            told = predict(get_plan_model(folder.plan, "cpu"), state, own, folder.plan.model.precision)
             right = sum(t == n for t, n in zip(own.truth, told, strict=True))
             assert said["own"][column]["accuracy"] == pytest.approx(right / len(own))
             low, high = said["own"][column]["accuracy_interval"]
