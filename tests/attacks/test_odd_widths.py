@@ -30,8 +30,9 @@ from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms import dp_sgd
+from cotune.privacy.mechanisms import clipped_sum, dp_sgd
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
+from cotune.privacy.mechanisms.outer_products import OuterProductSum
 from tests.support.datasets import sentences
 from tests.support.matrix import crossed
 from tests.support.tiny_models import tokenizer
@@ -65,22 +66,33 @@ def plan_of(folder: Path, config: type[Any], width: int, mode: str) -> Plan:
 
 
 def summing(plan: Plan, model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> Sum:
-    """(records, state) -> the clipped sum of one step over them, in float64, before noise is added to it."""
+    """(records, state) -> the clipped sum of one step over them, in float64, before noise is added to it.
+
+    That of a head's outer products before it is rounded to the grid as a whole, when it is exact.
+    """
     seen: list[Tensor] = []
+    rounded: list[Tensor] = []
 
     def watched(total: Tensor, *_: Any) -> Tensor:
-        seen.append(total.clone())
+        rounded.append(total.clone())
         return total
 
+    class Watched(OuterProductSum):
+        def totals(self) -> list[Tensor]:
+            seen.extend(steps.double() for steps in self._steps)
+            return super().totals()
+
     monkeypatch.setattr(dp_sgd, "add_gaussian_noise", watched)
+    monkeypatch.setattr(clipped_sum, "OuterProductSum", Watched)
 
     def of(rows: list[int], state: State) -> Tensor:
         seen.clear()
+        rounded.clear()
         given = setting(plan, model, rows, state)
         optimizer = torch.optim.SGD([p for p in given.module.parameters() if p.requires_grad], lr=0.0)
         config = DPSGDConfig(noise_multiplier=0.6, clip_norm=0.37, sample_rate=1.0, expected_batch=16.0, steps=1)
         list(DPSGD(config).run(DPSGDSetup(given.module, optimizer, given.loss, given.units, given.batches)))
-        return torch.cat([total.flatten() for total in seen])
+        return torch.cat([total.flatten() for total in seen or rounded])
 
     return of
 

@@ -293,7 +293,11 @@ def test_an_unknown_key_like_no_other() -> None:
         ("seed=-1", "seed = -1", "greater than or equal to 0"),
         ("train=heads", 'train = "heads"', "'head', 'lora' or 'full'"),
         ("name=with space", 'name = "with space"', "pattern"),
-        ("task=regression", 'task = "regression"', "'sequence-classification', 'token-classification' or 'image-classification'"),
+        (
+            "task=regression",
+            'task = "regression"',
+            "'sequence-classification', 'token-classification', 'image-classification' or 'causal-lm'",
+        ),
         ("labels=3", "labels = 3", "expected a list"),
         ("test_fraction=1", "test_fraction = 1", "less than 1"),
         ("privacy=nne", 'privacy = "nne"', "'none'"),

@@ -58,9 +58,9 @@ def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -
 def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = list[bytes]()
 
-    def counted(path: Path, content: bytes) -> None:
+    def counted(path: Path, content: bytes, **how: bool) -> None:
         writes.append(content)
-        atomic_write(path, content)
+        atomic_write(path, content, **how)
 
     monkeypatch.setattr(documents, "atomic_write", counted)
     monkeypatch.setattr(refusals, "_WRITE_INTERVAL_SECONDS", 2.0)
@@ -76,7 +76,7 @@ def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path,
 
 
 def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     front = RefusalLog(file)

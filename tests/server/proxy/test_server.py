@@ -161,10 +161,15 @@ def test_a_client_that_vanishes_in_the_middle_is_no_request(front: Running, upst
     assert [content for _, _, content in upstream.seen] == [b"hello"]
 
 
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/fl", post(b"0123", length=8)], ids=["nothing", "head", "content"])
-def test_slow_clients_are_cut(folder: Path, upstream: Upstream, sent: bytes) -> None:
+@pytest.mark.parametrize("sent", ["nothing", "head", "content"])
+def test_slow_clients_are_cut(folder: Path, upstream: Upstream, sent: str) -> None:
+    beginnings = {
+        "nothing": b"",
+        "head": b"POST /v1/fl",
+        "content": post(b"0123", length=8),
+    }  # signed now: it is good for minutes
     with running(folder, upstream.port, patience=1, bytes_per_second=1000) as front:
-        assert front.ask(sent) == b""
+        assert front.ask(beginnings[sent]) == b""
     assert upstream.seen == []
 
 
