@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,41 @@ from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.strategies.aggregator import build_client_term
 from cotune.strategies.types import Delta, LocalSteps
+
+
+@contextmanager
+def adding_to_gradients(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    term: Callable[[str, nn.Parameter], Tensor | None],
+) -> Iterator[None]:
+    """During the block, add a term to the gradient before every step: under DP-SGD, to the gradient that has its noise.
+
+    Args:
+        optimizer: Whose steps they are.
+        parameters: By their names.
+        term: (name, parameter) -> what is added to its gradient; None: nothing.
+    """
+
+    @torch.no_grad()
+    def add() -> None:
+        for name, p in parameters.items():
+            more = term(name, p)
+            if more is not None:
+                p.grad = more if p.grad is None else p.grad + more
+
+    with _before_steps(optimizer, add):
+        yield
+
+
+@contextmanager
+def _before_steps(optimizer: torch.optim.Optimizer, act: Callable[[], None]) -> Iterator[None]:
+    """During the block, act before every step of the optimizer."""
+    hook = optimizer.register_step_pre_hook(lambda *_: act())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class ClientTermState:
@@ -50,18 +84,11 @@ class ClientTermState:
         received = {name: p.detach().clone() for name, p in parameters.items()}
         kept, sent = (_on({n: t for n, t in held.items() if n in parameters}, parameters) for held in (self.kept, self.sent))
 
-        @torch.no_grad()
-        def add(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for name, p in parameters.items():
-                more = self.term.correction(name, p.detach(), received[name], kept.get(name), sent.get(name))
-                if more is not None:
-                    p.grad = more if p.grad is None else p.grad + more
+        def term(name: str, p: nn.Parameter) -> Tensor | None:
+            return self.term.correction(name, p.detach(), received[name], kept.get(name), sent.get(name))
 
-        hook = optimizer.register_step_pre_hook(add)
-        try:
+        with adding_to_gradients(optimizer, parameters, term):
             yield
-        finally:
-            hook.remove()
 
     def keep(self, round: int, stage: Stage, delta: Delta) -> None:
         """Keep the term's state after training, before the update is finished."""
@@ -102,16 +129,13 @@ class RankMask:
     def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """During the block, set the gradient of the other slices to 0 before every step, after DP-SGD has added its noise."""
 
-        def mask(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def mask() -> None:
             for name in self.names & parameters.keys():
                 gradient = parameters[name].grad
                 parameters[name].grad = None if gradient is None else self._masked(name, gradient)
 
-        hook = optimizer.register_step_pre_hook(mask)
-        try:
+        with _before_steps(optimizer, mask):
             yield
-        finally:
-            hook.remove()
 
     def trim(self, delta: Delta) -> Delta:
         """Return a delta without the other slices."""

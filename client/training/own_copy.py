@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cotune.client.site import Site
+from cotune.client.training.extensions import adding_to_gradients
 from cotune.client.training.personal import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names
@@ -60,17 +60,11 @@ class OwnCopy(PersonalParameters):
         """During the block, add λ(v − w) to the gradient of every step, after its noise: w is what came, a released value."""
         toward = {name: received[name].to(p.device, p.dtype) for name, p in parameters.items()}
 
-        @torch.no_grad()
-        def add(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for name, p in parameters.items():
-                more = self.plan.personal.pull * (p.detach() - toward[name])
-                p.grad = more if p.grad is None else p.grad + more
+        def term(name: str, p: nn.Parameter) -> Tensor:
+            return self.plan.personal.pull * (p.detach() - toward[name])
 
-        hook = optimizer.register_step_pre_hook(add)
-        try:
+        with adding_to_gradients(optimizer, parameters, term):
             yield
-        finally:
-            hook.remove()
 
     def keep(self) -> None:
         """Keep the copy after training, before the update is finished."""
