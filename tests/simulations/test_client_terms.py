@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.simulations.run import simulate
-from tests.support.processes import Cotune, Moment, finish, kill_at, written
+from tests.support.processes import Cotune, Moment, play_killed
 from tests.support.simulations import NewPlan, final_model, same, tensors_of
 
 FEW = (
@@ -40,11 +40,7 @@ def test_killed_between_state_and_update(
     whole = tmp_path / "whole"
     run = tmp_path / "other"
     simulate(plan, whole, device="cpu")
-    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
-    for moment in moments:
-        kill_at(cotune, moment, *arguments)
-        arguments = ("simulate", "--resume", run)
-    finish(cotune(*arguments), tmp_path / "cotune.log")
+    play_killed(cotune, plan, run, moments)
 
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)

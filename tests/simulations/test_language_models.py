@@ -22,8 +22,8 @@ from cotune.reporting.verdict import judge
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
 from tests.support.language_models import language_model, write_dialogs
-from tests.support.processes import Cotune, Moment, finish, kill_at, written
-from tests.support.simulations import final_model, same, tensors_of
+from tests.support.processes import Cotune, Moment, play_killed
+from tests.support.simulations import final_model, merged, same, tensors_of
 
 __all__ = ["language_model"]  # fixtures
 NewPlan = Callable[..., Plan]
@@ -50,10 +50,7 @@ def new_plan(language_model: Callable[..., Path], records: Path) -> NewPlan:
             "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 16},
             "simulation": {"clients": 2, "partition": "iid", "min_examples": 10},
         }
-        for key, value in changes.items():
-            both = isinstance(value, dict) and isinstance(table.get(key), dict)
-            table[key] = {**table[key], **value} if both else value
-        return parse_plan(table)
+        return parse_plan(merged(table, changes))
 
     return make
 
@@ -119,18 +116,14 @@ def test_what_is_told_of_texts_that_are_cut(new_plan: NewPlan) -> None:
 
 @pytest.mark.crash
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
-    plan = new_plan(privacy="none", simulation={"baselines": []})  # noise is drawn anew
+    plan = new_plan(privacy="none", simulation={"baselines": []})  # noise differs from run to run
     whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
     simulate(plan, whole, device="cpu")
-    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
     moments = (
         Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
         Moment("update_received", {"round": 2, "organization": "org-1"}),
     )
-    for moment in moments:
-        kill_at(cotune, moment, *arguments)
-        arguments = ("simulate", "--resume", run)
-    finish(cotune(*arguments), tmp_path / "cotune.log")
+    play_killed(cotune, plan, run, moments)
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)
     one, other = (json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (run, whole))

@@ -18,7 +18,7 @@ from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.run import Run, simulate
-from tests.support.processes import Cotune, Moment, finish, kill_at, written
+from tests.support.processes import Cotune, Moment, play_killed
 from tests.support.simulations import NewPlan, same, tensors_of
 
 
@@ -122,11 +122,7 @@ def test_killed_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune
     whole = tmp_path / "whole"
     run = tmp_path / "other"
     simulate(plan, whole, device="cpu")
-    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
-    for moment in MOMENTS:
-        kill_at(cotune, moment, *arguments)
-        arguments = ("simulate", "--resume", run)
-    finish(cotune(*arguments), tmp_path / "cotune.log")
+    play_killed(cotune, plan, run, MOMENTS)
     assert tensors_of(run) == tensors_of(whole)
     models = own_models(whole)
     assert models.keys() == {"org-1", "org-2"}

@@ -24,7 +24,7 @@ from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
 from tests.support.datasets import sentences, write_csv
-from tests.support.processes import Cotune, Moment, finish, kill_at, written
+from tests.support.processes import Cotune, Moment, finish, kill_at, play_killed, written
 from tests.support.simulations import NewPlan, final_model, same, tensors_of, told
 
 # --- without privacy: as if nothing had happened
@@ -78,11 +78,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     whole = tmp_path / "whole"
     run = tmp_path / "other"
     simulate(plan, whole, device="cpu")
-    arguments: tuple[str | Path, ...] = ("simulate", written(plan, tmp_path), "--out", run, "--device", "cpu")
-    for moment in moments:
-        kill_at(cotune, moment, *arguments)
-        arguments = ("simulate", "--resume", run)
-    finish(cotune(*arguments), tmp_path / "cotune.log")
+    play_killed(cotune, plan, run, moments)
 
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)

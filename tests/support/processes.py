@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -159,3 +159,12 @@ def written(plan: Plan, folder: Path) -> Path:
 def finish(process: BaseProcess, log: Path) -> None:
     process.join(600)
     assert process.exitcode == 0, log.read_text(encoding="utf-8")
+
+
+def play_killed(cotune: Cotune, plan: Plan, run: Path, moments: Iterable[Moment]) -> None:
+    """Play a plan in the folder of a run, killed at each moment and resumed, to its end."""
+    arguments: tuple[str | Path, ...] = ("simulate", written(plan, run.parent), "--out", run, "--device", "cpu")
+    for moment in moments:
+        kill_at(cotune, moment, *arguments)
+        arguments = ("simulate", "--resume", run)
+    finish(cotune(*arguments), run.parent / "cotune.log")

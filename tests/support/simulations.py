@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,15 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
             "personalize": {"folds": 2},  # each fits a dozen heads
             "simulation": {"clients": 2, "partition": "iid"},
         }
-        for key, value in changes.items():
-            both = isinstance(value, dict) and isinstance(table.get(key), dict)
-            table[key] = {**table[key], **value} if both else value
-        return parse_plan(table)
+        return parse_plan(merged(table, changes))
 
     return make
+
+
+def merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of top-level keys in a plan's table; tables are merged one level deep."""
+    both = {key for key, value in changes.items() if isinstance(value, dict) and isinstance(table.get(key), dict)}
+    return {**table, **{key: {**table[key], **value} if key in both else value for key, value in changes.items()}}
 
 
 @pytest.fixture(scope="session")
