@@ -82,9 +82,11 @@ def probe_states(
         state: What the stage begins with.
     """
     few = _unlike(holdings, model)
+    model.load(state)
+    rounding = _rounding(build_setup(plan, stage, model, few, state, "audit", expected_batch=mechanism.expected_batch), mechanism)
     probes = []
     for name, adverse in _states(plan, stage, model, names, state, few):
-        probes.append(_probe(engine, plan, stage, model, {**state, **adverse}, few, mechanism, name))
+        probes.append(_probe(engine, plan, stage, model, {**state, **adverse}, few, mechanism, name, rounding))
     model.load(state)
     return tuple(probes)
 
@@ -155,12 +157,12 @@ def _probe(
     few: Dataset,
     mechanism: DPSGDConfig,
     name: str,
+    rounding: float,
 ) -> Probe:
     key = int(private_generator().integers(2**62))
     units = few.units
     everybody = range(len(units))
-    # The grid follows no more noise than this, so contributions are the same; under more, float32 would round them.
-    exact = replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MAX_NOISE), expected_batch=1.0)
+    exact = _exact(mechanism)
 
     def sums(present: Sequence[int], by: DPSGDConfig = exact) -> Tensor:
         """The noised sum of one step in which these units are; without units the noise alone."""
@@ -185,19 +187,26 @@ def _probe(
         contributions.append(float(moved.norm()) / mechanism.clip_norm)
         influences.append(float((moved - (sums([left_out]) - noise)).norm()) / mechanism.clip_norm)
         off_grid.append(_off_grid(sums(others, mechanism), mechanism))
-    rounding = _rounding(build_setup(plan, stage, model, few, state, "audit", expected_batch=mechanism.expected_batch), exact)
     return Probe(name, max(contributions), max(influences), rounding, max(off_grid))
 
 
+def _exact(mechanism: DPSGDConfig) -> DPSGDConfig:
+    """The mechanism, with contributions that float32 holds: the grid follows no more noise than this, so they stay the same."""
+    return replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MAX_NOISE), expected_batch=1.0)
+
+
 def _rounding(setting: TrainingSetup, mechanism: DPSGDConfig) -> float:
-    """What rounding does to S(D) − S(D∖i) − S({i}), relative to C: half a step for each of three sums, in every entry."""
+    """What rounding does to S(D) − S(D∖i) − S({i}), relative to C: half a step for each of three sums, in every entry.
+
+    The form of gradients decides, and that is the same in every state.
+    """
     with per_example(setting.module, setting.loss) as of:
         (_, batch) = next(iter(setting.batches(setting.units[0])))
         _, found = of.factors(batch)
     if not isinstance(found, OuterProducts):
         return 0.0
     entries = sum(parameter.numel() for parameter in of.parameters)
-    return 1.5 * grid_step(mechanism.clip_norm, mechanism.noise_multiplier) * math.sqrt(entries) / mechanism.clip_norm
+    return 1.5 * grid_step(mechanism.clip_norm, _exact(mechanism).noise_multiplier) * math.sqrt(entries) / mechanism.clip_norm
 
 
 def _off_grid(sums: Tensor, mechanism: DPSGDConfig) -> float:
