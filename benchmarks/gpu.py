@@ -3,8 +3,8 @@
     python benchmarks/gpu.py results            # at most 7 minutes on one H100; writes results/gpu.json and results/gpu.md
     python benchmarks/gpu.py results --dry-run  # the same with tiny models, on a CPU too
 
-It needs cotune and what cotune needs, and no network: weights, words and records are made up. Both files are written anew after
-every measurement. A section that fails says why, and the others go on.
+It needs cotune with its dependencies, and no network: weights, words and records are made up. Both files are rewritten after each
+measurement. A section that fails says why, and the others go on.
 """
 
 from __future__ import annotations

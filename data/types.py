@@ -45,12 +45,12 @@ def content_bytes(value: Input | Label) -> bytes:
 
 
 def record_identity(given: Input) -> bytes:
-    """Return 16 bytes that stay the same when a file is shuffled, exported anew, labeled anew or retyped a little.
+    """Return 16 bytes that stay the same when a file is shuffled, exported again, relabeled or retyped a little.
 
     SHA-256 over the plain form of a text (see `normalize_text`), whether it is kept as one or as its words; over the decoded
     pixels and the size of an image. A corrected label is still the same record; a prompt with another target is another one, as
-    many records may have one prompt. Anyone who can guess a text can recognize its
-    identity: what is stored or exported is keyed first (see `privacy.ledger`).
+    many records may have one prompt. Anyone who can guess a text can recognize its identity: what is stored or exported is keyed
+    first (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]

@@ -20,7 +20,7 @@ class DistillationConfig:
         loss: Between teacher and student.
         temperature: T of `kl`, above 0.
         label_weight: α, from 0 to 1; above 0 the inputs need labels.
-        epochs: Passes over the inputs; the optimizer (AdamW) starts afresh with each, so that a pass can be repeated.
+        epochs: Passes over the inputs; the state of the optimizer (AdamW) is reset at each, so that a pass can be repeated.
         batch_size: Inputs of a step.
         learning_rate: At first; it falls linearly to 0 over all steps.
         seed: Of a new head, adapters, and the order of the inputs.

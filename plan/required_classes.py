@@ -1,4 +1,4 @@
-"""What can be had only for tasks whose records have classes."""
+"""Commands that need a task whose records have classes."""
 
 from __future__ import annotations
 
