@@ -106,11 +106,11 @@ class _Enough(Exception):
 
 def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     """The rounds of the preset, and the part of them that is training."""
-    import cotune.client.training.round
+    import cotune.client.training.steps
     from cotune import load_plan, simulate
     from cotune.server.runs.events import observe_run
 
-    client_round: Any = cotune.client.training.round
+    client_round: Any = cotune.client.training.steps
     training = {"cpu": 0.0, "wall": 0.0}
     original: Any = client_round.DPSGD
 

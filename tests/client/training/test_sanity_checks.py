@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cotune.client.training import setup
-from cotune.client.training.setup import SanityChecks
+from cotune.client.training.sanity_checks import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
