@@ -11,7 +11,6 @@ from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 
-_SUMMED_AT_ONCE = 2**22  # entries: 32 MiB as integers
 _MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
 
 
@@ -23,12 +22,14 @@ class SanityChecks:
     Args:
         before: The trained parameters as they were received.
         noise: Whether every step adds noise.
+        summed_at_once: Entries that a checksum takes at once; the default takes 32 MiB as integers.
     """
 
-    def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
+    def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool, summed_at_once: int = 2**22) -> None:
         self.model = model
         self.before = before
         self.noise = noise
+        self.summed_at_once = summed_at_once
         self.frozen = self._checksums()
 
     def after_step(self, report: StepReport) -> None:
@@ -70,12 +71,12 @@ class SanityChecks:
     def _checksums(self) -> dict[str, int]:
         """The sum of every frozen tensor's bits, parameters and buffers."""
         tensors: Iterable[tuple[str, Tensor]] = [*self.model.parameters(), *self.model.module.named_buffers()]
-        return {name: _checksum(tensor) for name, tensor in tensors if name not in self.before}
+        return {name: _checksum(tensor, self.summed_at_once) for name, tensor in tensors if name not in self.before}
 
 
-def _checksum(tensor: Tensor) -> int:
+def _checksum(tensor: Tensor, at_once: int) -> int:
     """A slice at a time: on a GPU a sum of integers first makes 64 bits of each."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     flat = tensor.detach().contiguous().view(words).flatten()
-    parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, _SUMMED_AT_ONCE)]
+    parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, at_once)]
     return int(torch.stack(parts).sum()) if parts else 0
