@@ -86,7 +86,7 @@ def table(found: dict[tuple[str, str, Codec], list[Cell]]) -> str:
 
 
 def _accuracy(cells: list[Cell]) -> str:
-    values = [cell.metrics["accuracy"] for cell in cells]
+    values = [cell.accuracy for cell in cells]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
 
