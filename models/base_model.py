@@ -55,7 +55,7 @@ class LoadedModel:
     task: Task
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
-        """Return what the collator takes for inputs without labels; class number 0 stands for each answer."""
+        """Return what the collator takes for inputs without labels; class number (or number) 0 stands for each answer."""
         targets = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
         return self.task.examples(self.reader, self.max_length, inputs, targets)
 
@@ -84,15 +84,17 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config)
-    does = get_task(task)
+    does = get_task(task).suited(config.target_range, labels)
+    names = does.head_names(labels)
     try:
-        model_config = _configure(folder.path, labels)
+        model_config = _configure(folder.path, names)
         mean = _use_mean_pooling(config, model_config, folder.path, does)
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
-            if not (does.keeps_head or _head_is_for(folder.path, labels, type(module).__name__)):
+            kept = finished or does.keeps_trained_head
+            if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
                 _draw_head(module)
             does.fit(reader, module)
             longest = does.longest(reader, module, config.max_length)

@@ -48,7 +48,7 @@ def model_card(
     task = get_task(plan.task)
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
-        *(about, "", *_use(task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
+        *(about, "", *_use(plan.task, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
         *_results(test or {}, examples),
@@ -68,14 +68,15 @@ def promised(plan: Plan) -> list[str]:
     ]
 
 
-def _use(pipeline: str, length: int) -> Iterator[str]:
+def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
     is_image = pipeline == "image-classification"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut})'
+    every = ", top_k=None" if task == "multi-label" else ""
+    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut}{every})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -117,12 +118,20 @@ def _base(plan: Plan) -> str:
     return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
 
 
+_MEANS = {  # by the figure that decides
+    "accuracy": "precision, recall and F1 are means over the classes",
+    "loss": "loss is in nats per target token",
+    "mse": "errors are in the units of the numbers",
+    "micro_f1": "a label is told where its probability is above a half",
+}
+
+
 def _results(test: Measured, examples: int) -> Iterator[str]:
     rows = [(name, metrics) for name, metrics in test.items() if metrics]
     if not rows:
         return
     keys = [measure.key for measure in get_measures(rows[0][1])]
-    means = "precision, recall and F1 are means over the classes" if "f1" in keys else "loss is in nats per target token"
+    means = _MEANS[keys[0]]
     yield from ("", "## Test", "", f"On {examples:,} held-out records; {means}. No ε covers these figures.", "")
     yield f"| | {' | '.join(keys)} |"
     yield f"|---|{'---|' * len(keys)}"
