@@ -68,7 +68,7 @@ def test_a_private_run_learns_and_says_so(private: tuple[str, Run]) -> None:
         low, high = organization.own.federated[f"{DECIDES[task]}_interval"]
         assert low <= organization.own.federated[DECIDES[task]] <= high
     said = judge(run.summary)
-    unit = "mean squared error" if task == "regression" else "points of micro F1"
+    unit = "squared error" if task == "regression" else "points of micro F1"
     assert unit in said.sentence
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert ("R²" in page) == (task == "regression")
