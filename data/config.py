@@ -7,11 +7,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 TaskName = Literal[
-    "sequence-classification", "token-classification", "image-classification", "multi-label", "regression", "causal-lm"
+    "sequence-classification", "token-classification", "image-classification", "multi-label", "regression", "causal-lm", "seq2seq"
 ]
-_WITHOUT_LABELS = frozenset({"regression", "causal-lm"})
+_WITHOUT_LABELS = frozenset({"regression", "causal-lm", "seq2seq"})
 _WITH_SETS = frozenset({"multi-label"})
-_WRITING = frozenset({"causal-lm"})
+_WRITING = frozenset({"causal-lm", "seq2seq"})
 
 
 def has_labels(task: str) -> bool:
@@ -56,10 +56,13 @@ class DataConfig(BaseModel):
     prompt: str | None = Field(
         default=None,
         min_length=1,
-        description="causal-lm: the column that holds what a model is given; default: nothing, and it learns to write `text`",
+        description="causal-lm, seq2seq: the column that holds what a model is given; default, for causal-lm alone: nothing, and"
+        " it learns to write `text`",
     )
-    target: str | None = Field(default=None, min_length=1, description="causal-lm: the column that holds what it is to write")
-    separator: str = Field(default="\n", max_length=100, description="causal-lm: what stands between a prompt and its target")
+    target: str | None = Field(
+        default=None, min_length=1, description="causal-lm and seq2seq: the column that holds what it is to write"
+    )
+    separator: str = Field(default="\n", max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
     unit: str | None = Field(
         default=None,
         min_length=1,

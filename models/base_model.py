@@ -21,7 +21,7 @@ from cotune.data.tasks.task import Task, get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.errors import ModelError
-from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
+from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
 from cotune.models.base_folder import (
     find_damage,
     read_base_labels,
@@ -236,7 +236,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{encoder_name(module)}.", frozen, finished)
+    _check_complete(report, encoder_prefixes(module), frozen, finished)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
@@ -279,7 +279,7 @@ def _check_finite(module: nn.Module) -> None:
         )
 
 
-def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:
+def _check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
     """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if finished and new:
@@ -288,7 +288,8 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished:
             " with its head, such as `model/` in the folder of a run",
             code="model.incomplete_weights",
         )
-    lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
+    poolers = tuple(f"{prefix}pooler." for prefix in prefixes)
+    lacking = sorted(k for k in new if k.startswith(prefixes) and not k.startswith((*frozen, *poolers)))
     if lacking:
         raise ModelError(
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"

@@ -53,6 +53,12 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _translations_have_prompts(self) -> Self:
+        if self.task == "seq2seq" and self.data.prompt is None:
+            raise ValueError("task = seq2seq reads a text and writes another one: expected data.prompt and data.target")
+        return self
+
+    @model_validator(mode="after")
     def _numbers_have_a_range(self) -> Self:
         if self.task == "regression" and self.model.target_range is None:
             raise ValueError(

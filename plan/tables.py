@@ -85,7 +85,7 @@ class PlanTables(ConfigTable):
     task: TaskName = Field(
         "sequence-classification",
         description="a class for a text (sequence-), for each word of one (token-), or for an image; any number of labels for a"
-        " text (multi-label), or a number (regression); or a text that goes on with another (causal-lm)",
+        " text (multi-label), or a number (regression); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
     )
     labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(

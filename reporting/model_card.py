@@ -69,6 +69,9 @@ def promised(plan: Plan) -> list[str]:
 
 
 def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
+    if pipeline == "text2text-generation":
+        yield from _use_of_translator(length)
+        return
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
@@ -93,6 +96,14 @@ def _use_of_writer(length: int) -> Iterator[str]:
     yield 'write = pipeline("text-generation", "FOLDER")'
     yield from ('print(write("a prompt\\n", max_new_tokens=50, return_full_text=False))', "```", "")
     yield f"A prompt ends with the separator of the plan, as in training; with its answer it had {length} tokens at most."
+
+
+def _use_of_translator(length: int) -> Iterator[str]:
+    yield from ("## How to use", "", "```python", "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", "")
+    yield 'model, reader = AutoModelForSeq2SeqLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")'
+    yield 'written = model.generate(**reader("a prompt\\n", truncation=True, return_tensors="pt"), max_new_tokens=50)'
+    yield from ("print(reader.decode(written[0], skip_special_tokens=True))", "```", "")
+    yield f"A prompt ends with the separator of the plan, as in training. Prompts and targets had {length} tokens at most."
 
 
 def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:

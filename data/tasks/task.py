@@ -21,6 +21,7 @@ from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.multi_label import MultiLabelClassification
 from cotune.data.tasks.regression import Regression
+from cotune.data.tasks.seq2seq import SequenceToSequence
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.tasks.token import TokenClassification
 from cotune.data.types import Input, Label
@@ -166,6 +167,7 @@ _TASKS: dict[str, Task] = {
     "multi-label": MultiLabelClassification(),
     "regression": Regression(),
     "causal-lm": CausalLanguageModeling(),
+    "seq2seq": SequenceToSequence(),
 }
 
 
