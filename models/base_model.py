@@ -21,7 +21,7 @@ from cotune.data.tasks.task import Task, get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.errors import ModelError
-from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
+from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
 from cotune.models.base_folder import (
     find_damage,
     read_base_labels,
@@ -55,7 +55,7 @@ class LoadedModel:
     task: Task
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
-        """Return what the collator takes for inputs without labels; class number 0 stands for each answer."""
+        """Return what the collator takes for inputs without labels; class number (or number) 0 stands for each answer."""
         targets = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
         return self.task.examples(self.reader, self.max_length, inputs, targets)
 
@@ -84,15 +84,17 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config)
-    does = get_task(task)
+    does = get_task(task).suited(config.target_range, labels)
+    names = does.head_names(labels)
     try:
-        model_config = _configure(folder.path, labels)
+        model_config = _configure(folder.path, names)
         mean = _use_mean_pooling(config, model_config, folder.path, does)
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
-            if not (does.keeps_head or _head_is_for(folder.path, labels, type(module).__name__)):
+            kept = finished or does.keeps_trained_head
+            if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
                 _draw_head(module)
             does.fit(reader, module)
             longest = does.longest(reader, module, config.max_length)
@@ -234,7 +236,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{encoder_name(module)}.", frozen, finished)
+    _check_complete(report, encoder_prefixes(module), frozen, finished)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
@@ -277,7 +279,7 @@ def _check_finite(module: nn.Module) -> None:
         )
 
 
-def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:
+def _check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
     """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if finished and new:
@@ -286,7 +288,8 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished:
             " with its head, such as `model/` in the folder of a run",
             code="model.incomplete_weights",
         )
-    lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
+    poolers = tuple(f"{prefix}pooler." for prefix in prefixes)
+    lacking = sorted(k for k in new if k.startswith(prefixes) and not k.startswith((*frozen, *poolers)))
     if lacking:
         raise ModelError(
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"

@@ -37,6 +37,7 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
     """
     module = _copy_to_cpu(model.loaded.module)
     merge_adapters(module)
+    model.loaded.task.finish(module)
     _restore_dropout(module.config, model.loaded.folder.path)
     module.config.problem_type = model.loaded.task.problem_type
     folder.parent.mkdir(parents=True, exist_ok=True)

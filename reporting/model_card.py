@@ -48,7 +48,7 @@ def model_card(
     task = get_task(plan.task)
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
-        *(about, "", *_use(task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
+        *(about, "", *_use(plan.task, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
         *_results(test or {}, examples),
@@ -68,14 +68,18 @@ def promised(plan: Plan) -> list[str]:
     ]
 
 
-def _use(pipeline: str, length: int) -> Iterator[str]:
+def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
+    if pipeline == "text2text-generation":
+        yield from _use_of_translator(length)
+        return
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
     is_image = pipeline == "image-classification"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut})'
+    every = ", top_k=None" if task == "multi-label" else ""
+    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut}{every})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -92,6 +96,14 @@ def _use_of_writer(length: int) -> Iterator[str]:
     yield 'write = pipeline("text-generation", "FOLDER")'
     yield from ('print(write("a prompt\\n", max_new_tokens=50, return_full_text=False))', "```", "")
     yield f"A prompt ends with the separator of the plan, as in training; with its answer it had {length} tokens at most."
+
+
+def _use_of_translator(length: int) -> Iterator[str]:
+    yield from ("## How to use", "", "```python", "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", "")
+    yield 'model, reader = AutoModelForSeq2SeqLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")'
+    yield 'written = model.generate(**reader("a prompt\\n", truncation=True, return_tensors="pt"), max_new_tokens=50)'
+    yield from ("print(reader.decode(written[0], skip_special_tokens=True))", "```", "")
+    yield f"A prompt ends with the separator of the plan, as in training. Prompts and targets had {length} tokens at most."
 
 
 def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
@@ -117,12 +129,20 @@ def _base(plan: Plan) -> str:
     return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
 
 
+_MEANS = {  # by the figure that decides
+    "accuracy": "precision, recall and F1 are means over the classes",
+    "loss": "loss is in nats per target token",
+    "mse": "errors are in the units of the numbers",
+    "micro_f1": "a label is told where its probability is above a half",
+}
+
+
 def _results(test: Measured, examples: int) -> Iterator[str]:
     rows = [(name, metrics) for name, metrics in test.items() if metrics]
     if not rows:
         return
     keys = [measure.key for measure in get_measures(rows[0][1])]
-    means = "precision, recall and F1 are means over the classes" if "f1" in keys else "loss is in nats per target token"
+    means = _MEANS[keys[0]]
     yield from ("", "## Test", "", f"On {examples:,} held-out records; {means}. No ε covers these figures.", "")
     yield f"| | {' | '.join(keys)} |"
     yield f"|---|{'---|' * len(keys)}"
