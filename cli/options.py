@@ -51,6 +51,11 @@ class RecordOptions:
     text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None
     image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None
     label: Annotated[str | None, typer.Option(help='Column with the class, or with the words\' tags; default: "label".')] = None
+    prompt: Annotated[str | None, typer.Option(help="Column with the prompt, for a language model; with --target.")] = None
+    target: Annotated[str | None, typer.Option(help="Column with what a language model is to write.")] = None
+    separator: Annotated[
+        str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
+    ] = None
     unit: Annotated[str | None, typer.Option(help="Column that says whose a record is: intervals then count persons.")] = None
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8"
 

@@ -53,14 +53,15 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
-<<<<<<< HEAD
     def _writing_needs_prompts(self) -> Self:
         if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
             raise ValueError(
                 f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
                 " expected task = causal-lm with data.prompt and data.target, or leave the table out"
             )
-=======
+        return self
+
+    @model_validator(mode="after")
     def _translations_have_prompts(self) -> Self:
         if self.task == "seq2seq" and self.data.prompt is None:
             raise ValueError("task = seq2seq reads a text and writes another one: expected data.prompt and data.target")
@@ -75,7 +76,6 @@ class Plan(PlanTables):
             )
         if self.task != "regression" and self.model.target_range is not None:
             raise ValueError(f"model.target_range is for task = regression, and this is {self.task}: leave it out")
->>>>>>> seq2seq
         return self
 
     @model_validator(mode="after")

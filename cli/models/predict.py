@@ -46,11 +46,13 @@ def predict(
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
     threshold: ThresholdOption = None,
     max_length: Length = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of a text that a language model writes.")] = 64,
+    separator: Annotated[str, typer.Option(help="What a language model reads behind a prompt, as in training.")] = "\n",
     out: Annotated[Path | None, typer.Option(help="Write to this file (.csv, .json or .jsonl) instead of the terminal.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with the probability of every class.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Tell classes of texts, words or images, labels or numbers of texts, by a fine-tuned model. Nothing is sent."""
+    """Tell classes of texts, words or images, labels or numbers of texts, or write after prompts, by a fine-tuned model. Nothing is sent."""
     if bool(given) == (file is not None):
         raise typer.BadParameter('expected texts after the model, or --file FILE: cotune predict MODEL "a text"')
     if text is not None and image is not None:
@@ -61,12 +63,15 @@ def predict(
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
     from cotune.cli.models.predictions import predict_rows  # loads PyTorch
+    from cotune.cli.models.texts import write_rows, writes_texts
 
     column = text if text is not None else image
     inputs = given or [] if file is None else file.expanduser()
-    found = predict_rows(
-        model, inputs, column=column, encoding=encoding, threshold=threshold, max_length=max_length, device=device
-    )
+    given_so: dict[str, Any] = {"column": column, "encoding": encoding, "max_length": max_length, "device": device}
+    if writes_texts(model, threshold):
+        found = write_rows(model, inputs, max_new_tokens=max_new_tokens, separator=separator, **given_so)
+    else:
+        found = predict_rows(model, inputs, threshold=threshold, **given_so)
     if out is not None:
         _write(out.expanduser(), found)
         typer.echo(f"{len(found):,} rows: {out}")
@@ -100,7 +105,12 @@ def _show(console: Console, found: Sequence[dict[str, Any]]) -> None:
 
 
 def _show_answers(console: Console, found: Sequence[dict[str, Any]]) -> None:
-    """Numbers, or several labels with the probability of each."""
+    """Written texts, numbers, or several labels with the probability of each."""
+    if "text" in found[0]:
+        for each in found:
+            console.print(f"[bold]{escape(_on_one_line(each['input'])[:_WIDE])}[/bold]")
+            console.print(escape(each["text"] if each["text"] is not None else f"– ({each['reason']})"))
+        return
     is_number = "value" in found[0]
     table = Table("value" if is_number else "labels", "input", box=None, header_style="bold", pad_edge=False)
     for each in found:

@@ -62,10 +62,11 @@ class CausalLanguageModeling(SequenceClassification):
         return [0] * len(held)
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
-        raise ModelError(
-            "a language model has no classes to predict: load the folder with transformers, and call its generate()",
-            code="model.no_classifier",
-        )
+        """A prompt without a target, and without the separator."""
+        prompt = format_value(file, file.wanted[0], number, given)
+        if not prompt.strip():
+            return "blank prompt"
+        return (Passage(prompt, ""), NO_CLASS) if is_unicode(prompt) else "broken Unicode"
 
     def fit(self, reader: Any, module: Any) -> None:
         super().fit(reader, module)

@@ -139,7 +139,7 @@ def open_predictor(source: str, device: str = "auto", max_length: int | None = N
         DeviceError: When the device is not here.
     """
     to = pick_device(device)
-    loaded, labels, task = load_finished(_folder_of(source), max_length)
+    loaded, labels, task = load_finished(folder_of(source), max_length)
     return Predictor(TrainableModel(loaded, None, 0, to), labels, task)
 
 
@@ -149,14 +149,14 @@ def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedMod
         path = find_base(ModelConfig(base=source)).path
         task = _task_of(path)
         labels = _labels_of(path) if has_labels(task) else read_base_labels(path)
-        config = ModelConfig(base=source, pooling="native", max_length=max_length or _length_of(path))
+        config = ModelConfig(base=source, pooling="native", max_length=max_length or length_of(path))
         return load_model(config, labels, 0, task, finished=True), labels if has_labels(task) else (), task
     except ModelError as error:
         raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
 
 
-def _folder_of(source: str) -> str:
-    """The model in the folder of a run, or the folder itself."""
+def folder_of(source: str) -> str:
+    """Return the model in the folder of a run, or the folder itself."""
     folder = Path(source).expanduser()
     inner = folder / "model"
     return str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else source
@@ -217,8 +217,8 @@ def _generic_labels(path: Path) -> tuple[str, ...]:
     return tuple(str(known[number]) for number in sorted(known))
 
 
-def _length_of(path: Path) -> int:
-    """What the tokenizer's settings say; those of most pretrained models say a number that means that nobody knows."""
+def length_of(path: Path) -> int:
+    """Return how many tokens are read: what the tokenizer's settings say, where these are no number that means that nobody knows."""
     try:
         said = json.loads((path / "tokenizer_config.json").read_bytes())["model_max_length"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -1,0 +1,81 @@
+"""A finished language model, opened to write and to be judged. Nothing of its folder runs code.
+
+Only configuration, tokenizer and safetensors are read; custom code is never run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from cotune.data.config import TaskName
+from cotune.data.dataset import Dataset
+from cotune.data.records import Records
+from cotune.errors import ModelError
+from cotune.models.base_folder import read_settings
+from cotune.models.base_lookup import find_base
+from cotune.models.base_model import load_model
+from cotune.models.config import ModelConfig
+from cotune.models.device import pick_device
+from cotune.models.evaluation.intervals import TextAnswers
+from cotune.models.evaluation.predictor import folder_of, length_of, unit_numbers
+from cotune.models.evaluation.test_set import predict
+from cotune.models.trainable import TrainableModel
+
+TASK: TaskName = "causal-lm"
+
+
+def is_language_model(source: str) -> bool:
+    """Return whether a model's configuration names the architecture of a language model; what is no model is none.
+
+    Args:
+        source: Its folder, the folder of a run with `model/` in it, or a Hugging Face hub id.
+    """
+    try:
+        named = read_settings(find_base(ModelConfig(base=folder_of(source))).path).get("architectures")
+    except ModelError:
+        return False
+    return isinstance(named, list) and any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in named)
+
+
+def open_language_model(source: str, device: str = "auto", max_length: int | None = None) -> TrainableModel:
+    """Open a model.
+
+    Args:
+        source: As of `is_language_model`.
+        device: auto, cpu, cuda or cuda:N.
+        max_length: Tokens to read of a prompt with its target; None: as many as in training, as far as the folder says so.
+
+    Raises:
+        ModelError: When it cannot be used.
+        DeviceError: When the device is not here.
+    """
+    to = pick_device(device)
+    base = folder_of(source)
+    try:
+        config = ModelConfig(base=base, max_length=max_length or length_of(find_base(ModelConfig(base=base)).path))
+        return TrainableModel(load_model(config, (), 0, TASK, finished=True), None, 0, to)
+    except ModelError as error:
+        raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
+
+
+def evaluate_language_model(model: TrainableModel, records: Records) -> dict[str, Any]:
+    """Return loss, perplexity and token accuracy on records, with their intervals, as plain values.
+
+    Raises:
+        DataError: Where no record has a target that the model reads.
+    """
+    held = Dataset(((records, np.arange(len(records))),), (), TASK)
+    losses, tokens, right = (np.asarray(column) for column in zip(*predict(model, {}, held, "auto"), strict=True))
+    answers = TextAnswers(losses, tokens, right, unit_numbers(records))
+    return {
+        "task": TASK,
+        "labels": [],
+        "max_length": model.loaded.max_length,
+        "records": len(records),
+        "left_out": dict(records.skipped),
+        "not_told": int((tokens == 0).sum()),
+        "figures": answers.figures(),
+    }
