@@ -218,7 +218,7 @@ def _generic_labels(path: Path) -> tuple[str, ...]:
 
 
 def length_of(path: Path) -> int:
-    """Return how many tokens are read: what the tokenizer's settings say, where these are no number that means that nobody knows."""
+    """Return the length that a tokenizer's settings say; those of most pretrained models say a number that means nothing."""
     try:
         said = json.loads((path / "tokenizer_config.json").read_bytes())["model_max_length"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
