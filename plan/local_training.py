@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,7 +25,9 @@ class LocalTraining(ConfigTable):
     schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
-    batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
+    batch_size: Annotated[float, Field(gt=0, le=1e6)] | Literal["all"] = Field(
+        256.0, description="expected records per step; below 1: the fraction of the records; all: every record in every step"
+    )
     steps: int | None = Field(20, ge=1, le=100_000, description="optimizer steps per round; null where epochs are given")
     epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
     physical_batch_size: int = Field(
@@ -39,8 +41,8 @@ class LocalTraining(ConfigTable):
 
     @field_validator("batch_size")
     @classmethod
-    def _whole(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
+    def _whole(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value >= 1 and value != int(value):
             raise ValueError(f"expected a whole number of records, or a fraction below 1, got {value}")
         return value
 
@@ -69,7 +71,15 @@ class LocalTraining(ConfigTable):
 
     def sample_rate(self, examples: int) -> float:
         """q, the probability with which each of `examples` records enters a batch."""
+        if self.batch_size == "all":
+            return 1.0
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
+
+    def fewest_records(self) -> float:
+        """How many records fill a batch."""
+        if self.batch_size == "all":
+            return 1.0
+        return self.batch_size if self.batch_size >= 1 else 1 / self.batch_size
 
     def steps_per_round(self, examples: int) -> int:
         """Optimizer steps per round of an organization with so many records: max(1, epochs / q) where epochs are given."""
