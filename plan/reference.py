@@ -158,16 +158,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _limits(field: FieldInfo) -> str:
-    found = [(name, getattr(rule, name)) for rule in _rules(field) for name in _BOUNDS if getattr(rule, name, None) is not None]
+    found = [(name, getattr(rule, name)) for rule in field.metadata for name in _BOUNDS if getattr(rule, name, None) is not None]
     return ", ".join(_BOUNDS[name].format(f"{value:,.12g}") for name, value in found)
-
-
-def _rules(field: FieldInfo) -> Iterator[Any]:
-    """The bounds of a key, and those of one of the types that it may have (`Annotated[float, Field(gt=0)] | Literal["all"]`)."""
-    yield from field.metadata
-    for part in get_args(field.annotation):
-        for noted in getattr(part, "__metadata__", ()):
-            yield from getattr(noted, "metadata", ())
 
 
 _WRITTEN = "<!-- Written by `python -m cotune.plan.reference docs`: change the schemas instead. -->"

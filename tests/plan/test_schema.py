@@ -222,7 +222,7 @@ def test_all_records_in_a_step_need_no_sampling(examples: int, steps: int) -> No
     assert LocalTraining(batch_size="all", epochs=3).steps_per_round(examples) == 3
 
 
-@pytest.mark.parametrize("size", ["none", "ALL", 0, -1, 1e7, [1]])
+@pytest.mark.parametrize("size", ["none", "ALL", True, 0, -1, 1e7, [1]])
 def test_batches_of_another_kind_are_refused(size: object) -> None:
     with pytest.raises(PlanError) as caught:
         plan(local={"batch_size": size})
