@@ -56,6 +56,7 @@ def test_a_private_run_learns_beyond_the_base_model(private: Run) -> None:
         assert organization.worth
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers by an old name
 def test_plain_transformers_and_peft_load_what_comes_out(private: Run, new_plan: NewPlan) -> None:
     folder = private.folder / "model"
     base = AutoModelForSeq2SeqLM.from_pretrained(new_plan().model.base)
