@@ -163,7 +163,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         assert ("metrics_not_applied" in entry) != entry["applied"]
         assert set(entry) - {"metrics_not_applied"} == {
             *("round", "stage", "metrics", "epsilon", "told", "client_privacy", "participants", "dropped"),
-            *("quarantined", "absent", "timed_out", "left_out", "late", "norms", "weights", "suspects"),
+            *("quarantined", "absent", "timed_out", "excluded", "late", "norms", "weights", "suspects"),
             *("applied", "bytes_up", "bytes_down", "seconds"),
         }
     assert set(summary["versions"]) >= {"python", "cotune", "flwr", "torch", "transformers", "opacus", "dp-accounting"}

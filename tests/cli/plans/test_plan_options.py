@@ -105,7 +105,7 @@ class Ended(NamedTuple):
 
 
 def without_torch(*arguments: tuple[str, ...]) -> list[Ended]:
-    """Commands in processes of their own, in which whoever imports torch fails; forked, so that one interpreter starts for all."""
+    """Commands in processes of their own, in which an import of torch fails; forked, so that one interpreter starts for all."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     program = [sys.executable, "-c", ALONE]
     done = subprocess.run(program, input=json.dumps(arguments), capture_output=True, text=True, env=environ, check=True)
