@@ -75,9 +75,12 @@ def test_simulate_prints_its_summary_as_json(cotune: Cotune, folder: Path) -> No
 # --- before torch is there
 
 ALONE = """
-import json, os, sys, tempfile
+import importlib, json, os, sys, tempfile
 sys.modules["torch"] = sys.modules["transformers"] = None  # anyone who imports them fails
-from cotune.cli.main import run
+from cotune.cli.main import CLIENT, COMMANDS, PLAN, SERVER, run
+
+for target, _ in [*COMMANDS.values(), *PLAN.values(), *CLIENT.values(), *SERVER.values()]:
+    importlib.import_module(target.partition(":")[0])
 
 def play(arguments):
     outs = [tempfile.TemporaryFile("w+") for _ in range(2)]
