@@ -299,9 +299,9 @@ def ledger(site: Path) -> list[tuple[float, float, int, str]]:
 def spent(site: Path, delta: float) -> float:
     """ε by dp-accounting alone, on a finer grid than the product's."""
     accountant = PLDAccountant(value_discretization_interval=2e-4)
-    for sigma, rate, steps, _ in ledger(site):
+    for (sigma, rate, steps, _), count in Counter(ledger(site)).items():  # each mechanism is discretized once
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
-        accountant.compose(dp_event.SelfComposedDpEvent(step, steps))
+        accountant.compose(dp_event.SelfComposedDpEvent(step, steps), count)
     return float(accountant.get_epsilon(delta))
 
 
