@@ -47,7 +47,7 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
         case "update_received":
             return _received(fields)
         case "update_quarantined":
-            return f"round {round}: the update of {who} was refused and put aside: {fields['reason']}"
+            return f"round {round}: the update of {who} was rejected and quarantined: {fields['reason']}"
         case "messages_refused":
             return f"{who} has had {fields['count']} messages refused at the public port: {fields['reason']}"
         case "round_not_applied":
@@ -77,7 +77,7 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
         case "superlink_back":
             return "the SuperLink answers again"
         case "run_lost":
-            return f"the run ended without a word ({fields['reason']}); it is handed over again in {fields['seconds']:g} seconds"
+            return f"the run ended unexpectedly ({fields['reason']}); it is submitted again in {fields['seconds']:g} seconds"
         case "run_stopping":
             return "stopping the run, which may take a quarter of a minute"
         case _:
@@ -176,6 +176,10 @@ class _Lines:
             self.print(f"baseline {fields['baseline']} could not be trained: {fields['reason']}")
         elif event == "baseline_finished":
             self.print(f"baseline {fields['baseline']}: {headline(fields['metrics'])}")
+        elif event == "adapted":
+            self.print(f"{fields['organization']} has adapted the model to its own records: {fields['method']}")
+        elif event == "adaptation_failed":
+            self.print(f"{fields['organization']} could not adapt the model to its own records: {fields['reason']}")
 
     def _remaining(self, round: int) -> float | None:
         """By the rounds so far, but for the first, which encodes the records; None while that is the only one."""

@@ -21,7 +21,7 @@ from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count, content_bytes
 from cotune.errors import RunError
-from cotune.models.check_cache import cache_folder
+from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.feature_head import encode_vectors, get_readout
 from cotune.models.feature_precision import FEATURE_SLOTS, feature_dtype
 from cotune.models.trainable import State, TrainableModel
@@ -46,6 +46,7 @@ def get_features(
     with contextlib.ExitStack() as held:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.chmod(0o700)  # that of another user is none
             # several processes of one run want the same features: one computes
             held.enter_context(exclusive_lock(file.with_name(f"{file.name}.lock")))
         except (OSError, RunError):
@@ -117,12 +118,15 @@ def _digest_of(inputs: tuple[Input, ...]) -> bytes:
 
 
 def _read(file: Path, expected: int) -> Tensor | None:
+    """None where it is not there, damaged, or may have been written by another user."""
     try:
+        if not is_own(file):
+            return None
         status = file.stat()
         found = _load(file, status.st_mtime_ns, status.st_size)
     except (OSError, SafetensorError, KeyError):
         return None
-    return found if len(found) == expected else None
+    return found if found.dtype == torch.float32 and found.dim() == 2 and len(found) == expected else None
 
 
 @lru_cache(maxsize=1)

@@ -43,7 +43,7 @@ class TextMetrics:
     """Of texts that a model is to write, over all target tokens of the test set, each predicted from the true ones before it.
 
     Attributes:
-        loss: Mean negative log-likelihood, in nats per token: less is better.
+        loss: Mean negative log-likelihood, in nats per token: less is better; the largest float where it is no number.
         perplexity: e to the loss.
         accuracy: Share of the tokens that the model finds most probable.
     """
@@ -88,9 +88,10 @@ def compute_text_metrics(answers: Sequence[TextAnswer]) -> TextMetrics:
             code="data.no_targets",
         )
     loss = math.fsum(loss for loss, _, _ in answers) / tokens
+    loss = loss if math.isfinite(loss) else sys.float_info.max  # of a model that overflows: a document holds no infinity
     return TextMetrics(loss, _exp(loss), sum(right for _, _, right in answers) / tokens)
 
 
 def _exp(loss: float) -> float:
-    """The largest float where there is no larger one: a document holds no infinity."""
+    """The largest float where there is no larger one."""
     return math.exp(min(loss, math.log(sys.float_info.max)))

@@ -83,7 +83,7 @@ def test_check_says_what_a_plan_will_do_and_does_nothing(cotune: Cotune, folder:
     assert sorted(folder.rglob("*")) == before
 
 
-def test_check_states_the_claim_of_the_organization_that_spends_most(cotune: Cotune) -> None:
+def test_check_states_the_largest_claim(cotune: Cotune) -> None:
     """Without sampling (a batch of all) the steps are one Gaussian mechanism of μ = √steps/σ, whose figures have closed forms."""
     private = ("--set", "privacy={epsilon=3}", "--set", "local.batch_size=100", "--set", "simulation.epsilons=[1.5, 3.0]")
     shown = cotune("plan", "check", "toy.toml", *private)
@@ -149,6 +149,8 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
         assert f"{folder / 'run' / file}" in shown.out
     assert "\x1b" not in shown.out
     assert "baseline pooled: accuracy" in shown.out
+    for o in summary["organizations"]:
+        assert f"{o['name']} has adapted the model to its own records: {o['adaptation']['method']}" in shown.out
 
 
 def test_it_is_said_whose_records_are_encoded_and_how_many(cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,14 +163,15 @@ def test_a_new_rule_conforms_and_is_short(cotune: Cotune, folder: Path, kind: st
 
 
 def test_the_test_of_a_new_rule_runs(cotune: Cotune, folder: Path) -> None:
-    assert cotune("strategies", "new", "my_rule", "--out", "mine.py").code == 0
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    rule = (folder / "mine.py").read_text(encoding="utf-8")
-    (folder / "mine.py").write_text(rule.replace(", idempotent=False", ""), encoding="utf-8")
+    for name, file in (("my_rule", "mine.py"), ("other_rule", "wrong.py")):
+        assert cotune("strategies", "new", name, "--out", file).code == 0
+    rule = (folder / "wrong.py").read_text(encoding="utf-8")
+    (folder / "wrong.py").write_text(rule.replace(", idempotent=False", ""), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "test_mine.py", "test_wrong.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert re.findall(r"^FAILED (test_\w+\.py)", done.stdout, re.MULTILINE) == ["test_wrong.py"], done.stdout
+    assert re.search(r"^PASSED test_mine\.py", done.stdout, re.MULTILINE)
     assert "identical deltas do not give that delta" in done.stdout
 
 
@@ -266,9 +267,7 @@ def test_a_run_with_a_rule_of_ones_own_goes_on_and_is_repeated(
     assert "my_rules.py is not the file that the plan was made with" in refused.err
 
 
-def test_an_organization_checks_and_trains_a_plan_without_its_files(
-    cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_organization_needs_no_files_of_the_plan(cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "my_rules.py").write_text(RULE)
     assert cotune("simulate", "toy.toml", *QUICK, "--set", "strategy.fusion=my_rules.py:heavy", "--out", "run").code == 0
     plan = folder / "next.toml"
@@ -287,7 +286,7 @@ def test_an_organization_checks_and_trains_a_plan_without_its_files(
     assert update.delta.keys() == state.keys()
 
 
-def test_rules_of_ones_own_are_compared_in_processes_beside_each_other(cotune: Cotune, folder: Path) -> None:
+def test_own_rules_are_compared_in_parallel_processes(cotune: Cotune, folder: Path) -> None:
     (folder / "my_rules.py").write_text(RULE)
     vary = "strategy=fedavg,my_rules.py:heavy"
     done = cotune("compare", "toy.toml", "--vary", vary, "--set", "rounds=1", "--seeds", "1", "--jobs", "2", "--out", "side")

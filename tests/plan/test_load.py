@@ -198,8 +198,8 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.sample_size": st.integers(0, 10**6),
     "server.quorum": st.floats(0, 1, exclude_min=True),
     "server.over_selection": st.just(0.0),  # more of it needs sample_size: test_schema
-    "server.patience": st.floats(0, 1e6),
-    "server.least_seconds": st.floats(0, 2e6, exclude_min=True),
+    "server.timeout_factor": st.floats(0, 1e6),
+    "server.min_timeout_seconds": st.floats(0, 2e6, exclude_min=True),
     "server.absent_seconds": st.floats(0, 2e6),
     "server.wait_seconds": st.floats(0, 2e6),
     "server.approval_seconds": st.floats(0, 2e6),
@@ -323,7 +323,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("server.quorum=2", "server.quorum = 2", "less than or equal to 1"),
     ],
 )
-def test_a_wrong_value_is_shown_with_its_key_and_what_was_expected(override: str, shown: str, expected: str) -> None:
+def test_wrong_value_is_shown_with_key_and_expectation(override: str, shown: str, expected: str) -> None:
     sentence = refusal(override)
     assert f"the plan has {shown}: " in sentence
     assert expected in sentence

@@ -18,7 +18,7 @@ from cotune.client.training.personal import PERSONAL
 from cotune.errors import PlanError
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
-from cotune.reporting.verdict import judge
+from cotune.reporting.verdict import conclude_verdict
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.run import Run, resume, simulate
@@ -80,7 +80,7 @@ def test_the_summary_has_each_model_and_the_mean(finished: Run) -> None:
 
 
 def test_the_report_says_that_there_is_no_common_model(finished: Run) -> None:
-    verdict = judge(finished.summary)
+    verdict = conclude_verdict(finished.summary)
     assert any("each organization's own model reaches, in the mean," in note for note in verdict.notes)
     assert verdict.notes[0].startswith("There is no common model")
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, fi
         assert same(again[name], model)
 
 
-def test_under_privacy_with_partial_participation_and_smaller_ranks(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_private_run_with_sampled_clients_and_smaller_ranks(toy_plan: NewPlan, tmp_path: Path) -> None:
     simulation = {"clients": 3, "ranks": [1, 2, 2], "baselines": []}
     server = {"sample_rate": 0.6}
     plan = plan_of(toy_plan, privacy={"epsilon": 8.0}, rounds=4, simulation=simulation, server=server)

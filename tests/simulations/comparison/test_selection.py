@@ -33,10 +33,10 @@ RELEASED = {"results.json", "compare.html", "plan.toml", "model"}
 Select = Callable[..., Selected]
 
 
-@pytest.fixture
-def private_plan(plan_file: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def private_plan(plan_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = plan_file.read_text(encoding="utf-8").replace('privacy = "none"\n', "")
-    file = tmp_path / "toy.toml"
+    file = tmp_path_factory.mktemp("private") / "toy.toml"
     file.write_text(f"{text}\n[privacy]\nepsilon = 8.0\n", encoding="utf-8")
     return file
 
@@ -61,16 +61,22 @@ def scores(out: Path) -> list[float]:
     return [json.loads((run / "summary.json").read_bytes())["test"]["federated"]["accuracy"] for run in runs]
 
 
-@pytest.fixture
-def played(private_plan: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """(plan, folder) of a selection among three runs that stopped when all were played and nothing was released."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def stopped(private_plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a selection among three runs that stopped when all were played and nothing was released. Not to be changed."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
     drawn(private_plan, out, [1, 0, 2])
-    (out / "released").symlink_to(tmp_path / "nowhere")  # no folder can be made there
+    (out / "released").symlink_to(out.parent / "nowhere")  # no folder can be made there
     with pytest.raises(RunError, match="cannot be written"):
         selected(private_plan, out)
     (out / "released").unlink()
-    return private_plan, out
+    return out
+
+
+@pytest.fixture
+def played(private_plan: Path, stopped: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """(plan, folder) of it: a copy for this test."""
+    return private_plan, shutil.copytree(stopped, tmp_path / "out")
 
 
 # --- what is chosen, and what leaves
@@ -113,7 +119,7 @@ def test_the_released_json_has_these_keys_and_no_others(played: tuple[Path, Path
     assert (written["epsilon"], written["delta"]) == (found.epsilon, found.delta)
 
 
-def test_the_listener_and_the_runs_themselves_tell_nothing_of_single_runs(private_plan: Path, tmp_path: Path) -> None:
+def test_listener_and_runs_reveal_no_single_run(private_plan: Path, tmp_path: Path) -> None:
     drawn(private_plan, tmp_path / "out", [0, 1])
     heard: list[str] = []
     selected(private_plan, tmp_path / "out", listener=lambda event, _: heard.append(event))
@@ -207,7 +213,7 @@ def test_killed_in_a_run_it_goes_on_from_there(private_plan: Path, cotune: Cotun
     assert {path.name for path in out.iterdir()} == {"released", ".lock"}
 
 
-def test_an_interrupted_run_that_was_charged_more_raises_the_epsilon(played: tuple[Path, Path]) -> None:
+def test_interrupted_run_charged_more_raises_epsilon(played: tuple[Path, Path]) -> None:
     plan, out = played
     candidates = Candidates.of(build_grid(plan, [RATES], 1, [], "cpu"), 3.0)
     runs = sorted((out / "private" / "runs").iterdir())
@@ -221,9 +227,7 @@ def test_an_interrupted_run_that_was_charged_more_raises_the_epsilon(played: tup
 
 
 @pytest.mark.parametrize("moment", ["before the release", "in the release", "after the release"])
-def test_whenever_it_is_killed_at_the_end_the_same_run_is_released(
-    played: tuple[Path, Path], tmp_path: Path, moment: str
-) -> None:
+def test_selection_killed_at_its_end_releases_the_same_run(played: tuple[Path, Path], tmp_path: Path, moment: str) -> None:
     plan, out = played
     expected = max(scores(out))
     whole = shutil.copytree(out, tmp_path / "whole")
