@@ -30,7 +30,7 @@ from cotune.client.training.setup import SanityChecks, build_optimizer, build_se
 from cotune.errors import Declined, RunError
 from cotune.models.device import explained_out_of_memory
 from cotune.models.trainable import State
-from cotune.plan.parameters import trained_names
+from cotune.plan.parameters import held_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
@@ -129,7 +129,9 @@ def _prepare(context: LocalContext) -> _Prepared:
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
-    names = trained_names(plan, model, context.round)
+    tasks = context.account.holdings.tasks
+    personal.shared = held_names(plan, personal.shared, tasks)
+    names = held_names(plan, trained_names(plan, model, context.round), tasks)
     parameters = model.train_only(names)
     setup = build_setup(
         plan,
