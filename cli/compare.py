@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cotune.cli.options import AsJson, Device, with_options
-from cotune.cli.plan_options import PlanOptions
+from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.screen import beginning
 
 

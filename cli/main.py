@@ -23,17 +23,17 @@ COMMANDS = {
         "cotune.cli.audit:audit",
         "Measure a lower bound on the ε that training really spends; exits with 1 if it is above the claim.",
     ),
-    "predict": ("cotune.cli.predict:predict", "Classify texts, words or images with a fine-tuned model. Nothing is sent."),
+    "predict": ("cotune.cli.models.predict:predict", "Classify texts, words or images with a fine-tuned model. Nothing is sent."),
     "evaluate": (
-        "cotune.cli.evaluate:evaluate",
+        "cotune.cli.models.evaluate:evaluate",
         "Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent.",
     ),
     "fuse": (
-        "cotune.cli.fuse:fuse",
+        "cotune.cli.models.fuse:fuse",
         "Fuse the predictions of several models, and compare the result with each of them. Nothing is sent.",
     ),
     "distill": (
-        "cotune.cli.distill:distill",
+        "cotune.cli.models.distill:distill",
         "Train a model to predict what others predict: big into small, or several into one. An interrupted one goes on.",
     ),
     "strategies": (
@@ -42,14 +42,14 @@ COMMANDS = {
     ),
 }
 PLAN = {
-    "new": ("cotune.cli.plan:new", "Print a preset plan: `cotune plan new tweets > my.toml`."),
-    "list": ("cotune.cli.plan:names", "List the preset plans and what each is for."),
+    "new": ("cotune.cli.plans.plan:new", "Print a preset plan: `cotune plan new tweets > my.toml`."),
+    "list": ("cotune.cli.plans.plan:names", "List the preset plans and what each is for."),
     "check": (
-        "cotune.cli.plan:check",
+        "cotune.cli.plans.plan:check",
         "Forecast a plan: organizations, rounds, steps, noise, ε, bytes and time. Trains nothing.",
     ),
-    "keys": ("cotune.cli.plan:keys", "List every key of a plan: its type, default, bounds and meaning."),
-    "explain": ("cotune.cli.plan:explain", "Explain what a key of a plan means and how to set it."),
+    "keys": ("cotune.cli.plans.plan:keys", "List every key of a plan: its type, default, bounds and meaning."),
+    "explain": ("cotune.cli.plans.plan:explain", "Explain what a key of a plan means and how to set it."),
 }
 CLIENT = {
     "init": (
@@ -198,7 +198,7 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.NoSuchOption as error:
-        from cotune.cli.plan_options import meant_option  # loads the tables of plans and policies
+        from cotune.cli.plans.plan_options import meant_option  # loads the tables of plans and policies
 
         _fail(f"{meant_option(error, sys.argv)}; see --help", "usage.invalid", error.exit_code)
     except click.ClickException as error:

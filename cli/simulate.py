@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.options import AsJson, with_options
-from cotune.cli.plan_options import PlanOptions
+from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.progress import showing_progress
 from cotune.cli.screen import print_json, screen
 from cotune.privacy.accounting.rounding import round_up

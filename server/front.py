@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from cotune.errors import CotuneError, RunError
 from cotune.flower import fleet_format
 from cotune.printable import clean_output, printable
-from cotune.server.deployment import certificates
+from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalLog

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.evaluate import figure, with_interval
+from cotune.cli.models.evaluate import figure, with_interval
 from cotune.cli.screen import print_json, screen
 from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site

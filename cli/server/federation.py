@@ -10,15 +10,15 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.options import FederationPath
-from cotune.cli.plan_options import Set
+from cotune.cli.plans.plan_options import Set
 from cotune.cli.screen import beginning, screen
 from cotune.data.readers.sources import check_new, check_source
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan, read_document
-from cotune.server.deployment import certificates
-from cotune.server.deployment import key_rotation as rotation
+from cotune.server.deployment.execution.supervisor import supervise
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
-from cotune.server.deployment.supervisor import supervise
+from cotune.server.deployment.keys import certificates
+from cotune.server.deployment.keys import key_rotation as rotation
 
 Host = Annotated[list[str] | None, typer.Option("--host", help="Name or address that organizations reach this machine by.")]
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.options import FederationPath
-from cotune.cli.plan_options import Set
+from cotune.cli.plans.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.flower.control_client import open_control
@@ -22,9 +22,7 @@ from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import size
 from cotune.reporting.measures import measures_of
-from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.layout import FederationFiles
-from cotune.server.deployment.run_controller import (
+from cotune.server.deployment.execution.run_controller import (
     Executor,
     check_none_unfinished,
     is_superlink_kept_running,
@@ -34,6 +32,8 @@ from cotune.server.deployment.run_controller import (
     run_to_completion,
     submit,
 )
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.layout import FederationFiles
 from cotune.server.runs.run_folder import RunFolder
 
 

@@ -22,12 +22,12 @@ from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
-from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.handout import write_handout
+from cotune.server.deployment.keys import certificates
+from cotune.server.deployment.keys.signing import create_signing_key
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.plan_checks import with_robust_default
-from cotune.server.deployment.signing import create_signing_key
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import get_content

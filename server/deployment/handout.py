@@ -14,10 +14,10 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation
 from cotune.reporting.pages import render_text
-from cotune.server.deployment import certificates
 from cotune.server.deployment.federation import ServerConfig, get_public_address
+from cotune.server.deployment.keys import certificates
+from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from cotune.server.deployment.layout import FederationFiles
-from cotune.server.deployment.signing import public_hex, read_signing_key
 from cotune.storage.files import atomic_write
 
 

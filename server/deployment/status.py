@@ -10,8 +10,8 @@ from cotune.flower.control_client import ControlClient
 from cotune.privacy.accounting.rounding import round_up_number
 from cotune.reporting.documents.events import Event, OtherEvent
 from cotune.reporting.documents.rounds import RoundEntry
-from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.keys.certificates import check_certificate
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.refusals import read_refusals, read_strangers
 from cotune.server.runs.deliveries import read_deliveries

@@ -39,8 +39,8 @@ from cotune.protocol.signatures import (
 )
 from cotune.reporting.documents.trail import ReplySigned, RequestSigned
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.key_rotation import read_renewals
-from cotune.server.deployment.signing import next_serial, public_keys, read_signing_key
+from cotune.server.deployment.keys.key_rotation import read_renewals
+from cotune.server.deployment.keys.signing import next_serial, public_keys, read_signing_key
 from cotune.server.runs.events import Events, read_events
 from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder

@@ -37,16 +37,16 @@ from cotune.reporting.documents.events import (
 )
 from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
 from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, read_update_looks, rounded_norms, rounded_weights
-from cotune.server.rounds.buffers import UpdateStore
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
-from cotune.server.rounds.replies import UpdateReceiver
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult, metrics_entry
 from cotune.server.rounds.selection import build_cohort, count_to_complete, record_waiting, select
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.step import Score, apply_update, begin_round, broadcast_extras, round_context
-from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.rounds.updates.buffers import UpdateStore
+from cotune.server.rounds.updates.replies import UpdateReceiver
+from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.server.runs.exclusions import find_excluded, read_strike_records, record_strikes
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import inference_params

@@ -19,10 +19,10 @@ from cotune.protocol.messages import Recipient, decode_receipt, encode_requests,
 from cotune.protocol.signatures import FINISHED, RECEIPT
 from cotune.reporting.documents.events import Delivered, DeliveryFailed, DeliveryStarted
 from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
-from cotune.server.rounds.replies import refuse_unsigned
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.session import ExampleBounds, Session
-from cotune.server.rounds.update_validation import one_line
+from cotune.server.rounds.updates.replies import refuse_unsigned
+from cotune.server.rounds.updates.update_validation import one_line
 from cotune.server.runs.deliveries import read_deliveries, record_delivery
 from cotune.server.runs.exclusions import StrikeRecord, find_excluded, read_strike_records
 from cotune.server.runs.run_folder import Progress, RunFolder

@@ -9,7 +9,7 @@ selection.key           with amplification by sampling: the secret that draws wh
 stopped.json            why the run ended before its last round, if it did
 trail.jsonl             of a real run: requests and answers with their signatures (deployment/trail.py)
 inbox/                  during a round: updates that came before their turn
-quarantine/             updates that were refused, as they came (rounds/buffers.py)
+quarantine/             updates that were refused, as they came (rounds/updates/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
 test/data.json          the common test set
 sites/<organization>/   the simulated organizations (only in simulations)

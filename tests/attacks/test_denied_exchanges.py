@@ -37,7 +37,7 @@ from cotune.protocol.signatures import (
     refusal_digest,
     sign,
 )
-from cotune.server.deployment.signing import public_hex, read_signing_key
+from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder

@@ -27,7 +27,7 @@ from cotune.plan.schema import Plan
 from cotune.protocol.key_renewal import NodeRenewal, ServerRenewal
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import ReplyStatement
-from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
+from cotune.server.deployment.keys.certificates import create_next_authority, read_authority_pem
 from cotune.server.deployment.members import Members
 from cotune.server.front import MemberKeys
 from tests.support.calls import new_key, public

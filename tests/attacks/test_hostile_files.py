@@ -26,9 +26,9 @@ from cotune.cli.screen import screen
 from cotune.client.audit_log import AuditLog
 from cotune.client.site_setup import make_site
 from cotune.printable import Clean
+from cotune.server.deployment.execution.processes import extract_reason
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import create_run
-from cotune.server.deployment.processes import extract_reason
 from tests.support.console import Cotune, Outcome
 from tests.support.events import make_event
 from tests.support.federations import founded

@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cotune.server.deployment.certificates import create_authority
+from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 
 BINARIES = Path(sys.executable).parent

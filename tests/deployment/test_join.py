@@ -16,8 +16,8 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.protocol.federation_file import Invitation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
+from cotune.server.deployment.keys.signing import create_signing_key, public_hex, read_signing_key
 from cotune.server.deployment.members import read_public_key
-from cotune.server.deployment.signing import create_signing_key, public_hex, read_signing_key
 from cotune.server.runs.run_folder import Participant, RunFolder
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.loopback import Federation, federation, prepare_run, until

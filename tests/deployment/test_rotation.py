@@ -16,8 +16,8 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.node.keys import renew_key
 from cotune.client.site import Site
 from cotune.protocol.key_renewal import read_node_renewal
-from cotune.server.deployment import key_rotation as rotation
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.keys import key_rotation as rotation
 from tests.support.deployment import Deployment, deployment
 
 pytestmark = pytest.mark.long

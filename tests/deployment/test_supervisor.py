@@ -11,8 +11,8 @@ import pytest
 from cotune.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.server.deployment.creation import create_federation
+from cotune.server.deployment.execution.supervisor import supervise
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.deployment.supervisor import supervise
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.served import PROGRAMS, free_port, public_key, runs, serving, until
 

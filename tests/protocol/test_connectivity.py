@@ -15,7 +15,7 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.protocol.connectivity import check_reachable, describe_error
-from cotune.server.deployment.certificates import create_authority
+from cotune.server.deployment.keys.certificates import create_authority
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from cotune.protocol.key_renewal import (
     read_node_renewal,
     read_server_renewals,
 )
-from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
+from cotune.server.deployment.keys.certificates import create_next_authority, read_authority_pem
 
 FED = 32 * "a"
 OLD, NEW, OTHER = (ec.generate_private_key(ec.SECP384R1()) for _ in range(3))

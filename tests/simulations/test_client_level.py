@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cotune.cli.forecast import show_forecast
+from cotune.cli.plans.forecast import show_forecast
 from cotune.cli.simulate import show
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.server.runs.events import observe_run

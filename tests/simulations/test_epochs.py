@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cotune.errors import PlanError
-from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.simulations.run import simulate
 from cotune.strategies.types import Update
 from tests.support.matrix import crossed

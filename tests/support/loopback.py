@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cotune.flower.control_client import APP, ControlClient, open_control
 from cotune.plan.load import parse_plan
-from cotune.server.deployment.certificates import create_authority
+from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, prepare
 

@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cotune.server.deployment.certificates import create_authority
+from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members
 from cotune.server.front import FrontConfig, setup
 from cotune.server.proxy.quotas import Quotas

@@ -20,7 +20,7 @@ from flwr.proto.node_pb2 import NodeInfo
 
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, write_config
-from cotune.server.deployment.signing import create_signing_key
+from cotune.server.deployment.keys.signing import create_signing_key
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.organizations import Answer, federation

@@ -27,7 +27,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, read_policy
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
-from cotune.server.deployment.certificates import create_authority
+from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started
 

@@ -12,7 +12,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.node.trust import AUTHORITY_DAYS, Trust, TrustedServer, record_renewals, record_use
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.server.deployment.certificates import create_next_authority, read_authority_pem
+from cotune.server.deployment.keys.certificates import create_next_authority, read_authority_pem
 from tests.support.kills import killed_before_each_change
 
 FED = 32 * "a"

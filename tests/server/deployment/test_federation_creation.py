@@ -12,10 +12,10 @@ from cotune.errors import CotuneError, DataError, DeviceError, ModelError, PlanE
 from cotune.models.base_lookup import find_base
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
-from cotune.server.deployment import certificates
 from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
-from cotune.server.deployment.signing import public_hex, read_signing_key
+from cotune.server.deployment.keys import certificates
+from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from tests.support.datasets import sentences, write_csv
 
 LABELS = ["bad", "good", "so"]

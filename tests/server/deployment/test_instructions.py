@@ -7,8 +7,8 @@ from typing import Any
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.federation_file import Invitation
-from cotune.server.deployment.certificates import create_authority
 from cotune.server.deployment.handout import list_disclosures, render_join_page
+from cotune.server.deployment.keys.certificates import create_authority
 from tests.support.pages import blocks_of, commands_of
 
 SIGNS = {"id": 32 * "a", "signing_key": 64 * "b"}

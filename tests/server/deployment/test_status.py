@@ -13,8 +13,8 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.flower.control_client import ControlClient
-from cotune.server.deployment.certificates import check_certificate
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.keys.certificates import check_certificate
 from cotune.server.deployment.new_run import create_run
 from cotune.server.deployment.status import OrganizationStatus, Status, look, read_connections
 from cotune.server.runs.run_folder import Progress, RunFolder

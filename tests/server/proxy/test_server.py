@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
 from cotune.errors import RunError
-from cotune.server.deployment.certificates import create_authority
+from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch, read_refusals
 from cotune.server.front import FrontConfig, MemberKeys, read_config, setup

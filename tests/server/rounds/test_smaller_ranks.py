@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cotune.models.adapter import Adapter
-from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.strategies.types import Update
 
 LAYER = Adapter(a="x.a", b="x.b", weight="x", scale=2.0, rank=4)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.server.rounds.buffers import ReorderBuffer, SpillBuffer
+from cotune.server.rounds.updates.buffers import ReorderBuffer, SpillBuffer
 from cotune.strategies.types import Update
 from tests.support.unreliable_grid import files
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cotune.cli.options import RecordOptions
-from cotune.cli.plan_options import own_options
+from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import DataConfig
 from cotune.data.record_files import read_records
 from cotune.data.types import Input

@@ -15,9 +15,9 @@ from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import decode_update, payload_bytes
 from cotune.protocol.signatures import UPDATE
 from cotune.server.outcomes import Accepted, Declined, Outcome, Rejected
-from cotune.server.rounds.buffers import ReorderBuffer, UpdateStore
 from cotune.server.rounds.session import Session, Trail
-from cotune.server.rounds.update_validation import UpdateSpec, one_line
+from cotune.server.rounds.updates.buffers import ReorderBuffer, UpdateStore
+from cotune.server.rounds.updates.update_validation import UpdateSpec, one_line
 from cotune.server.transport.base import Reply, Transport
 from cotune.strategies.aggregator import Aggregator, Combination
 from cotune.strategies.types import Update

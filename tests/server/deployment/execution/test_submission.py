@@ -6,7 +6,7 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.flower.control_client import FEDERATION_VARIABLE, find_run_folder, get_run_name
-from cotune.server.deployment import supervisor
+from cotune.server.deployment.execution import supervisor
 from cotune.server.deployment.federation import FederationFolder
 from tests.support.federations import founded
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.plan_options import PlanOptions
+from cotune.cli.plans.plan_options import PlanOptions
 from cotune.plan.personal import explain
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, Figures, describe_attack

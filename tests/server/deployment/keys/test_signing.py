@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cotune.errors import RunError
+from cotune.server.deployment.keys.signing import create_signing_key, next_serial, public_hex, read_signing_key
 from cotune.server.deployment.layout import CertificateFiles
-from cotune.server.deployment.signing import create_signing_key, next_serial, public_hex, read_signing_key
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

@@ -16,9 +16,7 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState
-from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.new_run import create_run
-from cotune.server.deployment.run_controller import (
+from cotune.server.deployment.execution.run_controller import (
     PollInterval,
     check_none_unfinished,
     is_running,
@@ -28,6 +26,8 @@ from cotune.server.deployment.run_controller import (
     run_to_completion,
     submit,
 )
+from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.new_run import create_run
 from cotune.server.runs.events import Events
 from cotune.server.runs.run_folder import RunFolder, lock_folder
 from tests.support.events import make_event

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.models.predict import Length, ModelSource, ThresholdOption
 from cotune.cli.options import Device, RecordOptions, with_options
-from cotune.cli.predict import Length, ModelSource, ThresholdOption
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_source
 
@@ -32,7 +32,7 @@ def evaluate(
     """Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
-    from cotune.cli.predictions import evaluate_records  # loads PyTorch
+    from cotune.cli.models.predictions import evaluate_records  # loads PyTorch
 
     result = evaluate_records(model, options.config(data), threshold=threshold, max_length=max_length, device=device)
     found = {"model": model, "data": data, **result}

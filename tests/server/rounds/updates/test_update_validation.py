@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.rounds.update_validation import UpdateSpec, max_bytes
+from cotune.server.rounds.updates.update_validation import UpdateSpec, max_bytes
 from cotune.strategies.types import Update
 
 SHAPES = {"head.weight": torch.zeros(2, 3), "head.bias": torch.zeros(2)}

@@ -20,10 +20,10 @@ import tomli_w
 
 from cotune.errors import RunError
 from cotune.flower.control_client import FEDERATION_VARIABLE, open_control
-from cotune.server.deployment import certificates
+from cotune.server.deployment.execution.processes import ProcessRecord, SupervisedProcess, running, stop, terminate_all
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address
+from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.node_registration import NodeRegistration
-from cotune.server.deployment.processes import ProcessRecord, SupervisedProcess, running, stop, terminate_all
 from cotune.server.proxy.server import open_listener
 from cotune.server.runs.run_folder import lock_folder
 from cotune.storage.files import atomic_write

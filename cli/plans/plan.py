@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.options import AsJson, Device, with_options
-from cotune.cli.plan_options import PlanOptions
+from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import preset_names, preset_summary, preset_text
@@ -58,7 +58,7 @@ def check(
         options.check_tables()
     beginning(f"plan {options.source}: loading PyTorch, then base model and records", quiet=as_json)
 
-    from cotune.cli.forecast import make_forecast, show_forecast  # loads PyTorch
+    from cotune.cli.plans.forecast import make_forecast, show_forecast  # loads PyTorch
 
     with screen(stderr=True, quiet=as_json).status("checking data, model and privacy"):
         found = make_forecast(options, examples, device, began)

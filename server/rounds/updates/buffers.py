@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from cotune.errors import RunError
 from cotune.plan.rounds_config import RoundsConfig
 from cotune.protocol.update_file import read_update, update_bytes
-from cotune.server.rounds.update_validation import UpdateSpec
+from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.server.runs.run_folder import RunFolder
 from cotune.storage.files import atomic_write
 from cotune.strategies.types import Update

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.evaluate import figure, with_interval
+from cotune.cli.models.evaluate import figure, with_interval
+from cotune.cli.models.predict import Length
 from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice, with_options
-from cotune.cli.predict import Length
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_new, check_source
 from cotune.ensembles.config import Method
@@ -44,7 +44,7 @@ def fuse(
     if out is not None:
         check_new(out)
     beginning(f"loading PyTorch, then {len(models)} models", quiet=as_json)
-    from cotune.cli.predictions import fuse_models  # loads PyTorch
+    from cotune.cli.models.predictions import fuse_models  # loads PyTorch
 
     target = None if out is None else out.expanduser()
     found = fuse_models(models, options.config(data), chosen, out=target, seed=seed, max_length=max_length, device=device)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cotune.cli.evaluate import figure
+from cotune.cli.models.evaluate import figure
 from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_base, check_file, check_new
@@ -58,7 +58,7 @@ def distill(
     check_base(student)
     check_new(out)
     beginning(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
-    from cotune.cli.predictions import distill_models  # loads PyTorch
+    from cotune.cli.models.predictions import distill_models  # loads PyTorch
 
     base = ModelConfig.model_validate({"base": student, "max_length": max_length})
     found = distill_models(

@@ -13,7 +13,7 @@ import pytest
 from cryptography import x509
 
 from cotune.errors import RunError
-from cotune.server.deployment.certificates import check_certificate, create_authority, renew_certificate
+from cotune.server.deployment.keys.certificates import check_certificate, create_authority, renew_certificate
 
 NOW = datetime.now(UTC)
 

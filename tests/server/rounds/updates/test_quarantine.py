@@ -9,8 +9,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from safetensors import safe_open
 
-from cotune.server.rounds import buffers as quarantine
-from cotune.server.rounds.buffers import Quarantine
+from cotune.server.rounds.updates import buffers as quarantine
+from cotune.server.rounds.updates.buffers import Quarantine
 from tests.support.unreliable_grid import files
 
 

@@ -1,0 +1,1 @@
+"""Commands for finished models: predict, evaluate, fuse, distill."""

@@ -1,0 +1,1 @@
+"""What comes back in a round: replies, whether an update may enter the model, and where updates wait."""
