@@ -38,7 +38,8 @@ class DataConfig(BaseModel):
     separator: str = Field(default="\n", max_length=100, description="causal-lm: what stands between a prompt and its target")
     tasks: tuple[tuple[str, str], ...] = Field(
         default=(),
-        description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from [[tasks]]",
+        description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from"
+        " [[tasks]]",
     )
     unit: str | None = Field(
         default=None,

@@ -62,7 +62,7 @@ def check_task_labels(tasks: Sequence[str], labels: Sequence[str], source: str) 
     few = next((task for task in tasks if len(found.get(task, ())) < 2), None)
     if few is not None:
         raise DataError(
-            f"{source} has the classes {', '.join(found.get(few, ())) or 'of nothing'} for the task {few!r}, and a classifier needs"
-            " two or more: check the column of its labels in [[tasks]], or list the classes there",
+            f"{source} has the classes {', '.join(found.get(few, ())) or 'of nothing'} for the task {few!r}, and a classifier"
+            " needs two or more: check the column of its labels in [[tasks]], or list the classes there",
             code="data.too_few_classes",
         )

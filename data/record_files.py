@@ -230,8 +230,8 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
         return
     if key == "tasks":
         raise DataError(
-            f"{file.name} has no column {column!r}, in which [[tasks]] looks for labels: expected it, with empty cells for records"
-            " without one; name another column there, or hold fewer tasks",
+            f"{file.name} has no column {column!r}, in which [[tasks]] looks for labels: expected it, with empty cells for"
+            " records without one; name another column there, or hold fewer tasks (--tasks)",
             code="data.missing_column",
         )
     known = displayable_names(names, file.columns)

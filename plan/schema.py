@@ -69,8 +69,7 @@ class Plan(PlanTables):
             raise ValueError(problem)
         cannot = {
             "a [personal] table, or lora.keep": self.keeps_personal,
-            "client_privacy, which divides by a fixed number of organizations, while a head is trained by some": self.client_privacy
-            is not None,
+            "client_privacy, which divides by a number of organizations, while some train a head": bool(self.client_privacy),
             'server.late = "fold"': self.server.late == "fold",
             "tell.label_histogram, which counts one class of a record": self.tell.label_histogram,
         }

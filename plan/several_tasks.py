@@ -15,12 +15,16 @@ from cotune.storage.config_table import ConfigTable
 class TaskConfig(ConfigTable):
     """One of several tasks that share an encoder (the `tasks` tables of a plan); each has a head of its own."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="of the task, and of the folder that its model is exported to")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="of the task, and of the folder that its model is exported to"
+    )
     type: Literal["sequence-classification", "image-classification"] = Field(
         "sequence-classification", description="as `task` of a plan; all tasks read the same input, so that they are of one type"
     )
     label: str | None = Field(
-        None, min_length=1, description="the column that holds its labels, an empty cell being none; default: called like the task"
+        None,
+        min_length=1,
+        description="the column that holds its labels, an empty cell being none; default: called like the task",
     )
     labels: tuple[str, ...] = Field((), description="its class names in the order of its head; empty: as found in the data")
     weight: float = Field(
@@ -54,9 +58,10 @@ def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, value in follows.items():
         if table.get(key) and list(table[key]) != list(value):
             raise ValueError(f"{key} follows from [[tasks]] here: expected it left out, got {table[key]}")
-    if data.get("tasks") and [list(pair) for pair in data["tasks"]] != columns:
+    given = [list(pair) for pair in data.get("tasks") or columns]
+    if any(column not in given for column in columns):  # it may have columns of more: those of a plan that this one is a part of
         raise ValueError("data.tasks follows from [[tasks]]: expected it left out")
-    return {**table, **follows, "data": {**data, "tasks": columns}}
+    return {**table, **follows, "data": {**data, "tasks": given}}
 
 
 def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -72,7 +77,8 @@ def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Seque
         yield f"tasks: expected distinct names, got {names}"
     types = {task.type for task in tasks}
     if len(types) > 1:
-        yield f"tasks: all share one encoder and read the same input, and their types are {' and '.join(sorted(types))}: expected one"
+        named = " and ".join(sorted(types))
+        yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected one type"
     if tasks and all(mode == "head" for mode in modes):
         yield (
             "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora or full, or a"

@@ -61,8 +61,8 @@ class SimulationConfig(ConfigTable):
     baselines: tuple[Literal["alone", "pooled", "plain", "single"], ...] = Field(
         ("alone", "pooled", "plain", "single"),
         description="what the federated model is compared with: alone is trained twice, with the same privacy and without any;"
-        " plain, where the plan keeps something personal, is the same run without that; single, where it has several tasks, is the"
-        " same run for each task by itself",
+        " plain, where the plan keeps something personal, is the same run without that; single, where it has several tasks, is"
+        " the same run for each task by itself",
     )
     pooled: LocalTraining | None = Field(
         None, description="how models without privacy are trained for comparison, where not like [local]"

@@ -32,7 +32,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out
+from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
@@ -63,7 +63,8 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """What anyone who reads the results should know about the records."""
-        return build_notes(self.plan, self.left_out_by_file, self.records)
+        holders = {task.name: [s.name for s in self.shares if task.name in (s.tasks or (task.name,))] for task in self.plan.tasks}
+        return [*build_notes(self.plan, self.left_out_by_file, self.records), *holder_notes(holders)]
 
     def label_counts(self, share: Share) -> dict[str, int]:
         """Records of each class; with tags, words of each tag."""

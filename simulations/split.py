@@ -186,8 +186,12 @@ def _dealt(
 
 
 def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:
-    held = Dataset(((records, rows),), plan.labels, plan.task).bound_contributions(plan.privacy, plan.seed)
-    return Share(name, file, rows, len(held.units))
+    return Share(name, file, rows, count_units(plan, records, rows))
+
+
+def count_units(plan: Plan, records: Records, rows: Rows) -> int:
+    """Return how many units some rows of a file are of, after what the plan's promise leaves out."""
+    return len(Dataset(((records, rows),), plan.labels, plan.task).bound_contributions(plan.privacy, plan.seed).units)
 
 
 def _apart(

@@ -232,8 +232,8 @@ def _heads(info: ComponentInfo) -> Iterator[str]:
     }
     if not fits.get(info.kind, True):
         yield (
-            "is about whole updates, and with [[tasks]] an organization sends the heads of its own tasks alone: expected a rule that"
-            ' takes every parameter by itself, as in "fedavg"'
+            "is about whole updates, and with [[tasks]] an organization sends the heads of its own tasks alone: expected a rule"
+            ' that takes every parameter by itself, as in "fedavg"'
         )
 
 

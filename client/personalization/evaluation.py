@@ -97,8 +97,9 @@ def open_final_model(site: Site, wanted: str = "") -> Received:
     folder, plan = _chosen(site, wanted)
     if plan.tasks:
         raise ModelError(
-            f"the model of the plan {plan.name} is for several tasks ({', '.join(task.name for task in plan.tasks)}), and one head"
-            f" is adapted or evaluated here: expected the folder of one task, such as `cotune evaluate {folder / plan.tasks[0].name}`",
+            f"the model of the plan {plan.name} is for several tasks ({', '.join(task.name for task in plan.tasks)}), and one"
+            " head is adapted or evaluated here: expected the folder of one task, such as"
+            f" `cotune evaluate {folder / plan.tasks[0].name}`",
             code="model.no_feature_head",
         )
     loaded, labels, task = load_finished(str(folder), plan.model.max_length)

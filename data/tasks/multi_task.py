@@ -1,9 +1,9 @@
 """Several tasks on one input: each record goes through the head of every task, and counts where it has a label.
 
-A record's loss is Σ λ_i ℓ_i over the tasks that it has a label of: min over θ of Σ_i λ_i L(D_i, θ) with a shared encoder (Caruana,
-Machine Learning 1997, https://doi.org/10.1023/A:1007379606734). λ_i is part of the weights of a task's classes. All heads see all
-rows of a batch, so that no shape depends on which tasks the records in it are of; a row without a label of a task has a loss of
-exactly 0 there, and no gradient.
+A record's loss is Σ λ_i ℓ_i over the tasks that it has a label of: min over θ of Σ_i λ_i L(D_i, θ) with a shared encoder
+(Caruana, Machine Learning 1997, https://doi.org/10.1023/A:1007379606734). λ_i is part of the weights of a task's classes. All
+heads see all rows of a batch, so that no shape depends on which tasks the records in it are of; a row without a label of a task
+has a loss of exactly 0 there, and no gradient.
 
 Classes are numbered through over all tasks: scores are (b, classes of all tasks), labels (b, tasks).
 """
@@ -209,7 +209,9 @@ class MultiTask:
         """Of the tasks that have a label in the test set."""
         found = {}
         for block in self.blocks:
-            pairs = [(t - block.start, a - block.start) for t, a in zip(truth, told, strict=True) if block.start <= t < block.stop]
+            pairs = [
+                (t - block.start, a - block.start) for t, a in zip(truth, told, strict=True) if block.start <= t < block.stop
+            ]
             if pairs:
                 true, answered = zip(*pairs, strict=True)
                 found[block.task] = compute_metrics(true, answered, block.stop - block.start)
