@@ -176,6 +176,10 @@ class _Lines:
             self.print(f"baseline {fields['baseline']} could not be trained: {fields['reason']}")
         elif event == "baseline_finished":
             self.print(f"baseline {fields['baseline']}: {headline(fields['metrics'])}")
+        elif event == "adapted":
+            self.print(f"{fields['organization']} has adapted the model to its own records: {fields['method']}")
+        elif event == "adaptation_failed":
+            self.print(f"{fields['organization']} could not adapt the model to its own records: {fields['reason']}")
 
     def _remaining(self, round: int) -> float | None:
         """By the rounds so far, but for the first, which encodes the records; None while that is the only one."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.errors import RunError
+from cotune.models.device import single_thread
 from cotune.models.feature_head import feature_head
 from cotune.models.trainable import State, TrainableModel
 
@@ -145,5 +146,6 @@ def _minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
         return float(value.detach()), torch.cat([g.detach().double().cpu().reshape(-1) for g in gradients]).numpy()
 
     start = torch.cat([p.detach().double().cpu().reshape(-1) for p in parameters]).numpy()
-    found = minimize(at, start, jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS, "gtol": _TOLERANCE})
+    with single_thread():
+        found = minimize(at, start, jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS, "gtol": _TOLERANCE})
     put(found.x)

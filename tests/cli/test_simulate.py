@@ -149,6 +149,8 @@ def test_simulate_shows_lines_then_the_answer(cotune: Cotune, folder: Path) -> N
         assert f"{folder / 'run' / file}" in shown.out
     assert "\x1b" not in shown.out
     assert "baseline pooled: accuracy" in shown.out
+    for o in summary["organizations"]:
+        assert f"{o['name']} has adapted the model to its own records: {o['adaptation']['method']}" in shown.out
 
 
 def test_it_is_said_whose_records_are_encoded_and_how_many(cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

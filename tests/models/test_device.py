@@ -15,6 +15,7 @@ from cotune.models.device import (
     peak_gpu_memory_bytes,
     peak_memory_bytes,
     pick_device,
+    single_thread,
 )
 
 HAS_CUDA = torch.cuda.is_available()
@@ -113,3 +114,15 @@ def test_a_full_gpu_is_told_in_one_sentence() -> None:
 
 def test_an_evaluation_on_a_cpu_is_in_float32() -> None:
     assert not any(autocasts(precision, torch.device("cpu")) for precision in ("auto", "float32", "bfloat16"))
+
+
+def test_single_thread_restores_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), single_thread():
+            assert torch.get_num_threads() == 1
+            _ = 1 / 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
