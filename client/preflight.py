@@ -231,8 +231,8 @@ def _warnings(account: Account) -> Iterator[str]:
         )
     if plan.tasks:
         yield (
-            f"updates will have the heads of {', '.join(holdings.tasks)}, which tells the coordinator what there are labels of here; a"
-            " head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
+            f"updates will have the heads of {', '.join(holdings.tasks)}, which tells the coordinator what labels there are"
+            " here; a head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
         )
     declared = account.public_examples
     held = account.true_examples

@@ -109,7 +109,7 @@ def test_a_unit_in_two_tasks_changes_the_sum_by_one_clip_norm(
 ) -> None:
     """Without it the sum over the others is the same to the bit, and all of what it adds, in both heads, is C at most."""
     plan = multi_plan(data=few, train="full", **privacy)
-    model, parameters, given = prepared(plan)
+    model, _, given = prepared(plan)
     names = model.names("full")
     clip = 1e-3  # all are clipped
     whole = clipped_sum(given, given.units, clip)
