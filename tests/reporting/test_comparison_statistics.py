@@ -160,7 +160,7 @@ def test_the_baseline_is_the_named_one() -> None:
     assert combine([replace(c, metrics={}, status="failed") for c in CELLS], "avg")[1].difference is None
 
 
-def test_the_gain_is_a_mean_over_seeds_and_the_answers_are_counted() -> None:
+def test_gain_is_a_mean_over_seeds_and_answers_are_counted() -> None:
     found = combine(
         [
             cell("mean", 1, 0.7, gain=0.02, answers=(1, 0, 2)),

@@ -30,7 +30,7 @@ def found(plan_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparis
 # --- the variations
 
 
-def test_values_are_split_at_commas_outside_of_brackets_and_quotes() -> None:
+def test_values_split_at_commas_outside_brackets_and_quotes() -> None:
     assert parse_variation(" a.b = 1, two ") == Variation("a.b", ("1", "two"))
     assert parse_variation('f={name="ties",density=0.3},mean').values == ('{name="ties",density=0.3}', "mean")
     assert parse_variation('labels=["a,b","c"],["d"]').values == ('["a,b","c"]', '["d"]')
@@ -96,7 +96,7 @@ def test_one_seed_gives_every_strategy_the_same_start(found: Comparison, plan_fi
     assert not np.array_equal(*parts)
 
 
-def test_what_is_finished_is_not_run_again_and_only_what_is_new_is(found: Comparison, plan_file: Path) -> None:
+def test_finished_runs_are_not_repeated(found: Comparison, plan_file: Path) -> None:
     before = rounds_played(found.folder)
     again = compare(plan_file, [WEIGHTINGS, PARTITIONS], seeds=2, out=found.folder, jobs=1, device="cpu")
     assert rounds_played(found.folder) == before
