@@ -160,8 +160,8 @@ def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
     planned = []
     is_smaller = False
     for stage in plan.stages:
-        batch = stage.local.batch_size
-        counted = min(examples, math.floor(batch / _SMALLEST_RATE)) if batch >= 1 else examples
+        rate = stage.local.sample_rate(examples)
+        counted = examples if rate >= _SMALLEST_RATE else max(1, math.floor(rate * examples / _SMALLEST_RATE))
         is_smaller |= counted < examples
         planned.append((stage.local.sample_rate(counted), stage.rounds * plan.charged_steps(stage, counted)))
     found = _calibrated(tuple(planned), privacy.epsilon, compute_delta(privacy.delta, examples))
