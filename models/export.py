@@ -15,7 +15,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from cotune.models.adapter_export import export_adapters
+from cotune.models.base_folder import ENCODER
 from cotune.models.base_model import dropout_settings, silence_transformers
+from cotune.models.layer_features import LayerClassifier
+from cotune.models.layer_folder import is_layer_model, write_layer_head
 from cotune.models.lora import merge_adapters
 from cotune.models.trainable import TrainableModel
 
@@ -35,19 +38,17 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         folder: Where to.
         beside: Name -> text of further files, such as a model card.
     """
-    module = _copy_to_cpu(model.loaded.module)
-    merge_adapters(module)
-    _restore_dropout(module.config, model.loaded.folder.path)
-    module.config.problem_type = model.loaded.task.problem_type
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
-        with silence_transformers():
-            module.save_pretrained(part)
-        model.loaded.reader.save_pretrained(part)
+        module: Any = model.loaded.module
+        if isinstance(module, LayerClassifier):
+            write_layer_head(module, part)
+            _write_plain(model, module.encoder.base, part / ENCODER)
+        else:
+            _write_plain(model, module, part)
         if model.lora is not None and model.loaded.task.keeps_head:
             export_adapters(model, part / ADAPTERS)
-        _limit_length(part, model.loaded.max_length)
         for name, text in (beside or {}).items():
             (part / name).write_text(text, encoding="utf-8")
         _open_to_readers(part)
@@ -56,6 +57,19 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_plain(model: TrainableModel, module: Any, folder: Path) -> None:
+    """The model, or its encoder alone, with its reader, as transformers loads it."""
+    source = model.loaded.folder.path
+    module = _copy_to_cpu(module)
+    merge_adapters(module)
+    _restore_dropout(module.config, source / ENCODER if is_layer_model(source) else source)
+    module.config.problem_type = model.loaded.task.problem_type
+    with silence_transformers():
+        module.save_pretrained(folder)
+    model.loaded.reader.save_pretrained(folder)
+    _limit_length(folder, model.loaded.max_length)
 
 
 def _copy_to_cpu(module: Any) -> Any:

@@ -55,6 +55,22 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _feature_can_be_had(self) -> Self:
+        if self.model.feature is None:
+            return self
+        if self.task != "sequence-classification":
+            raise ValueError(f"model.feature is for task = sequence-classification, got {self.task}: leave it out")
+        if any(stage.mode != "head" for stage in self.stages):
+            raise ValueError(
+                "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
+            )
+        if self.model.pooling != "auto":
+            raise ValueError(
+                f"model.feature says what a head reads, and so does model.pooling = {self.model.pooling}: expected one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_are_of_classes(self) -> Self:
         if self.labels:
             self.weights_of_classes()

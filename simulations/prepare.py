@@ -25,6 +25,7 @@ from cotune.errors import PlanError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
+from cotune.models.public_map import pin_model
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
@@ -79,7 +80,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     records = _read(plan)
     labels = _labels(plan, records, read_base_labels(base.path))
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
-    pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
+    pinned = pin_model(plan.model, base).model_copy(update={"base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
     shares, test, validation, elsewhere = split_records(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
