@@ -21,7 +21,7 @@ from cotune.models.layer_features import LayerClassifier
 from cotune.storage.config_table import format_validation_error
 from cotune.storage.files import atomic_write
 
-_KIND = "cotune-layers"
+_KIND: Literal["cotune-layers"] = "cotune-layers"  # no class of transformers is called so
 _HEAD = "head.safetensors"
 
 
