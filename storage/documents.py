@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,12 @@ from cotune.errors import RunError
 from cotune.storage.files import atomic_write
 
 T = TypeVar("T")
+
+
+@lru_cache(maxsize=64)
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    """To make one takes longer than to read a document."""
+    return TypeAdapter(schema)
 
 
 class JsonDocument(Generic[T]):
@@ -39,7 +46,7 @@ class JsonDocument(Generic[T]):
 
     def __init__(self, file: Path, schema: type[T], *, advice: str = "remove it") -> None:
         self.file = file
-        self._schema = TypeAdapter(schema)
+        self._schema: TypeAdapter[T] = _adapter(schema)
         self._advice = advice
 
     def read(self) -> T | None:

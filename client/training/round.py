@@ -146,11 +146,17 @@ def _prepare(context: LocalContext) -> _Prepared:
         build_optimizer(context.stage.local, model, names, parameters),
         dict(zip(names, parameters, strict=True)),
         received,
-        SanityChecks(model, {name: received[name] for name in names}, noise=context.account.budget is not None),
+        _sanity_checks(context, {name: received[name] for name in names}, noise=context.account.budget is not None),
         personal,
         correction,
         own_rank,
     )
+
+
+def _sanity_checks(context: LocalContext, before: State, *, noise: bool) -> SanityChecks:
+    """Thorough in every round of a real organization, and in the last one of a simulated one: there is one model for all."""
+    thorough = not context.site.file.simulated or context.round == context.plan.rounds
+    return SanityChecks(context.model, before, noise=noise, thorough=thorough)
 
 
 def _train_with_privacy(prepared: _Prepared) -> _Trained:
@@ -230,7 +236,7 @@ def _train_copy(prepared: _Prepared, steps: Callable[[torch.optim.Optimizer], It
     with copy.in_place(prepared.received) as parameters:
         names = list(parameters)
         optimizer = build_optimizer(context.stage.local, context.model, names, list(parameters.values()))
-        checks = SanityChecks(context.model, context.model.state(names), noise=True) if noise else None
+        checks = _sanity_checks(context, context.model.state(names), noise=True) if noise else None
         with copy.pull(optimizer, parameters, prepared.received):
             return _follow(steps(optimizer), prepared, checks, None)
 
