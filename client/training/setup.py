@@ -6,7 +6,7 @@ What should move moves, and nothing else: looked at after the first step, where 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from cotune.data.tasks.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.data.tasks.text import Example
-from cotune.errors import DataError, PlanError, PrivacyError, RunError
+from cotune.errors import DataError, PlanError, PrivacyError
 from cotune.models.architecture import AlignedRows
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.checkpointing import checkpointing, is_checkpointed
@@ -35,11 +35,12 @@ from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
+from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule
 
 _Checked = tuple[object, ...]
 _checked: WeakKeyDictionary[TrainableModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
+_last_checked: WeakKeyDictionary[TrainableModel, tuple[object, ...]] = WeakKeyDictionary()  # the same, of a round's state
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 
 
@@ -195,6 +196,30 @@ def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> 
     return error
 
 
+def check_gradients_of_state(setup: TrainingSetup, privacy: RecordPrivacy, mode: str, model: TrainableModel, key: object) -> None:
+    """Check gradients as `check_gradients` does, once for a state: simulated organizations share it in every round.
+
+    The check reads no record. Its outcome follows from the module and its values, the way in which gradients are taken, and the
+    shapes of batches; all but the values are the same for everybody with the same plan, stage and slots.
+
+    Args:
+        setup: Of the round.
+        privacy: Of the plan.
+        mode: What is trained.
+        model: Set to the state that is about to be trained.
+        key: The plan, the round, and a digest of the values that are trained from.
+
+    Raises:
+        PrivacyError: As `check_gradients`.
+    """
+    made_up = next(setup.samples().batches(range(3)))[1]
+    shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in made_up.items()))
+    question = (key, mode, shapes, kernel_key(model.device))
+    if _last_checked.get(model) != question:
+        check_gradients(setup, privacy, mode)
+        _last_checked[model] = question
+
+
 def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
     """What a library said; where that is about its own variables, the layers that it stumbled over."""
     unused = re.search(r"differentiated Tensor at index ([0-9]+) appears to not have been used", str(raised))
@@ -290,114 +315,3 @@ def build_optimizer(
         return torch.optim.SGD(groups, momentum=local.momentum, weight_decay=local.weight_decay)
     adam = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
     return adam(groups, weight_decay=local.weight_decay)
-
-
-_SUMMED_AT_ONCE = 2**22  # entries: 32 MiB as integers
-_MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
-_Writes = tuple[int, int]  # where a tensor lies, and how often it was written
-_summed: WeakKeyDictionary[TrainableModel, dict[str, tuple[_Writes, int]]] = WeakKeyDictionary()  # as a round has left it
-
-
-class SanityChecks:
-    """Sanity checks of one round: exactly the trainable parameters change.
-
-    A model that is wired wrongly costs one step, and no more. Frozen parameters are watched by the counters that PyTorch raises
-    with every write, and buffers by checksums. What writes past the counters, such as a kernel of somebody else, shows in the
-    checksums of all parameters at the end, where these are asked for.
-
-    Args:
-        before: The trained parameters as they were received.
-        noise: Whether every step adds noise.
-        thorough: Whether every frozen parameter is compared by a checksum at the end of the round, too.
-    """
-
-    def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool, thorough: bool = True) -> None:
-        self.model = model
-        self.before = before
-        self.noise = noise
-        self._writes = self._count_writes()
-        self._buffers = self._sum_buffers()
-        self._sums = self._recall_sums() if thorough else {}
-
-    def after_step(self, report: StepReport) -> None:
-        """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
-        if report.step > 1:
-            return
-        _check_same(self._writes, self._count_writes())
-        _check_same(self._buffers, self._sum_buffers())
-        still = [name for name in self._still() if self._usual(name)]
-        if self.noise and still:
-            raise RunError(
-                f"the first step did not move {still[0]}: expected every shared parameter to get its noise; it takes no part in"
-                " the forward pass of this model, so use another train mode",
-                code="run.parameter_not_trained",
-            )
-
-    def after_round(self) -> None:
-        """Check that the round changed something, as an adapter that is not wired in would not, and nothing frozen.
-
-        Raises:
-            RunError: It did not, or a checksum is another one.
-        """
-        still = self._still()
-        if len(still) == len(self.before) and all(self._usual(name) for name in still):
-            raise RunError(
-                "no parameter moved in this round: expected every shared one to be trained; check the train mode",
-                code="run.nothing_trained",
-            )
-        if self._sums:
-            found = self._sum_parameters()
-            _check_same(self._sums, found)
-            _summed[self.model] = {name: (writes, found[name]) for name, writes in self._count_writes().items()}
-
-    def _still(self) -> list[str]:
-        own = dict(self.model.parameters())
-        return [name for name, value in self.before.items() if torch.equal(own[name].detach().cpu(), value)]
-
-    def _usual(self, name: str) -> bool:
-        """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
-        value = self.before[name]
-        return value.numel() == 0 or float(value.abs().max()) < _MAX_USUAL_VALUE
-
-    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.model.parameters() if name not in self.before)
-
-    def _count_writes(self) -> dict[str, _Writes]:
-        """Where each frozen parameter lies, and how often it was written."""
-        return {name: _count_writes(parameter) for name, parameter in self._frozen()}
-
-    def _sum_buffers(self) -> dict[str, int]:
-        return {name: _checksum(buffer) for name, buffer in self.model.module.named_buffers()}
-
-    def _recall_sums(self) -> dict[str, int]:
-        """As `_sum_parameters`; of those that were not written since, as they were at the end of the round before."""
-        known = _summed.get(self.model, {})
-        return {
-            name: known[name][1] if name in known and known[name][0] == self._writes[name] else _checksum(parameter)
-            for name, parameter in self._frozen()
-        }
-
-    def _sum_parameters(self) -> dict[str, int]:
-        """The sum of the bits of every frozen parameter."""
-        return {name: _checksum(parameter) for name, parameter in self._frozen()}
-
-
-def _count_writes(parameter: nn.Parameter) -> _Writes:
-    return parameter.data_ptr(), parameter._version
-
-
-def _check_same(before: Mapping[str, object], now: Mapping[str, object]) -> None:
-    changed = [name for name, value in now.items() if value != before[name]]
-    if changed:
-        raise RunError(
-            f"training changed {changed[0]}, which is frozen: expected only the shared parameters to move",
-            code="run.frozen_parameter_changed",
-        )
-
-
-def _checksum(tensor: Tensor) -> int:
-    """A slice at a time: on a GPU a sum of integers first makes 64 bits of each."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.detach().contiguous().view(words).flatten()
-    parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, _SUMMED_AT_ONCE)]
-    return int(torch.stack(parts).sum()) if parts else 0

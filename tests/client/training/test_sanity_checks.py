@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.training import setup
-from cotune.client.training.setup import SanityChecks
+from cotune.client.training.sanity_checks import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
@@ -23,8 +22,9 @@ def model(make_plan: Callable[..., Plan]) -> TrainableModel:
     return get_plan_model(make_plan(train="lora"), "cpu")
 
 
-def guard(model: TrainableModel, *, noise: bool = True, thorough: bool = True) -> SanityChecks:
-    return SanityChecks(model, model.state(model.names("lora")), noise=noise, thorough=thorough)
+def guard(model: TrainableModel, *, noise: bool = True, thorough: bool = True, at_once: int = 7) -> SanityChecks:
+    before = model.state(model.names("lora"))
+    return SanityChecks(model, before, noise=noise, thorough=thorough, summed_at_once=at_once)
 
 
 @torch.no_grad()
@@ -62,11 +62,10 @@ def test_a_frozen_parameter_must_not_be_replaced(model: TrainableModel) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 7, 2**22])
 def test_a_change_past_the_counters_shows_at_the_end(
-    model: TrainableModel, at_once: int, monkeypatch: pytest.MonkeyPatch
+    model: TrainableModel, at_once: int
 ) -> None:
     """The least one that there is, made through memory that is shared, of which PyTorch learns nothing."""
-    monkeypatch.setattr(setup, "_SUMMED_AT_ONCE", at_once)
-    watching = guard(model)
+    watching = guard(model, at_once=at_once)
     move(model, *model.names("lora"))
     name, parameter = next((n, p) for n, p in model.parameters() if n.startswith(model.prefix) and ".lora_" not in n)
     flat = parameter.detach().numpy().reshape(-1)
