@@ -45,9 +45,13 @@ class SanityChecks:
         self.before = before
         self.noise = noise
         self.summed_at_once = summed_at_once
+        self._sums = self._recall_sums() if thorough else {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Watch from here on: trials before the first step write parameters and restore them."""
         self._writes = self._count_writes()
         self._buffers = self._sum_buffers()
-        self._sums = self._recall_sums() if thorough else {}
 
     def after_step(self, report: StepReport) -> None:
         """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
@@ -102,9 +106,10 @@ class SanityChecks:
     def _recall_sums(self) -> dict[str, int]:
         """As `_sum_parameters`; of those that were not written since, as they were at the end of the round before."""
         known = _summed.get(self.model, {})
+        now = self._count_writes()
+        same = {name: total for name, (writes, total) in known.items() if now.get(name) == writes}
         return {
-            name: known[name][1] if name in known and known[name][0] == self._writes[name] else _checksum(parameter, self.summed_at_once)
-            for name, parameter in self._frozen()
+            name: same[name] if name in same else _checksum(parameter, self.summed_at_once) for name, parameter in self._frozen()
         }
 
     def _sum_parameters(self) -> dict[str, int]:

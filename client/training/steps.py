@@ -170,6 +170,8 @@ def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: Sani
         epsilon: ε with this round, which is reserved already.
     """
     taken = 0
+    if checks is not None:
+        checks.begin()
     for report in reports:
         if checks is not None:
             checks.after_step(report)
