@@ -91,7 +91,7 @@ def test_the_canonical_form_is_sorted_strict_json() -> None:
     assert "schön" in text
 
 
-def test_the_order_of_keys_and_what_is_said_by_default_do_not_matter() -> None:
+def test_plan_id_ignores_key_order_and_defaults() -> None:
     one = parse_plan({"model": {"base": "m"}, "data": {"source": "d"}, "rounds": 10, "seed": 7})
     other = parse_plan({"data": {"source": "d"}, "model": {"base": "m"}})
     assert one.plan_id == other.plan_id

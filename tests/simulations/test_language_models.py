@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotune.client.site import Site
 from cotune.errors import PlanError, PrivacyError
-from cotune.plan.load import parse_plan
+from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.verdict import judge
+from cotune.simulations.comparison.compare import compare
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
 from tests.support.language_models import language_model, write_dialogs
@@ -172,10 +174,9 @@ def test_adapters_alone_travel_of_a_language_model(new_plan: NewPlan) -> None:
         assert all(".lora_" in name for name in names)
 
 
-@pytest.mark.parametrize("what", ["a comparison or a selection", "an audit"])
-def test_what_judges_classes_alone_is_refused(new_plan: NewPlan, what: str) -> None:
+def test_what_judges_classes_alone_is_refused(new_plan: NewPlan) -> None:
     with pytest.raises(PlanError) as raised:
-        require_classes(new_plan(), what)
+        require_classes(new_plan(), "an audit")
     assert raised.value.code == "plan.no_classes"
 
 
@@ -184,3 +185,23 @@ def test_a_summary_of_texts_has_no_figures_of_classes(private: Run) -> None:
     assert (table["task"], table["labels"]) == ("causal-lm", [])
     assert set(table["test"]["federated"]) == {"loss", "perplexity", "accuracy"}
     assert RunSummary.model_validate(table).as_json() == table
+
+
+def test_plans_of_language_models_are_compared_by_their_losses(new_plan: NewPlan, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    fast = {"rounds": 1, "privacy": "none", "local": {"steps": 2, "batch_size": 8}}
+    plan.write_text(dump_plan(new_plan(**fast)))
+    found = compare(plan, ["local.learning_rate=0.0001,0.05"], seeds=1, out=tmp_path / "compared", jobs=1, device="cpu")
+    [timid, bold] = found.rows
+    assert found.measure.key == "loss"
+    assert timid.score
+    assert bold.score
+    assert bold.difference
+    assert bold.score.mean < timid.score.mean
+    assert bold.difference.estimate.mean == pytest.approx(bold.score.mean - timid.score.mean)
+    assert bold.worst
+    assert bold.worst.mean >= bold.score.mean  # the larger loss of two organizations
+    [line, *_] = csv.DictReader((tmp_path / "compared" / "results.csv").read_text(encoding="utf-8").splitlines())
+    summary = json.loads((tmp_path / "compared" / found.cells[0].folder / "summary.json").read_text(encoding="utf-8"))
+    assert {key: float(line[key]) for key in ("loss", "perplexity", "accuracy")} == summary["test"]["federated"]
+    assert json.loads((tmp_path / "compared" / "results.json").read_text())["measure"]["less_is_better"] is True
