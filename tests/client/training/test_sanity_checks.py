@@ -61,9 +61,7 @@ def test_a_frozen_parameter_must_not_be_replaced(model: TrainableModel) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 2**22])
-def test_a_change_past_the_counters_shows_at_the_end(
-    model: TrainableModel, at_once: int
-) -> None:
+def test_a_change_past_the_counters_shows_at_the_end(model: TrainableModel, at_once: int) -> None:
     """The least one that there is, made through memory that is shared, of which PyTorch learns nothing."""
     watching = guard(model, at_once=at_once)
     move(model, *model.names("lora"))
