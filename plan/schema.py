@@ -55,6 +55,15 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _writing_needs_prompts(self) -> Self:
+        if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
+            raise ValueError(
+                f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
+                " expected task = causal-lm with data.prompt and data.target, or leave the table out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_are_of_classes(self) -> Self:
         if self.labels:
             self.weights_of_classes()
@@ -137,14 +146,14 @@ class Plan(PlanTables):
         }
         for problem, found in problems.items():
             if found:
-                raise ValueError(f'server.late = "fold" cannot be had with {problem}: expected late = "ignore"')
+                raise ValueError(f'server.late = "fold" is not supported with {problem}: expected late = "ignore"')
         return self
 
     @model_validator(mode="after")
     def _clipping_can_be_had(self) -> Self:
         per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
         if per_layer and any(stage.mode == "full" for stage in self.stages):
-            raise ValueError("privacy.clipping: per_layer cannot be had with train = full, expected flat")
+            raise ValueError("privacy.clipping: per_layer is not supported with train = full, expected flat")
         return self
 
     def weights_of_classes(self) -> tuple[float, ...] | None:

@@ -182,8 +182,13 @@ class RunFolder:
         }
         clip_norm = {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
         end = self._history.write(progress.history)
-        place = {"history_bytes": end.bytes, "history_sha256": end.sha256}
-        header = CheckpointHeader(round=progress.round, plan_id=self.plan.plan_id, **place, **clip_norm)
+        header = CheckpointHeader(
+            round=progress.round,
+            plan_id=self.plan.plan_id,
+            history_bytes=end.bytes,
+            history_sha256=end.sha256,
+            **clip_norm,
+        )
         content = save(tensors, metadata={"checkpoint": json.dumps(header.as_json())})
         file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
         remove_parts(file)

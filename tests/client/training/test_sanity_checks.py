@@ -81,7 +81,7 @@ def test_a_buffer_must_not_change(model: TrainableModel) -> None:
     model.module.get_buffer("running").numpy()[1] = 1.0
     with pytest.raises(RunError, match="running"):
         watching.after_step(FIRST)
-    del model.module.running
+    model.module._buffers.pop("running")
 
 
 def test_under_noise_every_shared_parameter_moves(model: TrainableModel) -> None:
