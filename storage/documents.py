@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Hashable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 @lru_cache(maxsize=64)
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+def _adapter(schema: Hashable) -> TypeAdapter[Any]:
     """To make one takes longer than to read a document."""
     return TypeAdapter(schema)
 
@@ -46,7 +47,7 @@ class JsonDocument(Generic[T]):
 
     def __init__(self, file: Path, schema: type[T], *, advice: str = "remove it") -> None:
         self.file = file
-        self._schema: TypeAdapter[T] = _adapter(schema)
+        self._schema: TypeAdapter[T] = _adapter(cast(Hashable, schema))
         self._advice = advice
 
     def read(self) -> T | None:

@@ -26,16 +26,16 @@ class HistoryMark:
     """A place in the file, at the end of a line.
 
     Attributes:
-        bytes: How many there are before it.
+        length: How many bytes there are before it.
         sha256: Of the last line before it, over the hash of those before and its own text.
     """
 
-    bytes: int = 0
+    length: int = 0
     sha256: str = START_HASH
 
     def after(self, line: bytes) -> HistoryMark:
         """Return the place after one more line."""
-        return HistoryMark(self.bytes + len(line), hashlib.sha256(self.sha256.encode() + line).hexdigest())
+        return HistoryMark(self.length + len(line), hashlib.sha256(self.sha256.encode() + line).hexdigest())
 
 
 class HistoryFile:
@@ -61,7 +61,7 @@ class HistoryFile:
         lines = [_line(entry) for entry in history[len(self._entries) :]]
         is_new = not self.path.exists()
         with self.path.open("ab") as stream:
-            stream.truncate(self._end.bytes)
+            stream.truncate(self._end.length)
             stream.write(b"".join(lines))
             stream.flush()
             os.fsync(stream.fileno())
@@ -78,7 +78,7 @@ class HistoryFile:
             RunError: The file is not as it was written.
         """
         try:
-            content = self._read_bytes(end.bytes)
+            content = self._read_bytes(end.length)
             lines = content.splitlines(keepends=True)
             if _follow(HistoryMark(), lines) != end:
                 raise ValueError("its lines are others than those that the checkpoint counts on")
@@ -94,7 +94,7 @@ class HistoryFile:
 
     def _holds_beginning_of(self, history: Sequence[RoundEntry]) -> bool:
         held = len(self._entries)
-        is_long_enough = self._end.bytes == 0 or (self.path.exists() and self.path.stat().st_size >= self._end.bytes)
+        is_long_enough = self._end.length == 0 or (self.path.exists() and self.path.stat().st_size >= self._end.length)
         return is_long_enough and held <= len(history) and all(a is b for a, b in zip(self._entries, history, strict=False))
 
     def _find_common(self, history: Sequence[RoundEntry]) -> None:

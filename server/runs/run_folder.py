@@ -185,7 +185,7 @@ class RunFolder:
         header = CheckpointHeader(
             round=progress.round,
             plan_id=self.plan.plan_id,
-            history_bytes=end.bytes,
+            history_bytes=end.length,
             history_sha256=end.sha256,
             **clip_norm,
         )
