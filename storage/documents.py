@@ -25,7 +25,7 @@ T = TypeVar("T")
 @lru_cache(maxsize=64)
 def _adapter(schema: Hashable) -> TypeAdapter[Any]:
     """To make one takes longer than to read a document."""
-    return TypeAdapter(schema)
+    return TypeAdapter(cast(Any, schema))
 
 
 class JsonDocument(Generic[T]):
