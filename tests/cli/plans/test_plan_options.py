@@ -18,6 +18,7 @@ from cotune.cli.main import build_command
 from cotune.plan.load import load_plan
 from cotune.simulations.prepare import prepare
 from tests.support.console import Cotune, write_folder
+from tests.support.federations import founded
 
 COMMANDS = (("simulate",), ("plan", "check"), ("compare",), ("audit",))
 OPTIONS = ("data", "task", "text", "label", "model", "clients", "partition", "by", "override")
@@ -115,7 +116,7 @@ class Ended(NamedTuple):
 
 
 def without_torch(*arguments: tuple[str, ...]) -> list[Ended]:
-    """Commands in processes of their own, in which whoever imports torch fails; forked, so that one interpreter starts for all."""
+    """Commands in processes of their own, in which an import of torch fails; forked, so that one interpreter starts for all."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     program = [sys.executable, "-c", ALONE]
     done = subprocess.run(program, input=json.dumps(arguments), capture_output=True, text=True, env=environ, check=True)
@@ -171,6 +172,20 @@ def test_what_is_missing_is_named_before_torch_is_imported(
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert named in err
+
+
+def test_quick_commands_load_no_torch(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    founded(tmp_path / "fed", base_model("bert"), "org-1")
+    quick = (
+        ("--help",),
+        ("plan", "list"),
+        ("plan", "new", "tweets"),
+        ("client", "policy"),
+        ("server", "status", str(tmp_path / "fed")),
+    )
+    ended = without_torch(*quick)
+    assert [(each.code, each.err) for each in ended] == [(0, "")] * len(quick)
+    assert all(each.out for each in ended)
 
 
 def test_simulate_says_something_before_torch_is_imported(folder: Path) -> None:
