@@ -37,7 +37,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from cotune.client.training import round as client_round
+from cotune.client.training import steps as client_steps
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import synthetic_setup
 from cotune.data.tasks.task import get_task
@@ -485,7 +485,7 @@ def simulate_until_killed(plan: Path, folder: Path, device: str) -> None:
 @contextmanager
 def repeatable_noise() -> Iterator[None]:
     """Let organizations draw noise that a second run draws again: for comparing two runs bit for bit, and for nothing else."""
-    real = client_round._private_training
+    real = client_steps._private_training
 
     def drawing(*parts: object) -> Callable[[], Any]:
         drawn = itertools.count()
@@ -501,7 +501,7 @@ def repeatable_noise() -> Iterator[None]:
             return real(prepared)
 
     counts = mock.patch("cotune.client.account.private_generator", drawing("counts"))
-    with mock.patch.object(client_round, "_private_training", training), counts:
+    with mock.patch.object(client_steps, "_private_training", training), counts:
         yield
 
 

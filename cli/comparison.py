@@ -34,7 +34,8 @@ from cotune.reporting.comparison_report import (
     words,
 )
 from cotune.reporting.comparison_statistics import Combination, Comparison, Settings, Variation
-from cotune.reporting.formatting import duration, percent, size
+from cotune.reporting.formatting import duration, size
+from cotune.reporting.measures import Measure, get_measures
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
 from cotune.simulations.comparison.selected import Selected, build_statement
@@ -110,7 +111,7 @@ def show(console: Console, found: Comparison) -> None:
     costs = console.width >= _WIDE
     for facet, rows in facets_of(found):
         console.print(_table(found, facet, rows, costs=costs))
-        if said := answer(rows, found.baseline):
+        if said := answer(rows, found.baseline, found.measure):
             console.print(f"[bold]{escape(said)}[/bold]")
     for cell in found.failed:
         console.print(f"[bold red]failed[/bold red]: {escape(words(cell.settings))}, seed {cell.seed}: {escape(cell.reason)}")
@@ -119,7 +120,8 @@ def show(console: Console, found: Comparison) -> None:
     if few := few_seeds(found):
         console.print(few)
     console.print(
-        "accuracy: of the last model, on everybody's test records; worst and spread: over the organizations' own accuracies"
+        f"{found.measure.key}: of the last model, on everybody's test records; worst and spread: over the organizations, on"
+        " records like theirs"
     )
     console.print("± and p: 95 % interval and paired t-test over the seeds, p corrected by Holm's method for each table")
     if costs:
@@ -140,10 +142,10 @@ def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs
     table = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
     table.add_column(escape(found.variations[0].key), overflow="fold")
     headings = (
-        "accuracy %",
+        f"{found.measure.key} ({found.measure.number})",
         "difference",
         "p",
-        "worst %",
+        "worst",
         "spread",
         *(("gain", "worth it") if gain else ()),
         *(("up", "down", "time") if costs else ()),
@@ -151,9 +153,9 @@ def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs
     for heading in (*headings, *(("ε",) if found.private else ()), "runs"):
         table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
-        gained = (points(row.gain, apart=True), answers_of(row)) if gain else ()
+        gained = (points(row.gain, found.measure, apart=True), answers_of(row)) if gain else ()
         figures = (
-            *_quality(row, found.baseline),
+            *_quality(row, found.baseline, found.measure),
             *gained,
             *(_costs(row) if costs else ()),
             *((_spent(row),) if found.private else ()),
@@ -164,11 +166,11 @@ def _table(found: Comparison, facet: Settings, rows: list[Combination], *, costs
     return table
 
 
-def _quality(row: Combination, baseline: str) -> tuple[str, ...]:
-
-    apart = points(row.difference.estimate if row.difference else None, apart=True)
+def _quality(row: Combination, baseline: str, measure: Measure) -> tuple[str, ...]:
+    apart = points(row.difference.estimate if row.difference else None, measure, apart=True)
     p = verdict(row).removeprefix("p ").removeprefix("= ")
-    return points(row.accuracy), "baseline" if row.value == baseline else apart, p, points(row.worst), points(row.spread)
+    shown = "baseline" if row.value == baseline else apart
+    return points(row.score, measure), shown, p, points(row.worst, measure), points(row.spread, measure)
 
 
 def _costs(row: Combination) -> tuple[str, ...]:
@@ -216,7 +218,7 @@ class _Lines:
         elif event == "cell_finished":
             self.done += 1
             spent = duration(fields["seconds"])
-            self.print(f"{self.done}/{self.cells} {fields['cell']}: test accuracy {fields['accuracy']:.3f}, {spent}")
+            self.print(f"{self.done}/{self.cells} {fields['cell']}: test {fields['score']}, {spent}")
         elif event == "cell_failed":
             self.done += 1
             self.print(f"{self.done}/{self.cells} {fields['cell']} failed: {fields['reason']}")
@@ -289,9 +291,11 @@ def show_selected(console: Console, found: Selected, folder: Path) -> None:
     table = Table(header_style="bold", pad_edge=False, box=None)
     for key in found.settings:
         table.add_column(escape(key), overflow="fold")
-    for heading in ("accuracy", "macro F1", "ε", "δ"):
+    measures = get_measures(found.test)
+    for heading in (*(each.name for each in measures), "ε", "δ"):
         table.add_column(heading, justify="right")
-    figures = (percent(found.test["accuracy"]), percent(found.test["f1"]), round_up(found.epsilon), f"{found.delta:.1e}")
+    shown = (each.show(found.test[each.key]) for each in measures)
+    figures = (*shown, round_up(found.epsilon), f"{found.delta:.1e}")
     table.add_row(*(escape(value) for value in found.settings.values()), *figures)
     console.print(table)
     for paragraph in build_statement(found):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from cotune.reporting.charts import COLORS, MOST_DOTS, Chart, Key, Line, Point, Scale, round_ticks, value_scale, value_ticks
 from cotune.reporting.comparison_statistics import Combination, Comparison, Estimate, Measured, Settings, estimate
-from cotune.reporting.formatting import percent, signed
+from cotune.reporting.measures import Measure, get_measures
 from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import together_statement
 from cotune.storage.files import atomic_write
@@ -20,8 +21,8 @@ CAVEATS = (
     " the same order of batches for every row, so that differences are taken seed by seed.",
     "± is half of a 95 % Student t interval of the mean over the seeds. p is that of a paired t-test, corrected by Holm's method"
     " for the number of rows that one table compares with the baseline; both need two seeds at least, and few prove little.",
-    "Worst and spread are the smallest and the standard deviation of the organizations' own accuracies: of the last model on"
-    " records like theirs.",
+    "Worst and spread are the least good and the standard deviation of the same figure over the organizations: of the last model"
+    " on records like theirs.",
 )
 TIME = (
     "Time is of a run as it was played: the first ones encode the records too, which later ones find on disk, and runs beside"
@@ -29,8 +30,8 @@ TIME = (
 )
 GAIN = (
     "Gain is what joining brings an organization on its own held-out records, against training alone without privacy: the mean"
-    " over the organizations, in points. Beside it stands how many of them, over all seeds, are told that it is worth it, that it"
-    " is not, and that it is too close to tell."
+    " over the organizations, more is better. Beside it stands how many of them, over all seeds, are told that it is worth it,"
+    " that it is not, and that it is too close to tell."
 )
 PRIVATE = "Privacy noise and private sampling are not paired: they come from the operating system and differ in every cell."
 
@@ -42,14 +43,16 @@ def render_comparison(found: Comparison) -> str:
         found=found,
         compared=found.variations[0].key,
         facets=[
-            (words(facet), rows, answer(rows, found.baseline), _curves(i, rows))
+            (words(facet), rows, answer(rows, found.baseline, found.measure), _curves(i, rows, found.measure))
             for i, (facet, rows) in enumerate(facets_of(found))
         ],
         few_seeds=few_seeds(found),
         gain=has_gain(found),
         answers_of=answers_of,
         caveats=(*CAVEATS, TIME, *((GAIN,) if has_gain(found) else ()), *((PRIVATE, together(found)) if found.private else ())),
-        points=points,
+        measure=found.measure,
+        measures=get_measures(next((cell.metrics for cell in found.cells if cell.metrics), None)),
+        points=lambda value, apart=False: points(value, found.measure, apart=apart),
         verdict=verdict,
         words=words,
     )
@@ -73,19 +76,23 @@ def words(settings: Settings) -> str:
     return ", ".join(f"{key} = {value}" for key, value in settings)
 
 
-def points(value: Estimate | None, *, apart: bool = False) -> str:
-    """In per cent, or `apart`: in points of it with a sign.
+def points(value: Estimate | None, measure: Measure, *, apart: bool = False) -> str:
+    """A share in per cent, or `apart`: in points of it with a sign; any other figure as it stands.
 
-    >>> points(Estimate(0.925, 0.004, 3)), points(Estimate(-0.01, None, 1), apart=True), points(None)
-    ('92.5 ± 0.4', '−1.0', '–')
+    >>> accuracy, loss = get_measures(None)[0], get_measures({"loss": 2.0})[0]
+    >>> points(Estimate(0.925, 0.004, 3), accuracy), points(Estimate(-0.01, None, 1), accuracy, apart=True)
+    ('92.5 ± 0.4', '−1.0')
+    >>> points(Estimate(2.5, 0.004, 3), loss), points(Estimate(-0.01, None, 1), loss, apart=True)
+    ('2.500 ± 0.004', '−0.010')
     """
     if value is None:
         return "–"
-    mean = signed(100 * value.mean) if apart else f"{100 * value.mean:.1f}"
-    return mean if value.half is None else f"{mean} ± {100 * value.half:.1f}"
+    factor, digits = (100, 1) if measure.share else (1, 3)
+    mean = measure.show_gain(factor * value.mean) if apart else f"{factor * value.mean:.{digits}f}"
+    return mean if value.half is None else f"{mean} ± {factor * value.half:.{digits}f}"
 
 
-def answer(rows: Sequence[Combination], baseline: str) -> str | None:
+def answer(rows: Sequence[Combination], baseline: str, measure: Measure) -> str | None:
     """Which rows of a facet are better than the baseline, worse, and too close to it to tell; None where nothing is beside it.
 
     By the corrected p-value, below 0.05; what one seed shows is too close to tell.
@@ -93,8 +100,9 @@ def answer(rows: Sequence[Combination], baseline: str) -> str | None:
     apart = [(row.value, row.difference) for row in rows if row.difference is not None]
     if not apart:
         return None
-    better = [value for value, found in apart if found.significant and found.estimate.mean > 0]
-    worse = [value for value, found in apart if found.significant and found.estimate.mean < 0]
+    decided = [(value, measure.is_better(found.estimate.mean)) for value, found in apart if found.significant]
+    better = [value for value, good in decided if good]
+    worse = [value for value, good in decided if not good]
     close = [value for value, _ in apart if value not in (*better, *worse)]
     parts = (f"better than {baseline}: {_listed(better)}", f"worse: {_listed(worse)}", f"too close to tell: {_listed(close)}")
     return "; ".join(parts)
@@ -134,22 +142,23 @@ def verdict(row: Combination) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _curves(number: int, rows: Sequence[Combination]) -> Chart | None:
-    """Mean test accuracy over the rounds, a line for each row, with the interval of the mean; None where nothing was tested."""
+def _curves(number: int, rows: Sequence[Combination], measure: Measure) -> Chart | None:
+    """The mean figure on the test set over the rounds, a line for each row, with its interval; None where nothing was tested."""
     curves = [(row, list(_mean_curve(row.cells))) for row in rows]
     curves = [(row, curve) for row, curve in curves if curve]
     if not curves:
         return None
     rounds = [r for _, curve in curves for r, _ in curve]
     x = Scale(min(rounds) - 0.5, max(rounds) + 0.5)
-    y = value_scale(100 * edge for _, curve in curves for _, value in curve for edge in _edges(value))
-    ends = [(row.value, percent(curve[-1][1].mean)) for row, curve in curves]
+    factor = 100 if measure.share else 1
+    y = value_scale(factor * edge for _, curve in curves for _, value in curve for edge in _edges(value, measure))
+    ends = [(row.value, measure.show(curve[-1][1].mean)) for row, curve in curves]
     return Chart(
         name=f"curves-{number}",
-        title="Test accuracy after each round (%): mean over the seeds, and its interval",
+        title=f"Test {measure.key} after each round ({measure.number}): mean over the seeds, and its interval",
         description="After the last round: " + ", ".join(f"{name} {end}" for name, end in ends) + ".",
         legend=tuple(Key(_style(i), name, end) for i, (name, end) in enumerate(ends)),
-        lines=tuple(_line(i, row.value, curve, x, y) for i, (row, curve) in enumerate(curves)),
+        lines=tuple(_line(i, row.value, curve, x, y, measure) for i, (row, curve) in enumerate(curves)),
         bands=(),
         x_ticks=round_ticks(x),
         y_ticks=value_ticks(y),
@@ -160,24 +169,28 @@ def _mean_curve(cells: Sequence[Measured]) -> Iterator[tuple[int, Estimate]]:
     """(round, estimate over the seeds that have it)."""
     found: dict[int, list[float]] = {}
     for cell in cells:
-        for round, accuracy in cell.curve:
-            found.setdefault(round, []).append(accuracy)
+        for round, figure in cell.curve:
+            found.setdefault(round, []).append(figure)
     for round in sorted(found):
         value = estimate(found[round])
         assert value is not None
         yield round, value
 
 
-def _edges(value: Estimate) -> tuple[float, float]:
-    """The interval, within what an accuracy can be."""
-    return max(0.0, value.mean - (value.half or 0.0)), min(1.0, value.mean + (value.half or 0.0))
+def _edges(value: Estimate, measure: Measure) -> tuple[float, float]:
+    """The interval, within what the figure can be."""
+    most = 1.0 if measure.share else math.inf
+    return max(0.0, value.mean - (value.half or 0.0)), min(most, value.mean + (value.half or 0.0))
 
 
-def _line(number: int, name: str, curve: Sequence[tuple[int, Estimate]], x: Scale, y: Scale) -> Line:
-    along = [(x.along(r), *(y.down(100 * edge) for edge in _edges(value))) for r, value in curve]
+def _line(number: int, name: str, curve: Sequence[tuple[int, Estimate]], x: Scale, y: Scale, measure: Measure) -> Line:
+    factor = 100 if measure.share else 1
+    along = [(x.along(r), *(y.down(factor * edge) for edge in _edges(value, measure))) for r, value in curve]
     area = [*(Point(at, high, "") for at, _, high in along), *(Point(at, low, "") for at, low, _ in reversed(along))]
     uncertain = any(value.half is not None for _, value in curve)
-    dots = tuple(Point(x.along(r), y.down(100 * v.mean), f"{name}, round {r}: {points(v)} %") for r, v in curve)
+    dots = tuple(
+        Point(x.along(r), y.down(factor * v.mean), f"{name}, round {r}: {points(v, measure)} {measure.number}") for r, v in curve
+    )
     return Line(_style(number), dots, len(dots) <= MOST_DOTS, tuple(area) if uncertain else ())
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from scipy import stats
+
+from cotune.reporting.measures import Measure, get_measures
 
 CONFIDENCE = 0.95
 Settings = tuple[tuple[str, str], ...]  # (key, value) of every variation, in the order of the variations
@@ -29,8 +31,10 @@ _NO_SPREAD = 1e-12  # differences this close to each other are one number with r
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell of the grid. What a failed one lacks is None; worst and spread: over the organizations' own accuracies.
+    """One cell of the grid. What a failed one lacks is None.
 
+    metrics: of the last model, on the common test set. worst and spread: of the figure that decides, over the organizations' own
+    records.
     gain: what joining brings on an organization's own held-out records, against alone without privacy; the mean over the
     organizations. answers: how many of them are told yes, no, and too close to tell. Both only where alone was trained.
     """
@@ -40,10 +44,7 @@ class Measured:
     plan_id: str
     status: str  # finished, stopped or failed
     reason: str = ""
-    accuracy: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    f1: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     worst: float | None = None
     spread: float | None = None
     gain: float | None = None
@@ -53,8 +54,12 @@ class Measured:
     seconds: float | None = None
     epsilon: float | None = None
     deltas: tuple[float, ...] = ()  # of the organizations
-    curve: tuple[tuple[int, float], ...] = ()  # (round, test accuracy)
+    curve: tuple[tuple[int, float], ...] = ()  # (round, the figure that decides on the common test set)
     folder: str = ""
+
+    def score(self, measure: Measure) -> float | None:
+        """Return a figure on the common test set; None where nothing was measured."""
+        return self.metrics.get(measure.key)
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Combination:
-    """One row: a value of the compared key within a facet, over its seeds. None: nothing was measured, or it is the baseline."""
+    """One row: a value of the compared key within a facet, over its seeds. None: nothing was measured, or it is the baseline.
+
+    score: the figure that decides, on the common test set.
+    """
 
     value: str
     facet: Settings
     cells: tuple[Measured, ...]
-    accuracy: Estimate | None
+    score: Estimate | None
     difference: Difference | None
     worst: Estimate | None
     spread: Estimate | None
@@ -127,6 +135,7 @@ class Comparison:
     private: bool
     cells: tuple[Measured, ...]
     rows: tuple[Combination, ...]
+    measure: Measure
     epsilon_together: float | None = None  # of all runs, for any single record; None where no ε covers them all
     delta_together: float | None = None
     notes: tuple[str, ...] = ()  # about the records, such as how many are left out and why
@@ -136,24 +145,32 @@ class Comparison:
         return tuple(cell for cell in self.cells if cell.status == "failed")
 
 
-def combine(cells: Iterable[Measured], baseline: str) -> tuple[Combination, ...]:
+def deciding_measure(cells: Iterable[Measured]) -> Measure:
+    """Return the figure by which cells are compared: that of the task of those that were measured."""
+    return get_measures(next((cell.metrics for cell in cells if cell.metrics), None))[0]
+
+
+def combine(cells: Sequence[Measured], baseline: str) -> tuple[Combination, ...]:
     """The rows, facet by facet, in the order of the grid. The first key is the compared one; `baseline` is one of its values."""
+    measure = deciding_measure(cells)
     groups: dict[tuple[Settings, str], list[Measured]] = {}
     for cell in cells:
         groups.setdefault((cell.settings[1:], cell.settings[0][1]), []).append(cell)
-    rows = [_row(value, facet, group, groups[facet, baseline], baseline) for (facet, value), group in groups.items()]
+    rows = [_row(value, facet, group, groups[facet, baseline], baseline, measure) for (facet, value), group in groups.items()]
     facets = dict.fromkeys(row.facet for row in rows)
     return tuple(row for facet in facets for row in _corrected([row for row in rows if row.facet == facet]))
 
 
-def _row(value: str, facet: Settings, cells: Sequence[Measured], reference: Sequence[Measured], baseline: str) -> Combination:
-    own = difference(_accuracies(cells), _accuracies(reference)) if value != baseline else None
+def _row(
+    value: str, facet: Settings, cells: Sequence[Measured], reference: Sequence[Measured], baseline: str, measure: Measure
+) -> Combination:
+    own = difference(_scores(cells, measure), _scores(reference, measure)) if value != baseline else None
     spent = [cell.epsilon for cell in cells if cell.epsilon is not None]
     return Combination(
         value=value,
         facet=facet,
         cells=tuple(sorted(cells, key=lambda cell: cell.seed)),
-        accuracy=estimate(_known(cell.accuracy for cell in cells)),
+        score=estimate(_known(cell.score(measure) for cell in cells)),
         difference=own,
         worst=estimate(_known(cell.worst for cell in cells)),
         spread=estimate(_known(cell.spread for cell in cells)),
@@ -166,8 +183,9 @@ def _row(value: str, facet: Settings, cells: Sequence[Measured], reference: Sequ
     )
 
 
-def _accuracies(cells: Iterable[Measured]) -> dict[int, float]:
-    return {cell.seed: cell.accuracy for cell in cells if cell.accuracy is not None}
+def _scores(cells: Iterable[Measured], measure: Measure) -> dict[int, float]:
+    scores = ((cell.seed, cell.score(measure)) for cell in cells)
+    return {seed: score for seed, score in scores if score is not None}
 
 
 def _counted(answers: Sequence[tuple[int, int, int]]) -> tuple[int, int, int] | None:

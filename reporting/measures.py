@@ -42,6 +42,24 @@ class Measure:
         """Return a `gain` with its sign."""
         return signed(value) if self.share else f"{value:+.3f}".replace("-", "−")
 
+    def is_better(self, difference: float) -> bool:
+        """Return whether a difference of two figures, ours less theirs, is for the better."""
+        return difference < 0 if self.less_is_better else difference > 0
+
+    def rank(self, value: float) -> float:
+        """Return what is largest for the best figure."""
+        return -value if self.less_is_better else value
+
+    @property
+    def number(self) -> str:
+        """Of what a figure in a table is a number: "%", or the unit."""
+        return "%" if self.share else self.unit
+
+    @property
+    def apart(self) -> str:
+        """Of what a difference in a table is a number."""
+        return "points" if self.share else self.unit
+
 
 _OF_CLASSES = (
     Measure("accuracy", "accuracy"),

@@ -37,7 +37,7 @@ def test_every_room_has_tests(room: str) -> None:
     assert list((TESTS / room).rglob("test_*.py")) != []
 
 
-def test_support_holds_no_tests_and_no_other_folder_anything_else() -> None:
+def test_support_holds_no_tests_and_test_folders_nothing_else() -> None:
     for file in FILES:
         is_test = file.name.startswith("test_") or file.name == "conftest.py"
         assert is_test == (file.parent.name != "support"), file

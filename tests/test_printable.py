@@ -26,7 +26,7 @@ def is_harmless(text: str) -> bool:
 
 
 @given(TEXT)
-def test_a_line_has_nothing_that_a_terminal_obeys_and_stays_as_it_is_the_second_time(text: str) -> None:
+def test_cleaned_line_holds_no_control_codes_and_is_stable(text: str) -> None:
     shown = printable(text)
     assert is_harmless(shown)
     assert printable(shown) == shown
@@ -86,7 +86,7 @@ def on_terminal(text: str) -> bytes:
         os.close(outer)
 
 
-def test_a_terminal_gets_weights_and_colors_but_no_concealment_and_no_movement() -> None:
+def test_terminal_gets_colors_but_no_hiding_or_cursor_moves() -> None:
     assert on_terminal("\x1b[1;31mred\x1b[0m") == b"\x1b[1;31mred\x1b[0m"
     for hostile in (
         "\x1b[8mx",
@@ -117,14 +117,14 @@ def test_both_streams_keep_the_order_of_lines() -> None:
     assert below.getvalue() == b"one\ntwo\nthree\n"
 
 
-def test_what_is_not_in_the_encoding_is_replaced_and_raises_nothing() -> None:
+def test_character_outside_the_encoding_is_replaced() -> None:
     below = io.BytesIO()
     stream = Clean(io.TextIOWrapper(below, encoding="ascii"))
     stream.write("ε = 1\udc80")
     assert below.getvalue() == b"? = 1\\udc80"
 
 
-def test_it_stands_before_the_output_of_the_process_and_of_logs_that_were_set_up_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleaned_output_covers_stdout_and_earlier_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
     below = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(below, encoding="utf-8"))
     monkeypatch.setattr(sys, "stdout", io.StringIO())

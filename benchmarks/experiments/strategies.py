@@ -152,7 +152,7 @@ def choose(plan: Path, runs: Path, names: Sequence[str], jobs: int | None) -> tu
             plan, [Variation("strategy", values)], seeds=count, overrides=overrides, out=runs / "digits-tuning", jobs=jobs,
             imports=(DIGITS,), listener=progress,
         )  # fmt: skip
-        accuracy = {row.value: row.accuracy.mean if row.accuracy else 0.0 for row in tried.rows}
+        accuracy = {row.value: row.score.mean if row.score else 0.0 for row in tried.rows}
     best = {name: max(CANDIDATES[name], key=lambda value: accuracy.get(value, 0.0)) for name in names}
     lines = [
         "## What was chosen",
@@ -181,13 +181,13 @@ def table(rows: Mapping[str, Combination]) -> str:
         " organization", "spread",
         "kB up", "s",
     )  # fmt: skip
-    ranked = sorted(rows.items(), key=lambda item: -(item[1].accuracy.mean if item[1].accuracy else 0.0))
+    ranked = sorted(rows.items(), key=lambda item: -(item[1].score.mean if item[1].score else 0.0))
     head = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     return "\n".join([*head, *(_line(name, row) for name, row in ranked)])
 
 
 def _line(name: str, row: Combination) -> str:
-    if row.accuracy is None:
+    if row.score is None:
         return f"| {name} | failed: {row.cells[0].reason} | | | | | | |"
     gap = ""
     p = ""
@@ -196,11 +196,11 @@ def _line(name: str, row: Combination) -> str:
         half = "" if away.half is None else f" ± {100 * away.half:.1f}"
         gap = f"{100 * away.mean:+.1f}{half}"
         p = "" if row.difference.holm is None else f"{row.difference.holm:.3f}"
-    half = "" if row.accuracy.half is None else f" ± {row.accuracy.half:.3f}"
+    half = "" if row.score.half is None else f" ± {row.score.half:.3f}"
     worst, spread = (f"{e.mean:.3f}" if e else "" for e in (row.worst, row.spread))
     failed = f" ({len(row.failed)} failed)" if row.failed else ""
     return (
-        f"| {name}{failed} | {row.accuracy.mean:.3f}{half} | {gap} | {p} | {worst} | {spread} |"
+        f"| {name}{failed} | {row.score.mean:.3f}{half} | {gap} | {p} | {worst} | {spread} |"
         f" {(row.bytes_up or 0) / 1000:.0f} | {row.seconds or 0:.1f} |"
     )
 
@@ -210,7 +210,7 @@ def expectations(found: Mapping[tuple[str, str], Mapping[str, Combination]]) -> 
     lines = ["## What was expected", "", "| expected | where | seen | holds |", "|---|---|---|---|"]
     for better, worse, partition, sample in EXPECTED:
         rows = found[partition, sample]
-        pair = [rows[name].accuracy for name in (better, worse) if name in rows]
+        pair = [rows[name].score for name in (better, worse) if name in rows]
         if len(pair) == 2 and pair[0] and pair[1]:
             where = f"{PARTITIONS[partition]}, {PARTICIPATION[sample]}"
             holds = "yes" if pair[0].mean >= pair[1].mean else "**no**"

@@ -106,13 +106,13 @@ class _Enough(Exception):
 
 def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     """The rounds of the preset, and the part of them that is training."""
-    import cotune.client.training.round
+    import cotune.client.training.steps
     from cotune import load_plan, simulate
     from cotune.server.runs.events import observe_run
 
-    client_round: Any = cotune.client.training.round
+    client_steps: Any = cotune.client.training.steps
     training = {"cpu": 0.0, "wall": 0.0}
-    original: Any = client_round.DPSGD
+    original: Any = client_steps.DPSGD
 
     def clocked(self: Any, setup: Any) -> Iterator[Any]:
         steps = original(self.config).run(setup)
@@ -141,12 +141,12 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
         base = inputs.write_encoder(folder / "base", 16)
         changes += [f'model.base="{base}"', "model.pooling=mean", "model.max_length=16"]
     changes += [f'data.source="{folder / "tweets.csv"}"', "data.encoding=utf-8", "data.label=label", "privacy.epsilon=8"]
-    client_round.DPSGD = type("Clocked", (original,), {"run": clocked})
+    client_steps.DPSGD = type("Clocked", (original,), {"run": clocked})
     try:
         with tempfile.TemporaryDirectory(dir=folder) as out, observe_run(listener), suppress(_Enough):
             simulate(load_plan("tweets", changes), Path(out) / "run", device="cpu")
     finally:
-        client_round.DPSGD = original
+        client_steps.DPSGD = original
     for before, after in list(pairwise(marks))[WARM - 1 :]:
         cpu, trained, wall, trained_wall = (b - a for a, b in zip(before, after, strict=True))
         meter.add(cpu=cpu, wall=wall, units=4, share=trained / cpu, share_wall=trained_wall / wall, label="rounds")

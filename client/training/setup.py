@@ -6,7 +6,7 @@ What should move moves, and nothing else: looked at after the first step, where 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from cotune.data.tasks.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.data.tasks.text import Example
-from cotune.errors import DataError, PlanError, PrivacyError, RunError
+from cotune.errors import DataError, PlanError, PrivacyError
 from cotune.models.architecture import AlignedRows
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.checkpointing import checkpointing, is_checkpointed
@@ -35,7 +35,7 @@ from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import StepReport, check_clipping
+from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule
 
 _Checked = tuple[object, ...]
@@ -290,73 +290,3 @@ def build_optimizer(
         return torch.optim.SGD(groups, momentum=local.momentum, weight_decay=local.weight_decay)
     adam = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
     return adam(groups, weight_decay=local.weight_decay)
-
-
-_SUMMED_AT_ONCE = 2**22  # entries: 32 MiB as integers
-_MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
-
-
-class SanityChecks:
-    """Sanity checks of one round: exactly the trainable parameters change.
-
-    A model that is wired wrongly costs one step, and no more.
-
-    Args:
-        before: The trained parameters as they were received.
-        noise: Whether every step adds noise.
-    """
-
-    def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool) -> None:
-        self.model = model
-        self.before = before
-        self.noise = noise
-        self.frozen = self._checksums()
-
-    def after_step(self, report: StepReport) -> None:
-        """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
-        if report.step > 1:
-            return
-        changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
-        if changed:
-            raise RunError(
-                f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move",
-                code="run.frozen_parameter_changed",
-            )
-        still = [name for name in self._still() if self._usual(name)]
-        if self.noise and still:
-            raise RunError(
-                f"the first step did not move {still[0]}: expected every shared parameter to get its noise; it takes no part in"
-                " the forward pass of this model, so use another train mode",
-                code="run.parameter_not_trained",
-            )
-
-    def after_round(self) -> None:
-        """Check that the round changed something: an adapter that is not wired in would not. Raises RunError."""
-        still = self._still()
-        if len(still) == len(self.before) and all(self._usual(name) for name in still):
-            raise RunError(
-                "no parameter moved in this round: expected every shared one to be trained; check the train mode",
-                code="run.nothing_trained",
-            )
-
-    def _still(self) -> list[str]:
-        own = dict(self.model.parameters())
-        return [name for name, value in self.before.items() if torch.equal(own[name].detach().cpu(), value)]
-
-    def _usual(self, name: str) -> bool:
-        """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
-        value = self.before[name]
-        return value.numel() == 0 or float(value.abs().max()) < _MAX_USUAL_VALUE
-
-    def _checksums(self) -> dict[str, int]:
-        """The sum of every frozen tensor's bits, parameters and buffers."""
-        tensors: Iterable[tuple[str, Tensor]] = [*self.model.parameters(), *self.model.module.named_buffers()]
-        return {name: _checksum(tensor) for name, tensor in tensors if name not in self.before}
-
-
-def _checksum(tensor: Tensor) -> int:
-    """A slice at a time: on a GPU a sum of integers first makes 64 bits of each."""
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.detach().contiguous().view(words).flatten()
-    parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, _SUMMED_AT_ONCE)]
-    return int(torch.stack(parts).sum()) if parts else 0

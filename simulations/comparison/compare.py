@@ -13,7 +13,8 @@ from typing import Any
 from cotune.errors import RunError
 from cotune.observers import Observer
 from cotune.reporting.comparison_report import write_comparison
-from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine
+from cotune.reporting.comparison_statistics import Comparison, Measured, Variation, combine, deciding_measure
+from cotune.reporting.measures import get_measures, headline
 from cotune.server.runs.results import to_json
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.grid import (
@@ -89,6 +90,7 @@ def compare(
             private=any(cell.plan.privacy != "none" for cell in cells),
             cells=tuple(measured),
             rows=combine(measured, chosen),
+            measure=deciding_measure(measured),
             epsilon_together=epsilon,
             delta_together=delta,
             notes=notes,
@@ -147,18 +149,13 @@ def _play(
         else:
             summary = read_run_summary(task.folder)
             room.saw(summary.peak_memory_bytes or 0)
-            accuracy = None if summary.test.federated is None else summary.test.federated.accuracy
-            seconds = summary.seconds
-            listener("cell_finished", {"cell": task.name, "accuracy": accuracy, "seconds": seconds})
+            score = "figures: none" if summary.test.federated is None else headline(summary.test.federated)
+            listener("cell_finished", {"cell": task.name, "score": score, "seconds": summary.seconds})
     return reasons
 
 
 _COLUMNS = (
     *(
-        "accuracy",
-        "precision",
-        "recall",
-        "f1",
         "worst",
         "spread",
         "gain",
@@ -182,9 +179,10 @@ def _write(found: Comparison) -> None:
 def _csv(found: Comparison) -> str:
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")
-    table.writerow([*(variation.key for variation in found.variations), "seed", "plan_id", *_COLUMNS])
+    keys = [measure.key for measure in get_measures(next((cell.metrics for cell in found.cells if cell.metrics), None))]
+    table.writerow([*(variation.key for variation in found.variations), "seed", "plan_id", *keys, *_COLUMNS])
     for cell in found.cells:
-        values = (_plain(getattr(cell, column)) for column in _COLUMNS)
+        values = [*(cell.metrics.get(key) for key in keys), *(_plain(getattr(cell, column)) for column in _COLUMNS)]
         settings = (value for _, value in cell.settings)
         table.writerow([*settings, cell.seed, cell.plan_id, *("" if value is None else value for value in values)])
     return stream.getvalue()
@@ -205,6 +203,7 @@ def _as_dict(found: Comparison) -> dict[str, Any]:
         "plan": found.plan,
         "vary": {variation.key: list(variation.values) for variation in found.variations},
         "baseline": found.baseline,
+        "measure": {"key": found.measure.key, "unit": found.measure.apart, "less_is_better": found.measure.less_is_better},
         "seeds": list(found.seeds),
         "epsilon_together": found.epsilon_together,
         "delta_together": found.delta_together,

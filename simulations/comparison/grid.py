@@ -25,12 +25,12 @@ from cotune.client.budget import planned_charges
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.observers import Observer
 from cotune.plan.load import load_plan
-from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation
 from cotune.reporting.documents.summary import OrganizationWorth, read_summary
+from cotune.reporting.measures import measures_of
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.storage.documents import JsonDocument
@@ -213,7 +213,6 @@ def _plan(source: str | Path, settings: Settings, paths: Mapping[str, str], over
 
 def _checked(settings: Settings, plan: Plan, device: str) -> GridPoint:
     try:
-        require_classes(plan, "a comparison or a selection")
         prepared = prepare(plan, device)
     except CotuneError as error:
         raise PlanError(f"{_describe(settings)}, seed={plan.seed}: {error}", code=error.code) from None
@@ -267,14 +266,15 @@ def read_measured(cell: GridPoint, folder: Path, path: Path, reason: str) -> Mea
             f"{path / 'summary.json'} cannot be read: expected the results of a finished run; remove the folder",
             code="run.damaged_file",
         ) from None
-    own = [each.own.accuracy for each in summary.organizations if each.own and each.own.accuracy is not None]
+    measure = measures_of(summary)[0]
+    own = [each.own.federated[measure.key] for each in summary.organizations if each.own and each.own.federated]
     spent = [each.epsilon_spent for each in summary.organizations if each.epsilon_spent is not None]
     return replace(
         common,
-        **dict(summary.test.federated or {}),
+        metrics=dict(summary.test.federated or {}),
         status=summary.status,
         reason=summary.stopped or "",
-        worst=min(own, default=None),
+        worst=min(own, key=measure.rank, default=None),
         spread=statistics.pstdev(own) if own else None,
         **_gain([each.worth for each in summary.organizations if each.worth]),
         bytes_up=summary.bytes.up,
@@ -282,7 +282,7 @@ def read_measured(cell: GridPoint, folder: Path, path: Path, reason: str) -> Mea
         seconds=summary.seconds,
         epsilon=max(spent, default=None),
         deltas=tuple(each.delta for each in summary.organizations if each.delta is not None),
-        curve=tuple((entry.round, entry.metrics.accuracy) for entry in summary.rounds if entry.metrics),
+        curve=tuple((entry.round, entry.metrics[measure.key]) for entry in summary.rounds if entry.metrics),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from cotune.errors import RunError
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
+from cotune.reporting.measures import get_measures
 from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.pages import page_environment
 from cotune.reporting.privacy_statement import selection_statement
@@ -119,4 +120,4 @@ def _copy_durably(source: str, target: str) -> None:
 
 def _page(found: Selected) -> str:
     template = page_environment().get_template("selected.html.j2")
-    return template.render(found=found, statement=build_statement(found))
+    return template.render(found=found, measures=get_measures(found.test), statement=build_statement(found))

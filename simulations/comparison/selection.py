@@ -7,13 +7,14 @@ arithmetic is in `cotune.privacy.accounting.selection`. Its premises, and how th
 kills
   the process cannot draw again, and it is shown to nobody.
 - Runs are independent and alike: each draws its plan uniformly, and its noise from the operating system.
-- The score is computed from what the run releases and from public records: the test accuracy of its model, on records that test
+- The score is computed from what the run releases and from public records: the test figure of its model, on records that test
   in every run and train in none.
 - Nothing of the others leaves: the runs are in `private/`, for the owner of the folder alone, which is removed at the end.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from cotune.privacy.accounting.selection import draw_repetitions
 from cotune.privacy.mechanisms.random import private_generator
 from cotune.reporting.comparison_statistics import Variation
 from cotune.reporting.documents.summary import RunSummary
+from cotune.reporting.measures import measures_of
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
@@ -118,7 +120,7 @@ class _Selection:
 
     def _release(self, draws: Sequence[int], runs: Sequence[Path]) -> Selected:
         """Release the run with the best score: of equals the first, which is any of them, as they were drawn alike."""
-        scores = {i: _accuracy(read_run_summary(run)) for i, run in enumerate(runs) if _has_model(run)}
+        scores = {i: _score(read_run_summary(run)) for i, run in enumerate(runs) if _has_model(run)}
         if not scores:
             raise RunError(
                 "no run ended with a model, so that nothing is released: expected plans that train; the reasons, which must not"
@@ -211,9 +213,11 @@ def _nobody(event: str, fields: dict[str, Any]) -> None:
     """Hears what runs do: what a terminal shows would leave."""
 
 
-def _accuracy(summary: RunSummary) -> float:
-    """Of the federated model, on the common test set."""
-    return 0.0 if summary.test.federated is None else summary.test.federated.accuracy
+def _score(summary: RunSummary) -> float:
+    """Of the federated model, on the common test set: more is better."""
+    measured = summary.test.federated
+    measure = measures_of(summary)[0]
+    return -math.inf if measured is None else measure.rank(measured[measure.key])
 
 
 def _is_over(run: Path) -> bool:

@@ -177,7 +177,7 @@ def test_a_record_contributes_the_clip_norm_at_most(
 
 
 @pytest.mark.parametrize(("steepness", "mode", "precision"), crossed([1e4, 1e7, 1e12], ["lora", "full"], ["float32", "bfloat16"]))
-def test_a_record_whose_positions_cancel_contributes_the_clip_norm_at_most(
+def test_record_of_canceling_positions_contributes_clip_norm(
     long_model: Callable[[str], Path], mode: str, steepness: float, precision: str, tmp_path: Path
 ) -> None:
     """As many X as O tags, all X first, at a state in which every position has the same features, and p(X) = p(O) = 1/2."""

@@ -77,7 +77,7 @@ def changed_on_its_way(content: RecordDict) -> None:
         (None, PRIVATE[0], {"sha256": 64 * "0"}),
     ],
 )
-def test_an_answer_that_its_organization_has_not_signed_does_not_enter_the_model(
+def test_unsigned_reply_does_not_enter_the_model(
     new_run: NewRun, spoil: Callable[[RecordDict], None] | None, key: ec.EllipticCurvePrivateKey, changes: dict[str, str]
 ) -> None:
     """It is kept aside, and a strike; the others' round goes on."""
@@ -224,7 +224,7 @@ def test_a_server_that_denies_a_request_is_contradicted(played: tuple[RunFolder,
     assert cotune("client", "sent", sites["bank"].folder, "--trail", trail) == 0
 
 
-def test_a_server_that_says_it_got_something_else_is_contradicted(played: tuple[RunFolder, dict[str, Site]]) -> None:
+def test_server_that_misreports_a_reply_is_contradicted(played: tuple[RunFolder, dict[str, Site]]) -> None:
     folder, sites = played
     trail = folder.path / "trail.jsonl"
     found = [json.loads(line) for line in trail.read_text().splitlines()]
@@ -293,7 +293,7 @@ def test_an_organization_that_denies_its_refusal_is_contradicted(declined: tuple
     assert cotune("server", "verify-trail", folder.path, "--site-log", forged) == 1
 
 
-def test_a_server_that_puts_other_words_into_a_refusal_is_contradicted(declined: tuple[RunFolder, dict[str, Site]]) -> None:
+def test_server_that_alters_a_refusal_is_contradicted(declined: tuple[RunFolder, dict[str, Site]]) -> None:
     folder, sites = declined
     trail = folder.path / "trail.jsonl"
     trail.write_text(trail.read_text().replace("training.min_cohort does not allow this plan", "training.min_cohort is fine"))

@@ -150,7 +150,7 @@ def never_approves(seconds: float, first: float | None = None) -> Answer:
     return lambda which: (seconds if first is None or which > 1 else first, NOT_APPROVED)
 
 
-def test_two_that_take_turns_do_not_hold_a_round_whose_quorum_stands() -> None:
+def test_alternating_failures_do_not_delay_a_round_with_quorum() -> None:
     answers = {"north": update(60.0), "south": update(60.0), "east": never_approves(290.0), "west": never_approves(290.0, 140.0)}
     round_result, seconds = played(Scripted(answers, restless=("east", "west")), RoundsConfig(), needed=2)
     assert round_result.participants == ["north", "south"]

@@ -122,7 +122,7 @@ def test_who_approves_a_plan_is_shown_what_moves_the_model(plan_of: Callable[...
         assert value in shown
 
 
-def test_finite_rows_whose_sum_overflows_are_no_answer_about_a_person(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_finite_rows_with_overflowing_sum_reveal_no_person(base_model: Callable[[str], Path], tmp_path: Path) -> None:
     """In a state within all bounds each row's gradient is near 3e38, and that of a person with three rows is infinite.
 
     Clipped, it was not a number, and the round failed: a person was there exactly if the site refused.

@@ -70,7 +70,7 @@ def test_they_do_not_get_them_back() -> None:
 
 
 @pytest.mark.parametrize("members", [3, 8, 20])
-def test_where_all_hold_their_share_one_more_is_refused_and_nobody_cut(members: int) -> None:
+def test_connection_beyond_full_shares_is_refused(members: int) -> None:
     door = Door(Limits(connections=2 * members, connections_per_member=64))
     for name in [f"member-{i}" for i in range(members)] * 2:
         assert door.come(name) is None

@@ -131,9 +131,7 @@ def test_a_forged_statement_teaches_a_site_nothing(site: Site, ask: Callable[...
     assert [entry["what"] for entry in AuditLog(site.folder).entries()] == ["refusal"]
 
 
-def test_a_site_learns_the_new_key_with_a_request_and_names_it_in_its_answer(
-    site: Site, ask: Callable[..., Message], authority: str
-) -> None:
+def test_site_learns_new_key_by_request_and_names_it_in_reply(site: Site, ask: Callable[..., Message], authority: str) -> None:
     """So that the cases above fail for what they change."""
     reply = ask(SECOND, ServerRenewal.make(FEDERATION, SERVER_KEY, SECOND, authority))
     assert not reply.has_error()

@@ -96,7 +96,7 @@ def test_an_honest_message_is_put_together(monkeypatch: pytest.MonkeyPatch) -> N
     assert ChunkedMessage(message.object_id, pieces).message(2**20).content == content
 
 
-def test_words_of_half_a_character_are_entered_and_read_as_they_were_signed(tmp_path: Path) -> None:
+def test_surrogate_characters_are_logged_as_signed(tmp_path: Path) -> None:
     """A refusal is signed over its words, which the trail keeps."""
     events = Events(tmp_path / "trail.jsonl", silent=True)
     events.write(make_event("reply", words=HALF))

@@ -108,7 +108,7 @@ def of_the_grid(found: Tensor) -> Tensor:
     return (grid_steps(found) * grid_step(CLIP, SIGMA) / BATCH).float() == found
 
 
-def test_everything_released_is_a_whole_number_of_grid_steps_in_both_worlds(
+def test_released_values_are_multiples_of_the_grid_step(
     victim: tuple[TrainingSetup, list[nn.Parameter]],
 ) -> None:
     """The values that can be reached are the same ones with and without the record: none of them excludes a world."""
@@ -124,7 +124,7 @@ def test_the_record_moves_what_is_released_by_whole_steps(victim: tuple[Training
     assert 0.9 * CLIP < moved <= CLIP
 
 
-def test_the_question_for_noise_alone_has_the_same_answers_in_both_worlds(
+def test_noise_alone_is_the_same_with_and_without_the_record(
     victim: tuple[TrainingSetup, list[nn.Parameter]],
 ) -> None:
     """The counts of independent runs differ by no more than chance: 4 standard errors of two proportions."""

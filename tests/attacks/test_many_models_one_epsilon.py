@@ -53,7 +53,7 @@ def test_a_comparison_states_the_epsilon_of_all_runs(plan_file: Path, tmp_path: 
     assert written["epsilon_together"] == found.epsilon_together
 
 
-def test_no_epsilon_covers_a_comparison_with_a_run_without_privacy(plan_file: Path, tmp_path: Path) -> None:
+def test_comparison_with_a_nonprivate_run_has_no_epsilon(plan_file: Path, tmp_path: Path) -> None:
     varied = [parse_variation('privacy="none",{epsilon=8}')]
     found = compare(plan_file, varied, seeds=1, out=tmp_path / "out", jobs=1, device="cpu")
     assert found.private
@@ -67,7 +67,7 @@ def test_runs_of_equal_organizations_compose_like_one_list() -> None:
     assert epsilon(steps * 6, delta) <= together <= 1.3 * epsilon(steps * 6, delta)
 
 
-def test_a_record_may_be_with_anyone_who_spends_most_in_every_run() -> None:
+def test_record_may_be_at_the_organization_that_spends_most() -> None:
     little = [Steps(4.0, 0.1, 10)]
     much = [Steps(1.0, 0.1, 50)]
     delta = 1e-5

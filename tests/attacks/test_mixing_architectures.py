@@ -41,7 +41,7 @@ def plan_for(kind: str, mode: str, tmp_path: Path, **tables: Any) -> Plan:
 
 
 @pytest.mark.parametrize(("mode", "kind"), crossed(["head", "full"], REFUSED))
-def test_an_architecture_that_reads_padding_is_refused_before_a_run(kind: str, mode: str, tmp_path: Path) -> None:
+def test_architecture_that_reads_padding_is_refused(kind: str, mode: str, tmp_path: Path) -> None:
     plan = plan_for(kind, mode, tmp_path)
     with pytest.raises(PrivacyError):
         check_stages(plan, get_plan_model(plan, "cpu"))

@@ -60,7 +60,7 @@ def test_flower_believes_what_is_announced() -> None:
         shared.preregister(1, honest)
 
 
-def test_an_attacker_who_knows_everything_but_the_salt_has_no_object_of_an_honest_update() -> None:
+def test_attacker_without_salt_has_no_object_of_an_update() -> None:
     """The same update, encoded by the attacker: none of its objects keeps the honest one out."""
     update = Update("north", 1, ZEROS, 10, 1, 1.0, {"correct": 1.0}, dict.fromkeys(ZEROS, 0.5))
     shared = store()
@@ -75,7 +75,7 @@ def test_nor_of_a_request() -> None:
     assert shared.preregister(1, get_object_tree(honest))
 
 
-def test_objects_of_its_own_request_are_no_use_against_the_others() -> None:
+def test_objects_of_own_request_are_useless_against_others() -> None:
     """All of a round's requests have their arrays in common: the front knows them."""
     mine, theirs = encode_requests("{}", 1, ZEROS, [Recipient("mallory"), Recipient("north")], ZEROS)
     sent = SentObjects(FLEET_FORMAT)

@@ -184,7 +184,7 @@ def test_the_former_default_lets_a_backdoor_in(new_run: NewRun, attack: str) -> 
     assert world.works(attacked) > world.works(honest) + 0.3
 
 
-def test_a_round_that_ruins_the_accuracy_is_not_applied_and_the_suspect_is_shown(new_run: NewRun) -> None:
+def test_ruinous_round_is_not_applied_and_its_suspect_is_shown(new_run: NewRun) -> None:
     """With the mean, and a bound on norms that is far too wide: the guard alone."""
     world = World(2)
     folder = new_run(*NAMES, rounds=4, strategy="fedavg")
@@ -200,7 +200,7 @@ def test_a_round_that_ruins_the_accuracy_is_not_applied_and_the_suspect_is_shown
     assert event["round"] == 3
 
 
-def test_a_simulation_is_not_judged_by_the_records_that_its_figures_are_told_of(new_run: NewRun) -> None:
+def test_accuracy_guard_does_not_use_the_reported_records(new_run: NewRun) -> None:
     """A test set of 36 records refused honest rounds: .472 where every round applied gave more than .511."""
     world = World(2)
     folder = new_run(*NAMES, rounds=2, strategy="fedavg")
@@ -213,7 +213,7 @@ class _Killed(BaseException):
     """As by SIGKILL: nothing of the process goes on."""
 
 
-def test_a_run_that_is_killed_after_such_a_round_goes_on_from_the_state_before_it(new_run: NewRun) -> None:
+def test_run_killed_after_ruinous_round_resumes_before_it(new_run: NewRun) -> None:
     world = World(3)
     folder = new_run(*NAMES, rounds=3, strategy="fedavg")
     asked = list[tuple[int, float, int]]()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import cotune.client.training.round as training
+import cotune.client.training.steps
 from cotune.client.site import Site
 from cotune.models.trainable import get_model
 from cotune.plan.schema import Plan
@@ -70,7 +71,7 @@ def mechanism(monkeypatch: pytest.MonkeyPatch) -> list[DPSGDConfig]:
         seen.append(config)
         return DPSGD(config)
 
-    monkeypatch.setattr(training, "DPSGD", watched)
+    monkeypatch.setattr(cotune.client.training.steps, "DPSGD", watched)
     return seen
 
 

@@ -80,7 +80,7 @@ def delta_after(steps: list[Steps], eps: Array) -> Array:
     return found
 
 
-def test_what_the_choice_would_cost_if_a_round_could_be_had_again() -> None:
+def test_cost_of_choosing_if_rounds_could_be_repeated() -> None:
     """What the attack is worth: each way by itself is within δ, the better of both for every answer is not."""
     assert isinstance(PLAN.privacy, RecordPrivacy)
     first = charged([1], [])

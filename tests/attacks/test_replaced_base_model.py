@@ -76,7 +76,7 @@ def test_so_are_other_shapes_and_tensors_that_no_term_asks_for(
     assert not (site.folder / "models").exists()
 
 
-def test_a_later_stage_may_bring_what_it_trains_and_an_earlier_round_may_not(
+def test_stage_parameters_are_refused_in_earlier_rounds(
     make_plan: Callable[..., Plan], make_site: Callable[..., Site], state_for: Callable[..., State]
 ) -> None:
     plan = make_plan(train=[{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1}])

@@ -20,7 +20,7 @@ from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real, told, wild
 
 
-def test_it_costs_a_few_rounds_some_patience_and_is_then_left_out(new_run: NewRun) -> None:
+def test_slow_organization_costs_few_rounds_and_is_excluded(new_run: NewRun) -> None:
     folder = real(new_run("org-1", "org-2", "org-3", rounds=5, server={"least_seconds": 0.2, "patience": 0.001}))
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0}

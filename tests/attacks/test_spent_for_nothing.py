@@ -56,7 +56,7 @@ def said(reply: Message) -> str:
     "rules",
     [{"tell.example_count": "declared", "tell.declared_examples": 1}, {"tell.example_count": "exact"}],
 )
-def test_a_number_outside_of_the_range_is_declined_before_anything_is_spent(
+def test_record_count_out_of_range_is_declined_before_charging(
     plan: Plan,
     make_site: Callable[..., Site],
     state_for: Callable[..., State],
@@ -85,7 +85,7 @@ def test_a_number_within_the_range_trains(plan: Plan, make_site: Callable[..., S
     assert not ask(plan, state_for(plan), site, least=60, most=60).has_error()
 
 
-def test_refused_updates_and_the_end_are_told_in_the_organizations_own_log(
+def test_audit_log_records_rejected_updates_and_the_end(
     plan: Plan, make_site: Callable[..., Site], state_for: Callable[..., State], caplog: pytest.LogCaptureFixture
 ) -> None:
     site = make_site()

@@ -47,13 +47,13 @@ def test_a_changed_tokenizer_is_another_base_model(base_model: Callable[[str], P
         find_base(ModelConfig(base=str(asking), base_hash=honest.content_hash))
 
 
-def test_a_word_beyond_the_table_is_refused_before_any_record_is_read(asking: Path) -> None:
+def test_token_beyond_the_table_is_refused_before_reading(asking: Path) -> None:
     """No record takes part in this: whether one holds the word cannot show."""
     with pytest.raises(ModelError):
         load_model(ModelConfig(base=str(asking), max_length=16), LABELS, 1)
 
 
-def test_sites_with_and_without_the_word_refuse_alike_before_their_ledger_exists(
+def test_sites_with_and_without_the_token_refuse_alike(
     asking: Path,
     records: Path,
     make_plan: Callable[..., Plan],

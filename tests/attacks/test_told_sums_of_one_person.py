@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.training.round import _correct, _total_loss
+from cotune.client.training.disclosures import count_correct, total_loss
 from cotune.client.training.setup import build_setup
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
@@ -45,7 +45,7 @@ def test_a_person_counts_for_one(base_model: Callable[[str], Path], tmp_path: Pa
         model.load({})
         setting = build_setup(plan, plan.stages[0], model, held, {}, name, expected_batch=4.0)
         with torch.no_grad():
-            sums.append([*_correct(setting), _total_loss(setting, CEILING) / CEILING, *held.label_counts().values()])
+            sums.append([*count_correct(setting), total_loss(setting, CEILING) / CEILING, *held.label_counts().values()])
     changes = np.abs(np.subtract(*sums))
     assert changes[1:] == pytest.approx([1, 1, 0, 1])
     assert changes[0] <= 1 + 1e-9

@@ -108,7 +108,7 @@ def without_its_statement(content: RecordDict) -> None:
         without_its_statement,
     ],
 )
-def test_a_request_that_is_not_the_signed_one_is_refused_before_anything_is_charged(
+def test_altered_request_is_refused_before_charging(
     plan: Plan, site: Site, state_for: Callable[..., State], change: Change
 ) -> None:
     content = request(plan, state_for(plan))

@@ -51,7 +51,7 @@ def test_one_seed_has_no_error_bars(cotune: Cotune, folder: Path) -> None:
     assert (folder / "there" / "compare.html").exists()
 
 
-def test_the_gain_on_own_records_is_shown_and_no_epsilon_covers_it(cotune: Cotune, folder: Path) -> None:
+def test_gain_on_own_records_is_shown_without_epsilon(cotune: Cotune, folder: Path) -> None:
     given = ("--seeds", "1", "--gain", "--set", "privacy={epsilon=8}", *QUICK)
     shown = cotune("compare", "toy.toml", "--vary", "strategy.weighting=examples", *given)
     assert (shown.code, shown.err) == (0, "")
@@ -92,7 +92,7 @@ def test_mistakes_are_one_sentence(cotune: Cotune, folder: Path) -> None:
     assert not (folder / "compare").exists()
 
 
-def test_a_slip_in_any_plan_is_refused_before_data_and_model_are_looked_at(cotune: Cotune, folder: Path) -> None:
+def test_plan_typo_is_refused_before_data_and_model_are_read(cotune: Cotune, folder: Path) -> None:
     (folder / "reviews.csv").unlink()
     (folder / "base").unlink()
     shown = cotune("compare", "toy.toml", "--vary", "strategy.weighting=examples,unifrom", "--data", "toy.toml", *QUICK)

@@ -222,7 +222,7 @@ def test_a_run_that_fails_says_one_line_and_exits_with_1(cotune: Cotune, folder:
 # --- as a process of its own
 
 
-def test_the_script_says_one_line_and_exits_with_2_and_debug_shows_where(started: Started) -> None:
+def test_script_prints_one_line_and_debug_a_traceback(started: Started) -> None:
     command = ("simulate", "toy.toml", "--data", "nowhere.csv")
     with started(*command) as plain, started(*command, "--debug") as debug:
         (out, err), (_, trace) = plain.communicate(timeout=6000), debug.communicate(timeout=120)

@@ -83,7 +83,7 @@ def test_check_says_what_a_plan_will_do_and_does_nothing(cotune: Cotune, folder:
     assert sorted(folder.rglob("*")) == before
 
 
-def test_check_states_the_claim_of_the_organization_that_spends_most(cotune: Cotune) -> None:
+def test_check_states_the_largest_claim(cotune: Cotune) -> None:
     """Without sampling (a batch of all) the steps are one Gaussian mechanism of μ = √steps/σ, whose figures have closed forms."""
     private = ("--set", "privacy={epsilon=3}", "--set", "local.batch_size=100", "--set", "simulation.epsilons=[1.5, 3.0]")
     shown = cotune("plan", "check", "toy.toml", *private)

@@ -266,9 +266,7 @@ def test_a_run_with_a_rule_of_ones_own_goes_on_and_is_repeated(
     assert "my_rules.py is not the file that the plan was made with" in refused.err
 
 
-def test_an_organization_checks_and_trains_a_plan_without_its_files(
-    cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_organization_needs_no_files_of_the_plan(cotune: Cotune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "my_rules.py").write_text(RULE)
     assert cotune("simulate", "toy.toml", *QUICK, "--set", "strategy.fusion=my_rules.py:heavy", "--out", "run").code == 0
     plan = folder / "next.toml"
@@ -287,7 +285,7 @@ def test_an_organization_checks_and_trains_a_plan_without_its_files(
     assert update.delta.keys() == state.keys()
 
 
-def test_rules_of_ones_own_are_compared_in_processes_beside_each_other(cotune: Cotune, folder: Path) -> None:
+def test_own_rules_are_compared_in_parallel_processes(cotune: Cotune, folder: Path) -> None:
     (folder / "my_rules.py").write_text(RULE)
     vary = "strategy=fedavg,my_rules.py:heavy"
     done = cotune("compare", "toy.toml", "--vary", vary, "--set", "rounds=1", "--seeds", "1", "--jobs", "2", "--out", "side")

@@ -9,7 +9,7 @@ import pytest
 
 from cotune.client.policy_check import check_consent
 from cotune.client.site import Site
-from cotune.client.training import round as training
+from cotune.client.training import preparation, steps
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, PrivacyError
 from cotune.models.base_lookup import find_base
@@ -63,8 +63,8 @@ def test_every_rule_declines_and_nothing_is_spent(
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("a declined plan trains nothing")
 
-    monkeypatch.setattr(training, "DPSGD", untouched)
-    monkeypatch.setattr(training, "build_setup", untouched)
+    monkeypatch.setattr(steps, "DPSGD", untouched)
+    monkeypatch.setattr(preparation, "build_setup", untouched)
     with pytest.raises(Declined) as declined:
         train_round(plan, site, 1, state)
     assert declined.value.rule == rule

@@ -124,7 +124,7 @@ def test_csv_labels_stay_words(tmp_path: Path, content: str, labels: tuple[str, 
     assert read(write(tmp_path / "a.csv", content)).labels == labels
 
 
-def test_csv_labels_stay_words_in_a_file_that_is_parsed_in_chunks(tmp_path: Path) -> None:
+def test_csv_labels_stay_text_when_parsed_in_chunks(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label\n" + "a,02\n" * 300_000)
     assert set(read(path).labels) == {"02"}
 
@@ -240,7 +240,7 @@ def test_a_stray_quote_behind_the_label(tmp_path: Path, opening: int, closing: s
     assert read(write(tmp_path / "b.csv", letter)).inputs == ("Dear all\nwell, I know\ngood bye", "b", "c")
 
 
-def test_a_stray_quote_before_a_label_that_another_field_would_close(tmp_path: Path) -> None:
+def test_stray_quote_that_another_field_would_close(tmp_path: Path) -> None:
     rows = ["text,label", "a,good", "b,bad", 'c,"good', "d,bad", 'e,good"', "f,bad", "g,good"]
     records = read(write(tmp_path / "a.csv", "\n".join(rows)))
     assert records.inputs == tuple("abcdefg")
@@ -262,7 +262,7 @@ def test_texts_of_several_lines_are_one_record(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("label_first", [False, True])
-def test_a_quote_that_the_next_one_does_not_close_is_named_by_lines(tmp_path: Path, lines: list[str], label_first: bool) -> None:
+def test_unclosed_quote_is_named_by_lines(tmp_path: Path, lines: list[str], label_first: bool) -> None:
     """A field over several lines that goes on behind its last quote: no record is swallowed without a word."""
     rows = [(line, "odd" if '"' in line else "even") for line in lines]
     written = [f"{label},{text}" if label_first else f"{text},{label}" for text, label in [("text", "label"), *rows]]
@@ -274,7 +274,7 @@ def test_a_quote_that_the_next_one_does_not_close_is_named_by_lines(tmp_path: Pa
     assert read(write(tmp_path / "b.csv", proper)).labels == ("x", "y")
 
 
-def test_a_client_reads_past_a_stray_quote_by_the_classes_of_the_plan(tmp_path: Path) -> None:
+def test_client_reads_past_stray_quote_by_plan_classes(tmp_path: Path) -> None:
     """One line more or less in a file is one record more or less: it takes no other with it."""
     config = DataConfig(source=str(write(tmp_path / "a.tsv", stray("\t", 0, '"'))))
     records = read_records(config, lenient=True, labels=("bad", "good"))
@@ -437,7 +437,7 @@ def test_a_workbook_as_people_fill_it(tmp_path: Path) -> None:
         [["SECRET ward", None], ["text", "label"], ["a", "b"]],
     ],
 )
-def test_a_first_row_of_a_workbook_that_may_be_a_record_is_not_quoted(tmp_path: Path, rows: list[list[Any]]) -> None:
+def test_workbook_row_that_may_be_a_record_is_not_quoted(tmp_path: Path, rows: list[list[Any]]) -> None:
     message = error(workbook(tmp_path / "a.xlsx", rows))
     assert "SECRET" not in message
     assert "bad" not in message
@@ -460,7 +460,7 @@ def test_only_the_columns_that_are_used_stay_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["", "😀"])
-def test_long_fields_of_a_column_that_is_not_used_do_not_stay_in_memory(tmp_path: Path, sign: str) -> None:
+def test_long_fields_of_unused_columns_are_not_kept(tmp_path: Path, sign: str) -> None:
     """At the peak the bytes and the text, of up to four bytes a character (a quarter more while it is decoded), and no third copy of the file."""
     path = tmp_path / "a.csv"
     note = "note " * 2000

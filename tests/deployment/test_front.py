@@ -135,7 +135,7 @@ def supernode(federation: Federation, *arguments: str) -> list[str]:
     return [str(BINARIES / "flower-supernode"), "--superlink", address, "--port", str(free_port()), *arguments]
 
 
-def test_an_organization_whose_key_is_registered_joins_through_the_front(federation: Federation) -> None:
+def test_registered_organization_joins_through_the_proxy(federation: Federation) -> None:
     key = key_pair(federation.folder, "hospital-a")
     federation.members.invite("hospital-a", read_public_key(key.with_suffix(".pub")))
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "hospital-a")
@@ -149,7 +149,7 @@ def test_an_organization_whose_key_is_registered_joins_through_the_front(federat
     assert [node["status"] for node in listed["nodes"]] == ["online"]
 
 
-def test_an_unknown_key_is_turned_away_with_the_words_of_the_superlink(federation: Federation) -> None:
+def test_unknown_key_is_refused_in_the_superlinks_words(federation: Federation) -> None:
     key = key_pair(federation.folder, "stranger")
     log = federation.folder / "stranger.log"
     trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
@@ -185,7 +185,7 @@ def test_the_control_api_is_not_there(federation: Federation) -> None:
     assert "404" in (federation.folder / "front.log").read_text()
 
 
-def test_plain_http_ends_a_supernode_with_a_sentence_in_place_of_retries(federation: Federation) -> None:
+def test_plain_http_ends_a_supernode_without_retries(federation: Federation) -> None:
     log = federation.folder / "plain.log"  # not a pipe: it would stay open as long as any child of the SuperNode lives
     with process(log, federation.environment, *supernode(federation, "--insecure")) as running:
         assert running.wait(PATIENCE) != 0

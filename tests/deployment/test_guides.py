@@ -172,7 +172,7 @@ def allow(office: Office, said: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_coordinator_and_three_organizations_follow_their_pages(coordinator: Office, organizations: dict[str, Office]) -> None:
+def test_coordinator_and_three_organizations_follow_docs(coordinator: Office, organizations: dict[str, Office]) -> None:
     coordinator.follow("cotune plan check")
     coordinator.follow("cotune server init")
     coordinator.leave_running("cotune server start")

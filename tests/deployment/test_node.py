@@ -68,9 +68,7 @@ def told(run: RunFolder, event: str) -> list[dict[str, Any]]:
     return [line for line in read_events(file) if line["event"] == event] if file.exists() else []
 
 
-def test_a_run_through_killed_training_processes_and_killed_nodes(
-    fed: Federation, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_run_survives_killed_training_and_node_processes(fed: Federation, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Round 1: undisturbed. 2: a training process is killed. 3: a node is killed and started again. 4: undisturbed."""
     run = prepare_run(tmp_path_factory.mktemp("run") / "killed", 2, rounds=4, steps=1500)
     nodes = [start(fed, run, number) for number in range(2)]
@@ -96,9 +94,7 @@ def restart_superlink(fed: Federation, *options: str | Path) -> None:
     fed.start_superlink(*options)
 
 
-def test_a_superlink_that_comes_back_with_and_without_its_database(
-    fed: Federation, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_superlink_returns_with_and_without_its_database(fed: Federation, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The nodes of the test before come back by themselves; without the database as soon as their keys are registered again.
 
     Then they refuse a run whose bundle holds code.

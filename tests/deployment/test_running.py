@@ -112,7 +112,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, base_model: Callable[[
                 process.wait(600)
 
 
-def test_a_run_goes_on_anyone_who_is_killed_and_ends_with_a_report(coordinator: Coordinator) -> None:
+def test_run_survives_any_kill_and_ends_with_a_report(coordinator: Coordinator) -> None:
     """Killed in turn: the command, in round 1; the process that plays the run, in round 2."""
     path = coordinator.path
     first = coordinator.start("run.log", "server", "run", path, "--out", "one")

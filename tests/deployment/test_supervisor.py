@@ -40,9 +40,7 @@ def waiting_run(folder: FederationFolder, tmp_path: Path) -> RunFolder:
     return RunFolder.create(path, folder.plan, file)
 
 
-def test_members_come_and_go_killed_processes_come_back_and_a_killed_start_is_cleaned_up(
-    folder: FederationFolder, waiting_run: RunFolder
-) -> None:
+def test_federation_survives_member_changes_and_kills(folder: FederationFolder, waiting_run: RunFolder) -> None:
     with serving(folder) as served:
         for name in ("hospital-a", "hospital-b"):
             folder.members.invite(name, public_key())
@@ -83,9 +81,7 @@ def check_that_logs_hold_no_secrets(folder: FederationFolder, token: str) -> Non
     assert {file.stat().st_mode & 0o077 for file in kept} == {0}
 
 
-def test_a_superlink_that_keeps_all_in_memory_is_told_again_and_a_run_ends_with_its_server(
-    folder: FederationFolder, waiting_run: RunFolder
-) -> None:
+def test_superlink_in_memory_is_resubmitted_and_run_ends(folder: FederationFolder, waiting_run: RunFolder) -> None:
     write_config(folder.path, folder.config.model_copy(update={"database": False}))
     folder.members.invite("hospital-c", public_key())
     with serving(FederationFolder(folder.path)) as served:

@@ -46,7 +46,7 @@ def test_the_images_are_the_digits_and_the_features_their_pixels(plan: Plan) -> 
     assert torch.allclose(pixels.mean(dim=1).flatten(1), torch.tensor(images[:5] / 16).float(), atol=0.5 / 255)
 
 
-def test_training_the_head_trains_the_whole_mlp_and_the_seed_draws_it(plan: Plan) -> None:
+def test_head_training_trains_the_mlp_drawn_by_the_seed(plan: Plan) -> None:
     model = get_plan_model(plan, "cpu")
     assert feature_head(model) is not None
     assert model.names("head") == ["hidden.weight", "hidden.bias", "classifier.weight", "classifier.bias"]
@@ -57,7 +57,7 @@ def test_training_the_head_trains_the_whole_mlp_and_the_seed_draws_it(plan: Plan
     assert torch.equal(first, get_plan_model(plan, "cpu").state(["hidden.weight"])["hidden.weight"])
 
 
-def test_it_learns_in_processes_that_had_to_be_told_the_architecture(plan_file: Path, tmp_path: Path) -> None:
+def test_registered_architecture_learns_in_processes(plan_file: Path, tmp_path: Path) -> None:
     samples = parse_variation("server.sample_size=10,3")
     given = ["rounds=5", "simulation.partition=iid"]
     found = compare(plan_file, [samples], seeds=1, overrides=given, out=tmp_path, device="cpu", imports=[MODULE])

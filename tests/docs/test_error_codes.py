@@ -37,7 +37,7 @@ def test_every_error_has_a_code_of_its_area(script: ModuleType) -> None:
     assert without == []
 
 
-def test_an_error_without_a_code_and_one_of_another_area_are_found(script: ModuleType, tmp_path: Path) -> None:
+def test_errors_without_code_or_of_another_area_are_found(script: ModuleType, tmp_path: Path) -> None:
     for room in ("errors.py", "printable.py"):
         (tmp_path / room).touch()
     (tmp_path / "plan").mkdir()

@@ -28,7 +28,7 @@ def test_every_line_is_one_version_with_hashes() -> None:
         assert hashes >= 1, requirement
 
 
-def test_it_has_what_the_project_needs_at_run_time_in_versions_that_it_allows() -> None:
+def test_lock_file_satisfies_runtime_requirements() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found = locked()
     for text in project["dependencies"]:

@@ -26,7 +26,7 @@ from tests.support.exported_models import export_random
 LABELS = ("bad", "good", "so")
 
 
-def test_the_loss_at_temperature_one_is_cross_entropy_less_the_teachers_entropy() -> None:
+def test_loss_at_temperature_one_is_cross_entropy_less_entropy() -> None:
     scores = torch.randn(5, 3)
     taught = torch.softmax(torch.randn(5, 3), dim=1)
     loss = distillation_loss(scores, taught, None, DistillationConfig(temperature=1.0))
@@ -118,7 +118,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_student(
     assert (work.out / "model.safetensors").read_bytes() == (work.out.with_name("whole") / "model.safetensors").read_bytes()
 
 
-def test_an_unfinished_distillation_with_other_settings_is_not_mixed_in(work: Distillation) -> None:
+def test_unfinished_distillation_of_other_settings_is_ignored(work: Distillation) -> None:
     work.part.mkdir()
     (work.part / "settings.json").write_text("{}")
     with pytest.raises(RunError) as caught:

@@ -136,7 +136,7 @@ def test_a_model_that_cannot_read_a_record_abstains(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_predictions_are_better_than_those_of_the_worst_model(method: Method) -> None:
+def test_fused_predictions_beat_the_worst_model(method: Method) -> None:
     probabilities, truth = predictions(6, records=1000)
     fused = cross_fitted(method, probabilities, truth, assign_folds(truth, 5, seed=0))
     accuracy = [(each.argmax(axis=1) == truth).mean() for each in probabilities]

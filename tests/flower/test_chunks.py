@@ -51,13 +51,13 @@ def late(there: dict[str, bytes], times: int, error: Callable[[str], Exception] 
 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
-def test_a_message_is_as_it_was_sent_however_often_its_pieces_are_asked_for(message: Message, times: int) -> None:
+def test_message_is_whole_however_often_chunks_are_requested(message: Message, times: int) -> None:
     found = download(get_object_tree(message), late(parts(message), times), MOST, SILENCE)
     assert found.content == message.content
     assert found.metadata.message_id == get_object_tree(message).object_id
 
 
-def test_the_rest_of_a_message_that_does_not_come_is_not_waited_for_for_ever(message: Message) -> None:
+def test_missing_rest_of_a_message_times_out(message: Message) -> None:
     there = parts(message)
     lacking = list(there)[-1]
 

@@ -77,7 +77,7 @@ def test_a_reply_says_which_message_it_answers() -> None:
     assert [reply.metadata.src_node_id for reply in replies] == [2, 3]
 
 
-def test_a_failure_of_the_app_is_an_error_reply_and_the_others_are_answered() -> None:
+def test_app_failure_is_an_error_reply_and_others_succeed() -> None:
     def fails_at_1(message: Message, context: Context) -> RecordDict:
         if number(message) == 1:
             raise ZeroDivisionError("by hand")

@@ -138,7 +138,7 @@ def test_an_answer_is_fetched_and_confirmed() -> None:
 
 
 @pytest.mark.parametrize("trouble", [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.Response(500)])
-def test_a_piece_is_asked_for_again_while_the_superlink_is_away_or_busy(trouble: Any) -> None:
+def test_chunk_is_retried_while_the_superlink_is_unavailable(trouble: Any) -> None:
     number, reply = replied()
     made = line(SuperLink(reply, pull_object=[trouble]))
     found = made.fetch(made.list_replies([number])[number], 10_000, lambda: None)
@@ -180,7 +180,7 @@ def test_a_run_that_was_stopped(call: str) -> None:
         calls.get(call, lambda: made.push(message()))()
 
 
-def test_a_superlink_that_has_begun_anew_ends_the_process_as_another_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarted_superlink_ends_the_process_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = list[tuple[int, int]]()
     monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
     made = line(SuperLink(get_nodes=[httpx.Response(401), httpx.Response(401)]))

@@ -278,7 +278,7 @@ def test_the_hash_covers_whatever_decides_what_a_record_becomes(folder: Path, na
     assert len(set(hashes)) == len(hashes)
 
 
-def test_the_hash_covers_every_file_that_a_tokenizer_of_transformers_is_read_from() -> None:
+def test_hash_covers_every_tokenizer_file() -> None:
     """As its sources name them: classes that need a package more cannot be imported."""
     sources = (Path(transformers.__file__).parent / "models").glob("*/tokenization_*.py")
     tables = [re.search(r"VOCAB_FILES_NAMES = \{(.*?)\}", file.read_text(encoding="utf-8"), re.DOTALL) for file in sources]
@@ -551,16 +551,14 @@ class _MaskingToo(_Masking):
 @pytest.mark.parametrize(
     ("kind", "stays"), [(_Own, True), (_Masking, False), (_MaskingToo, False), (nn.MultiheadAttention, False)]
 )
-def test_parameters_beside_layers_get_gradients_of_single_rows_where_nothing_depends_on_the_mode(
-    kind: Callable[..., nn.Module], stays: bool
-) -> None:
+def test_parameters_outside_layers_get_per_row_gradients(kind: Callable[..., nn.Module], stays: bool) -> None:
     module = kind(4, 2) if kind is nn.MultiheadAttention else kind()
     _make_deterministic(module)
     assert module.training == stays
     assert not any(m.training for m in module.modules() if isinstance(m, nn.Dropout))
 
 
-def test_batch_normalization_keeps_the_statistics_of_the_base_model() -> None:
+def test_batch_norm_keeps_statistics_of_the_base_model() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     _make_deterministic(module)
     before = {name: value.clone() for name, value in module.state_dict().items()}

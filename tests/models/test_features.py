@@ -175,7 +175,7 @@ def test_no_texts_no_features(shared: Make) -> None:
     assert len(features(shared("bert"), ())) == 0
 
 
-def test_a_text_that_cannot_be_encoded_has_no_feature_and_disturbs_no_other(shared: Make, texts: tuple[str, ...]) -> None:
+def test_unencodable_text_has_no_feature_and_others_stay(shared: Make, texts: tuple[str, ...]) -> None:
     """Such a tokenizer would otherwise tell that somebody holds the text."""
     model = shared("bert")
     expected = features(model, texts)
@@ -300,7 +300,7 @@ def test_another_encoder_state_gives_other_features(shared: Make, texts: tuple[s
     assert torch.equal(features(model, texts), plain)
 
 
-def test_other_adapters_around_the_same_factors_give_other_features(shared: Make, texts: tuple[str, ...]) -> None:
+def test_other_adapters_of_the_same_factors_change_features(shared: Make, texts: tuple[str, ...]) -> None:
     """The frozen A is drawn from the seed and is in no state: features with another A are others."""
     model = shared("bert", lora=LoraConfig(rank=2), seed=1)
     state = moved(model, model.names("lora"))

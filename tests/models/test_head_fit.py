@@ -80,7 +80,7 @@ def test_no_start_and_no_size_makes_a_fit_fail(model: TrainableModel, head: Stat
     assert loss(twice) <= loss(once) * (1 + 1e-5)
 
 
-def test_a_corrected_head_tells_each_class_as_often_as_it_is_there(model: TrainableModel, head: State) -> None:
+def test_corrected_head_predicts_classes_by_their_frequency(model: TrainableModel, head: State) -> None:
     features, targets = records(300)
     shared = fit_head(model, features, targets, start=head, toward=head, pull=0.001)
     others, skewed = records(200, seed=5, mix=(8, 1, 1))

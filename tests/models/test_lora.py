@@ -64,7 +64,7 @@ def test_embeddings_are_no_targets(shared: Make, kind: str, target: str) -> None
 
 @pytest.mark.parametrize("method", sorted(_WHY_NOT))
 @pytest.mark.parametrize("spelling", [str.lower, str.upper, lambda name: name.replace("_", "-")])
-def test_what_is_known_and_not_supported_is_refused_with_the_reason(method: str, spelling: Callable[[str], str]) -> None:
+def test_known_but_unsupported_model_is_refused_with_reason(method: str, spelling: Callable[[str], str]) -> None:
     with pytest.raises(ValidationError, match="expected lora or rslora: ") as caught:
         LoraConfig.model_validate({"method": spelling(method)})
     assert _WHY_NOT[method] in str(caught.value)

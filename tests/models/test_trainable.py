@@ -238,7 +238,7 @@ def test_an_empty_state_is_the_base_model(shared: Make, texts: tuple[str, ...], 
         assert not changed(base, everything(model))
 
 
-def test_a_state_is_on_top_of_the_base_whatever_was_loaded_before(shared: Make) -> None:
+def test_state_applies_to_the_base_whatever_was_loaded(shared: Make) -> None:
     model = shared("bert", lora=LoraConfig(rank=2))
     base = everything(model)
     full = {n: t + 1 for n, t in model.state(model.names("full")).items()}

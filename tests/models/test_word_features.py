@@ -78,7 +78,7 @@ def test_a_word_that_is_cut_off_has_no_vector_and_no_answer(tagger: Callable[[st
     assert (told == -1).tolist() == unread
 
 
-def test_a_token_beyond_the_models_table_leaves_out_its_record_alone(tagger: Callable[[str], TrainableModel]) -> None:
+def test_token_beyond_the_table_drops_its_record_alone(tagger: Callable[[str], TrainableModel]) -> None:
     model = tagger("bert")
     task = model.loaded.task
     examples = task.examples(model.loaded.reader, LONGEST, WORDS, [(0,) * len(words) for words in WORDS])

@@ -323,7 +323,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("server.quorum=2", "server.quorum = 2", "less than or equal to 1"),
     ],
 )
-def test_a_wrong_value_is_shown_with_its_key_and_what_was_expected(override: str, shown: str, expected: str) -> None:
+def test_wrong_value_is_shown_with_key_and_expectation(override: str, shown: str, expected: str) -> None:
     sentence = refusal(override)
     assert f"the plan has {shown}: " in sentence
     assert expected in sentence

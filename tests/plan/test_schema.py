@@ -91,7 +91,7 @@ def test_the_canonical_form_is_sorted_strict_json() -> None:
     assert "schön" in text
 
 
-def test_the_order_of_keys_and_what_is_said_by_default_do_not_matter() -> None:
+def test_plan_id_ignores_key_order_and_defaults() -> None:
     one = parse_plan({"model": {"base": "m"}, "data": {"source": "d"}, "rounds": 10, "seed": 7})
     other = parse_plan({"data": {"source": "d"}, "model": {"base": "m"}})
     assert one.plan_id == other.plan_id
@@ -212,6 +212,21 @@ def test_batches_are_whole_or_fractions() -> None:
     with pytest.raises(PlanError, match=r"local\.batch_size = 1\.5: expected a whole number of records, or a fraction below 1"):
         plan(local={"batch_size": 1.5})
     assert plan(local={"batch_size": 64}).local.batch_size == 64
+
+
+@given(examples=st.integers(1, 100_000), steps=st.integers(1, 50))
+def test_all_records_in_a_step_need_no_sampling(examples: int, steps: int) -> None:
+    local = LocalTraining(batch_size="all", steps=steps)
+    assert local.sample_rate(examples) == 1.0
+    assert local.steps_per_round(examples) == steps
+    assert LocalTraining(batch_size="all", epochs=3).steps_per_round(examples) == 3
+
+
+@pytest.mark.parametrize("size", ["none", "ALL", True, 0, -1, 1e7, [1]])
+def test_batches_of_another_kind_are_refused(size: object) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(local={"batch_size": size})
+    assert caught.value.code == "plan.invalid"
 
 
 def test_labels_are_distinct() -> None:

@@ -36,7 +36,7 @@ def test_no_bound_follows_without_privacy_or_with_a_client_term() -> None:
     assert bound(plan_of(strategy="fedprox")) is None
 
 
-def test_in_the_tweets_plan_it_is_far_below_the_ten_thousand_that_were_allowed() -> None:
+def test_tweets_plan_is_far_below_the_limit_of_ten_thousand() -> None:
     """Honest norms are 4 to 26 there, and an attacker could send 9,999 in every round."""
     found = bound(plan_of(local=TWEETS))
     assert found is not None

@@ -40,7 +40,7 @@ def test_without_amplification_sampling_takes_nothing_off() -> None:
     assert (full.expected, some.expected) == (100.0, 10.0)
 
 
-def test_amplification_is_poisson_sampling_by_dp_accounting_itself() -> None:
+def test_amplification_is_that_of_dp_accounting() -> None:
     found = noise(rounds=50, sample_rate=0.1, epsilon=2.0, delta=1e-6, amplification=True)
     accountant = PLDAccountant(value_discretization_interval=2e-4)
     z = found.charge.noise_multiplier
@@ -74,7 +74,7 @@ def test_the_papers_example() -> None:
     assert found.bits == 500
 
 
-def test_bits_of_few_organizations_get_no_less_noise_than_the_updates() -> None:
+def test_bits_of_few_organizations_get_the_noise_of_updates() -> None:
     """n/20 would be 0.2 here, which no budget can pay."""
     found = noise(organizations=4, clipping="adaptive")
     assert found.bits == found.charge.noise_multiplier
@@ -101,7 +101,7 @@ def test_a_budget_out_of_reach_is_refused() -> None:
 # --- adaptive clipping
 
 
-def test_the_clip_norm_shrinks_when_more_than_the_quantile_is_within_it() -> None:
+def test_clip_norm_shrinks_above_its_quantile() -> None:
     privacy = ClientPrivacy(clipping="adaptive", target_quantile=0.5, clip_learning_rate=0.2)
     assert next_clip_norm(privacy, 2.0, 1.0) == pytest.approx(2.0 * math.exp(-0.1))
     assert next_clip_norm(privacy, 2.0, 0.0) == pytest.approx(2.0 * math.exp(0.1))
@@ -124,7 +124,7 @@ def test_the_clip_norm_converges_to_the_quantile(quantile: float, start: float) 
     assert math.exp(np.mean(np.log(seen[300:]))) == pytest.approx(math.exp(norm.ppf(quantile)), rel=0.05)
 
 
-def test_with_few_organizations_the_noise_of_the_bits_does_not_carry_the_clip_norm_away() -> None:
+def test_bit_noise_of_few_organizations_keeps_the_clip_norm() -> None:
     """Four organizations, half of their updates always within C: it stays within a few powers of e over 200 rounds."""
     privacy = ClientPrivacy(clipping="adaptive", target_quantile=0.5, clip_learning_rate=0.2)
     rng = np.random.default_rng(0)

@@ -45,7 +45,7 @@ deltas = st.builds(
 
 
 @given(deltas, st.floats(1e-6, 1e6))
-def test_a_clipped_delta_has_a_norm_of_c_at_most_over_all_its_tensors(delta: dict[str, Tensor], clip: float) -> None:
+def test_clipped_delta_has_norm_c_at_most(delta: dict[str, Tensor], clip: float) -> None:
     found, within = clip_update(delta, clip)
     assert norm(found) <= clip
     assert within == (norm(delta) <= clip)

@@ -92,7 +92,7 @@ def test_values_that_are_not_finite_are_not_rounded(codec: Codec, value: float) 
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_the_largest_float_is_rounded_to_a_finite_value_or_refused(codec: Codec) -> None:
+def test_largest_float_is_rounded_to_finite_or_refused(codec: Codec) -> None:
     largest = torch.full((200,), torch.finfo(torch.float32).max)
     with contextlib.suppress(RunError):
         assert round_to(codec, largest, generator()).isfinite().all()
@@ -121,7 +121,7 @@ def test_any_bytes_are_finite_values_or_one_error(codec: Codec, data: bytes, cou
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_random_bytes_of_the_right_length_are_values_or_one_error(codec: Codec) -> None:
+def test_random_bytes_decode_to_values_or_one_error(codec: Codec) -> None:
     seen = set()
     for seed in range(200):
         data = np.random.default_rng(seed).bytes(packed_bytes(codec, 3))
@@ -141,7 +141,7 @@ def test_bytes_beside_float32(codec: Codec, most: float) -> None:
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 @pytest.mark.parametrize("count", [1 << 16, (1 << 16) + 1, (1 << 17) + BLOCK - 1])
-def test_arrays_longer_than_what_is_worked_on_at_once_are_packed_in_one_piece(codec: Codec, count: int) -> None:
+def test_arrays_longer_than_a_block_are_packed_whole(codec: Codec, count: int) -> None:
     """All exponents first, then all integers."""
     rounded = round_to(codec, torch.randn(count), generator())
     packed = pack(codec, rounded)

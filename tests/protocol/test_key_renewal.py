@@ -32,7 +32,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> str:
     return read_authority_pem(folder)
 
 
-def test_a_node_renewal_names_the_new_key_and_comes_back_from_its_text() -> None:
+def test_node_renewal_round_trips_and_names_the_new_key() -> None:
     renewal = NodeRenewal.make(FED, "hospital-a", OLD, NEW)
     again = NodeRenewal.parse(renewal.text())
     again.check(OLD.public_key())
@@ -41,7 +41,7 @@ def test_a_node_renewal_names_the_new_key_and_comes_back_from_its_text() -> None
 
 
 @pytest.mark.parametrize("field", ["statement", "signature", "confirmation"])
-def test_a_node_renewal_of_which_a_part_is_another_ones_is_refused(field: str) -> None:
+def test_node_renewal_with_a_foreign_part_is_refused(field: str) -> None:
     honest = NodeRenewal.make(FED, "hospital-a", OLD, NEW)
     other = NodeRenewal.make(FED, "hospital-a", OTHER, OLD)
     with pytest.raises(RunError):

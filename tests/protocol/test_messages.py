@@ -241,13 +241,13 @@ def ids(content: RecordDict) -> list[str]:
 ZEROS = {"w": torch.zeros(3), "v": torch.zeros(3), "long": torch.zeros(3 * 2**20)}  # more than one chunk of zeros
 
 
-def test_no_object_of_an_update_is_one_of_another_nor_twice_in_it() -> None:
+def test_objects_of_updates_are_distinct() -> None:
     update = Update("north", 3, ZEROS, 1, 1, 1.0, {"correct": 1.0}, dict.fromkeys(ZEROS, 0.5), ZEROS)
     found = [part for _ in range(2) for part in ids(encode_update(update, "plan"))]
     assert len(found) == len(set(found)) > 2 * 16
 
 
-def test_no_object_of_a_request_is_one_of_another_round_and_no_header_one_of_another_recipient() -> None:
+def test_objects_of_requests_differ_by_round_and_recipient() -> None:
     rounds = [encode_requests("{}", 1, ZEROS, [Recipient("a"), Recipient("a")], ZEROS) for _ in range(2)]
     found = [part for one, _ in rounds for part in ids(one)]
     assert len(found) == len(set(found)) > 16
@@ -492,7 +492,7 @@ def test_what_an_update_was_trained_from_comes_through() -> None:
     assert decode_update(traveled(encode_update(UPDATE, "plan")), "plan").received == "5f"
 
 
-def test_what_is_sent_beside_the_state_counts_and_is_told_from_it() -> None:
+def test_tensors_beside_the_state_are_counted_and_distinguished() -> None:
     one = torch.ones(2)
     other = torch.zeros(2)
     digests = [

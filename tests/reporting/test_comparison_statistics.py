@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.reporting.comparison_report import answer
-from cotune.reporting.comparison_statistics import Measured, combine, difference, estimate, holm
+from cotune.reporting.comparison_report import answer, render_comparison
+from cotune.reporting.comparison_statistics import (
+    Comparison,
+    Measured,
+    Variation,
+    combine,
+    deciding_measure,
+    difference,
+    estimate,
+    holm,
+)
+from cotune.reporting.measures import get_measures
 
 # 97.5 % quantiles of Student's t with 4 and 2 degrees of freedom, from a table
+ACCURACY = get_measures(None)[0]
 T4 = 2.776445
 T2 = 4.302653
 
@@ -22,7 +35,9 @@ T2 = 4.302653
 def cell(strategy: str, seed: int, accuracy: float | None, facet: str = "iid", **more: Any) -> Measured:
     settings = (("strategy", strategy), ("partition", facet))
     status = "failed" if accuracy is None else "finished"
-    return Measured(settings, seed, f"{strategy}-{facet}-{seed}", status, accuracy=accuracy, **more)
+    return Measured(
+        settings, seed, f"{strategy}-{facet}-{seed}", status, metrics={} if accuracy is None else {"accuracy": accuracy}, **more
+    )
 
 
 def test_a_mean_and_its_interval_by_hand() -> None:
@@ -106,8 +121,8 @@ def test_rows_by_hand() -> None:
     assert (ties.bytes_up, ties.seconds) == (20.0, None)
     assert prox.difference is not None
     assert (prox.difference.estimate.count, len(prox.failed), prox.failed[0].seed) == (2, 1, 3)
-    assert prox.accuracy is not None
-    assert prox.accuracy.mean == pytest.approx(0.9)  # of the seeds that finished
+    assert prox.score is not None
+    assert prox.score.mean == pytest.approx(0.9)  # of the seeds that finished
     assert prox.difference.p is not None
     smaller = min(ties.difference.p, prox.difference.p)
     assert min(ties.difference.holm or 0, prox.difference.holm or 0) == pytest.approx(2 * smaller)  # two tests in this facet
@@ -142,10 +157,10 @@ def test_the_baseline_is_the_named_one() -> None:
     against = rows["avg", "iid"].difference
     assert against is not None
     assert against.estimate.mean == pytest.approx(-0.02)
-    assert combine([replace(c, accuracy=None, status="failed") for c in CELLS], "avg")[1].difference is None
+    assert combine([replace(c, metrics={}, status="failed") for c in CELLS], "avg")[1].difference is None
 
 
-def test_the_gain_is_a_mean_over_seeds_and_the_answers_are_counted() -> None:
+def test_gain_is_a_mean_over_seeds_and_answers_are_counted() -> None:
     found = combine(
         [
             cell("mean", 1, 0.7, gain=0.02, answers=(1, 0, 2)),
@@ -166,8 +181,53 @@ def test_the_answer_names_what_is_better_worse_and_too_close() -> None:
     shifts = {"up": (0.100, 0.101, 0.099), "down": (-0.100, -0.101, -0.099), "close": (0.1, -0.1, 0.05), "equal": (0.0, 0.0, 0.0)}
     base = [cell("avg", seed, 0.5 + 0.01 * seed) for seed in (1, 2, 3)]
     moved = [cell(name, seed, 0.5 + 0.01 * seed + by) for name, shift in shifts.items() for seed, by in enumerate(shift, start=1)]
-    said = answer(combine([*base, *moved], "avg"), "avg")
+    said = answer(combine([*base, *moved], "avg"), "avg", ACCURACY)
     assert said == "better than avg: up; worse: down; too close to tell: close, equal"
     one = [each for each in (*base, *moved) if each.seed == 1]
-    assert answer(combine(one, "avg"), "avg") == "better than avg: none; worse: none; too close to tell: up, down, close, equal"
-    assert answer(combine(base, "avg"), "avg") is None
+    assert (
+        answer(combine(one, "avg"), "avg", ACCURACY)
+        == "better than avg: none; worse: none; too close to tell: up, down, close, equal"
+    )
+    assert answer(combine(base, "avg"), "avg", ACCURACY) is None
+
+
+def text_cell(strategy: str, seed: int, loss: float, **more: Any) -> Measured:
+    settings = (("strategy", strategy),)
+    metrics = {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.9}
+    return Measured(settings, seed, f"{strategy}-{seed}", "finished", metrics=metrics, **more)
+
+
+def test_of_texts_a_smaller_loss_is_better() -> None:
+    shifts = {"up": (0.100, 0.101, 0.099), "down": (-0.100, -0.101, -0.099), "equal": (0.0, 0.0, 0.0)}
+    cells = [text_cell("avg", seed, 2 + 0.01 * seed) for seed in (1, 2, 3)]
+    cells += [text_cell(name, seed, 2 + 0.01 * seed + by) for name, shift in shifts.items() for seed, by in enumerate(shift, 1)]
+    measure = deciding_measure(cells)
+    rows = combine(cells, "avg")
+    assert measure.key == "loss"
+    assert answer(rows, "avg", measure) == "better than avg: down; worse: up; too close to tell: equal"
+    [avg, up, *_] = rows
+    assert avg.score is not None
+    assert avg.score.mean == pytest.approx(2.02)
+    assert up.difference is not None
+    assert up.difference.estimate.mean == pytest.approx(0.1)
+
+
+def test_the_page_of_texts_shows_losses(tmp_path: Path) -> None:
+    cells = [text_cell(name, 1, loss, worst=loss + 1, curve=((1, loss),)) for name, loss in (("avg", 2.0), ("ties", 2.5))]
+    found = Comparison(
+        folder=tmp_path,
+        plan="texts",
+        variations=(Variation("strategy", ("avg", "ties")),),
+        baseline="avg",
+        seeds=(1,),
+        private=False,
+        cells=tuple(cells),
+        rows=combine(cells, "avg"),
+        measure=deciding_measure(cells),
+    )
+    page = render_comparison(found)
+    assert "Test loss (nats per token)" in page
+    assert "+0.500" in page
+    assert "3.500" in page
+    assert "Perplexity" in page
+    assert "Macro" not in page

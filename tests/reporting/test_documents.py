@@ -16,7 +16,7 @@ from tests.support.summaries import empty_summary
 OLD = {"round": 1, "stage": "head", "metrics": None, "epsilon": {"a": 1.5}, "participants": ["a"], "dropped": []}
 
 
-def test_document_keeps_unknown_keys_and_leaves_absent_ones_absent() -> None:
+def test_document_keeps_unknown_and_absent_keys() -> None:
     entry = RoundEntry.model_validate({**OLD, "of a later version": [1]})
     assert entry.as_json() == {**OLD, "of a later version": [1]}
     assert (entry.applied, entry.weights, entry.absent) == (True, {}, [])

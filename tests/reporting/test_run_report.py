@@ -161,7 +161,7 @@ def test_some_who_lose_are_not_outvoted(summary: Summary, yes: int, no: int, clo
     assert f"for {yes} of 2 organizations, worse for {no} and too close to tell for {close}" in found.sentence
 
 
-def test_a_gain_on_mixed_records_does_not_hide_a_loss_on_own_ones(summary: Summary) -> None:
+def test_gain_on_mixed_records_hides_no_loss_on_own_ones(summary: Summary) -> None:
     """What the report said before: the federated model is far above alone on everybody's records."""
     summary["worth"] = worth(no=2)
     for each in summary["organizations"]:
@@ -241,7 +241,7 @@ def test_a_loss_and_an_overspent_budget_are_not_hidden(summary: Summary) -> None
     assert "from −1.1 to +9.6 points" in page.text
 
 
-def test_an_organization_without_labeled_examples_has_an_empty_bar(summary: Summary) -> None:
+def test_organization_without_labels_has_an_empty_bar(summary: Summary) -> None:
     summary["organizations"][1] |= {"examples": 0, "labels": {}}
     assert ["org-2", "0", ""] in [row[:3] for row in read(summary).rows]
 

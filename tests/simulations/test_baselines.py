@@ -69,7 +69,7 @@ def test_what_a_baseline_tells_is_what_it_is_judged_by(toy_plan: NewPlan, tmp_pa
         assert sum(t == n for t, n in zip(truth, judged.told, strict=True)) / len(truth) == judged.metrics.accuracy
 
 
-def test_where_the_encoder_is_trained_alone_is_also_a_run_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_baseline_of_trained_encoder_runs_without_privacy_too(toy_plan: NewPlan, tmp_path: Path) -> None:
     own = {"learning_rate": 0.1, "batch_size": 0.5, "steps": 1}
     plan = toy_plan(train="lora", rounds=1, privacy={"epsilon": 8.0}, local=own, simulation={"baselines": ["alone"]})
     folder, prepared = made(plan, tmp_path / "run")
@@ -79,7 +79,7 @@ def test_where_the_encoder_is_trained_alone_is_also_a_run_without_privacy(toy_pl
     assert [kinds[name] == "none" for name in names] == [False, False, True, True]
 
 
-def test_pooled_is_one_organization_with_all_training_data_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_pooled_baseline_trains_on_all_data_without_privacy(toy_plan: NewPlan, tmp_path: Path) -> None:
     own = {"optimizer": "adam", "learning_rate": 0.1, "batch_size": 64, "steps": 7, "momentum": 0.0}
     plan = toy_plan(privacy={"epsilon": 1.0}, simulation={"baselines": ["pooled"], "pooled": own})
     folder, prepared = made(plan, tmp_path / "run")

@@ -30,7 +30,7 @@ def test_an_unknown_engine_is_refused_before_anything_is_made(toy_plan: NewPlan,
     assert not (tmp_path / "run").exists()
 
 
-def test_ray_that_is_not_installed_is_refused_before_anything_is_made(
+def test_missing_ray_is_refused_before_anything_is_created(
     toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -93,7 +93,7 @@ def test_a_failure_on_ray_is_a_failure_of_the_command(toy_plan: NewPlan, tmp_pat
 
 
 @ray
-def test_a_failure_within_flowers_runtime_is_told_as_the_servers_own(
+def test_failure_in_flower_runtime_is_reported_as_the_servers(
     toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short form of the test above: Flower's runtime, which wraps a failure in one of its own, without Ray."""

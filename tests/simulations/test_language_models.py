@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotune.client.site import Site
 from cotune.errors import PlanError, PrivacyError
-from cotune.plan.load import parse_plan
+from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.verdict import judge
+from cotune.simulations.comparison.compare import compare
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
 from tests.support.language_models import language_model, write_dialogs
@@ -57,7 +60,8 @@ def new_plan(language_model: Callable[..., Path], records: Path) -> NewPlan:
 
 @pytest.fixture(scope="module")
 def private(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return simulate(new_plan(rounds=3), tmp_path_factory.mktemp("private") / "run", device="cpu")
+    writing = {"generate": {"examples": 12, "max_new_tokens": 4}} if find_spec("sacrebleu") and find_spec("rouge_score") else {}
+    return simulate(new_plan(rounds=3, **writing), tmp_path_factory.mktemp("private") / "run", device="cpu")
 
 
 def test_a_private_run_learns_beyond_the_base_model(private: Run) -> None:
@@ -90,6 +94,35 @@ def test_the_verdict_is_about_the_loss(private: Run) -> None:
         assert low <= organization.own.federated.loss <= high
         other = organization.own[organization.worth.against]
         assert organization.worth.difference == pytest.approx(other.loss - organization.own.federated.loss)
+
+
+def test_the_report_shows_what_the_models_write(private: Run) -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    written = private.summary.test.written
+    assert written
+    assert written.examples == 12
+    assert written.left_out == 0
+    assert set(written.figures) == {"first_sentence", "base", "federated", "alone", "alone_without_privacy", "pooled"}
+    assert all(0 <= value <= 1 for figures in written.figures.values() for value in figures.values())
+    assert len(written.shown) == 10
+    page = (private.folder / "report.html").read_text(encoding="utf-8")
+    assert "What the models write" in page
+    model = AutoModelForCausalLM.from_pretrained(private.folder / "model")
+    reader = AutoTokenizer.from_pretrained(private.folder / "model")
+    for each in written.shown:  # plain transformers writes the same with the model that comes out
+        ids = reader(each["prompt"] + "\n", return_tensors="pt").input_ids
+        told = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert reader.decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip() == each["federated"]
+
+
+@pytest.mark.parametrize("data", [{"text": "prompt"}, {"prompt": "prompt", "target": "target"}])
+def test_writing_without_prompts_is_refused(data: dict[str, str]) -> None:
+    task = "causal-lm" if "text" in data else "sequence-classification"
+    table = {"task": task, "train": "lora", "generate": {}, "model": {"base": "x"}, "data": {"source": "y", **data}}
+    with pytest.raises(PlanError) as raised:
+        parse_plan(table)
+    assert raised.value.code == "plan.invalid"
 
 
 def test_plain_transformers_loads_and_writes_with_what_comes_out(private: Run, new_plan: NewPlan) -> None:
@@ -172,10 +205,9 @@ def test_adapters_alone_travel_of_a_language_model(new_plan: NewPlan) -> None:
         assert all(".lora_" in name for name in names)
 
 
-@pytest.mark.parametrize("what", ["a comparison or a selection", "an audit"])
-def test_what_judges_classes_alone_is_refused(new_plan: NewPlan, what: str) -> None:
+def test_what_judges_classes_alone_is_refused(new_plan: NewPlan) -> None:
     with pytest.raises(PlanError) as raised:
-        require_classes(new_plan(), what)
+        require_classes(new_plan(), "an audit")
     assert raised.value.code == "plan.no_classes"
 
 
@@ -184,3 +216,23 @@ def test_a_summary_of_texts_has_no_figures_of_classes(private: Run) -> None:
     assert (table["task"], table["labels"]) == ("causal-lm", [])
     assert set(table["test"]["federated"]) == {"loss", "perplexity", "accuracy"}
     assert RunSummary.model_validate(table).as_json() == table
+
+
+def test_plans_of_language_models_are_compared_by_their_losses(new_plan: NewPlan, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    fast = {"rounds": 1, "privacy": "none", "local": {"steps": 2, "batch_size": 8}}
+    plan.write_text(dump_plan(new_plan(**fast)))
+    found = compare(plan, ["local.learning_rate=0.0001,0.05"], seeds=1, out=tmp_path / "compared", jobs=1, device="cpu")
+    [timid, bold] = found.rows
+    assert found.measure.key == "loss"
+    assert timid.score
+    assert bold.score
+    assert bold.difference
+    assert bold.score.mean < timid.score.mean
+    assert bold.difference.estimate.mean == pytest.approx(bold.score.mean - timid.score.mean)
+    assert bold.worst
+    assert bold.worst.mean >= bold.score.mean  # the larger loss of two organizations
+    [line, *_] = csv.DictReader((tmp_path / "compared" / "results.csv").read_text(encoding="utf-8").splitlines())
+    summary = json.loads((tmp_path / "compared" / found.cells[0].folder / "summary.json").read_text(encoding="utf-8"))
+    assert {key: float(line[key]) for key in ("loss", "perplexity", "accuracy")} == summary["test"]["federated"]
+    assert json.loads((tmp_path / "compared" / "results.json").read_text())["measure"]["less_is_better"] is True

@@ -43,7 +43,7 @@ def test_each_organization_holds_the_records_of_its_value(toy_plan: NewPlan, fil
     assert sorted(row for _, rows in found.test for row in rows) == sorted(r for s in found.shares for r in s.held_out)
 
 
-def test_records_without_an_organization_are_not_dealt_to_anybody(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_records_without_organization_are_not_assigned(toy_plan: NewPlan, tmp_path: Path) -> None:
     rows = [(f"{text} {i}", label, "" if i < 3 else hospital(i)) for i, (text, label) in enumerate(sentences(60))]
     plan = toy_plan(data={"source": str(write(tmp_path / "all.csv", rows))}, simulation=COLUMN)
     with pytest.raises(DataError, match="3 records"):

@@ -111,7 +111,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(toy_plan: NewPlan, fi
         assert same(again[name], model)
 
 
-def test_under_privacy_with_partial_participation_and_smaller_ranks(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_private_run_with_sampled_clients_and_smaller_ranks(toy_plan: NewPlan, tmp_path: Path) -> None:
     simulation = {"clients": 3, "ranks": [1, 2, 2], "baselines": []}
     server = {"sample_rate": 0.6}
     plan = plan_of(toy_plan, privacy={"epsilon": 8.0}, rounds=4, simulation=simulation, server=server)

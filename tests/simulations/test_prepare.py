@@ -48,7 +48,7 @@ def test_what_does_not_count_is_told_in_one_line(toy_plan: NewPlan, tmp_path: Pa
     assert public.left_out == {**{key: found[key] for key in list(found)[:4]}, "duplicate that is trained on": 4}
 
 
-def test_of_several_files_each_that_loses_records_is_named_with_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_each_file_that_loses_records_is_named_with_its_count(toy_plan: NewPlan, tmp_path: Path) -> None:
     """By hand: a holds 2 blank texts, b a missing label and 3 of 80 texts of more than 8 tokens, c nothing of the kind."""
     (tmp_path / "orgs").mkdir()
     rows = {name: [(f"{number} {name} great", label) for number, (_, label) in enumerate(sentences(80))] for name in "abc"}
@@ -89,7 +89,7 @@ def test_a_column_that_is_none_of_classes_is_pointed_out(toy_plan: NewPlan, tmp_
     assert any("80 classes for 240 records" in note for note in prepared.notes)
 
 
-def test_texts_that_another_file_trains_on_are_counted_and_test_nothing(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_texts_trained_on_elsewhere_are_counted_and_not_tested(toy_plan: NewPlan, tmp_path: Path) -> None:
     """Both files hold the same: what one holds out is nearly always what the other trains on."""
     (tmp_path / "orgs").mkdir()
     rows = [(f"{number} great", label) for number, (_, label) in enumerate(sentences(200))]
@@ -110,7 +110,7 @@ def test_a_small_organization_is_named(toy_plan: NewPlan, tmp_path: Path) -> Non
         prepare(toy_plan(data={"source": str(tmp_path / "orgs")}))
 
 
-def test_the_same_plan_gives_the_same_split_and_another_seed_another(toy_plan: NewPlan) -> None:
+def test_split_follows_from_plan_and_seed(toy_plan: NewPlan) -> None:
     def split(seed: int) -> list[list[int]]:
         prepared = prepare(toy_plan(seed=seed))
         return [rows.tolist() for rows in (prepared.test[0][1], *(share.rows for share in prepared.shares))]
@@ -166,7 +166,7 @@ def test_each_file_of_a_folder_is_an_organization(toy_plan: NewPlan, tmp_path: P
 CLASSES = {"north": ("bad", "good", "so"), "Süd ost": ("bad", "so")}
 
 
-def test_the_noise_of_each_organization_is_the_least_that_keeps_its_budget(toy_plan: NewPlan) -> None:
+def test_noise_is_the_least_that_keeps_each_budget(toy_plan: NewPlan) -> None:
     plan = toy_plan(privacy={"epsilon": 3.0}, local={"batch_size": 30}, simulation={"partition": "quantity:2.0"})
     prepared = prepare(plan)
     assert set(prepared.noise) == {"org-1", "org-2"}

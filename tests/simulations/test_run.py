@@ -400,7 +400,7 @@ def test_full_from_the_start(toy_plan: NewPlan, tmp_path: Path, kind: str, priva
 # --- one file per organization
 
 
-def test_a_folder_with_a_file_of_another_format_for_each_organization(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_folder_of_files_in_different_formats(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder = tmp_path / "organizations"
     folder.mkdir()
     rows = {name: sentences(size, seed=i) for i, (name, size) in enumerate({"a": 60, "b": 80, "c": 100}.items())}
@@ -424,7 +424,7 @@ def test_a_folder_with_a_file_of_another_format_for_each_organization(toy_plan: 
 # --- when something fails
 
 
-def test_an_organization_whose_training_fails_in_one_round_is_shown_as_dropped(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_organization_that_fails_in_a_round_is_shown_as_dropped(toy_plan: NewPlan, tmp_path: Path) -> None:
     site = tmp_path / "run" / "sites" / "org-2"
 
     def breaks_in_round_two(event: str, fields: dict[str, Any]) -> None:

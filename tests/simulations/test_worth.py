@@ -65,7 +65,7 @@ def skewed(toy_plan: NewPlan, tmp_path: Path) -> Prepared:
     return prepare(toy_plan(data={"source": str(tmp_path / "orgs")}), "cpu")
 
 
-def test_classes_that_an_organization_never_sees_do_not_make_it_worth_joining(toy_plan: NewPlan, tmp_path: Path) -> None:
+def test_unseen_classes_do_not_make_joining_worthwhile(toy_plan: NewPlan, tmp_path: Path) -> None:
     """Alone always tells the only class it knows; the federated model is wrong in one of five, whatever the class."""
     prepared = skewed(toy_plan, tmp_path)
     test = TestSet(prepared)

@@ -185,7 +185,7 @@ class Counting:
         self.entries += 1
 
 
-def test_a_kept_log_reads_an_entry_once_and_verifies_anew_after_others(tmp_path: Path) -> None:
+def test_open_log_reads_entries_once_and_verifies_others_writes(tmp_path: Path) -> None:
     made: list[Counting] = []
 
     def fold() -> Counting:
@@ -206,7 +206,7 @@ def test_a_kept_log_reads_an_entry_once_and_verifies_anew_after_others(tmp_path:
 
 
 @pytest.mark.parametrize("use", [Ledger.spent, Ledger.entries, lambda kept: kept.reserve("plan", 4, ROUND)])
-def test_what_is_changed_while_a_ledger_is_open_shows_at_its_next_use(path: Path, use: Callable[[Ledger], object]) -> None:
+def test_change_under_an_open_ledger_shows_at_its_next_use(path: Path, use: Callable[[Ledger], object]) -> None:
     kept = Ledger(path)
     assert len(kept.spent()) == 3
     sql(path, FORCE + "UPDATE entries SET at = '2020-01-01' WHERE id = 2")
@@ -216,7 +216,7 @@ def test_what_is_changed_while_a_ledger_is_open_shows_at_its_next_use(path: Path
         use(kept)
 
 
-def test_an_older_copy_that_is_put_under_an_open_ledger_is_refused(path: Path) -> None:
+def test_older_copy_under_an_open_ledger_is_refused(path: Path) -> None:
     old = path.with_name("backup")
     shutil.copy(path, old)
     kept = Ledger(path)

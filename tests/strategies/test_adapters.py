@@ -103,9 +103,7 @@ def test_the_mean_of_slices_is_over_those_that_hold_them() -> None:
     ],
 )
 @pytest.mark.parametrize("needs", [Needs(client_state=True), Needs(receives=True), Needs()])
-def test_tensors_that_organizations_keep_are_about_whole_adapters_that_stay(
-    facts: dict[str, Any], fusion: str, said: str | None, needs: Needs
-) -> None:
+def test_personal_tensors_are_whole_adapters(facts: dict[str, Any], fusion: str, said: str | None, needs: Needs) -> None:
     term = ComponentInfo("client_term", "term", ClientTerm, "", needs)
     strategy = StrategyConfig.model_validate({"fusion": fusion}).model_copy(
         update={"client_term": Component(name="mine.py:term")}

@@ -159,7 +159,7 @@ def test_every_network_sorts_all_zeros_and_ones() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(sizes=st.lists(st.integers(0, 3 * BLOCK // 2), min_size=1, max_size=3), count=st.integers(1, 4), seed=st.integers(0, 99))
-def test_the_streamed_sum_is_that_of_whole_contributions_to_the_bit(sizes: list[int], count: int, seed: int) -> None:
+def test_streamed_sum_is_bit_equal_to_the_whole_sum(sizes: list[int], count: int, seed: int) -> None:
     sent = updates(count, {str(i): (size,) for i, size in enumerate(sizes)}, seed)
     whole: dict[str, Tensor] = {}
     streamed: dict[str, Tensor] = {}
@@ -189,7 +189,7 @@ def test_one_value_that_is_not_finite_is_found_in_any_block(wrong: float, tmp_pa
             assert error.value.code == "run.update_not_finite"
 
 
-def test_large_float64_values_are_finite_though_their_squares_are_not() -> None:
+def test_float64_norms_are_finite_though_squares_overflow() -> None:
     assert is_finite({"x": torch.full((3,), 1e300, dtype=torch.float64)}, "x")
     assert norm({"x": torch.full((3,), 1e300, dtype=torch.float64)}) == math.inf
 
@@ -218,7 +218,7 @@ def test_small_updates_stay_in_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "inbox").exists()
 
 
-def test_deltas_of_other_types_and_layouts_are_fused_like_plain_ones(tmp_path: Path) -> None:
+def test_deltas_of_any_dtype_and_layout_fuse_alike(tmp_path: Path) -> None:
     plain = updates(5, {"x": (6, 4)})
     shapes = [lambda t: t.double(), lambda t: t.T.contiguous().T, lambda t: t, lambda t: t.bfloat16(), lambda t: t.half()]
     mixed = [

@@ -38,7 +38,7 @@ def test_federated_averaging_goes_with_everything() -> None:
 
 
 @pytest.mark.parametrize("sends", [["fisher"], ["gram"]])
-def test_no_plan_asks_for_statistics_under_record_privacy_by_hand(sends: list[str]) -> None:
+def test_statistics_are_refused_under_record_privacy(sends: list[str]) -> None:
     """Parts in files are never opened by organizations: what the plan says is all that they know of what is sent."""
     for strategy in ({"sends": sends}, {"sends": sends, "fusion": {"name": "mine.py:mine", "sha256": "00" * 32}}):
         found = problem(PlanFacts(record_privacy=True), {}, **strategy)
@@ -75,7 +75,7 @@ def test_what_cannot_be_had_is_refused(facts: PlanFacts, infos: dict[Kind, Compo
     assert problem(PlanFacts(modes=("lora",), factors="b", server_data=True), infos) is None
 
 
-def test_weights_for_every_parameter_need_a_fusion_that_can_use_them() -> None:
+def test_per_parameter_weights_need_a_fusion_that_takes_them() -> None:
     assert problem(NOTHING, part("fusion", by_parameter=True), weighting="noise_aware") is None
     found = problem(NOTHING, part("fusion"), weighting="noise_aware")
     assert found is not None
@@ -105,7 +105,7 @@ def test_a_step_found_from_the_norms_needs_the_mean(fusion: str) -> None:
     assert find_problem(strategy(weighting="examples", server_optimizer="fedexp"), NOTHING) is None
 
 
-def test_a_smoothness_found_from_the_learning_rate_needs_gradient_descent() -> None:
+def test_smoothness_by_learning_rate_needs_gradient_descent() -> None:
     """With Adam at 0.001 and 10^5 parameters L‖Δ‖² is in the thousands, and the model all but stays."""
     found = str(find_problem(strategy(fusion="q_fedavg"), PlanFacts(optimizers=("adam",))))
     assert "assumes local.optimizer = sgd, and the plan has adam" in found

@@ -67,7 +67,7 @@ def test_feddyn_needs_state_but_no_sgd() -> None:
 
 
 @pytest.mark.parametrize("term", ["proximal", "scaffold", "feddyn"])
-def test_noise_that_a_term_feeds_back_is_not_the_one_that_is_stated(term: str) -> None:
+def test_noise_fed_back_by_a_term_is_not_the_stated_noise(term: str) -> None:
     assert "knows the noise of plain training" in str(problem(term, weighting="noise_aware"))
 
 

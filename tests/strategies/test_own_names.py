@@ -7,7 +7,7 @@ import pytest
 from cotune.strategies.own_names import check_own_names, find_own_name
 
 
-def test_a_name_is_found_in_any_file_of_the_folder_and_nothing_is_run(tmp_path: Path) -> None:
+def test_name_is_found_in_a_folder_without_running_code(tmp_path: Path) -> None:
     (tmp_path / "rules.py").write_text("raise SystemExit\n\n\nclass Mine:\n    def inner(self): ...\n", encoding="utf-8")
     (tmp_path / "fedavg.py").write_text("def fedavg(): ...\n", encoding="utf-8")
     (tmp_path / "mean.py").write_text("def mean(): ...\n", encoding="utf-8")
@@ -24,7 +24,7 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path) -> None:
     assert find_own_name("mine", tmp_path) == "mine.py:mine"
 
 
-def test_a_client_term_comes_from_no_file_and_other_names_are_left_to_those_who_know_them(tmp_path: Path) -> None:
+def test_client_term_is_never_loaded_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def mine(): ...\n", encoding="utf-8")
     for strategy in ({"client_term": "mine"}, {"recipe": "fedavgg"}, "fedavg", 3, None, {"fusion": ["mine"]}):
         check_own_names(strategy, tmp_path)

@@ -14,7 +14,7 @@ def test_a_norm_by_hand() -> None:
     assert norm({}) == 0.0
 
 
-def test_a_norm_is_the_same_to_the_bit_whatever_the_order_of_the_parameters() -> None:
+def test_norm_is_bit_equal_for_any_parameter_order() -> None:
     """A file keeps another order than the sender. Added to 2⁵⁴ one by one, forty ones are lost."""
     delta = {"large": torch.tensor(2.0**27), **{str(i): torch.ones(()) for i in range(40)}}
     assert norm(delta) == norm(dict(reversed(delta.items()))) == math.sqrt(2**54 + 40)

@@ -47,9 +47,7 @@ def fused(cotune: Cotune, models: list[Path], folder: Path) -> Callable[[Method]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fused_model_predicts_what_its_rule_says_of_its_members(
-    fused: Callable[[Method], Path], models: list[Path], method: Method
-) -> None:
+def test_fused_model_predicts_by_its_rule(fused: Callable[[Method], Path], models: list[Path], method: Method) -> None:
     texts = ["great happy day", "awful", "the table is here"]
     opened = open_model(str(fused(method)), "cpu")
     assert isinstance(opened, FusedPredictor)

@@ -74,9 +74,7 @@ def test_status_says_how_many_organizations_are_in_the_model(cotune: Cotune, fed
 
 
 @pytest.mark.parametrize(("rounds", "part"), [((2, 2), 2), ((2, 0), 1)])
-def test_the_end_of_a_run_says_how_many_organizations_are_in_the_model(
-    fed: FederationFolder, rounds: tuple[int, int], part: int
-) -> None:
+def test_run_end_counts_organizations_in_the_model(fed: FederationFolder, rounds: tuple[int, int], part: int) -> None:
     run = create_run(fed)
     console = Console(width=200, record=True, force_terminal=True, color_system="standard", highlight=False)
     asked = {"weight": None, "epsilon_spent": None, "bytes_up": 0, "dropped": 0, "quarantined": 0, "delivered": True}
@@ -111,7 +109,7 @@ def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
     assert told.split() in lines
 
 
-def test_the_time_left_is_that_of_the_rounds_even_if_they_are_told_at_once() -> None:
+def test_remaining_time_holds_when_rounds_arrive_at_once() -> None:
     console = Console(width=200, record=True, force_terminal=False, highlight=False)
     whole = {"stage": "head", "participants": ["a"], "metrics": None, "epsilon": {}, "bytes_up": 1, "bytes_down": 1}
     with showing_remote_progress(console) as tell:

@@ -13,9 +13,10 @@ import torch
 from cotune.client.account import Account
 from cotune.client.budget import planned_disclosures
 from cotune.client.site import Site
-from cotune.client.training import round as training
+from cotune.client.training import disclosures
 from cotune.client.training.disclosures import Disclosures
 from cotune.client.training.round import train_round
+from cotune.client.training.setup import build_setup
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.errors import Declined, RunError
@@ -88,7 +89,7 @@ def test_it_is_charged_before_it_is_computed(
         assert [(c.purpose, c.state) for c in site.ledger().charges()] == [("local loss", "reserved")]
         raise RuntimeError("computed")
 
-    monkeypatch.setattr(training, "_total_loss", failing)
+    monkeypatch.setattr(disclosures, "total_loss", failing)
     with pytest.raises(RuntimeError, match="computed"):
         train_round(plan, site, 1, state_for(plan))
 
@@ -116,11 +117,11 @@ def test_clipped_loss_sum_changes_by_the_ceiling_at_most(make_plan: MakePlan, ma
     model = get_plan_model(plan, "cpu")
     state = state_for(plan)
     model.load(state)
-    setting = training.build_setup(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)
+    setting = build_setup(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)
     strange = torch.cat([torch.tensor([math.nan, math.inf, 7.0, 0.5]), torch.zeros(56)])
     object.__setattr__(setting, "batches", lambda rows: [(rows, strange)])
     object.__setattr__(setting, "loss", lambda batch: batch)
-    assert training._total_loss(setting, 2.0) == 6.5
+    assert disclosures.total_loss(setting, 2.0) == 6.5
 
 
 def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:

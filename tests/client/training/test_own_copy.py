@@ -53,7 +53,7 @@ def test_shared_update_is_the_same_with_and_without_a_copy(make_plan: MakePlan, 
     assert all(torch.equal(tensor, deltas[1][name]) for name, tensor in deltas[0].items())
 
 
-def test_copy_is_all_that_is_trained_and_goes_on_from_the_last_admitted(make_plan: MakePlan, make_site: MakeSite) -> None:
+def test_copy_is_all_parameters_from_the_last_admitted_round(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = make_plan(personal="ditto")
     site = make_site()
     state = base_state(plan)
@@ -126,7 +126,7 @@ def test_policy_allows_a_copy_without_noise_or_declines_it(make_plan: MakePlan) 
 
 
 @pytest.mark.parametrize("personal", [{"parts": ["head"], "noise": False}, {"parts": ["norm"], "noise": False}])
-def test_parts_that_the_shared_gradients_read_cannot_go_without_noise(make_plan: MakePlan, personal: dict[str, Any]) -> None:
+def test_parameters_read_by_shared_gradients_need_noise(make_plan: MakePlan, personal: dict[str, Any]) -> None:
     """See tests/privacy/mechanisms/test_personal_leak.py for what would leak."""
     with pytest.raises(PlanError, match=r"personal\.noise = false") as refused:
         make_plan(train="lora", personal=personal, privacy=PRIVATE)

@@ -19,7 +19,7 @@ from cotune.client.account import Account
 from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_steps
 from cotune.client.site import Site
 from cotune.client.training import context
-from cotune.client.training import round as training
+from cotune.client.training import steps as training
 from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
 from cotune.data.tasks import classes

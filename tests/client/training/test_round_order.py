@@ -12,6 +12,7 @@ import torch
 from cotune.client.account import Account
 from cotune.client.site import Site
 from cotune.client.training import context as context_module
+from cotune.client.training import preparation, steps
 from cotune.client.training import round as training
 from cotune.client.training.context import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
 from cotune.client.training.round import train_round
@@ -28,7 +29,12 @@ MakeSite = Callable[..., Site]
 StateFor = Callable[..., State]
 
 PRIVATE = {"epsilon": 2.0, "delta": 1e-3, "clip_norm": 1.0}
-GROUPS = ("BEFORE_RECORDS", "BY_PUBLIC_NUMBER", "BEFORE_TRAINING", "BEFORE_CHARGE")
+GROUPS = {
+    "BEFORE_RECORDS": training,
+    "BY_PUBLIC_NUMBER": training,
+    "BEFORE_TRAINING": training,
+    "BEFORE_CHARGE": steps,
+}  # and where they run
 CHECKS = {check.__name__: check for check in (*BEFORE_RECORDS, *BY_PUBLIC_NUMBER, *BEFORE_TRAINING, *BEFORE_CHARGE)}
 
 
@@ -57,15 +63,15 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return noted
 
-    for group in GROUPS:
-        monkeypatch.setattr(training, group, tuple(map(noted_check, getattr(context_module, group))))
+    for group, module in GROUPS.items():
+        monkeypatch.setattr(module, group, tuple(map(noted_check, getattr(context_module, group))))
     noting(Site, "counted", lambda *_: "records are counted")
     noting(Site, "finished_update", lambda *_: "the outbox is read")
     noting(context_module, "load_site_model", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
     noting(Ledger, "record_unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
     noting(Dataset, "label_counts", lambda *_: "labels take part")
-    build = training.build_setup
+    build = preparation.build_setup
 
     def watched(*arguments: Any, **settings: Any) -> TrainingSetup:
         seen.append("records are encoded")
@@ -81,7 +87,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return replace(setting, batches=batches, alone=alone)
 
-    monkeypatch.setattr(training, "build_setup", watched)
+    monkeypatch.setattr(preparation, "build_setup", watched)
     return seen
 
 
@@ -245,8 +251,8 @@ def test_check_refuses_in_its_place(name: str, refuse: Refuse) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_missing_check_would_show(name: str, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    for group in GROUPS:
+    for group, module in GROUPS.items():
         kept = tuple(check for check in getattr(context_module, group) if check.__name__ != name)
-        monkeypatch.setattr(training, group, kept)
+        monkeypatch.setattr(module, group, kept)
     records_are_read = CHECKS[name] not in BEFORE_RECORDS
     assert refuse(CASES[name]) != (CASES[name].code, records_are_read, 0)

@@ -45,7 +45,7 @@ def test_an_update_is_the_exact_one_rounded(make_plan: MakePlan, make_site: Make
 
 
 @pytest.mark.parametrize("codec", LOSSY)
-def test_a_private_update_can_be_written_and_states_the_same_epsilon(
+def test_private_update_is_encodable_with_the_same_epsilon(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, codec: Codec
 ) -> None:
     """Rounding comes after the noise: it is post-processing, and is charged nothing."""
@@ -62,9 +62,7 @@ def test_a_private_update_can_be_written_and_states_the_same_epsilon(
     assert same(kept.delta, update.delta)
 
 
-def test_a_site_that_was_killed_before_it_kept_its_update_makes_the_same(
-    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
-) -> None:
+def test_site_killed_before_storing_repeats_its_update(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(wire="int4")
     state = state_for(plan)
     site = make_site()
@@ -73,7 +71,7 @@ def test_a_site_that_was_killed_before_it_kept_its_update_makes_the_same(
     assert same(train_round(plan, site, 1, state).delta, first.delta)
 
 
-def test_rounds_and_organizations_are_rounded_by_numbers_of_their_own(make_plan: MakePlan) -> None:
+def test_rounding_differs_by_round_and_organization(make_plan: MakePlan) -> None:
     plan = make_plan(wire="int4")
     drawn = [
         rounding_generator(plan.seed, organization, round, name).random(4).tolist()

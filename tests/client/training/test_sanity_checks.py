@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cotune.client.training import setup
-from cotune.client.training.setup import SanityChecks
+from cotune.client.training.sanity_checks import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
@@ -22,8 +21,8 @@ def model(make_plan: Callable[..., Plan]) -> TrainableModel:
     return get_plan_model(make_plan(train="lora"), "cpu")
 
 
-def guard(model: TrainableModel, *, noise: bool = True) -> SanityChecks:
-    return SanityChecks(model, model.state(model.names("lora")), noise=noise)
+def guard(model: TrainableModel, *, noise: bool = True, at_once: int = 7) -> SanityChecks:
+    return SanityChecks(model, model.state(model.names("lora")), noise=noise, summed_at_once=at_once)
 
 
 @torch.no_grad()
@@ -49,11 +48,8 @@ def test_a_frozen_parameter_must_not_move(model: TrainableModel) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 2**22])
-def test_the_least_change_of_a_frozen_parameter_shows(
-    model: TrainableModel, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(setup, "_SUMMED_AT_ONCE", at_once)
-    watching = guard(model)
+def test_the_least_change_of_a_frozen_parameter_shows(model: TrainableModel, at_once: int) -> None:
+    watching = guard(model, at_once=at_once)
     move(model, *model.names("lora"))
     name, parameter = next((n, p) for n, p in model.parameters() if n.startswith(model.prefix) and ".lora_" not in n)
     with torch.no_grad():

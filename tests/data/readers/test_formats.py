@@ -20,7 +20,7 @@ def test_a_list_is_read_as_json_reads_it(found: list[object], indent: int | None
 
 
 @given(st.lists(values, max_size=3), st.integers(0, 3), st.text(max_size=5))
-def test_what_is_nested_too_deep_is_none_and_the_others_are_as_they_were(found: list[object], place: int, word: str) -> None:
+def test_value_nested_too_deep_is_none_and_others_stay(found: list[object], place: int, word: str) -> None:
     deep = f'{{"a": [{json.dumps(word)}, ' + "[" * 20_000 + "]" * 20_000 + "]}"
     texts = [json.dumps(value) for value in found]
     texts.insert(place, deep)

@@ -21,7 +21,7 @@ Make = Callable[..., TrainableModel]
 
 
 @given(st.integers(1, 40_000), st.integers(2, 32_768))
-def test_a_bucket_is_the_next_length_and_no_longer_than_the_model(tokens: int, longest: int) -> None:
+def test_bucket_is_the_next_length_up_to_the_model_limit(tokens: int, longest: int) -> None:
     tokens = min(tokens, longest)
     bucket = bucket_of_length(tokens, longest)
     assert tokens <= bucket <= longest
@@ -34,7 +34,7 @@ def test_a_batch_is_never_too_short_for_a_hidden_position() -> None:
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(2, 9))
-def test_every_row_is_in_one_batch_of_its_bucket_beside_a_blank_one(sizes: list[int], slots: int) -> None:
+def test_each_row_is_in_one_batch_beside_a_blank_row(sizes: list[int], slots: int) -> None:
     batches = list(fixed_batches(range(len(sizes)), lambda row: bucket_of_length(sizes[row], 256), slots))
     assert sorted(row for rows, _ in batches for row in rows) == list(range(len(sizes)))
     for rows, bucket in batches:
@@ -112,7 +112,7 @@ class Moody:
         return self.reader(texts, **options)
 
 
-def test_a_text_that_cannot_be_encoded_is_a_blank_row_and_the_others_are_as_ever(shared: Make, texts: tuple[str, ...]) -> None:
+def test_unencodable_text_is_a_blank_row_and_others_stay(shared: Make, texts: tuple[str, ...]) -> None:
     model = shared("bert")
     task = model.loaded.task
     reader = model.loaded.reader
@@ -123,9 +123,7 @@ def test_a_text_that_cannot_be_encoded_is_a_blank_row_and_the_others_are_as_ever
     assert [*got[:2], *got[3:]] == [*expected[:2], *expected[3:]]
 
 
-def test_words_that_cannot_be_encoded_or_that_lack_a_tag_are_a_blank_row(
-    base_model: Callable[[str], Path], texts: tuple[str, ...]
-) -> None:
+def test_unencodable_or_untagged_words_are_a_blank_row(base_model: Callable[[str], Path], texts: tuple[str, ...]) -> None:
     model = tagger(base_model)
     task = model.loaded.task
     reader = model.loaded.reader

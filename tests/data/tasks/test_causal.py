@@ -103,7 +103,7 @@ def test_all_of_a_text_but_its_first_token_is_a_target() -> None:
     assert (example["input_ids"], example["labels"]) == (ids[:-1], ids[1:])
 
 
-def test_a_target_that_is_cut_off_contributes_nothing_and_is_counted(loaded: Loaded) -> None:
+def test_truncated_target_contributes_nothing_and_is_counted(loaded: Loaded) -> None:
     model = loaded()
     records = [Passage("the " * 20, "day"), Passage("the " * 10, "day " * 10), Passage("the", "day"), Passage("the " * 16, "day")]
     examples = TASK.examples(model.reader, 16, records, [0] * 4)

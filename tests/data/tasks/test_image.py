@@ -213,7 +213,7 @@ def two_halves(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def test_the_encoder_of_a_model_of_images_and_texts_is_kept_and_its_head_alone_is_trained(two_halves: Path) -> None:
+def test_head_of_an_image_text_model_is_trained_alone(two_halves: Path) -> None:
     """It was taken for the head: drawn anew, and trained as a whole by train = head."""
     config = ModelConfig(base=str(two_halves), precision="float32")
     model = TrainableModel(load_model(config, LABELS, 3, "image-classification"), None, 3, torch.device("cpu"))
@@ -225,7 +225,7 @@ def test_the_encoder_of_a_model_of_images_and_texts_is_kept_and_its_head_alone_i
         torch.testing.assert_close(tensor, base[name], rtol=0, atol=0)
 
 
-def test_a_model_of_images_and_texts_is_trained_with_privacy_or_its_reason_is_told(two_halves: Path) -> None:
+def test_image_text_model_trains_privately_or_names_a_reason(two_halves: Path) -> None:
     """Of the whole encoder some parameters have no part in an answer, and so no gradient of a record."""
     table = {"task": "image-classification", "labels": LABELS, "data": {"source": "x"}, "model": {"base": str(two_halves)}}
     plan = parse_plan({**table, "train": "head"})

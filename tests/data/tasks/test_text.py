@@ -43,7 +43,7 @@ def test_a_class_that_never_occurs_counts_as_zero() -> None:
     assert astuple(compute_metrics([0, 0], [0, 0], 2)) == pytest.approx((1.0, 0.5, 0.5, 0.5))
 
 
-def test_majority_answers_the_most_frequent_class_of_the_training_data() -> None:
+def test_majority_predicts_the_most_frequent_training_class() -> None:
     assert majority_metrics([2, 2, 1], [1, 1, 2, 0], 3) == compute_metrics([1, 1, 2, 0], [2, 2, 2, 2], 3)
     assert majority_metrics([2, 2, 1], [1, 1, 2, 0], 3).accuracy == 0.25
     assert majority_metrics([1, 0, 1, 0], [0, 0, 1], 2).accuracy == pytest.approx(2 / 3)  # a tie: the first class
@@ -94,7 +94,7 @@ def test_a_batch_is_padded_and_masked(shared: Make, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_explicit_numbers_are_those_that_the_model_would_take(shared: Make, kind: str) -> None:
+def test_explicit_numbers_equal_the_model_defaults(shared: Make, kind: str) -> None:
     model = shared(kind)
     batch = collator(model.module, model.loaded.reader, model.device)(ROWS)
     with torch.no_grad():

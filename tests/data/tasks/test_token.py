@@ -78,7 +78,7 @@ def test_a_word_may_hold_a_space_or_punctuation() -> None:
     assert got["starts"] == [1, 3, 6]
 
 
-def test_a_word_that_the_tokenizer_drops_has_no_place_and_shifts_nobody() -> None:
+def test_word_dropped_by_the_tokenizer_shifts_no_other() -> None:
     (got,) = examples([["a", "\x0b", "day"]], [[0, 1, 2]])
     assert got["starts"][0] == 1
     assert got["labels"][got["starts"][2]] == 2

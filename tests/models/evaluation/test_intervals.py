@@ -90,7 +90,7 @@ def test_the_paired_bootstrap_against_every_resample(ours: list[int], theirs: li
         assert up_to > 0.025 - 0.01
 
 
-def test_the_interval_of_f1_holds_f1_and_shrinks_as_one_over_the_root() -> None:
+def test_f1_interval_contains_f1_and_shrinks_with_root_n() -> None:
     rng = np.random.default_rng(1)
 
     def drawn(count: int) -> Answers:
@@ -108,7 +108,7 @@ def test_the_interval_of_f1_holds_f1_and_shrinks_as_one_over_the_root() -> None:
     assert f1_interval(few) == f1_interval(few)  # nothing is left to chance
 
 
-def test_an_accuracy_of_units_with_one_answer_has_wilsons_interval() -> None:
+def test_accuracy_of_single_record_units_has_wilson_interval() -> None:
     assert accuracy_interval(of([1, 1, 0, 1])) == wilson_interval(3, 4)
     low, high = accuracy_interval(of([1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 2, 2]))
     assert 0 <= low < 0.5 < high <= 1

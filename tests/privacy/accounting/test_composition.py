@@ -164,9 +164,7 @@ def test_renyi_accounting_is_never_below(sigma: float, q: float, count: int) -> 
 
 @few
 @given(sigma=sigmas, q=rates, count=counts, factor=st.floats(1.05, 2.0))
-def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise_and_delta(
-    sigma: float, q: float, count: int, factor: float
-) -> None:
+def test_epsilon_is_monotone_in_steps_rate_noise_and_delta(sigma: float, q: float, count: int, factor: float) -> None:
     base = epsilon([Steps(sigma, q, count)], DELTA)
     assert epsilon([Steps(sigma, q, math.ceil(count * factor))], DELTA) > base
     assert epsilon([Steps(sigma, q * factor, count)], DELTA) > base
@@ -198,7 +196,7 @@ def test_the_mu_of_the_gaussian_mechanism_is_its_own(sigma: float, count: int) -
 
 @few
 @given(sigma=sigmas, q=rates, count=counts)
-def test_the_gaussian_curve_of_mu_lies_above_that_of_the_accountant(sigma: float, q: float, count: int) -> None:
+def test_gaussian_curve_lies_above_the_accountants(sigma: float, q: float, count: int) -> None:
     """Oracle: ε at several δ by the accountant is at most that of a Gaussian mechanism with σ = 1/μ."""
     steps = [Steps(sigma, q, count)]
     mu = gaussian_mu(steps)
@@ -208,7 +206,7 @@ def test_the_gaussian_curve_of_mu_lies_above_that_of_the_accountant(sigma: float
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.2])
-def test_the_true_positive_rate_of_the_gaussian_mechanism_is_that_of_the_best_test(sigma: float, rate: float) -> None:
+def test_gaussian_true_positive_rate_is_that_of_the_best_test(sigma: float, rate: float) -> None:
     """Neyman and Pearson: Φ(Φ⁻¹(rate) + 1/σ)."""
     exact = float(norm.cdf(norm.ppf(rate) + 1 / sigma))
     assert exact - 1e-6 <= true_positive_rate([Steps(sigma, 1.0, 1)], rate) <= exact * 1.05
@@ -216,7 +214,7 @@ def test_the_true_positive_rate_of_the_gaussian_mechanism_is_that_of_the_best_te
 
 @few
 @given(sigma=sigmas, q=rates, count=counts, rate=st.floats(0.0, 1.0))
-def test_no_attack_guesses_worse_than_by_chance_or_better_than_always(sigma: float, q: float, count: int, rate: float) -> None:
+def test_attack_success_lies_between_chance_and_certainty(sigma: float, q: float, count: int, rate: float) -> None:
     steps = [Steps(sigma, q, count)]
     found = true_positive_rate(steps, rate)
     assert rate - 1e-9 <= found <= 1

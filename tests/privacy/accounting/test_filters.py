@@ -84,7 +84,7 @@ def test_one_run_is_composed_by_pld_and_several_by_the_filter() -> None:
 
 @few
 @given(steps=charges, more=charges)
-def test_the_filter_never_falls_and_is_never_below_the_accountant(steps: list[Steps], more: list[Steps]) -> None:
+def test_filter_is_monotone_and_never_below_the_accountant(steps: list[Steps], more: list[Steps]) -> None:
     before = epsilon_over_runs({"a": steps, "b": steps}, 8.0, 1e-5)
     after = epsilon_over_runs({"a": steps, "b": steps, "c": more}, 8.0, 1e-5)
     assert after >= before >= epsilon([*steps, *steps], 5e-6) - 1e-6

@@ -60,14 +60,14 @@ def exact_delta(sigma: float, mean: float, eps: float) -> float:
 
 @pytest.mark.parametrize("mean", [2.0, 10.0, 50.0])
 @pytest.mark.parametrize("sigma", [1.0, 3.0])
-def test_choosing_the_best_gaussian_output_costs_at_most_what_is_stated(sigma: float, mean: float) -> None:
+def test_best_gaussian_selection_costs_at_most_its_bound(sigma: float, mean: float) -> None:
     delta = 1e-5
     stated = selection_epsilon({order: renyi([Steps(sigma, 1.0, 1)], order) for order in range(2, 128)}, mean, delta)
     assert exact_delta(sigma, mean, stated) <= delta
     assert exact_delta(sigma, mean, epsilon([Steps(sigma, 1.0, 1)], delta)) > delta, "a choice costs more than one run"
 
 
-def test_a_larger_mean_a_smaller_delta_and_a_larger_divergence_cost_more() -> None:
+def test_selection_cost_is_monotone() -> None:
     curve = {order: renyi([Steps(1.5, 0.2, 40)], order) for order in range(2, 64)}
     larger = {order: 1.1 * value for order, value in curve.items()}
     by_mean = [selection_epsilon(curve, mean, 1e-5) for mean in (1, 2, 5, 10, 100)]

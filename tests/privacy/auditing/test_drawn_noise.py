@@ -45,7 +45,7 @@ def test_one_percent_too_little_noise_is_seen() -> None:
     assert "too little noise: 0.99" in accusations([[d * np.float32(0.99) for d in draws(0, wide)]])
 
 
-def test_more_noise_is_a_waste_and_no_broken_claim_unless_another_shape() -> None:
+def test_more_noise_breaks_no_claim_unless_of_another_shape() -> None:
     assert examine([[d * 1.001 for d in draws(0)]], 0.01).faults == ()
 
 

@@ -121,7 +121,7 @@ def test_randomized_response_stays_under_its_epsilon() -> None:
 # --- these steps
 
 
-def test_the_curve_of_one_gaussian_step_is_that_of_gaussian_differential_privacy() -> None:
+def test_one_gaussian_step_has_the_gdp_curve() -> None:
     curve = trade_off([Steps(0.8, 1.0, 1)])
     for alpha in (1e-6, 1e-3, 0.1, 0.5, 0.9, 1.0):
         exact = stats.norm.cdf(stats.norm.ppf(1 - alpha) - 1 / 0.8)
@@ -140,7 +140,7 @@ def test_for_one_gaussian_step_the_bound_is_that_of_jax_privacy(targets: int, mu
 
 
 @pytest.mark.parametrize("steps", [Steps(1.0, 1.0, 1), Steps(2.0, 0.05, 100), Steps(4.0, 0.3, 60)])
-def test_a_mechanism_that_is_what_it_claims_stays_under_the_claim(steps: Steps) -> None:
+def test_honest_mechanism_stays_under_its_claim(steps: Steps) -> None:
     """Sampled Gaussian sums as a canary sees them, honestly and with an eighth of the noise."""
     rng = np.random.default_rng(1)
     present, sums = sums_of_steps(steps, 20_000, rng)
@@ -154,7 +154,7 @@ def test_a_mechanism_that_is_what_it_claims_stays_under_the_claim(steps: Steps) 
     assert lower_bound_steps(with_less, [steps], DELTA, CERTAIN) > claim
 
 
-def test_without_noise_the_answer_is_the_least_noise_that_is_accounted() -> None:
+def test_zero_noise_gives_the_least_accounted_noise() -> None:
     scores = np.arange(2000.0)
     found = evidence(scores, scores >= 1000, np.random.default_rng(0))
     assert lower_bound_steps(found, [Steps(2.0, 0.001, 1)], DELTA, 0.05) == pytest.approx(

@@ -69,7 +69,7 @@ def test_error_rates_are_those_of_clopper_and_pearson() -> None:
     assert stats.binom.cdf(5, 50, few) == pytest.approx(each)
 
 
-def test_a_bound_for_any_mechanism_is_the_ratio_of_the_error_rates() -> None:
+def test_general_bound_is_the_ratio_of_error_rates() -> None:
     found = Separation(10_000, 10_000, (Errors(10, 5000),), 0.9)
     ((alpha, missed),) = _error_rates(found, 0.05)
     assert lower_bound_any(found, DELTA, 0.1) == pytest.approx(math.log((1 - DELTA - missed) / alpha))

@@ -228,7 +228,7 @@ def test_a_charge_in_no_collection_is_held_against_every_one(ledger: Ledger) -> 
     ledger.reserve("plan", 3, ROUND, data=ledger.register_data_set(records(7)), collection="images", limits=[limit])
 
 
-def test_what_was_charged_in_another_collection_is_named_and_refused(ledger: Ledger) -> None:
+def test_charge_in_another_collection_is_named_and_refused(ledger: Ledger) -> None:
     zeros = bytes(16)  # a trailing zero byte is a byte
     held = [*records(1, 2), zeros]
     wards = ledger.register_data_set(held)
@@ -370,7 +370,7 @@ def test_accountants_that_disagree_charge_nothing(ledger: Ledger, monkeypatch: p
 # --- the schemas before this one
 
 
-def test_a_charge_from_before_there_were_collections_counts_in_all(ledger: Ledger) -> None:
+def test_charge_before_collections_counts_in_all(ledger: Ledger) -> None:
     body = {"plan_id": "old", "plan": "", "round": 1, "data": "", "purpose": "training", **asdict(ROUND)}
     with ledger._chain.transaction() as log:
         log.append("reserve", body)
@@ -432,7 +432,7 @@ def second_schema(path: Path) -> str:
     return head
 
 
-def test_a_ledger_of_the_second_schema_counts_against_every_data_set(tmp_path: Path) -> None:
+def test_second_schema_ledger_counts_against_every_data_set(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     head = second_schema(path)
     ledger = Ledger(path)

@@ -52,9 +52,7 @@ def test_a_contribution_is_at_most_the_clip_norm(
 @both
 @settings(max_examples=50, deadline=None)
 @given(sizes=st.lists(st.floats(-6, 6), min_size=2, max_size=8), seed=st.integers(0, 99))
-def test_a_unit_more_changes_the_sum_by_its_own_contribution_exactly(
-    clipping: ClippingMode, sizes: list[float], seed: int
-) -> None:
+def test_added_unit_changes_sum_by_exactly_its_contribution(clipping: ClippingMode, sizes: list[float], seed: int) -> None:
     """To the bit, in any order, in one block or in several."""
     units = [gradients(1, seed + i, size) for i, size in enumerate(sizes)]
     together = summed([torch.cat(parts) for parts in zip(*units, strict=True)], 1.0, 2.0, clipping)

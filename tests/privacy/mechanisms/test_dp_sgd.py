@@ -245,7 +245,7 @@ def test_a_head_on_features_clips_each_record_by_itself(base_model: Callable[[st
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.5, 1e3])
-def test_the_direction_is_the_clipped_sum_over_the_expected_batch(clip: float) -> None:
+def test_gradient_is_clipped_sum_over_expected_batch(clip: float) -> None:
     """The divisor is q·n, a public number, and not the size of the batch that was drawn."""
     module = seeded(Toy)
     records = points(40)
@@ -438,7 +438,7 @@ def test_no_record_moves_the_sum_by_more_than_the_clip_norm(exponent: float, cli
 
 
 @pytest.mark.parametrize("scale", [1e12, 1e20, 1e30])
-def test_gradients_whose_norm_overflows_stay_within_the_clip_norm(scale: float) -> None:
+def test_gradients_of_overflowing_norm_stay_within_clip_norm(scale: float) -> None:
     module = seeded(lambda: nn.Linear(4, 3))
     _, direction = train(module, lambda b: module(b["x"])[:, 0] * scale, points(1))
     assert norm(direction) <= 1 + 1e-4
@@ -637,7 +637,7 @@ def test_the_sum_of_the_gradients_of_a_unit_is_clipped() -> None:
 
 
 @pytest.mark.parametrize("copies", [1, 2, 5, 20])
-def test_a_person_contributes_the_clip_norm_however_many_records_they_have(copies: int) -> None:
+def test_person_of_many_records_contributes_the_clip_norm(copies: int) -> None:
     module, (record,) = seeded(Toy), points(1, scale=20.0)
     _, direction = train(module, cross_entropy(module), [record] * copies, units=[list(range(copies))], clip_norm=0.1)
     assert norm(direction) == pytest.approx(0.1, rel=1e-4)

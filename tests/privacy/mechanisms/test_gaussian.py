@@ -35,7 +35,7 @@ def test_a_clipped_vector_is_within_the_clip_norm_once_quantized(clip: float, no
     assert grid.max_norm > 0.99 * clip or entries * noise > 1e6
 
 
-def test_so_many_parameters_that_rounding_would_take_half_of_the_clip_norm_are_refused() -> None:
+def test_parameters_too_many_for_rounding_are_refused() -> None:
     with pytest.raises(PrivacyError):
         quantized_clip_norm(1.0, 4.0, 10**14)
 

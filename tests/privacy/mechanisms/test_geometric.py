@@ -29,7 +29,7 @@ def distribution(sigma: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("sigma", [1.0, 3.0, 20.0])
-def test_the_noise_has_the_standard_deviation_that_it_is_charged_for(sigma: float) -> None:
+def test_noise_has_the_charged_standard_deviation(sigma: float) -> None:
     numbers, likely = distribution(sigma)
     assert math.sqrt(np.sum(likely * numbers**2)) == pytest.approx(sigma, rel=1e-9)
     losses = np.log(likely[1:] / likely[:-1])
@@ -58,7 +58,7 @@ def test_renyi_divergence_is_that_of_two_neighboring_counts(sigma: float, order:
     assert geometric_renyi(geometric_epsilon(sigma), order) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_its_epsilon_is_added_and_never_hidden_in_the_composition() -> None:
+def test_epsilon_of_the_count_is_added_to_the_composition() -> None:
     pure = geometric_epsilon(20.0)
     assert epsilon([NUMBER], DELTA) == epsilon([NUMBER], 1e-12) == pytest.approx(pure)
     assert epsilon([NUMBER, TRAINING, NUMBER], DELTA) == pytest.approx(2 * pure + epsilon([TRAINING], DELTA))

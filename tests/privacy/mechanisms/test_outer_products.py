@@ -70,9 +70,7 @@ def test_a_row_contributes_at_most_the_clip_norm(
 @both
 @settings(max_examples=50, deadline=None)
 @given(sizes=st.lists(st.floats(-6, 6), min_size=2, max_size=8), seed=st.integers(0, 99))
-def test_a_row_more_changes_the_sum_by_its_own_contribution_exactly(
-    clipping: ClippingMode, sizes: list[float], seed: int
-) -> None:
+def test_added_row_changes_sum_by_exactly_its_contribution(clipping: ClippingMode, sizes: list[float], seed: int) -> None:
     """To the bit, in any order, in one block or in several."""
     found = [rows(1, seed + i, size, -size / 2) for i, size in enumerate(sizes)]
     joined = OuterProducts(torch.cat([r.above for r in found]), torch.cat([r.inputs for r in found]))

@@ -100,7 +100,7 @@ def bound(steps: int) -> float:
 
 
 @pytest.mark.parametrize("personal_has_noise", [False, True], ids=["refused: without noise", "with noise"])
-def test_one_record_shows_in_what_is_shared_unless_the_personal_part_has_noise(personal_has_noise: bool) -> None:
+def test_record_shows_in_shared_part_unless_personal_has_noise(personal_has_noise: bool) -> None:
     high, low = rates(personal_has_noise=personal_has_noise)
     claimed = bound(2 if personal_has_noise else 1)
     leaks = high > claimed * low + 0.1

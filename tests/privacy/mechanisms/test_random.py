@@ -84,7 +84,7 @@ def test_derived_seeds_are_the_same_everywhere() -> None:
     assert derive_seed() == int.from_bytes(hashlib.sha256(b"").digest()[:8], "big") // 2
 
 
-def test_derived_seeds_depend_on_every_part_its_type_and_its_place() -> None:
+def test_derived_seed_depends_on_each_part_type_and_place() -> None:
     parts: list[tuple[int | str, ...]] = [
         (1, 2), (2, 1), (12,), ("1", 2), (1, "2"), ("ab", "c"), ("a", "bc"), ("abc",), (1, 2, ""), (-1, 2), (True, 2),
     ]  # fmt: skip

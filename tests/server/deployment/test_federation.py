@@ -19,7 +19,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert folder.members.all() == ()
 
 
-def test_runs_are_those_with_a_description_and_the_newest_is_last(tmp_path: Path) -> None:
+def test_runs_are_described_folders_and_the_newest_is_last(tmp_path: Path) -> None:
     """Whatever they are called."""
     write_config(tmp_path, CONFIG)
     for age, name in enumerate(("b", "a", "c")):

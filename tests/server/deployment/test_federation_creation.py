@@ -58,9 +58,7 @@ def test_a_federation_is_a_folder_that_only_its_owner_reads(plan: Callable[..., 
         certificates.check_certificate(made.certificates, host)
 
 
-def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organizations_get(
-    plan: Callable[..., Plan], tmp_path: Path
-) -> None:
+def test_plan_is_resolved_and_the_same_in_the_handout(plan: Callable[..., Plan], tmp_path: Path) -> None:
     wanted = plan()
     made = create_federation(tmp_path / "fed", wanted, config())
     assert made.plan.model.base_hash == find_base(wanted.model).content_hash
@@ -72,7 +70,7 @@ def test_the_plan_leaves_nothing_open_and_is_the_same_in_what_organizations_get(
     assert made.invitation.signing_key == public_hex(read_signing_key(made.certificates))
 
 
-def test_members_see_the_name_of_the_base_model_and_its_hash_and_no_folder(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_members_see_base_model_name_and_hash_but_no_folder(plan: Callable[..., Plan], tmp_path: Path) -> None:
     wanted = plan()
     place = Path(wanted.model.base).resolve()
     made = create_federation(tmp_path / "fed", wanted, config())
@@ -94,7 +92,7 @@ def test_wherever_the_folder_is_the_plan_is_the_same(plan: Callable[..., Plan], 
     )
 
 
-def test_class_names_are_those_of_the_test_records_where_the_plan_has_none(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_class_names_default_to_those_of_the_test_records(plan: Callable[..., Plan], tmp_path: Path) -> None:
     test = write_csv(tmp_path / "test.csv", sentences(60))
     assert create_federation(tmp_path / "fed", plan(labels=[]), config(test=test)).plan.labels == tuple(LABELS)
     with pytest.raises(PlanError, match=r"^the plan does not list the class names, .* or --test with records of every class$"):
@@ -188,7 +186,7 @@ def test_the_configuration_is_toml_without_what_is_not_given(plan: Callable[...,
     assert table["database"] is False
 
 
-def test_a_federation_of_before_gets_a_signing_key_with_its_next_certificate(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_older_federation_gets_signing_key_with_certificate(plan: Callable[..., Plan], tmp_path: Path) -> None:
     """And organizations the federation.toml that says so; once."""
     made = create_federation(tmp_path / "fed", plan(), config())
     (made.certificates / "signing.key").unlink()

@@ -64,7 +64,7 @@ def test_a_revoked_key_never_comes_back_and_the_name_may(tmp_path: Path) -> None
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(("invite", "revoke")), st.sampled_from("abc"), st.integers(0, 2)), max_size=12))
-def test_whatever_is_done_names_and_keys_of_the_active_are_distinct(
+def test_names_and_keys_of_active_members_stay_distinct(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, int]]
 ) -> None:
     members = Members(tmp_path_factory.mktemp("members") / "members.json")

@@ -60,7 +60,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.usefixtures("_quickly")
-def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -> None:
+def test_registration_follows_the_list_over_superlink_resets() -> None:
     superlink = SuperLink()
     members = [MEMBERS[0]]
     said = list[str]()
@@ -90,7 +90,7 @@ def test_it_follows_the_list_and_outlives_a_superlink_that_has_forgotten_all() -
 
 
 @pytest.mark.usefixtures("_quickly")
-def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> None:
+def test_superlink_not_there_yet_is_awaited_silently() -> None:
     superlink = SuperLink()
     said = list[str]()
     superlink.down = True
@@ -103,7 +103,7 @@ def test_a_superlink_that_is_not_there_yet_is_waited_for_without_a_word() -> Non
 
 
 @pytest.mark.usefixtures("_quickly")
-def test_a_damaged_list_is_said_once_and_followed_again_when_it_is_mended() -> None:
+def test_damaged_list_is_reported_once_and_followed_once_mended() -> None:
     superlink = SuperLink()
     said = list[str]()
     damaged = [False]

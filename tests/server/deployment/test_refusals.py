@@ -46,7 +46,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "_WRITE_INTERVAL_SECONDS", 0.05)
 
 
-def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -> None:
+def test_member_refusals_are_counted_over_proxy_restarts(file: Path) -> None:
     noted(file, "south", 2, "first")
     noted(file, "south", 1, "last")
     noted(file, "north", 1)
@@ -55,7 +55,7 @@ def test_a_members_refusals_are_counted_over_restarts_of_the_front(file: Path) -
     assert found["south"].reason == "last"
 
 
-def test_the_first_of_a_member_is_written_at_once_and_a_storm_seldom(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_refusal_is_written_at_once_and_a_storm_seldom(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = list[bytes]()
 
     def counted(path: Path, content: bytes, **how: bool) -> None:
@@ -106,7 +106,7 @@ def told(events: Events) -> list[tuple[str, int, str]]:
     return [(event["organization"], event["count"], event["reason"]) for event in found]
 
 
-def test_the_run_names_anyone_who_was_refused_since_it_looked_last(file: Path, events: Events) -> None:
+def test_run_names_members_refused_since_its_last_check(file: Path, events: Events) -> None:
     noted(file, "south", 2, "its tree holds an object that the server has sent")
     events.write(make_event("update_received", round=1, organization="north"))
     assert told(events) == []
@@ -146,7 +146,7 @@ def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) ->
 # --- a process that is killed
 
 
-def test_what_was_refused_between_a_kill_and_the_next_process_is_told_once(file: Path, tmp_path: Path) -> None:
+def test_refusal_between_kill_and_restart_is_reported_once(file: Path, tmp_path: Path) -> None:
     """The next process begins where the events end, and not with what the front has counted meanwhile."""
     noted(file, "south", 7)
     first = Events(tmp_path / "events.jsonl")
@@ -190,7 +190,7 @@ def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
     assert RefusalLog(file)._addresses == read_strangers(file)
 
 
-def test_a_stranger_with_many_addresses_fills_neither_memory_nor_disk(file: Path) -> None:
+def test_stranger_of_many_addresses_fills_no_memory_or_disk(file: Path) -> None:
     front = RefusalLog(file)
     for _ in range(3):
         front.record_address("203.0.113.7", "too large")

@@ -43,7 +43,7 @@ def of(status: Status, name: str) -> OrganizationStatus:
     return next(organization for organization in status.organizations if organization.name == name)
 
 
-def test_before_anything_runs_there_are_members_and_a_certificate(federation: FederationFolder) -> None:
+def test_status_before_a_run_has_members_and_certificate(federation: FederationFolder) -> None:
     federation.members.revoke("b")
     status = look(federation, None)
     assert (status.federation, status.server_reachable, status.run) == ("toy", False, None)
@@ -123,7 +123,7 @@ def test_a_run_that_nobody_plays_is_interrupted(federation: FederationFolder) ->
         assert status.phase.startswith(phase)
 
 
-def test_anyone_who_gave_nothing_is_not_only_said_to_have_the_model(federation: FederationFolder) -> None:
+def test_member_without_updates_is_shown_as_such(federation: FederationFolder) -> None:
     run = create_run(federation)
     run.events.write(
         make_event("update_dropped", round=1, organization="a", reason="declined: its rule privacy does not allow this plan")
@@ -162,7 +162,7 @@ def test_the_run_is_as_far_as_its_checkpoints_and_its_events_say(federation: Fed
     assert (found.run, found.rounds, found.last_event) == ("one", 2, "run_finalized")
 
 
-def test_a_round_that_is_durable_counts_though_its_event_was_lost(federation: FederationFolder) -> None:
+def test_durable_round_counts_though_its_event_was_lost(federation: FederationFolder) -> None:
     run = create_run(federation)
     finish(run, 1, participants=["a"])
     run.events.path.unlink()

@@ -98,7 +98,7 @@ def converse(pieces: Iterable[bytes]) -> tuple[bytes, Upstream]:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=30), max_size=14))
-def test_whatever_a_stranger_writes_is_refused_and_nothing_passes(pieces: list[bytes]) -> None:
+def test_strangers_bytes_are_refused_and_not_forwarded(pieces: list[bytes]) -> None:
     answer, upstream = converse(pieces)
     assert upstream.passed == []
     assert answer == b"" or 400 <= int(answer.split(b" ", 2)[1]) < 600
@@ -115,7 +115,7 @@ def honest() -> tuple[bytes, bytes]:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_a_members_request_of_which_bytes_were_changed_passes_whole_or_is_refused(data: st.DataObject) -> None:
+def test_altered_request_is_forwarded_whole_or_refused(data: st.DataObject) -> None:
     """What passes is the content that its length declares, to a call of the fleet."""
     head, content = honest()
     raw = bytearray(head + content)

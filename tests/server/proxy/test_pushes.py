@@ -42,7 +42,7 @@ def forest(content: RecordDict) -> ObjectTree:
 
 
 @pytest.mark.parametrize("parameters", [1, 2, 200])
-def test_an_honest_reply_passes_however_many_parameters_there_are(parameters: int) -> None:
+def test_honest_reply_of_many_parameters_passes(parameters: int) -> None:
     """With all that an update can hold, and zeros everywhere, which Flower itself would take for one object."""
     values = {f"layer.{i}": torch.zeros(4) for i in range(parameters)}
     [request] = encode_requests("{}", 1, values, [Recipient("a")])
@@ -147,7 +147,7 @@ def test_a_message_with_content_beside_the_tree_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tag", [b"\x1a\x00", b"\x12\x00", b"\x22\x00", b"\x2a\x00", b"\x08\x01", b"\x0b"])
-def test_a_megabyte_of_nothing_is_refused_before_anything_is_built_from_it(tag: bytes) -> None:
+def test_megabyte_of_nothing_is_refused_before_parsing(tag: bytes) -> None:
     """Half a million empty messages: a hundred times their size, once they are built."""
     content = tag * (2**20 // len(tag))
     tracemalloc.start()
@@ -158,7 +158,7 @@ def test_a_megabyte_of_nothing_is_refused_before_anything_is_built_from_it(tag: 
         tracemalloc.stop()
 
 
-def test_a_megabyte_of_empty_objects_is_refused_before_anything_is_built_from_it() -> None:
+def test_megabyte_of_empty_objects_is_refused_before_parsing() -> None:
     objects = b"\x12\x00" * 2**18
     head = announcement(ObjectTree(object_id=identifier(1)))
     del head.message_object_trees[:]
@@ -184,7 +184,7 @@ def test_any_bytes_pass_or_are_refused(content: bytes) -> None:
 
 
 @given(st.data())
-def test_a_changed_announcement_passes_or_is_refused_and_what_passes_is_a_reply(data: st.DataObject) -> None:
+def test_altered_announcement_passes_only_as_a_reply(data: st.DataObject) -> None:
     content = bytearray(announcement().SerializeToString())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -32,7 +32,7 @@ def status(refusal: Refusal | None) -> int | None:
     return refusal and refusal.status
 
 
-def test_replies_that_nobody_asked_for_come_to_an_end_and_come_back(clock: Clock) -> None:
+def test_quota_for_unrequested_replies_ends_and_returns(clock: Clock) -> None:
     usage = Usage(SMALL, clock)
     assert [status(usage.take_message("m")) for _ in range(5)] == [None, None, None, 429, 429]
     clock.now = HOUR / 3 + 1
@@ -91,7 +91,7 @@ def test_what_one_member_takes_is_nobody_elses(clock: Clock) -> None:
         max_size=60,
     )
 )
-def test_an_honest_member_never_reaches_a_quota_however_fast_the_rounds_are(
+def test_honest_member_of_fast_rounds_reaches_no_quota(
     rounds: list[tuple[int, int, int, float]],
 ) -> None:
     """With the least spare of everything that a coordinator can set, and messages as large as the plan can make them."""
@@ -109,7 +109,7 @@ def test_an_honest_member_never_reaches_a_quota_however_fast_the_rounds_are(
 
 
 @given(st.lists(st.tuples(st.sampled_from(("hand over", "announce", "push", "wait")), st.integers(0, 6 * MIB)), max_size=200))
-def test_whatever_a_member_does_it_takes_no_more_than_it_was_asked_for_and_the_spare(steps: list[tuple[str, int]]) -> None:
+def test_member_takes_no_more_than_requested_and_the_spare(steps: list[tuple[str, int]]) -> None:
     clock = Clock()
     asked = 0
     announced = 0

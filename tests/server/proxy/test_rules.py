@@ -90,14 +90,14 @@ def test_without_a_length_nothing_passes() -> None:
     assert refusal.status == 411
 
 
-def test_no_refusal_makes_flower_try_again_or_take_a_run_for_ended() -> None:
+def test_refusals_cause_no_flower_retry_or_run_end() -> None:
     for asked in (request("/"), request("/v1/fleet/a", expect="x"), request("/v1/fleet/a", content_length="99999")):
         refusal = reason_to_refuse(asked, LIMITS)
         assert refusal is not None
         assert refusal.status not in {401, 403, 429, 502, 503, 504}
 
 
-def test_headers_that_claim_something_about_the_client_stay_behind() -> None:
+def test_headers_claiming_client_identity_are_dropped() -> None:
     given = [
         (b"Content-Type", b"a"),
         (b"flwr-signature", b"b"),

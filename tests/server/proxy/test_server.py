@@ -60,7 +60,7 @@ def detail(answer: bytes) -> str:
     return str(content["detail"])
 
 
-def test_a_call_of_the_fleet_passes_with_what_flower_needs_and_no_more(front: Running, upstream: Upstream) -> None:
+def test_fleet_call_is_forwarded_with_needed_headers_only(front: Running, upstream: Upstream) -> None:
     extra = "Content-Type: application/protobuf\r\nX-Forwarded-For: 9.9.9.9\r\nConnection: close\r\nCookie: c\r\n"
     head, _, content = front.ask(post(extra=extra)).partition(b"\r\n\r\n")
     assert (status(head), content) == (200, b"hello")
@@ -209,7 +209,7 @@ def test_connections_of_one_address_are_limited_and_freed(folder: Path, upstream
         assert status(eventually(lambda: front.ask(post(extra="Connection: close\r\n")))) == 200
 
 
-def test_a_flood_of_strangers_cuts_the_oldest_of_them_and_no_member(folder: Path, upstream: Upstream) -> None:
+def test_flood_of_strangers_drops_oldest_stranger_only(folder: Path, upstream: Upstream) -> None:
     with running(folder, upstream.port, strangers=3) as front, ExitStack() as held:
         member = served(held.enter_context(front.connect()))
         flood = [held.enter_context(socket.create_connection(("127.0.0.1", front.port), 10)) for _ in range(8)]
@@ -271,7 +271,7 @@ def test_of_anyone_who_is_no_member_not_a_byte_is_read(folder: Path, upstream: U
     assert upstream.seen == []
 
 
-def test_a_stranger_that_wants_to_join_is_told_so_in_the_superlinks_way(front: Running, upstream: Upstream) -> None:
+def test_unregistered_node_gets_the_superlinks_refusal(front: Running, upstream: Upstream) -> None:
     answer = front.ask(post(target="/v1/fleet/activate-node", key=STRANGER))
     assert status(answer) == 412
     content = json.loads(answer.partition(b"\r\n\r\n")[2])
@@ -291,7 +291,7 @@ def test_anyone_who_is_revoked_is_a_stranger_from_then_on(tmp_path: Path, folder
         assert status(connection.recv(65536)) == 401
 
 
-def test_a_list_of_members_that_is_damaged_meanwhile_leaves_those_who_were_known(tmp_path: Path) -> None:
+def test_damaged_member_list_keeps_known_members(tmp_path: Path) -> None:
     members = Members(tmp_path / "members.json")
     keys = MemberKeys(tmp_path / "members.json")
     assert keys(public(NORTH)) is None
@@ -308,7 +308,7 @@ def test_every_call_has_its_own_limit(folder: Path, upstream: Upstream, call: st
     assert upstream.seen == []
 
 
-def test_who_sends_more_than_may_be_under_way_waits_and_is_then_told_to_try_again(folder: Path, upstream: Upstream) -> None:
+def test_member_with_too_many_calls_waits_then_retries(folder: Path, upstream: Upstream) -> None:
     upstream.answer.clear()
     with running(folder, upstream.port, in_flight_per_member=100, queue=0.1) as front, front.connect() as busy:
         busy.sendall(post(b"x" * 80))
@@ -331,7 +331,7 @@ def test_an_honest_announcement_passes_as_it_is(front: Running, upstream: Upstre
     assert upstream.seen[-1][2] == content
 
 
-def test_a_forged_announcement_ends_at_the_front_and_its_member_is_named(front: Running, upstream: Upstream) -> None:
+def test_forged_announcement_is_refused_and_its_member_named(front: Running, upstream: Upstream) -> None:
     before = read_refusals(front.refused).get("south")
     for forged in (announcement(reply_to_message_id="", src_node_id=1, dst_node_id=17), announcement(tree(100), src_node_id=1)):
         answer = front.ask(post(forged.SerializeToString(), PUSH, key=SOUTH))
@@ -359,9 +359,7 @@ def test_an_object_that_the_server_has_sent_cannot_be_announced(front: Running, 
 # --- quotas
 
 
-def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(
-    folder: Path, upstream: Upstream, tmp_path: Path
-) -> None:
+def test_member_beyond_quota_is_refused_and_named_alone(folder: Path, upstream: Upstream, tmp_path: Path) -> None:
     """Replies that nobody asked for, until there may be no more; then again for each request that is handed over."""
     events = Events(tmp_path / "events.jsonl")
     last = "Connection: close\r\n"
@@ -385,7 +383,7 @@ def test_a_member_beyond_a_quota_is_refused_and_named_and_the_others_are_not(
     assert {event["organization"] for event in read_events(events.path)} == {"south"}
 
 
-def test_a_quota_of_bytes_is_of_both_directions_and_refused_before_content_is_read(folder: Path, upstream: Upstream) -> None:
+def test_byte_quota_counts_both_directions_before_reading(folder: Path, upstream: Upstream) -> None:
     """The small server answers with what it was sent, so that every 5 MiB count twice: after six of them 4 MiB are left."""
     with running(folder, upstream.port, Quotas(reply=64 * 2**20, bytes=64 * 2**20)) as front:
         content = bytes(5 * 2**20)

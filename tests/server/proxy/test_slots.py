@@ -37,7 +37,7 @@ def test_256_idle_connections_of_four_addresses_keep_nobody_out() -> None:
     assert "192.0.2.1" not in cut
 
 
-def test_an_address_full_of_members_is_refused_and_one_full_of_strangers_is_not() -> None:
+def test_address_quota_counts_members_not_strangers() -> None:
     slots = Slots(Limits(connections_per_address=2))
     cut = list[str | None]()
     first = enter(slots, "a", cut)
@@ -60,7 +60,7 @@ def test_members_have_a_limit_each_and_together() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=80))
-def test_strangers_never_hold_more_than_their_share_and_members_are_never_evicted(events: list[tuple[str, bool]]) -> None:
+def test_strangers_keep_to_their_share_and_evict_no_member(events: list[tuple[str, bool]]) -> None:
     limits = Limits(strangers=3, connections_per_address=5, connections=100)
     slots = Slots(limits)
     members = list[Slot]()
@@ -93,7 +93,7 @@ def test_any_text_has_a_group(address: str) -> None:
     assert isinstance(get_address_group(address), str)
 
 
-def test_a_kind_of_lines_is_told_a_few_times_in_a_minute_and_then_counted() -> None:
+def test_repeated_log_lines_are_limited_then_counted() -> None:
     said = list[str]()
     now = [0.0]
     sparing = RateLimitedLog(said.append, lambda: now[0])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client.site import Site
-from cotune.client.training import round as training
+from cotune.client.training import steps as training
 from cotune.client.training.round import train_round
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan

@@ -68,7 +68,7 @@ def test_a_bound_that_is_too_large_breaks_the_claim(toy_plan: NewPlan, monkeypat
     assert seen(result) > result.epsilon
 
 
-def test_a_tight_audit_takes_one_step_of_all_records_in_each_stage(toy_plan: NewPlan) -> None:
+def test_tight_audit_takes_one_full_step_per_stage(toy_plan: NewPlan) -> None:
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "epochs": 2, "steps": None}
     stages = [{"mode": "head", "rounds": 3}, {"mode": "lora", "rounds": 2, "local": local}]
     plan = toy_plan(train=stages, privacy=CLAIM, lora={"rank": 2})

@@ -113,7 +113,7 @@ def test_the_released_json_has_these_keys_and_no_others(played: tuple[Path, Path
     assert (written["epsilon"], written["delta"]) == (found.epsilon, found.delta)
 
 
-def test_the_listener_and_the_runs_themselves_tell_nothing_of_single_runs(private_plan: Path, tmp_path: Path) -> None:
+def test_listener_and_runs_reveal_no_single_run(private_plan: Path, tmp_path: Path) -> None:
     drawn(private_plan, tmp_path / "out", [0, 1])
     heard: list[str] = []
     selected(private_plan, tmp_path / "out", listener=lambda event, _: heard.append(event))
@@ -207,7 +207,7 @@ def test_killed_in_a_run_it_goes_on_from_there(private_plan: Path, cotune: Cotun
     assert {path.name for path in out.iterdir()} == {"released", ".lock"}
 
 
-def test_an_interrupted_run_that_was_charged_more_raises_the_epsilon(played: tuple[Path, Path]) -> None:
+def test_interrupted_run_charged_more_raises_epsilon(played: tuple[Path, Path]) -> None:
     plan, out = played
     candidates = Candidates.of(build_grid(plan, [RATES], 1, [], "cpu"), 3.0)
     runs = sorted((out / "private" / "runs").iterdir())
@@ -221,9 +221,7 @@ def test_an_interrupted_run_that_was_charged_more_raises_the_epsilon(played: tup
 
 
 @pytest.mark.parametrize("moment", ["before the release", "in the release", "after the release"])
-def test_whenever_it_is_killed_at_the_end_the_same_run_is_released(
-    played: tuple[Path, Path], tmp_path: Path, moment: str
-) -> None:
+def test_selection_killed_at_its_end_releases_the_same_run(played: tuple[Path, Path], tmp_path: Path, moment: str) -> None:
     plan, out = played
     expected = max(scores(out))
     whole = shutil.copytree(out, tmp_path / "whole")

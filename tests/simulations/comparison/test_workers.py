@@ -22,7 +22,7 @@ ROUNDS = 5
 WEIGHTINGS = parse_variation("strategy.weighting=examples,uniform")
 
 
-def test_workers_find_what_one_process_finds_and_an_unregistered_module_too(plan_file: Path, tmp_path: Path) -> None:
+def test_workers_match_one_process_with_an_own_module_too(plan_file: Path, tmp_path: Path) -> None:
     module = tmp_path / "registers.py"
     module.write_text("import os, pathlib\npathlib.Path(__file__).with_name(f'seen-{os.getpid()}').touch()\n", encoding="utf-8")
     alone = compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "alone-", jobs=1, device="cpu")

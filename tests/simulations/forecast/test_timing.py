@@ -77,7 +77,7 @@ def test_baselines_are_counted(toy_plan: NewPlan) -> None:
     assert of(**ALONE) - without == pytest.approx(steps + 0.4 * fits, rel=0.02)
 
 
-def test_judging_and_batches_of_steps_are_counted_where_the_encoder_is_trained(toy_plan: NewPlan) -> None:
+def test_evaluation_and_step_batches_count_for_trained_encoder(toy_plan: NewPlan) -> None:
     """With a watch by which a forward pass of the encoder takes one second: steps have as many as their records fill batches."""
     local = {"steps": 2, "batch_size": 64, "physical_batch_size": 8}
     changes = {"train": "full", "local": local, "simulation": simulation(), "privacy": {"epsilon": 8.0}}

@@ -5,7 +5,7 @@ import torch
 from tests.support.adapted_layers import HEAD, A, B, adapter, close, deltas_of, fused, products, state_of
 
 
-def test_by_hand_the_product_of_means_is_not_the_mean_of_products() -> None:
+def test_product_of_means_differs_from_mean_of_products() -> None:
     """(B, A) = (1, 1) and (3, 3): the mean of the products is 5, the product of the means 4."""
     state = {A: torch.zeros(1, 1), B: torch.zeros(1, 1)}
     deltas = [{A: torch.full((1, 1), x), B: torch.full((1, 1), x)} for x in (1.0, 3.0)]

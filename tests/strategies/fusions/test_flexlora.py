@@ -15,7 +15,7 @@ def best(product: Tensor, rank: int) -> Tensor:
 
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (1, 3, 2), (1, 1, 1)])
 @pytest.mark.parametrize("names", [(A, B, HEAD), (B, HEAD)])
-def test_the_new_factors_are_the_best_for_the_mean_of_the_products(ranks: tuple[int, ...], names: tuple[str, ...]) -> None:
+def test_new_factors_best_approximate_the_mean_of_products(ranks: tuple[int, ...], names: tuple[str, ...]) -> None:
     state = state_of(3)
     counts = (1, 2, 5)
     deltas = deltas_of(state, ranks, names=names)
@@ -25,7 +25,7 @@ def test_the_new_factors_are_the_best_for_the_mean_of_the_products(ranks: tuple[
     close(new[HEAD], fused("mean", state, deltas, counts)[HEAD])
 
 
-def test_where_only_small_ranks_came_there_are_directions_for_the_others() -> None:
+def test_small_ranks_alone_leave_directions_for_others() -> None:
     """Otherwise rows of A and columns of B would be 0 together, and never get a gradient again."""
     state = state_of(3)
     new = fused("flexlora", state, deltas_of(state, (1,)), (1,), adapter(3))

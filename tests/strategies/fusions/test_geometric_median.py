@@ -71,7 +71,7 @@ def independent(deltas: np.ndarray, weights: list[float]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", [1.0, 9_999.0, 1e8])
-def test_by_default_it_is_the_minimum_whatever_the_norm_of_one_of_four(fuse: Any, length: float) -> None:
+def test_default_is_the_minimum_whatever_one_norm_of_four(fuse: Any, length: float) -> None:
     """With 4 passes an update of norm 9,999 still held a share that destroyed the model (accuracy .495 in place of .736)."""
     rng = np.random.default_rng(3)
     direction = rng.normal(size=30)

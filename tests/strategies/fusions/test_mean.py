@@ -136,7 +136,7 @@ def test_a_weight_that_is_not_finite_or_below_0_is_refused(weight: float) -> Non
         fuse([({"w": torch.ones(1)}, 1.0), ({"w": torch.full((1,), 9.0)}, weight)])
 
 
-def test_who_has_the_weight_0_does_not_count_and_all_of_them_is_refused() -> None:
+def test_zero_weights_do_not_count_and_all_zero_is_refused() -> None:
     assert fuse([({"w": torch.ones(1)}, 1.0), ({"w": torch.full((1,), 9.0)}, 0.0)])["w"].tolist() == [1.0]
     with pytest.raises(RunError, match="gave every update the weight 0"):
         fuse([({"w": torch.ones(1)}, 0.0)])

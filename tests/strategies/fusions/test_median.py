@@ -24,7 +24,7 @@ def test_against_numpy_and_byzfl(fuse: Any, byzfl: Any, rng: np.random.Generator
     assert np.array_equal(found.ravel(), byzfl.Median()(deltas.reshape(count, -1)))
 
 
-def test_one_hostile_update_of_five_moves_nothing_beyond_the_others(fuse: Any, rng: np.random.Generator) -> None:
+def test_hostile_update_of_five_moves_nothing_beyond_others(fuse: Any, rng: np.random.Generator) -> None:
     honest = rng.normal(size=(4, 50))
     found = fuse("median", [*honest, np.full(50, 1e9)])
     assert (found <= honest.max(axis=0)).all()

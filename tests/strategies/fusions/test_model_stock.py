@@ -29,7 +29,7 @@ def test_against_the_formula_over_all_pairs(fuse: Any, rng: np.random.Generator,
     assert found == pytest.approx(ratio(deltas) * deltas.mean(axis=0), rel=1e-9)
 
 
-def test_for_two_it_is_the_nearest_point_to_where_noise_would_be_averaged_out(fuse: Any, rng: np.random.Generator) -> None:
+def test_two_updates_give_the_closed_form_point(fuse: Any, rng: np.random.Generator) -> None:
     """The paper's geometry: Δ_k = center + noise of one length, square to the center and to one another. D is then the foot of
     the perpendicular from the center to the line from 0 to the mean."""
     frame, _ = np.linalg.qr(rng.normal(size=(9, 3)))

@@ -118,7 +118,7 @@ def test_every_rule_says_where_it_comes_from(name: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", [r for r, parts in RECIPES.items() if parts.get("fusion", "mean") in NAMES])
-def test_every_recipe_of_theirs_is_a_strategy_that_a_run_can_have(recipe: str) -> None:
+def test_each_flower_recipe_is_a_runnable_strategy(recipe: str) -> None:
     strategy = StrategyConfig.model_validate(expand({"strategy": recipe, "train": "lora"})["strategy"])
     facts = PlanFacts(organizations=COUNT, server_data=True)
     assert find_problem(strategy, facts) is None
@@ -127,6 +127,6 @@ def test_every_recipe_of_theirs_is_a_strategy_that_a_run_can_have(recipe: str) -
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if get_builtin_components("fusion")[name].needs.visibility != Visibility.SUM]
 )
-def test_what_needs_more_than_a_sum_is_refused_where_the_server_may_see_one(name: str) -> None:
+def test_rule_beyond_a_sum_is_refused_if_server_sees_sums_only(name: str) -> None:
     strategy = StrategyConfig.model_validate({"fusion": name})
     assert "server.visibility allows one sum" in str(find_problem(strategy, PlanFacts(sums_only=True, server_data=True)))

@@ -66,7 +66,7 @@ def test_only_the_diagonal_is_the_mean_by_each_inputs_size() -> None:
 
 
 @pytest.mark.parametrize("off_diagonal", [0.9, 1.0])
-def test_identical_deltas_stay_and_where_no_input_varies_it_is_the_mean(off_diagonal: float) -> None:
+def test_identical_deltas_stay_and_constant_inputs_give_mean(off_diagonal: float) -> None:
     """Five records of six inputs, the last of which is always 0, in float32 as it travels."""
     x = draw(5, 6, seed=1)
     x[:, 5] = 0

@@ -53,7 +53,7 @@ def test_an_update_of_weight_zero_counts_for_nothing(fuse: Any) -> None:
     assert fuse("robust", deltas, weights).tolist() == fuse("robust", deltas[:3]).tolist()
 
 
-def test_the_longest_of_one_or_two_is_without_end_and_of_four_the_lower_median() -> None:
+def test_norm_bound_is_infinite_for_two_and_lower_median_of_four() -> None:
     assert compute_max_norm([1.0, 9.0], 3.0) == float("inf")
     assert compute_max_norm([1.0, 9.0, 2.0], 3.0) == 6.0
     assert compute_max_norm([1.0, 9.0, 2.0, 4.0], 3.0) == 6.0
@@ -73,7 +73,7 @@ def test_of_four_it_is_the_median_on_a_line(fuse: Any) -> None:
 
 @pytest.mark.parametrize("length", [1.0, 5.0, 1e4, 1e9])
 @pytest.mark.parametrize("count", [1.0, 1e7])
-def test_one_of_four_moves_it_by_no_more_than_the_honest_ones_differ(fuse: Any, length: float, count: float) -> None:
+def test_one_of_four_moves_it_within_the_honest_spread(fuse: Any, length: float, count: float) -> None:
     rng = np.random.default_rng(1)
     common = rng.normal(size=50)
     honest = [common + 0.3 * rng.normal(size=50) for _ in range(3)]

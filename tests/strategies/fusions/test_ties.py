@@ -41,7 +41,7 @@ def test_the_largest_are_taken_of_the_whole_delta(fuse: Any) -> None:
     assert (found["a"].tolist(), found["b"].tolist()) == ([[9.0, 8.0]], [0.0, 0.0])
 
 
-def test_trimming_keeps_at_least_one_entry_and_all_that_are_as_large() -> None:
+def test_trimming_keeps_one_entry_and_all_ties() -> None:
     delta = {"x": torch.tensor([1.0, -3.0, 3.0, 2.0])}
     assert trim_to_density(delta, 0.01)["x"].tolist() == [0.0, -3.0, 3.0, 0.0]
     assert trim_to_density(delta, 0.75)["x"].tolist() == [0.0, -3.0, 3.0, 2.0]

@@ -111,7 +111,7 @@ def test_weights_are_positive_and_at_most_one_whatever_comes(pairs: list[tuple[f
         assert weights[i] >= weights[j]
 
 
-def test_who_claims_next_to_no_noise_does_not_take_over_the_model() -> None:
+def test_claim_of_tiny_noise_does_not_dominate_the_model() -> None:
     """A stated variance is believed down to a thousandth of the median, and the scatter of the deltas is seen all the same."""
     deltas = np.random.default_rng(0).normal(size=(4, 2000))
     claimed = [1.0, 1.0, 1.0, 1e-18]

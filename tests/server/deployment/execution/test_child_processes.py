@@ -64,7 +64,7 @@ def tend_until_ended(child: SupervisedProcess, said: list[str]) -> None:
     until(ended)
 
 
-def test_it_runs_in_a_session_of_its_own_with_its_output_in_a_log(new_child: NewChild, tmp_path: Path) -> None:
+def test_child_runs_in_its_own_session_and_logs_its_output(new_child: NewChild, tmp_path: Path) -> None:
     child = new_child(
         "print(os.getsid(0), flush=True); open('made', 'w').close(); print('bad', file=sys.stderr); time.sleep(600)"
     )
@@ -76,9 +76,7 @@ def test_it_runs_in_a_session_of_its_own_with_its_output_in_a_log(new_child: New
     assert {path.stat().st_mode & 0o777 for path in (log, tmp_path / "made")} == {0o600}
 
 
-def test_it_is_started_again_whatever_its_exit_code_and_waits_longer_each_time(
-    new_child: NewChild, said: list[str], clock: Clock
-) -> None:
+def test_child_is_restarted_after_any_exit_with_backoff(new_child: NewChild, said: list[str], clock: Clock) -> None:
     child = new_child("sys.exit(0)")
     for _ in range(3):
         child.poll()
@@ -92,7 +90,7 @@ def test_it_is_started_again_whatever_its_exit_code_and_waits_longer_each_time(
     ]
 
 
-def test_one_that_ends_at_once_again_and_again_is_given_up_with_its_last_words(
+def test_child_that_keeps_ending_is_given_up_with_its_output(
     new_child: NewChild, said: list[str], clock: Clock, tmp_path: Path
 ) -> None:
     child = new_child("print('hello'); sys.exit('no room for me')")
@@ -107,9 +105,7 @@ def test_one_that_ends_at_once_again_and_again_is_given_up_with_its_last_words(
     assert len(said) == 4
 
 
-def test_once_all_were_ready_one_that_ends_at_once_again_and_again_is_not_given_up(
-    new_child: NewChild, said: list[str], clock: Clock
-) -> None:
+def test_child_that_keeps_ending_after_ready_is_not_given_up(new_child: NewChild, said: list[str], clock: Clock) -> None:
     """As an executor does whose SuperLink answers 500 for as long as a backup holds its database."""
     child = new_child("sys.exit('ValueError: the database is locked\\nFor more information check: https://x')")
     child.restart_forever()
@@ -121,7 +117,7 @@ def test_once_all_were_ready_one_that_ends_at_once_again_and_again_is_not_given_
     assert said[-1].endswith("started again in 30 s")
 
 
-def test_once_all_were_ready_one_that_cannot_be_started_is_tried_again(tmp_path: Path, said: list[str], clock: Clock) -> None:
+def test_child_that_cannot_start_after_ready_is_retried(tmp_path: Path, said: list[str], clock: Clock) -> None:
     program = tmp_path / "program"
     child = SupervisedProcess("worker", [str(program)], tmp_path / "worker.log", os.environ, said.append, clock)
     child.restart_forever()

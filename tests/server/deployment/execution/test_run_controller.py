@@ -105,7 +105,7 @@ def ticket(run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def test_what_the_run_writes_is_told_in_order_until_its_report_is_written(run: RunFolder) -> None:
+def test_run_events_are_reported_in_order_until_the_report(run: RunFolder) -> None:
     superlink = FakeSuperLink([[going, tells(run, "round_finished", round=1), going, tells(run, "run_finalized", summary="s")]])
     assert heard(run, superlink) == [("round_finished", {"round": 1}), ("run_finalized", {"summary": "s"})]
     assert superlink.started == [run.path]
@@ -158,7 +158,7 @@ def test_a_superlink_that_is_away_is_waited_for(run: RunFolder) -> None:
     assert len(superlink.started) == 1
 
 
-def test_a_superlink_that_is_away_between_two_attempts_is_waited_for(run: RunFolder) -> None:
+def test_superlink_absent_between_attempts_is_awaited(run: RunFolder) -> None:
     class Restarting(FakeSuperLink):
         answers = iter([away, away])
 
@@ -207,7 +207,7 @@ def test_a_server_that_runs_is_known_by_its_lock(federation: FederationFolder) -
     assert not is_superlink_kept_running(federation)
 
 
-def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: RunFolder) -> None:
+def test_returning_follower_gets_this_attempt_from_its_start(run: RunFolder) -> None:
     run.events.write(make_event("of an earlier attempt"))
     superlink = FakeSuperLink([[going, going, tells(run, "run_finalized")]])
     submit(run, superlink, PACE)
@@ -217,9 +217,7 @@ def test_a_follower_that_comes_back_hears_this_attempt_from_its_beginning(run: R
 
 
 @pytest.mark.parametrize(("known", "starts", "run_id"), [((7,), 0, 7), ((), 1, 101)])
-def test_killed_while_it_asked_it_finds_out_whether_the_run_began(
-    run: RunFolder, known: tuple[int, ...], starts: int, run_id: int
-) -> None:
+def test_controller_killed_in_submission_finds_the_run(run: RunFolder, known: tuple[int, ...], starts: int, run_id: int) -> None:
     class Killed(FakeSuperLink):
         def start(self, run: Path) -> int:
             raise SystemExit
@@ -249,7 +247,7 @@ def test_no_second_process_plays_before_the_first_has_ended(
 
 
 @pytest.mark.parametrize("first", ["run_started", "delivery_started"])
-def test_a_process_that_died_is_noticed_before_the_superlink_does(
+def test_dead_process_is_noticed_before_the_superlink_does(
     run: RunFolder, held: Callable[[str], subprocess.Popen[str]], first: str
 ) -> None:
     """Also one that only hands out the model of a run whose rounds are all finished."""
@@ -320,7 +318,7 @@ def test_a_run_that_goes_on_is_never_left_behind(
         check_none_unfinished(federation, FakeSuperLink(), leave=leave)
 
 
-def test_a_run_that_was_handed_over_and_has_not_begun_is_never_left_behind(federation: FederationFolder, run: RunFolder) -> None:
+def test_submitted_run_that_has_not_begun_is_not_left_behind(federation: FederationFolder, run: RunFolder) -> None:
     superlink = FakeSuperLink([[going]])
     submit(run, superlink, PACE)
     with pytest.raises(RunError, match="the run one is going on"):

@@ -11,7 +11,7 @@ from cotune.server.deployment.federation import FederationFolder
 from tests.support.federations import founded
 
 
-def test_a_run_is_found_again_by_the_name_that_the_superlink_was_told(tmp_path: Path) -> None:
+def test_run_is_found_by_the_name_given_to_the_superlink(tmp_path: Path) -> None:
     run = tmp_path / "fed" / "runs" / "20260101-toy"
     told = get_run_name(run)
     assert "/" not in told

@@ -36,7 +36,7 @@ def folder(tmp_path: Path, base_model: Callable[[str], Path]) -> FederationFolde
 
 
 @pytest.mark.parametrize("which", ["port", "superlink_port"])
-def test_a_port_that_is_taken_is_named_before_anything_is_started(folder: FederationFolder, which: str) -> None:
+def test_port_in_use_is_named_before_starting(folder: FederationFolder, which: str) -> None:
     port = getattr(folder.config, which)
     said = list[str]()
     with socket.create_server(("127.0.0.1", port)), pytest.raises(RunError) as error:
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(folder: FederationFolder) 
         supervise(folder, print)
 
 
-def test_signals_are_noted_and_mean_afterwards_what_they_meant_before() -> None:
+def test_signals_are_noted_and_their_handlers_restored() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with supervisor._stop_signals() as stopped:
         assert not stopped()
@@ -102,7 +102,7 @@ def test_programs_are_those_of_this_python_and_say_nothing_home(folder: Federati
         supervisor._find_program("flower-nothing", environment)
 
 
-def test_a_terminal_that_was_closed_does_not_stop_it_from_ending_what_runs(
+def test_closed_terminal_does_not_prevent_shutdown(
     folder: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def closed(line: str) -> None:

@@ -62,7 +62,7 @@ def test_another_host_is_refused_by_client_and_check_alike(folder: Path, host: s
         check_certificate(folder, host)
 
 
-def test_an_expired_certificate_is_refused_by_client_and_check_alike_until_renewed(tmp_path: Path) -> None:
+def test_expired_certificate_is_refused_until_renewed(tmp_path: Path) -> None:
     create_authority(tmp_path, ["fed.example.org"], now=NOW - timedelta(days=366))
     with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
         handshake(tmp_path, "fed.example.org")

@@ -138,7 +138,7 @@ def test_a_kill_while_they_are_made_leaves_the_old_ones(
     assert [path.name for path in fed.certificates.glob(".next*")] == []
 
 
-def test_a_kill_while_they_are_put_into_use_leaves_keys_that_work_and_is_finished(
+def test_kill_while_switching_leaves_working_keys(
     fed: FederationFolder, site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whether a site has learned them beside a request or not: before the first change nothing is used."""
@@ -168,7 +168,7 @@ def test_a_kill_while_they_are_put_into_use_leaves_keys_that_work_and_is_finishe
     assert len(used) > 6
 
 
-def test_both_ends_of_a_trail_agree_over_the_renewal_of_every_key(fed: FederationFolder, tmp_path: Path) -> None:
+def test_trail_ends_agree_over_the_renewal_of_every_key(fed: FederationFolder, tmp_path: Path) -> None:
     """Two rounds, between which the organization's key, the server's and the authority are renewed; site and server as they are."""
     site = make_site(tmp_path / "north", "north", device="cpu")
     Trust.join(site.folder, fed.invitation)

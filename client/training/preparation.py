@@ -1,0 +1,78 @@
+"""A round that is ready to be trained: the model holds what was received, records are encoded, and nothing is charged yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cotune.client.training.context import (
+    LocalContext,
+)
+from cotune.client.training.extensions import ClientTermState, RankMask
+from cotune.client.training.own_copy import open_personal
+from cotune.client.training.personal import PersonalParameters
+from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.sanity_checks import SanityChecks
+from cotune.client.training.setup import build_optimizer, build_setup
+from cotune.models.trainable import State
+from cotune.plan.parameters import trained_names
+
+
+@dataclass(frozen=True)
+class PreparedRound:
+    """A round that is ready to be trained: the model holds what was received, and only the stage's parameters are trained."""
+
+    context: LocalContext
+    setup: TrainingSetup
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]  # those that are trained
+    received: State  # what they start from
+    sanity_checks: SanityChecks
+    personal: PersonalParameters
+    correction: ClientTermState
+    own_rank: RankMask
+
+    def attach_extensions(self) -> ExitStack:
+        """Let the client term and the smaller rank take part in every step of the block."""
+        with ExitStack() as stack:
+            stack.enter_context(self.correction.attach(self.optimizer, self.parameters))
+            stack.enter_context(self.own_rank.attach(self.optimizer, self.parameters))
+            return stack.pop_all()
+
+
+def prepare_round(context: LocalContext) -> PreparedRound:
+    """Set the model to what was received, and encode the records by its frozen part; nothing of it leaves."""
+    plan = context.plan
+    site = context.site
+    model = context.model
+    model.load(context.state)
+    personal = open_personal(plan, site, model, context.round, context.admitted)
+    correction = ClientTermState(plan, site, context.admitted, context.sent)
+    own_rank = RankMask(plan, context.stage, context.policy, model)
+    received = own_rank.mask_state(model, personal.join(context.state))
+    names = trained_names(plan, model, context.round)
+    parameters = model.train_only(names)
+    setup = build_setup(
+        plan,
+        context.stage,
+        model,
+        context.account.holdings,
+        context.state,
+        site.organization,
+        expected_batch=context.expected_batch,
+    )
+    return PreparedRound(
+        context,
+        setup,
+        build_optimizer(context.stage.local, model, names, parameters),
+        dict(zip(names, parameters, strict=True)),
+        received,
+        SanityChecks(model, {name: received[name] for name in names}, noise=context.account.budget is not None),
+        personal,
+        correction,
+        own_rank,
+    )

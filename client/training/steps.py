@@ -1,0 +1,186 @@
+"""The steps of a round: with privacy, charged before a record takes part, or without; and the steps of an own copy after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cotune.client.account import Account
+from cotune.client.training.context import (
+    BEFORE_CHARGE,
+    run_checks,
+)
+from cotune.client.training.disclosures import disclose, reported_noise
+from cotune.client.training.observe import notify
+from cotune.client.training.own_copy import OwnCopy
+from cotune.client.training.preparation import PreparedRound
+from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.sanity_checks import SanityChecks
+from cotune.client.training.setup import build_optimizer, check_gradients
+from cotune.errors import Declined
+from cotune.privacy.accounting.composition import Steps
+from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
+from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+
+
+@dataclass(frozen=True)
+class TrainedRound:
+    """What training gives beside the parameters."""
+
+    steps: int
+    disclosed: dict[str, float]
+    epsilon: float | None = None
+    noise: dict[str, float] | None = None
+
+
+def train_with_privacy(prepared: PreparedRound) -> TrainedRound:
+    """Check the budget, then disclose and train by DP-SGD; each is charged before a record takes part in it.
+
+    Raises:
+        PrivacyError: The budget does not suffice, or the gradients are wrong.
+        Declined: The policy's hours are over.
+    """
+    context = prepared.context
+    run_checks(BEFORE_CHARGE, context)
+    disclosed = disclose(context.account, context.round, prepared.setup)
+    shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
+    noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
+    steps = _private_training(prepared)
+    return TrainedRound(steps, disclosed, context.account.reported_epsilon(), noise)
+
+
+def train_without_privacy(prepared: PreparedRound) -> TrainedRound:
+    """Record in the ledger that the update leaves without privacy, then disclose and train."""
+    context = prepared.context
+    context.account.record_unprotected(context.round, "training")
+    disclosed = disclose(context.account, context.round, prepared.setup)
+    with prepared.attach_extensions():
+        reports = _plain_steps(prepared.setup, prepared.optimizer, _sampler(prepared))
+        steps = _follow(reports, prepared, prepared.sanity_checks, None)
+    _train_copy(
+        prepared, lambda optimizer: _plain_steps(prepared.setup, optimizer, _sampler(prepared, "own batches")), noise=False
+    )
+    return TrainedRound(steps, disclosed)
+
+
+def _private_training(prepared: PreparedRound) -> int:
+    """Train by DP-SGD and return the steps of the shared model. The ledger is charged before a record enters a batch."""
+    context = prepared.context
+    plan = context.plan
+    account = context.account
+    privacy = plan.privacy
+    assert isinstance(privacy, RecordPrivacy)
+    check_gradients(prepared.setup, privacy, context.stage.mode)
+    rate = context.stage.local.sample_rate(context.examples)
+    charged = Steps(context.noise_multiplier, rate, plan.charged_steps(context.stage, context.examples))
+    charge = account.reserve(context.round, charged)
+    began = time.monotonic()
+    epsilon = account.epsilon()
+    config = DPSGDConfig(
+        noise_multiplier=charged.noise_multiplier,
+        clip_norm=privacy.clip_norm,
+        sample_rate=charged.sample_rate,
+        expected_batch=context.expected_batch,
+        steps=context.stage.local.steps_per_round(context.examples),
+        clipping_mode=privacy.clipping,
+    )
+    rows = prepared.setup
+
+    def private_steps(optimizer: torch.optim.Optimizer) -> Iterator[StepReport]:
+        setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches)
+        return _within_hours(DPSGD(config).run(setup), account)
+
+    def plain_steps(optimizer: torch.optim.Optimizer) -> Iterator[StepReport]:
+        return _within_hours(_plain_steps(rows, optimizer, _sampler(prepared, "own batches")), account)
+
+    with prepared.attach_extensions():
+        taken = _follow(private_steps(prepared.optimizer), prepared, prepared.sanity_checks, epsilon)
+    noise = plan.personal.noise
+    copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
+    account.ledger.settle(charge, taken + (copied if noise else 0), time.monotonic() - began)
+    return taken
+
+
+def _train_copy(prepared: PreparedRound, steps: Callable[[torch.optim.Optimizer], Iterator[StepReport]], *, noise: bool) -> int:
+    """Train the organization's own copy, after the shared model, which is left as it is; return the steps, 0 without a copy.
+
+    Args:
+        steps: An optimizer -> the steps that it takes.
+        noise: Whether they add noise.
+    """
+    copy = prepared.personal
+    if not isinstance(copy, OwnCopy):
+        return 0
+    context = prepared.context
+    with copy.in_place(prepared.received) as parameters:
+        names = list(parameters)
+        optimizer = build_optimizer(context.stage.local, context.model, names, list(parameters.values()))
+        checks = SanityChecks(context.model, context.model.state(names), noise=True) if noise else None
+        with copy.pull(optimizer, parameters, prepared.received):
+            return _follow(steps(optimizer), prepared, checks, None)
+
+
+def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
+    """Pass reports on until the policy's hours are over: then Declined is raised, and the round counts as reserved."""
+    began = time.monotonic()
+    before = account.hours()
+    allowed = account.policy.training.max_hours
+    for report in reports:
+        yield report
+        hours = before + (time.monotonic() - began) / 3600
+        if hours >= allowed and report.step < report.steps:
+            raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}")
+
+
+def _sampler(prepared: PreparedRound, purpose: str = "batches") -> PoissonSampler:
+    """Poisson samples of the rows, reproducible from the plan's seed: training without privacy."""
+    context = prepared.context
+    local = context.stage.local
+    generator = seeded_generator(context.plan.seed, purpose, context.site.organization, context.round)
+    return PoissonSampler(
+        prepared.setup.rows, local.sample_rate(context.examples), local.steps_per_round(context.examples), generator
+    )
+
+
+def _plain_steps(setup: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
+    """Steps without clipping and noise; an empty batch takes none."""
+    for step, batch in enumerate(sampler, start=1):
+        optimizer.zero_grad()
+        total = 0.0
+        for _, rows in setup.batches(batch):
+            loss = setup.loss(rows).sum() / len(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if batch:
+            optimizer.step()
+        yield StepReport(step, len(sampler), total if batch else None)
+
+
+def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: SanityChecks | None, epsilon: float | None) -> int:
+    """Take the steps, check the first, tell local observers of each, and return how many were taken.
+
+    Args:
+        checks: None where even a failure would tell of records that no noise protects.
+        epsilon: ε with this round, which is reserved already.
+    """
+    taken = 0
+    for report in reports:
+        if checks is not None:
+            checks.after_step(report)
+        taken = report.step
+        notify(
+            "step",
+            organization=prepared.context.site.organization,
+            round=prepared.context.round,
+            step=report.step,
+            steps=report.steps,
+            loss=report.loss,
+            epsilon=epsilon,
+        )
+    if checks is not None:
+        checks.after_round()
+    return taken
