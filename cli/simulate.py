@@ -22,11 +22,11 @@ from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import measures_of
 from cotune.reporting.verdict import (
+    conclude_verdict,
     few_note,
     floor_name,
     is_personal,
     is_private,
-    judge,
     own_columns,
     partition_note,
     personal_note,
@@ -143,7 +143,7 @@ def _own_records(console: Console, summary: RunSummary) -> Table:
 
 def _answer(console: Console, summary: RunSummary) -> None:
     """The verdict, and what it depends on; of the report's notes, the first ones."""
-    verdict = judge(summary)
+    verdict = conclude_verdict(summary)
     console.print(f"[bold]{verdict.answer}:[/bold] {escape(verdict.sentence)}")
     for note in personal_note(summary):
         console.print(escape(note))

@@ -273,7 +273,7 @@ _MAX_CHARACTERS = 1_000_000
 class Approvals:
     """The plans that a site has approved, and those that wait for it.
 
-    They are read anew by every call: one process approves, and another one asks.
+    They are read again by every call: one process approves, and another one asks.
     """
 
     def __init__(self, site: Site) -> None:

@@ -213,7 +213,7 @@ def _noise(account: Account) -> float | None:
         raise Declined(
             "privacy.epsilon",
             f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
-            " spent is spent; it goes on where it stopped, or starts anew with another seed",
+            " spent is spent; it goes on where it stopped, or starts again with another seed",
         )
     return account.plan_noise(1)
 

@@ -188,7 +188,7 @@ def set_records(
         )
     except ValueError:
         named = ", ".join(repr(name) for name in columns.values() if name is not None)
-        raise DataError(f"the columns {named} cannot be had: expected different ones", code="data.wrong_columns") from None
+        raise DataError(f"the columns {named} conflict: expected different ones", code="data.wrong_columns") from None
     return _write_once_read(document, described, plan)
 
 

@@ -147,14 +147,14 @@ class Plan(PlanTables):
         }
         for problem, found in problems.items():
             if found:
-                raise ValueError(f'server.late = "fold" cannot be had with {problem}: expected late = "ignore"')
+                raise ValueError(f'server.late = "fold" is not supported with {problem}: expected late = "ignore"')
         return self
 
     @model_validator(mode="after")
     def _clipping_can_be_had(self) -> Self:
         per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
         if per_layer and any(stage.mode == "full" for stage in self.stages):
-            raise ValueError("privacy.clipping: per_layer cannot be had with train = full, expected flat")
+            raise ValueError("privacy.clipping: per_layer is not supported with train = full, expected flat")
         return self
 
     def weights_of_classes(self) -> tuple[float, ...] | None:

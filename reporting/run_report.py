@@ -13,7 +13,7 @@ from pathlib import Path
 from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
 from cotune.reporting.measures import measures_of
 from cotune.reporting.pages import page_environment
-from cotune.reporting.verdict import Summary, is_private, is_real, judge, own_columns, results
+from cotune.reporting.verdict import Summary, conclude_verdict, is_private, is_real, own_columns, results
 from cotune.storage.files import atomic_write
 
 
@@ -29,7 +29,7 @@ def render_report(summary: Summary) -> str:
         summary=summary,
         private=is_private(summary),
         real=is_real(summary),
-        verdict=judge(summary),
+        verdict=conclude_verdict(summary),
         measures=measures,
         gain=lambda value: measures[0].show_gain(100 * value if measures[0].share else value),
         results=results(summary),

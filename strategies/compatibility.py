@@ -43,14 +43,14 @@ Found = Mapping[Kind, tuple[Component, ComponentInfo]]
 
 
 def find_problem(strategy: StrategyConfig, facts: PlanFacts, infos: Mapping[Kind, ComponentInfo] | None = None) -> str | None:
-    """Why the strategy cannot be had, in words; None when it can. infos: of parts that are code, where it has been run."""
+    """Why the strategy is not supported, in words; None where it is. infos: of parts that are code, where it has been run."""
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_components()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.components() if kind in (infos or {})}
     return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
 
 
 def find_privacy_problem(info: ComponentInfo, facts: PlanFacts) -> str | None:
-    """Why a part cannot be had with the privacy that a plan promises, in words; None when it can."""
+    """Why a part is not supported with the privacy that a plan promises, in words; None where it is."""
     return next(_privacy(info, facts), None)
 
 
@@ -159,9 +159,9 @@ def _privacy(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
             ' strategy.weighting = "uniform"'
         )
     if facts.client_privacy and info.kind == "fusion" and info.name != "mean":
-        yield 'cannot be had with client_privacy, which adds noise to a sum of clipped updates: expected strategy.fusion = "mean"'
+        yield 'is not supported with client_privacy, which adds noise to a sum of updates: expected strategy.fusion = "mean"'
     if facts.client_privacy and needs.client_privacy:
-        yield f"cannot be had with client_privacy: {needs.client_privacy}"
+        yield f"is not supported with client_privacy: {needs.client_privacy}"
     if facts.sums_only and needs.visibility != Visibility.SUM:
         instead = "uniform" if info.kind == "weighting" else "mean"
         words = f"must see {needs.visibility}, and server.visibility allows one sum"
@@ -230,6 +230,6 @@ def _lateness(info: ComponentInfo) -> Iterator[str]:
     }
     if not adds_up.get(info.kind, True):
         yield (
-            'cannot be had with server.late = fold, which adds late updates to a weighted mean: expected late = "ignore", or a'
+            'is not supported with server.late = fold, which adds late updates to a weighted mean: expected late = "ignore", or a'
             ' strategy such as "fedavg"'
         )

@@ -66,7 +66,7 @@ class Needs:
         mean: Whether it counts on a fusion that is the weighted mean, as terms that keep or receive tensors do anyway.
         server_data: Whether it judges updates by validation records of the server.
         public_inputs: Whether it looks at what models predict on the plan's public inputs.
-        client_privacy: Why client-level privacy cannot be had with it; empty: it can.
+        client_privacy: Why client-level privacy is not supported with it; empty: it is.
     """
 
     visibility: Visibility = Visibility.SUM

@@ -80,7 +80,7 @@ class RoundEntry(Document):
     absent: list[str] = Field(
         default_factory=list, description="Those of `dropped` that were not connected, or were lost and did not come back."
     )
-    left_out: list[str] = Field(
+    excluded: list[str] = Field(
         default_factory=list,
         description="Organizations that were not selected any more, after `server.strikes` strikes or as they were revoked.",
     )

@@ -252,7 +252,7 @@ class OrganizationSummary(Document):
     weight: Number | None = Field(None, description="Real run: its share in the last round that it took part in, of 1.")
     dropped: int | None = Field(None, description="Real run: rounds without an update of it.")
     quarantined: int | None = Field(None, description="Real run: rounds in which an update of it was rejected.")
-    left_out: bool | None = Field(None, description="Real run: whether it is excluded after too many strikes.")
+    excluded: bool | None = Field(None, description="Real run: whether it is excluded after too many strikes.")
     delivered: bool | None = Field(None, description="Real run: whether it has confirmed the finished model.")
 
 

@@ -198,8 +198,8 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.sample_size": st.integers(0, 10**6),
     "server.quorum": st.floats(0, 1, exclude_min=True),
     "server.over_selection": st.just(0.0),  # more of it needs sample_size: test_schema
-    "server.patience": st.floats(0, 1e6),
-    "server.least_seconds": st.floats(0, 2e6, exclude_min=True),
+    "server.timeout_factor": st.floats(0, 1e6),
+    "server.min_timeout_seconds": st.floats(0, 2e6, exclude_min=True),
     "server.absent_seconds": st.floats(0, 2e6),
     "server.wait_seconds": st.floats(0, 2e6),
     "server.approval_seconds": st.floats(0, 2e6),
