@@ -229,6 +229,11 @@ def _warnings(account: Account) -> Iterator[str]:
             f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
             " would be trained without a label"
         )
+    if plan.tasks:
+        yield (
+            f"updates will have the heads of {', '.join(holdings.tasks)}, which tells the coordinator what labels there are"
+            " here; a head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
+        )
     declared = account.public_examples
     held = account.true_examples
     if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:

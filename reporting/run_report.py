@@ -8,7 +8,9 @@ a phone as on a desk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
 from cotune.reporting.measures import measures_of
@@ -39,7 +41,14 @@ def render_report(summary: Summary) -> str:
         label_keys=() if is_real(summary) else label_keys(summary),
         label_bar=lambda organization: label_bar(summary, organization["labels"]),
         dropped=_dropped(summary),
+        task_rows=_task_rows,
     )
+
+
+def _task_rows(task: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(whose test records, the figures on them), of one of several tasks."""
+    rows = [("everybody", task["all"]), *task["organizations"].items()]
+    return [(name, found) for name, found in rows if found is not None]
 
 
 def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:

@@ -18,7 +18,8 @@ class PlanFacts:
     organizations that each round asks. organizations: that it asks in a round, at least; None where that is not known before the
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organizations keep some of what they train to themselves. same_steps: every organization takes as many steps in a
-    round. public_inputs: the plan names some. folds_late: updates of earlier rounds are folded into later ones.
+    round. public_inputs: the plan names some. folds_late: updates of earlier rounds are folded into later ones. several_tasks: an
+    organization sends the heads of those tasks alone that it holds.
     """
 
     record_privacy: bool = False
@@ -37,6 +38,7 @@ class PlanFacts:
     server_data: bool = False
     public_inputs: bool = False
     folds_late: bool = False
+    several_tasks: bool = False
 
 
 Found = Mapping[Kind, tuple[Component, ComponentInfo]]
@@ -142,6 +144,8 @@ def _with_plan(part: Component, info: ComponentInfo, facts: PlanFacts) -> Iterat
     yield from _training(info, facts)
     if facts.folds_late:
         yield from _lateness(info)
+    if facts.several_tasks:
+        yield from _heads(info)
 
 
 def _privacy(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
@@ -218,6 +222,22 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
     if needs.public_inputs and not facts.public_inputs:
         yield "looks at predictions on public inputs, and the plan names none: expected public.source"
+
+
+def _heads(info: ComponentInfo) -> Iterator[str]:
+    """A head is averaged over those who have it; rules that look at updates as wholes would compare unlike ones."""
+    needs = info.needs
+    fits = {
+        "fusion": info.is_mean and needs.visibility == Visibility.SUM,
+        "weighting": not info.sees_all and not needs.server_data and not needs.sends,
+        "server_optimizer": not needs.mean,
+        "client_term": not (needs.client_state or needs.receives),
+    }
+    if not fits.get(info.kind, True):
+        yield (
+            "is about whole updates, and with [[tasks]] an organization sends the heads of its own tasks alone: expected a rule"
+            ' that takes every parameter by itself, as in "fedavg"'
+        )
 
 
 def _lateness(info: ComponentInfo) -> Iterator[str]:

@@ -296,7 +296,7 @@ def test_an_unknown_key_like_no_other() -> None:
         (
             "task=regression",
             'task = "regression"',
-            "'sequence-classification', 'token-classification', 'image-classification' or 'causal-lm'",
+            "'sequence-classification', 'token-classification', 'image-classification', 'causal-lm'",
         ),
         ("labels=3", "labels = 3", "expected a list"),
         ("test_fraction=1", "test_fraction = 1", "less than 1"),
@@ -319,7 +319,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("data.encoding=utf-88", 'data.encoding = "utf-88"', "expected one such as utf-8"),
         ("data.deduplicate=perhaps", 'data.deduplicate = "perhaps"', "boolean"),
         ("data.source=''", 'data.source = ""', "at least 1 character"),
-        ('simulation.baselines=["alone", "joint"]', 'simulation.baselines.1 = "joint"', "'alone', 'pooled' or 'plain'"),
+        ('simulation.baselines=["alone", "joint"]', 'simulation.baselines.1 = "joint"', "'alone', 'pooled', 'plain' or 'single'"),
         ("server.quorum=2", "server.quorum = 2", "less than or equal to 1"),
     ],
 )

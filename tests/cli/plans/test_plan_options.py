@@ -18,6 +18,7 @@ from cotune.cli.main import build_command
 from cotune.plan.load import load_plan
 from cotune.simulations.prepare import prepare
 from tests.support.console import Cotune, write_folder
+from tests.support.federations import founded
 
 COMMANDS = (("simulate",), ("plan", "check"), ("compare",), ("audit",))
 OPTIONS = ("data", "task", "text", "label", "model", "clients", "partition", "by", "override")
@@ -90,8 +91,13 @@ def play(arguments):
         for number, out in enumerate(outs, start=1):
             os.dup2(out.fileno(), number)
         sys.argv = ["cotune", *arguments]
-        run()
-        sys.exit(0)
+        try:
+            run()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code)  # an interpreter that ends takes longer than the command
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for out in outs:
         out.seek(0)
@@ -166,6 +172,20 @@ def test_what_is_missing_is_named_before_torch_is_imported(
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert named in err
+
+
+def test_quick_commands_load_no_torch(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    founded(tmp_path / "fed", base_model("bert"), "org-1")
+    quick = (
+        ("--help",),
+        ("plan", "list"),
+        ("plan", "new", "tweets"),
+        ("client", "policy"),
+        ("server", "status", str(tmp_path / "fed")),
+    )
+    ended = without_torch(*quick)
+    assert [(each.code, each.err) for each in ended] == [(0, "")] * len(quick)
+    assert all(each.out for each in ended)
 
 
 def test_simulate_says_something_before_torch_is_imported(folder: Path) -> None:
