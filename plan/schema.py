@@ -46,6 +46,7 @@ class Plan(PlanTables):
             "labels": bool(self.labels),
             "class_weights": bool(self.class_weights),
             "tell.label_histogram": self.tell.label_histogram,
+            "public.source": bool(self.public.source),
         }
         for key, given in problems.items():
             if given:
@@ -232,6 +233,7 @@ class Plan(PlanTables):
             mixed_ranks=self.mixed_ranks,
             personal=self.keeps_parts,
             server_data=self.validation_fraction > 0,
+            public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
         )
