@@ -70,7 +70,7 @@ def promised(plan: Plan) -> list[str]:
 
 
 def _how(plan: Plan, pipeline: str, length: int) -> Iterator[str]:
-    return _use(pipeline, length) if plan.model.feature is None else _use_of_layers(plan.model.feature, length)
+    return _use(pipeline, length, plan) if plan.model.feature is None else _use_of_layers(plan.model.feature, length)
 
 
 def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
@@ -109,14 +109,15 @@ def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
     )
 
 
-def _use(pipeline: str, length: int) -> Iterator[str]:
+def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
     is_image = pipeline == "image-classification"
+    folder = f"FOLDER/{plan.tasks[0].name}" if plan.tasks else "FOLDER"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut})'
+    yield f'predict = pipeline("{pipeline}", "{folder}"{cut})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -125,7 +126,9 @@ def _use(pipeline: str, length: int) -> Iterator[str]:
         )
     elif not is_image:
         yield f"A text is cut after {length} tokens, as in training."
-    yield f"`cotune predict FOLDER {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
+    if plan.tasks:
+        yield f"Each task has a model of its own in a folder of its name: {', '.join(task.name for task in plan.tasks)}."
+    yield f"`cotune predict {folder} {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
 
 
 def _use_of_writer(length: int) -> Iterator[str]:
@@ -145,6 +148,8 @@ def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
     yield "base model", _base(plan)
     yield "plan", f"{plan.name}, id {plan.plan_id}"
     yield "training", "; ".join(f"{stage.rounds} rounds of train = {stage.mode}" for stage in plan.stages)
+    if plan.tasks:
+        yield "weights of the tasks", ", ".join(f"{task.name}: {task.weight:g}" for task in plan.tasks)
     if plan.class_weights:
         yield "class weights", ", ".join(f"{label}: {weight:g}" for label, weight in plan.class_weights.items())
     yield "strategy", f"{plan.strategy.weighting.name} weights, {plan.strategy.fusion.name} fusion"

@@ -9,6 +9,7 @@ from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
+from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
@@ -19,6 +20,7 @@ from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.runs.results import describe_effort, describe_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
+from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
@@ -31,6 +33,7 @@ from cotune.simulations.baselines import (
 )
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.released_models import get_charged_steps
+from cotune.simulations.single_tasks import SINGLE, describe_tasks
 from cotune.simulations.split import Share
 from cotune.simulations.worth import (
     Choices,
@@ -83,6 +86,7 @@ def summarize(
         },
         "worth": overall_worth(organizations),
         "personal": personal_gains(organizations),
+        **_tasks(prepared, test, choices, baselines),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _floor_metrics(floor, prepared).as_dict(),
@@ -92,6 +96,7 @@ def summarize(
             "federated": dict(progress.history[-1].metrics or {}),
             "adapted": _common(organizations, "adapted"),
             "pooled": pooled.metrics.as_dict() if pooled else None,
+            "written": _written(folder, floor, progress, baselines),
         },
         "organizations": organizations,
         **describe_effort(progress, seconds),
@@ -132,6 +137,18 @@ def _choices(
         }
         found[share.name] = {name: answers for name, answers in columns.items() if answers}
     return found
+
+
+def _tasks(
+    prepared: Prepared, test: TestSet, choices: Mapping[str, Choices], baselines: Mapping[str, Evaluated]
+) -> dict[str, Any]:
+    """Of several tasks, what each has from sharing the encoder."""
+    if not prepared.plan.tasks:
+        return {}
+    prefix = f"{SINGLE}/"
+    single = {n.removeprefix(prefix): (each.metrics, each.told) for n, each in baselines.items() if n.startswith(prefix)}
+    federated = {name: tuple(columns["federated"]) for name, columns in choices.items()}
+    return {"tasks": describe_tasks(prepared, test, federated, single)}
 
 
 def _adaptation(personalized: Personalized, share: Share) -> dict[str, Any] | None:
@@ -231,6 +248,19 @@ def _floor(folder: RunFolder) -> Floor:
     plan = folder.plan
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision)
+
+
+def _written(folder: RunFolder, floor: Floor, progress: Progress, baselines: Mapping[str, Evaluated]) -> dict[str, Any] | None:
+    """What the models write after prompts of the common test set; None where the plan does not ask for it."""
+    plan = folder.plan
+    writing = None if plan.keeps_personal else WritingTest.of(plan, floor.model, floor.test)
+    if writing is None:
+        return None
+    columns: dict[str, list[State]] = {BASE: [{}], FEDERATED: [final_params(plan, progress)]}
+    for name in baselines:
+        baseline = RunFolder(folder.path / "baselines" / name)
+        columns.setdefault(name.partition("/")[0].replace("-", "_"), []).append(final_params(baseline.plan, baseline.load()))
+    return writing.describe(columns)
 
 
 def _floor_metrics(floor: Floor, prepared: Prepared) -> Metrics:

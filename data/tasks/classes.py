@@ -22,6 +22,7 @@ class ClassTargets:
 
     key = "text"
     keeps_head = False
+    has_several_heads = False
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.key, "label"

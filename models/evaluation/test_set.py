@@ -42,6 +42,8 @@ class Floor:
     def answers(self, held: Sequence[Label]) -> list[Any]:
         """Return the one answer that is right most often for the labels `held`; where there is none such, the base model's."""
         constant = self.model.loaded.task.constant(held, self.test.labels)
+        if isinstance(constant, tuple):  # of several tasks
+            return [constant[number] for number in self.test.truth]
         return self._untrained if constant is None else [constant] * len(self.test.truth)
 
     @cached_property

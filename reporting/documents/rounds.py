@@ -8,7 +8,10 @@ from cotune.reporting.documents.base import Document, Number
 
 
 class MetricsEntry(Document):
-    """Metrics of a task: of classes precision, recall and F1, of texts loss and perplexity; the others are absent."""
+    """Metrics of a task: of classes precision, recall and F1, of texts loss and perplexity; the others are absent.
+
+    Of several tasks they are means over them, and those of each stand beside as `TASK/accuracy`, `TASK/f1` and so on.
+    """
 
     accuracy: Number = Field(
         description="Share of the records (with tags: of the words; of texts: of the target tokens) that are told right, of 1."
@@ -80,7 +83,7 @@ class RoundEntry(Document):
     absent: list[str] = Field(
         default_factory=list, description="Those of `dropped` that were not connected, or were lost and did not come back."
     )
-    left_out: list[str] = Field(
+    excluded: list[str] = Field(
         default_factory=list,
         description="Organizations that were not selected any more, after `server.strikes` strikes or as they were revoked.",
     )

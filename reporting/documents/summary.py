@@ -110,11 +110,57 @@ class PersonalGain(Document):
     worst: str = Field(description="Whose it is.")
 
 
+class TaskGain(Document):
+    """What sharing the encoder changes for one task, on some test records with a label of it."""
+
+    records: int = Field(description="How many there are.")
+    federated: Number = Field(description="Accuracy of this run.")
+    single: Number | None = Field(description="Accuracy of the same run for this task by itself; null where not measured.")
+    gain: Number | None = Field(description="`federated` less `single`; below 0: negative transfer.")
+    interval: list[Number] = Field(description="95 % interval of the gain.")
+    p: Number | None = Field(description="p-value of the paired test.")
+
+
+class TaskSummary(Document):
+    """One of several tasks of a simulation."""
+
+    name: str = Field(description="Its name.")
+    weight: Number = Field(description="λ, as in the plan.")
+    classes: int = Field(description="How many it has.")
+    holders: list[str] = Field(description="The organizations that have labels of it.")
+    all: TaskGain | None = Field(description="On the common test set.")
+    organizations: dict[str, TaskGain | None] = Field(description="Organization → the same on its own held-out records.")
+
+
 class Repeated(Document):
     """Metrics of each organization's model."""
 
     mean: MetricsEntry = Field(description="Mean over the organizations.")
     each: dict[str, MetricsEntry] = Field(description="Organization → metrics.")
+
+
+class WrittenFigures(Document):
+    """How near written texts are to the true targets, each of 1."""
+
+    exact_match: Number = Field(description="Share of the texts that are equal to their target, but for white space.")
+    rouge_l: Number = Field(description="Mean F-measure of the longest common subsequence of words.")
+    chrf: Number = Field(description="chrF2 of all texts.")
+    bleu: Number = Field(description="BLEU of all texts.")
+
+
+class WrittenSummary(Document):
+    """What models write after prompts of some test records, always taking the most probable token."""
+
+    examples: int = Field(description="Records that were written for.")
+    left_out: int = Field(description="Others, whose prompts are longer than the model reads.")
+    max_new_tokens: int = Field(description="Most tokens of a text.")
+    figures: dict[str, WrittenFigures] = Field(
+        description="`first_sentence` of the prompt, `base` (the base model as it came), `federated`; of a simulation also"
+        " `alone`, `alone_without_privacy` (means over the organizations) and `pooled`, where they were trained."
+    )
+    shown: list[dict[str, str]] = Field(
+        description="Ten of the records: `prompt`, `target`, and the texts `base` and `federated`."
+    )
 
 
 class TestSummary(Document):
@@ -140,6 +186,9 @@ class TestSummary(Document):
     )
     adapted: Repeated | None = Field(description="The federated model as each organization has adapted it.")
     pooled: MetricsEntry | None = Field(description=f"All training data in one place, without privacy: the bound; {_WHERE_REAL}.")
+    written: WrittenSummary | None = Field(
+        None, description="Texts that models write, where the plan asks for them (`generate`) and there is a common model."
+    )
 
 
 class ColumnFigures(MetricsEntry):
@@ -225,7 +274,7 @@ class OrganizationSummary(Document):
     weight: Number | None = Field(None, description="Real run: its share in the last round that it took part in, of 1.")
     dropped: int | None = Field(None, description="Real run: rounds without an update of it.")
     quarantined: int | None = Field(None, description="Real run: rounds in which an update of it was rejected.")
-    left_out: bool | None = Field(None, description="Real run: whether it is excluded after too many strikes.")
+    excluded: bool | None = Field(None, description="Real run: whether it is excluded after too many strikes.")
     delivered: bool | None = Field(None, description="Real run: whether it has confirmed the finished model.")
 
 
@@ -260,6 +309,9 @@ class RunSummary(Document):
     )
     personal: PersonalGain | None = Field(
         None, description="What [personal parts](personal.md) change; null without them, or where that was not measured."
+    )
+    tasks: list[TaskSummary] = Field(
+        default_factory=list, description="Several tasks on one encoder ([docs](several-tasks.md)); absent otherwise."
     )
     test: TestSummary = Field(description="Figures on the common test set.")
     organizations: list[OrganizationSummary] = Field(description="The organizations.")
