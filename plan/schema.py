@@ -46,6 +46,7 @@ class Plan(PlanTables):
             "labels": bool(self.labels),
             "class_weights": bool(self.class_weights),
             "tell.label_histogram": self.tell.label_histogram,
+            "public.source": bool(self.public.source),
         }
         for key, given in problems.items():
             if given:
@@ -53,6 +54,22 @@ class Plan(PlanTables):
         if any(stage.mode == "head" for stage in self.stages):
             raise ValueError(
                 f"train = head trains a new head, and task = {self.task} keeps that of its base model: expected train = lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _feature_can_be_had(self) -> Self:
+        if self.model.feature is None:
+            return self
+        if self.task != "sequence-classification":
+            raise ValueError(f"model.feature is for task = sequence-classification, got {self.task}: leave it out")
+        if any(stage.mode != "head" for stage in self.stages):
+            raise ValueError(
+                "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
+            )
+        if self.model.pooling != "auto":
+            raise ValueError(
+                f"model.feature says what a head reads, and so does model.pooling = {self.model.pooling}: expected one"
             )
         return self
 
@@ -232,6 +249,7 @@ class Plan(PlanTables):
             mixed_ranks=self.mixed_ranks,
             personal=self.keeps_parts,
             server_data=self.validation_fraction > 0,
+            public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
         )
