@@ -120,11 +120,11 @@ def total_delta(policy: Policy, examples: int) -> float:
 
 def check_examples(examples: int, local: LocalTraining, organization: str) -> None:
     """Check that the records fill a batch. Raises DataError."""
-    needed = local.batch_size if local.batch_size >= 1 else 1 / local.batch_size
+    needed = local.fewest_records()
     if examples < needed:
         raise DataError(
             f"{organization} has {examples} examples, fewer than a batch needs ({needed:g} with local.batch_size ="
-            f" {local.batch_size:g}): use fewer organizations, or another batch size",
+            f" {local.batch_size}): use fewer organizations, or another batch size",
             code="data.too_few_records",
         )
 

@@ -39,7 +39,8 @@ def _classes(plan: Plan) -> str:
 
 def _amount(local: Any) -> str:
     steps = f"{local.epochs:g} epochs" if local.epochs is not None else f"{local.steps} steps"
-    return f"{steps}, batches of {local.batch_size:g}"
+    batches = "all records in each" if local.batch_size == "all" else f"batches of {local.batch_size:g}"
+    return f"{steps}, {batches}"
 
 
 def _rates(plan: Plan) -> str:

@@ -11,6 +11,7 @@ from cotune.models.config import TrainMode
 from cotune.storage.config_table import ConfigTable
 from cotune.strategies.server_optimizers.schedules import Schedule, decay
 
+_MOST_RECORDS = 1_000_000  # of a step
 _MAX_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
 
 
@@ -25,7 +26,11 @@ class LocalTraining(ConfigTable):
     schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
-    batch_size: float = Field(256, gt=0, le=1e6, description="expected records per step; below 1: the fraction of the records")
+    batch_size: float | Literal["all"] = Field(
+        256.0,
+        description="expected records per step, at most 1,000,000; below 1: the fraction of the records; all: every record in"
+        " every step, which nothing amplifies",
+    )
     steps: int | None = Field(20, ge=1, le=100_000, description="optimizer steps per round; null where epochs are given")
     epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
     physical_batch_size: int = Field(
@@ -37,12 +42,16 @@ class LocalTraining(ConfigTable):
         " for models of a billion parameters and more)",
     )
 
-    @field_validator("batch_size")
+    @field_validator("batch_size", mode="before")
     @classmethod
-    def _whole(cls, value: float) -> float:
+    def _records_or_all(cls, value: Any) -> Any:
+        if value == "all":
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_RECORDS:
+            raise ValueError(f'expected a number above 0 and at most {_MOST_RECORDS:,}, or "all", got {value!r}')
         if value >= 1 and value != int(value):
             raise ValueError(f"expected a whole number of records, or a fraction below 1, got {value}")
-        return value
+        return float(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +78,15 @@ class LocalTraining(ConfigTable):
 
     def sample_rate(self, examples: int) -> float:
         """q, the probability with which each of `examples` records enters a batch."""
+        if self.batch_size == "all":
+            return 1.0
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
+
+    def fewest_records(self) -> float:
+        """How many records fill a batch."""
+        if self.batch_size == "all":
+            return 1.0
+        return self.batch_size if self.batch_size >= 1 else 1 / self.batch_size
 
     def steps_per_round(self, examples: int) -> int:
         """Optimizer steps per round of an organization with so many records: max(1, epochs / q) where epochs are given."""

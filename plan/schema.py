@@ -70,6 +70,15 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _writing_needs_prompts(self) -> Self:
+        if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
+            raise ValueError(
+                f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
+                " expected task = causal-lm with data.prompt and data.target, or leave the table out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_are_of_classes(self) -> Self:
         if self.labels:
             self.weights_of_classes()

@@ -43,6 +43,13 @@ class PersonalizeConfig(ConfigTable):
     folds: int = Field(5, ge=2, le=20, description="parts that the own records are cut into, to choose a method by")
 
 
+class GenerateConfig(ConfigTable):
+    """What language models write after prompts of the common test set, at the end (the `generate` table)."""
+
+    examples: int = Field(100, ge=1, le=10_000, description="test records, at most, drawn from the seed")
+    max_new_tokens: int = Field(64, ge=1, le=4096, description="of each text, at most")
+
+
 class SimulationConfig(ConfigTable):
     """Only for simulations (the `simulation` table of a plan)."""
 
@@ -117,6 +124,9 @@ class PlanTables(ConfigTable):
     tell: TellConfig = TellConfig()
     personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()
+    generate: GenerateConfig | None = Field(
+        None, description="absent: nothing is written; needs data.prompt, and at the coordinator a test set"
+    )
     simulation: SimulationConfig = SimulationConfig()
 
     @model_validator(mode="before")

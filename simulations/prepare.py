@@ -21,6 +21,7 @@ from cotune.data.left_out import ELSEWHERE
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
+from cotune.data.tasks.text_metrics import check_text_metrics
 from cotune.errors import PlanError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
@@ -75,6 +76,8 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     Raises DataError, ModelError, PrivacyError, DeviceError or PlanError.
     """
     pick_device(device)
+    if plan.generate is not None:
+        check_text_metrics()
     base = find_base(plan.model)
     records = _read(plan)
     labels = _labels(plan, records, read_base_labels(base.path))

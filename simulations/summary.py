@@ -9,6 +9,7 @@ from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
+from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
@@ -19,6 +20,7 @@ from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.runs.results import describe_effort, describe_run
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params
+from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
@@ -92,6 +94,7 @@ def summarize(
             "federated": dict(progress.history[-1].metrics or {}),
             "adapted": _common(organizations, "adapted"),
             "pooled": pooled.metrics.as_dict() if pooled else None,
+            "written": _written(folder, floor, progress, baselines),
         },
         "organizations": organizations,
         **describe_effort(progress, seconds),
@@ -231,6 +234,19 @@ def _floor(folder: RunFolder) -> Floor:
     plan = folder.plan
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision)
+
+
+def _written(folder: RunFolder, floor: Floor, progress: Progress, baselines: Mapping[str, Evaluated]) -> dict[str, Any] | None:
+    """What the models write after prompts of the common test set; None where the plan does not ask for it."""
+    plan = folder.plan
+    writing = None if plan.keeps_personal else WritingTest.of(plan, floor.model, floor.test)
+    if writing is None:
+        return None
+    columns: dict[str, list[State]] = {BASE: [{}], FEDERATED: [final_params(plan, progress)]}
+    for name in baselines:
+        baseline = RunFolder(folder.path / "baselines" / name)
+        columns.setdefault(name.partition("/")[0].replace("-", "_"), []).append(final_params(baseline.plan, baseline.load()))
+    return writing.describe(columns)
 
 
 def _floor_metrics(floor: Floor, prepared: Prepared) -> Metrics:

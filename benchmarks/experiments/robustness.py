@@ -121,14 +121,13 @@ def trained(
     lengths = np.linalg.norm(features, axis=1)
     weight = start.copy()
     velocity = np.zeros_like(start)
+    rate = local.sample_rate(len(rows))
     for _ in range(local.steps or 1):
-        chosen = np.flatnonzero(rng.random(len(labels)) < local.batch_size)
+        chosen = np.flatnonzero(rng.random(len(labels)) < rate)
         wrong = softmax(features[chosen] @ weight.T)
         wrong[np.arange(len(chosen)), labels[chosen]] -= 1
         wrong *= np.minimum(1, 1 / np.maximum(np.linalg.norm(wrong, axis=1) * lengths[chosen], 1e-30))[:, None]
-        gradient = (wrong.T @ features[chosen] + noise * rng.standard_normal(start.shape, np.float32)) / (
-            local.batch_size * len(rows)
-        )
+        gradient = (wrong.T @ features[chosen] + noise * rng.standard_normal(start.shape, np.float32)) / (rate * len(rows))
         velocity = local.momentum * velocity + gradient
         weight = weight - local.learning_rate * velocity
     return np.asarray(weight - start)

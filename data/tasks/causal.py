@@ -141,10 +141,19 @@ def _tokens(reader: Any, passages: Sequence[Any], most: int) -> Iterator[tuple[l
     """The tokens of prompts and of targets, of each a few more than `most` at most; an end token stands behind every target."""
     end = [] if reader.eos_token_id is None else [reader.eos_token_id]
     cut = {"truncation": True, "max_length": most + 2, "padding": False}
-    prompts = reader([passage.prompt for passage in passages], **cut)["input_ids"]
+    prompts = prompt_tokens(reader, [passage.prompt for passage in passages], most)
     targets = reader([passage.target for passage in passages], add_special_tokens=False, **cut)["input_ids"]
     for prompt, target in zip(prompts, targets, strict=True):
-        yield list(prompt[:-1] if end and prompt[-1:] == end else prompt), [*target, *end]
+        yield prompt, [*target, *end]
+
+
+def prompt_tokens(reader: Any, prompts: Sequence[str], most: int) -> Iterator[list[int]]:
+    """Yield the tokens of prompts, of each a few more than `most` at most; no end token stands behind one."""
+    if not prompts:
+        return
+    for row in reader(list(prompts), truncation=True, max_length=most + 2, padding=False)["input_ids"]:
+        ended = reader.eos_token_id is not None and row[-1:] == [reader.eos_token_id]
+        yield list(row[:-1] if ended else row)
 
 
 def _example(prompt: list[int], target: list[int], max_length: int) -> Example | None:

@@ -117,6 +117,30 @@ class Repeated(Document):
     each: dict[str, MetricsEntry] = Field(description="Organization → metrics.")
 
 
+class WrittenFigures(Document):
+    """How near written texts are to the true targets, each of 1."""
+
+    exact_match: Number = Field(description="Share of the texts that are equal to their target, but for white space.")
+    rouge_l: Number = Field(description="Mean F-measure of the longest common subsequence of words.")
+    chrf: Number = Field(description="chrF2 of all texts.")
+    bleu: Number = Field(description="BLEU of all texts.")
+
+
+class WrittenSummary(Document):
+    """What models write after prompts of some test records, always taking the most probable token."""
+
+    examples: int = Field(description="Records that were written for.")
+    left_out: int = Field(description="Others, whose prompts are longer than the model reads.")
+    max_new_tokens: int = Field(description="Most tokens of a text.")
+    figures: dict[str, WrittenFigures] = Field(
+        description="`first_sentence` of the prompt, `base` (the base model as it came), `federated`; of a simulation also"
+        " `alone`, `alone_without_privacy` (means over the organizations) and `pooled`, where they were trained."
+    )
+    shown: list[dict[str, str]] = Field(
+        description="Ten of the records: `prompt`, `target`, and the texts `base` and `federated`."
+    )
+
+
 class TestSummary(Document):
     """Figures on the common test set; in a real run on the coordinator's own, if it has one."""
 
@@ -140,6 +164,9 @@ class TestSummary(Document):
     )
     adapted: Repeated | None = Field(description="The federated model as each organization has adapted it.")
     pooled: MetricsEntry | None = Field(description=f"All training data in one place, without privacy: the bound; {_WHERE_REAL}.")
+    written: WrittenSummary | None = Field(
+        None, description="Texts that models write, where the plan asks for them (`generate`) and there is a common model."
+    )
 
 
 class ColumnFigures(MetricsEntry):

@@ -16,6 +16,7 @@ from cotune.data.config import has_labels
 from cotune.data.readers.sources import check_new, get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
+from cotune.data.tasks.text_metrics import check_text_metrics
 from cotune.errors import PlanError, RunError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
@@ -122,6 +123,8 @@ def _count_parameters(base: Path) -> int:
 
 def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
     """The plan with the base model's hash and the class names, and without the place of the base model."""
+    if plan.generate is not None and config.test is not None:
+        check_text_metrics()
     base = find_base(plan.model)
     labels = _determine_labels(plan, config.test, read_base_labels(base.path))
     model = plan.model.model_copy(update=base.pins)

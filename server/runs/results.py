@@ -17,6 +17,7 @@ from cotune.data.tasks.task import get_task
 from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_model
+from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claim import build_claim
@@ -35,6 +36,7 @@ from cotune.server.runs.exclusions import find_excluded
 from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import final_params, load_run_model
+from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.storage.files import atomic_write
 
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with
@@ -229,7 +231,10 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     test = DatasetManifest.read(document, folder.plan.labels)
     model = load_run_model(folder)
     floor = measure(model, test, Floor(model, test, folder.plan.model.precision).answers(test.held_labels))
-    return {**nothing, "examples": len(test), "majority": floor.as_dict()}
+    writing = WritingTest.of(folder.plan, model, test)
+    states: dict[str, list[State]] = {BASE: [{}], FEDERATED: [final_params(folder.plan, progress)]}
+    written = None if writing is None or metrics is None else writing.describe(states)
+    return {**nothing, "examples": len(test), "majority": floor.as_dict(), "written": written}
 
 
 def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Event]) -> dict[str, Any]:

@@ -214,6 +214,21 @@ def test_batches_are_whole_or_fractions() -> None:
     assert plan(local={"batch_size": 64}).local.batch_size == 64
 
 
+@given(examples=st.integers(1, 100_000), steps=st.integers(1, 50))
+def test_all_records_in_a_step_need_no_sampling(examples: int, steps: int) -> None:
+    local = LocalTraining(batch_size="all", steps=steps)
+    assert local.sample_rate(examples) == 1.0
+    assert local.steps_per_round(examples) == steps
+    assert LocalTraining(batch_size="all", epochs=3).steps_per_round(examples) == 3
+
+
+@pytest.mark.parametrize("size", ["none", "ALL", True, 0, -1, 1e7, [1]])
+def test_batches_of_another_kind_are_refused(size: object) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(local={"batch_size": size})
+    assert caught.value.code == "plan.invalid"
+
+
 def test_labels_are_distinct() -> None:
     with pytest.raises(PlanError, match=r"labels: expected distinct class names, got \['a', 'b', 'a'\]"):
         plan(labels=["a", "b", "a"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def new_plan(language_model: Callable[..., Path], records: Path) -> NewPlan:
 
 @pytest.fixture(scope="module")
 def private(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return simulate(new_plan(rounds=3), tmp_path_factory.mktemp("private") / "run", device="cpu")
+    writing = {"generate": {"examples": 12, "max_new_tokens": 4}} if find_spec("sacrebleu") and find_spec("rouge_score") else {}
+    return simulate(new_plan(rounds=3, **writing), tmp_path_factory.mktemp("private") / "run", device="cpu")
 
 
 def test_a_private_run_learns_beyond_the_base_model(private: Run) -> None:
@@ -92,6 +94,35 @@ def test_the_verdict_is_about_the_loss(private: Run) -> None:
         assert low <= organization.own.federated.loss <= high
         other = organization.own[organization.worth.against]
         assert organization.worth.difference == pytest.approx(other.loss - organization.own.federated.loss)
+
+
+def test_the_report_shows_what_the_models_write(private: Run) -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    written = private.summary.test.written
+    assert written
+    assert written.examples == 12
+    assert written.left_out == 0
+    assert set(written.figures) == {"first_sentence", "base", "federated", "alone", "alone_without_privacy", "pooled"}
+    assert all(0 <= value <= 1 for figures in written.figures.values() for value in figures.values())
+    assert len(written.shown) == 10
+    page = (private.folder / "report.html").read_text(encoding="utf-8")
+    assert "What the models write" in page
+    model = AutoModelForCausalLM.from_pretrained(private.folder / "model")
+    reader = AutoTokenizer.from_pretrained(private.folder / "model")
+    for each in written.shown:  # plain transformers writes the same with the model that comes out
+        ids = reader(each["prompt"] + "\n", return_tensors="pt").input_ids
+        told = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert reader.decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip() == each["federated"]
+
+
+@pytest.mark.parametrize("data", [{"text": "prompt"}, {"prompt": "prompt", "target": "target"}])
+def test_writing_without_prompts_is_refused(data: dict[str, str]) -> None:
+    task = "causal-lm" if "text" in data else "sequence-classification"
+    table = {"task": task, "train": "lora", "generate": {}, "model": {"base": "x"}, "data": {"source": "y", **data}}
+    with pytest.raises(PlanError) as raised:
+        parse_plan(table)
+    assert raised.value.code == "plan.invalid"
 
 
 def test_plain_transformers_loads_and_writes_with_what_comes_out(private: Run, new_plan: NewPlan) -> None:

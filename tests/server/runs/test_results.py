@@ -23,9 +23,11 @@ from cotune.server.runs.run_model import final_params, load_run_model
 from tests.support.datasets import sentences, write_csv
 from tests.support.federations import founded
 from tests.support.html import Page
+from tests.support.language_models import dialogs, language_model, write_dialogs
 from tests.support.organizations import Answer, update
 from tests.support.unreliable_grid import wild
 
+__all__ = ["language_model"]  # fixtures
 Base = Callable[[str], Path]
 Summary = dict[str, Any]
 NOT_KNOWN = {
@@ -117,6 +119,30 @@ def test_test_set_compares_the_model_with_the_best_constant(played: Callable[...
     assert "Measured: the federated model reaches" in page.text
     assert "always giving the most frequent label of the test set." in page.text
     assert "No differential privacy: nothing bounds what this run reveals" in page.text
+
+
+def test_a_language_model_writes_after_prompts_of_the_coordinators_test_file(
+    language_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    test = write_dialogs(tmp_path / "test.jsonl", 12)
+    texts = {"labels": [], "task": "causal-lm", "train": "lora", "generate": {"examples": 5, "max_new_tokens": 3}}
+    data = {"source": "nowhere.jsonl", "prompt": "prompt", "target": "target"}
+    made = founded(
+        tmp_path / "fed", language_model(), "zurich", "basel", test=test, data=data, lora={"targets": ["v_proj"]}, **texts
+    )
+    folder = create_run(made, name="one")
+    model = load_run_model(folder)
+    held = DatasetManifest.read(folder.path / "test" / "data.json", folder.plan.labels)
+    answers = {"zurich": stating(None, None), "basel": stating(None, None)}
+    train_rounds(wild(folder, answers), folder, model, lambda state: evaluate(model, state, held, "float32"))
+    written = finalize_run(folder).test.written
+    assert written
+    assert (written.examples, set(written.figures)) == (5, {"first_sentence", "base", "federated"})
+    known = {record["prompt"] for record in dialogs(12)}
+    assert {each["prompt"] for each in written.shown} <= known
+    assert len(written.shown) == 5
 
 
 def test_the_exported_model_is_the_served_one(played: Callable[..., RunFolder]) -> None:

@@ -1,0 +1,78 @@
+"""What a language model writes after prompts: greedily, so that the same model writes the same text again.
+
+Prompts of one length share a forward pass, and none is padded: a text does not depend on the prompts beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from cotune.data.tasks.causal import prompt_tokens
+from cotune.data.tasks.text import map_or_none
+from cotune.models.device import autocasts
+from cotune.models.trainable import TrainableModel
+
+_BATCH = 16
+
+
+@torch.no_grad()
+def write_texts(model: TrainableModel, prompts: Sequence[str], max_new_tokens: int, precision: str) -> list[str | None]:
+    """Return what a language model writes after each prompt, until it ends the text itself or at the largest length.
+
+    The most probable token is taken every time. A `generation_config.json` in the model's folder, which may ask for chance or
+    forbid repetitions, is not followed.
+
+    Args:
+        model: In the state that writes.
+        prompts: As they are tokenized in training.
+        max_new_tokens: Most tokens of a text; fewer where the model has no more positions.
+        precision: "float32", "bfloat16" or "auto".
+
+    Returns:
+        The texts, without special tokens; None for a prompt that is longer than the model reads, or that cannot be read.
+    """
+    loaded = model.loaded
+    rows = map_or_none(lambda part: list(prompt_tokens(loaded.reader, part, loaded.max_length)), prompts)
+    usable = sorted((len(row), number) for number, row in enumerate(rows) if row and len(row) <= loaded.max_length)
+    positions = loaded.task.longest(loaded.reader, loaded.module, loaded.max_length + max_new_tokens)
+    texts: dict[int, str] = {}
+    low = autocasts(precision, model.device)
+    with _greedy(model) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
+        for length, group in groupby(usable, key=lambda each: each[0]):
+            config.max_new_tokens = min(max_new_tokens, positions - length)
+            numbers = [number for _, number in group]
+            for start in range(0, len(numbers), _BATCH):
+                chosen = numbers[start : start + _BATCH]
+                told = _written(model, config, [rows[number] or [] for number in chosen])
+                texts.update(zip(chosen, told, strict=True))
+    return [texts.get(number) for number in range(len(rows))]
+
+
+@contextmanager
+def _greedy(model: TrainableModel) -> Iterator[GenerationConfig]:
+    """Settings of greedy decoding. They stand in for the model's own, which transformers would fill gaps with."""
+    module: Any = model.loaded.module
+    reader = model.loaded.reader
+    before = module.generation_config
+    config = GenerationConfig(do_sample=False, num_beams=1, pad_token_id=reader.pad_token_id, eos_token_id=reader.eos_token_id)
+    module.generation_config = config
+    try:
+        yield config
+    finally:
+        module.generation_config = before
+
+
+def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> list[str]:
+    if config.max_new_tokens is None or config.max_new_tokens < 1:
+        return [""] * len(rows)
+    module: Any = model.loaded.module
+    ids = torch.tensor(rows, device=model.device)
+    told = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    found: list[str] = model.loaded.reader.batch_decode(told[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in found]

@@ -1,0 +1,89 @@
+"""Written texts: against decoding by hand, one token at a time and without a cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cotune.data.tasks.causal import prompt_tokens
+from cotune.models.base_model import load_model
+from cotune.models.config import ModelConfig
+from cotune.models.generation import write_texts
+from cotune.models.trainable import TrainableModel
+from tests.support.language_models import dialogs, language_model
+
+__all__ = ["language_model"]  # fixtures
+CPU = torch.device("cpu")
+PROMPTS = [record["prompt"] + "\n" for record in dialogs(24)]
+
+
+def open_model(folder: Path, max_length: int = 16) -> TrainableModel:
+    config = ModelConfig(base=str(folder), max_length=max_length, precision="float32")
+    model = TrainableModel(load_model(config, (), 3, "causal-lm"), None, 3, CPU)
+    with torch.no_grad():  # louder, so that texts differ from prompt to prompt
+        for name, parameter in model.parameters():
+            if "norm" not in name:
+                parameter.mul_(4)
+    return model
+
+
+@torch.no_grad()
+def written_by_hand(model: TrainableModel, prompt: str, most: int) -> str:
+    reader = model.loaded.reader
+    [ids] = prompt_tokens(reader, [prompt], model.loaded.max_length)
+    begun = len(ids)
+    while len(ids) < begun + most:
+        best = int(model.module(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if best == reader.eos_token_id:
+            break
+        ids = [*ids, best]
+    return str(reader.decode(ids[begun:], skip_special_tokens=True)).strip()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_texts_are_the_most_probable_tokens_in_turn(language_model: Callable[..., Path], kind: str) -> None:
+    model = open_model(language_model(kind))
+    written = write_texts(model, PROMPTS, 6, "float32")
+    assert written == [written_by_hand(model, prompt, 6) for prompt in PROMPTS]
+    assert len(set(written)) > 3, "else nothing was tried"
+
+
+def test_a_text_does_not_depend_on_other_prompts(language_model: Callable[..., Path]) -> None:
+    model = open_model(language_model())
+    together = write_texts(model, PROMPTS, 4, "float32")
+    assert together == [write_texts(model, [prompt], 4, "float32")[0] for prompt in PROMPTS]
+
+
+def test_chance_in_a_models_folder_is_not_followed(language_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(language_model(), folder)
+    asked = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "min_new_tokens": 6, "num_beams": 3}
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+    model = open_model(folder)
+    assert model.loaded.module.generation_config.do_sample is True
+    assert write_texts(model, PROMPTS, 6, "float32") == write_texts(open_model(language_model()), PROMPTS, 6, "float32")
+    assert model.loaded.module.generation_config.do_sample is True  # as before
+
+
+def test_a_prompt_beyond_the_length_has_no_text(language_model: Callable[..., Path]) -> None:
+    model = open_model(language_model(), max_length=4)
+    found = write_texts(model, ["great\n", " ".join(["great"] * 40), ""], 3, "float32")
+    assert found[0] is not None
+    assert found[1] is None
+
+
+def test_texts_end_where_the_model_has_no_more_positions(language_model: Callable[..., Path]) -> None:
+    model = open_model(language_model("gpt2"), max_length=10_000)
+    positions = int(model.loaded.module.config.max_position_embeddings)
+    assert model.loaded.max_length == positions
+    [text] = write_texts(model, ["great "], 100_000, "float32")
+    assert text is not None
+
+
+def test_no_prompt_has_no_text(language_model: Callable[..., Path]) -> None:
+    assert write_texts(open_model(language_model()), [], 3, "float32") == []
