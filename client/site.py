@@ -49,8 +49,8 @@ class Site(SiteFolder):
         durable = not self.file.simulated
         if not self.ledger_file.exists():
             Ledger(self.ledger_file, durable=durable).close()
-        files = self.ledger_file.resolve(), self.ledger_file.with_name("ledger.key")
-        return _open_ledger(files[0], durable, *map(_identity, files))
+        file = self.ledger_file.resolve()
+        return _open_ledger(file, durable, _identity(file)[:2], _identity(self.ledger_file.with_name("ledger.key")))
 
     def keep(self, update: Update, plan_id: str) -> None:
         """Put a finished update into the outbox, durably, in place of the one before."""
@@ -115,24 +115,25 @@ class Site(SiteFolder):
 
 
 @lru_cache(maxsize=_MAX_OPEN)
-def _open_ledger(file: Path, durable: bool, ledger: tuple[int, int] | None, key: tuple[int, int] | None) -> Ledger:
+def _open_ledger(file: Path, durable: bool, ledger: tuple[int, ...], key: tuple[int, ...]) -> Ledger:
     """Open a ledger once: opening verifies all of its log, and every use after that whether anybody else has written it.
 
     Args:
         file: The ledger.
         durable: See `Ledger`.
         ledger: The identity of the file; another one that is put in its place is another ledger.
-        key: That of its key.
+        key: That of its key, and when that was changed: a new file may get the number of the one that was removed.
     """
     return Ledger(file, durable=durable)
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
+def _identity(file: Path) -> tuple[int, ...]:
+    """Return a file's device, number and time of its last change; nothing where it is missing."""
     try:
         found = file.stat()
     except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return ()
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:

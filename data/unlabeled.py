@@ -93,7 +93,7 @@ def _file(path: Path, raw: bytes, key: str, column: str, encoding: str = "utf-8"
         config = DataConfig.model_validate({"source": str(path), key: column, "label": label, "encoding": encoding})
     except ValueError:
         raise DataError(
-            f"the column {column!r} or the encoding {encoding!r} cannot be had: expected names of such",
+            f"the column {column!r} or the encoding {encoding!r} is unknown: expected existing names",
             code="data.unknown_encoding",
         ) from None
     return DataFile(str(path), path, raw, config, key)

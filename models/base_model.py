@@ -104,7 +104,7 @@ def load_model(
         damage = find_damage(folder.path)
         if damage is not None:
             raise ModelError(
-                f"the base model {config.base} has {damage}: download the folder again, or save it anew",
+                f"the base model {config.base} has {damage}: download the folder again, or save it again",
                 code="model.damaged_file",
             ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -216,7 +216,7 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: 
         return False
     if config.pooling == "mean" and not can_pool_mean(model_config):
         raise ModelError(
-            f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
+            f"model.pooling = mean is not supported for the architecture {model_config.model_type}: expected bert or distilbert;"
             " use native",
             code="model.no_mean_pooling",
         )

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from cotune.models.adapter_export import export_adapters
 from cotune.models.base_model import dropout_settings, silence_transformers
 from cotune.models.lora import merge_adapters
+from cotune.models.multi_head import MultiHead
 from cotune.models.trainable import TrainableModel
 
 ADAPTERS = "adapter"  # the folder of adapters by themselves, in that of the model
@@ -25,7 +26,8 @@ ADAPTERS = "adapter"  # the folder of adapters by themselves, in that of the mod
 def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
     """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
 
-    Of a model that keeps its base model's head, the adapters are written by themselves, too: `adapter/`, for peft.
+    Of a model that keeps its base model's head, the adapters are written by themselves, too: `adapter/`, for peft. Of several
+    tasks each is a folder of its own, named for the task, and so are the adapters that they share.
 
     An earlier export in the folder is replaced once the new one is complete. Anyone who may enter the folder above can read it,
     whatever the umask says. The model itself is left as it is.
@@ -35,20 +37,20 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         folder: Where to.
         beside: Name -> text of further files, such as a model card.
     """
+    task = model.loaded.task
     module = _copy_to_cpu(model.loaded.module)
     merge_adapters(module)
-    model.loaded.task.finish(module)
-    _restore_dropout(module.config, model.loaded.folder.path)
-    module.config.problem_type = model.loaded.task.problem_type
+    task.finish(module)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
-        with silence_transformers():
-            module.save_pretrained(part)
-        model.loaded.reader.save_pretrained(part)
-        if model.lora is not None and model.loaded.task.keeps_head:
+        if isinstance(module, MultiHead):
+            for name in module.tasks:
+                _save(model, module.classifier(name), part / name)
+        else:
+            _save(model, module, part)
+        if model.lora is not None and (task.keeps_head or task.has_several_heads):
             export_adapters(model, part / ADAPTERS)
-        _limit_length(part, model.loaded.max_length)
         for name, text in (beside or {}).items():
             (part / name).write_text(text, encoding="utf-8")
         _open_to_readers(part)
@@ -57,6 +59,16 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _save(model: TrainableModel, module: Any, folder: Path) -> None:
+    """Write a plain model of transformers, with what reads its inputs."""
+    _restore_dropout(module.config, model.loaded.folder.path)
+    module.config.problem_type = model.loaded.task.problem_type
+    with silence_transformers():
+        module.save_pretrained(folder)
+    model.loaded.reader.save_pretrained(folder)
+    _limit_length(folder, model.loaded.max_length)
 
 
 def _copy_to_cpu(module: Any) -> Any:

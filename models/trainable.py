@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.data.config import TaskName
+from cotune.data.multi_task import is_multi_task
 from cotune.errors import ModelError
 from cotune.models.adapter import Adapter, parameter_seed
 from cotune.models.architecture import encoder_prefixes
@@ -22,6 +23,7 @@ from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.lora import get_adapters, inject_adapters
+from cotune.models.multi_head import load_multi_task
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
@@ -191,5 +193,6 @@ def get_model(
     task: TaskName = "sequence-classification",
 ) -> TrainableModel:
     """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
-    loaded = load_model(model, labels, parameter_seed(seed, "head"), task)
+    load = load_multi_task if is_multi_task(task) else load_model
+    loaded = load(model, labels, parameter_seed(seed, "head"), task)
     return TrainableModel(loaded, lora, seed, pick_device(device))

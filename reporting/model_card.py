@@ -48,7 +48,7 @@ def model_card(
     task = get_task(plan.task)
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
-        *(about, "", *_use(plan.task, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
+        *(about, "", *_use(task.pipeline, length, plan), "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
         *_results(test or {}, examples),
@@ -68,7 +68,7 @@ def promised(plan: Plan) -> list[str]:
     ]
 
 
-def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
+def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     if pipeline == "text2text-generation":
         yield from _use_of_translator(length)
         return
@@ -76,10 +76,11 @@ def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
         yield from _use_of_writer(length)
         return
     is_image = pipeline == "image-classification"
+    folder = f"FOLDER/{plan.tasks[0].name}" if plan.tasks else "FOLDER"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    every = ", top_k=None" if task == "multi-label" else ""
-    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut}{every})'
+    every = ", top_k=None" if plan.task == "multi-label" else ""
+    yield f'predict = pipeline("{pipeline}", "{folder}"{cut}{every})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -88,7 +89,9 @@ def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
         )
     elif not is_image:
         yield f"A text is cut after {length} tokens, as in training."
-    yield f"`cotune predict FOLDER {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
+    if plan.tasks:
+        yield f"Each task has a model of its own in a folder of its name: {', '.join(task.name for task in plan.tasks)}."
+    yield f"`cotune predict {folder} {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
 
 
 def _use_of_writer(length: int) -> Iterator[str]:
@@ -116,6 +119,8 @@ def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
     yield "base model", _base(plan)
     yield "plan", f"{plan.name}, id {plan.plan_id}"
     yield "training", "; ".join(f"{stage.rounds} rounds of train = {stage.mode}" for stage in plan.stages)
+    if plan.tasks:
+        yield "weights of the tasks", ", ".join(f"{task.name}: {task.weight:g}" for task in plan.tasks)
     if plan.class_weights:
         yield "class weights", ", ".join(f"{label}: {weight:g}" for label, weight in plan.class_weights.items())
     yield "strategy", f"{plan.strategy.weighting.name} weights, {plan.strategy.fusion.name} fusion"

@@ -18,6 +18,7 @@ from cotune.client.training.setup import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.left_out import ELSEWHERE
+from cotune.data.multi_task import check_task_labels, keep_tasks
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
@@ -32,7 +33,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out
+from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
@@ -63,11 +64,17 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """What anyone who reads the results should know about the records."""
-        return build_notes(self.plan, self.left_out_by_file, self.records)
+        holders = {task.name: [s.name for s in self.shares if task.name in (s.tasks or (task.name,))] for task in self.plan.tasks}
+        return [*build_notes(self.plan, self.left_out_by_file, self.records), *holder_notes(holders)]
 
     def label_counts(self, share: Share) -> dict[str, int]:
         """Records of each class; with tags, words of each tag."""
-        return self.records[share.file].select(share.rows).label_counts_in(self.plan.labels)
+        return self.held(share).select(share.rows).label_counts_in(self.plan.labels)
+
+    def held(self, share: Share) -> Records:
+        """The records of the file of an organization, with the labels that it holds."""
+        records = self.records[share.file]
+        return keep_tasks(records, share.tasks) if share.tasks else records
 
 
 def prepare(plan: Plan, device: str = "auto") -> Prepared:
@@ -81,6 +88,7 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     base = find_base(plan.model)
     records = _read(plan)
     labels = _labels(plan, records, read_base_labels(base.path))
+    check_task_labels([task.name for task in plan.tasks], labels, plan.data.source)
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
     pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
     resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
@@ -176,7 +184,8 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
     site = SitePaths(folder)
-    write_manifest(site.records, plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
+    portions = [(share.file, np.asarray(share.rows)) for share in shares]
+    write_manifest(site.records, plan.data, portions, plan.task, [share.tasks for share in shares])
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
     JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device))

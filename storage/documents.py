@@ -29,7 +29,7 @@ class JsonDocument(Generic[T]):
         advice: What to do when it is damaged, as the end of the error.
 
     >>> from tempfile import mkdtemp
-    >>> strikes = JsonDocument(Path(mkdtemp()) / "strikes.json", dict[str, int], advice="remove it to begin counting anew")
+    >>> strikes = JsonDocument(Path(mkdtemp()) / "strikes.json", dict[str, int], advice="remove it to begin counting again")
     >>> strikes.read() is None
     True
     >>> strikes.write({"hospital-a": 2})

@@ -19,7 +19,7 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.models.trainable import State
-from cotune.plan.parameters import trained_names
+from cotune.plan.parameters import held_names, trained_names
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def prepare_round(context: LocalContext) -> PreparedRound:
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
-    names = trained_names(plan, model, context.round)
+    tasks = context.account.holdings.tasks
+    personal.shared = held_names(plan, personal.shared, tasks)
+    names = held_names(plan, trained_names(plan, model, context.round), tasks)
     parameters = model.train_only(names)
     setup = build_setup(
         plan,

@@ -321,7 +321,7 @@ def _excluded(run: _Run, before: Progress, number: int, members: Mapping[str, An
     folder = run.folder
     struck = find_excluded(folder, before.history)
     revoked = [who.name for who in folder.file.participants if who.name not in members]
-    known = before.history[-1].left_out if before.history else []
+    known = before.history[-1].excluded if before.history else []
     strikes = f"{run.plan.server.strikes} of its updates were refused, or did not come in time"
     for names, reason in ((struck, strikes), (revoked, REVOKED)):
         for name in [name for name in names if name not in known]:
