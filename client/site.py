@@ -53,13 +53,13 @@ class Site(SiteFolder):
         return _open_ledger(file, durable, _identity(file)[:2], _identity(self.ledger_file.with_name("ledger.key")))
 
     def keep(self, update: Update, plan_id: str) -> None:
-        """Put a finished update into the outbox, durably, in place of the one before."""
+        """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
-        atomic_write(self.outbox, content)
+        atomic_write(self.outbox, content, durable=not self.file.simulated)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Keep a run's tensors after a round, durably.
+        """Keep a run's tensors after a round, as durably as the ledger (see `ledger`).
 
         Args:
             what: The folder that they are kept in; see `SitePaths.kept_folder`.
@@ -67,7 +67,7 @@ class Site(SiteFolder):
         """
         folder = self.kept_folder(plan_id, what)
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
-        atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
+        atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
     def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """Return what was kept after a round, and remove what it does not go on from.

@@ -79,7 +79,8 @@ def done(request: pytest.FixtureRequest) -> Done:
 def test_the_folder_of_a_finished_run(done: Done) -> None:
     rounds = sum(stage.rounds for stage in done.plan.stages)
     names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*") if path.is_file()}
-    expected = {"plan.toml", "run.json", "events.jsonl", "summary.json", "report.html", "test/data.json", "model/config.json"}
+    expected = {"plan.toml", "run.json", "events.jsonl", "history.jsonl", "summary.json", "report.html", "test/data.json"}
+    expected |= {"model/config.json"}
     expected |= {f"checkpoints/round-{round:05d}.safetensors" for round in range(1, rounds + 1)}
     expected |= {"model/model.safetensors", "model/tokenizer.json"}
     expected |= {f"sites/org-{i}/{name}" for i in (1, 2, 3) for name in ("site.json", "data.json", "outbox/update.safetensors")}

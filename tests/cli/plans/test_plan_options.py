@@ -91,8 +91,13 @@ def play(arguments):
         for number, out in enumerate(outs, start=1):
             os.dup2(out.fileno(), number)
         sys.argv = ["cotune", *arguments]
-        run()
-        sys.exit(0)
+        try:
+            run()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code)  # an interpreter that ends takes longer than the command
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for out in outs:
         out.seek(0)
