@@ -59,7 +59,8 @@ class TestSet:
     def of_tasks(self, tasks: Sequence[str]) -> NDArray[np.bool_]:
         """(answers,) those to some of several tasks."""
         held = np.asarray([task_of(label) in tasks for label in self.plan.labels])
-        return held[self.truth]
+        found: NDArray[np.bool_] = held[self.truth]
+        return found
 
     def records(self, where: NDArray[np.bool_]) -> int:
         """How many records a part of the answers is of."""

@@ -28,7 +28,7 @@ from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets, all_correct,
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.metrics import MultiTaskMetrics, compute_metrics
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
-from cotune.data.types import Input, Label
+from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError
 
 _PLACEHOLDER = "-"  # a label, of which only the input is wanted
@@ -226,7 +226,7 @@ class MultiTask(ClassTargets):
         """For each class, the class of its task that most labels have."""
         counts = dict.fromkeys(classes, 0)
         for label in held:
-            for name in label:
+            for name in class_names_in(label):
                 counts[name] = counts.get(name, 0) + 1
         best: dict[str, int] = {}
         for number, name in enumerate(classes):
