@@ -31,7 +31,7 @@ def export_adapters(model: TrainableModel, folder: Path) -> None:
     config: Any = build_peft_config(model.loaded, model.lora)
     config.base_model_name_or_path = model.loaded.folder.path.name
     prefix = model.prefix[0] if model.loaded.task.has_several_heads else ""
-    config.target_modules = [name.removeprefix(prefix) for name in config.target_modules]
+    config.target_modules = sorted(name.removeprefix(prefix) for name in config.target_modules)
     paired = getattr(model.loaded.module.config, "is_encoder_decoder", False)
     config.task_type = "FEATURE_EXTRACTION" if prefix else "SEQ_2_SEQ_LM" if paired else "CAUSAL_LM"
     config.inference_mode = True
