@@ -5,6 +5,7 @@ Every row has an answer, also one that cannot be used: anyone who joins predicti
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES
 from cotune.data.tasks.task import get_task
-from cotune.data.types import Input
+from cotune.data.types import Input, content_bytes
 from cotune.errors import DataError, nearest, reason_of
 
 
@@ -67,6 +68,14 @@ def read_typed(given: Sequence[str], task: TaskName) -> list[Row]:
     """Return texts as they were typed; for an image model, paths of images."""
     key = get_task(task).key
     return _make_rows(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
+
+
+def inputs_hash(inputs: Sequence[Input]) -> str:
+    """SHA-256 over the inputs, in their order."""
+    total = hashlib.sha256()
+    for given in inputs:
+        total.update(hashlib.sha256(content_bytes(given)).digest())
+    return total.hexdigest()
 
 
 def _make_rows(file: DataFile, task: TaskName, values: Sequence[object]) -> list[Row]:

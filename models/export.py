@@ -15,7 +15,10 @@ from torch import nn
 from transformers import AutoConfig
 
 from cotune.models.adapter_export import export_adapters
+from cotune.models.base_folder import ENCODER
 from cotune.models.base_model import dropout_settings, silence_transformers
+from cotune.models.layer_features import LayerClassifier
+from cotune.models.layer_folder import is_layer_model, write_layer_head
 from cotune.models.lora import merge_adapters
 from cotune.models.multi_head import MultiHead
 from cotune.models.trainable import TrainableModel
@@ -38,17 +41,21 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         beside: Name -> text of further files, such as a model card.
     """
     task = model.loaded.task
-    module = _copy_to_cpu(model.loaded.module)
-    merge_adapters(module)
-    task.finish(module)
+    module: Any = model.loaded.module
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
-        if isinstance(module, MultiHead):
+        if isinstance(module, LayerClassifier):
+            write_layer_head(module, part)
+            _save(model, _merged(module.encoder.base), part / ENCODER)
+        elif isinstance(module, MultiHead):
+            merged = _merged(module)
             for name in module.tasks:
-                _save(model, module.classifier(name), part / name)
+                _save(model, merged.classifier(name), part / name)
         else:
-            _save(model, module, part)
+            merged = _merged(module)
+            task.finish(merged)
+            _save(model, merged, part)
         if model.lora is not None and (task.keeps_head or task.has_several_heads):
             export_adapters(model, part / ADAPTERS)
         for name, text in (beside or {}).items():
@@ -61,9 +68,17 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _merged(module: Any) -> Any:
+    """A copy on the CPU, with its adapters added to its weights."""
+    copied = _copy_to_cpu(module)
+    merge_adapters(copied)
+    return copied
+
+
 def _save(model: TrainableModel, module: Any, folder: Path) -> None:
-    """Write a plain model of transformers, with what reads its inputs."""
-    _restore_dropout(module.config, model.loaded.folder.path)
+    """Write a plain model of transformers, or an encoder alone, with what reads its inputs."""
+    source = model.loaded.folder.path
+    _restore_dropout(module.config, source / ENCODER if is_layer_model(source) else source)
     module.config.problem_type = model.loaded.task.problem_type
     with silence_transformers():
         module.save_pretrained(folder)

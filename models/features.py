@@ -123,6 +123,7 @@ def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: 
         str(dtype),
         str(loaded.max_length),
         model.device.type,
+        *loaded.feature,
     )
     digest.update("\n".join(parts).encode())
     for file in sorted(loaded.folder.path.iterdir()):  # how inputs become numbers, and numbers vectors

@@ -44,6 +44,7 @@ class Plan(PlanTables):
             "labels": bool(self.labels) and not has_labels(self.task),
             "class_weights": bool(self.class_weights) and not has_labels(self.task),
             "tell.label_histogram": self.tell.label_histogram and not has_classes(self.task),
+            "public.source": bool(self.public.source) and not has_classes(self.task),
         }
         for key, given in problems.items():
             if given:
@@ -69,6 +70,22 @@ class Plan(PlanTables):
             )
         if self.task != "regression" and self.model.target_range is not None:
             raise ValueError(f"model.target_range is for task = regression, and this is {self.task}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _feature_can_be_had(self) -> Self:
+        if self.model.feature is None:
+            return self
+        if self.task != "sequence-classification":
+            raise ValueError(f"model.feature is for task = sequence-classification, got {self.task}: leave it out")
+        if any(stage.mode != "head" for stage in self.stages):
+            raise ValueError(
+                "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
+            )
+        if self.model.pooling != "auto":
+            raise ValueError(
+                f"model.feature says what a head reads, and so does model.pooling = {self.model.pooling}: expected one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -247,6 +264,7 @@ class Plan(PlanTables):
             mixed_ranks=self.mixed_ranks,
             personal=self.keeps_parts,
             server_data=self.validation_fraction > 0,
+            public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
         )

@@ -16,6 +16,7 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
+from cotune.plan.public import PublicConfig
 from cotune.plan.rounds_config import RoundsConfig
 from cotune.plan.several_tasks import TaskConfig, write_out
 from cotune.plan.wire import Codec
@@ -130,6 +131,7 @@ class PlanTables(ConfigTable):
     strategy: Any = Field(None, description="left to `Plan`: its parts must be imported to be checked")
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
+    public: PublicConfig = PublicConfig()
     personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()
     generate: GenerateConfig | None = Field(

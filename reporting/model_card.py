@@ -15,6 +15,7 @@ from typing import Any
 from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base_lookup import FOLDER
+from cotune.models.config import FeatureConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
@@ -48,7 +49,7 @@ def model_card(
     task = get_task(plan.task)
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
-        *(about, "", *_use(task.pipeline, length, plan), "", "## Model", "", "| | |", "|---|---|"),
+        *(about, "", *_how(plan, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
         *_results(test or {}, examples),
@@ -66,6 +67,46 @@ def promised(plan: Plan) -> list[str]:
         f" organization has sent, as the plan says (neighboring data sets: {claim.neighbors}). {claim.mechanism}.",
         f"Not covered: {'; '.join(claim.not_covered)}.",
     ]
+
+
+def _how(plan: Plan, pipeline: str, length: int) -> Iterator[str]:
+    return _use(pipeline, length, plan) if plan.model.feature is None else _use_of_layers(plan.model.feature, length)
+
+
+def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
+    """A head on layers has no class in transformers: this is all that applying it takes."""
+    first = ", hidden[-1][:, 0]" if feature.cls else ""
+    mapped = '((feature - head["center"]) @ head["matrix"].T)' if feature.whiten == "public" else "feature"
+    yield from (
+        "## How to use",
+        "",
+        f"This head reads the means of layers {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no"
+        " class: `pipeline` refuses this folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and this is the"
+        " exact model, too. `cotune distill FOLDER` makes a plain classifier of it, which is close to it and not the same.",
+        "",
+        "```python",
+        "import json",
+        "from pathlib import Path",
+        "",
+        "import torch",
+        "from safetensors.torch import load_file",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER/encoder")',
+        'encoder = AutoModel.from_pretrained("FOLDER/encoder").eval()',
+        'head = load_file("FOLDER/head.safetensors")',
+        'labels = json.loads(Path("FOLDER/config.json").read_text())["id2label"]',
+        "",
+        f'batch = tokenizer(["a text"], truncation=True, max_length={length}, padding=True, return_tensors="pt")',
+        "with torch.no_grad():",
+        "    hidden = encoder(**batch, output_hidden_states=True).hidden_states",
+        '    mask = batch["attention_mask"][:, :, None].float()',
+        f"    means = [(hidden[layer] * mask).sum(1) / mask.sum(1) for layer in {list(feature.layers)}]",
+        f"    feature = torch.cat([*means{first}], 1)",
+        f'    scores = {mapped} @ head["weight"].T + head["bias"]',
+        "print([labels[str(best)] for best in scores.argmax(1).tolist()])",
+        "```",
+    )
 
 
 def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:

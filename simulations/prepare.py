@@ -23,15 +23,19 @@ from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
 from cotune.data.tasks.text_metrics import check_text_metrics
+from cotune.data.unlabeled import inputs_hash
 from cotune.errors import PlanError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
+from cotune.models.public_map import pin_model
 from cotune.plan.parameters import get_plan_model
+from cotune.plan.public import PublicConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
+from cotune.server.rounds.public_inputs import read_public_inputs
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
@@ -90,8 +94,8 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     labels = _labels(plan, records, read_base_labels(base.path))
     check_task_labels([task.name for task in plan.tasks], labels, plan.data.source)
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
-    pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
-    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
+    pinned = pin_model(plan.model, base).model_copy(update={"base": _absolute(plan.model.base)})
+    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned, "public": _pin_public(plan)})
     shares, test, validation, elsewhere = split_records(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
@@ -134,6 +138,14 @@ def _absolute(source: str) -> str:
     """Local paths in a plan that is kept must not depend on the folder it was started in."""
     path = Path(source).expanduser()
     return str(path.resolve()) if not source.startswith("package:") and path.exists() else source
+
+
+def _pin_public(plan: Plan) -> PublicConfig:
+    """The plan's public inputs, with their hash. Raises DataError where they cannot be read."""
+    if not plan.public.source:
+        return plan.public
+    found = read_public_inputs(plan, Path())
+    return plan.public.model_copy(update={"source": _absolute(plan.public.source), "sha256": inputs_hash(found)})
 
 
 def _labels(plan: Plan, records: dict[Path | None, Records], of_base: tuple[str, ...]) -> tuple[str, ...]:

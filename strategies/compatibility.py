@@ -18,8 +18,8 @@ class PlanFacts:
     organizations that each round asks. organizations: that it asks in a round, at least; None where that is not known before the
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organizations keep some of what they train to themselves. same_steps: every organization takes as many steps in a
-    round. folds_late: updates of earlier rounds are folded into later ones. several_tasks: an organization sends the heads of
-    those tasks alone that it holds.
+    round. public_inputs: the plan names some. folds_late: updates of earlier rounds are folded into later ones. several_tasks: an
+    organization sends the heads of those tasks alone that it holds.
     """
 
     record_privacy: bool = False
@@ -36,6 +36,7 @@ class PlanFacts:
     mixed_ranks: bool = False
     personal: bool = False
     server_data: bool = False
+    public_inputs: bool = False
     folds_late: bool = False
     several_tasks: bool = False
 
@@ -215,10 +216,12 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
         yield "is about whole adapters, and the plan has smaller ranks: expected one rank for all, or a strategy without it"
     if facts.mixed_ranks and facts.client_privacy and info.kind == "fusion":
         yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"
-    if facts.personal and (needs.adapters or needs.server_data or needs.client_state or needs.receives):
+    if facts.personal and (needs.adapters or needs.server_data or needs.public_inputs or needs.client_state or needs.receives):
         yield "is about whole models, and the plan leaves a part of them at home: expected no lora.keep and no personal.parts"
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
+    if needs.public_inputs and not facts.public_inputs:
+        yield "looks at predictions on public inputs, and the plan names none: expected public.source"
 
 
 def _heads(info: ComponentInfo) -> Iterator[str]:
