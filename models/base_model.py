@@ -162,7 +162,7 @@ def _build_on_layers(
     path: Path, config: Any, feature: FeatureConfig, map: AffineMap | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     module, report = build_on_layers(path, config, feature.layers, feature.cls, map, config.num_labels)
-    _check_complete(report, "", (), finished=False)
+    _check_complete(report, ("",), (), finished=False)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
