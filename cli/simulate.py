@@ -116,7 +116,7 @@ def show(console: Console, result: Run) -> None:
         console.print(f"client-level privacy: {spent}, {client_level['rounds_charged']} rounds charged")
     for file in ("report.html", "summary.json", "sites/*/model" if is_personal(summary) else "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
-    if summary["stopped"] is None and not is_personal(summary) and measures_of(summary)[0].share:
+    if summary["stopped"] is None and not is_personal(summary) and measures_of(summary)[0].key != "loss":
         tasks = summary.get("tasks")
         folder = result.folder / "model" / tasks[0]["name"] if tasks else result.folder
         console.print(f'next: cotune predict {shlex.quote(str(folder))} "a text"; docs/use.md says what else')
@@ -128,8 +128,8 @@ def _own_records(console: Console, summary: RunSummary) -> Table:
     headings = {"majority": "majority", "alone_without_privacy": "alone", "plain": "plain", "adapted": "adapted"}
     headings |= {"alone": "alone, ε" if is_private(summary) else "alone, plan", "federated": "federated"}
     decides = measures_of(summary)[0]
-    if not decides.share:
-        headings["majority"] = "base model"
+    if decides.key != "accuracy":
+        headings["majority"] = decides.floor
     narrow = console.width < _WIDE
     table = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1, 0, 0) if narrow else (0, 1))
     table.add_column("organization", overflow="fold")
@@ -163,8 +163,8 @@ def _comparison(summary: RunSummary) -> Table:
         f"everybody's records mixed ({test['examples']:,} test examples)", header_style="bold", pad_edge=False, box=None
     )
     measures = measures_of(summary)
-    for heading in [each.key for each in measures] if not measures[0].share else ["accuracy", "precision", "recall", "F1"]:
-        table.add_column(heading, justify="right")
+    for measure in measures:
+        table.add_column("F1" if measure.key == "f1" else measure.key, justify="right")
     alone = "each organization alone, mean" + (" (same privacy)" if private else "")
     without = (test["alone_without_privacy"] or {}).get("mean")
     rows = [(floor_name(summary).lower(), test["majority"]), (alone, (test["alone"] or {}).get("mean"))]

@@ -22,7 +22,7 @@ from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, load_site_model
 from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, check_gradients, synthetic_setup
-from cotune.data.config import has_classes
+from cotune.data.config import has_labels
 from cotune.data.left_out import count_cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
@@ -103,7 +103,7 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
         DataError: The records cannot be read.
         ModelError: The base model cannot be read, and the policy would allow it.
     """
-    if has_classes(plan.task) and not plan.labels:
+    if has_labels(plan.task) and not plan.labels:
         raise PlanError(
             "the plan lists no labels: expected the plan as the coordinator runs it, with its class names:"
             " give the plan.toml of a run, or list labels in the plan",

@@ -7,14 +7,34 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 TaskName = Literal[
-    "sequence-classification", "token-classification", "image-classification", "causal-lm", "multi-task", "multi-task-images"
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "multi-label",
+    "regression",
+    "causal-lm",
+    "seq2seq",
+    "multi-task",
+    "multi-task-images",
 ]
-_WITHOUT_CLASSES = frozenset({"causal-lm"})
+_WITHOUT_LABELS = frozenset({"regression", "causal-lm", "seq2seq"})
+_WITH_SETS = frozenset({"multi-label"})
+_WRITING = frozenset({"causal-lm", "seq2seq"})
+
+
+def has_labels(task: str) -> bool:
+    """Whether a task's records have labels, of which a plan lists the names (`labels`)."""
+    return task not in _WITHOUT_LABELS
 
 
 def has_classes(task: str) -> bool:
-    """Whether a task's records have classes, of which a plan lists the names (`labels`)."""
-    return task not in _WITHOUT_CLASSES
+    """Whether each answer of a task is one class out of `labels`."""
+    return has_labels(task) and task not in _WITH_SETS
+
+
+def keeps_head(task: str) -> bool:
+    """Whether a model of the task has the head of its base model, so that none can be trained by itself."""
+    return task in _WRITING
 
 
 class DataConfig(BaseModel):
@@ -28,14 +48,29 @@ class DataConfig(BaseModel):
     )
     text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
     image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")
-    label: str = Field(default="label", min_length=1, description="the column that holds the label, or the tag of each word")
+    label: str = Field(
+        default="label",
+        min_length=1,
+        description="the column that holds the label, the tag of each word, the labels of a record (multi-label), or a number"
+        " (regression)",
+    )
+    label_separator: str = Field(
+        default=",",
+        min_length=1,
+        max_length=10,
+        description="multi-label: what stands between the labels of a record where they are one text, as in CSV; a list in JSON"
+        " and Parquet needs none",
+    )
     prompt: str | None = Field(
         default=None,
         min_length=1,
-        description="causal-lm: the column that holds what a model is given; default: nothing, and it learns to write `text`",
+        description="causal-lm, seq2seq: the column that holds what a model is given; default, for causal-lm alone: nothing, and"
+        " it learns to write `text`",
     )
-    target: str | None = Field(default=None, min_length=1, description="causal-lm: the column that holds what it is to write")
-    separator: str = Field(default="\n", max_length=100, description="causal-lm: what stands between a prompt and its target")
+    target: str | None = Field(
+        default=None, min_length=1, description="causal-lm, seq2seq: the column that holds what it is to write"
+    )
+    separator: str = Field(default="\n", max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
     tasks: tuple[tuple[str, str], ...] = Field(
         default=(),
         description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from"

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cotune.data.config import DataConfig, TaskName, has_classes
+from cotune.data.config import DataConfig, TaskName, has_labels
 from cotune.data.multi_task import keep_tasks
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
-from cotune.data.tasks.classes import IGNORED
+from cotune.data.tasks.task import get_task
 from cotune.data.types import Input, Label, class_names_in, get_stratum
 from cotune.data.units import RECORD, UnitRule, are_same_record, choose_counting, group_positions, person_identity
 from cotune.errors import DataError
@@ -153,37 +153,31 @@ class Dataset:
 
     @cached_property
     def targets(self) -> list[Any]:
-        """The class number of each record, or those of its tags; 0 where a task has no classes.
+        """What a model is to tell of each record (see `Task.targets`).
 
         Raises:
             DataError: For a class that the plan does not have.
         """
-        if not has_classes(self.task):
-            return [0] * len(self)
-        number = {label: i for i, label in enumerate(self.labels)}
         if self.unknown and not self.lenient:
             raise DataError(
                 f"the data have the classes {', '.join(self.unknown[:5])}, which the plan does not list:"
                 f" expected {', '.join(self.labels)}",
                 code="data.unknown_class",
             )
-        return [
-            number.get(label, IGNORED) if isinstance(label, str) else tuple(number.get(tag, IGNORED) for tag in label)
-            for label in self.held_labels
-        ]
+        return get_task(self.task).targets(self.held_labels, self.labels)
 
     @cached_property
     def unknown(self) -> list[str]:
         """The classes of the records that the plan does not list."""
-        if not has_classes(self.task):
+        if not has_labels(self.task):
             return []
         held = {name for label in self.held_labels for name in class_names_in(label)}
         return sorted(held - set(self.labels))
 
     @property
-    def truth(self) -> list[int]:
-        """What a model is to tell: the class number of each record, or of each word of all records."""
-        return [number for target in self.targets for number in ((target,) if isinstance(target, int) else target)]
+    def truth(self) -> list[Any]:
+        """All that a model is to tell: the target of each record, or every entry of those that are several."""
+        return [entry for target in self.targets for entry in (target if isinstance(target, tuple) else (target,))]
 
     def bound_contributions(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
         """The records that count under a promise, and the units that it is made to; the holdings as they are without one.
@@ -239,9 +233,10 @@ class Dataset:
         found = Counter(self.dropped)
         for records, _ in self.parts:
             found.update(records.skipped)
-        if has_classes(self.task):
+        if has_labels(self.task):
             known = set(self.labels)
-            found["label unknown to the plan"] = sum(isinstance(label, str) and label not in known for label in self.held_labels)
+            does = get_task(self.task)
+            found["label unknown to the plan"] = sum(does.is_unknown(label, known) for label in self.held_labels)
         return {reason: count for reason, count in found.items() if count}
 
     def _unit_names(self, unit: str) -> list[str]:

@@ -24,6 +24,7 @@ _NAMED = {  # reason: (of one record, of several)
     "blank word": ("text with a blank word", "texts with blank words"),
     "blank image": ("blank image", "blank images"),
     "missing label": ("missing label", "missing labels"),
+    "label that is no number": ("label that is no number", "labels that are no numbers"),
     "missing tag": ("text with a missing tag", "texts with missing tags"),
     "broken Unicode": ("text in broken Unicode", "texts in broken Unicode"),
     UNREADABLE: ("unreadable record", "unreadable records"),

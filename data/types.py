@@ -1,7 +1,7 @@
 """What a record is made of, whatever the task: its input, its label, and how a ledger and a cache know it again.
 
 An input is a text, the words of one, an image, or a prompt with what is to follow it; a label is one class, one tag for each
-word, or nothing where there are no classes.
+word, the names of several labels, a number, or nothing where the input holds all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Passage:
 
 
 Input = str | tuple[str, ...] | Image | Passage
-Label = str | tuple[str, ...]
+Label = str | tuple[str, ...] | float
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
 
 
@@ -87,17 +87,21 @@ def _is_punctuation(char: str) -> bool:
 
 
 def class_names_in(label: Label) -> tuple[str, ...]:
-    """The class names that a label consists of: one, or one for each word."""
+    """The class names that a label consists of: one, one for each word, or several; none of a number."""
+    if isinstance(label, float):
+        return ()
     return (label,) if isinstance(label, str) else label
 
 
 def get_stratum(label: Label) -> str:
     """The one class by which a record is split over organizations and held out for testing.
 
-    Of tags it is the most frequent one that is not O, and of equally frequent ones the alphabetically first; O where there is no
-    other.
+    Of tags, and of the names of several labels, it is the most frequent one that is not O, and of equally frequent ones the
+    alphabetically first; O where there is no other. Numbers are all of one kind.
     """
     if isinstance(label, str):
         return label
+    if isinstance(label, float):
+        return ""
     counts = Counter(tag for tag in label if tag != _NO_TAG)
     return min(counts, key=lambda tag: (-counts[tag], tag), default=_NO_TAG)

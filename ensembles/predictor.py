@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cotune.data.class_names import shown
-from cotune.data.config import TaskName
+from cotune.data.config import TaskName, has_classes
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats
 from cotune.ensembles.folder import fusion_hash, is_fused, member_folder, read_fused
@@ -74,6 +74,17 @@ def open_model(source: str, device: str = "auto", max_length: int | None = None)
     for member in members:
         check_same_kind(member, document.task, document.labels, source)
     return FusedPredictor(members, fusion, document.labels, document.task, fusion_hash(folder))
+
+
+def require_classifiers(models: Sequence[Classifier], sources: Sequence[str]) -> None:
+    """Refuse models whose answers are no classes, where the probabilities of classes are worked with. Raises ModelError."""
+    for model, source in zip(models, sources, strict=True):
+        if not has_classes(model.task):
+            raise ModelError(
+                f"{source} is for task = {model.task}, and this is for classes of which one is right: expected a classifier of"
+                " sequences, tokens or images",
+                code="model.no_classifier",
+            )
 
 
 def check_same_kind(model: Classifier, task: TaskName, labels: Sequence[str], source: str) -> None:

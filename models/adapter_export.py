@@ -30,9 +30,10 @@ def export_adapters(model: TrainableModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = build_peft_config(model.loaded, model.lora)
     config.base_model_name_or_path = model.loaded.folder.path.name
-    prefix = model.prefix if model.loaded.task.has_several_heads else ""
-    config.target_modules = [name.removeprefix(prefix) for name in config.target_modules]
-    config.task_type = "FEATURE_EXTRACTION" if prefix else "CAUSAL_LM"
+    prefix = model.prefix[0] if model.loaded.task.has_several_heads else ""
+    config.target_modules = sorted(name.removeprefix(prefix) for name in config.target_modules)
+    paired = getattr(model.loaded.module.config, "is_encoder_decoder", False)
+    config.task_type = "FEATURE_EXTRACTION" if prefix else "SEQ_2_SEQ_LM" if paired else "CAUSAL_LM"
     config.inference_mode = True
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -55,6 +55,18 @@ def encoder_name(module: Any) -> str:
     return parts[0]
 
 
+def encoder_prefixes(module: Any) -> tuple[str, ...]:
+    """Return what the names of the parameters of the encoder begin with; with a decoder beside it (T5), of both.
+
+    Raises:
+        ModelError: See `encoder_name`.
+    """
+    stacks = [name for name in ("encoder", "decoder") if isinstance(getattr(module, name, None), nn.Module)]
+    if len(stacks) == 2 and not isinstance(getattr(module, module.base_model_prefix, None), nn.Module):
+        return tuple(f"{name}." for name in stacks)
+    return (f"{encoder_name(module)}.",)
+
+
 def _is_no_single_layer(part: nn.Module) -> bool:
     return any(True for _ in part.children()) and any(True for _ in part.parameters())
 

@@ -21,7 +21,7 @@ from cotune.data.tasks.task import Task, get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.errors import ModelError, reason_of
-from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, wants_mean_pooling
+from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
 from cotune.models.base_folder import (
     ENCODER,
     find_damage,
@@ -61,7 +61,7 @@ class LoadedModel:
     feature: tuple[str, ...] = ()
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
-        """Return what the collator takes for inputs without labels; class number 0 stands for each answer."""
+        """Return what the collator takes for inputs without labels; class number (or number) 0 stands for each answer."""
         targets = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
         return self.task.examples(self.reader, self.max_length, inputs, targets)
 
@@ -90,19 +90,22 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config)
-    does = get_task(task)
+    does = get_task(task).suited(config.target_range, labels)
+    names = does.head_names(labels)
     try:
-        model_config = _configure(folder.path, labels)
+        model_config = _configure(folder.path, names)
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
             map = None if config.feature is None else _get_map(folder, config.feature)
             torch.manual_seed(seed)
+            kept = finished or does.keeps_trained_head
             if config.feature is None:
                 mean = _use_mean_pooling(config, model_config, folder.path, does)
                 module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
             else:
                 module, frozen = _build_on_layers(folder.path, model_config, config.feature, map)
-            if config.feature is not None or not (does.keeps_head or _head_is_for(folder.path, labels, type(module).__name__)):
+                kept = False
+            if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
                 _draw_head(module)
             does.fit(reader, module)
             longest = does.longest(reader, module, config.max_length)
@@ -159,7 +162,7 @@ def _build_on_layers(
     path: Path, config: Any, feature: FeatureConfig, map: AffineMap | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     module, report = build_on_layers(path, config, feature.layers, feature.cls, map, config.num_labels)
-    _check_complete(report, "", (), finished=False)
+    _check_complete(report, ("",), (), finished=False)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
@@ -291,7 +294,7 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, f"{encoder_name(module)}.", frozen, finished)
+    _check_complete(report, encoder_prefixes(module), frozen, finished)
     _check_finite(module)
     module.requires_grad_(False)
     _make_deterministic(module)
@@ -334,7 +337,7 @@ def _check_finite(module: nn.Module) -> None:
         )
 
 
-def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished: bool) -> None:
+def _check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
     """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if finished and new:
@@ -343,7 +346,8 @@ def _check_complete(report: Any, prefix: str, frozen: tuple[str, ...], finished:
             " with its head, such as `model/` in the folder of a run",
             code="model.incomplete_weights",
         )
-    lacking = sorted(k for k in new if k.startswith(prefix) and not k.startswith((*frozen, f"{prefix}pooler.")))
+    poolers = tuple(f"{prefix}pooler." for prefix in prefixes)
+    lacking = sorted(k for k in new if k.startswith(prefixes) and not k.startswith((*frozen, *poolers)))
     if lacking:
         raise ModelError(
             f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"

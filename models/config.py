@@ -5,6 +5,7 @@ They are data alone, checked by pydantic: no module that this one imports loads 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -71,6 +72,11 @@ class ModelConfig(ConfigTable):
         "auto",
         description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)",
     )
+    target_range: tuple[float, float] | None = Field(
+        None,
+        description="regression: the least and the largest target, such as [0.0, 5.0]; what lies beyond is trained on as the"
+        " nearer end; a public number, decided before anyone looks at records, and never taken from them",
+    )
     feature: FeatureConfig | None = Field(
         None, description="train = head alone: a wider feature for a linear head; absent: what the architecture's own head reads"
     )
@@ -79,6 +85,13 @@ class ModelConfig(ConfigTable):
         "auto",
         description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",
     )
+
+    @field_validator("target_range")
+    @classmethod
+    def _is_a_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not (all(map(math.isfinite, value)) and value[0] < value[1]):
+            raise ValueError(f"target_range = {list(value)}: expected two numbers, the smaller one first")
+        return value
 
 
 class LoraConfig(ConfigTable):

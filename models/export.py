@@ -53,7 +53,9 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
             for name in module.tasks:
                 _save(model, merged.classifier(name), part / name)
         else:
-            _save(model, _merged(module), part)
+            merged = _merged(module)
+            task.finish(merged)
+            _save(model, merged, part)
         if model.lora is not None and (task.keeps_head or task.has_several_heads):
             export_adapters(model, part / ADAPTERS)
         for name, text in (beside or {}).items():

@@ -56,11 +56,6 @@ def head_scores(model: TrainableModel, head: Mapping[str, Tensor], features: Ten
     return found
 
 
-def classes_from_scores(scores: Tensor) -> Tensor:
-    """Return the class numbers (n,) that scores (n, classes) mean; -1, which is right for none, where a record was not read."""
-    return torch.where(scores.isnan().any(dim=1), -1, scores.argmax(dim=1))
-
-
 def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start: State, toward: State, pull: float) -> State:
     """Return the head that minimizes the mean cross-entropy + pull / 2 · s · ‖head − toward‖², by L-BFGS.
 

@@ -107,12 +107,12 @@ def _head_mixes(
     """lengths: Of records of several vectors; None where each has one."""
     if per_slot is None or width is None:
         return False
-    classes = len(model.loaded.module.config.id2label)
+    pool = model.loaded.task.label_pool(len(model.loaded.module.config.id2label))
     shapes = [(width,)] if lengths is None else [(length, width) for length in lengths]
 
     def mixing() -> bool:
         numbers = itertools.product(shapes, range(_FEATURES_TRIED))
-        batches = (feature_probes(shape, classes, slots, model.device, number) for shape, number in numbers)
+        batches = (feature_probes(shape, pool, slots, model.device, number) for shape, number in numbers)
         return any(mixes_records(per_slot, probes) for probes in batches)
 
     return _known_mixing(model, ("features", *shapes, slots), mixing)

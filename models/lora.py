@@ -10,11 +10,11 @@ from torch import nn
 
 from cotune.errors import ModelError
 from cotune.models.adapter import Adapter, init_lora_a, parameter_seed
-from cotune.models.architecture import encoder_name
+from cotune.models.architecture import encoder_prefixes
 from cotune.models.base_model import LoadedModel
 from cotune.models.config import LoraConfig
 
-_OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "vit": ["q_proj", "v_proj", "query", "value"]}
+_OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "marian": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
 
 def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
@@ -62,8 +62,8 @@ def _target_modules(loaded: LoadedModel, lora: LoraConfig) -> list[str]:
             code="model.lora_targets",
         )
     linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    prefix = f"{encoder_name(loaded.module)}."
-    inside = [n for n in linear if n.startswith(prefix) and not f"{n}.".startswith(loaded.frozen or ("\0",))]
+    prefixes = encoder_prefixes(loaded.module)
+    inside = [n for n in linear if n.startswith(prefixes) and not f"{n}.".startswith(loaded.frozen or ("\0",))]
     chosen = [n for n in inside if n.split(".")[-1] in wanted]
     if not chosen:
         known = ", ".join(sorted({n.split(".")[-1] for n in inside}))

@@ -76,7 +76,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def feature_probes(
-    shape: Sequence[int], classes: int, slots: int, device: torch.device, number: int
+    shape: Sequence[int], pool: Tensor, slots: int, device: torch.device, number: int
 ) -> Iterator[tuple[Batch, list[int]]]:
     """Two batches of features as a head is trained on, and the slots in which they hold the probe of that number.
 
@@ -84,17 +84,20 @@ def feature_probes(
 
     Args:
         shape: (d,) of a record's features, or (t, d) where each of its words has a vector.
+        pool: Labels to take turns with (see `Task.label_pool`).
     """
     generator = torch.Generator().manual_seed(number)
     probe = torch.randn(*shape, generator=generator)
     for parity, size in ((0, 1000.0), (1, 1.0)):
         vectors = size * torch.randn(slots, *shape, generator=generator)
-        labels = (torch.arange(slots) % classes).reshape(-1, *[1] * (len(shape) - 1)).expand(slots, *shape[:-1]).clone()
+        labels = pool[torch.arange(slots) % len(pool)]
+        if len(shape) > 1:
+            labels = labels[:, None].repeat(1, shape[0])
         if parity:
             vectors[::4] = 0.0
             labels[::4] = IGNORED
         vectors[parity::2] = probe
-        labels[parity::2] = number % classes
+        labels[parity::2] = pool[number % len(pool)]
         yield {"features": vectors.to(device), "labels": labels.to(device)}, list(range(parity, slots, 2))
 
 
@@ -134,7 +137,8 @@ def _examples(model: TrainableModel, length: int) -> list[Example]:
 
 
 def _labels(example: Example) -> Any:
-    return [1] if isinstance(example["labels"], list) else 1
+    labels = example["labels"]
+    return [1] if isinstance(labels, list) else 1 if isinstance(labels, int) else labels
 
 
 def stretch_example(example: Example, length: int) -> Example:

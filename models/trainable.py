@@ -18,7 +18,7 @@ from cotune.data.config import TaskName
 from cotune.data.multi_task import is_multi_task
 from cotune.errors import ModelError
 from cotune.models.adapter import Adapter, parameter_seed
-from cotune.models.architecture import encoder_name
+from cotune.models.architecture import encoder_prefixes
 from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
@@ -41,7 +41,7 @@ class TrainableModel:
         self.seed = seed
         self.device = device
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
-        self.prefix = f"{encoder_name(loaded.module)}."
+        self.prefix = encoder_prefixes(loaded.module)
         if lora is not None:
             inject_adapters(loaded, lora, seed)
         named = self.module.named_parameters()
@@ -68,6 +68,8 @@ class TrainableModel:
         return chosen
 
     def _belongs(self, name: str, mode: TrainMode, freeze_embeddings: bool, round: int) -> bool:
+        if mode == "full" and freeze_embeddings and self.loaded.task.keeps_head and _is_embedding(name):
+            return False
         if not name.startswith(self.prefix):
             return mode == "full" or not self.loaded.task.keeps_head  # a new head is part of every stage
         if mode == "head" or name.startswith(self.loaded.frozen):
@@ -166,9 +168,14 @@ def _is_trained(name: str, factors: Factors, round: int) -> bool:
     return ".lora_B." in name or factors == "ab"
 
 
+_EMBEDDINGS = frozenset(
+    {"embeddings", "wte", "wpe", "embed_tokens", "embed_positions", "shared", "relative_attention_bias", "word_embeddings"}
+)
+
+
 def _is_embedding(name: str) -> bool:
-    """Tables of tokens and positions; of a ViT, its class token and patches too."""
-    return any(part in ("embeddings", "wte", "wpe", "embed_tokens", "word_embeddings") for part in name.split("."))
+    """Tables of tokens and positions, of distances (T5) too; of a ViT, its class token and patches."""
+    return any(part in _EMBEDDINGS for part in name.split("."))
 
 
 def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> State:

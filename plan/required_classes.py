@@ -15,7 +15,7 @@ def require_classes(plan: Plan, command: str) -> None:
     """
     if not has_classes(plan.task):
         raise PlanError(
-            f"{command} is for tasks with classes, and task = {plan.task} has none: expected another task; `cotune simulate`"
-            " plays this one",
+            f"{command} is for answers that are one class each, and those of task = {plan.task} are none: expected another task;"
+            " `cotune simulate` plays this one",
             code="plan.no_classes",
         )

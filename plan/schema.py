@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
-from cotune.data.config import has_classes
+from cotune.data.config import has_classes, has_labels, keeps_head
 from cotune.data.multi_task import is_multi_task, task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
@@ -39,22 +39,37 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
-    def _task_without_classes(self) -> Self:
-        if has_classes(self.task):
-            return self
+    def _task_has_what_is_asked(self) -> Self:
         problems = {
-            "labels": bool(self.labels),
-            "class_weights": bool(self.class_weights),
-            "tell.label_histogram": self.tell.label_histogram,
-            "public.source": bool(self.public.source),
+            "labels": bool(self.labels) and not has_labels(self.task),
+            "class_weights": bool(self.class_weights) and not has_labels(self.task),
+            "tell.label_histogram": self.tell.label_histogram and not has_classes(self.task),
+            "public.source": bool(self.public.source) and not has_classes(self.task),
         }
         for key, given in problems.items():
             if given:
                 raise ValueError(f"{key} is for classes, and the records of task = {self.task} have none: leave it out")
-        if any(stage.mode == "head" for stage in self.stages):
+        if keeps_head(self.task) and any(stage.mode == "head" for stage in self.stages):
             raise ValueError(
                 f"train = head trains a new head, and task = {self.task} keeps that of its base model: expected train = lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _translations_have_prompts(self) -> Self:
+        if self.task == "seq2seq" and self.data.prompt is None:
+            raise ValueError("task = seq2seq reads a text and writes another one: expected data.prompt and data.target")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_have_a_range(self) -> Self:
+        if self.task == "regression" and self.model.target_range is None:
+            raise ValueError(
+                "task = regression needs the least and the largest number, which no records may decide: expected"
+                " model.target_range = [LOW, HIGH]"
+            )
+        if self.task != "regression" and self.model.target_range is not None:
+            raise ValueError(f"model.target_range is for task = regression, and this is {self.task}: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -27,7 +27,11 @@ from cotune.storage.config_table import ConfigTable
 class TellConfig(ConfigTable):
     """What organizations are asked to tell beside their updates (the `tell` table); each one's policy has the last word."""
 
-    local_metrics: bool = Field(False, description="how many of its records the received model classifies rightly, every round")
+    local_metrics: bool = Field(
+        False,
+        description="how many of its records the received model tells rightly, every round; of numbers, within a tenth of"
+        " model.target_range",
+    )
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
 
 
@@ -93,8 +97,8 @@ class PlanTables(ConfigTable):
     seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
     task: TaskName = Field(
         "sequence-classification",
-        description="a class for a text (sequence-), for each word of one (token-), or for an image; or a text that goes on with"
-        " another (causal-lm)",
+        description="a class for a text (sequence-), for each word of one (token-), or for an image; any number of labels for a"
+        " text (multi-label), or a number (regression); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
     )
     tasks: tuple[TaskConfig, ...] = Field(
         (), description="several tasks on one encoder, each with a head of its own; `task` and `labels` follow from them"

@@ -169,7 +169,7 @@ def _baselines(test: Summary, measure: Measure) -> list[tuple[str, str, float]]:
         ("c2 pattern1", "all data pooled, no privacy", test["pooled"]),
         ("c1 pattern2", "alone, mean", alone),
         ("c3 pattern4", "alone without privacy, mean", without),
-        ("c5 pattern3", "majority class" if measure.share else "base model", test["majority"]),
+        ("c5 pattern3", measure.floor, test["majority"]),
     )
     return [(style, name, metrics[measure.key]) for style, name, metrics in all_of_them if metrics is not None]
 

@@ -20,6 +20,7 @@ class Measure:
         share: Whether it is a share, shown in percent and compared in points; else it is a number as it stands.
         less_is_better: Whether a smaller one is better.
         unit: Of a difference.
+        floor: What needs no training, and every model is compared with.
     """
 
     key: str
@@ -27,6 +28,7 @@ class Measure:
     share: bool = True
     less_is_better: bool = False
     unit: str = "points of accuracy"
+    floor: str = "majority class"
 
     def show(self, value: float) -> str:
         """Return the figure with its unit: "71.2 %", or "2.345"."""
@@ -68,15 +70,30 @@ _OF_CLASSES = (
     Measure("f1", "macro F1"),
 )
 _OF_TEXTS = (
-    Measure("loss", "loss (nats per token)", share=False, less_is_better=True, unit="nats per token"),
+    Measure("loss", "loss (nats per token)", share=False, less_is_better=True, unit="nats per token", floor="base model"),
     Measure("perplexity", "perplexity", share=False, less_is_better=True),
     Measure("accuracy", "token accuracy"),
 )
 
+_OF_NUMBERS = (
+    Measure("mse", "mean squared error", share=False, less_is_better=True, unit="squared error", floor="the mean"),
+    Measure("mae", "mean absolute error", share=False, less_is_better=True),
+    Measure("spearman", "Spearman correlation", share=False),
+    Measure("r2", "R²", share=False),
+)
+_OF_LABEL_SETS = (
+    Measure("micro_f1", "micro F1", unit="points of micro F1", floor="frequencies"),
+    Measure("macro_f1", "macro F1"),
+    Measure("mean_average_precision", "mean average precision"),
+    Measure("exact", "all labels right"),
+)
+_BY_KEY = {measures[0].key: measures for measures in (_OF_TEXTS, _OF_NUMBERS, _OF_LABEL_SETS)}
+
 
 def get_measures(metrics: Document | Mapping[str, Any] | None) -> tuple[Measure, ...]:
     """Return the figures that metrics consist of, the one first that decides; those of classes where there are none."""
-    return _OF_TEXTS if metrics is not None and "loss" in metrics else _OF_CLASSES
+    known = () if metrics is None else tuple(metrics.keys())
+    return next((measures for key, measures in _BY_KEY.items() if key in known), _OF_CLASSES)
 
 
 def measures_of(summary: Document | Mapping[str, Any]) -> tuple[Measure, ...]:

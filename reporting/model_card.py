@@ -110,6 +110,9 @@ def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
 
 
 def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
+    if pipeline == "text2text-generation":
+        yield from _use_of_translator(length)
+        return
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
@@ -117,7 +120,8 @@ def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     folder = f"FOLDER/{plan.tasks[0].name}" if plan.tasks else "FOLDER"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    yield f'predict = pipeline("{pipeline}", "{folder}"{cut})'
+    every = ", top_k=None" if plan.task == "multi-label" else ""
+    yield f'predict = pipeline("{pipeline}", "{folder}"{cut}{every})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -136,6 +140,14 @@ def _use_of_writer(length: int) -> Iterator[str]:
     yield 'write = pipeline("text-generation", "FOLDER")'
     yield from ('print(write("a prompt\\n", max_new_tokens=50, return_full_text=False))', "```", "")
     yield f"A prompt ends with the separator of the plan, as in training; with its answer it had {length} tokens at most."
+
+
+def _use_of_translator(length: int) -> Iterator[str]:
+    yield from ("## How to use", "", "```python", "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer", "")
+    yield 'model, reader = AutoModelForSeq2SeqLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")'
+    yield 'written = model.generate(**reader("a prompt\\n", truncation=True, return_tensors="pt"), max_new_tokens=50)'
+    yield from ("print(reader.decode(written[0], skip_special_tokens=True))", "```", "")
+    yield f"A prompt ends with the separator of the plan, as in training. Prompts and targets had {length} tokens at most."
 
 
 def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
@@ -163,12 +175,20 @@ def _base(plan: Plan) -> str:
     return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
 
 
+_MEANS = {  # by the figure that decides
+    "accuracy": "precision, recall and F1 are means over the classes",
+    "loss": "loss is in nats per target token",
+    "mse": "errors are in the units of the numbers",
+    "micro_f1": "a label is told where its probability is above a half",
+}
+
+
 def _results(test: Measured, examples: int) -> Iterator[str]:
     rows = [(name, metrics) for name, metrics in test.items() if metrics]
     if not rows:
         return
     keys = [measure.key for measure in get_measures(rows[0][1])]
-    means = "precision, recall and F1 are means over the classes" if "f1" in keys else "loss is in nats per target token"
+    means = _MEANS[keys[0]]
     yield from ("", "## Test", "", f"On {examples:,} held-out records; {means}. No ε covers these figures.", "")
     yield f"| | {' | '.join(keys)} |"
     yield f"|---|{'---|' * len(keys)}"

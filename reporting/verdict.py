@@ -10,11 +10,16 @@ from typing import Any
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
 from cotune.privacy.accounting.rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
-from cotune.reporting.formatting import SPACE, percent
-from cotune.reporting.measures import Measure, measures_of
+from cotune.reporting.formatting import SPACE
+from cotune.reporting.measures import Measure, get_measures, measures_of
 
 Summary = RunSummary | Mapping[str, Any]
 _MOST_NAMES = 5
+_FLOORS = {  # in a sentence
+    "base model": "the base model as it came",
+    "the mean": "always giving the mean",
+    "frequencies": "giving each label the probability of its frequency",
+}
 
 
 def is_private(summary: Summary) -> bool:
@@ -114,8 +119,7 @@ def _means_note(summary: Summary) -> str:
     if not is_private(summary):
         names["alone"] = "alone, as the plan trains"
     measure = measures_of(summary)[0]
-    if not measure.share:
-        names["majority"] = "base model"
+    names["majority"] = measure.floor
     known = {name: means.get(name) for name in names}  # runs of earlier builds lack some
     said = ", ".join(
         f"{names[name]} {measure.show(figures[measure.key])}" for name, figures in known.items() if figures is not None
@@ -156,13 +160,16 @@ def _measured(summary: Summary) -> str:
     who = "each organization's own model reaches, in the mean," if is_personal(summary) else "the federated model reaches"
     measure = measures_of(summary)[0]
     constant = f"always giving the most frequent label{' of the test set' if is_real(summary) else ''}"
-    floor = constant if measure.share else "the base model as it came"
+    floor = constant if measure.key == "accuracy" else _FLOORS.get(measure.floor, measure.floor)
     against = [_against(measure, federated, test["majority"], floor)]
     if test["pooled"] is not None:
         against.append(_against(measure, federated, test["pooled"], "pooling all data without privacy"))
     known = summary["worth"] is not None or is_real(summary)
     unknown = "" if known else "; what the organizations reach alone was not measured"
-    reached = f"{percent(federated['accuracy'])} accuracy" if measure.share else f"a loss of {measure.show(federated['loss'])}"
+    shown = measure.show(federated[measure.key])
+    reached = (
+        f"{shown} {measure.name}" if measure.share else f"a {measure.key if measure.key == 'loss' else measure.name} of {shown}"
+    )
     return f"{who} {reached}, {', and '.join(against)}{unknown}."
 
 
@@ -194,8 +201,9 @@ def personal_note(summary: Summary) -> Iterator[str]:
 
 def _chance_note(test: Summary) -> str:
     """The 95 % interval of an accuracy on so many examples."""
-    if "loss" in test["federated"]:
-        return f"Measured on the target tokens of {test['examples']:,} test examples."
+    key = get_measures(test["federated"])[0].key
+    if key != "accuracy":
+        return f"Measured on {'the target tokens of ' if key == 'loss' else ''}{test['examples']:,} test examples."
     accuracy = test["federated"]["accuracy"]
     margin = 100 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / test["examples"])
     return (
@@ -232,8 +240,11 @@ def results(summary: Summary) -> dict[str, Mapping[str, float] | None]:
 
 
 def floor_name(summary: Summary) -> str:
-    """What needs no training: the most frequent class, or the base model where there are none."""
-    return "Majority class" if measures_of(summary)[0].share else "Base model, untrained"
+    """What needs no training: the most frequent class; of texts the base model, of numbers their mean."""
+    floor = measures_of(summary)[0].floor
+    return {"base model": "Base model, untrained", "the mean": "Always the mean", "frequencies": "Each label's frequency"}.get(
+        floor, "Majority class"
+    )
 
 
 def own_columns(summary: Summary) -> dict[str, str]:

@@ -97,7 +97,7 @@ def train(grid: Grid, folder: RunFolder) -> None:
 
     def score(state: State) -> float:
         assert validation is not None, "asked only where there are records"
-        return evaluate(model, state, validation, plan.model.precision).accuracy
+        return evaluate(model, state, validation, plan.model.precision).score
 
     common = None if plan.keeps_parts else evaluate_test
     evaluator = get_registered_evaluator(common) if plan.keeps_personal else evaluate_test

@@ -28,7 +28,9 @@ from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
 from cotune.client.training.personal import PERSONAL, UNNOISED
+from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset, DatasetManifest
+from cotune.data.tasks.classes import classes_from_scores
 from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.task import Task, get_task
 from cotune.errors import CotuneError, RunError
@@ -38,7 +40,7 @@ from cotune.models.evaluation.test_set import evaluate, measure, predict
 from cotune.models.export import export_model
 from cotune.models.feature_head import feature_head
 from cotune.models.features import encode_batch
-from cotune.models.head_fit import classes_from_scores, head_names, head_scores
+from cotune.models.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model
@@ -99,7 +101,7 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]
 
 def fits_alone(plan: Plan, model: TrainableModel) -> bool:
     """Whether alone without privacy is a head that is fitted to features, instead of a run."""
-    return all(stage.mode == "head" for stage in plan.stages) and feature_head(model) is not None
+    return has_classes(plan.task) and all(stage.mode == "head" for stage in plan.stages) and feature_head(model) is not None
 
 
 def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]:
@@ -243,7 +245,8 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     """
     plan = prepared.plan
     model = get_plan_model(plan, folder.file.device)
-    if "alone" not in plan.simulation.baselines or plan.keeps_personal or feature_head(model) is None:
+    fits = has_classes(plan.task) and feature_head(model) is not None
+    if "alone" not in plan.simulation.baselines or plan.keeps_personal or not fits:
         return Personalized()
     found = Personalized()
     test = _features(model, plan, served, DatasetManifest.read(folder.path / "test" / "data.json", plan.labels))

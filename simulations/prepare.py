@@ -15,7 +15,7 @@ import numpy as np
 from cotune.client.budget import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.client.training.setup import check_stages
-from cotune.data.config import has_classes
+from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.left_out import ELSEWHERE
 from cotune.data.multi_task import check_task_labels, keep_tasks
@@ -150,7 +150,7 @@ def _pin_public(plan: Plan) -> PublicConfig:
 
 def _labels(plan: Plan, records: dict[Path | None, Records], of_base: tuple[str, ...]) -> tuple[str, ...]:
     """The plan's class names; else the base model's where they are those of the data; else those of the data."""
-    if not has_classes(plan.task):
+    if not has_labels(plan.task):
         return ()
     for found in records.values():
         if plan.labels and not set(found.labels) <= set(plan.labels):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from cotune.data.config import has_classes
+from cotune.data.config import has_labels
 from cotune.data.dataset import Dataset
 from cotune.data.multi_task import keep_tasks
 from cotune.data.natural_partition import get_partition_column, read_owners
@@ -206,7 +206,7 @@ def _apart(
 
 def _partition_config(plan: Plan) -> PartitionConfig:
     simulation = plan.simulation
-    if not has_classes(plan.task) and simulation.partition.startswith(("dirichlet", "shards")):
+    if not has_labels(plan.task) and simulation.partition.startswith(("dirichlet", "shards")):
         raise PlanError(
             f'simulation.partition = "{simulation.partition}" shares out classes, and the records of task = {plan.task} have'
             " none: expected iid, quantity:ALPHA or column:NAME",

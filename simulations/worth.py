@@ -17,8 +17,10 @@ from cotune.client.personalization.adaptation import get_unit_numbers
 from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset
 from cotune.data.multi_task import task_of
+from cotune.data.tasks.task import get_task
 from cotune.data.types import Label
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, TextAnswers
+from cotune.models.evaluation.summed_answers import JUDGMENTS, judge_answers
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share
 
@@ -39,8 +41,8 @@ class TestSet:
         self.plan = prepared.plan
         parts = tuple((prepared.records[file], rows) for file, rows in prepared.test)
         held = Dataset(parts, self.plan.labels, self.plan.task)
-        lengths = [1 if isinstance(target, int) else len(target) for target in held.targets]
-        self.truth = np.asarray(held.truth, dtype=np.int64)
+        lengths = [len(target) if isinstance(target, tuple) else 1 for target in held.targets]
+        self.truth = np.asarray(held.truth)
         self._record = np.repeat(np.arange(len(lengths)), lengths)  # of each answer
         self._place = {
             (file, int(row)): i for i, (file, row) in enumerate((file, row) for file, rows in prepared.test for row in rows)
@@ -57,15 +59,22 @@ class TestSet:
     def of_tasks(self, tasks: Sequence[str]) -> NDArray[np.bool_]:
         """(answers,) those to some of several tasks."""
         held = np.asarray([task_of(label) in tasks for label in self.plan.labels])
-        return held[self.truth]
+        found: NDArray[np.bool_] = held[self.truth]
+        return found
 
     def records(self, where: NDArray[np.bool_]) -> int:
         """How many records a part of the answers is of."""
         return len(np.unique(self._record[where]))
 
     def answers(self, told: Told, where: NDArray[np.bool_]) -> Any:
-        """What a model tells on a part of the set: `Answers`, or `TextAnswers` where there are no classes."""
-        if not has_classes(self.plan.task):
+        """What a model tells on a part of the set: `Answers` of classes, `TextAnswers` or `SummedAnswers`."""
+        task = self.plan.task
+        if task in JUDGMENTS:
+            truth = self.truth[where].tolist()
+            given = np.asarray(told, dtype=np.float64)[where].tolist()
+            metrics = get_task(task).metrics(truth, given, len(self.plan.labels))
+            return judge_answers(task, metrics, truth, given, self._unit[where])
+        if not has_classes(task):
             losses, tokens, right = (np.asarray(column)[where] for column in zip(*told, strict=True))
             return TextAnswers(losses, tokens, right, self._unit[where])
         return Answers(self.truth[where], np.asarray(told, dtype=np.int64)[where], self._unit[where], len(self.plan.labels))
@@ -100,7 +109,7 @@ def _figures(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[
     """Metrics of every column with their intervals, and the accuracy of the federated model once more."""
     columns = {name: test.answers(choices[name], where).figures() if name in choices else None for name in COLUMNS}
     federated = columns["federated"]
-    return {"records": test.records(where), "accuracy": federated and federated["accuracy"], **columns}
+    return {"records": test.records(where), "accuracy": federated and federated.get("accuracy"), **columns}
 
 
 def _worth(test: TestSet, choices: Choices, where: NDArray[np.bool_]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from cotune.cli.models.predict import Length, ModelSource, ThresholdOption
 from cotune.cli.options import Device, RecordOptions, with_options
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_source
+from cotune.reporting.measures import get_measures
 
 _MOST_CLASSES = 25  # of a confusion matrix on a terminal
 _WIDE = 24  # characters of a class name
@@ -38,8 +39,22 @@ def evaluate(
     found = {"model": model, "data": data, **result}
     if as_json:
         print_json(found)
+    elif "figures" in found:
+        _show_figures(screen(), found)
     else:
         _show(screen(), found)
+
+
+def _show_figures(console: Console, found: dict[str, Any]) -> None:
+    """Of answers that are no classes."""
+    console.print(f"{found['records']:,} records of {escape(found['data'])}, {found['not_told']:,} of them not told")
+    for reason, count in found["left_out"].items():
+        console.print(f"  left out, {escape(reason)}: {count:,}")
+    console.print(f"  of each text {found['max_length']} tokens are read at most")
+    for measure in get_measures(found["figures"]):
+        value = found["figures"][measure.key]
+        interval = found["figures"].get(f"{measure.key}_interval")
+        console.print(f"{measure.name} {with_interval(value, interval) if interval else figure(value)}")
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with the probability of every class.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Classify texts, words or images with a fine-tuned model. Nothing is sent."""
+    """Tell classes of texts, words or images, labels or numbers of texts, by a fine-tuned model. Nothing is sent."""
     if bool(given) == (file is not None):
         raise typer.BadParameter('expected texts after the model, or --file FILE: cotune predict MODEL "a text"')
     if text is not None and image is not None:
@@ -79,6 +79,9 @@ def predict(
 
 
 def _show(console: Console, found: Sequence[dict[str, Any]]) -> None:
+    if found and "label" not in found[0]:
+        _show_answers(console, found)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("label", no_wrap=True)
     table.add_column("probability", justify="right")
@@ -94,6 +97,23 @@ def _show(console: Console, found: Sequence[dict[str, Any]]) -> None:
             cut = shown[:_WIDE] + ("…" if len(shown) > _WIDE else "")
             table.add_row(escape(each["label"] or "–"), _number(each["score"]), escape(cut + note))
     console.print(table)
+
+
+def _show_answers(console: Console, found: Sequence[dict[str, Any]]) -> None:
+    """Numbers, or several labels with the probability of each."""
+    is_number = "value" in found[0]
+    table = Table("value" if is_number else "labels", "input", box=None, header_style="bold", pad_edge=False)
+    for each in found:
+        told = _number(each["value"]) if is_number else _labels(each)
+        note = f" ({each['reason']})" if each["reason"] else ""
+        table.add_row(escape(told), escape(_on_one_line(each["input"])[:_WIDE] + note))
+    console.print(table)
+
+
+def _labels(each: dict[str, Any]) -> str:
+    if each["labels"] is None:
+        return "–"
+    return ", ".join(f"{label} ({each['scores'][label]:.3f})" for label in each["labels"]) or "none"
 
 
 def _on_one_line(text: str) -> str:
@@ -121,10 +141,19 @@ def _write(file: Path, found: Sequence[dict[str, Any]]) -> None:
         ) from None
 
 
+def _cell(value: object) -> object:
+    return "" if value is None else ",".join(value) if isinstance(value, list) else value
+
+
 def _csv(found: Sequence[dict[str, Any]]) -> str:
     """A line for each row: tags are separated by spaces, as the readers of records take them."""
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")
+    if found and "label" not in found[0]:
+        names = [name for name in found[0] if name != "scores"]
+        table.writerow(names)
+        table.writerows([_cell(each[name]) for name in names] for each in found)
+        return stream.getvalue()
     table.writerow(["row", "input", "label", "score", "reason"])
     for each in found:
         label = each["label"]

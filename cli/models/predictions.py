@@ -10,16 +10,17 @@ from torch import Tensor
 
 from cotune.cli.options import RecordOptions
 from cotune.cli.plans.plan_options import own_options
-from cotune.data.config import DataConfig
+from cotune.data.config import DataConfig, has_classes
 from cotune.data.record_files import read_records
 from cotune.data.types import Input
 from cotune.data.unlabeled import Row, read_typed, read_unlabeled
 from cotune.ensembles.config import DistillationConfig, Method
 from cotune.ensembles.distill import Distillation, distill
 from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion
-from cotune.ensembles.predictor import open_model
+from cotune.ensembles.predictor import open_model, require_classifiers
 from cotune.models.config import ModelConfig
-from cotune.models.evaluation.predictor import Classifier, class_numbers, evaluate_classifier, open_predictor
+from cotune.models.evaluation.answers import evaluate_answers
+from cotune.models.evaluation.predictor import Classifier, Predictor, class_numbers, evaluate_classifier, open_predictor
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, parse_threshold, predict_classes
 
 
@@ -68,6 +69,8 @@ def evaluate_records(
     predictor, limit = _open(model, threshold, max_length, device)
     with own_options():
         records = read_records(data, None, predictor.task)
+    if isinstance(predictor, Predictor) and not has_classes(predictor.task):
+        return evaluate_answers(predictor, records)
     return dict(evaluate_classifier(predictor, records, limit))
 
 
@@ -93,6 +96,7 @@ def fuse_models(
         device: What computes.
     """
     opened = [open_predictor(model, device, max_length) for model in models]
+    require_classifiers(opened, models)
     with own_options():
         records = read_records(data, None, opened[0].task)
     judgment = ask_models(opened, records)
@@ -127,6 +131,7 @@ def distill_models(
         license: Of the inputs.
     """
     opened = [open_model(teacher, device) for teacher in teachers]
+    require_classifiers(opened, teachers)
     first = opened[0]
     with own_options():
         if columns.label is None:
@@ -144,11 +149,17 @@ def distill_models(
 def _open(model: str, threshold: str | None, max_length: int | None, device: str) -> tuple[Classifier, Threshold | None]:
     """The model, and the threshold of one of its classes."""
     predictor = open_model(model, device, max_length)
-    return predictor, None if threshold is None else parse_threshold(threshold, predictor.labels)
+    if threshold is None:
+        return predictor, None
+    require_classifiers([predictor], [model])
+    return predictor, parse_threshold(threshold, predictor.labels)
 
 
 def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshold | None) -> Iterator[dict[str, Any]]:
     """One plain table for each row, in order."""
+    if isinstance(predictor, Predictor) and not has_classes(predictor.task):
+        yield from _other_answers(predictor, rows)
+        return
     probabilities = iter(predictor.probabilities([row.given for row in rows if row.given is not None]))
     for number, row in enumerate(rows, 1):
         about = {"row": number, "input": row.shown}
@@ -156,6 +167,23 @@ def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshol
             yield {**about, "label": None, "score": None, "scores": None, "reason": row.reason}
         else:
             yield {**about, **_answer(predictor, next(probabilities), threshold), "reason": ""}
+
+
+def _other_answers(predictor: Predictor, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Of regression a number; of several labels those that are told, and the probability of each."""
+    answers = iter(predictor.answers([row.given for row in rows if row.given is not None]))
+    for number, row in enumerate(rows, 1):
+        answer = None if row.given is None else next(answers)
+        reason = row.reason or ("cannot be read" if answer is None else "")
+        yield {"row": number, "input": row.shown, **_told(predictor, answer), "reason": reason}
+
+
+def _told(predictor: Predictor, answer: tuple[Any, ...] | None) -> dict[str, Any]:
+    if predictor.task == "regression":
+        return {"value": None if answer is None else answer[0]}
+    scores = None if answer is None else dict(zip(predictor.labels, answer, strict=True))
+    labels = None if scores is None else [label for label, score in scores.items() if score > 0.5]
+    return {"labels": labels, "scores": scores}
 
 
 def _answer(predictor: Classifier, probabilities: Tensor, threshold: Threshold | None) -> dict[str, Any]:

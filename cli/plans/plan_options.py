@@ -61,11 +61,13 @@ class PlanOptions:
         str | None,
         typer.Option(help="Your records: a CSV, TSV, JSON lines or Parquet file, or a folder with one per organization."),
     ] = None
-    task: Annotated[str | None, typer.Option(help="sequence-, token- or image-classification, or causal-lm.")] = None
+    task: Annotated[
+        str | None, typer.Option(help="sequence-, token- or image-classification, multi-label, regression, causal-lm or seq2seq.")
+    ] = None
     text: Annotated[str | None, typer.Option(help="Column with the text, or with its words.")] = None
-    prompt: Annotated[str | None, typer.Option(help="causal-lm: column with what the model is given.")] = None
-    target: Annotated[str | None, typer.Option(help="causal-lm: column with what it is to write.")] = None
-    label: Annotated[str | None, typer.Option(help="Column with the class, or with the words' tags.")] = None
+    prompt: Annotated[str | None, typer.Option(help="causal-lm, seq2seq: column with what the model is given.")] = None
+    target: Annotated[str | None, typer.Option(help="causal-lm, seq2seq: column with what it is to write.")] = None
+    label: Annotated[str | None, typer.Option(help="Column with the class, the words' tags, the labels or the number.")] = None
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None
     clients: Annotated[int | None, typer.Option(help="How many organizations the file is split over.")] = None
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or column:NAME.")] = None

@@ -105,7 +105,8 @@ def _show_result(console: Console, played: RunFolder) -> None:
     if test["federated"] is not None:
         measure = measures_of(summary)[0]
         reached = measure.show(test["federated"][measure.key])
-        floor = f"{'most frequent label' if measure.share else 'base model'}: {measure.show(test['majority'][measure.key])}"
+        constant = "most frequent label" if measure.key == "accuracy" else measure.floor
+        floor = f"{constant}: {measure.show(test['majority'][measure.key])}"
         console.print(f"{measure.name} {reached} on {test['examples']:,} test examples ({floor})")
     console.print(f"{len(summary['rounds'])} rounds, {size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down")
     for file in ("report.html", "summary.json", "model"):

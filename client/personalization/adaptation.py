@@ -108,7 +108,7 @@ def build_own_records(features: Tensor, targets: Sequence[Target], units: Sequen
     Raises:
         DataError: For fewer than two.
     """
-    answers = [(target,) if isinstance(target, int) else target for target in targets]
+    answers = [target if isinstance(target, tuple) else (target,) for target in targets]
     records = np.repeat(np.arange(len(answers)), [len(each) for each in answers])
     numbers = torch.as_tensor([number for each in answers for number in each])
     usable = ~features.isnan().any(dim=1) & (numbers >= 0) & (numbers < classes)

@@ -30,6 +30,7 @@ from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset
+from cotune.data.tasks.classes import classes_from_scores
 from cotune.data.tasks.metrics import compute_metrics
 from cotune.errors import ModelError, RunError
 from cotune.models.adapter import parameter_seed
@@ -40,9 +41,10 @@ from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, accura
 from cotune.models.evaluation.predictor import load_finished
 from cotune.models.export import export_model
 from cotune.models.feature_head import feature_head
-from cotune.models.head_fit import classes_from_scores, head_names, head_scores
+from cotune.models.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
+from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PersonalizeConfig
 from cotune.reporting.model_card import CARD, model_card
@@ -92,9 +94,11 @@ def open_final_model(site: Site, wanted: str = "") -> Received:
 
     Raises:
         RunError: When there is none.
+        PlanError: When its answers are no classes.
         ModelError: When its head reads something else than one vector of a record, or of each word.
     """
     folder, plan = _chosen(site, wanted)
+    require_classes(plan, "adapting the received model")
     if plan.tasks:
         raise ModelError(
             f"the model of the plan {plan.name} is for several tasks ({', '.join(task.name for task in plan.tasks)}), and one"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.tasks.batching import bucket_of_length, fixed_batches
-from cotune.data.tasks.classes import IGNORED, all_correct, losses_from_scores
+from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.models.feature_head import FeatureHead
 from cotune.models.independence import check_independence
@@ -43,7 +43,7 @@ def build_feature_setup(
     Args:
         precision: What the features were computed in (`model.precision` of a plan).
         features: (n, d), as `Dataset.features` gives them; NaN where a record, or a word, could not be read.
-        targets: Of each record, the number of its class or those of its words' tags.
+        targets: Of each record, as `Task.encode_target` gives it.
         expected_batch: Rows of a step, a public number: it decides the shape of batches.
         units: Row numbers of each unit.
         weights: (classes,) how much a label of each class counts in the loss; None: all the same.
@@ -66,10 +66,10 @@ class _Given:
         return cast(Tensor, self.head(batch["features"]).logits.float())
 
     def loss(self, batch: Batch) -> Tensor:
-        return losses_from_scores(self.scores(batch), batch["labels"], self.weights)
+        return self.model.loaded.task.losses_from_scores(self.scores(batch), batch["labels"], self.weights)
 
     def correct(self, batch: Batch) -> Tensor:
-        return all_correct(self.scores(batch), batch["labels"])
+        return self.model.loaded.task.are_right(self.scores(batch), batch["labels"])
 
     def check_independent_rows(self, slots: int, width: int, lengths: Sequence[int] | None) -> None:
         """See `check_independence`."""
@@ -78,7 +78,10 @@ class _Given:
 
 
 def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
-    labels = torch.tensor(targets, dtype=torch.long)  # of no records, too
+    task = given.model.loaded.task
+    labels = torch.tensor(targets, dtype=task.label_dtype)  # of no records, too
+    made_up = task.samples(given.model.loaded.reader)
+    pool = torch.tensor([example["labels"] for example in made_up], dtype=task.label_dtype)
     unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
     if bool(unreadable.any()):
         features = features.nan_to_num(nan=0.0)
@@ -95,13 +98,13 @@ def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], unit
         index = torch.as_tensor(rows)
         vectors = torch.zeros(size, width)
         vectors[: len(rows)] = features[index]
-        numbers = torch.full((size,), IGNORED)
+        numbers = pool.new_full((size, *pool.shape[1:]), IGNORED)
         numbers[: len(rows)] = labels[index]
         return {"features": vectors.to(given.model.device), "labels": numbers.to(given.model.device)}
 
     def samples() -> TrainingSetup:
         vectors = torch.linspace(-1, 1, 3 * width).reshape(3, -1)
-        return _on_vectors(given, vectors, [0, 1, 0], [[0], [1], [2]])
+        return _on_vectors(given, vectors, pool.tolist(), [[0], [1], [2]])
 
     return TrainingSetup(
         module=given.head,

@@ -72,7 +72,8 @@ def build_setup(
         )
         precision = plan.model.precision
         weights = _weights_of(plan, model)
-        return build_feature_setup(precision, model, head, features, holdings.targets, expected_batch, holdings.units, weights)
+        targets = [model.loaded.task.encode_target(target) for target in holdings.targets]
+        return build_feature_setup(precision, model, head, features, targets, expected_batch, holdings.units, weights)
     return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
 
 
@@ -87,7 +88,7 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
     if head is not None:
         vectors = encode_batch(model, samples, plan.model.precision)
         targets = [_target_of(example) for example in samples]
-        parts = torch.split(vectors, [len(target) if isinstance(target, tuple) else 1 for target in targets])
+        parts = torch.split(vectors, [len(example["starts"]) if "starts" in example else 1 for example in samples])
         features = torch.cat([parts[i] for i in numbers])
         chosen = [targets[i] for i in numbers]
         weights = _weights_of(plan, model)
@@ -98,7 +99,8 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
 def _target_of(example: Example) -> Target:
     """The class of an example, or those of its words."""
     labels = example["labels"]
-    return tuple(labels[place] for place in example["starts"]) if "starts" in example else int(labels)
+    found: Target = tuple(labels[place] for place in example["starts"]) if "starts" in example else labels
+    return found
 
 
 def _lengthened(example: Example, length: int) -> Example:

@@ -37,6 +37,7 @@ class CausalLanguageModeling(SequenceClassification):
     problem_type: str | None = None
     pools = False
     keeps_head = True
+    floor = "the base model as it came"
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return ("text", "text") if config.prompt is None else ("prompt", "target")
@@ -55,6 +56,10 @@ class CausalLanguageModeling(SequenceClassification):
                 return "blank prompt"
             prompt += file.config.separator
         return (Passage(prompt, target), NO_CLASS) if is_unicode(prompt) and is_unicode(target) else "broken Unicode"
+
+    def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
+        """The target is a part of the input."""
+        return [0] * len(held)
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
         raise ModelError(

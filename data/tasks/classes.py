@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,16 +23,53 @@ class ClassTargets:
 
     key = "text"
     keeps_head = False
+    keeps_trained_head = True
+    floor = "always the most frequent class"
+    label_dtype = torch.long
     has_several_heads = False
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.key, "label"
+
+    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Self:
+        return self
+
+    def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        return labels
+
+    def finish(self, module: Any) -> None:
+        """The scores of classes are used as they are."""
+
+    def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
+        number = {name: i for i, name in enumerate(classes)}
+        return [
+            number.get(label, IGNORED)
+            if isinstance(label, str)
+            else tuple(number.get(tag, IGNORED) for tag in class_names_in(label))
+            for label in held
+        ]
+
+    def is_unknown(self, label: Label, known: Collection[str]) -> bool:
+        return isinstance(label, str) and label not in known
+
+    def encode_target(self, target: Any) -> Any:
+        return target
+
+    def label_pool(self, classes: int) -> Tensor:
+        return torch.arange(classes)
 
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
         return 0
 
     def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
         return example_losses(module, batch, weights)
+
+    def losses_from_scores(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        return losses_from_scores(scores, labels, weights)
+
+    def answers_from_scores(self, scores: Tensor) -> list[Any]:
+        found: list[Any] = classes_from_scores(scores).tolist()
+        return found
 
     def scores(self, module: nn.Module, batch: Batch) -> Tensor:
         return logits(module, batch)
@@ -45,7 +83,7 @@ class ClassTargets:
     def read_metrics(self, values: Mapping[str, float]) -> Metrics:
         return ClassMetrics(**values)
 
-    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> int | None:
+    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> Any:
         """The class number that most of the labels (with tags: of the words) have; of equally many the first."""
         counts = Counter(name for label in held for name in class_names_in(label))
         return max(range(len(classes)), key=lambda number: (counts[classes[number]], -number))
@@ -81,6 +119,11 @@ def losses_from_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = 
 def mean_over_labels(losses: Tensor, labels: Tensor) -> Tensor:
     """Return (b,) means of losses (b, l) over the positions of each row that have a label; 0 for a row without one."""
     return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+
+def classes_from_scores(scores: Tensor) -> Tensor:
+    """Return the class numbers (n,) that scores (n, classes) mean; -1, which is right for none, where a record was not read."""
+    return torch.where(scores.isnan().any(dim=1), -1, scores.argmax(dim=1))
 
 
 def all_correct(scores: Tensor, labels: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ class Metrics(Protocol):
     """What the metrics of all tasks have in common."""
 
     @property
-    def accuracy(self) -> float:
-        """Share of the answers that are right, in [0, 1]."""
+    def score(self) -> float:
+        """The figure by which two states of a model are compared, in [0, 1]; more is better."""
 
     def as_dict(self) -> dict[str, float]:
         """Return the figures by their names."""
@@ -34,6 +34,10 @@ class ClassMetrics:
     recall: float
     f1: float
 
+    @property
+    def score(self) -> float:
+        return self.accuracy
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
@@ -49,7 +53,7 @@ class MultiTaskMetrics:
     tasks: Mapping[str, ClassMetrics]
 
     @property
-    def accuracy(self) -> float:
+    def score(self) -> float:
         return self._mean("accuracy")
 
     def as_dict(self) -> dict[str, float]:
@@ -85,8 +89,105 @@ class TextMetrics:
     perplexity: float
     accuracy: float
 
+    @property
+    def score(self) -> float:
+        return self.accuracy
+
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class NumberMetrics:
+    """Of numbers, in the units of the records.
+
+    Attributes:
+        mse: Mean squared error: less is better.
+        mae: Mean absolute error.
+        spearman: Rank correlation of truth and prediction, in [-1, 1]; 0 where one of both is all the same.
+        r2: 1 − squared errors / squared distances of the truth from its mean; 0 where the truth is all the same.
+    """
+
+    mse: float
+    mae: float
+    spearman: float
+    r2: float
+
+    @property
+    def score(self) -> float:
+        """The share of the variance that is explained."""
+        return max(0.0, self.r2)
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LabelSetMetrics:
+    """Of sets of labels, each in [0, 1]; a label is told where its probability is above a half.
+
+    Attributes:
+        micro_f1: F1 over all labels of all records.
+        macro_f1: Mean over the labels of the F1 of each.
+        mean_average_precision: Mean over the labels that some record has of average precision, which reads the order of the
+            probabilities alone.
+        exact: Share of the records of which every label is told rightly.
+    """
+
+    micro_f1: float
+    macro_f1: float
+    mean_average_precision: float
+    exact: float
+
+    @property
+    def score(self) -> float:
+        return self.micro_f1
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def compute_number_metrics(truth: Sequence[float], told: Sequence[float]) -> NumberMetrics:
+    """Metrics of predicted against true numbers."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    true = np.asarray(truth, dtype=np.float64)
+    given = np.asarray(told, dtype=np.float64)
+    errors = given - true
+    around = np.square(true - true.mean()).sum()
+    ranks = np.stack([rankdata(true), rankdata(given)])
+    apart = ranks - ranks.mean(axis=1, keepdims=True)
+    size = math.sqrt(float(np.prod(np.square(apart).sum(axis=1))))
+    return NumberMetrics(
+        mse=float(np.square(errors).mean()),
+        mae=float(np.abs(errors).mean()),
+        spearman=float((apart[0] * apart[1]).sum()) / size if size else 0.0,
+        r2=1 - float(np.square(errors).sum() / around) if around else 0.0,
+    )
+
+
+def compute_label_set_metrics(truth: Sequence[int], probabilities: Sequence[float], labels: int) -> LabelSetMetrics:
+    """Metrics of probabilities against what is true.
+
+    Args:
+        truth: 1 or 0 for each label of each record, record after record.
+        probabilities: As many.
+        labels: How many there are.
+    """
+    import numpy as np
+    from sklearn.metrics import average_precision_score, f1_score  # its import takes a second
+
+    true = np.asarray(truth, dtype=np.int64).reshape(-1, labels)
+    given = np.asarray(probabilities, dtype=np.float64).reshape(-1, labels)
+    told = (given > 0.5).astype(np.int64)
+    each = [average_precision_score(true[:, i], given[:, i]) for i in range(labels) if true[:, i].any()]
+    return LabelSetMetrics(
+        micro_f1=float(f1_score(true.ravel(), told.ravel(), zero_division=0)),
+        macro_f1=float(np.mean([f1_score(true[:, i], told[:, i], zero_division=0) for i in range(labels)])),
+        mean_average_precision=float(np.mean(each)) if each else 0.0,
+        exact=float((true == told).all(axis=1).mean()),
+    )
 
 
 def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int) -> ClassMetrics:

@@ -24,11 +24,11 @@ from cotune.data.config import DataConfig
 from cotune.data.multi_task import qualify, split_labels, task_of
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.batching import LENGTHS
-from cotune.data.tasks.classes import IGNORED, Batch, all_correct, logits
+from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets, all_correct, logits
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.metrics import MultiTaskMetrics, compute_metrics
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
-from cotune.data.types import Input, Label
+from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError
 
 _PLACEHOLDER = "-"  # a label, of which only the input is wanted
@@ -44,7 +44,7 @@ class Block:
     stop: int
 
 
-class MultiTask:
+class MultiTask(ClassTargets):
     """See `tasks.Task`. An example has "asked" beside its input: the number of the task that each of its labels is of, or None.
 
     Args:
@@ -183,8 +183,10 @@ class MultiTask:
         ]
 
     def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
-        scores = logits(module, batch)
-        return torch.stack(list(self._losses(scores, batch["labels"], weights))).sum(dim=0)
+        return self.losses_from_scores(logits(module, batch), batch["labels"], weights)
+
+    def losses_from_scores(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        return torch.stack(list(self._losses(scores, labels, weights))).sum(dim=0)
 
     def _losses(self, scores: Tensor, labels: Tensor, weights: Tensor | None) -> Iterator[Tensor]:
         for i, block in enumerate(self.blocks):
@@ -224,7 +226,7 @@ class MultiTask:
         """For each class, the class of its task that most labels have."""
         counts = dict.fromkeys(classes, 0)
         for label in held:
-            for name in label:
+            for name in class_names_in(label):
                 counts[name] = counts.get(name, 0) + 1
         best: dict[str, int] = {}
         for number, name in enumerate(classes):

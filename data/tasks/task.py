@@ -6,11 +6,11 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, device, nn
+from torch import Tensor, device, dtype, nn
 
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.readers.data_file import DataFile
@@ -19,12 +19,15 @@ from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.metrics import Metrics
+from cotune.data.tasks.multi_label import MultiLabelClassification
 from cotune.data.tasks.multi_task import MultiTask
+from cotune.data.tasks.regression import Regression
+from cotune.data.tasks.seq2seq import SequenceToSequence
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.tasks.token import TokenClassification
 from cotune.data.types import Input, Label
 
-Target = int | tuple[int, ...]  # the number of a record's class, or of each word's tag
+Target = int | float | tuple[int, ...]  # the number of a record's class, a number, of each word's tag, or 1 for each label
 
 
 class Task(Protocol):
@@ -41,6 +44,18 @@ class Task(Protocol):
     pools: bool  # whether its head reads one vector of a record
     has_several_heads: bool  # whether there is a head for each of several tasks
     keeps_head: bool  # whether the head is the base model's own, so that it is neither new nor a part of every stage
+    keeps_trained_head: bool  # whether training goes on from a head that the folder has for the same labels
+    floor: str  # what anyone can tell without training, as a model card calls it
+    label_dtype: dtype  # of the labels of a batch
+
+    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Task:
+        """The task for a model: with the range of a plan's numbers, and its labels."""
+
+    def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """A name for each output of the head."""
+
+    def finish(self, module: Any) -> None:
+        """Changes a copy of the module, its adapters merged, so that what it gives is what people read."""
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         """The entries of [data] that name the columns of the inputs and of the targets."""
@@ -53,6 +68,18 @@ class Task(Protocol):
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
         """As `record`, of an input without a label: the label is made up."""
+
+    def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
+        """What a model is to tell of records with these labels, of each a `Target`; IGNORED for a label that is no class."""
+
+    def is_unknown(self, label: Label, known: Collection[str]) -> bool:
+        """Whether a label makes its record one without a loss, as the plan does not list it."""
+
+    def encode_target(self, target: Any) -> Any:
+        """A target as it stands among the labels of a batch."""
+
+    def label_pool(self, classes: int) -> Tensor:
+        """Labels that differ, for made-up records: (k, ...)."""
 
     def reader(self, folder: Path) -> Any:
         """The reader of a model folder. Raises ModelError."""
@@ -104,8 +131,14 @@ class Task(Protocol):
             weights: (classes,) how much a label of each class counts; None: all the same.
         """
 
+    def losses_from_scores(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The same from `scores`, for a task whose head can be trained on features."""
+
     def scores(self, module: nn.Module, batch: Batch) -> Tensor:
         """What the model says of each slot, in float32: (b, ...)."""
+
+    def answers_from_scores(self, scores: Tensor) -> list[Any]:
+        """What scores (n, outputs) of a head on features mean, one after the other as in `Dataset.truth`."""
 
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
         """(b,) which slots are told rightly, by their `scores`; those without a target always are."""
@@ -136,7 +169,10 @@ _TASKS: dict[str, Task] = {
     "sequence-classification": SequenceClassification(),
     "token-classification": TokenClassification(),
     "image-classification": ImageClassification(),
+    "multi-label": MultiLabelClassification(),
+    "regression": Regression(),
     "causal-lm": CausalLanguageModeling(),
+    "seq2seq": SequenceToSequence(),
     "multi-task": MultiTask(SequenceClassification()),
     "multi-task-images": MultiTask(ImageClassification()),
 }

@@ -213,9 +213,10 @@ def collator(
 ) -> Collate:
     """Return a function that makes a batch on the device: input_ids and attention_mask (b, l), labels, and what the model needs.
 
-    Labels are (b,), or (b, l) where every token has its own. Position and token type numbers are passed explicitly, in the shape
-    of the batch: looked up once for the whole batch, they would have no gradient per example (Opacus: `stack expects each tensor
-    to be equal size`).
+    Labels are (b,), (b, k) where a record has k of them (a tuple), or (b, l) where every token has its own (a list).
+
+    Position and token type numbers are passed explicitly, in the shape of the batch: looked up once for the whole batch, they
+    would have no gradient per example (Opacus: `stack expects each tensor to be equal size`).
 
     Args:
         module: The model.
@@ -253,7 +254,7 @@ def collator(
         if config.model_type == "bert" and "token_type_ids" in accepted:
             batch["token_type_ids"] = torch.zeros_like(ids)
         labels = [example["labels"] for example in examples]
-        batch["labels"] = torch.tensor([v if isinstance(v, int) else _padded(v, length, IGNORED) for v in labels])
+        batch["labels"] = torch.tensor([_padded(v, length, IGNORED) if isinstance(v, list) else v for v in labels])
         return {key: value.to(device) for key, value in batch.items()}
 
     return collate

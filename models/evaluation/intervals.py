@@ -90,20 +90,20 @@ class TextAnswers:
 
     def figures(self) -> dict[str, Any]:
         """Return the metrics, with the intervals of loss and accuracy: percentiles of a bootstrap over the units."""
-        sums = _resampled(self.units, np.stack([self.losses, self.right, self.tokens], axis=1))
+        sums = resampled(self.units, np.stack([self.losses, self.right, self.tokens], axis=1))
         sums = sums[sums[:, 2] > 0]  # a draw of records without any target says nothing
         return {
             **self._metrics().as_dict(),
-            "loss_interval": list(_percentiles(sums[:, 0] / sums[:, 2])),
-            "accuracy_interval": list(_percentiles(sums[:, 1] / sums[:, 2])),
+            "loss_interval": list(percentiles(sums[:, 0] / sums[:, 2])),
+            "accuracy_interval": list(percentiles(sums[:, 1] / sums[:, 2])),
         }
 
     def compare(self, theirs: TextAnswers) -> Paired:
         """Compare with another model on the same records, by a paired bootstrap over the units of the loss per token."""
         saved = theirs.losses - self.losses
-        sums = _resampled(self.units, np.stack([saved, self.tokens], axis=1))
+        sums = resampled(self.units, np.stack([saved, self.tokens], axis=1))
         sums = sums[sums[:, 1] > 0]
-        return _bootstrapped(float(saved.sum() / self.tokens.sum()), sums[:, 0] / sums[:, 1])
+        return bootstrapped(float(saved.sum() / self.tokens.sum()), sums[:, 0] / sums[:, 1])
 
     def _metrics(self) -> TextMetrics:
         return compute_text_metrics(list(zip(self.losses.tolist(), self.tokens.tolist(), self.right.tolist(), strict=True)))
@@ -114,7 +114,7 @@ class Paired:
     """Two models on the same records: by how much ours is better.
 
     Attributes:
-        difference: Accuracy of ours minus accuracy of theirs; of texts, loss of theirs minus loss of ours, in nats per token.
+        difference: By how much the figure that decides is better: accuracy; of texts, loss in nats per token.
         low: Lower end of its 95 % interval.
         high: Upper end.
         p: Of the two-sided test that there is no difference.
@@ -151,8 +151,8 @@ def accuracy_interval(answers: Answers) -> Interval:
     """Return Wilson's interval; of units with several answers, the percentiles of a bootstrap over the units."""
     if answers.single:
         return wilson_interval(int(answers.right.sum()), len(answers.truth))
-    sums = _resampled(answers.units, np.stack([answers.right, np.ones(len(answers.truth))], axis=1))
-    return _percentiles(sums[:, 0] / sums[:, 1])
+    sums = resampled(answers.units, np.stack([answers.right, np.ones(len(answers.truth))], axis=1))
+    return percentiles(sums[:, 0] / sums[:, 1])
 
 
 def f1_interval(answers: Answers) -> Interval:
@@ -163,10 +163,10 @@ def f1_interval(answers: Answers) -> Interval:
     classes = np.arange(answers.classes)
     there = answers.truth[:, None] == classes
     told = answers.told[:, None] == classes
-    sums = _resampled(answers.units, np.concatenate([there & told, there, told], axis=1))
+    sums = resampled(answers.units, np.concatenate([there & told, there, told], axis=1))
     right, true, given = np.split(sums, 3, axis=1)
     f1 = np.divide(2 * right, true + given, out=np.zeros_like(right), where=true + given > 0)
-    return _percentiles(f1.mean(axis=1))
+    return percentiles(f1.mean(axis=1))
 
 
 def compare_paired(ours: Answers, theirs: Answers) -> Paired:
@@ -179,13 +179,14 @@ def compare_paired(ours: Answers, theirs: Answers) -> Paired:
     apart = ours.right.astype(np.int64) - theirs.right.astype(np.int64)
     if ours.single:
         return _mcnemar(int((apart > 0).sum()), int((apart < 0).sum()), len(apart))
-    sums = _resampled(ours.units, np.stack([apart, np.ones(len(apart))], axis=1))
-    return _bootstrapped(float(apart.mean()), sums[:, 0] / sums[:, 1])
+    sums = resampled(ours.units, np.stack([apart, np.ones(len(apart))], axis=1))
+    return bootstrapped(float(apart.mean()), sums[:, 0] / sums[:, 1])
 
 
-def _bootstrapped(difference: float, drawn: NDArray[np.float64]) -> Paired:
+def bootstrapped(difference: float, drawn: NDArray[np.float64]) -> Paired:
+    """Return the comparison of which a bootstrap has drawn the difference many times."""
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum()) + 1
-    return Paired(difference, *_percentiles(drawn), min(1.0, 2 * float(tail) / (len(drawn) + 1)), "paired bootstrap")
+    return Paired(difference, *percentiles(drawn), min(1.0, 2 * float(tail) / (len(drawn) + 1)), "paired bootstrap")
 
 
 def _mcnemar(better: int, worse: int, total: int) -> Paired:
@@ -201,8 +202,8 @@ def _mcnemar(better: int, worse: int, total: int) -> Paired:
     return Paired(difference, low, high, float(found.pvalue), "McNemar exact")
 
 
-def _resampled(units: Numbers, columns: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Sums over resampled units: (draws, columns)."""
+def resampled(units: Numbers, columns: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Return sums of columns (answers, k) over resampled units: (draws, k)."""
     _, place = np.unique(units, return_inverse=True)
     count = int(place.max()) + 1
     each = np.zeros((count, columns.shape[1]))
@@ -214,7 +215,8 @@ def _resampled(units: Numbers, columns: NDArray[np.generic]) -> NDArray[np.float
     return np.concatenate([each_draw.astype(np.float64) @ kinds for each_draw in drawn])
 
 
-def _percentiles(values: NDArray[np.float64]) -> Interval:
+def percentiles(values: NDArray[np.float64]) -> Interval:
+    """Return the ends between which 95 % of the values are."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 

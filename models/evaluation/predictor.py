@@ -21,10 +21,10 @@ from torch.nn import functional
 from transformers import AutoConfig
 
 from cotune.data.class_names import shown
-from cotune.data.config import TaskName
+from cotune.data.config import TaskName, has_labels
 from cotune.data.records import Records
 from cotune.data.tasks.batching import sorted_batches
-from cotune.data.tasks.classes import logits
+from cotune.data.tasks.classes import IGNORED, logits
 from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, class_names_in
@@ -42,6 +42,7 @@ _BATCH = 64
 _LENGTH = 512  # tokens, where a folder does not say how long texts were in training
 _LONGEST = 32768
 _TASKS: tuple[TaskName, ...] = ("sequence-classification", "token-classification", "image-classification")
+_BY_PROBLEM: dict[str, TaskName] = {"regression": "regression", "multi_label_classification": "multi-label"}  # with texts
 
 
 class Classifier(Protocol):
@@ -102,6 +103,22 @@ class Predictor:
                 found[row] = functional.softmax(scores.double(), dim=-1).cpu()
         return found
 
+    @torch.no_grad()
+    def answers(self, inputs: Sequence[Input]) -> list[tuple[Any, ...] | None]:
+        """Return for each input what the task's `answers` give of it; None for one that cannot be read."""
+        loaded = self.model.loaded
+        examples = loaded.encode_unlabeled(inputs)
+        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
+        found: list[tuple[Any, ...] | None] = [None] * len(examples)
+        for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
+            chosen = [examples[row] for row in rows]
+            batch = collate(chosen)
+            unread = (batch["labels"] == IGNORED).reshape(len(rows), -1).all(dim=1).tolist()
+            told = loaded.task.answers(loaded.task.scores(self.model.module, batch), chosen)
+            for row, answer, lost in zip(rows, told, unread, strict=True):
+                found[row] = None if lost else answer
+        return found
+
 
 def compute_answer_scores(model: TrainableModel, examples: Sequence[Example]) -> list[Tensor]:
     """Return the scores (answers, classes) of each example of a batch, with their gradients; NaN for what was not read."""
@@ -133,11 +150,11 @@ def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedMod
         folder = find_base(ModelConfig(base=source))
         path = folder.path
         task = _task_of(path)
-        labels = _labels_of(path)
+        labels = _labels_of(path) if has_labels(task) else read_base_labels(path)
         if is_layer_model(path):
             return load_layer_model(folder, task, max_length or _length_of(path / ENCODER)), labels, task
         config = ModelConfig(base=source, pooling="native", max_length=max_length or _length_of(path))
-        return load_model(config, labels, 0, task, finished=True), labels, task
+        return load_model(config, labels, 0, task, finished=True), labels if has_labels(task) else (), task
     except ModelError as error:
         raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
 
@@ -157,8 +174,7 @@ def _task_of(path: Path) -> TaskName:
     for task in _TASKS:
         kind = get_task(task).model_class().__name__.removeprefix("AutoModel")
         if any(name.endswith(kind) for name in named):
-            _check_one_class(settings.get("problem_type"))
-            return task
+            return _refine(task, settings.get("problem_type"))
     raise ModelError(
         f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence,"
         " token or image classification, such as `model/` in the folder of a run",
@@ -166,13 +182,17 @@ def _task_of(path: Path) -> TaskName:
     )
 
 
-def _check_one_class(problem_type: object) -> None:
-    if problem_type not in (None, "single_label_classification"):
-        raise ModelError(
-            f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class"
-            " of several (single_label_classification)",
-            code="model.no_classifier",
-        )
+def _refine(task: TaskName, problem_type: object) -> TaskName:
+    """Heads of one architecture are for several tasks."""
+    if problem_type in (None, "single_label_classification"):
+        return task
+    if task == "sequence-classification" and isinstance(problem_type, str) and problem_type in _BY_PROBLEM:
+        return _BY_PROBLEM[problem_type]
+    raise ModelError(
+        f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class of"
+        " several (single_label_classification), or of texts a number or several labels",
+        code="model.no_classifier",
+    )
 
 
 def _labels_of(path: Path) -> tuple[str, ...]:

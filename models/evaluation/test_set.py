@@ -15,7 +15,6 @@ from cotune.data.types import Label
 from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.feature_head import feature_head
-from cotune.models.head_fit import classes_from_scores
 from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64
@@ -42,9 +41,12 @@ class Floor:
     def answers(self, held: Sequence[Label]) -> list[Any]:
         """Return the one answer that is right most often for the labels `held`; where there is none such, the base model's."""
         constant = self.model.loaded.task.constant(held, self.test.labels)
-        if isinstance(constant, tuple):  # of several tasks
+        if constant is None:
+            return self._untrained
+        if self.model.loaded.task.has_several_heads:
             return [constant[number] for number in self.test.truth]
-        return self._untrained if constant is None else [constant] * len(self.test.truth)
+        entries = constant if isinstance(constant, tuple) else (constant,)
+        return list(entries) * (len(self.test.truth) // len(entries))
 
     @cached_property
     def _untrained(self) -> list[Any]:
@@ -62,10 +64,11 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
     if head is None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
             return _predict(model, test)
-    return classes_from_scores(head(encoded_features(test, model, state, precision).to(model.device)).logits.float()).tolist()
+    scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
+    return model.loaded.task.answers_from_scores(scores)
 
 
-def _predict(model: TrainableModel, test: Dataset) -> list[int]:
+def _predict(model: TrainableModel, test: Dataset) -> list[Any]:
     examples = encoded_examples(test, model)
     task = model.loaded.task
     order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))

@@ -8,19 +8,37 @@ from cotune.reporting.documents.base import Document, Number
 
 
 class MetricsEntry(Document):
-    """Metrics of a task: of classes precision, recall and F1, of texts loss and perplexity; the others are absent.
+    """Metrics of a task, those of other tasks being absent.
 
     Of several tasks they are means over them, and those of each stand beside as `TASK/accuracy`, `TASK/f1` and so on.
     """
 
     accuracy: Number = Field(
-        description="Share of the records (with tags: of the words; of texts: of the target tokens) that are told right, of 1."
+        0.0,
+        description="Classes and texts: share of the records (with tags: of the words; of texts: of the target tokens) that are"
+        " told right, of 1.",
     )
     precision: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
     recall: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
     f1: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
     loss: Number = Field(0.0, description="Texts: mean negative log-likelihood of the target tokens, in nats per token.")
     perplexity: Number = Field(0.0, description="Texts: e to the loss.")
+    mse: Number = Field(0.0, description="Numbers: mean squared error, in squares of their unit.")
+    mae: Number = Field(0.0, description="Numbers: mean absolute error, in their unit.")
+    spearman: Number = Field(0.0, description="Numbers: rank correlation, −1 to 1; 0 where one side is all the same.")
+    r2: Number = Field(0.0, description="Numbers: R², 1 at most; 0 where the truth is all the same.")
+    micro_f1: Number = Field(0.0, description="Label sets: F1 over all labels of all records, of 1.")
+    macro_f1: Number = Field(0.0, description="Label sets: mean of the F1 of each label, of 1.")
+    mean_average_precision: Number = Field(
+        0.0, description="Label sets: mean over the labels that some record has of average precision, of 1."
+    )
+    exact: Number = Field(0.0, description="Label sets: share of the records of which every label is told right, of 1.")
+
+    @property
+    def score(self) -> float:
+        """The figure by which two states of a model are compared (see `data.tasks.metrics.Metrics`)."""
+        key = next((key for key in ("accuracy", "micro_f1", "r2") if key in self.keys()), "accuracy")
+        return max(0.0, float(getattr(self, key)))
 
 
 class DroppedEntry(Document):

@@ -194,16 +194,18 @@ class TestSummary(Document):
 class ColumnFigures(MetricsEntry):
     """Metrics with intervals."""
 
-    accuracy_interval: list[Number] = Field(description="95 % interval of the accuracy.")
+    accuracy_interval: list[Number] = Field([], description="Classes and texts: 95 % interval of the accuracy.")
     f1_interval: list[Number] = Field([], description="Classes: 95 % interval of F1.")
     loss_interval: list[Number] = Field([], description="Texts: 95 % interval of the loss.")
+    mse_interval: list[Number] = Field([], description="Numbers: 95 % interval of the mean squared error.")
+    micro_f1_interval: list[Number] = Field([], description="Label sets: 95 % interval of micro F1.")
 
 
 class OwnFigures(Document):
     """Figures of an organization on a test set, by column; null where not measured."""
 
     records: int = Field(description="Size of the test set.")
-    accuracy: Number | None = Field(description="Of the federated model.")
+    accuracy: Number | None = Field(description="Of the federated model; null where the task has none.")
     majority: ColumnFigures | None = Field(
         description="Always answering its most frequent class; of texts, the base model as it came."
     )
@@ -221,7 +223,9 @@ class OrganizationWorth(Document):
     useful: bool = Field(description="Whether the model is better than a constant answer.")
     joined: str = Field(description="The column that stands for joining.")
     against: str = Field(description="The column that it is compared with.")
-    difference: Number = Field(description="By how much joining is better: accuracy, or nats per token.")
+    difference: Number = Field(
+        description="By how much joining is better: accuracy, nats per token, mean squared error, or micro F1."
+    )
     interval: list[Number] = Field(description="Its 95 % interval.")
     p: Number = Field(description="p-value of the test.")
     test: str = Field(description="Which test.")

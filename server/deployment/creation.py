@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from cotune.data.config import has_classes
+from cotune.data.config import has_labels
 from cotune.data.readers.sources import check_new, get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
@@ -134,7 +134,7 @@ def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
 
 def _determine_labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
     """The plan's; else those of the test records, in the base model's order where it has the same; none where nothing has any."""
-    if not has_classes(plan.task):
+    if not has_labels(plan.task):
         return ()
     if test is None and not plan.labels:
         raise PlanError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cotune.data.config import has_classes
+from cotune.data.config import has_labels
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.readers.sources import get_base_path
 from cotune.data.record_files import read_records
@@ -40,7 +40,7 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
     check_example_bounds(plan, federation.members.active())
     if test := _test_file(federation):
         found = read_records(plan.data.without_units(), test, plan.task)
-        if has_classes(plan.task):
+        if has_labels(plan.task):
             check_labels(found, plan.labels)
     read_public_inputs(plan, federation.path)
     path = _folder(federation, plan, name)

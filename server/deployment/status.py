@@ -199,7 +199,7 @@ def _build_run_status(run: RunFolder, history: History, events: Sequence[Event],
     telling = [event for event in events if event.event in _PHASES or event.event == "round_started"]
     last = telling[-1] if telling else OtherEvent(event="")
     phase = "not begun" if not telling else _describe_phase(last)
-    tested = [entry.metrics.accuracy for entry in history if entry.metrics]
+    tested = [entry.metrics.get("accuracy") for entry in history if entry.metrics]
     return RunStatus(
         run=run.file.run,
         folder=str(run.path),

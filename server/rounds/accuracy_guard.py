@@ -52,7 +52,7 @@ class AccuracyGuard:
             return self._validate(before) - self._validate(after) <= self._max_drop + _ROUNDING
         if metrics_before is None or metrics is None:
             return True
-        return metrics_before.accuracy - metrics.accuracy <= self._max_drop + _ROUNDING
+        return metrics_before.score - metrics.score <= self._max_drop + _ROUNDING
 
 
 def read_update_looks(combination: Combination) -> dict[str, UpdateSummary]:

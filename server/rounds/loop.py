@@ -278,7 +278,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     if not is_applied:
         moved = dict(start.state)
         memory = dict(before.memory)
-        accuracy = None if metrics is None else metrics.accuracy
+        accuracy = None if metrics is None else metrics.score
         folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects))
         entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
     clip_norm = None

@@ -12,8 +12,8 @@ import platform
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cotune.data.config import has_classes
 from cotune.data.dataset import DatasetManifest
+from cotune.data.tasks.task import get_task
 from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_model
@@ -115,13 +115,9 @@ def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
         plan,
         privacy=[*summary.privacy.statement[:_ABOUT_THE_RUN], *more],
         length=length,
-        test={"this model": _values(test.federated), _floor_name(plan.task): _values(test.majority)},
+        test={"this model": _values(test.federated), get_task(plan.task).floor: _values(test.majority)},
         examples=test.examples,
     )
-
-
-def _floor_name(task: str) -> str:
-    return "always the most frequent class" if has_classes(task) else "the base model as it came"
 
 
 def _values(metrics: MetricsEntry | None) -> dict[str, float] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_charges
 from cotune.client.policy_check import find_violations
 from cotune.client.training.setup import check_stages
-from cotune.data.config import has_classes
+from cotune.data.config import has_labels
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
@@ -98,9 +98,9 @@ def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> 
 def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan with its base model pinned and its classes named, without looking at records; what is assumed in it."""
     base = find_base(plan.model)
-    labels = plan.labels or (read_base_labels(base.path) if has_classes(plan.task) else ())
+    labels = plan.labels or (read_base_labels(base.path) if has_labels(plan.task) else ())
     notes = tuple[str, ...]()
-    if not labels and has_classes(plan.task):
+    if not labels and has_labels(plan.task):
         labels = _TWO_CLASSES
         notes = ("the plan lists no labels: sizes are those of two classes; list all classes in labels for the real ones",)
     pinned = pin_model(plan.model, base)

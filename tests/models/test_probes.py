@@ -66,7 +66,9 @@ def only_what_is_filled(batch: Batch) -> Sequence[Tensor]:
 
 
 def tried(answer: Answer) -> bool:
-    return any(mixes_records(answer, feature_probes((16,), 3, 16, torch.device("cpu"), number)) for number in range(2))
+    return any(
+        mixes_records(answer, feature_probes((16,), torch.arange(3), 16, torch.device("cpu"), number)) for number in range(2)
+    )
 
 
 def test_rows_that_are_computed_alike_pass() -> None:
@@ -82,7 +84,7 @@ def test_what_a_row_owes_to_others_is_found(fault: Answer) -> None:
 
 
 def test_a_probe_is_in_every_slot_once() -> None:
-    places = [place for _, held in feature_probes((33,), 2, 16, torch.device("cpu"), 0) for place in held]
+    places = [place for _, held in feature_probes((33,), torch.arange(2), 16, torch.device("cpu"), 0) for place in held]
     assert sorted(places) == list(range(16))
 
 

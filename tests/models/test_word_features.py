@@ -12,12 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.data.tasks.classes import logits
+from cotune.data.tasks.classes import classes_from_scores, logits
 from cotune.models.base_model import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.feature_head import FeatureHead, feature_head
 from cotune.models.features import answer_rows, encode_batch, get_features
-from cotune.models.head_fit import classes_from_scores
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES, counting
 

@@ -294,9 +294,9 @@ def test_an_unknown_key_like_no_other() -> None:
         ("train=heads", 'train = "heads"', "'head', 'lora' or 'full'"),
         ("name=with space", 'name = "with space"', "pattern"),
         (
-            "task=regression",
-            'task = "regression"',
-            "'sequence-classification', 'token-classification', 'image-classification', 'causal-lm'",
+            "task=clustering",
+            'task = "clustering"',
+            "'sequence-classification', 'token-classification', 'image-classification', 'multi-label', 'regression'",
         ),
         ("labels=3", "labels = 3", "expected a list"),
         ("test_fraction=1", "test_fraction = 1", "less than 1"),

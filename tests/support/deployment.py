@@ -230,16 +230,21 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def deployment(
-    folder: Path, *organizations: str, plan: dict[str, Any] | None = None, database: bool = True, absent: tuple[str, ...] = ()
+    folder: Path,
+    *organizations: str,
+    plan: dict[str, Any] | None = None,
+    database: bool = True,
+    absent: tuple[str, ...] = (),
+    write: Callable[[Path, int], object] = write_sentences,
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
-    members beside them that have a site and join nothing.
+    members beside them that have a site and join nothing. write: makes a file of records from a seed.
     """
     made = Deployment(folder, organizations)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
     for number, name in enumerate((*organizations, "test")):
-        write_sentences(folder / f"{name}.csv", number)
+        write(folder / f"{name}.csv", number)
     config = ServerConfig(
         name="faults",
         hosts=("localhost",),

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Tokenizer,
+    RobertaConfig,
     ViTConfig,
 )
 
@@ -42,6 +43,8 @@ def config_of(kind: str) -> Any:
         return ViTConfig(image_size=16, patch_size=4, **small)
     if kind == "bert":
         return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **small)
+    if kind == "roberta":
+        return RobertaConfig(vocab_size=size, max_position_embeddings=34, pad_token_id=0, type_vocab_size=1, **small)
     if kind == "distilbert":
         return DistilBertConfig(
             vocab_size=size, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=32, pad_token_id=0

@@ -78,7 +78,7 @@ def test_what_cannot_be_used_is_one_sentence(base_model: Callable[[str], Path], 
     broken = {
         "no head": lambda f: changed(f, architectures=["BertModel"]),
         "another architecture": lambda f: changed(f, architectures=["BertForMaskedLM"]),
-        "several labels at once": lambda f: changed(f, problem_type="multi_label_classification"),
+        "an unknown problem": lambda f: changed(f, problem_type="ordinal"),
         "one class": lambda f: changed(f, id2label={"0": "x"}, label2id={"x": 0}),
         "more classes than the head": lambda f: changed(f, id2label={str(i): str(i) for i in range(9)}, label2id={}),
         "no weights": lambda f: (f / "model.safetensors").unlink(),

@@ -1,0 +1,102 @@
+"""Answers that are judged by sums over records: squared errors, or labels that are there, told, and both.
+
+The figure that decides is a function of such sums, so that its intervals and comparisons are a bootstrap over the units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotune.data.tasks.metrics import Metrics
+from cotune.models.evaluation.intervals import Numbers, Paired, bootstrapped, percentiles, resampled
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """How a task's answers are judged.
+
+    Attributes:
+        key: The figure that decides.
+        columns: (truth, told) -> what is summed up: (answers, k).
+        figure: Sums (..., k) -> the figure: (...).
+        less_is_better: Whether a smaller one is better.
+    """
+
+    key: str
+    columns: Callable[[Floats, Floats], Floats]
+    figure: Callable[[Floats], Floats]
+    less_is_better: bool = False
+
+
+def _errors(truth: Floats, told: Floats) -> Floats:
+    return np.stack([np.square(told - truth), np.ones(len(truth))], axis=1)
+
+
+def _labels(truth: Floats, told: Floats) -> Floats:
+    there = truth > 0.5
+    given = told > 0.5
+    return np.stack([there & given, there, given], axis=1).astype(np.float64)
+
+
+def _mean(sums: Floats) -> Floats:
+    found: Floats = sums[..., 0] / sums[..., 1]
+    return found
+
+
+def _f1(sums: Floats) -> Floats:
+    there = sums[..., 1] + sums[..., 2]
+    return np.divide(2 * sums[..., 0], there, out=np.zeros_like(there), where=there > 0)
+
+
+JUDGMENTS = {
+    "regression": Judgment("mse", _errors, _mean, less_is_better=True),
+    "multi-label": Judgment("micro_f1", _labels, _f1),
+}
+
+
+@dataclass(frozen=True)
+class SummedAnswers:
+    """What a model tells.
+
+    Attributes:
+        judgment: Of the task.
+        metrics: All figures of these answers.
+        sums: (answers, k) of `Judgment.columns`.
+        units: (answers,) the number of the unit that each belongs to.
+    """
+
+    judgment: Judgment
+    metrics: Metrics
+    sums: Floats
+    units: Numbers
+
+    @property
+    def score(self) -> float:
+        """The figure that decides; more is better."""
+        found = float(self.judgment.figure(self.sums.sum(axis=0)))
+        return -found if self.judgment.less_is_better else found
+
+    def figures(self) -> dict[str, Any]:
+        """Return the metrics, with the interval of the one that decides."""
+        drawn = self.judgment.figure(resampled(self.units, self.sums))
+        return {**self.metrics.as_dict(), f"{self.judgment.key}_interval": list(percentiles(drawn))}
+
+    def compare(self, theirs: SummedAnswers) -> Paired:
+        """Compare with another model on the same records, by a paired bootstrap over the units."""
+        ours, others = np.split(resampled(self.units, np.concatenate([self.sums, theirs.sums], axis=1)), 2, axis=1)
+        apart = self.judgment.figure(ours) - self.judgment.figure(others)
+        return bootstrapped(self.score - theirs.score, -apart if self.judgment.less_is_better else apart)
+
+
+def judge_answers(task: str, metrics: Metrics, truth: Sequence[Any], told: Sequence[Any], units: Numbers) -> SummedAnswers:
+    """Return the answers of a task of `JUDGMENTS`."""
+    judgment = JUDGMENTS[task]
+    sums = judgment.columns(np.asarray(truth, dtype=np.float64), np.asarray(told, dtype=np.float64))
+    return SummedAnswers(judgment, metrics, sums, units)
