@@ -35,6 +35,10 @@ class SiteOptions:
         None
     )
     label: Annotated[str | None, typer.Option(help="The column that holds the label, where it is not the plan's.")] = None
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Of several tasks, those that there are labels of, such as topic,language=COLUMN; default: all."),
+    ] = None
     unit: Annotated[str | None, typer.Option(help="The column that says whose a record is, where it is not the plan's.")] = None
     collection: Annotated[
         str | None, typer.Option(help="The collection that the records of --data are in, with an ε total of its own.")

@@ -47,7 +47,7 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
         case "update_received":
             return _received(fields)
         case "update_quarantined":
-            return f"round {round}: the update of {who} was refused and put aside: {fields['reason']}"
+            return f"round {round}: the update of {who} was rejected and quarantined: {fields['reason']}"
         case "messages_refused":
             return f"{who} has had {fields['count']} messages refused at the public port: {fields['reason']}"
         case "round_not_applied":
@@ -77,7 +77,7 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
         case "superlink_back":
             return "the SuperLink answers again"
         case "run_lost":
-            return f"the run ended without a word ({fields['reason']}); it is handed over again in {fields['seconds']:g} seconds"
+            return f"the run ended unexpectedly ({fields['reason']}); it is submitted again in {fields['seconds']:g} seconds"
         case "run_stopping":
             return "stopping the run, which may take a quarter of a minute"
         case _:

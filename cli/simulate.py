@@ -22,11 +22,11 @@ from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import measures_of
 from cotune.reporting.verdict import (
+    conclude_verdict,
     few_note,
     floor_name,
     is_personal,
     is_private,
-    judge,
     own_columns,
     partition_note,
     personal_note,
@@ -100,6 +100,8 @@ def show(console: Console, result: Run) -> None:
     )
     console.print(_own_records(console, summary))
     _answer(console, summary)
+    if summary.get("tasks"):
+        console.print(_tasks(summary))
     console.print(_comparison(summary))
     console.print(_organizations(summary))
     for note in summary["data"]["notes"]:
@@ -115,7 +117,9 @@ def show(console: Console, result: Run) -> None:
     for file in ("report.html", "summary.json", "sites/*/model" if is_personal(summary) else "model"):
         console.print(f"{file:<13} {result.folder / file}", soft_wrap=True)
     if summary["stopped"] is None and not is_personal(summary) and measures_of(summary)[0].key != "loss":
-        console.print(f'next: cotune predict {shlex.quote(str(result.folder))} "a text"; docs/use.md says what else')
+        tasks = summary.get("tasks")
+        folder = result.folder / "model" / tasks[0]["name"] if tasks else result.folder
+        console.print(f'next: cotune predict {shlex.quote(str(folder))} "a text"; docs/use.md says what else')
 
 
 def _own_records(console: Console, summary: RunSummary) -> Table:
@@ -143,7 +147,7 @@ def _own_records(console: Console, summary: RunSummary) -> Table:
 
 def _answer(console: Console, summary: RunSummary) -> None:
     """The verdict, and what it depends on; of the report's notes, the first ones."""
-    verdict = judge(summary)
+    verdict = conclude_verdict(summary)
     console.print(f"[bold]{verdict.answer}:[/bold] {escape(verdict.sentence)}")
     for note in personal_note(summary):
         console.print(escape(note))
@@ -175,6 +179,22 @@ def _comparison(summary: RunSummary) -> Table:
         if metrics is not None:
             style = "bold" if name.startswith("federated") else None
             table.add_row(name, *(f"{metrics[key]:.3f}" for key in [each.key for each in measures]), style=style)
+    return table
+
+
+def _tasks(summary: RunSummary) -> Table:
+    """What sharing the encoder changes for each of several tasks; negative transfer in red."""
+    table = Table("task", "test records of", header_style="bold", pad_edge=False, box=None)
+    for heading in ("together", "by itself", "gain", "records"):
+        table.add_column(heading, justify="right")
+    for task in summary["tasks"]:
+        for name, found in (("everybody", task["all"]), *task["organizations"].items()):
+            if found is None:
+                continue
+            single, gain = ("–", "–") if found["gain"] is None else (f"{found['single']:.3f}", f"{found['gain']:+.3f}")
+            worse = found["gain"] is not None and found["gain"] < 0
+            shown = f"[red]{gain}[/red]" if worse else gain
+            table.add_row(escape(task["name"]), escape(name), f"{found['federated']:.3f}", single, shown, f"{found['records']:,}")
     return table
 
 

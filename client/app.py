@@ -104,7 +104,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
 
 
 def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, Any]) -> None:
-    """Complete and on the disk before it says so: whatever ends it earlier, the next time begins anew. Raises RunError."""
+    """Complete and on the disk before it says so: whatever ends it earlier, the next time starts again. Raises RunError."""
     try:
         _remove_unfinished(folder.parent)
         export_model(model, folder, {CARD: card})

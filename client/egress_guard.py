@@ -18,7 +18,7 @@ from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import shared_names, statistic_shapes
+from cotune.plan.parameters import held_names, shared_names, statistic_shapes
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.config import RecordPrivacy
@@ -108,7 +108,7 @@ def check_reason(reason: str) -> None:
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
     plan = account.plan
     site = account.site
-    names = shared_names(plan, model, request.round)
+    names = held_names(plan, shared_names(plan, model, request.round), account.holdings.tasks)
     if not _is_written_once(content, update, plan):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organization, update.round) != (site.organization, request.round):

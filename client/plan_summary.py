@@ -22,7 +22,7 @@ def summarize_plan(plan: Plan) -> list[str]:
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
     lines = [
         f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task}{_classes(plan)}",
-        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}",
+        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}{_feature(plan)}",
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
         _privacy(plan),
@@ -31,6 +31,14 @@ def summarize_plan(plan: Plan) -> list[str]:
     ]
     stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
     return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
+
+
+def _feature(plan: Plan) -> str:
+    feature = plan.model.feature
+    if feature is None:
+        return ""
+    read = f"; read by the means of layers {', '.join(map(str, feature.layers))}{' and the first token' if feature.cls else ''}"
+    return f"{read}, whitened by random tokens" if feature.whiten == "public" else read
 
 
 def _classes(plan: Plan) -> str:

@@ -163,7 +163,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Violation]:
     rules = policy.training
     base = plan.model.base_hash
     asked: dict[str, list[str]] = {
-        "tasks": [plan.task],
+        "tasks": [task.type for task in plan.tasks] or [plan.task],
         "base_models": [base or "a base model without a hash"],  # what is not allowed is not even fetched
         "train_modes": [stage.mode for stage in plan.stages],
         "units": [plan.privacy.unit] if isinstance(plan.privacy, RecordPrivacy) else [],
@@ -273,7 +273,7 @@ _MAX_CHARACTERS = 1_000_000
 class Approvals:
     """The plans that a site has approved, and those that wait for it.
 
-    They are read anew by every call: one process approves, and another one asks.
+    They are read again by every call: one process approves, and another one asks.
     """
 
     def __init__(self, site: Site) -> None:

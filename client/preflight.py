@@ -213,7 +213,7 @@ def _noise(account: Account) -> float | None:
         raise Declined(
             "privacy.epsilon",
             f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
-            " spent is spent; it goes on where it stopped, or starts anew with another seed",
+            " spent is spent; it goes on where it stopped, or starts again with another seed",
         )
     return account.plan_noise(1)
 
@@ -228,6 +228,11 @@ def _warnings(account: Account) -> Iterator[str]:
         yield (
             f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
             " would be trained without a label"
+        )
+    if plan.tasks:
+        yield (
+            f"updates will have the heads of {', '.join(holdings.tasks)}, which tells the coordinator what labels there are"
+            " here; a head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
         )
     declared = account.public_examples
     held = account.true_examples

@@ -49,17 +49,17 @@ class Site(SiteFolder):
         durable = not self.file.simulated
         if not self.ledger_file.exists():
             Ledger(self.ledger_file, durable=durable).close()
-        files = self.ledger_file.resolve(), self.ledger_file.with_name("ledger.key")
-        return _open_ledger(files[0], durable, *map(_identity, files))
+        file = self.ledger_file.resolve()
+        return _open_ledger(file, durable, _identity(file)[:2], _identity(self.ledger_file.with_name("ledger.key")))
 
     def keep(self, update: Update, plan_id: str) -> None:
-        """Put a finished update into the outbox, durably, in place of the one before."""
+        """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
-        atomic_write(self.outbox, content)
+        atomic_write(self.outbox, content, durable=not self.file.simulated)
 
     def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Keep a run's tensors after a round, durably.
+        """Keep a run's tensors after a round, as durably as the ledger (see `ledger`).
 
         Args:
             what: The folder that they are kept in; see `SitePaths.kept_folder`.
@@ -67,7 +67,7 @@ class Site(SiteFolder):
         """
         folder = self.kept_folder(plan_id, what)
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
-        atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}))
+        atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
     def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """Return what was kept after a round, and remove what it does not go on from.
@@ -115,24 +115,25 @@ class Site(SiteFolder):
 
 
 @lru_cache(maxsize=_MAX_OPEN)
-def _open_ledger(file: Path, durable: bool, ledger: tuple[int, int] | None, key: tuple[int, int] | None) -> Ledger:
+def _open_ledger(file: Path, durable: bool, ledger: tuple[int, ...], key: tuple[int, ...]) -> Ledger:
     """Open a ledger once: opening verifies all of its log, and every use after that whether anybody else has written it.
 
     Args:
         file: The ledger.
         durable: See `Ledger`.
         ledger: The identity of the file; another one that is put in its place is another ledger.
-        key: That of its key.
+        key: That of its key, and when that was changed: a new file may get the number of the one that was removed.
     """
     return Ledger(file, durable=durable)
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
+def _identity(file: Path) -> tuple[int, ...]:
+    """Return a file's device, number and time of its last change; nothing where it is missing."""
     try:
         found = file.stat()
     except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return ()
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:

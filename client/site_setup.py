@@ -146,6 +146,7 @@ def set_records(
     *,
     text: str | None = None,
     label: str | None = None,
+    tasks: str | None = None,
     unit: str | None = None,
     collection: str | None = None,
 ) -> int:
@@ -156,6 +157,7 @@ def set_records(
 
     Args:
         data: A file, a folder of images, or package:NAME; None: what data.json says already.
+        tasks: Of several tasks those that are held, such as "topic,language=COLUMN"; None: all, in the plan's columns.
         collection: The collection that they are in (see docs/ledger.md); None: none.
 
     Raises:
@@ -180,16 +182,45 @@ def set_records(
         raise DataError(f"{site.folder} does not say where the records are: name their file with --data", code="data.no_source")
     source = data if data.startswith("package:") else str(Path(data).expanduser().resolve())
     given, target = get_task(plan.task).columns(plan.data)
-    columns = {target: label, given: text, "unit": unit}
+    columns = {**({} if plan.tasks else {target: label}), given: text, "unit": unit}
+    _check_one_label(plan, label, tasks)
     config = {**plan.data.model_dump(), "source": source, **{key: name for key, name in columns.items() if name is not None}}
+    if tasks is not None:
+        config["tasks"] = _parse_tasks(plan, tasks)
     try:
         described = DatasetManifest(
             task=plan.task, data=DataConfig(**config), portions=(FileSlice(path=None),), collection=collection or ""
         )
     except ValueError:
         named = ", ".join(repr(name) for name in columns.values() if name is not None)
-        raise DataError(f"the columns {named} cannot be had: expected different ones", code="data.wrong_columns") from None
+        raise DataError(f"the columns {named} conflict: expected different ones", code="data.wrong_columns") from None
     return _write_once_read(document, described, plan)
+
+
+def _check_one_label(plan: Plan, label: str | None, tasks: str | None) -> None:
+    """--label is for plans of one task, --tasks for those of several. Raises DataError."""
+    if plan.tasks and label is not None:
+        raise DataError(
+            f"--label {label} names one column, and the plan has several tasks: expected --tasks, such as"
+            f" {plan.tasks[0].name}={label}",
+            code="data.wrong_columns",
+        )
+    if not plan.tasks and tasks is not None:
+        raise DataError(f"--tasks {tasks} is for plans of several tasks: expected --label", code="data.wrong_columns")
+
+
+def _parse_tasks(plan: Plan, text: str) -> tuple[tuple[str, str], ...]:
+    """(task, column) of "topic,language=COLUMN", in the plan's order. Raises DataError for tasks that the plan does not have."""
+    named = {name.strip(): column.strip() for name, _, column in (part.partition("=") for part in text.split(","))}
+    known = {task.name: task.label or task.name for task in plan.tasks}
+    unknown = sorted(set(named) - set(known))
+    if unknown or len(named) < len(text.split(",")):
+        raise DataError(
+            f"--tasks {text} is not understood: expected some of the plan's tasks ({', '.join(known)}), each once, such as"
+            f" {next(iter(known))}=COLUMN",
+            code="data.unknown_task",
+        )
+    return tuple((name, named[name] or column) for name, column in known.items() if name in named)
 
 
 def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> int:

@@ -7,7 +7,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 TaskName = Literal[
-    "sequence-classification", "token-classification", "image-classification", "multi-label", "regression", "causal-lm", "seq2seq"
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "multi-label",
+    "regression",
+    "causal-lm",
+    "seq2seq",
+    "multi-task",
+    "multi-task-images",
 ]
 _WITHOUT_LABELS = frozenset({"regression", "causal-lm", "seq2seq"})
 _WITH_SETS = frozenset({"multi-label"})
@@ -60,9 +68,14 @@ class DataConfig(BaseModel):
         " it learns to write `text`",
     )
     target: str | None = Field(
-        default=None, min_length=1, description="causal-lm and seq2seq: the column that holds what it is to write"
+        default=None, min_length=1, description="causal-lm, seq2seq: the column that holds what it is to write"
     )
     separator: str = Field(default="\n", max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
+    tasks: tuple[tuple[str, str], ...] = Field(
+        default=(),
+        description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from"
+        " [[tasks]]",
+    )
     unit: str | None = Field(
         default=None,
         min_length=1,
@@ -99,4 +112,8 @@ class DataConfig(BaseModel):
         for key, other in (*pairs, ("prompt", "target"), ("unit", "prompt"), ("unit", "target")):
             if getattr(self, key) is not None and getattr(self, key) == getattr(self, other):
                 raise ValueError(f"{key} and {other} are both {getattr(self, key)!r}: expected two different columns")
+        inputs = (self.text, self.image, self.unit)
+        taken = next((column for _, column in self.tasks if column in inputs), None)
+        if taken is not None:
+            raise ValueError(f"the column {taken!r} holds the labels of a task and something else: expected a column of its own")
         return self

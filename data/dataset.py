@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.data.config import DataConfig, TaskName, has_labels
+from cotune.data.multi_task import keep_tasks
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.task import get_task
@@ -32,11 +33,15 @@ FindElsewhere = Callable[[Sequence[bytes], str], set[bytes]]
 
 
 class FileSlice(BaseModel):
-    """Rows of one file; `rows`: the name of a .npy file with their numbers beside the document; None: all of them."""
+    """Rows of one file; `rows`: the name of a .npy file with their numbers beside the document; None: all of them.
+
+    `tasks`: of several tasks, those whose labels are held; empty: all that `data` has a column for.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: Path | None
     rows: str | None = None
+    tasks: tuple[str, ...] = ()
 
 
 class DatasetManifest(BaseModel):
@@ -72,8 +77,12 @@ class DatasetManifest(BaseModel):
         parts = []
         for portion in document.portions:
             records = read_records(document.data, portion.path, document.task, lenient=lenient, labels=labels)
-            parts.append((records, _read_rows(file, portion, len(records))))
-        return Dataset(tuple(parts), labels, document.task, lenient, collection=document.collection)
+            held = keep_tasks(records, portion.tasks) if portion.tasks else records
+            parts.append((held, _read_rows(file, portion, len(records))))
+        every = tuple(task for task, _ in document.data.tasks)
+        held_tasks = {task for portion in document.portions for task in portion.tasks or every}
+        tasks = tuple(task for task in every if task in held_tasks)
+        return Dataset(tuple(parts), labels, document.task, lenient, collection=document.collection, tasks=tasks)
 
 
 def _read_rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -97,15 +106,20 @@ def _read_rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, 
 
 
 def write_manifest(
-    file: Path, data: DataConfig, portions: list[tuple[Path | None, Any]], task: TaskName = "sequence-classification"
+    file: Path,
+    data: DataConfig,
+    portions: list[tuple[Path | None, Any]],
+    task: TaskName = "sequence-classification",
+    held: Sequence[tuple[str, ...]] = (),
 ) -> None:
-    """Writes the document and the row numbers beside it."""
+    """Writes the document and the row numbers beside it. held: of several tasks, those of each portion; empty: all of all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for i, (path, rows) in enumerate(portions):
         np.save(file.parent / f"{file.stem}-rows-{i}.npy", np.asarray(rows, dtype=np.int64), allow_pickle=False)
-        written.append(FileSlice(path=path, rows=f"{file.stem}-rows-{i}.npy"))
-    file.write_text(DatasetManifest(task=task, data=data, portions=tuple(written)).model_dump_json(indent=1), encoding="utf-8")
+        written.append(FileSlice(path=path, rows=f"{file.stem}-rows-{i}.npy", tasks=held[i] if held else ()))
+    document = DatasetManifest(task=task, data=data, portions=tuple(written))
+    file.write_text(document.model_dump_json(indent=1), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,7 @@ class Dataset:
         whole: The same before contributions were bounded.
         collection: The organization's own collection that the records are in.
         dropped: How many rows of the files are not held, by the reason.
+        tasks: Of several tasks, those that the holder says it has labels of: public, and no matter which labels are there.
     """
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
@@ -131,6 +146,7 @@ class Dataset:
     whole: Dataset | None = field(default=None, repr=False)
     collection: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
+    tasks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)

@@ -195,11 +195,15 @@ def _parse(
             f"{name} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`", code="data.lfs_pointer"
         )
     names, values = READERS[suffix](file)
-    given, wanted_label = file.wanted
-    for entry, column in zip((key, target, "unit"), file.columns, strict=False):
+    entries = (key, *[target] * len(file.label_columns), "unit")
+    for entry, column in zip(entries, file.columns, strict=False):
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
-    return _clean(file, get_task(task), values[given], values[wanted_label], values.get(config.unit) if config.unit else None)
+    labels_read: Sequence[object] = values[file.label_columns[0]]
+    if file.is_multi_task:
+        labels_read = list(zip(*(values[column] for column in file.label_columns), strict=True))
+    units = values.get(config.unit) if config.unit else None
+    return _clean(file, get_task(task), values[file.wanted[0]], labels_read, units)
 
 
 @lru_cache(maxsize=CACHED_FILES)
@@ -224,6 +228,12 @@ def _check_column(file: DataFile, key: str, column: str, names: Sequence[str]) -
         )
     if column in names:
         return
+    if key == "tasks":
+        raise DataError(
+            f"{file.name} has no column {column!r}, in which [[tasks]] looks for labels: expected it, with empty cells for"
+            " records without one; name another column there, or hold fewer tasks (--tasks)",
+            code="data.missing_column",
+        )
     known = displayable_names(names, file.columns)
     hint = nearest(column, known) if known and len(known) <= MAX_COLUMN_NAMES else "."
     raise DataError(
@@ -274,6 +284,8 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
 
     Raises DataError where the two names are swapped, as then the records below are, unless leniently.
     """
+    if file.is_multi_task:
+        return given == file.wanted[0] and label == file.label_columns
     if not isinstance(given, str) or not isinstance(label, str):
         return False
     named = tuple(class_name(column).casefold() for column in file.wanted)

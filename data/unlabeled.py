@@ -5,6 +5,7 @@ Every row has an answer, also one that cannot be used: anyone who joins predicti
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES
 from cotune.data.tasks.task import get_task
-from cotune.data.types import Input
+from cotune.data.types import Input, content_bytes
 from cotune.errors import DataError, nearest, reason_of
 
 
@@ -69,6 +70,14 @@ def read_typed(given: Sequence[str], task: TaskName) -> list[Row]:
     return _make_rows(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
 
 
+def inputs_hash(inputs: Sequence[Input]) -> str:
+    """SHA-256 over the inputs, in their order."""
+    total = hashlib.sha256()
+    for given in inputs:
+        total.update(hashlib.sha256(content_bytes(given)).digest())
+    return total.hexdigest()
+
+
 def _make_rows(file: DataFile, task: TaskName, values: Sequence[object]) -> list[Row]:
     return [_row(file, task, number, value) for number, value in enumerate(values, 1)]
 
@@ -93,7 +102,7 @@ def _file(path: Path, raw: bytes, key: str, column: str, encoding: str = "utf-8"
         config = DataConfig.model_validate({"source": str(path), key: column, "label": label, "encoding": encoding})
     except ValueError:
         raise DataError(
-            f"the column {column!r} or the encoding {encoding!r} cannot be had: expected names of such",
+            f"the column {column!r} or the encoding {encoding!r} is unknown: expected existing names",
             code="data.unknown_encoding",
         ) from None
     return DataFile(str(path), path, raw, config, key)

@@ -24,6 +24,7 @@ class DistillationConfig:
         batch_size: Inputs of a step.
         learning_rate: At first; it falls linearly to 0 over all steps.
         seed: Of a new head, adapters, and the order of the inputs.
+        weight_decay: Of AdamW.
     """
 
     train: TrainMode = "full"
@@ -34,3 +35,4 @@ class DistillationConfig:
     batch_size: int = 32
     learning_rate: float = 5e-5
     seed: int = 0
+    weight_decay: float = 0.01

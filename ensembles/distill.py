@@ -6,7 +6,6 @@ each pass: the same command goes on after an interruption, to the same student.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cotune.data.readers.sources import check_new
-from cotune.data.types import Input, answer_count, content_bytes
+from cotune.data.types import Input, answer_count
+from cotune.data.unlabeled import inputs_hash
 from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.distillation import Lessons, train_student
@@ -113,14 +113,6 @@ def distill(work: Distillation) -> dict[str, Any]:
     export_model(student, work.out, {RECORD: json.dumps(found, indent=1)})
     shutil.rmtree(work.part)
     return found
-
-
-def inputs_hash(inputs: Sequence[Input]) -> str:
-    """SHA-256 over the inputs, in their order."""
-    total = hashlib.sha256()
-    for given in inputs:
-        total.update(hashlib.sha256(content_bytes(given)).digest())
-    return total.hexdigest()
 
 
 def measure_student(student: TrainableModel, teacher: Classifier, lessons: Lessons) -> dict[str, float | int | None]:

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.config import DistillationConfig
 from cotune.models.adapter import parameter_seed
 from cotune.models.evaluation.predictor import compute_answer_scores
 from cotune.models.trainable import State, TrainableModel
+
+Score = Callable[[Sequence[int]], Tensor]  # of the inputs at some rows, (answers, classes), with gradients
 
 _MIN_PROBABILITY = 1e-9
 
@@ -81,7 +82,9 @@ def train_student(
     *,
     start: State,
     done: int,
-    keep: Callable[[int, State], None],
+    keep: Callable[[int, State], None] = lambda done, state: None,
+    names: Sequence[str] | None = None,
+    score: Score | None = None,
 ) -> State:
     """Train a student, pass by pass; the same lessons, settings and start give the same student.
 
@@ -92,21 +95,23 @@ def train_student(
         start: The state to go on from.
         done: Passes that this state has behind it.
         keep: Called after each pass with its number, from 1, and the state.
+        names: The parameters that are trained; None: those of `config.train`.
+        score: Gives the student's scores of inputs; None: by the whole model.
 
     Returns:
         The trained parameters.
     """
-    names = student.names(config.train)
-    examples = student.loaded.encode_unlabeled(lessons.inputs)
+    names = student.names(config.train) if names is None else names
+    score = score or score_by_model(student, lessons.inputs)
     student.load(start)
     state = start
     for epoch in range(done, config.epochs):
         parameters = student.train_only(names)
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-        batches = list(_shuffled(len(examples), config, epoch))
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        batches = list(_shuffled(len(lessons.inputs), config, epoch))
         for step, rows in enumerate(batches):
             _set_rate(optimizer, config, 1 - (epoch + step / len(batches)) / config.epochs)
-            loss = _batch_loss(student, [examples[row] for row in rows], lessons.select(rows), config)
+            loss = _batch_loss(score(rows), lessons.select(rows), config)
             if loss is None:
                 continue
             optimizer.zero_grad()
@@ -117,11 +122,14 @@ def train_student(
     return state
 
 
-def _batch_loss(
-    student: TrainableModel, examples: Sequence[Example], lessons: Lessons, config: DistillationConfig
-) -> Tensor | None:
+def score_by_model(student: TrainableModel, inputs: Sequence[Input]) -> Score:
+    """Return what gives the scores of some of the inputs by the whole model, in the state that it then has."""
+    examples = student.loaded.encode_unlabeled(inputs)
+    return lambda rows: torch.cat(compute_answer_scores(student, [examples[row] for row in rows]))
+
+
+def _batch_loss(scores: Tensor, lessons: Lessons, config: DistillationConfig) -> Tensor | None:
     """The mean over the answers that both teacher and student can give; None where there is none."""
-    scores = torch.cat(compute_answer_scores(student, examples))
     taught = torch.from_numpy(np.concatenate(lessons.taught)).to(scores)
     truth = None if lessons.truth is None else torch.from_numpy(np.concatenate(lessons.truth)).to(scores.device)
     both = ~(scores.detach().isnan().any(dim=1) | taught.isnan().any(dim=1))

@@ -111,7 +111,7 @@ AutoModelForImageClassification.register(DigitsConfig, DigitsForImageClassificat
 
 
 def write_digits(folder: Path) -> Path:
-    """Writes the encoder, the images and a plan, and returns the plan's file. What is there already is written anew."""
+    """Writes the encoder, the images and a plan, and returns the plan's file. What is there already is written again."""
     folder = folder.expanduser().resolve()
     model = folder / "model"
     data = folder / "digits.parquet"

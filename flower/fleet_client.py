@@ -246,7 +246,7 @@ def connect(
     root_certificates: bytes | None,
     key: EllipticCurvePrivateKey,
     known: int | None = None,
-    anew: bool = False,
+    reconnect: bool = False,
 ) -> Iterator[FleetClient]:
     """Connect to a server over TLS, with heartbeats.
 
@@ -256,7 +256,7 @@ def connect(
         key: Of the node.
         known: The node id of a connection that broke off. It goes on at once, where a new one would be refused until the server
             has missed the old one's heartbeats (60 s).
-        anew: Whether that node leaves first, so that the server sees it come back and asks it again.
+        reconnect: Whether that node leaves first, so that the server sees it come back and asks it again.
 
     Raises:
         FleetError: If the server cannot be reached or does not accept the node.
@@ -265,7 +265,7 @@ def connect(
         address, False, root_certificates, interceptors=[NodeAuthHttpInterceptor(key, key.public_key())]
     ) as client:
         harden_http_client(client._client)
-        fleet = FleetClient(client, _activate(client, key, known, anew))
+        fleet = FleetClient(client, _activate(client, key, known, reconnect))
         heartbeats = HeartbeatSender(fleet.heartbeat)
         heartbeats.start()
         try:
@@ -275,9 +275,9 @@ def connect(
                 heartbeats.stop()
 
 
-def _activate(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None, anew: bool) -> int:
+def _activate(client: FleetHttpClient, key: EllipticCurvePrivateKey, known: int | None, reconnect: bool) -> int:
     if known is not None and _is_known(client, known):
-        if not anew:
+        if not reconnect:
             return known
         _call(client.DeactivateNode, DeactivateNodeRequest(node_id=known))
     request = ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)

@@ -157,7 +157,7 @@ class _SuperLinkClient:
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.FORBIDDEN:
                 raise RunStopped from None
-            if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has begun anew, without its memory
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has restarted, without its memory
                 self._end_process()
             raise
 

@@ -27,6 +27,7 @@ from cotune.errors import ModelError
 # are never opened, and a README decides nothing.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
+ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `models.layer_export`)
 _TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
 
@@ -35,6 +36,7 @@ def list_model_files(folder: Path) -> dict[str, Path]:
     """Name within the folder -> file, in the order of names; links are followed."""
     found = {file.name: file for file in folder.iterdir() if is_model_file(file.name) and file.is_file()}
     inside = [folder / _POOLING, *(folder / _TEMPLATES).glob("*.jinja")]
+    inside += [file for file in (folder / ENCODER).glob("*") if is_model_file(file.name)]
     found |= {file.relative_to(folder).as_posix(): file for file in inside if file.is_file()}
     return dict(sorted(found.items()))
 

@@ -20,14 +20,18 @@ from cotune.data.config import TaskName
 from cotune.data.tasks.task import Task, get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
-from cotune.errors import ModelError
+from cotune.errors import ModelError, reason_of
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
 from cotune.models.base_folder import (
+    ENCODER,
     find_damage,
     read_base_labels,
     read_settings,
 )
-from cotune.models.config import ModelConfig
+from cotune.models.config import FeatureConfig, ModelConfig
+from cotune.models.layer_features import build_on_layers
+from cotune.models.layer_folder import read_layer_model
+from cotune.models.public_map import AffineMap, get_public_map
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
@@ -45,6 +49,7 @@ class LoadedModel:
         frozen: Prefixes of parameters that are never trained.
         max_length: Tokens that it reads of a text.
         task: What it is for.
+        feature: What decides the feature that its head reads, beside the folder; empty where the architecture does.
     """
 
     module: PreTrainedModel
@@ -53,6 +58,7 @@ class LoadedModel:
     frozen: tuple[str, ...]
     max_length: int
     task: Task
+    feature: tuple[str, ...] = ()
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
         """Return what the collator takes for inputs without labels; class number (or number) 0 stands for each answer."""
@@ -88,12 +94,17 @@ def load_model(
     names = does.head_names(labels)
     try:
         model_config = _configure(folder.path, names)
-        mean = _use_mean_pooling(config, model_config, folder.path, does)
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
+            map = None if config.feature is None else _get_map(folder, config.feature)
             torch.manual_seed(seed)
-            module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
             kept = finished or does.keeps_trained_head
+            if config.feature is None:
+                mean = _use_mean_pooling(config, model_config, folder.path, does)
+                module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
+            else:
+                module, frozen = _build_on_layers(folder.path, model_config, config.feature, map)
+                kept = False
             if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
                 _draw_head(module)
             does.fit(reader, module)
@@ -104,7 +115,7 @@ def load_model(
         damage = find_damage(folder.path)
         if damage is not None:
             raise ModelError(
-                f"the base model {config.base} has {damage}: download the folder again, or save it anew",
+                f"the base model {config.base} has {damage}: download the folder again, or save it again",
                 code="model.damaged_file",
             ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -114,7 +125,54 @@ def load_model(
             f" transformers, its safetensors and {does.needs}",
             code="model.not_loadable",
         ) from None
-    return LoadedModel(module, reader, folder, frozen, longest, does)
+    return LoadedModel(module, reader, folder, frozen, longest, does, _describe_feature(config.feature, map))
+
+
+def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -> LoadedModel:
+    """Load what `layer_export` has written: an encoder, and a finished head on its layers. Raises ModelError."""
+    document, tensors = read_layer_model(folder.path)
+    path = folder.path / ENCODER
+    does = get_task(task)
+    try:
+        config = _configure(path, tuple(document.id2label.values()))
+        reader = does.reader(path)
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
+            map = AffineMap(tensors["center"], tensors["matrix"]) if "matrix" in tensors else None
+            feature = FeatureConfig(layers=document.layers, cls=document.cls)
+            module, _ = _build_on_layers(path, config, feature, map)
+            cast(Any, module).classifier.load_state_dict({name: tensors[name] for name in ("weight", "bias")})
+            does.fit(reader, module)
+            longest = does.longest(reader, module, max_length)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder.path} cannot be loaded ({reason_of(error)[:200]}): expected the folder as `cotune` has written"
+            " it; get it again",
+            code="model.not_loadable",
+        ) from None
+    return LoadedModel(module, reader, folder, (), longest, does, _describe_feature(feature, map))
+
+
+def _get_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap | None:
+    return get_public_map(folder, feature) if feature.whiten == "public" else None
+
+
+def _build_on_layers(
+    path: Path, config: Any, feature: FeatureConfig, map: AffineMap | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    module, report = build_on_layers(path, config, feature.layers, feature.cls, map, config.num_labels)
+    _check_complete(report, ("",), (), finished=False)
+    _check_finite(module)
+    module.requires_grad_(False)
+    _make_deterministic(module)
+    return cast("PreTrainedModel", module), ()
+
+
+def _describe_feature(feature: FeatureConfig | None, map: AffineMap | None) -> tuple[str, ...]:
+    if feature is None:
+        return ()
+    return (str(feature.layers), str(feature.cls), "" if map is None else map.hash)
 
 
 def _with_article(noun: str) -> str:
@@ -216,7 +274,7 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: 
         return False
     if config.pooling == "mean" and not can_pool_mean(model_config):
         raise ModelError(
-            f"model.pooling = mean cannot be had for the architecture {model_config.model_type}: expected bert or distilbert;"
+            f"model.pooling = mean is not supported for the architecture {model_config.model_type}: expected bert or distilbert;"
             " use native",
             code="model.no_mean_pooling",
         )

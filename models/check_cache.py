@@ -52,7 +52,7 @@ def model_key(model: TrainableModel) -> tuple[object, ...]:
     loaded = model.loaded
     drawn = (model.seed, len(loaded.module.config.id2label), model.lora.model_dump_json() if model.lora else "")
     task = loaded.task
-    how = (type(task).__name__, task.pipeline, loaded.frozen, loaded.max_length)
+    how = (type(task).__name__, task.pipeline, task.described, loaded.frozen, loaded.max_length, *loaded.feature)
     return (loaded.folder.content_hash, *drawn, *how, _versions(), _code_digest(), kernel_key(model.device))
 
 
@@ -65,7 +65,7 @@ def read_check(check: str, key: Sequence[object]) -> float | None:
     """
     file = _file(check, key)
     try:
-        if not _is_own(file.parent) or not _is_own(file):
+        if not is_own(file):
             return None
         entry = json.loads(file.read_bytes())
         result = float(entry["result"])
@@ -85,10 +85,14 @@ def _file(check: str, key: Sequence[object]) -> Path:
     return cache_folder() / "checks" / check / f"{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()}.json"
 
 
-def _is_own(path: Path) -> bool:
-    """Whether nobody but this user and root can have written a file, or into a folder."""
-    status = path.stat()
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+def is_own(file: Path) -> bool:
+    """Return whether nobody but this user and root can have written a file of the cache, or put it into its folder.
+
+    Raises:
+        OSError: It is not there.
+    """
+    states = (file.parent.stat(), file.stat())
+    return all(s.st_uid in (os.geteuid(), 0) and not s.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for s in states)
 
 
 @lru_cache(maxsize=1)

@@ -32,6 +32,32 @@ _WHY_NOT = {  # adapters that are known, and why they are not to be had
 }
 
 
+class FeatureConfig(ConfigTable):
+    """What a new head reads of the frozen encoder, instead of the vector that is made for it (the `model.feature` table)."""
+
+    layers: tuple[int, ...] = Field(
+        min_length=1,
+        max_length=64,
+        description="the means of whose token vectors are read, side by side, in ascending order; 0: the embeddings",
+    )
+    cls: bool = Field(True, description="whether the first token's vector in the last layer is read, too")
+    whiten: Literal["public", "none"] = Field(
+        "public",
+        description="public: the feature is centered, scaled and whitened by a map that is fitted to texts of random tokens;"
+        " none: it is taken as it is",
+    )
+    map_hash: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of that map, which everybody makes alike; checked when given"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)) or value[0] < 0:
+            raise ValueError(f"expected different layers in ascending order, from 0 on, got {list(value)}")
+        return value
+
+
 class ModelConfig(ConfigTable):
     """Which pretrained model, and how it reads records (the `model` table of a plan)."""
 
@@ -50,6 +76,9 @@ class ModelConfig(ConfigTable):
         None,
         description="regression: the least and the largest target, such as [0.0, 5.0]; what lies beyond is trained on as the"
         " nearer end; a public number, decided before anyone looks at records, and never taken from them",
+    )
+    feature: FeatureConfig | None = Field(
+        None, description="train = head alone: a wider feature for a linear head; absent: what the architecture's own head reads"
     )
     max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

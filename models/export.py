@@ -15,8 +15,12 @@ from torch import nn
 from transformers import AutoConfig
 
 from cotune.models.adapter_export import export_adapters
+from cotune.models.base_folder import ENCODER
 from cotune.models.base_model import dropout_settings, silence_transformers
+from cotune.models.layer_features import LayerClassifier
+from cotune.models.layer_folder import is_layer_model, write_layer_head
 from cotune.models.lora import merge_adapters
+from cotune.models.multi_head import MultiHead
 from cotune.models.trainable import TrainableModel
 
 ADAPTERS = "adapter"  # the folder of adapters by themselves, in that of the model
@@ -25,7 +29,8 @@ ADAPTERS = "adapter"  # the folder of adapters by themselves, in that of the mod
 def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] | None = None) -> None:
     """Write safetensors, configuration with label names, and tokenizer or image processor; adapters are merged into the weights.
 
-    Of a model that keeps its base model's head, the adapters are written by themselves, too: `adapter/`, for peft.
+    Of a model that keeps its base model's head, the adapters are written by themselves, too: `adapter/`, for peft. Of several
+    tasks each is a folder of its own, named for the task, and so are the adapters that they share.
 
     An earlier export in the folder is replaced once the new one is complete. Anyone who may enter the folder above can read it,
     whatever the umask says. The model itself is left as it is.
@@ -35,20 +40,24 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         folder: Where to.
         beside: Name -> text of further files, such as a model card.
     """
-    module = _copy_to_cpu(model.loaded.module)
-    merge_adapters(module)
-    model.loaded.task.finish(module)
-    _restore_dropout(module.config, model.loaded.folder.path)
-    module.config.problem_type = model.loaded.task.problem_type
+    task = model.loaded.task
+    module: Any = model.loaded.module
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
     try:
-        with silence_transformers():
-            module.save_pretrained(part)
-        model.loaded.reader.save_pretrained(part)
-        if model.lora is not None and model.loaded.task.keeps_head:
+        if isinstance(module, LayerClassifier):
+            write_layer_head(module, part)
+            _save(model, _merged(module.encoder.base), part / ENCODER)
+        elif isinstance(module, MultiHead):
+            merged = _merged(module)
+            for name in module.tasks:
+                _save(model, merged.classifier(name), part / name)
+        else:
+            merged = _merged(module)
+            task.finish(merged)
+            _save(model, merged, part)
+        if model.lora is not None and (task.keeps_head or task.has_several_heads):
             export_adapters(model, part / ADAPTERS)
-        _limit_length(part, model.loaded.max_length)
         for name, text in (beside or {}).items():
             (part / name).write_text(text, encoding="utf-8")
         _open_to_readers(part)
@@ -57,6 +66,24 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _merged(module: Any) -> Any:
+    """A copy on the CPU, with its adapters added to its weights."""
+    copied = _copy_to_cpu(module)
+    merge_adapters(copied)
+    return copied
+
+
+def _save(model: TrainableModel, module: Any, folder: Path) -> None:
+    """Write a plain model of transformers, or an encoder alone, with what reads its inputs."""
+    source = model.loaded.folder.path
+    _restore_dropout(module.config, source / ENCODER if is_layer_model(source) else source)
+    module.config.problem_type = model.loaded.task.problem_type
+    with silence_transformers():
+        module.save_pretrained(folder)
+    model.loaded.reader.save_pretrained(folder)
+    _limit_length(folder, model.loaded.max_length)
 
 
 def _copy_to_cpu(module: Any) -> Any:

@@ -109,7 +109,7 @@ def get_readout(model: TrainableModel) -> str | None:
 @torch.no_grad()
 def _find_readout(model: TrainableModel) -> str | None:
     loaded = model.loaded
-    if loaded.task.keeps_head:
+    if loaded.task.keeps_head or loaded.task.has_several_heads:
         return None
     batch = loaded.task.collator(model.module, loaded.reader, model.device)(loaded.task.samples(loaded.reader))
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count, content_bytes
 from cotune.errors import RunError
-from cotune.models.check_cache import cache_folder
+from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.feature_head import encode_vectors, get_readout
 from cotune.models.feature_precision import FEATURE_SLOTS, feature_dtype
 from cotune.models.trainable import State, TrainableModel
@@ -38,14 +40,49 @@ def get_features(
     Read from disk where these were computed before. A row depends on its input, the model and the arithmetic alone, to the bit:
     batches are of fixed shapes (see `batching`), and with precision = auto an arithmetic that mixes rows is not used.
     The row of an input that cannot be encoded, or of a word that is cut off, is NaN. The model must be set to `state`.
+
+    The last features stay in memory: the next organization with records in the same file, and the next round, want them too.
+    Nobody may change the tensor.
     """
+    global _last
     reading = get_readout(model)
     assert reading is not None, "feature_head said that there are none"
     dtype = feature_dtype(model, precision)
+    trained = _digest_of_encoder(model, state)
+    if _last is None or not _last.is_of(model, inputs, trained, dtype):
+        _last = None  # two large files are not held at a time
+        found = _find(model, inputs, state, reading, dtype, progress)
+        _last = _Held(weakref.ref(model), inputs if isinstance(inputs, tuple) else tuple(inputs), trained, dtype, found)
+    return _last.features
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Features, and what they are of."""
+
+    model: weakref.ref[TrainableModel]
+    inputs: tuple[Input, ...]
+    trained: bytes
+    dtype: torch.dtype
+    features: Tensor
+
+    def is_of(self, model: TrainableModel, inputs: Sequence[Input], trained: bytes, dtype: torch.dtype) -> bool:
+        """Whether they are of the very inputs: to compare them would take as long as to hash them."""
+        return self.inputs is inputs and self.model() is model and (self.trained, self.dtype) == (trained, dtype)
+
+
+_last: _Held | None = None
+
+
+def _find(
+    model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype, progress: Progress | None
+) -> Tensor:
+    """The features from the disk, else computed and kept there."""
     file = _cache_file(model, inputs, state, reading, dtype)
     with contextlib.ExitStack() as held:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.chmod(0o700)  # that of another user is none
             # several processes of one run want the same features: one computes
             held.enter_context(exclusive_lock(file.with_name(f"{file.name}.lock")))
         except (OSError, RunError):
@@ -79,7 +116,7 @@ def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: 
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
-        "3",
+        "4",
         loaded.folder.content_hash,
         transformers.__version__,  # whose tokenizers and image processors decide what the encoder gets
         str(loaded.frozen),
@@ -87,18 +124,26 @@ def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: 
         str(dtype),
         str(loaded.max_length),
         model.device.type,
+        *loaded.feature,
     )
     digest.update("\n".join(parts).encode())
     for file in sorted(loaded.folder.path.iterdir()):  # how inputs become numbers, and numbers vectors
         if file.suffix in (".json", ".txt", ".model"):
             status = file.stat()
             digest.update(_digest_of_file(file, status.st_mtime_ns, status.st_size))
+    digest.update(_digest_of_encoder(model, state))
+    digest.update(_digest_of(tuple(inputs)))
+    return digest.hexdigest()
+
+
+def _digest_of_encoder(model: TrainableModel, state: State) -> bytes:
+    """SHA-256 of what was trained in the encoder so far."""
+    digest = hashlib.sha256()
     for name in sorted(n for n in state if n.startswith(model.prefix)):
         digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
     if model.lora is not None and any(".lora_" in n for n in state):
         digest.update(f"{model.lora.model_dump_json()}{model.seed}".encode())  # a frozen A is drawn from the seed
-    digest.update(_digest_of(tuple(inputs)))
-    return digest.hexdigest()
+    return digest.digest()
 
 
 @lru_cache(maxsize=64)
@@ -117,19 +162,14 @@ def _digest_of(inputs: tuple[Input, ...]) -> bytes:
 
 
 def _read(file: Path, expected: int) -> Tensor | None:
+    """None where it is not there, damaged, or may have been written by another user."""
     try:
-        status = file.stat()
-        found = _load(file, status.st_mtime_ns, status.st_size)
+        if not is_own(file):
+            return None
+        found: Tensor = load_file(file)["features"]
     except (OSError, SafetensorError, KeyError):
         return None
-    return found if len(found) == expected else None
-
-
-@lru_cache(maxsize=1)
-def _load(file: Path, mtime_ns: int, size: int) -> Tensor:
-    """The last file stays in memory: the next organization and the next round want it too. Nobody changes the tensor."""
-    features: Tensor = load_file(file)["features"]
-    return features
+    return found if found.dtype == torch.float32 and found.dim() == 2 and len(found) == expected else None
 
 
 def _write(file: Path, features: Tensor) -> None:

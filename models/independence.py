@@ -12,7 +12,7 @@ of random weights in what is trained, in whatever state the model is, and is mad
 parameters, the arithmetic, the shapes and what decides about kernels (`device.kernel_key`).
 
 This is the only place that asks whether records keep to themselves. That the clipped sum is right, under the very state that
-trains, is another question (`privacy.mechanisms.dp_sgd.check_clipping`, in every round).
+trains, is another question (`privacy.mechanisms.dp_sgd.check_clipping`, for the state of every round).
 """
 
 from __future__ import annotations

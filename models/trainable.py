@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.data.config import TaskName
+from cotune.data.multi_task import is_multi_task
 from cotune.errors import ModelError
 from cotune.models.adapter import Adapter, parameter_seed
 from cotune.models.architecture import encoder_prefixes
@@ -22,6 +23,7 @@ from cotune.models.base_model import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.lora import get_adapters, inject_adapters
+from cotune.models.multi_head import load_multi_task
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
@@ -42,6 +44,8 @@ class TrainableModel:
         self.prefix = encoder_prefixes(loaded.module)
         if lora is not None:
             inject_adapters(loaded, lora, seed)
+        named = self.module.named_parameters()
+        self._own = {name.replace(".base_layer.", "."): parameter for name, parameter in named}  # walking a module is slow
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
@@ -76,13 +80,12 @@ class TrainableModel:
 
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Parameters by their stable names: the same with and without adapters around a layer."""
-        for name, parameter in self.module.named_parameters():
-            yield name.replace(".base_layer.", "."), parameter
+        return self._own.items()
 
     def train_only(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named parameters trainable and freezes all others; returns them in the model's order."""
         wanted = set(names)
-        self._remember(dict(self.parameters()), wanted)
+        self._remember(self._own, wanted)
         chosen = []
         for name, parameter in self.parameters():
             parameter.requires_grad_(name in wanted)
@@ -92,13 +95,12 @@ class TrainableModel:
 
     def state(self, names: Iterable[str]) -> State:
         """Copies of the named parameters, in float32 on the CPU."""
-        own = dict(self.parameters())
-        return {name: own[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+        return {name: self._own[name].detach().to("cpu", torch.float32, copy=True) for name in names}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Sets the model to the base model with `state` on top. Raises ModelError for a name or shape that it does not have."""
-        own = dict(self.parameters())
+        own = self._own
         for name, tensor in state.items():
             if name not in own or own[name].shape != tensor.shape:
                 got = f"{name} {tuple(tensor.shape)}"
@@ -116,7 +118,7 @@ class TrainableModel:
 
         Weights are normal, with the standard deviation that keeps the size of what a layer is given, and follow from the seed.
         """
-        own = dict(self.parameters())
+        own = self._own
         chosen = list(names)
         self._remember(own, chosen)
         before = {name: own[name].detach().clone() for name in self._initial}
@@ -191,5 +193,6 @@ def get_model(
     task: TaskName = "sequence-classification",
 ) -> TrainableModel:
     """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
-    loaded = load_model(model, labels, parameter_seed(seed, "head"), task)
+    load = load_multi_task if is_multi_task(task) else load_model
+    loaded = load(model, labels, parameter_seed(seed, "head"), task)
     return TrainableModel(loaded, lora, seed, pick_device(device))

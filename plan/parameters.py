@@ -5,12 +5,13 @@ Which arrays a plan's strategy wants beside the deltas, by name and shape: the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import PrivacyError
+from cotune.models.multi_head import head_prefix
 from cotune.models.trainable import TrainableModel, get_model
 from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
@@ -50,6 +51,18 @@ def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
         return names
     personal = _personal_names(plan, model)
     return [name for name in names if name not in personal]
+
+
+def held_names(plan: Plan, names: Iterable[str], tasks: Collection[str]) -> list[str]:
+    """Those of some parameters that an organization with records of these tasks trains: no head of another task."""
+    others = tuple(head_prefix(task.name) for task in plan.tasks if task.name not in tasks)
+    return [name for name in names if not name.startswith(others)]
+
+
+def heads_of(plan: Plan, names: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Task -> those of some parameters that are its head's; empty where the plan has one task."""
+    names = list(names)
+    return {task.name: frozenset(n for n in names if n.startswith(head_prefix(task.name))) for task in plan.tasks}
 
 
 def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:

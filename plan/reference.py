@@ -1,10 +1,10 @@
 """Every key of a plan and of a policy, from the schemas themselves: the pages of docs and `cotune plan keys`.
 
-`python -m cotune.plan.reference docs` writes the pages anew; a test compares.
+`python -m cotune.plan.reference docs` writes the pages again; a test compares.
 
 docs/plan.md and docs/policy.md: every key of a plan and of a policy, from the schemas themselves.
 
-`python -m cotune.plan.reference docs` writes them anew; a test compares.
+`python -m cotune.plan.reference docs` writes them again; a test compares.
 """
 
 from __future__ import annotations

@@ -38,18 +38,18 @@ class RoundsConfig(ConfigTable):
     deadline_seconds: float = Field(
         3600.0, gt=0, le=_MAX_WAIT_SECONDS, description="how long a round waits for an organization that was asked"
     )
-    patience: float = Field(
+    timeout_factor: float = Field(
         10.0,
         ge=0,
         le=1e6,
         description="once half of the asked organizations have answered, the others are waited for so many times their median"
         " time; anyone who needs longer gets a strike; 0: always deadline_seconds",
     )
-    least_seconds: float = Field(
+    min_timeout_seconds: float = Field(
         300.0,
         gt=0,
         le=_MAX_WAIT_SECONDS,
-        description="an organization that was asked is waited for at least so long, whatever patience says",
+        description="an organization that was asked is waited for at least so long, whatever timeout_factor gives",
     )
     absent_seconds: float = Field(
         60.0,
@@ -109,8 +109,13 @@ class RoundsConfig(ConfigTable):
         return max(least, math.ceil((0.5 if self.quorum is None else self.quorum) * updates - 1e-9))  # 0.55 · 20 is 11, and more
 
     def enough_seconds(self, usual: float, most: float) -> float:
-        """How long one organization is waited for where others took `usual`: at least `least_seconds`, and at most `most`."""
-        return min(most, max(self.least_seconds, self.patience * usual))
+        """Return the timeout of one organization, in seconds.
+
+        Args:
+            usual: Seconds that the others took.
+            most: Seconds that it is waited for at most.
+        """
+        return min(most, max(self.min_timeout_seconds, self.timeout_factor * usual))
 
     @property
     def asks_everybody(self) -> bool:

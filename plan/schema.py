@@ -11,8 +11,10 @@ from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
 from cotune.data.config import has_classes, has_labels, keeps_head
+from cotune.data.multi_task import is_multi_task, task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
+from cotune.plan.several_tasks import find_problems
 from cotune.plan.tables import PlanTables
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.compatibility import PlanFacts, find_problem
@@ -42,6 +44,7 @@ class Plan(PlanTables):
             "labels": bool(self.labels) and not has_labels(self.task),
             "class_weights": bool(self.class_weights) and not has_labels(self.task),
             "tell.label_histogram": self.tell.label_histogram and not has_classes(self.task),
+            "public.source": bool(self.public.source) and not has_classes(self.task),
         }
         for key, given in problems.items():
             if given:
@@ -49,15 +52,6 @@ class Plan(PlanTables):
         if keeps_head(self.task) and any(stage.mode == "head" for stage in self.stages):
             raise ValueError(
                 f"train = head trains a new head, and task = {self.task} keeps that of its base model: expected train = lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _writing_needs_prompts(self) -> Self:
-        if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
-            raise ValueError(
-                f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
-                " expected task = causal-lm with data.prompt and data.target, or leave the table out"
             )
         return self
 
@@ -76,6 +70,53 @@ class Plan(PlanTables):
             )
         if self.task != "regression" and self.model.target_range is not None:
             raise ValueError(f"model.target_range is for task = regression, and this is {self.task}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _feature_can_be_had(self) -> Self:
+        if self.model.feature is None:
+            return self
+        if self.task != "sequence-classification":
+            raise ValueError(f"model.feature is for task = sequence-classification, got {self.task}: leave it out")
+        if any(stage.mode != "head" for stage in self.stages):
+            raise ValueError(
+                "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
+            )
+        if self.model.pooling != "auto":
+            raise ValueError(
+                f"model.feature says what a head reads, and so does model.pooling = {self.model.pooling}: expected one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_can_share(self) -> Self:
+        if is_multi_task(self.task) != bool(self.tasks):
+            raise ValueError(f"task = {self.task} is for plans with [[tasks]]: expected both, or neither")
+        if not self.tasks:
+            if self.simulation.tasks or self.data.tasks:
+                raise ValueError("simulation.tasks and data.tasks are for plans with [[tasks]]: expected neither")
+            return self
+        problem = next(find_problems(self.tasks, [stage.mode for stage in self.stages], self.simulation.tasks), None)
+        if problem:
+            raise ValueError(problem)
+        cannot = {
+            "a [personal] table, or lora.keep": self.keeps_personal,
+            "client_privacy, which divides by a number of organizations, while some train a head": bool(self.client_privacy),
+            'server.late = "fold"': self.server.late == "fold",
+            "tell.label_histogram, which counts one class of a record": self.tell.label_histogram,
+        }
+        for what, found in cannot.items():
+            if found:
+                raise ValueError(f"[[tasks]] cannot be had with {what}: leave out one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _writing_needs_prompts(self) -> Self:
+        if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
+            raise ValueError(
+                f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
+                " expected task = causal-lm with data.prompt and data.target, or leave the table out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -161,18 +202,18 @@ class Plan(PlanTables):
         }
         for problem, found in problems.items():
             if found:
-                raise ValueError(f'server.late = "fold" cannot be had with {problem}: expected late = "ignore"')
+                raise ValueError(f'server.late = "fold" is not supported with {problem}: expected late = "ignore"')
         return self
 
     @model_validator(mode="after")
     def _clipping_can_be_had(self) -> Self:
         per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
         if per_layer and any(stage.mode == "full" for stage in self.stages):
-            raise ValueError("privacy.clipping: per_layer cannot be had with train = full, expected flat")
+            raise ValueError("privacy.clipping: per_layer is not supported with train = full, expected flat")
         return self
 
     def weights_of_classes(self) -> tuple[float, ...] | None:
-        """Return `class_weights` in the order of the labels; None where all count the same.
+        """Return `class_weights` in the order of the labels, times the weight of their task; None where all count the same.
 
         Raises:
             ValueError: For a weight of a class that is none of the labels.
@@ -183,6 +224,9 @@ class Plan(PlanTables):
                 f"class_weights: there is no class {shown(unknown[0])}{nearest(unknown[0], filter(is_shown, self.labels))}"
             )
         found = tuple(self.class_weights.get(label, 1.0) for label in self.labels)
+        if self.tasks:
+            of_task = {task.name: task.weight for task in self.tasks}
+            found = tuple(weight * of_task[task_of(label)] for weight, label in zip(found, self.labels, strict=True))
         return None if set(found) <= {1.0} else found
 
     @property
@@ -220,7 +264,9 @@ class Plan(PlanTables):
             mixed_ranks=self.mixed_ranks,
             personal=self.keeps_parts,
             server_data=self.validation_fraction > 0,
+            public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
+            several_tasks=bool(self.tasks),
         )
 
     @property

@@ -16,7 +16,9 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
+from cotune.plan.public import PublicConfig
 from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.several_tasks import TaskConfig, write_out
 from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.storage.config_table import ConfigTable
@@ -65,10 +67,14 @@ class SimulationConfig(ConfigTable):
     ranks: tuple[int, ...] = Field(
         (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
     )
-    baselines: tuple[Literal["alone", "pooled", "plain"], ...] = Field(
-        ("alone", "pooled", "plain"),
+    tasks: tuple[tuple[str, ...], ...] = Field(
+        (), description="with [[tasks]]: which of them each organization has labels of, in their order; empty: all of them"
+    )
+    baselines: tuple[Literal["alone", "pooled", "plain", "single"], ...] = Field(
+        ("alone", "pooled", "plain", "single"),
         description="what the federated model is compared with: alone is trained twice, with the same privacy and without any;"
-        " plain, where the plan keeps something personal, is the same run without that",
+        " plain, where the plan keeps something personal, is the same run without that; single, where it has several tasks, is"
+        " the same run for each task by itself",
     )
     pooled: LocalTraining | None = Field(
         None, description="how models without privacy are trained for comparison, where not like [local]"
@@ -93,6 +99,9 @@ class PlanTables(ConfigTable):
         "sequence-classification",
         description="a class for a text (sequence-), for each word of one (token-), or for an image; any number of labels for a"
         " text (multi-label), or a number (regression); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
+    )
+    tasks: tuple[TaskConfig, ...] = Field(
+        (), description="several tasks on one encoder, each with a head of its own; `task` and `labels` follow from them"
     )
     labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
@@ -122,12 +131,19 @@ class PlanTables(ConfigTable):
     strategy: Any = Field(None, description="left to `Plan`: its parts must be imported to be checked")
     server: RoundsConfig = RoundsConfig()
     tell: TellConfig = TellConfig()
+    public: PublicConfig = PublicConfig()
     personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()
     generate: GenerateConfig | None = Field(
         None, description="absent: nothing is written; needs data.prompt, and at the coordinator a test set"
     )
     simulation: SimulationConfig = SimulationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_are_written_out(cls, table: Any) -> Any:
+        """`[[tasks]]` say what `task`, `labels` and the columns of labels are."""
+        return write_out(table) if isinstance(table, Mapping) else table
 
     @model_validator(mode="before")
     @classmethod

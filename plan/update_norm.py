@@ -10,19 +10,23 @@ SGD sends, and a client term adds to the gradients: then no bound follows, and o
 
 An update is rounded onto the values of the plan's codec, which can lengthen it: what arrives is bounded, so that the bound grows
 by as much (`wire.compute_growth`). `server.max_update_norm` is of what arrives, and is taken as it stands.
+
+The server computes the bound for whatever number an organization declares, so that the work must not grow with that number: from
+some step on each counts for the most that any can be, and σ is that of fewer records, which is no smaller.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from cotune.errors import PrivacyError
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
 from cotune.plan.wire import compute_growth
-from cotune.privacy.accounting.composition import calibrate
+from cotune.privacy.accounting.composition import MAX_NOISE_MULTIPLIER, calibrate
 from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy, compute_delta
 
@@ -32,6 +36,8 @@ _TAIL = math.sqrt(2 * math.log(1e12))  # ‖N(0, I_d)‖ is above √d + this wi
 _SLACK = 1.01  # float32
 _BETAS = (0.9, 0.999)  # torch's defaults of Adam
 _MAX_BOUND = 1e12  # beyond that it is no bound
+_FOLLOWED = 100_000  # steps that are followed one by one, as many as `local.steps` can be; epochs over many records make more
+_SMALLEST_RATE = 1e-3  # of a batch among the records: the noise for a smaller one is no larger, and takes minutes to compute
 
 
 def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, start: float) -> float | None:
@@ -54,17 +60,19 @@ def _bound_norm(plan: Plan, stage: Stage, examples: int, entries: int, start: fl
     if local.optimizer != "sgd":
         steps = local.steps_per_round(examples)
         decayed = 1 - (1 - min(1.0, _rate(local) * local.weight_decay)) ** steps if local.optimizer == "adamw" else 0.0
-        return _SLACK * (_rate(local) * sum(_adam_factors(steps)) * math.sqrt(entries) + decayed * start)
+        factors = _adam_factors(steps)
+        longest = sum(factors) + (steps - len(factors)) * _largest_adam_factor()
+        return _SLACK * (_rate(local) * longest * math.sqrt(entries) + decayed * start)
     by_gradients = bound_norm_by_gradients(plan, stage, examples)
     if by_gradients is None or not isinstance(plan.privacy, RecordPrivacy):
         return None
     noise = _noise(plan, plan.privacy, examples)
     if noise is None:
         return None
-    responses, kept = _responses(local, local.steps_per_round(examples))
+    moved = _Impulses.of(local, local.steps_per_round(examples))
     batch = local.sample_rate(examples) * examples  # B
-    spread = _OWN_BUDGET * noise * plan.privacy.clip_norm / batch * math.sqrt(sum(h * h for h in responses))
-    return _SLACK * (by_gradients + spread * (math.sqrt(entries) + _TAIL) + abs(kept - 1) * start)
+    spread = _OWN_BUDGET * noise * plan.privacy.clip_norm / batch * math.sqrt(moved.squares)
+    return _SLACK * (by_gradients + spread * (math.sqrt(entries) + _TAIL) + moved.decayed * start)
 
 
 def bound_norm_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | None:
@@ -72,12 +80,37 @@ def bound_norm_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | 
     local = stage.local
     if not isinstance(plan.privacy, RecordPrivacy) or local.optimizer != "sgd" or plan.strategy.client_term is not None:
         return None
-    responses, _ = _responses(local, local.steps_per_round(examples))
-    return _UNDERSTATED * plan.privacy.clip_norm * sum(abs(h) for h in responses)
+    return _UNDERSTATED * plan.privacy.clip_norm * _Impulses.of(local, local.steps_per_round(examples)).lengths
 
 
 def _rate(local: LocalTraining) -> float:
     return max(local.learning_rate, local.head_learning_rate or 0.0)
+
+
+@dataclass(frozen=True)
+class _Impulses:
+    """What SGD makes of an impulse in each of T steps: bounds on Σ|h_t|, on Σh_t², and on |a − 1|.
+
+    They are exact up to `_FOLLOWED` steps. Every later step counts for the longest h so far, or for rate / (1 − momentum), to
+    which h grows without weight decay; with it, θ is taken to be gone.
+    """
+
+    lengths: float
+    squares: float
+    decayed: float
+
+    @classmethod
+    def of(cls, local: LocalTraining, steps: int) -> _Impulses:
+        """Return those of `steps` steps; infinite where an impulse grows beyond all bounds."""
+        followed = min(steps, _FOLLOWED)
+        responses, kept = _responses(local, followed)
+        later = steps - followed
+        longest = max(max(map(abs, responses)), _rate(local) / (1 - local.momentum)) if later else 0.0
+        return cls(
+            sum(map(abs, responses)) + later * longest,
+            sum(h * h for h in responses) + later * longest**2,
+            max(abs(kept - 1), 1.0) if later and local.weight_decay else abs(kept - 1),
+        )
 
 
 def _responses(local: LocalTraining, steps: int) -> tuple[list[float], float]:
@@ -100,24 +133,39 @@ def _responses(local: LocalTraining, steps: int) -> tuple[list[float], float]:
 
 
 def _adam_factors(steps: int) -> list[float]:
-    """How many learning rates step t moves a coordinate at most: |m̂_t| / √v̂_t over all gradients."""
+    """How many learning rates step t moves a coordinate at most: |m̂_t| / √v̂_t over all gradients; those that are followed."""
     first, second = _BETAS
     ratio = first**2 / second
     found = list[float]()
     series = 0.0
-    for step in range(1, steps + 1):
+    for step in range(1, min(steps, _FOLLOWED) + 1):
         series += ratio ** (step - 1)
         corrected = math.sqrt(1 - second**step) / (1 - first**step)
         found.append((1 - first) / math.sqrt(1 - second) * math.sqrt(series) * corrected)
     return found
 
 
+def _largest_adam_factor() -> float:
+    """What the factors of ever later steps grow to."""
+    first, second = _BETAS
+    return (1 - first) / math.sqrt((1 - second) * (1 - first**2 / second))
+
+
 def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
-    """σ, as it follows from the plan for so many records; None where no noise reaches the plan's ε."""
-    planned = tuple(
-        (stage.local.sample_rate(examples), stage.rounds * plan.charged_steps(stage, examples)) for stage in plan.stages
-    )
-    return _calibrated(planned, privacy.epsilon, compute_delta(privacy.delta, examples))
+    """At least σ, as it follows from the plan for so many records; None where no noise reaches the plan's ε.
+
+    A batch is a smaller part of more records, which takes less noise: σ is that of a rate of `_SMALLEST_RATE` at least, at the δ
+    of all records.
+    """
+    planned = []
+    is_smaller = False
+    for stage in plan.stages:
+        rate = stage.local.sample_rate(examples)
+        counted = examples if rate >= _SMALLEST_RATE else max(1, math.floor(rate * examples / _SMALLEST_RATE))
+        is_smaller |= counted < examples
+        planned.append((stage.local.sample_rate(counted), stage.rounds * plan.charged_steps(stage, counted)))
+    found = _calibrated(tuple(planned), privacy.epsilon, compute_delta(privacy.delta, examples))
+    return MAX_NOISE_MULTIPLIER if found is None and is_smaller else found
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -190,7 +191,7 @@ def read_policy(file: Path) -> Policy:
         PlanError: For an unreadable file, an unknown rule, or a value that a rule cannot have.
     """
     try:
-        return Policy.model_validate(parse_toml(file.read_text(encoding="utf-8-sig")))
+        return _parse(file.read_text(encoding="utf-8-sig"))
     except ValidationError as error:
         raise PlanError(
             f"{format_validation_error(error, Policy, 'policy')} ({file}; see `cotune client policy`)", code="plan.invalid_policy"
@@ -200,6 +201,12 @@ def read_policy(file: Path) -> Policy:
             f"the policy {file} cannot be read ({error}): expected TOML like that of `cotune client policy`",
             code="plan.policy_unreadable",
         ) from None
+
+
+@lru_cache(maxsize=64)
+def _parse(text: str) -> Policy:
+    """The policy of a text; the file is read whenever a rule is asked for, and says the same most of the time."""
+    return Policy.model_validate(parse_toml(text))
 
 
 def check_rules(names: Iterable[str]) -> None:

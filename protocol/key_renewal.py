@@ -2,7 +2,7 @@
 
 An organization renews the key of its node, and gives the statement to the coordinator; a coordinator renews the key that signs
 requests, with the certificate authority, and its statement reaches organizations beside requests, or as a file. Neither statement
-is secret. Anyone who has stolen an old key could sign one too: after a theft a key is revoked, and an invitation made anew.
+is secret. Anyone who has stolen an old key could sign one too: after a theft a key is revoked, and an invitation made again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotune.errors import RunError
 from cotune.protocol.signatures import Statement, is_signed_by_node, is_signed_by_server, sign
 
-MAX_SERVER_RENEWALS = 16  # the last ones: anyone who knows none of their keys joins anew
+MAX_SERVER_RENEWALS = 16  # the last ones: anyone who knows none of their keys joins again
 _MAX_STATEMENT_LENGTH = 16 * 1024  # characters of one
 
 

@@ -42,6 +42,7 @@ _COMMON_FIELDS = {"protocol", "salt", "own"}
 _MAX_REPORTED_VALUES = 10_000  # values beside an update: a number per class and a few more
 _MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
 _MAX_DIMENSIONS = 8  # of an array
+_MAX_VALUES = 2**40  # of an array, dimensions of none aside: PyTorch counts them, too
 # Of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html. NumPy's own reader evaluates the header as a Python
 # literal, which fails now and then where several threads do so at a time (CPython 3.11).
 _NPY_HEADER = re.compile(
@@ -307,10 +308,11 @@ def _decode_packed(name: str, array: Array, codec: Codec) -> Tensor:
     if array.dtype != codec or array.stype != _NUMPY:
         raise _other_codec(name, array, codec)
     shape = tuple(array.shape)
-    if len(shape) > _MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
+    possible = len(shape) <= _MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
+    if not possible or math.prod(max(1, size) for size in shape) > _MAX_VALUES:
         raise RunError(
             f"the array {name[:80]} has the shape {str(shape[:_MAX_DIMENSIONS])[:80]}: expected at most {_MAX_DIMENSIONS}"
-            " numbers, 0 or more",
+            " numbers, 0 or more, as a tensor has them",
             code="run.malformed_message",
         )
     return unpack(codec, array.data, shape)

@@ -15,6 +15,7 @@ from typing import Any
 from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base_lookup import FOLDER
+from cotune.models.config import FeatureConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
@@ -48,7 +49,7 @@ def model_card(
     task = get_task(plan.task)
     lines = [
         *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
-        *(about, "", *_use(plan.task, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
+        *(about, "", *_how(plan, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
         *_results(test or {}, examples),
@@ -68,7 +69,47 @@ def promised(plan: Plan) -> list[str]:
     ]
 
 
-def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
+def _how(plan: Plan, pipeline: str, length: int) -> Iterator[str]:
+    return _use(pipeline, length, plan) if plan.model.feature is None else _use_of_layers(plan.model.feature, length)
+
+
+def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
+    """A head on layers has no class in transformers: this is all that applying it takes."""
+    first = ", hidden[-1][:, 0]" if feature.cls else ""
+    mapped = '((feature - head["center"]) @ head["matrix"].T)' if feature.whiten == "public" else "feature"
+    yield from (
+        "## How to use",
+        "",
+        f"This head reads the means of layers {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no"
+        " class: `pipeline` refuses this folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and this is the"
+        " exact model, too. `cotune distill FOLDER` makes a plain classifier of it, which is close to it and not the same.",
+        "",
+        "```python",
+        "import json",
+        "from pathlib import Path",
+        "",
+        "import torch",
+        "from safetensors.torch import load_file",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER/encoder")',
+        'encoder = AutoModel.from_pretrained("FOLDER/encoder").eval()',
+        'head = load_file("FOLDER/head.safetensors")',
+        'labels = json.loads(Path("FOLDER/config.json").read_text())["id2label"]',
+        "",
+        f'batch = tokenizer(["a text"], truncation=True, max_length={length}, padding=True, return_tensors="pt")',
+        "with torch.no_grad():",
+        "    hidden = encoder(**batch, output_hidden_states=True).hidden_states",
+        '    mask = batch["attention_mask"][:, :, None].float()',
+        f"    means = [(hidden[layer] * mask).sum(1) / mask.sum(1) for layer in {list(feature.layers)}]",
+        f"    feature = torch.cat([*means{first}], 1)",
+        f'    scores = {mapped} @ head["weight"].T + head["bias"]',
+        "print([labels[str(best)] for best in scores.argmax(1).tolist()])",
+        "```",
+    )
+
+
+def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     if pipeline == "text2text-generation":
         yield from _use_of_translator(length)
         return
@@ -76,10 +117,11 @@ def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
         yield from _use_of_writer(length)
         return
     is_image = pipeline == "image-classification"
+    folder = f"FOLDER/{plan.tasks[0].name}" if plan.tasks else "FOLDER"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    every = ", top_k=None" if task == "multi-label" else ""
-    yield f'predict = pipeline("{pipeline}", "FOLDER"{cut}{every})'
+    every = ", top_k=None" if plan.task == "multi-label" else ""
+    yield f'predict = pipeline("{pipeline}", "{folder}"{cut}{every})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -88,7 +130,9 @@ def _use(task: str, pipeline: str, length: int) -> Iterator[str]:
         )
     elif not is_image:
         yield f"A text is cut after {length} tokens, as in training."
-    yield f"`cotune predict FOLDER {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
+    if plan.tasks:
+        yield f"Each task has a model of its own in a folder of its name: {', '.join(task.name for task in plan.tasks)}."
+    yield f"`cotune predict {folder} {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
 
 
 def _use_of_writer(length: int) -> Iterator[str]:
@@ -116,6 +160,8 @@ def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
     yield "base model", _base(plan)
     yield "plan", f"{plan.name}, id {plan.plan_id}"
     yield "training", "; ".join(f"{stage.rounds} rounds of train = {stage.mode}" for stage in plan.stages)
+    if plan.tasks:
+        yield "weights of the tasks", ", ".join(f"{task.name}: {task.weight:g}" for task in plan.tasks)
     if plan.class_weights:
         yield "class weights", ", ".join(f"{label}: {weight:g}" for label, weight in plan.class_weights.items())
     yield "strategy", f"{plan.strategy.weighting.name} weights, {plan.strategy.fusion.name} fusion"

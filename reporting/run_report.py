@@ -8,12 +8,14 @@ a phone as on a desk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cotune.reporting.charts import accuracy_chart, epsilon_chart, label_bar, label_keys
 from cotune.reporting.measures import measures_of
 from cotune.reporting.pages import page_environment
-from cotune.reporting.verdict import Summary, is_private, is_real, judge, own_columns, results
+from cotune.reporting.verdict import Summary, conclude_verdict, is_private, is_real, own_columns, results
 from cotune.storage.files import atomic_write
 
 
@@ -29,7 +31,7 @@ def render_report(summary: Summary) -> str:
         summary=summary,
         private=is_private(summary),
         real=is_real(summary),
-        verdict=judge(summary),
+        verdict=conclude_verdict(summary),
         measures=measures,
         gain=lambda value: measures[0].show_gain(100 * value if measures[0].share else value),
         results=results(summary),
@@ -39,7 +41,14 @@ def render_report(summary: Summary) -> str:
         label_keys=() if is_real(summary) else label_keys(summary),
         label_bar=lambda organization: label_bar(summary, organization["labels"]),
         dropped=_dropped(summary),
+        task_rows=_task_rows,
     )
+
+
+def _task_rows(task: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(whose test records, the figures on them), of one of several tasks."""
+    rows = [("everybody", task["all"]), *task["organizations"].items()]
+    return [(name, found) for name, found in rows if found is not None]
 
 
 def _dropped(summary: Summary) -> dict[tuple[str, str], list[int]]:

@@ -45,7 +45,7 @@ class Verdict:
     notes: tuple[str, ...]
 
 
-def judge(summary: Summary) -> Verdict:
+def conclude_verdict(summary: Summary) -> Verdict:
     """What joining gives each organization on its own held-out records, against training alone without privacy.
 
     "Yes" where it is better for some and worse for none, by a paired test; "It depends" where it is both.

@@ -26,6 +26,7 @@ from cotune.server.deployment.trail import SignedTrail
 from cotune.server.rounds.evaluation import get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
+from cotune.server.rounds.public_inputs import PublicPredictions, read_public_inputs
 from cotune.server.rounds.session import NoTrail, Session
 from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
@@ -100,7 +101,16 @@ def train(grid: Grid, folder: RunFolder) -> None:
 
     common = None if plan.keeps_parts else evaluate_test
     evaluator = get_registered_evaluator(common) if plan.keeps_personal else evaluate_test
-    train_rounds(grid, folder, model, evaluator, score if validation else None)
+    train_rounds(grid, folder, model, evaluator, score if validation else None, _open_public(folder, model))
+
+
+def _open_public(folder: RunFolder, model: TrainableModel) -> PublicPredictions | None:
+    """The plan's public inputs, where its fusion looks at them. Raises DataError where they are gone or are others."""
+    plan = folder.plan
+    if not plan.strategy.fusion.info("fusion").needs.public_inputs:
+        return None
+    inputs = read_public_inputs(plan, Path(folder.file.federation or "."))
+    return PublicPredictions(model, inputs, plan.model.precision, plan.seed)
 
 
 def train_rounds(
@@ -109,10 +119,11 @@ def train_rounds(
     model: TrainableModel,
     evaluate: Evaluate,
     score: Score | None = None,
+    public: PublicPredictions | None = None,
     limits: TimeLimits = TIME_LIMITS,
 ) -> Progress:
     """Train the unfinished rounds of a run over a grid (see `rounds.loop.run_rounds`)."""
-    return run_rounds(open_session(grid, folder, limits), model, evaluate, score)
+    return run_rounds(open_session(grid, folder, limits), model, evaluate, score, public)
 
 
 def deliver_model(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> list[str]:

@@ -57,9 +57,16 @@ EVERY_RUN = (
     File(
         "checkpoints/round-00001.safetensors",
         "after every round",
-        "The model (`state/…`), what rules remember (`memory/…`), and the history. Written atomically and synced to disk.",
+        "The model (`state/…`), what rules remember (`memory/…`), and where the history ends. Written atomically and synced to"
+        " disk.",
         CheckpointHeader,
         "in the metadata, under `checkpoint`",
+    ),
+    File(
+        "history.jsonl",
+        "after every round, before its checkpoint",
+        "One line per finished round, as in `rounds[]` of summary.json. Lines that no checkpoint counts on are of a round that"
+        " was interrupted.",
     ),
     File(
         "client-privacy.jsonl",

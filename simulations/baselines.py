@@ -54,6 +54,7 @@ from cotune.server.rounds.evaluation import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
+from cotune.simulations.single_tasks import SINGLE, evaluate_for, plan_for, shares_for
 from cotune.simulations.split import Share
 from cotune.strategies.config import StrategyConfig
 
@@ -76,7 +77,7 @@ class Evaluated:
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
-    """ "alone/<organization>", "alone-without-privacy/<organization>", "pooled" and "plain" on the common test set.
+    """ "alone/<organization>", "alone-without-privacy/<organization>", "pooled", "plain" and "single/<task>" on the test set.
 
     As far as the plan asks for them and they could be trained.
     """
@@ -93,7 +94,7 @@ def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]
             except RunError as error:  # a comparison that cannot be made must not cost the run itself
                 folder.events.write(BaselineFailed(baseline=name, reason=str(error)))
                 continue
-        results[name] = _evaluate(folder, baseline)
+        results[name] = _evaluate(folder, prepared, baseline)
         folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
     return results
 
@@ -113,6 +114,10 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
                 yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _without_privacy(plan), (share,)
     if "pooled" in plan.simulation.baselines:
         yield "pooled", _without_privacy(plan), prepared.shares
+    if SINGLE in plan.simulation.baselines and len(prepared.plan.tasks) > 1:
+        for task in prepared.plan.tasks:
+            if shares := shares_for(prepared, task.name):
+                yield f"{SINGLE}/{task.name}", plan_for(prepared.plan, task.name), shares
     if PLAIN in plan.simulation.baselines and prepared.plan.keeps_personal:
         yield PLAIN, _without_personal(prepared.plan), prepared.shares
 
@@ -140,7 +145,7 @@ def _without_privacy(plan: Plan) -> Plan:
 
 
 def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: RunFolder) -> None:
-    if name == PLAIN:
+    if name == PLAIN or name.startswith(f"{SINGLE}/"):
         people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in shares)
         for share in shares:
             make_site(path / "sites" / share.name, share.name, plan, [share], parent.file.device)
@@ -158,9 +163,13 @@ def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: 
     RunFolder.create(path, plan, file)
 
 
-def _evaluate(folder: RunFolder, baseline: RunFolder) -> Evaluated:
+def _evaluate(folder: RunFolder, prepared: Prepared, baseline: RunFolder) -> Evaluated:
     """The finished baseline on the common test set: once, at the end."""
     plan = folder.plan
+    if baseline.plan.tasks != plan.tasks:
+        state = final_params(baseline.plan, baseline.load())
+        own = get_plan_model(baseline.plan, folder.file.device)
+        return Evaluated(*evaluate_for(prepared, baseline.plan, own, state))
     model = get_plan_model(plan, folder.file.device)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)

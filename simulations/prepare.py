@@ -18,21 +18,26 @@ from cotune.client.training.setup import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.left_out import ELSEWHERE
+from cotune.data.multi_task import check_task_labels, keep_tasks
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
 from cotune.data.tasks.text_metrics import check_text_metrics
+from cotune.data.unlabeled import inputs_hash
 from cotune.errors import PlanError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
+from cotune.models.public_map import pin_model
 from cotune.plan.parameters import get_plan_model
+from cotune.plan.public import PublicConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
+from cotune.server.rounds.public_inputs import read_public_inputs
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
-from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out
+from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
 from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
@@ -63,11 +68,17 @@ class Prepared:
     @property
     def notes(self) -> list[str]:
         """What anyone who reads the results should know about the records."""
-        return build_notes(self.plan, self.left_out_by_file, self.records)
+        holders = {task.name: [s.name for s in self.shares if task.name in (s.tasks or (task.name,))] for task in self.plan.tasks}
+        return [*build_notes(self.plan, self.left_out_by_file, self.records), *holder_notes(holders)]
 
     def label_counts(self, share: Share) -> dict[str, int]:
         """Records of each class; with tags, words of each tag."""
-        return self.records[share.file].select(share.rows).label_counts_in(self.plan.labels)
+        return self.held(share).select(share.rows).label_counts_in(self.plan.labels)
+
+    def held(self, share: Share) -> Records:
+        """The records of the file of an organization, with the labels that it holds."""
+        records = self.records[share.file]
+        return keep_tasks(records, share.tasks) if share.tasks else records
 
 
 def prepare(plan: Plan, device: str = "auto") -> Prepared:
@@ -81,9 +92,10 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     base = find_base(plan.model)
     records = _read(plan)
     labels = _labels(plan, records, read_base_labels(base.path))
+    check_task_labels([task.name for task in plan.tasks], labels, plan.data.source)
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
-    pinned = plan.model.model_copy(update={**base.pins, "base": _absolute(plan.model.base)})
-    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned})
+    pinned = pin_model(plan.model, base).model_copy(update={"base": _absolute(plan.model.base)})
+    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned, "public": _pin_public(plan)})
     shares, test, validation, elsewhere = split_records(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
     for share in shares:
@@ -126,6 +138,14 @@ def _absolute(source: str) -> str:
     """Local paths in a plan that is kept must not depend on the folder it was started in."""
     path = Path(source).expanduser()
     return str(path.resolve()) if not source.startswith("package:") and path.exists() else source
+
+
+def _pin_public(plan: Plan) -> PublicConfig:
+    """The plan's public inputs, with their hash. Raises DataError where they cannot be read."""
+    if not plan.public.source:
+        return plan.public
+    found = read_public_inputs(plan, Path())
+    return plan.public.model_copy(update={"source": _absolute(plan.public.source), "sha256": inputs_hash(found)})
 
 
 def _labels(plan: Plan, records: dict[Path | None, Records], of_base: tuple[str, ...]) -> tuple[str, ...]:
@@ -176,7 +196,8 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
     """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
     site = SitePaths(folder)
-    write_manifest(site.records, plan.data, [(share.file, np.asarray(share.rows)) for share in shares], plan.task)
+    portions = [(share.file, np.asarray(share.rows)) for share in shares]
+    write_manifest(site.records, plan.data, portions, plan.task, [share.tasks for share in shares])
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
     JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device))

@@ -45,6 +45,18 @@ def build_notes(plan: Plan, left_out: LeftOut, records: Mapping[Path | None, Rec
     return [*_lines(left_out, records), *alike_notes(plan.labels), *_many_classes(plan, total)]
 
 
+def holder_notes(holders: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield a sentence for each of several tasks whose head one organization alone trains, or none. holders: task -> who."""
+    for task, names in holders.items():
+        if len(names) == 1:
+            yield (
+                f"the head of the task {task} is trained by {names[0]} alone: nothing is averaged into it, so that it is that"
+                " organization's own release"
+            )
+        if not names:
+            yield f"no organization holds the task {task}: its head stays as it was drawn"
+
+
 def _lines(left_out: LeftOut, records: Mapping[Path | None, Records]) -> Iterator[str]:
     """What is left out: of several files each that loses anything, by its name, those that lose most first."""
     if len(records) == 1:

@@ -18,14 +18,16 @@ _ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 
 
 def get_charged_steps(run: Path, organization: str) -> list[Steps]:
-    """Return all that an organization was charged: for the run, for training alone beside it, and for the run without personal
-    parts.
+    """Return all that an organization was charged: for the run, and for those beside it.
+
+    These are training alone, the run without personal parts, and that of each of several tasks by itself.
     """
     baselines = run / "baselines"
     sites = (
         run / "sites" / organization,
         baselines / "alone" / organization / "site",
         baselines / "plain" / "sites" / organization,
+        *(task / "sites" / organization for task in sorted(baselines.glob("single/*"))),
     )
     return [steps for site in sites for steps in _charged(site)]
 

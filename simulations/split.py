@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from cotune.data.config import has_labels
 from cotune.data.dataset import Dataset
+from cotune.data.multi_task import keep_tasks
 from cotune.data.natural_partition import get_partition_column, read_owners
 from cotune.data.partition import PartitionConfig, Rows, UnitGroups, partition, split_by_class_shares, split_test, unit_groups
 from cotune.data.record_files import organization_name
@@ -36,6 +37,7 @@ class Share:
         epsilon: Its own, where it wants to spend less than the plan allows.
         rank: Of adapters, its own where it is smaller than the plan's.
         held_out: Rows of its file that test, and on which nobody trains.
+        tasks: Of several, those that it has labels of; empty: of all.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Share:
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
     rank: int | None = None  # of adapters, its own where it is smaller than the plan's
     held_out: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # rows of its file that test, and none trains on
+    tasks: tuple[str, ...] = ()
 
     def public_examples(self, plan: Plan) -> int:
         """N: rounded down to two digits, which a simulated organization declares; without privacy the true number."""
@@ -83,6 +86,7 @@ def split_records(
             shares.append(replace(_share(plan, found, name, file, own.rows(train)), held_out=test[-1][1]))
         else:
             shares += _dealt(plan, found, own, train, held_out, rng)
+    shares = _with_tasks(plan, records, shares)
     before = _sizes(test) + _sizes(validation)
     if len(units) > 1:
         validation = _apart(validation, units, [(share.file, share.rows) for share in shares])
@@ -94,6 +98,32 @@ def split_records(
             code="data.too_few_records",
         )
     return tuple(shares), tuple(test), tuple(validation), before - _sizes(test) - _sizes(validation)
+
+
+def _with_tasks(plan: Plan, records: Mapping[Path | None, Records], shares: list[Share]) -> list[Share]:
+    """The shares, each with the tasks that it has labels of, and the records that are labeled for one of them."""
+    given = plan.simulation.tasks
+    if not given:
+        return shares
+    if len(given) != len(shares):
+        raise PlanError(
+            f"the plan has {len(given)} values in simulation.tasks for {len(shares)} organizations: expected one for each",
+            code="plan.values_per_organization",
+        )
+    return [_of_tasks(plan, records[share.file], share, tasks) for share, tasks in zip(shares, given, strict=True)]
+
+
+def _of_tasks(plan: Plan, records: Records, share: Share, tasks: tuple[str, ...]) -> Share:
+    held = keep_tasks(records, tasks)
+    rows = np.asarray([row for row in share.rows if held.labels[row]], dtype=np.int64)
+    own = _share(plan, held, share.name, share.file, rows)
+    if own.units < plan.simulation.min_examples:
+        raise DataError(
+            f"{share.name} has {own.units} records of its tasks ({', '.join(tasks)}), and simulation.min_examples is"
+            f" {plan.simulation.min_examples}: give it other tasks, or use a smaller min_examples",
+            code="data.too_few_records",
+        )
+    return replace(own, held_out=share.held_out, tasks=tasks)
 
 
 def _sizes(portions: Sequence[tuple[Path | None, Rows]]) -> Counter[Path | None]:
@@ -156,8 +186,12 @@ def _dealt(
 
 
 def _share(plan: Plan, records: Records, name: str, file: Path | None, rows: Rows) -> Share:
-    held = Dataset(((records, rows),), plan.labels, plan.task).bound_contributions(plan.privacy, plan.seed)
-    return Share(name, file, rows, len(held.units))
+    return Share(name, file, rows, count_units(plan, records, rows))
+
+
+def count_units(plan: Plan, records: Records, rows: Rows) -> int:
+    """Return how many units some rows of a file are of, after what the plan's promise leaves out."""
+    return len(Dataset(((records, rows),), plan.labels, plan.task).bound_contributions(plan.privacy, plan.seed).units)
 
 
 def _apart(

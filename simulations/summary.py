@@ -33,6 +33,7 @@ from cotune.simulations.baselines import (
 )
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.released_models import get_charged_steps
+from cotune.simulations.single_tasks import SINGLE, describe_tasks
 from cotune.simulations.split import Share
 from cotune.simulations.worth import (
     Choices,
@@ -85,6 +86,7 @@ def summarize(
         },
         "worth": overall_worth(organizations),
         "personal": personal_gains(organizations),
+        **_tasks(prepared, test, choices, baselines),
         "test": {
             "examples": sum(len(rows) for _, rows in prepared.test),
             "majority": _floor_metrics(floor, prepared).as_dict(),
@@ -135,6 +137,18 @@ def _choices(
         }
         found[share.name] = {name: answers for name, answers in columns.items() if answers}
     return found
+
+
+def _tasks(
+    prepared: Prepared, test: TestSet, choices: Mapping[str, Choices], baselines: Mapping[str, Evaluated]
+) -> dict[str, Any]:
+    """Of several tasks, what each has from sharing the encoder."""
+    if not prepared.plan.tasks:
+        return {}
+    prefix = f"{SINGLE}/"
+    single = {n.removeprefix(prefix): (each.metrics, each.told) for n, each in baselines.items() if n.startswith(prefix)}
+    federated = {name: tuple(columns["federated"]) for name, columns in choices.items()}
+    return {"tasks": describe_tasks(prepared, test, federated, single)}
 
 
 def _adaptation(personalized: Personalized, share: Share) -> dict[str, Any] | None:

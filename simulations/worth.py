@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cotune.client.personalization.adaptation import get_unit_numbers
 from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset
+from cotune.data.multi_task import task_of
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Label
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, TextAnswers
@@ -49,10 +50,17 @@ class TestSet:
         self._unit = np.asarray(get_unit_numbers(held), dtype=np.int64)[self._record]
 
     def own(self, share: Share) -> NDArray[np.bool_]:
-        """(answers,) those on an organization's own held-out records."""
+        """(answers,) those on an organization's own held-out records; of several tasks, to those that it holds."""
         mine = np.zeros(len(self._place), dtype=bool)
         mine[[self._place[share.file, int(row)] for row in share.held_out]] = True
-        return mine[self._record]
+        own = mine[self._record]
+        return own & self.of_tasks(share.tasks) if share.tasks else own
+
+    def of_tasks(self, tasks: Sequence[str]) -> NDArray[np.bool_]:
+        """(answers,) those to some of several tasks."""
+        held = np.asarray([task_of(label) in tasks for label in self.plan.labels])
+        found: NDArray[np.bool_] = held[self.truth]
+        return found
 
     def records(self, where: NDArray[np.bool_]) -> int:
         """How many records a part of the answers is of."""
@@ -74,7 +82,7 @@ class TestSet:
 
 def held_labels(prepared: Prepared, share: Share) -> list[Label]:
     """The labels of an organization's training records."""
-    labels = prepared.records[share.file].labels
+    labels = prepared.held(share).labels
     return [labels[int(row)] for row in share.rows]
 
 

@@ -4,7 +4,7 @@ Opening it verifies the whole chain and folds every entry into what its owner ne
 stays open, and a transaction costs the same however long the log is: the entries that were verified are not read again, as long
 as nobody else has written the files. Whether somebody has is asked before every use: SQLite's `data_version` counts commits of
 other connections, and the size, the time and the identity of the files show what was done without SQLite. If so, everything is
-verified anew, from the first entry on.
+verified again, from the first entry on.
 
 A small file beside the database, the *anchor*, holds the number and the hash of the last entry: an older copy of the database,
 restored from a backup, lacks that entry and is refused.
@@ -164,7 +164,8 @@ class DatabaseLog:
         migrations: A table of the first schema -> what appends its content, now under the given name, to the log.
         carry: Appends what the entries of the second schema say to the log.
         fold: Makes an empty fold.
-        durable: Whether what is committed survives a power cut. A killed process loses nothing in either case.
+        durable: Whether what is committed survives a power cut, and an older copy is refused. A killed process loses nothing in
+            either case.
 
     Raises:
         PrivacyError: Something is wrong with the file (`privacy.unusable_ledger`).
@@ -254,7 +255,7 @@ class DatabaseLog:
             self.fold.add(entry)
         session.count = log.count
         session.head = log.head
-        if session.count != session.anchored:
+        if session.count != session.anchored and self.durable:  # an anchor may lag behind
             self._write_anchor(session.count, session.head)
             session.anchored = session.count
         session.stamp = self._stamp()
@@ -308,9 +309,9 @@ class DatabaseLog:
             raise self._unusable(f"it has the schema {schema}, this cotune knows {VERSION}: update cotune")
         if schema == VERSION - 1 and self._carry is not None:
             return self._carry_over(db, self._carry)
-        return self._begin_anew(db)
+        return self._start_again(db)
 
-    def _begin_anew(self, db: sqlite3.Connection) -> OpenLog:
+    def _start_again(self, db: sqlite3.Connection) -> OpenLog:
         """An empty database, or one of the first schema, whose tables are kept under another name."""
         tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables and tables != set(self._migrations):

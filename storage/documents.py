@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Hashable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -18,6 +20,12 @@ from cotune.errors import RunError
 from cotune.storage.files import atomic_write
 
 T = TypeVar("T")
+
+
+@lru_cache(maxsize=64)
+def _adapter(schema: Hashable) -> TypeAdapter[Any]:
+    """To make one takes longer than to read a document."""
+    return TypeAdapter(cast(Any, schema))
 
 
 class JsonDocument(Generic[T]):
@@ -29,7 +37,7 @@ class JsonDocument(Generic[T]):
         advice: What to do when it is damaged, as the end of the error.
 
     >>> from tempfile import mkdtemp
-    >>> strikes = JsonDocument(Path(mkdtemp()) / "strikes.json", dict[str, int], advice="remove it to begin counting anew")
+    >>> strikes = JsonDocument(Path(mkdtemp()) / "strikes.json", dict[str, int], advice="remove it to begin counting again")
     >>> strikes.read() is None
     True
     >>> strikes.write({"hospital-a": 2})
@@ -39,7 +47,7 @@ class JsonDocument(Generic[T]):
 
     def __init__(self, file: Path, schema: type[T], *, advice: str = "remove it") -> None:
         self.file = file
-        self._schema = TypeAdapter(schema)
+        self._schema: TypeAdapter[T] = _adapter(cast(Hashable, schema))
         self._advice = advice
 
     def read(self) -> T | None:

@@ -221,7 +221,7 @@ class Aggregator:
         assert self._passes is not None
         try:
             while True:
-                for number, weight in enumerate(weights):  # made anew: what a rule computes of an update is then let go of
+                for number, weight in enumerate(weights):  # made again: what a rule computes of an update is then let go of
                     self._add_up(WeightedUpdate(self._held.updates[number], weight, self._context.state))
                 sums = self._sums
                 self._sums = {}

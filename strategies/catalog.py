@@ -144,6 +144,8 @@ def _needs(info: ComponentInfo) -> Iterator[str]:
         yield f"changes of every adapter: {', '.join(needs.rewrites)}"
     if needs.server_data:
         yield "the server holds validation records (validation_fraction)"
+    if needs.public_inputs:
+        yield "the server holds public inputs (public.source)"
     if needs.sets_state:
         yield "its result is a new model: the server optimizer must be sgd with lr 1"
     if needs.mean or needs.client_state:

@@ -18,7 +18,8 @@ class PlanFacts:
     organizations that each round asks. organizations: that it asks in a round, at least; None where that is not known before the
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organizations keep some of what they train to themselves. same_steps: every organization takes as many steps in a
-    round. folds_late: updates of earlier rounds are folded into later ones.
+    round. public_inputs: the plan names some. folds_late: updates of earlier rounds are folded into later ones. several_tasks: an
+    organization sends the heads of those tasks alone that it holds.
     """
 
     record_privacy: bool = False
@@ -35,21 +36,23 @@ class PlanFacts:
     mixed_ranks: bool = False
     personal: bool = False
     server_data: bool = False
+    public_inputs: bool = False
     folds_late: bool = False
+    several_tasks: bool = False
 
 
 Found = Mapping[Kind, tuple[Component, ComponentInfo]]
 
 
 def find_problem(strategy: StrategyConfig, facts: PlanFacts, infos: Mapping[Kind, ComponentInfo] | None = None) -> str | None:
-    """Why the strategy cannot be had, in words; None when it can. infos: of parts that are code, where it has been run."""
+    """Why the strategy is not supported, in words; None where it is. infos: of parts that are code, where it has been run."""
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_components()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.components() if kind in (infos or {})}
     return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
 
 
 def find_privacy_problem(info: ComponentInfo, facts: PlanFacts) -> str | None:
-    """Why a part cannot be had with the privacy that a plan promises, in words; None when it can."""
+    """Why a part is not supported with the privacy that a plan promises, in words; None where it is."""
     return next(_privacy(info, facts), None)
 
 
@@ -141,6 +144,8 @@ def _with_plan(part: Component, info: ComponentInfo, facts: PlanFacts) -> Iterat
     yield from _training(info, facts)
     if facts.folds_late:
         yield from _lateness(info)
+    if facts.several_tasks:
+        yield from _heads(info)
 
 
 def _privacy(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
@@ -158,9 +163,9 @@ def _privacy(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
             ' strategy.weighting = "uniform"'
         )
     if facts.client_privacy and info.kind == "fusion" and info.name != "mean":
-        yield 'cannot be had with client_privacy, which adds noise to a sum of clipped updates: expected strategy.fusion = "mean"'
+        yield 'is not supported with client_privacy, which adds noise to a sum of updates: expected strategy.fusion = "mean"'
     if facts.client_privacy and needs.client_privacy:
-        yield f"cannot be had with client_privacy: {needs.client_privacy}"
+        yield f"is not supported with client_privacy: {needs.client_privacy}"
     if facts.sums_only and needs.visibility != Visibility.SUM:
         instead = "uniform" if info.kind == "weighting" else "mean"
         words = f"must see {needs.visibility}, and server.visibility allows one sum"
@@ -211,10 +216,28 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
         yield "is about whole adapters, and the plan has smaller ranks: expected one rank for all, or a strategy without it"
     if facts.mixed_ranks and facts.client_privacy and info.kind == "fusion":
         yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"
-    if facts.personal and (needs.adapters or needs.server_data or needs.client_state or needs.receives):
+    if facts.personal and (needs.adapters or needs.server_data or needs.public_inputs or needs.client_state or needs.receives):
         yield "is about whole models, and the plan leaves a part of them at home: expected no lora.keep and no personal.parts"
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
+    if needs.public_inputs and not facts.public_inputs:
+        yield "looks at predictions on public inputs, and the plan names none: expected public.source"
+
+
+def _heads(info: ComponentInfo) -> Iterator[str]:
+    """A head is averaged over those who have it; rules that look at updates as wholes would compare unlike ones."""
+    needs = info.needs
+    fits = {
+        "fusion": info.is_mean and needs.visibility == Visibility.SUM,
+        "weighting": not info.sees_all and not needs.server_data and not needs.sends,
+        "server_optimizer": not needs.mean,
+        "client_term": not (needs.client_state or needs.receives),
+    }
+    if not fits.get(info.kind, True):
+        yield (
+            "is about whole updates, and with [[tasks]] an organization sends the heads of its own tasks alone: expected a rule"
+            ' that takes every parameter by itself, as in "fedavg"'
+        )
 
 
 def _lateness(info: ComponentInfo) -> Iterator[str]:
@@ -227,6 +250,6 @@ def _lateness(info: ComponentInfo) -> Iterator[str]:
     }
     if not adds_up.get(info.kind, True):
         yield (
-            'cannot be had with server.late = fold, which adds late updates to a weighted mean: expected late = "ignore", or a'
+            'is not supported with server.late = fold, which adds late updates to a weighted mean: expected late = "ignore", or a'
             ' strategy such as "fedavg"'
         )

@@ -177,6 +177,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "consensus": {"weighting": "uniform", "fusion": "consensus"},
     "fisher": {"fusion": "fisher"},
     "regmean": {"fusion": "regmean"},
+    # fusion of predictions
+    "feddf": {"fusion": "ensemble_distillation"},
     # adapters
     "fedit": {"fusion": "fedit", "lora": {"factors": "ab"}},
     "ffa_lora": {"lora": {"factors": "b"}, "cite": "Sun et al., ICLR 2024, https://arxiv.org/abs/2403.12313"},

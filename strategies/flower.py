@@ -1,6 +1,6 @@
 """Flower's own strategies as fusions: `strategy = "flwr.serverapp.strategy:Krum"`, or a class of one's own derived from one.
 
-Flower's strategies work on whole weights and keep their state in themselves. In every round the strategy is built anew, gets back
+Flower's strategies work on whole weights and keep their state in themselves. In every round the strategy is built, gets back
 the arrays and numbers that it held after the round before, is asked to configure the round, and aggregates θ + Δ_k as if
 organizations had answered with them; what it gives, less θ, is the delta. Organizations train as the plan says, so that a
 strategy which wants something else of them is refused.
@@ -55,7 +55,7 @@ def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
 
 
 def load_flower_strategy(name: str) -> ComponentInfo:
-    """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or cannot be had."""
+    """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or is not supported."""
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -141,7 +141,7 @@ class FlowerFusion:
         return strategy
 
     def rehearse(self, parameters: Mapping[str, Any]) -> None:
-        """One round's configuration without a round, so that what cannot be had is known before. Raises PlanError."""
+        """One round's configuration without a round, so that what is not supported is known before. Raises PlanError."""
         try:
             with _as_server(), self._failing(1):
                 self._configured(self.build(parameters), {"x": np.zeros(1)}, 1, 1)

@@ -65,7 +65,8 @@ class Needs:
         sets_state: Whether its result is a new state rather than a direction, which a server optimizer must not bend.
         mean: Whether it counts on a fusion that is the weighted mean, as terms that keep or receive tensors do anyway.
         server_data: Whether it judges updates by validation records of the server.
-        client_privacy: Why client-level privacy cannot be had with it; empty: it can.
+        public_inputs: Whether it looks at what models predict on the plan's public inputs.
+        client_privacy: Why client-level privacy is not supported with it; empty: it is.
     """
 
     visibility: Visibility = Visibility.SUM
@@ -83,6 +84,7 @@ class Needs:
     sets_state: bool = False
     mean: bool = False
     server_data: bool = False
+    public_inputs: bool = False
     client_privacy: str = ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -81,13 +82,37 @@ class LocalSteps:
     steps: int = 1
 
 
+class PublicInputs(Protocol):
+    """The plan's public inputs, as the models of a round answer them: a class for each, or for each word of each."""
+
+    def predict(self, delta: Delta) -> Tensor:
+        """Return the scores (answers, classes) of θ + delta, in float64; rows of NaN for what was not read."""
+        ...
+
+    def distill(
+        self, delta: Delta, taught: Tensor, *, temperature: float, learning_rate: float, epochs: int, batch_size: int
+    ) -> Delta:
+        """Train θ + delta to predict what was taught, and return what it then is apart from θ, in float64.
+
+        Args:
+            delta: The start.
+            taught: (answers, classes) probabilities; rows of NaN are left out.
+            temperature: Of both sides in the loss T² · KL.
+            learning_rate: Of Adam at first; it falls to 0 over all steps.
+            epochs: Passes over the inputs.
+            batch_size: Inputs of a step.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class RoundContext:
     """What a part may know of the round beside the updates; a part that wants it has a parameter named `context`.
 
     round: from 1 to rounds. seed: the plan's. organizations: of the run, asked or not. state: θ, as everybody received it.
     adapters: of the stage, where it trains LoRA factors. memory: what this part remembered of the round before; empty in the
-    first. score: the accuracy of θ + delta on the server's own validation records; None where it holds none.
+    first. score: the accuracy of θ + delta on the server's own validation records; None where it holds none. public: the plan's
+    public inputs; None where it names none.
     """
 
     round: int = 1
@@ -99,6 +124,7 @@ class RoundContext:
     adapters: tuple[Adapter, ...] = ()
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     score: Callable[[Delta], float] | None = None
+    public: PublicInputs | None = None
 
 
 @dataclass(frozen=True)

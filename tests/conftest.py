@@ -44,11 +44,14 @@ def reviews(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "reviews.csv", sentences(240))
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are cached in a folder of the test session, not in the user's."""
-    folder = tmp_path_factory.getbasetemp() / "cotune-cache"
-    monkeypatch.setenv("COTUNE_CACHE", str(folder))
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cotune-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COTUNE_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(autouse=True)

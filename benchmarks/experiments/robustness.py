@@ -174,12 +174,12 @@ def play(data: Data, rule: str, attack: str, seed: int, folder: Path) -> tuple[f
     file = RunFile(run="robustness", created="2026-01-01T00:00:00+00:00", engine="in-process", participants=people, silent=True)
     run = RunFolder.create(folder, plan, file)
     progress = train_rounds(
-        grid_of(plan, answer), run, get_plan_model(plan, "cpu"), lambda state: None, lambda state: judged(data, state).accuracy
+        grid_of(plan, answer), run, get_plan_model(plan, "cpu"), lambda state: None, lambda state: judged(data, state).score
     )
     final = matrix(progress.state)
     others = data.test[data.labels[data.test] != 0]
     works = float((np.argmax(triggered(data.features[others]) @ final.T, axis=1) == 0).mean())
-    return judged(data, progress.state).accuracy, works, sum(not entry["applied"] for entry in progress.history)
+    return judged(data, progress.state).score, works, sum(not entry["applied"] for entry in progress.history)
 
 
 def load_plan_with(plan: Plan, strategy: Any) -> Plan:

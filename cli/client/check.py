@@ -92,7 +92,14 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
 def keep_site_options(site: Site, plan: Plan, options: SiteOptions) -> Site:
     """Write into the site where records and base model are, as far as the command line says so."""
     set_records(
-        site, plan, options.data, text=options.text, label=options.label, unit=options.unit, collection=options.collection
+        site,
+        plan,
+        options.data,
+        text=options.text,
+        label=options.label,
+        tasks=options.tasks,
+        unit=options.unit,
+        collection=options.collection,
     )
     return site if options.model is None else set_base_model(site, plan, options.model)
 

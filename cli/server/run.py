@@ -28,7 +28,7 @@ from cotune.server.deployment.execution.run_controller import (
     is_superlink_kept_running,
     lock_runs,
     newest,
-    retry_while_served,
+    retry_while_kept_running,
     run_to_completion,
     submit,
 )
@@ -55,18 +55,18 @@ def run(
     federation = FederationFolder(folder)
     console = screen()
     with lock_runs(federation), open_control(federation.superlink_address, federation.files.certificates.authority) as executor:
-        served = partial(is_superlink_kept_running, federation)
+        kept_running = partial(is_superlink_kept_running, federation)
         if not resume:
             with showing_remote_progress(console) as tell:
-                retry_while_served(executor.running, served, tell)  # raises, in one sentence, where the server does not run
+                retry_while_kept_running(executor.running, kept_running, tell)  # raises where the server does not run
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
             with showing_remote_progress(console) as tell:
-                retry_while_served(lambda: submit(played, executor), served, tell)
-            console.print(f"{escape(played.file.run)} is handed over: `cotune server run {folder} --resume` follows it")
+                retry_while_kept_running(lambda: submit(played, executor), kept_running, tell)
+            console.print(f"{escape(played.file.run)} is submitted: `cotune server run {folder} --resume` follows it")
             return
         with showing_remote_progress(console) as tell:
-            run_to_completion(played, executor, tell, served=served)
+            run_to_completion(played, executor, tell, kept_running=kept_running)
     _show_result(console, played)
 
 

@@ -54,12 +54,14 @@ class Connector:
             write_public_key(site, present)  # a renewal may have been cut off before it
 
     @contextmanager
-    def __call__(self, known: int | None, anew: bool) -> Iterator[FleetClient]:
+    def __call__(self, known: int | None, reconnect: bool) -> Iterator[FleetClient]:
         """Connect, as `flower.fleet_client.connected` does."""
         certificates = self._certificates()
         with ExitStack() as held:
             try:
-                fleet = held.enter_context(self._connect(self._address, certificates, read_private_key(self._key), known, anew))
+                fleet = held.enter_context(
+                    self._connect(self._address, certificates, read_private_key(self._key), known, reconnect)
+                )
             except NodeRejected as refused:
                 fleet = self._enter_with_next(held, certificates, refused)
             yield fleet

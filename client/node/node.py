@@ -68,7 +68,7 @@ _MAX_WAIT_SECONDS = 10.0
 _OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
-Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # as `connected`: known, anew
+Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # as `connected`: known, reconnect
 
 
 class Worker(Protocol):
@@ -243,7 +243,7 @@ class Node:
             self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
     def _request_resend(self, fleet: FleetClient, error: Aborted) -> None:
-        """The server's call was cut off, as by a SuperLink that was killed: anyone who connects anew is asked again."""
+        """The server's call was cut off, as by a SuperLink that was killed: anyone who reconnects is asked again."""
         self._drop(fleet, f"{error}; it is to be asked again")
         self._in_doubt = True
         raise FleetError("a request did not come whole")
@@ -329,7 +329,7 @@ class Node:
             _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
             self._worker_content = _content_of(self._request) if self._is_submitted and self._reply is None else ""
-            self._drop(fleet, "the server knows this node by another number now, and asks it anew")
+            self._drop(fleet, "the server knows this node by another number now, and asks it again")
 
     def _leave(self, fleet: FleetClient) -> None:
         """A node that is stopped says so: nobody waits for what it was at."""
@@ -360,7 +360,7 @@ class Node:
 
 
 def _content_of(request: AnnouncedRequest) -> str:
-    """The identifier of what a request holds: a hash of it, the same when it is asked anew."""
+    """The identifier of what a request holds: a hash of it, the same when it is asked again."""
     return str(request.tree.children[0].object_id) if request.tree.children else ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from flwr.app import Message, MessageType
 
@@ -40,17 +41,23 @@ def read_plan(request: Request) -> Plan:
             again, as from the file in which it waits for approval.
     """
     try:
-        plan = parse_plan(json.loads(request.plan))
-        plan.canonical().encode()
-        if parse_plan(json.loads(plan.canonical())) != plan:
-            raise RunError(
-                "the plan is another one when it is read again: expected the canonical form of one plan",
-                code="run.ambiguous_plan",
-            )
+        return _parse(request.plan)
     except UnicodeEncodeError:
         raise RunError("the plan holds half a character: expected Unicode text", code="run.unreadable_plan") from None
     except (ValueError, RecursionError) as error:
         raise RunError(f"the plan cannot be read ({type(error).__name__}): expected JSON", code="run.unreadable_plan") from None
+
+
+@lru_cache(maxsize=4)
+def _parse(text: str) -> Plan:
+    """The plan of a text; every request of a run has the same one."""
+    plan = parse_plan(json.loads(text))
+    plan.canonical().encode()
+    if parse_plan(json.loads(plan.canonical())) != plan:
+        raise RunError(
+            "the plan is another one when it is read again: expected the canonical form of one plan",
+            code="run.ambiguous_plan",
+        )
     return plan
 
 

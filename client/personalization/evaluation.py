@@ -99,6 +99,13 @@ def open_final_model(site: Site, wanted: str = "") -> Received:
     """
     folder, plan = _chosen(site, wanted)
     require_classes(plan, "adapting the received model")
+    if plan.tasks:
+        raise ModelError(
+            f"the model of the plan {plan.name} is for several tasks ({', '.join(task.name for task in plan.tasks)}), and one"
+            " head is adapted or evaluated here: expected the folder of one task, such as"
+            f" `cotune evaluate {folder / plan.tasks[0].name}`",
+            code="model.no_feature_head",
+        )
     loaded, labels, task = load_finished(str(folder), plan.model.max_length)
     if (labels, task) != (plan.labels, plan.task):
         raise ModelError(
@@ -128,7 +135,7 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
             f" of the plans {known} are here",
             code="run.no_such_model",
         )
-    newest = max(fitting, key=lambda folder: (folder / "config.json").stat().st_mtime_ns)
+    newest = max(fitting, key=lambda folder: (folder / ABOUT).stat().st_mtime_ns)
     about = found[newest]  # an earlier version has kept the plan's id alone
     plan = parse_plan(about["plan"]) if "plan" in about else Approvals(site).find(about["plan_id"])
     if plan.plan_id != about["plan_id"]:

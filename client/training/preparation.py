@@ -16,10 +16,10 @@ from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.own_copy import open_personal
 from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.sanity_checks import SanityChecks
+from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.models.trainable import State
-from cotune.plan.parameters import trained_names
+from cotune.plan.parameters import held_names, trained_names
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def prepare_round(context: LocalContext) -> PreparedRound:
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
-    names = trained_names(plan, model, context.round)
+    tasks = context.account.holdings.tasks
+    personal.shared = held_names(plan, personal.shared, tasks)
+    names = held_names(plan, trained_names(plan, model, context.round), tasks)
     parameters = model.train_only(names)
     setup = build_setup(
         plan,
@@ -71,7 +73,7 @@ def prepare_round(context: LocalContext) -> PreparedRound:
         build_optimizer(context.stage.local, model, names, parameters),
         dict(zip(names, parameters, strict=True)),
         received,
-        SanityChecks(model, {name: received[name] for name in names}, noise=context.account.budget is not None),
+        build_sanity_checks(context, {name: received[name] for name in names}, noise=context.account.budget is not None),
         personal,
         correction,
         own_rank,

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cotune.client.training.context import LocalContext
 from cotune.errors import RunError
-from cotune.models.trainable import TrainableModel
+from cotune.models.trainable import State, TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 
 _MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
+_Writes = tuple[int, int]  # where a tensor lies, and how often it was written
+_summed: WeakKeyDictionary[TrainableModel, dict[str, tuple[_Writes, int]]] = WeakKeyDictionary()  # as a round has left it
 
 
 class SanityChecks:
     """Sanity checks of one round: exactly the trainable parameters change.
 
-    A model that is wired wrongly costs one step, and no more.
+    A model that is wired wrongly costs one step, and no more. Frozen parameters are watched by the counters that PyTorch raises
+    with every write, and buffers by checksums. What writes past the counters, such as a kernel of somebody else, shows in the
+    checksums of all parameters at the end, where these are asked for.
 
     Args:
         before: The trained parameters as they were received.
         noise: Whether every step adds noise.
+        thorough: Whether every frozen parameter is compared by a checksum at the end of the round, too.
         summed_at_once: Entries that a checksum takes at once; the default takes 32 MiB as integers.
     """
 
-    def __init__(self, model: TrainableModel, before: Mapping[str, Tensor], *, noise: bool, summed_at_once: int = 2**22) -> None:
+    def __init__(
+        self,
+        model: TrainableModel,
+        before: Mapping[str, Tensor],
+        *,
+        noise: bool,
+        thorough: bool = True,
+        summed_at_once: int = 2**22,
+    ) -> None:
         self.model = model
         self.before = before
         self.noise = noise
         self.summed_at_once = summed_at_once
-        self.frozen = self._checksums()
+        self._sums = self._recall_sums() if thorough else {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Watch from here on: trials before the first step write parameters and restore them."""
+        self._writes = self._count_writes()
+        self._buffers = self._sum_buffers()
 
     def after_step(self, report: StepReport) -> None:
         """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
         if report.step > 1:
             return
-        changed = [name for name, checksum in self._checksums().items() if checksum != self.frozen[name]]
-        if changed:
-            raise RunError(
-                f"the first step changed {changed[0]}, which is frozen: expected only the shared parameters to move",
-                code="run.frozen_parameter_changed",
-            )
+        _check_same(self._writes, self._count_writes())
+        _check_same(self._buffers, self._sum_buffers())
         still = [name for name in self._still() if self._usual(name)]
         if self.noise and still:
             raise RunError(
@@ -51,13 +68,21 @@ class SanityChecks:
             )
 
     def after_round(self) -> None:
-        """Check that the round changed something: an adapter that is not wired in would not. Raises RunError."""
+        """Check that the round changed something, as an adapter that is not wired in would not, and nothing frozen.
+
+        Raises:
+            RunError: It did not, or a checksum is another one.
+        """
         still = self._still()
         if len(still) == len(self.before) and all(self._usual(name) for name in still):
             raise RunError(
                 "no parameter moved in this round: expected every shared one to be trained; check the train mode",
                 code="run.nothing_trained",
             )
+        if self._sums:
+            found = self._sum_parameters()
+            _check_same(self._sums, found)
+            _summed[self.model] = {name: (writes, found[name]) for name, writes in self._count_writes().items()}
 
     def _still(self) -> list[str]:
         own = dict(self.model.parameters())
@@ -68,10 +93,53 @@ class SanityChecks:
         value = self.before[name]
         return value.numel() == 0 or float(value.abs().max()) < _MAX_USUAL_VALUE
 
-    def _checksums(self) -> dict[str, int]:
-        """The sum of every frozen tensor's bits, parameters and buffers."""
-        tensors: Iterable[tuple[str, Tensor]] = [*self.model.parameters(), *self.model.module.named_buffers()]
-        return {name: _checksum(tensor, self.summed_at_once) for name, tensor in tensors if name not in self.before}
+    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.model.parameters() if name not in self.before)
+
+    def _count_writes(self) -> dict[str, _Writes]:
+        """Where each frozen parameter lies, and how often it was written."""
+        return {name: _count_writes(parameter) for name, parameter in self._frozen()}
+
+    def _sum_buffers(self) -> dict[str, int]:
+        return {name: _checksum(buffer, self.summed_at_once) for name, buffer in self.model.module.named_buffers()}
+
+    def _recall_sums(self) -> dict[str, int]:
+        """As `_sum_parameters`; of those that were not written since, as they were at the end of the round before."""
+        known = _summed.get(self.model, {})
+        now = self._count_writes()
+        same = {name: total for name, (writes, total) in known.items() if now.get(name) == writes}
+        return {
+            name: same[name] if name in same else _checksum(parameter, self.summed_at_once) for name, parameter in self._frozen()
+        }
+
+    def _sum_parameters(self) -> dict[str, int]:
+        """The sum of the bits of every frozen parameter."""
+        return {name: _checksum(parameter, self.summed_at_once) for name, parameter in self._frozen()}
+
+
+def _count_writes(parameter: nn.Parameter) -> _Writes:
+    return parameter.data_ptr(), parameter._version
+
+
+def _check_same(before: Mapping[str, object], now: Mapping[str, object]) -> None:
+    changed = [name for name, value in now.items() if value != before[name]]
+    if changed:
+        raise RunError(
+            f"training changed {changed[0]}, which is frozen: expected only the shared parameters to move",
+            code="run.frozen_parameter_changed",
+        )
+
+
+def build_sanity_checks(context: LocalContext, before: State, *, noise: bool) -> SanityChecks:
+    """Return thorough checks in every round of a real organization, and in the last one of a simulation, with one model for all.
+
+    Args:
+        context: The round.
+        before: As of `SanityChecks`.
+        noise: As of `SanityChecks`.
+    """
+    thorough = not context.site.file.simulated or context.round == context.plan.rounds
+    return SanityChecks(context.model, before, noise=noise, thorough=thorough)
 
 
 def _checksum(tensor: Tensor, at_once: int) -> int:

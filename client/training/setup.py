@@ -40,6 +40,7 @@ from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rul
 
 _Checked = tuple[object, ...]
 _checked: WeakKeyDictionary[TrainableModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
+_last_checked: WeakKeyDictionary[TrainableModel, tuple[object, ...]] = WeakKeyDictionary()  # the same, of a round's state
 _MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
 
 
@@ -195,6 +196,30 @@ def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> 
         )
     setup.check_independent_rows()
     return error
+
+
+def check_gradients_of_state(setup: TrainingSetup, privacy: RecordPrivacy, mode: str, model: TrainableModel, key: object) -> None:
+    """Check gradients as `check_gradients` does, once for a state: simulated organizations share it in every round.
+
+    The check reads no record. Its outcome follows from the module and its values, the way in which gradients are taken, and the
+    shapes of batches; all but the values are the same for everybody with the same plan, stage and slots.
+
+    Args:
+        setup: Of the round.
+        privacy: Of the plan.
+        mode: What is trained.
+        model: Set to the state that is about to be trained.
+        key: The plan, the round, and a digest of the values that are trained from.
+
+    Raises:
+        PrivacyError: As `check_gradients`.
+    """
+    made_up = next(setup.samples().batches(range(3)))[1]
+    shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in made_up.items()))
+    question = (key, mode, shapes, kernel_key(model.device))
+    if _last_checked.get(model) != question:
+        check_gradients(setup, privacy, mode)
+        _last_checked[model] = question
 
 
 def _why_no_gradients(raised: Exception, module: nn.Module) -> str:

@@ -18,13 +18,14 @@ from cotune.client.training.observe import notify
 from cotune.client.training.own_copy import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.sanity_checks import SanityChecks
-from cotune.client.training.setup import build_optimizer, check_gradients
+from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
+from cotune.client.training.setup import build_optimizer, check_gradients_of_state
 from cotune.errors import Declined
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+from cotune.protocol.messages import state_digest
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def _private_training(prepared: PreparedRound) -> int:
     account = context.account
     privacy = plan.privacy
     assert isinstance(privacy, RecordPrivacy)
-    check_gradients(prepared.setup, privacy, context.stage.mode)
+    trained_from = plan.plan_id, context.round, state_digest(prepared.received)
+    check_gradients_of_state(prepared.setup, privacy, context.stage.mode, context.model, trained_from)
     rate = context.stage.local.sample_rate(context.examples)
     charged = Steps(context.noise_multiplier, rate, plan.charged_steps(context.stage, context.examples))
     charge = account.reserve(context.round, charged)
@@ -119,7 +121,7 @@ def _train_copy(prepared: PreparedRound, steps: Callable[[torch.optim.Optimizer]
     with copy.in_place(prepared.received) as parameters:
         names = list(parameters)
         optimizer = build_optimizer(context.stage.local, context.model, names, list(parameters.values()))
-        checks = SanityChecks(context.model, context.model.state(names), noise=True) if noise else None
+        checks = build_sanity_checks(context, context.model.state(names), noise=True) if noise else None
         with copy.pull(optimizer, parameters, prepared.received):
             return _follow(steps(optimizer), prepared, checks, None)
 
@@ -168,6 +170,8 @@ def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: Sani
         epsilon: ε with this round, which is reserved already.
     """
     taken = 0
+    if checks is not None:
+        checks.begin()
     for report in reports:
         if checks is not None:
             checks.after_step(report)

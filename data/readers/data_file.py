@@ -45,13 +45,25 @@ class DataFile:
 
     @property
     def wanted(self) -> tuple[str, str]:
-        """The columns of the inputs and of the labels."""
-        return str(getattr(self.config, self.key)), str(getattr(self.config, self.target))
+        """The columns of the inputs and of the labels; of several tasks, those of the first one."""
+        given = str(getattr(self.config, self.key))
+        return (given, self.config.tasks[0][1]) if self.is_multi_task else (given, str(getattr(self.config, self.target)))
+
+    @property
+    def is_multi_task(self) -> bool:
+        """Whether there is a column of labels for each of several tasks."""
+        return self.target == "tasks"
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of the labels: one, or one for each task."""
+        return tuple(column for _, column in self.config.tasks) if self.is_multi_task else self.wanted[1:]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Those, and the column of the units where there is one."""
-        return self.wanted if self.config.unit is None else (*self.wanted, self.config.unit)
+        wanted = (self.wanted[0], *self.label_columns)
+        return wanted if self.config.unit is None else (*wanted, self.config.unit)
 
 
 Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns; the values of those wanted and there

@@ -108,7 +108,7 @@ def has_class_folders(folder: Path) -> bool:
 
 
 def folder_signature(folder: Path) -> int:
-    """A number that changes when an image is added, removed, renamed or written anew."""
+    """A number that changes when an image is added, removed, renamed or written again."""
     digest = hashlib.sha256()
     for file, _ in list_labeled_images(folder):
         status = file.stat()

@@ -1,4 +1,4 @@
-"""Parquet files, read with `datasets`, which knows the class names that Hugging Face keeps beside integer labels."""
+"""Parquet files, with the class names that Hugging Face keeps beside integer labels."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from cotune.errors import DataError, reason_of
 
 
 def read_parquet(file: DataFile) -> Columns:
-    """Read with `datasets`: it knows the class names that Hugging Face keeps beside integer labels; they are used."""
-    from datasets import ClassLabel, Dataset
-    from datasets import Image as ImageFeature
-    from datasets.table import InMemoryTable
+    """Read with Arrow: the schema that Hugging Face writes into the file says which numbers are classes, and nothing else.
+
+    `datasets` would decode what that schema calls images, sounds or documents, at any depth, and fetch the addresses in them.
+    """
+    from datasets import ClassLabel, Features
     from pyarrow import BufferReader, parquet
 
     try:
         opened = parquet.ParquetFile(BufferReader(file.raw))
         names = list(opened.schema_arrow.names)
         present = [name for name in dict.fromkeys(file.columns) if names.count(name) == 1]
-        # Dataset.from_parquet would copy the file to a cache, and take "[1]" in its path for a pattern.
-        table = Dataset(InMemoryTable(opened.read(columns=present, use_threads=False)), fingerprint="unused")
-        for name, feature in dict(table.features).items():
-            if isinstance(feature, ImageFeature):  # decoding is ours, with limits
-                table = table.cast_column(name, ImageFeature(decode=False))
+        table = opened.read(columns=present, use_threads=False)
         values = _values(file, table)
-        for name, feature in table.features.items():
+        for name, feature in Features.from_arrow_schema(table.schema).items():
             inner = getattr(feature, "feature", None)  # of a list
             if isinstance(feature, ClassLabel):
                 values[name] = [_named(file, name, feature.names, *pair) for pair in enumerate(values[name], 1)]
@@ -61,14 +58,14 @@ def _named(file: DataFile, column: str, names: Sequence[str], row: int, number: 
 def _values(file: DataFile, table: Any) -> dict[str, list[Any]]:
     """The values of each column; where lenient, without the rows that cannot be read, such as a text that is no UTF-8."""
     try:
-        return dict(table[:])
+        return dict(table.to_pydict())
     except Exception:
         if not file.lenient:
             raise
     rows = []
     for number in range(len(table)):
         try:
-            rows.append(table[number])
+            rows.append({name: table.column(name)[number].as_py() for name in table.column_names})
         except Exception:  # as above, damaged values raise anything
             file.skipped[UNREADABLE] += 1
     return {name: [row[name] for row in rows] for name in table.column_names}

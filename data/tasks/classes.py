@@ -26,6 +26,7 @@ class ClassTargets:
     keeps_trained_head = True
     floor = "always the most frequent class"
     label_dtype = torch.long
+    has_several_heads = False
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.key, "label"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image as Pillow
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from cotune.errors import DataError, ModelError, reason_of
 
@@ -39,7 +39,9 @@ class ImageProcessor:
         self.file = folder / CONFIG_FILE
         _check_config(self.file)
         try:
-            self._processor: Any = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+            self._processor: Any = transformers.AutoImageProcessor.from_pretrained(
+                str(folder), backend="pil", trust_remote_code=False
+            )  # imported here: it takes a second
             self.shape = self._try_out()
         except ModelError:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -43,11 +43,44 @@ class ClassMetrics:
 
 
 @dataclass(frozen=True)
+class MultiTaskMetrics:
+    """Of several tasks: the means over them, and the figures of each.
+
+    Attributes:
+        tasks: Task -> its figures; those without a label in the test set are absent.
+    """
+
+    tasks: Mapping[str, ClassMetrics]
+
+    @property
+    def score(self) -> float:
+        return self._mean("accuracy")
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the means by their names, and those of each task as "task/accuracy", "task/f1" and so on."""
+        means = {key: self._mean(key) for key in ("accuracy", "precision", "recall", "f1")}
+        return means | {f"{task}/{key}": value for task, own in self.tasks.items() for key, value in own.as_dict().items()}
+
+    @classmethod
+    def read(cls, values: Mapping[str, float]) -> MultiTaskMetrics:
+        """Return metrics from their `as_dict`."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in values.items():
+            task, slash, key = name.partition("/")
+            if slash:
+                found.setdefault(task, {})[key] = value
+        return cls({task: ClassMetrics(**own) for task, own in found.items()})
+
+    def _mean(self, key: str) -> float:
+        return sum(own.as_dict()[key] for own in self.tasks.values()) / max(1, len(self.tasks))
+
+
+@dataclass(frozen=True)
 class TextMetrics:
     """Of texts that a model is to write, over all target tokens of the test set, each predicted from the true ones before it.
 
     Attributes:
-        loss: Mean negative log-likelihood, in nats per token: less is better.
+        loss: Mean negative log-likelihood, in nats per token: less is better; the largest float where it is no number.
         perplexity: e to the loss.
         accuracy: Share of the tokens that the model finds most probable.
     """
@@ -189,9 +222,10 @@ def compute_text_metrics(answers: Sequence[TextAnswer]) -> TextMetrics:
             code="data.no_targets",
         )
     loss = math.fsum(loss for loss, _, _ in answers) / tokens
+    loss = loss if math.isfinite(loss) else sys.float_info.max  # of a model that overflows: a document holds no infinity
     return TextMetrics(loss, _exp(loss), sum(right for _, _, right in answers) / tokens)
 
 
 def _exp(loss: float) -> float:
-    """The largest float where there is no larger one: a document holds no infinity."""
+    """The largest float where there is no larger one."""
     return math.exp(min(loss, math.log(sys.float_info.max)))

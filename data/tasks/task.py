@@ -20,6 +20,7 @@ from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.multi_label import MultiLabelClassification
+from cotune.data.tasks.multi_task import MultiTask
 from cotune.data.tasks.regression import Regression
 from cotune.data.tasks.seq2seq import SequenceToSequence
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
@@ -41,6 +42,7 @@ class Task(Protocol):
     pipeline: str  # how `transformers.pipeline` calls it
     problem_type: str | None  # of the exported configuration: which loss and which probabilities the scores are for
     pools: bool  # whether its head reads one vector of a record
+    has_several_heads: bool  # whether there is a head for each of several tasks
     keeps_head: bool  # whether the head is the base model's own, so that it is neither new nor a part of every stage
     keeps_trained_head: bool  # whether training goes on from a head that the folder has for the same labels
     floor: str  # what anyone can tell without training, as a model card calls it
@@ -154,7 +156,10 @@ class Task(Protocol):
         """Metrics from their `as_dict`."""
 
     def constant(self, held: Sequence[Label], classes: Sequence[str]) -> Any:
-        """The one answer that is right most often for these labels; None where there is none such."""
+        """The one answer that is right most often for these labels; None where there is none such.
+
+        Of several tasks a tuple: for each class, the one answer to the task that it belongs to.
+        """
 
     def stand_in(self, features: Tensor, pad: int) -> dict[str, Tensor]:
         """Inputs with which a head alone is called, its encoder answering with the features: (b, d), or (b, t, d) for words."""
@@ -168,6 +173,8 @@ _TASKS: dict[str, Task] = {
     "regression": Regression(),
     "causal-lm": CausalLanguageModeling(),
     "seq2seq": SequenceToSequence(),
+    "multi-task": MultiTask(SequenceClassification()),
+    "multi-task-images": MultiTask(ImageClassification()),
 }
 
 

@@ -152,13 +152,18 @@ def synthetic_rows(tokenizer: Any) -> list[list[int]]:
     """Three rows of ordinary tokens: a short one, a long one, and a single token; with the special ones that every text has."""
     special = set(tokenizer.all_special_ids)
     usable = [i for i in range(min(len(tokenizer), 500)) if i not in special]
-    before, after = _around(tokenizer, usable[0])
+    before, after = frame_tokens(tokenizer, usable[0])
     rows = (usable[:3], usable[3:10] or usable[-7:], usable[10:11] or usable[-1:])  # a small vocabulary has no eleven
     return [[*before, *row, *after] for row in rows]
 
 
-def _around(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
-    """The special tokens before and after the words of every text: those that a text of one word and an empty one share."""
+def frame_tokens(tokenizer: Any, token: int) -> tuple[list[int], list[int]]:
+    """Return the special tokens before and after the words of every text: those that a text of one word and an empty one share.
+
+    Args:
+        tokenizer: Of the base model.
+        token: The number of an ordinary token.
+    """
     empty, one = (list(tokenizer(text)["input_ids"]) for text in ("", tokenizer.convert_ids_to_tokens(token)))
     start = 0
     while start < len(empty) and empty[start] == one[start]:

@@ -29,12 +29,13 @@ from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
-from cotune.models.base_folder import read_base_labels, read_settings
+from cotune.models.base_folder import ENCODER, read_base_labels, read_settings
 from cotune.models.base_lookup import find_base
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base_model import LoadedModel, load_layer_model, load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, entity_quality, predict_classes, quality
+from cotune.models.layer_folder import is_layer_model
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 64
@@ -146,9 +147,12 @@ def open_predictor(source: str, device: str = "auto", max_length: int | None = N
 def load_finished(source: str, max_length: int | None = None) -> tuple[LoadedModel, tuple[str, ...], TaskName]:
     """Return a finished model with its labels and task. Raises ModelError."""
     try:
-        path = find_base(ModelConfig(base=source)).path
+        folder = find_base(ModelConfig(base=source))
+        path = folder.path
         task = _task_of(path)
         labels = _labels_of(path) if has_labels(task) else read_base_labels(path)
+        if is_layer_model(path):
+            return load_layer_model(folder, task, max_length or length_of(path / ENCODER)), labels, task
         config = ModelConfig(base=source, pooling="native", max_length=max_length or length_of(path))
         return load_model(config, labels, 0, task, finished=True), labels if has_labels(task) else (), task
     except ModelError as error:

@@ -43,6 +43,8 @@ class Floor:
         constant = self.model.loaded.task.constant(held, self.test.labels)
         if constant is None:
             return self._untrained
+        if self.model.loaded.task.has_several_heads:
+            return [constant[number] for number in self.test.truth]
         entries = constant if isinstance(constant, tuple) else (constant,)
         return list(entries) * (len(self.test.truth) // len(entries))
 

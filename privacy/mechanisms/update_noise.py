@@ -24,7 +24,7 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class LocalOptimizer:
-    """A local optimizer, whose state starts anew in every round; anything else has torch's defaults.
+    """A local optimizer, whose state starts again in every round; anything else has torch's defaults.
 
     Attributes:
         kind: Which of torch's optimizers.

@@ -8,7 +8,10 @@ from cotune.reporting.documents.base import Document, Number
 
 
 class MetricsEntry(Document):
-    """Metrics of a task, those of other tasks being absent."""
+    """Metrics of a task, those of other tasks being absent.
+
+    Of several tasks they are means over them, and those of each stand beside as `TASK/accuracy`, `TASK/f1` and so on.
+    """
 
     accuracy: Number = Field(
         0.0,
@@ -98,7 +101,7 @@ class RoundEntry(Document):
     absent: list[str] = Field(
         default_factory=list, description="Those of `dropped` that were not connected, or were lost and did not come back."
     )
-    left_out: list[str] = Field(
+    excluded: list[str] = Field(
         default_factory=list,
         description="Organizations that were not selected any more, after `server.strikes` strikes or as they were revoked.",
     )

@@ -110,6 +110,28 @@ class PersonalGain(Document):
     worst: str = Field(description="Whose it is.")
 
 
+class TaskGain(Document):
+    """What sharing the encoder changes for one task, on some test records with a label of it."""
+
+    records: int = Field(description="How many there are.")
+    federated: Number = Field(description="Accuracy of this run.")
+    single: Number | None = Field(description="Accuracy of the same run for this task by itself; null where not measured.")
+    gain: Number | None = Field(description="`federated` less `single`; below 0: negative transfer.")
+    interval: list[Number] = Field(description="95 % interval of the gain.")
+    p: Number | None = Field(description="p-value of the paired test.")
+
+
+class TaskSummary(Document):
+    """One of several tasks of a simulation."""
+
+    name: str = Field(description="Its name.")
+    weight: Number = Field(description="λ, as in the plan.")
+    classes: int = Field(description="How many it has.")
+    holders: list[str] = Field(description="The organizations that have labels of it.")
+    all: TaskGain | None = Field(description="On the common test set.")
+    organizations: dict[str, TaskGain | None] = Field(description="Organization → the same on its own held-out records.")
+
+
 class Repeated(Document):
     """Metrics of each organization's model."""
 
@@ -256,7 +278,7 @@ class OrganizationSummary(Document):
     weight: Number | None = Field(None, description="Real run: its share in the last round that it took part in, of 1.")
     dropped: int | None = Field(None, description="Real run: rounds without an update of it.")
     quarantined: int | None = Field(None, description="Real run: rounds in which an update of it was rejected.")
-    left_out: bool | None = Field(None, description="Real run: whether it is excluded after too many strikes.")
+    excluded: bool | None = Field(None, description="Real run: whether it is excluded after too many strikes.")
     delivered: bool | None = Field(None, description="Real run: whether it has confirmed the finished model.")
 
 
@@ -291,6 +313,9 @@ class RunSummary(Document):
     )
     personal: PersonalGain | None = Field(
         None, description="What [personal parts](personal.md) change; null without them, or where that was not measured."
+    )
+    tasks: list[TaskSummary] = Field(
+        default_factory=list, description="Several tasks on one encoder ([docs](several-tasks.md)); absent otherwise."
     )
     test: TestSummary = Field(description="Figures on the common test set.")
     organizations: list[OrganizationSummary] = Field(description="The organizations.")

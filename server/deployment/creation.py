@@ -21,6 +21,7 @@ from cotune.errors import PlanError, RunError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
+from cotune.models.public_map import pin_model
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
@@ -127,7 +128,7 @@ def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
         check_text_metrics()
     base = find_base(plan.model)
     labels = _determine_labels(plan, config.test, read_base_labels(base.path))
-    model = plan.model.model_copy(update=base.pins)
+    model = pin_model(plan.model, base)
     return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))
 
 

@@ -139,7 +139,7 @@ class SuperLinkFiles:
 
     @property
     def database(self) -> Path:
-        """Messages on their way, unless they are kept in memory; begun anew with every start."""
+        """Messages on their way, unless they are kept in memory; restarted with every start."""
         return self.path / "state.sqlite"
 
     @property

@@ -83,7 +83,7 @@ class _Document(BaseModel):
 
 
 class Members:
-    """The list of members, in the order of their invitations. Every call reads it anew: other processes change it."""
+    """The list of members, in the order of their invitations. Every call reads it again: other processes change it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -19,6 +19,7 @@ from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.plan_checks import build_notes, check_example_bounds
 from cotune.server.rounds.feasibility import check_feasible
+from cotune.server.rounds.public_inputs import read_public_inputs
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.documents import JsonDocument
@@ -41,6 +42,7 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         found = read_records(plan.data.without_units(), test, plan.task)
         if has_labels(plan.task):
             check_labels(found, plan.labels)
+    read_public_inputs(plan, federation.path)
     path = _folder(federation, plan, name)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     device = federation.config.device

@@ -97,7 +97,7 @@ class ClientConnection:
         return await self._serve_member(request, superlink, member)
 
     async def _read_head(self) -> h11.Request | None:
-        async with asyncio.timeout(self.limits.patience):
+        async with asyncio.timeout(self.limits.timeout):
             event = await self._read_event()
         return event if isinstance(event, h11.Request) else None
 

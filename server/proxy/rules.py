@@ -36,7 +36,7 @@ class Limits(BaseModel):
     strangers: int = Field(64, ge=1)  # connections that no member has signed a request on yet; the oldest makes room
     connections_per_address: int = Field(64, ge=1)  # an IPv6 network /64 is one address
     first_byte: float = Field(5.0, gt=0)  # seconds for it
-    patience: float = Field(30.0, gt=0)  # seconds for a handshake, for a next head to be complete, and for any content
+    timeout: float = Field(30.0, gt=0)  # seconds for a handshake, for a next head to be complete, and for any content
     bytes_per_second: int = Field(16 * KIB, ge=1)  # the slowest that content may come or be taken
     queue: float = Field(10.0, ge=0)  # seconds that a request waits while too much is in flight
     answer: float = Field(120.0, gt=0)  # seconds for the SuperLink to answer; Flower's clients wait for 30
@@ -45,7 +45,7 @@ class Limits(BaseModel):
 
     def get_transfer_seconds(self, size: int) -> float:
         """Return the seconds that so many bytes may take on their way."""
-        return self.patience + size / self.bytes_per_second
+        return self.timeout + size / self.bytes_per_second
 
     def get_content_limit(self, call: str) -> tuple[str, int]:
         """Return the name of the limit of a call's content, and its bytes."""

@@ -160,7 +160,7 @@ class TlsProxy:
         try:
             async with asyncio.timeout(self.limits.first_byte):
                 encrypted = await _peek_first_byte(connection) == TLS_HANDSHAKE
-            async with asyncio.timeout(self.limits.patience):
+            async with asyncio.timeout(self.limits.timeout):
                 reader, writer = await _open_streams(connection, self.setup.context if encrypted else None)
         except (OSError, ssl.SSLError, TimeoutError):
             connection.close()

@@ -1,6 +1,6 @@
 """Organizations at which nobody has approved the plan yet: no failure and no strike; they are asked again, with back-off.
 
-An organization that connects anew is asked soon: one that joins with a new federation.toml has approved its plan.
+An organization that reconnects is asked soon: one that joins with a new federation.toml has approved its plan.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from cotune.reporting.documents.events import (
 from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
 from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, read_update_looks, rounded_norms, rounded_weights
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
+from cotune.server.rounds.public_inputs import PublicPredictions
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult, metrics_entry
@@ -68,6 +69,7 @@ class _Run:
     model: TrainableModel
     evaluate: Evaluate
     score: Score | None
+    public: PublicPredictions | None
     client_level: ClientLevelPrivacy | None
     store: UpdateStore
     guard: AccuracyGuard
@@ -100,7 +102,13 @@ class _Start:
     context: RoundContext
 
 
-def run_rounds(session: Session, model: TrainableModel, evaluate: Evaluate, score: Score | None = None) -> Progress:
+def run_rounds(
+    session: Session,
+    model: TrainableModel,
+    evaluate: Evaluate,
+    score: Score | None = None,
+    public: PublicPredictions | None = None,
+) -> Progress:
     """Train the rounds that are not finished yet.
 
     Args:
@@ -109,6 +117,7 @@ def run_rounds(session: Session, model: TrainableModel, evaluate: Evaluate, scor
         evaluate: Metrics of a state on the common test set; None where there is none.
         score: Accuracy of a state on the server's own validation records, for rules that score updates by it, and for the
             accuracy guard, which otherwise goes by the test set in a real run, and by nothing in a simulated one.
+        public: The plan's public inputs; None where it names none.
 
     Returns:
         The run after its last round.
@@ -132,7 +141,7 @@ def run_rounds(session: Session, model: TrainableModel, evaluate: Evaluate, scor
     guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=session.is_real)
     with closing(session.open_transport()) as transport:
         store = UpdateStore.open(folder)
-        return _train(_Run(session, transport, model, evaluate, score, client_level, store, guard), progress)
+        return _train(_Run(session, transport, model, evaluate, score, public, client_level, store, guard), progress)
 
 
 def _train(run: _Run, progress: Progress) -> Progress:
@@ -183,7 +192,10 @@ def _train_round(run: _Run, before: Progress, number: int) -> Progress:
 def _begin(run: _Run, before: Progress, number: int) -> _Start:
     state, names = begin_round(run.model, run.plan, before.state, number)
     organizations = len(run.folder.file.participants)
-    context = round_context(run.plan, run.model, before, state, number, organizations=organizations, score=run.score)
+    public = run.public.of_round(number, state, names) if run.public else None
+    context = round_context(
+        run.plan, run.model, before, state, number, organizations=organizations, score=run.score, public=public
+    )
     return _Start(number, before, state, {name: state[name] for name in names}, context)
 
 
@@ -321,7 +333,7 @@ def _excluded(run: _Run, before: Progress, number: int, members: Mapping[str, An
     folder = run.folder
     struck = find_excluded(folder, before.history)
     revoked = [who.name for who in folder.file.participants if who.name not in members]
-    known = before.history[-1].left_out if before.history else []
+    known = before.history[-1].excluded if before.history else []
     strikes = f"{run.plan.server.strikes} of its updates were refused, or did not come in time"
     for names, reason in ((struck, strikes), (revoked, REVOKED)):
         for name in [name for name in names if name not in known]:

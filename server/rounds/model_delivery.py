@@ -1,8 +1,8 @@
 """The finished model, delivered to every organization of a run; delivered.json says who has confirmed it.
 
 An organization that was away gets it when the run is continued: all who have not confirmed are asked again. One that is connected
-and silent does not hold up the end of the run: once half have confirmed, it is waited for `server.patience` times their median,
-and at least `server.least_seconds`, as in a round; it gets it when the run is continued, too.
+and silent does not delay the end of the run: once half have confirmed, it has `server.timeout_factor` times their median, and at
+least `server.min_timeout_seconds`, as in a round; it gets it when the run is continued, too.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class _Delivery:
         config = self._folder.plan.server
         taken = [self._tracker.seconds_taken[name] for name, each in self._outcomes.items() if isinstance(each, Accepted)]
         count = self._confirmed_before + len(taken)
-        if not config.patience or not count or 2 * count < self._confirmed_before + len(self._organizations):
+        if not config.timeout_factor or not count or 2 * count < self._confirmed_before + len(self._organizations):
             return self._max_wait
         return config.enough_seconds(median_high(taken) if taken else 0.0, self._max_wait)
 

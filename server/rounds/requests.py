@@ -25,7 +25,7 @@ class RetryLimits:
 
     Attributes:
         max_losses: Lost requests or replies after which it is given up.
-        max_requests: Requests in all: it may connect anew again and again.
+        max_requests: Requests in all: it may reconnect again and again.
         backoff: Seconds before a lost request is repeated; doubled after every further loss.
     """
 
@@ -157,7 +157,7 @@ class RequestTracker:
                 self._send(name, connected[name])
 
     def ask_reconnected(self) -> None:
-        """Ask again who has connected anew: its request may be lost, as Flower hands each over once."""
+        """Ask again who has reconnected: its request may be lost, as Flower hands each over once."""
         seen = self._transport.last_seen()
         if seen == self._last_seen:
             return

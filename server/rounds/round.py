@@ -3,8 +3,8 @@
 A round begins when as many organizations are connected as its quorum needs. It is over when everybody has replied, or enough
 have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
 reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
-the others took: once the quorum and half of those who were asked have replied, everybody who has had `server.patience` times
-their median, and `server.least_seconds`, has timed out.
+the others took: once the quorum and half of those who were asked have replied, anyone who has had `server.timeout_factor` times
+their median, and `server.min_timeout_seconds`, has timed out.
 
 Where nobody has approved the plan yet, the organization is asked again. The round does not wait for it once the quorum stands,
 and otherwise for at most `server.approval_seconds`: from then on it is asked again only while somebody else is waited for, so
@@ -316,7 +316,7 @@ class Round:
         make it shorter than an honest one took.
         """
         config = self._config
-        if not (self._is_real and config.patience and self._half_accepted and self._has_quorum):
+        if not (self._is_real and config.timeout_factor and self._half_accepted and self._has_quorum):
             return config.deadline_seconds
         taken = [self._tracker.seconds_taken[name] for name in self._accepted]
         return config.enough_seconds(median_high(taken), config.deadline_seconds)

@@ -114,7 +114,7 @@ class RoundResult:
             quarantined=self.quarantined,
             timed_out=self.timed_out,
             absent=self.absent,
-            left_out=list(self.excluded),
+            excluded=list(self.excluded),
             late=late,
             bytes_up=sum(each.bytes for each in accepted.values()) + self.late_bytes,
             bytes_down=self.bytes_down,

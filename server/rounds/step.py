@@ -12,7 +12,7 @@ from cotune.plan.parameters import rewritten_names, shared_names
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import Progress
 from cotune.strategies.aggregator import build_client_term, build_server_optimizer
-from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext, apply_delta
+from cotune.strategies.types import Aggregate, Delta, LocalSteps, PublicInputs, RoundContext, apply_delta
 
 Score = Callable[[State], float]
 _ANY_STEPS = 10**9  # where the plan gives epochs: each update's steps are held to its number of records when it is validated
@@ -27,7 +27,15 @@ def begin_round(model: TrainableModel, plan: Plan, state: State, round: int) -> 
 
 
 def round_context(
-    plan: Plan, model: TrainableModel, before: Progress, state: State, round: int, *, organizations: int, score: Score | None
+    plan: Plan,
+    model: TrainableModel,
+    before: Progress,
+    state: State,
+    round: int,
+    *,
+    organizations: int,
+    score: Score | None,
+    public: PublicInputs | None = None,
 ) -> RoundContext:
     """Return what the fusion and the weighting of a round may know."""
     stage = plan.get_stage(round)
@@ -42,6 +50,7 @@ def round_context(
         adapters=model.adapters() if stage.mode == "lora" else (),
         memory=_remembered(before, "fusion"),
         score=None if score is None else lambda delta: score(apply_delta(state, delta)),
+        public=public,
     )
 
 

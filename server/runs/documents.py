@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import Field
 
 from cotune.reporting.documents.base import Document, Number
-from cotune.reporting.documents.rounds import RoundEntry
 
 
 class CheckpointHeader(Document):
@@ -15,7 +14,8 @@ class CheckpointHeader(Document):
 
     round: int = Field(description="The last finished round.")
     plan_id: str = Field(description="SHA-256 of the plan's canonical form.")
-    history: list[RoundEntry] = Field(description="One entry per finished round, as in `rounds[]` of summary.json.")
+    history_bytes: int = Field(description="How many bytes of history.jsonl are those of the finished rounds.")
+    history_sha256: str = Field(description="SHA-256 of the last of these lines, over the hash of the one before and its text.")
     clip_norm: Number | None = Field(None, description="With adaptive clipping of client-level privacy: that of the next round.")
 
 

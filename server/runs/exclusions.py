@@ -62,5 +62,5 @@ def _of_failed_rounds(folder: RunFolder) -> Counter[str]:
 
 
 def _strikes_file(folder: RunFolder) -> JsonDocument[dict[str, int]]:
-    advice = "expected organizations with numbers; remove it to begin counting anew"
+    advice = "expected organizations with numbers; remove it to begin counting again"
     return JsonDocument(folder.path / "strikes.json", dict[str, int], advice=advice)

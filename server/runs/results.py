@@ -249,6 +249,6 @@ def _organization(folder: RunFolder, name: str, progress: Progress, events: Iter
         "weight": get_last_weight(progress.history, name),
         "dropped": sum(dropped.organization == name for entry in progress.history for dropped in entry.dropped),
         "quarantined": sum(name in entry.quarantined for entry in progress.history),
-        "left_out": name in find_excluded(folder, progress.history),
+        "excluded": name in find_excluded(folder, progress.history),
         "delivered": name in read_deliveries(folder),
     }

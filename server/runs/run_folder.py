@@ -3,7 +3,8 @@
 plan.toml               the resolved plan, and beside it the files of its own rules, if it has any
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
-checkpoints/            one file per finished round: model, server optimizer, history
+checkpoints/            one file per finished round: model, server optimizer, where its history ends
+history.jsonl           the history: one line per finished round
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
@@ -37,6 +38,7 @@ from cotune.plan.schema import Plan
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.documents import CheckpointHeader
 from cotune.server.runs.events import Events
+from cotune.server.runs.history_file import HistoryFile, HistoryMark
 from cotune.storage.documents import JsonDocument, parse_json, parse_toml
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
 from cotune.strategies.plugins import get_content, register_file
@@ -125,6 +127,7 @@ class RunFolder:
             if (path / name.rpartition(":")[0]).exists():
                 register_file(name, path)
         self.events = Events(path / "events.jsonl", silent=self.file.silent)
+        self._history = HistoryFile(path / "history.jsonl")
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
@@ -167,7 +170,10 @@ class RunFolder:
         return max(self._checkpoints(), default=0)
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint: when this returns, the round is durable and never repeated."""
+        """Write a checkpoint: when this returns, the round is durable and never repeated.
+
+        The history comes first: without its checkpoint a line of it counts for nothing.
+        """
         from safetensors.torch import save  # loads PyTorch, which `cotune server status` does without
 
         tensors = {f"state/{n}": t.contiguous() for n, t in progress.state.items()}
@@ -175,7 +181,14 @@ class RunFolder:
             f"memory/{n}": t.contiguous().clone() for n, t in progress.memory.items()
         }
         clip_norm = {} if progress.clip_norm is None else {"clip_norm": progress.clip_norm}
-        header = CheckpointHeader(round=progress.round, plan_id=self.plan.plan_id, history=list(progress.history), **clip_norm)
+        end = self._history.write(progress.history)
+        header = CheckpointHeader(
+            round=progress.round,
+            plan_id=self.plan.plan_id,
+            history_bytes=end.length,
+            history_sha256=end.sha256,
+            **clip_norm,
+        )
         content = save(tensors, metadata={"checkpoint": json.dumps(header.as_json())})
         file = self.path / "checkpoints" / f"round-{progress.round:05d}.safetensors"
         remove_parts(file)
@@ -209,7 +222,7 @@ class RunFolder:
             )
         state = strip_prefix("state/", tensors)
         memory = strip_prefix("memory/", tensors)
-        return Progress(header.round, state, memory, tuple(header.history), header.clip_norm)
+        return Progress(header.round, state, memory, self._history.read(_end_of_history(header)), header.clip_norm)
 
     def history(self) -> tuple[RoundEntry, ...]:
         """Read the finished rounds without tensors, also while another process trains. Raises RunError as `load` does."""
@@ -219,7 +232,7 @@ class RunFolder:
         path = checkpoints[max(checkpoints)]
         try:
             with safe_open(path, framework="np") as file:
-                return tuple(CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"])).history)
+                header = CheckpointHeader.model_validate(parse_json(file.metadata()["checkpoint"]))
         except FileNotFoundError:
             return self.history()  # a newer one has taken its place
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -227,12 +240,17 @@ class RunFolder:
                 f"the checkpoint {path} is damaged ({reason_of(error)}): remove it to go on from the round before",
                 code="run.damaged_checkpoint",
             ) from None
+        return HistoryFile(self._history.path).read(_end_of_history(header))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process off the same run during the block. Raises RunError."""
         with lock_folder(self.path):
             yield
+
+
+def _end_of_history(header: CheckpointHeader) -> HistoryMark:
+    return HistoryMark(header.history_bytes, header.history_sha256)
 
 
 def pick_run_folder(name: str, runs: Path = Path("runs")) -> Path:

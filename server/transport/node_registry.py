@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from cotune.flower.nodes import RegisteredNode
 
 LEFT = "it has left the federation; it is asked again once it rejoins"
-_LOOKS = 2  # a node that connects anew may be offline for a moment
+_LOOKS = 2  # a node that reconnects may be offline for a moment
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class RegisteredNodes:
 
         Args:
             line: A connection to a SuperLink that authenticates its nodes.
-            read_roster: Reads the members anew, as an invitation may be revoked during a run.
+            read_roster: Reads the members again, as an invitation may be revoked during a run.
         """
         self._line = line
         self._read_roster = read_roster

@@ -136,7 +136,7 @@ class SuperLinkTransport:
             self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
-        """Return who is connected; one whose reply may be lost counts as connected anew, as Flower hands over each reply once."""
+        """Return who is connected; one whose reply may be lost counts as reconnected, as Flower hands over each reply once."""
         self._check()
         lost = {name: self._returns + self._doubts[name] for name in self._found}
         return {name: replace(node, since=f"{node.since} {lost[name]}") for name, node in self._found.items()}

@@ -188,7 +188,8 @@ def _of_plan(plan: Plan, organization: str | None, device: str) -> _Audited:
     name = _chosen(organization, [share.name for share in prepared.shares])
     share = next(share for share in prepared.shares if share.name == name)
     resolved = prepared.plan
-    holdings = Dataset(((prepared.records[share.file], share.rows),), resolved.labels, resolved.task)
+    tasks = share.tasks or tuple(task.name for task in resolved.tasks)
+    holdings = Dataset(((prepared.held(share), share.rows),), resolved.labels, resolved.task, tasks=tasks)
     holdings = holdings.bound_contributions(resolved.privacy, resolved.seed)
     return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
 

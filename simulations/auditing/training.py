@@ -18,7 +18,7 @@ from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.data.dataset import Dataset
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import trained_names
+from cotune.plan.parameters import held_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.auditing.canaries import Coins, PlantedCanaries, build_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
@@ -94,7 +94,7 @@ class AuditedTraining:
         stage = self.plan.get_stage(round)
         model = self.model
         model.load(self.state)
-        names = trained_names(self.plan, model, round)
+        names = held_names(self.plan, trained_names(self.plan, model, round), self.holdings.tasks)
         parameters = model.train_only(names)
         batch = stage.local.sample_rate(self.examples) * self.examples
         setting = build_setup(self.plan, stage, model, self.holdings, self.state, self.organization, expected_batch=batch)

@@ -62,7 +62,7 @@ def compare(
         The figures. A cell that fails while it runs is a result like any other.
 
     Raises:
-        PlanError: For a combination that cannot be had, before any runs.
+        PlanError: For a combination that is not supported, before any runs.
         RunError: When another process works on the folder, or it holds a private selection.
     """
     import_all(imports)

@@ -179,7 +179,7 @@ def build_grid(
     device: str,
     listener: Observer = lambda event, fields: None,
 ) -> list[GridPoint]:
-    """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that cannot be had.
+    """All cells in the order of the grid, seeds last. Raises PlanError, which names the combination that is not supported.
 
     What a plan alone shows to be wrong, such as a name that is unknown, is refused before the first one meets data and model.
     """

@@ -114,7 +114,7 @@ class _Worker:
 def run_in_parallel(
     tasks: Sequence[Task], imports: Sequence[str], jobs: Callable[[], int], threads: Callable[[], int], listener: Observer
 ) -> Iterator[tuple[Task, str]]:
-    """Plays cells in up to `jobs()` processes, asked anew after each; yields each cell with why it failed ("": it did not).
+    """Plays cells in up to `jobs()` processes, asked again after each; yields each cell with why it failed ("": it did not).
 
     When the caller stops iterating, for whatever reason, all processes are killed.
     """

@@ -16,6 +16,7 @@ from cotune.errors import PlanError, PrivacyError
 from cotune.models.base_folder import read_base_labels
 from cotune.models.base_lookup import find_base
 from cotune.models.device import pick_device
+from cotune.models.public_map import pin_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
@@ -102,7 +103,7 @@ def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     if not labels and has_labels(plan.task):
         labels = _TWO_CLASSES
         notes = ("the plan lists no labels: sizes are those of two classes; list all classes in labels for the real ones",)
-    pinned = plan.model.model_copy(update=base.pins)
+    pinned = pin_model(plan.model, base)
     return plan.model_copy(update={"labels": labels, "model": pinned}), notes
 
 

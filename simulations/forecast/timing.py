@@ -85,6 +85,8 @@ class _Work:
             yield from self._training(self._without_privacy(), private=False)
         if "plain" in baselines and self.plan.keeps_personal:
             yield from run
+        if "single" in baselines and len(self.plan.tasks) > 1:
+            yield from run * len(self.plan.tasks)
         yield self._encode(0 if self._kept() else self._distinct)
 
     def _without_privacy(self) -> tuple[Stage, ...]:

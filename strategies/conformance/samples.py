@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cotune.models.adapter import Adapter
 from cotune.strategies.aggregator import Aggregator
@@ -106,7 +107,35 @@ def _context(info: ComponentInfo, generator: torch.Generator) -> RoundContext:
         missed = sum(float((d.double() - target[name].double()).pow(2).sum()) for name, d in delta.items())
         return 1.0 / (1.0 + missed)
 
-    return RoundContext(round=2, seed=7, state=state, local=LocalSteps(0.5, 0.0, _STEPS), adapters=adapters, score=score)
+    local = LocalSteps(0.5, 0.0, _STEPS)
+    public = LinearInputs(state, torch.randn((8, 4), generator=generator, dtype=torch.float64)) if needs.public_inputs else None
+    return RoundContext(round=2, seed=7, state=state, local=local, adapters=adapters, score=score, public=public)
+
+
+class LinearInputs:
+    """Public inputs of a model that is its head alone: a softmax regression (see `types.PublicInputs`)."""
+
+    def __init__(self, state: Mapping[str, Tensor], inputs: Tensor) -> None:
+        """inputs: (n, d) for `head.weight` (classes, d) and `head.bias` (classes,) in the state."""
+        self._state = state
+        self._inputs = inputs
+
+    def predict(self, delta: Delta) -> Tensor:
+        """Return the scores (n, classes) of θ + delta."""
+        moved = {name: self._state[name].double() for name in ("head.weight", "head.bias")}
+        moved |= {name: moved[name] + delta[name].double() for name in moved if name in delta}
+        return self._inputs @ moved["head.weight"].T + moved["head.bias"]
+
+    def distill(
+        self, delta: Delta, taught: Tensor, *, temperature: float, learning_rate: float, epochs: int, batch_size: int
+    ) -> Delta:
+        """Take one step of gradient descent on all inputs in each pass."""
+        found = {name: tensor.double().clone() for name, tensor in delta.items()}
+        for _ in range(epochs):
+            apart = functional.softmax(self.predict(found) / temperature, dim=1) - taught
+            steps = {"head.weight": apart.T @ self._inputs / len(taught), "head.bias": apart.mean(dim=0)}
+            found |= {name: found[name] - learning_rate * step for name, step in steps.items() if name in found}
+        return found
 
 
 def _sent(info: ComponentInfo, context: RoundContext) -> list[str]:

@@ -162,7 +162,7 @@ def cotune(*words: object) -> int:
 
 
 def rewritten(log: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
-    """A log with other lines, chained anew as somebody would who has the file."""
+    """A log with other lines, chained again as somebody would who has the file."""
     entries = [change(entry) for entry in AuditLog.at(log).entries()]
     forged = AuditLog.at(log.with_name("forged.jsonl"))
     for entry in entries:
@@ -208,7 +208,7 @@ def another_request(entry: dict[str, Any]) -> dict[str, Any] | None:
 def test_an_organization_that_changes_its_log_is_contradicted(
     played: tuple[RunFolder, dict[str, Site]], change: Callable[[dict[str, Any]], dict[str, Any] | None]
 ) -> None:
-    """Although its lines are chained anew."""
+    """Although its lines are chained again."""
     folder, sites = played
     forged = rewritten(sites["clinic"].folder / "audit.jsonl", change)
     assert cotune("server", "verify-trail", folder.path, "--site-log", forged) == 1

@@ -1,6 +1,6 @@
 """Members that keep a round from ever ending, and one that makes honest ones late: by what they say, and by when they say it.
 
-On commit 15d5778 two of four that take turns in answering "nobody here has approved the plan", connecting anew in between, kept a round
+On commit 15d5778 two of four that take turns in answering "nobody here has approved the plan", reconnecting in between, kept a round
 going for as long as they liked after its quorum stood (30 days and more by the clock of this test), and before it for as long beyond
 `server.approval_seconds`. One that was revoked while its approval was awaited counted as one that might still come. One of three that
 answers at once halved the time that an honest one was given: a round of 500 s was a time-out, and a strike, for it.
@@ -38,7 +38,7 @@ def _a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Scripted:
-    """A post by whose clock a day takes a moment. answers: organization -> how it answers, and whether it connects anew then."""
+    """A post by whose clock a day takes a moment. answers: organization -> how it answers, and whether it reconnects then."""
 
     answers: Mapping[str, Answer]
     restless: Collection[str] = ()
@@ -159,7 +159,7 @@ def test_alternating_failures_do_not_delay_a_round_with_quorum() -> None:
 
 
 def test_nor_one_without_a_quorum_beyond_the_time_for_approvals() -> None:
-    config = RoundsConfig(approval_seconds=2 * DAY, patience=0)
+    config = RoundsConfig(approval_seconds=2 * DAY, timeout_factor=0)
     answers = {
         "north": update(60.0),
         "south": update(60.0),
@@ -174,7 +174,7 @@ def test_nor_one_without_a_quorum_beyond_the_time_for_approvals() -> None:
 def test_anyone_who_approves_while_others_train_still_takes_part() -> None:
     """The honest case that the bound must not touch: it approves at its third request, while one trains for half an hour."""
     answers = {"north": update(60.0), "slow": update(1800.0), "late": lambda which: (1.0, NOT_APPROVED if which < 3 else "")}
-    round_result, _ = played(Scripted(answers), RoundsConfig(patience=0), needed=1)
+    round_result, _ = played(Scripted(answers), RoundsConfig(timeout_factor=0), needed=1)
     assert sorted(round_result.participants) == ["late", "north", "slow"]
 
 
@@ -189,7 +189,7 @@ def test_anyone_who_is_revoked_is_not_waited_for() -> None:
 @pytest.mark.parametrize("seconds", [0.0, 1.0])
 def test_one_that_answers_at_once_makes_no_honest_one_late(seconds: float) -> None:
     """Three times what an honest one took is enough for the other."""
-    config = RoundsConfig(patience=3.0, least_seconds=60.0)
+    config = RoundsConfig(timeout_factor=3.0, min_timeout_seconds=60.0)
     post = Scripted({"mallory": update(seconds), "north": update(200.0), "south": update(500.0)})
     round_result, _ = played(post, config, needed=2)
     assert round_result.timed_out == []

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,9 @@ __all__ = ["plan_file", "toy_data", "toy_plan"]  # fixtures
 
 
 def composed(steps: list[Steps], delta: float) -> float:
-    accountant = PLDAccountant(value_discretization_interval=1e-4)
-    for each in steps:
-        accountant.compose(each.event())
+    accountant = PLDAccountant(value_discretization_interval=2e-4)
+    for each, count in Counter(steps).items():
+        accountant.compose(each.event(), count)
     return float(accountant.get_epsilon(delta))
 
 

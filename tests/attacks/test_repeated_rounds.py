@@ -1,7 +1,7 @@
 """Attack: within one run, choose which round to ask for next after seeing an answer.
 
 A run is composed by PLD, on the ground that all its parameters are fixed before the first answer. But a malicious server may ask for a
-round again, with another state: it is charged anew, and the rest is calibrated anew. Two stages (q = 1 for one step, q = .11 for eight),
+round again, with another state: it is charged again, and the rest is calibrated again. Two stages (q = 1 for one step, q = .11 for eight),
 ε = 3 at δ = 600^-1.5: after round 1 the server goes on as planned (σ = 1.36), or has round 1 again and then goes on (σ = 3.42), whichever
 its answer makes better. Each way spends ε = 3, and the choice between them had 1.12 times the δ that is stated.
 """

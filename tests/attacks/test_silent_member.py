@@ -1,7 +1,7 @@
 """A member that is asked, stays connected and never answers.
 
 On commit a605cba it cost every round the whole of `server.deadline_seconds`, an hour by default, and got no strike: a run of ten
-rounds took ten hours longer, and each round of it named the member anew.
+rounds took ten hours longer, and each round of it named the member again.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tests.support.unreliable_grid import real, told, wild
 
 
 def test_slow_organization_costs_few_rounds_and_is_excluded(new_run: NewRun) -> None:
-    folder = real(new_run("org-1", "org-2", "org-3", rounds=5, server={"least_seconds": 0.2, "patience": 0.001}))
+    folder = real(new_run("org-1", "org-2", "org-3", rounds=5, server={"min_timeout_seconds": 0.2, "timeout_factor": 0.001}))
     grid = wild(folder, {name: adding(1.0) for name in ("org-1", "org-2", "org-3")})
     grid.delay = {"org-2": 3600.0}
     progress = play(folder, grid)
     assert [entry["timed_out"] for entry in progress.history] == [["org-2"]] * 3 + [[]] * 2
-    assert [entry["left_out"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
+    assert [entry["excluded"] for entry in progress.history] == [[]] * 3 + [["org-2"]] * 2
     assert [d["organization"] for entry in progress.history for d in entry["dropped"]] == ["org-2"] * 3
     assert find_excluded(folder, progress.history) == ["org-2"]
     assert count_strikes(folder, progress.history) == {"org-2": 3}
@@ -59,8 +59,8 @@ def test_how_long_the_others_are_waited_for(came: dict[str, float], seconds: flo
     assert of(["a", "b", "c", "d"], came)._timeout() == seconds
 
 
-def test_patience_can_be_switched_off() -> None:
-    assert of(["a", "b"], {"a": 1.0}, patience=0.0)._timeout() == 3600.0
+def test_silence_timeout_can_be_switched_off() -> None:
+    assert of(["a", "b"], {"a": 1.0}, timeout_factor=0.0)._timeout() == 3600.0
 
 
 def test_an_outage_of_the_coordinator_is_nobodys_strike(new_run: NewRun) -> None:

@@ -163,14 +163,15 @@ def test_a_new_rule_conforms_and_is_short(cotune: Cotune, folder: Path, kind: st
 
 
 def test_the_test_of_a_new_rule_runs(cotune: Cotune, folder: Path) -> None:
-    assert cotune("strategies", "new", "my_rule", "--out", "mine.py").code == 0
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    rule = (folder / "mine.py").read_text(encoding="utf-8")
-    (folder / "mine.py").write_text(rule.replace(", idempotent=False", ""), encoding="utf-8")
+    for name, file in (("my_rule", "mine.py"), ("other_rule", "wrong.py")):
+        assert cotune("strategies", "new", name, "--out", file).code == 0
+    rule = (folder / "wrong.py").read_text(encoding="utf-8")
+    (folder / "wrong.py").write_text(rule.replace(", idempotent=False", ""), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "test_mine.py", "test_wrong.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert re.findall(r"^FAILED (test_\w+\.py)", done.stdout, re.MULTILINE) == ["test_wrong.py"], done.stdout
+    assert re.search(r"^PASSED test_mine\.py", done.stdout, re.MULTILINE)
     assert "identical deltas do not give that delta" in done.stdout
 
 

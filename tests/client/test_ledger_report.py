@@ -1,4 +1,4 @@
-"""What the ledger says to its owner, and that an auditor can compute it anew without cotune."""
+"""What the ledger says to its owner, and that an auditor can compute it again without cotune."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def in_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("stock", [0, 1])
 def test_the_same_model(in_process: RunFolder, tmp_path: Path, stock: int) -> None:
-    """stock: how many of the two organizations run Flower's own node, which starts the ClientApp anew for every message."""
+    """stock: how many of the two organizations run Flower's own node, which starts the ClientApp again for every message."""
     run = RunFolder(Path(shutil.copytree(in_process.path.parent / "prepared", tmp_path / "run")))
     with federation(tmp_path / "loopback", 2) as fed:
         for number, participant in enumerate(run.file.participants):

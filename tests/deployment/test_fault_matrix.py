@@ -44,7 +44,7 @@ KILLS_BETWEEN_ROUNDS = 3
 SUSPICIOUS = {  # the quorum is the honest two, with mallory and without, so that neither is timed out on a slow machine
     "rounds": ROUNDS,
     "local": LOCAL,
-    "server": {"quorum": 0.6, "absent_seconds": 3.0, "least_seconds": 5.0, "patience": 1.0, "strikes": STRIKES},
+    "server": {"quorum": 0.6, "absent_seconds": 3.0, "min_timeout_seconds": 5.0, "timeout_factor": 1.0, "strikes": STRIKES},
 }
 LOCKED_SECONDS = 50.0
 WHAT = ("trainer:north", "north", "front", "serverapp", "superexec", "superlink", "server", "run")
@@ -175,7 +175,7 @@ def test_the_database_is_locked(with_database: Kind, page: Page, when: str) -> N
 
 
 def test_strangers_flood_the_port(with_database: Kind, page: Page) -> None:
-    """320 idle connections of four addresses, opened anew whenever they are cut, and contents of 16 MB under an unknown key, all
+    """320 idle connections of four addresses, opened again whenever they are cut, and contents of 16 MB under an unknown key, all
     the time; meanwhile a node is killed and joins again. On commit a605cba nobody could join any more, and the SuperLink took 3.8 GB.
     """
     fed = with_database.fed
@@ -227,7 +227,7 @@ def test_a_member_announces_answers_that_never_come(with_mallory: Kind, page: Pa
 
 def test_a_member_sends_a_bomb(with_mallory: Kind, page: Page) -> None:
     """On commit a605cba the server ran out of memory, five times in a row, and the run was dead."""
-    patient = ("--set", "server.least_seconds=240")  # none of it is late
+    patient = ("--set", "server.min_timeout_seconds=240")  # none of it is late
     told = attack(with_mallory, page, "mallory sends 64 GiB in 1 MiB", bomb, *patient)
     assert [event["event"] for event in told] == ["update_quarantined"] * 3 + ["client_excluded"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,8 @@ def test_an_organization_joins_trains_and_leaves(
     shown = client("check", site, document)
     assert "the server lets this organization in; the server's certificate is good for 364 days" in shown
 
-    node = fed.start("join", sys.executable, "-m", "cotune.cli.main", "client", "join", site, document)
     log = fed.folder / "join.log"
+    node = fed.start_command("join", "client", "join", site, document)
     until(lambda: bool(re.search(r":\d\d connected$", log.read_text(encoding="utf-8"), re.MULTILINE)))
     assert "the node of this site is connected" in client("check", site, document)
     fed.submit(first.path)

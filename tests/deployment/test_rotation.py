@@ -1,4 +1,4 @@
-"""All keys of a federation are renewed while it works, between real processes: nobody is invited anew, and no run is lost."""
+"""All keys of a federation are renewed while it works, between real processes: nobody is invited again, and no run is lost."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_key_is_renewed_during_a_run(tmp_path: Path) -> None:
         assert rotation.list_members_without_keys(federation) == ["north", "south"]
         trainer.send_signal(signal.SIGCONT)
         assert everybody(fed.finish().load().history)
-        assert trainer.is_running()  # it was not begun anew for the new key
+        assert trainer.is_running()  # it was not restarted for the new key
         agree(fed)
 
         switched = cotune("server", "renew-keys", fed.fed, "--switch")

@@ -62,8 +62,7 @@ def test_registered_architecture_learns_in_processes(plan_file: Path, tmp_path: 
     given = ["rounds=5", "simulation.partition=iid"]
     found = compare(plan_file, [samples], seeds=1, overrides=given, out=tmp_path, device="cpu", imports=[MODULE])
     everybody, three = found.cells
-    assert everybody.accuracy is not None
-    assert everybody.accuracy > 0.85
+    assert everybody.metrics["accuracy"] > 0.85
     assert (three.bytes_up or 0) * 3 < (everybody.bytes_up or 0)
     rounds = RunFolder(tmp_path / three.folder).load().history
     assert [len(entry["participants"]) for entry in rounds] == [3] * 5

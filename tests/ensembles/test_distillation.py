@@ -75,7 +75,7 @@ def work(base_model: Callable[[str], Path], tmp_path: Path) -> Distillation:
 
 
 def divergence(student: Path, work: Distillation) -> float:
-    """Mean KL(mean of the teachers ‖ student) on inputs that the student has learned from, computed anew: nats."""
+    """Mean KL(mean of the teachers ‖ student) on inputs that the student has learned from, recomputed: nats."""
     inputs = [given for row, given in enumerate(work.inputs) if row % 10]
     first, second = (np.stack([row.numpy()[0] for row in t.probabilities(inputs)]) for t in work.teachers)
     mean = (first + second[:, [1, 2, 0]]) / 2

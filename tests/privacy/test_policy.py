@@ -96,3 +96,9 @@ def test_a_rule_that_no_plan_can_match_is_refused(rule: str, never: list[str], p
     with pytest.raises(PlanError, match="can never match"):
         change_policy(Policy(), {f"training.{rule}": never})
     assert getattr(change_policy(Policy(), {f"training.{rule}": possible}).training, rule) == tuple(possible)
+
+
+@pytest.mark.parametrize("examples", [1, 3, 7, 1000])
+def test_a_delta_at_the_limit_is_allowed_in_any_rounding(examples: int) -> None:
+    limit = 0.1 / examples
+    assert limit < BudgetRules(delta_times_records=0.1).largest_delta(examples) < limit * (1 + 1e-8)

@@ -14,7 +14,7 @@ from jinja2 import UndefinedError
 from cotune.reporting import charts
 from cotune.reporting import formatting as figures
 from cotune.reporting.run_report import render_report, write_report
-from cotune.reporting.verdict import judge
+from cotune.reporting.verdict import conclude_verdict
 from tests.support.html import LOADS, Page
 
 Summary = dict[str, Any]
@@ -156,7 +156,7 @@ def test_the_verdict_is_about_own_records(summary: Summary) -> None:
 )
 def test_some_who_lose_are_not_outvoted(summary: Summary, yes: int, no: int, close: int, answer: str) -> None:
     summary["worth"] = worth(yes, no, close)
-    found = judge(summary)
+    found = conclude_verdict(summary)
     assert found.answer == answer
     assert f"for {yes} of 2 organizations, worse for {no} and too close to tell for {close}" in found.sentence
 
@@ -167,7 +167,7 @@ def test_gain_on_mixed_records_hides_no_loss_on_own_ones(summary: Summary) -> No
     for each in summary["organizations"]:
         each["worth"] |= {"answer": "no", "difference": -0.05}
     assert summary["test"]["federated"]["accuracy"] > summary["test"]["alone"]["mean"]["accuracy"] + 0.05
-    assert judge(summary).answer == "No"
+    assert conclude_verdict(summary).answer == "No"
 
 
 def test_few_records_and_a_natural_partition_are_said(summary: Summary) -> None:
@@ -422,7 +422,7 @@ def test_a_stopped_run_says_why(summary: Summary) -> None:
 
 def test_models_that_only_their_organizations_see_are_not_judged(summary: Summary) -> None:
     summary["test"] |= dict.fromkeys(["majority", "alone", "alone_without_privacy", "federated", "adapted", "pooled"])
-    verdict = judge(summary)
+    verdict = conclude_verdict(summary)
     assert verdict.answer == "Not measured"
     assert verdict.sentence == "every organization has a model of its own, and how good it is only the organization can see."
 
@@ -431,7 +431,7 @@ def test_a_real_run_of_many_classes_has_a_report(summary: Summary) -> None:
     summary |= {"engine": "superlink", "labels": [f"class {i}" for i in range(40)]}
     for each in summary["organizations"]:
         each |= {"labels": None, "examples": None, "bytes_up": 4620, "dropped": 0}
-        each |= {"quarantined": 1, "left_out": True, "delivered": False}
+        each |= {"quarantined": 1, "excluded": True, "delivered": False}
         each |= dict.fromkeys(["alone", "gain", "own", "common", "worth", "adaptation"])
     summary["test"] |= dict.fromkeys(["alone", "alone_without_privacy", "adapted", "pooled"])
     summary |= {"worth": None, "partition": None}
@@ -446,12 +446,12 @@ def test_a_real_run_says_how_many_organizations_are_in_its_model(summary: Summar
     summary |= {"engine": "superlink", "worth": None, "partition": None}
     for each, taken in zip(summary["organizations"], rounds, strict=True):
         each |= {"rounds": taken, "labels": None, "examples": None, "bytes_up": 0, "dropped": 2 - taken}
-        each |= {"quarantined": 0, "left_out": False, "delivered": True}
+        each |= {"quarantined": 0, "excluded": False, "delivered": True}
         each |= dict.fromkeys(["alone", "gain", "own", "common", "worth", "adaptation"])
     summary["test"] |= dict.fromkeys(["alone", "alone_without_privacy", "adapted", "pooled"])
-    assert judge(summary).notes[0].startswith(f"{part} of 2 organizations")
+    assert conclude_verdict(summary).notes[0].startswith(f"{part} of 2 organizations")
     assert f"{part} of 2 organizations" in Page(render_report(summary)).text
 
 
 def test_a_simulation_counts_nobody(summary: Summary) -> None:
-    assert not any("2 organizations are in" in note for note in judge(summary).notes)
+    assert not any("2 organizations are in" in note for note in conclude_verdict(summary).notes)

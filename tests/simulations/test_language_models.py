@@ -20,7 +20,7 @@ from cotune.plan.parameters import get_plan_model
 from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
-from cotune.reporting.verdict import judge
+from cotune.reporting.verdict import conclude_verdict
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
@@ -80,7 +80,7 @@ def test_a_private_run_learns_beyond_the_base_model(private: Run) -> None:
 
 
 def test_the_verdict_is_about_the_loss(private: Run) -> None:
-    found = judge(private.summary)
+    found = conclude_verdict(private.summary)
     assert "nats per token" in found.sentence
     assert "base model" in " ".join(found.notes)
     page = (private.folder / "report.html").read_text(encoding="utf-8")

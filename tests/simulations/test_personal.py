@@ -18,7 +18,7 @@ from cotune.client.training.personal import PERSONAL
 from cotune.errors import PlanError
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
-from cotune.reporting.verdict import judge
+from cotune.reporting.verdict import conclude_verdict
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.run import Run, resume, simulate
@@ -80,7 +80,7 @@ def test_the_summary_has_each_model_and_the_mean(finished: Run) -> None:
 
 
 def test_the_report_says_that_there_is_no_common_model(finished: Run) -> None:
-    verdict = judge(finished.summary)
+    verdict = conclude_verdict(finished.summary)
     assert any("each organization's own model reaches, in the mean," in note for note in verdict.notes)
     assert verdict.notes[0].startswith("There is no common model")
     page = (finished.folder / "report.html").read_text(encoding="utf-8")

@@ -79,7 +79,8 @@ def done(request: pytest.FixtureRequest) -> Done:
 def test_the_folder_of_a_finished_run(done: Done) -> None:
     rounds = sum(stage.rounds for stage in done.plan.stages)
     names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*") if path.is_file()}
-    expected = {"plan.toml", "run.json", "events.jsonl", "summary.json", "report.html", "test/data.json", "model/config.json"}
+    expected = {"plan.toml", "run.json", "events.jsonl", "history.jsonl", "summary.json", "report.html", "test/data.json"}
+    expected |= {"model/config.json"}
     expected |= {f"checkpoints/round-{round:05d}.safetensors" for round in range(1, rounds + 1)}
     expected |= {"model/model.safetensors", "model/tokenizer.json"}
     expected |= {f"sites/org-{i}/{name}" for i in (1, 2, 3) for name in ("site.json", "data.json", "outbox/update.safetensors")}
@@ -163,7 +164,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
         assert ("metrics_not_applied" in entry) != entry["applied"]
         assert set(entry) - {"metrics_not_applied"} == {
             *("round", "stage", "metrics", "epsilon", "told", "client_privacy", "participants", "dropped"),
-            *("quarantined", "absent", "timed_out", "left_out", "late", "norms", "weights", "suspects"),
+            *("quarantined", "absent", "timed_out", "excluded", "late", "norms", "weights", "suspects"),
             *("applied", "bytes_up", "bytes_down", "seconds"),
         }
     assert set(summary["versions"]) >= {"python", "cotune", "flwr", "torch", "transformers", "opacus", "dp-accounting"}
@@ -299,9 +300,9 @@ def ledger(site: Path) -> list[tuple[float, float, int, str]]:
 def spent(site: Path, delta: float) -> float:
     """ε by dp-accounting alone, on a finer grid than the product's."""
     accountant = PLDAccountant(value_discretization_interval=2e-4)
-    for sigma, rate, steps, _ in ledger(site):
+    for (sigma, rate, steps, _), count in Counter(ledger(site)).items():  # each mechanism is discretized once
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
-        accountant.compose(dp_event.SelfComposedDpEvent(step, steps))
+        accountant.compose(dp_event.SelfComposedDpEvent(step, steps), count)
     return float(accountant.get_epsilon(delta))
 
 

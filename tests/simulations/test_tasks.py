@@ -57,6 +57,7 @@ def new_plan(base_model: Callable[[str], Path], tags: Path, colors: Path) -> Cal
                 "model": {"base": str(base_model(kind)), "max_length": 16},
                 "data": {"source": str(source)},
                 "local": {"learning_rate": 2.0, "momentum": 0.9, "batch_size": 0.5, "steps": 6},
+                "personalize": {"folds": 2},  # each fits a dozen heads
                 "simulation": {"clients": 2, "partition": "iid", "min_examples": 10, "baselines": []},
                 **changes,
             }

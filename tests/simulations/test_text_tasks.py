@@ -20,7 +20,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
-from cotune.reporting.verdict import judge
+from cotune.reporting.verdict import conclude_verdict
 from cotune.simulations.run import Run, simulate
 from tests.support.processes import Cotune, Moment, play_killed
 from tests.support.simulations import final_model, merged, same, tensors_of
@@ -67,7 +67,7 @@ def test_a_private_run_learns_and_says_so(private: tuple[str, Run]) -> None:
         assert organization.own.federated
         low, high = organization.own.federated[f"{DECIDES[task]}_interval"]
         assert low <= organization.own.federated[DECIDES[task]] <= high
-    said = judge(run.summary)
+    said = conclude_verdict(run.summary)
     unit = "squared error" if task == "regression" else "points of micro F1"
     assert unit in said.sentence
     page = (run.folder / "report.html").read_text(encoding="utf-8")

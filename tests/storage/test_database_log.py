@@ -111,7 +111,7 @@ def newer(path: Path) -> None:
         (newer, "update cotune"),
     ],
 )
-def test_what_is_missing_is_not_made_anew(path: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_what_is_missing_is_not_recreated(path: Path, damage: Callable[[Path], None], said: str) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     for side in ("-wal", "-shm"):

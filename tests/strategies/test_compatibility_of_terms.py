@@ -54,7 +54,7 @@ def test_what_is_kept_follows_the_mean_alone(fusion: str) -> None:
         (PlanFacts(momentum=True), "assumes plain gradient steps"),
         (PlanFacts(one_rate=False), "assumes one learning rate"),
         (PlanFacts(participation=0.05), "needs every organization at least every 10 rounds"),
-        (PlanFacts(client_privacy=True), "cannot be had with client_privacy"),
+        (PlanFacts(client_privacy=True), "is not supported with client_privacy"),
     ],
 )
 def test_what_scaffold_assumes(facts: PlanFacts, words: str) -> None:

@@ -304,7 +304,7 @@ def test_a_strategy_that_says_nothing_of_sampling_does_not_wait() -> None:
     info.build.rehearse(info.check({}))
 
 
-def test_a_stage_that_shares_other_parameters_begins_anew() -> None:
+def test_a_stage_that_shares_other_parameters_starts_again() -> None:
     """FedAdam would look for averages that it does not have."""
     info = load_flower_strategy("flwr.serverapp.strategy:FedAdam")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cotune.cli.main import run
+from tests.support.commands import Command
 from tests.support.datasets import sentences, write_csv
 
 PLAN = """
@@ -60,7 +61,7 @@ class Outcome:
 
 
 Cotune = Callable[..., Outcome]
-Started = Callable[..., subprocess.Popen[str]]
+Started = Callable[..., Command]
 
 
 def write_folder(folder: Path, base: Path) -> None:
@@ -100,28 +101,25 @@ def cotune(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 SCRIPT = Path(sys.executable).parent / "cotune"
 
 
+def _environ() -> dict[str, str]:
+    """That of a command that was not told to hide anything."""
+    hidden = ("PYTHONWARNINGS", "PYTEST_CURRENT_TEST")
+    return {**{key: value for key, value in os.environ.items() if key not in hidden}, "OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
 def started(folder: Path) -> Started:
-    """`cotune ARGUMENTS` as the installed console script, in a process of its own that was not told to hide anything."""
-    environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONWARNINGS", "PYTEST_CURRENT_TEST")}
-
-    def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(SCRIPT), *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    return start
+    """`cotune ARGUMENTS` in a process of its own."""
+    return lambda *arguments: Command(arguments, folder, _environ())
 
 
 @pytest.fixture
-def script(started: Started) -> Cotune:
+def script(folder: Path) -> Cotune:
+    """`cotune ARGUMENTS` by the installed console script, in an interpreter of its own."""
+
     def call(*arguments: str | Path) -> Outcome:
-        with started(*arguments) as process:
-            out, err = process.communicate(timeout=600)
-        return Outcome(process.returncode, out.replace("\u00a0", " "), err)
+        command = [str(SCRIPT), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=_environ(), timeout=600, check=False)
+        return Outcome(done.returncode, done.stdout.replace("\u00a0", " "), done.stderr)
 
     return call

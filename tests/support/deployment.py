@@ -24,6 +24,7 @@ from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.support.attackers import Attacker, Deed
+from tests.support.commands import Command
 from tests.support.loopback import free_port, until, write_model, write_sentences
 
 _Found = TypeVar("_Found")
@@ -36,7 +37,7 @@ class Deployment:
 
     folder: Path
     organizations: tuple[str, ...]
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, Command | subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def fed(self) -> Path:
@@ -58,18 +59,22 @@ class Deployment:
     def site(self, name: str) -> Path:
         return self.folder / name
 
-    def start(self, name: str, *words: str | Path) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *words: str | Path) -> None:
         """A command that stays; what it prints goes to <name>.log."""
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                _command(*words), cwd=self.folder, env=_environment(), stdout=log, stderr=log, start_new_session=True
-            )
-        self.processes[name] = process
-        return process
+        self.processes[name] = Command(words, self.folder, _environment(), log=self.folder / f"{name}.log")
 
     def start_server(self) -> None:
+        """In an interpreter of its own: it starts Flower's programs, and imports little itself."""
         before = self.log("server").count("ready")
-        self.start("server", "server", "start", self.fed)
+        with (self.folder / "server.log").open("ab") as log:
+            self.processes["server"] = subprocess.Popen(
+                _command("server", "start", self.fed),
+                cwd=self.folder,
+                env=_environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self.wait(lambda: self.log("server").count("ready") > before)
 
     def join(self, name: str) -> None:
@@ -225,16 +230,21 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def deployment(
-    folder: Path, *organizations: str, plan: dict[str, Any] | None = None, database: bool = True, absent: tuple[str, ...] = ()
+    folder: Path,
+    *organizations: str,
+    plan: dict[str, Any] | None = None,
+    database: bool = True,
+    absent: tuple[str, ...] = (),
+    write: Callable[[Path, int], object] = write_sentences,
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
-    members beside them that have a site and join nothing.
+    members beside them that have a site and join nothing. write: makes a file of records from a seed.
     """
     made = Deployment(folder, organizations)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
     for number, name in enumerate((*organizations, "test")):
-        write_sentences(folder / f"{name}.csv", number)
+        write(folder / f"{name}.csv", number)
     config = ServerConfig(
         name="faults",
         hosts=("localhost",),

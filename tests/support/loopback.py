@@ -28,6 +28,7 @@ from cotune.plan.load import parse_plan
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, prepare
+from tests.support.commands import Command
 
 _Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
@@ -60,7 +61,7 @@ class Federation:
     folder: Path
     port: int
     keys: list[Path]
-    processes: dict[str, subprocess.Popen[bytes]]
+    processes: dict[str, Command | subprocess.Popen[bytes]]
 
     @property
     def address(self) -> str:
@@ -72,6 +73,12 @@ class Federation:
             process = subprocess.Popen(
                 [str(word) for word in command], env=self.env, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
             )
+        self.processes[name] = process
+        return process
+
+    def start_command(self, name: str, *words: str | Path) -> Command:
+        """`cotune WORDS`, likewise."""
+        process = Command(words, self.folder, self.env, log=self.folder / f"{name}.log")
         self.processes[name] = process
         return process
 

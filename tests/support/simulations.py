@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,6 @@ from cotune.server.runs.events import read_events
 from tests.support.datasets import sentences, write_csv
 
 NewPlan = Callable[..., Plan]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For runs that are shared by the tests of a module, which start before the cache of each test is set."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cotune-cache"))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -216,14 +216,14 @@ def is_superlink_kept_running(federation: FederationFolder) -> bool:
     return is_running(federation.superlink)
 
 
-def retry_while_served(
-    call: Callable[[], _Answer], served: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
+def retry_while_kept_running(
+    call: Callable[[], _Answer], kept_running: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
 ) -> _Answer:
     """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
 
     Args:
         call: May be made twice.
-        served: Whether somebody brings the SuperLink back.
+        kept_running: Whether somebody brings the SuperLink back.
         tell: Told `superlink_lost` and `superlink_back`.
         pace: How often it is tried.
 
@@ -235,7 +235,7 @@ def retry_while_served(
         try:
             answer = call()
         except SuperLinkUnreachable:
-            if not served():
+            if not kept_running():
                 raise
             if not away:
                 tell("superlink_lost", {})
@@ -252,7 +252,7 @@ def run_to_completion(
     executor: Executor,
     tell: Observer,
     pace: PollInterval | None = None,
-    served: Callable[[], bool] = lambda: False,
+    kept_running: Callable[[], bool] = lambda: False,
 ) -> None:
     """Hand a run over and follow it until its report is written. What happens is told as events, as in events.jsonl.
 
@@ -263,14 +263,14 @@ def run_to_completion(
         executor: The SuperLink.
         tell: Told every event.
         pace: How often it is looked.
-        served: Whether somebody brings a SuperLink back that is away at first; later it is waited for in any case.
+        kept_running: Whether somebody brings a SuperLink back that is away at first; later it is waited for in any case.
 
     Raises:
         RunError: Where the run failed, or the SuperLink is away at first and nobody brings it back.
     """
     pace = pace or PollInterval()
     try:
-        first = retry_while_served(lambda: submit(folder, executor, pace), served, tell, pace)
+        first = retry_while_kept_running(lambda: submit(folder, executor, pace), kept_running, tell, pace)
         ending = _follow_attempt(folder, executor, first, tell, pace)
         tries = 1
         while ending.event is None:
@@ -351,7 +351,7 @@ def _get_end_reason(executor: Executor, ticket: Submission) -> tuple[str | None,
 def _retry(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _AttemptEnd:
     """Another attempt, once the SuperLink answers."""
     try:
-        retry_while_served(executor.running, lambda: True, tell, pace)
+        retry_while_kept_running(executor.running, lambda: True, tell, pace)
         return _follow_attempt(folder, executor, submit(folder, executor, pace), tell, pace)
     except RunError as error:
         return _AttemptEnd(None, str(error))

@@ -75,7 +75,7 @@ def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool
     _write_front_config(folder)
     for file in folder.superlink.glob(
         f"{folder.files.superlink.database.name}*"
-    ):  # never compacted; what a killed start was at is asked for anew
+    ):  # never compacted; what a killed start was at is asked for again
         file.unlink()
     children = _build_processes(folder, say)
     say(f"starting {folder.config.name} at {get_public_address(folder.config)}")

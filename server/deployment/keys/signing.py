@@ -118,7 +118,7 @@ def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
             ) from None
         except ValueError:
             raise RunError(
-                f"{file} is damaged: expected a number; remove it, and it begins anew from the clock", code="run.damaged_file"
+                f"{file} is damaged: expected a number; remove it, and it starts again from the clock", code="run.damaged_file"
             ) from None
     return serial
 

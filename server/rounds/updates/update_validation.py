@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
+from cotune.plan.parameters import heads_of
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.plan.wire import Codec
@@ -72,6 +73,7 @@ class UpdateSpec:
         smaller_ranks: Adapters that may come with a smaller rank.
         statistics: Name -> shape of the arrays that the fusion needs beside the delta.
         max_bytes: Size of the largest reply that is read.
+        heads: Task -> the parameters of its head, of several tasks: an update has those of the tasks that its sender holds.
     """
 
     round: int
@@ -90,6 +92,7 @@ class UpdateSpec:
     smaller_ranks: Sequence[Adapter] = ()
     statistics: Mapping[str, Shape] = field(default_factory=dict)
     max_bytes: int = sys.maxsize
+    heads: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -133,6 +136,7 @@ class UpdateSpec:
             smaller_ranks=context.adapters if plan.mixed_ranks else (),
             statistics=statistics,
             max_bytes=max_bytes(len(plan.canonical().encode()), own, statistics, plan.wire),
+            heads=heads_of(plan, shapes),
         )
 
     def validate(self, update: Update, organization: str) -> ValidationResult:
@@ -208,8 +212,9 @@ class UpdateSpec:
         return ""
 
     def _check_shapes(self, delta: Mapping[str, Tensor]) -> str:
-        if delta.keys() != self.shapes.keys():
-            return _difference(delta, self.shapes, "parameters")
+        wanted = self.shapes.keys() - self._absent_heads(delta)
+        if delta.keys() != wanted:
+            return _difference(delta, dict.fromkeys(wanted), "parameters")
         expected = {name: tuple(tensor.shape) for name, tensor in self.shapes.items()}
         for adapter in self.smaller_ranks:
             expected |= _shapes_of_rank(adapter, delta, expected)
@@ -217,6 +222,11 @@ class UpdateSpec:
             if tuple(tensor.shape) != expected[name]:
                 return f"{name} has the shape {tuple(tensor.shape)}, expected {expected[name]}"
         return ""
+
+    def _absent_heads(self, delta: Mapping[str, Tensor]) -> set[str]:
+        """The parameters of heads of which nothing was sent; of no head where none was, as everybody holds some task."""
+        absent = [names for names in self.heads.values() if not names & delta.keys()]
+        return set[str]().union(*absent) if len(absent) < len(self.heads) else set()
 
     def _check_noise(self, update: Update, max_variance: float) -> str:
         """A stated noise is believed: who states too little counts for more, but for no more than a thousandth of the median

@@ -1,4 +1,4 @@
-"""The mean of B under a shared A, written anew in the directions that matter."""
+"""The mean of B under a shared A, written again in the directions that matter."""
 
 from __future__ import annotations
 

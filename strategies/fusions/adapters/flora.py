@@ -34,7 +34,7 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     idempotent=False,
 )
 def flora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
-    """W += s Σ p_k B_k A_k, the product of the stacked factors; then B = 0, and A is drawn anew from seed and round.
+    """W += s Σ p_k B_k A_k, the product of the stacked factors; then B = 0, and A is redrawn from seed and round.
 
     Exact for any ranks, and the sum of the rounds may have full rank. The weights that are adapted travel to the organizations
     instead of the stack, which would grow with their number. Under record-level privacy the noise on two trained factors

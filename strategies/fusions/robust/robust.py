@@ -80,7 +80,7 @@ def _bounded(update: WeightedUpdate, share: float, longest: float) -> WeightedUp
 
 
 def _played(passes: Sums, weighed: Callable[[], Iterable[WeightedUpdate]]) -> Delta:
-    """A rule of sums, on updates that are all at hand and made anew for each pass, so that one at a time is in memory."""
+    """A rule of sums, on updates that are all at hand and made again for each pass, so that one at a time is in memory."""
     contribute = next(passes)
     sums = dict[str, Tensor]()
     while True:

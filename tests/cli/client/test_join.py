@@ -275,7 +275,7 @@ def test_join_stays_says_once_what_is_wrong_and_ends_well(
 ) -> None:
     with started("client", "join", site, invite(plan), "--data", "reviews.csv") as process:
         until_line = time.monotonic() + 600
-        while not (site / "node" / "lock").exists() and time.monotonic() < until_line:
+        while not (site / "node" / "lock").exists() and process.poll() is None and time.monotonic() < until_line:
             time.sleep(0.1)
         time.sleep(3.0)  # several attempts
         process.terminate()

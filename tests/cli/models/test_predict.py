@@ -153,7 +153,7 @@ def test_what_is_predicted_cannot_steer_a_terminal(cotune: Cotune, model: Callab
 
 
 def test_a_site_adapts_and_judges_what_it_received(cotune: Cotune, folder: Path) -> None:
-    plan = clinic.make_plan(folder / "base", folder / "reviews.csv", model={"pooling": "mean"})
+    plan = clinic.make_plan(folder / "base", folder / "reviews.csv", model={"pooling": "mean"}, personalize={"folds": 2})
     site = clinic.make_site(folder / "site", folder / "reviews.csv", range(240), Policy.permissive())
     assert cotune("client", "adapt", "site").code == 1  # nothing has come yet
     store_final_model(Request(plan.canonical(), 3, "clinic", clinic.state_of(plan), 0), plan, site)

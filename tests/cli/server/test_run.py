@@ -135,11 +135,11 @@ def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
     for line in (
         "waiting for organizations: 1 connected, 2 needed; not connected: b, c",
         "round 1: a answered, 1.2 kB, ε 1.00 stated",
-        "round 1: the update of b was refused and put aside: not finite",
+        "round 1: the update of b was rejected and quarantined: not finite",
         "c has had 4 messages refused at the public port: it replies to nothing",
         "b is left out of the run from now on: 3 refused updates",
         "a has the finished model",
-        "the run ended without a word (its process ended (failed)); it is handed over again in 4 seconds",
+        "the run ended unexpectedly (its process ended (failed)); it is submitted again in 4 seconds",
     ):
         assert line in told
     assert remote_line("round_started", {"round": 2, "organizations": ["a"]}) is None

@@ -362,7 +362,7 @@ def test_it_waits_longer_after_each_failure_up_to_ten_seconds(tmp_path: Path, ca
     stop = Impatient(12)
 
     @contextmanager
-    def refused(known: int | None, anew: bool) -> Iterator[FleetClient]:
+    def refused(known: int | None, reconnect: bool) -> Iterator[FleetClient]:
         raise NodeRejected("the server does not let this node in")
         yield
 
@@ -381,8 +381,8 @@ def stay(node: Node, *fleets: FakeFleet) -> list[tuple[int | None, bool]]:
     waiting = list(fleets)
 
     @contextmanager
-    def connect(known: int | None, anew: bool) -> Iterator[FleetClient]:
-        came.append((known, anew))
+    def connect(known: int | None, reconnect: bool) -> Iterator[FleetClient]:
+        came.append((known, reconnect))
         yield waiting.pop(0)
 
     node.run(connect)
@@ -496,7 +496,7 @@ def test_the_log_says_nothing_of_the_key(tmp_path: Path, key: Path, caplog: pyte
     assert all(line not in caplog.text for line in key.read_text().splitlines()[1:-1])
 
 
-def asked_anew(request: AnnouncedRequest, node: int, content: str = "content") -> AnnouncedRequest:
+def asked_again(request: AnnouncedRequest, node: int, content: str = "content") -> AnnouncedRequest:
     """With content, for a node of this number."""
     header = Message(RecordDict(), node, MessageType.TRAIN, ttl=60.0, group_id=request.round)
     header.metadata.created_at = time.time()
@@ -528,7 +528,7 @@ def test_renumbered_node_goes_on_with_its_request(tmp_path: Path, stop: threadin
                 raise NodeRejected("the key is another now")
 
     with pytest.raises(NodeRejected):
-        node.serve(Refusing(stop, asked_anew(request(), NODE)))
+        node.serve(Refusing(stop, asked_again(request(), NODE)))
     assert worker.given == ["1"]
     answer = worker.poll
 
@@ -538,7 +538,7 @@ def test_renumbered_node_goes_on_with_its_request(tmp_path: Path, stop: threadin
         return answer(seconds)
 
     worker.poll = later  # type: ignore[method-assign]
-    second = FakeFleet(stop, asked_anew(request(), NODE + 1, content))
+    second = FakeFleet(stop, asked_again(request(), NODE + 1, content))
     second.node_id = NODE + 1
     node._enter(second)
     node.serve(second)

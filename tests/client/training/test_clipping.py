@@ -178,7 +178,7 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, family: 
 
 
 def test_gradients_are_checked_once_for_all_that_decides_them(new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comparison asks for every combination and seed; whatever decides how gradients are taken is checked anew."""
+    """A comparison asks for every combination and seed; whatever decides how gradients are taken is checked again."""
     checked: list[str] = []
     check = setting.check_gradients
     monkeypatch.setattr(setting, "check_gradients", lambda *given: (checked.append(given[2]), check(*given))[1])

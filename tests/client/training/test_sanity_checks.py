@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +22,9 @@ def model(make_plan: Callable[..., Plan]) -> TrainableModel:
     return get_plan_model(make_plan(train="lora"), "cpu")
 
 
-def guard(model: TrainableModel, *, noise: bool = True, at_once: int = 7) -> SanityChecks:
-    return SanityChecks(model, model.state(model.names("lora")), noise=noise, summed_at_once=at_once)
+def guard(model: TrainableModel, *, noise: bool = True, thorough: bool = True, at_once: int = 7) -> SanityChecks:
+    before = model.state(model.names("lora"))
+    return SanityChecks(model, before, noise=noise, thorough=thorough, summed_at_once=at_once)
 
 
 @torch.no_grad()
@@ -39,24 +41,47 @@ def test_all_that_is_shared_may_move(model: TrainableModel) -> None:
     watching.after_round()
 
 
-def test_a_frozen_parameter_must_not_move(model: TrainableModel) -> None:
-    watching = guard(model)
+@pytest.mark.parametrize("thorough", [False, True])
+def test_a_frozen_parameter_must_not_move(model: TrainableModel, thorough: bool) -> None:
+    watching = guard(model, thorough=thorough)
     frozen = next(name for name, _ in model.parameters() if ".lora_A." in name)
     move(model, frozen, *model.names("lora"))
-    with pytest.raises(RunError, match=rf"the first step changed {frozen}, which is frozen"):
+    with pytest.raises(RunError, match=frozen) as raised:
+        watching.after_step(FIRST)
+    assert raised.value.code == "run.frozen_parameter_changed"
+
+
+def test_a_frozen_parameter_must_not_be_replaced(model: TrainableModel) -> None:
+    watching = guard(model, thorough=False)
+    move(model, *model.names("lora"))
+    _, parameter = next((n, p) for n, p in model.parameters() if n.startswith(model.prefix) and ".lora_" not in n)
+    parameter.data = parameter.data.clone()
+    with pytest.raises(RunError):
         watching.after_step(FIRST)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 2**22])
-def test_the_least_change_of_a_frozen_parameter_shows(model: TrainableModel, at_once: int) -> None:
+def test_a_change_past_the_counters_shows_at_the_end(model: TrainableModel, at_once: int) -> None:
+    """The least one that there is, made through memory that is shared, of which PyTorch learns nothing."""
     watching = guard(model, at_once=at_once)
     move(model, *model.names("lora"))
     name, parameter = next((n, p) for n, p in model.parameters() if n.startswith(model.prefix) and ".lora_" not in n)
-    with torch.no_grad():
-        flat = parameter.view(-1)
-        flat[-1] = torch.nextafter(flat[-1], torch.tensor(torch.inf))
+    flat = parameter.detach().numpy().reshape(-1)
+    flat[-1] = np.nextafter(flat[-1], np.float32(np.inf))
+    watching.after_step(FIRST)
     with pytest.raises(RunError, match=name):
+        watching.after_round()
+    flat[-1] = np.nextafter(flat[-1], np.float32(-np.inf))
+
+
+def test_a_buffer_must_not_change(model: TrainableModel) -> None:
+    model.module.register_buffer("running", torch.zeros(3), persistent=False)
+    watching = guard(model, thorough=False)
+    move(model, *model.names("lora"))
+    model.module.get_buffer("running").numpy()[1] = 1.0
+    with pytest.raises(RunError, match="running"):
         watching.after_step(FIRST)
+    model.module._buffers.pop("running")
 
 
 def test_under_noise_every_shared_parameter_moves(model: TrainableModel) -> None:

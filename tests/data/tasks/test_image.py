@@ -214,7 +214,7 @@ def two_halves(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_head_of_an_image_text_model_is_trained_alone(two_halves: Path) -> None:
-    """It was taken for the head: drawn anew, and trained as a whole by train = head."""
+    """It was taken for the head: redrawn, and trained as a whole by train = head."""
     config = ModelConfig(base=str(two_halves), precision="float32")
     model = TrainableModel(load_model(config, LABELS, 3, "image-classification"), None, 3, torch.device("cpu"))
     assert set(model.names("head")) == {"classifier.weight", "classifier.bias"}

@@ -1,4 +1,4 @@
-"""An exported ledger, computed anew: the true one holds, and every single lie in it shows."""
+"""An exported ledger, recomputed: the true one holds, and every single lie in it shows."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_what_was_refused_before_the_run_is_not_of_it(file: Path, tmp_path: Path
     assert [(who, count) for who, count, _ in told(made)] == [("south", 1)]
 
 
-def test_a_file_that_was_begun_anew_is_news_again(file: Path, events: Events) -> None:
+def test_a_file_that_was_restarted_is_news_again(file: Path, events: Events) -> None:
     """As somebody removes it, or it was damaged."""
     noted(file, "south", 5)
     events.write(make_event("round_finished", round=1))
@@ -163,7 +163,7 @@ def test_refusal_between_kill_and_restart_is_reported_once(file: Path, tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"counts": 3}'])
-def test_a_damaged_beginning_is_begun_anew(file: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_beginning_is_restarted(file: Path, tmp_path: Path, content: bytes) -> None:
     noted(file, "south", 7)
     (tmp_path / "refused-before.json").write_bytes(content)
     events = Events(tmp_path / "events.jsonl")

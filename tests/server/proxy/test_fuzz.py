@@ -82,7 +82,7 @@ def converse(pieces: Iterable[bytes]) -> tuple[bytes, Upstream]:
 
     async def play() -> None:
         guard = RequestGuard.of(
-            Limits(linger=0.01, patience=5.0), Quotas(), {public(NORTH): "north"}.get, FLEET_FORMAT, lambda member, reason: None
+            Limits(linger=0.01, timeout=5.0), Quotas(), {public(NORTH): "north"}.get, FLEET_FORMAT, lambda member, reason: None
         )
         reader = asyncio.StreamReader()
         slot = Slot("10.0.0.1", lambda: None)

@@ -83,7 +83,7 @@ def test_what_one_member_takes_is_nobody_elses(clock: Clock) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(1, 10),  # times that a request is handed over, as a node connects anew and is asked again
+            st.integers(1, 10),  # times that a request is handed over, as a node reconnects and is asked again
             st.integers(0, 64 * MIB),  # its bytes
             st.integers(0, 64 * MIB),  # of the reply
             st.floats(0.0, 0.01),  # seconds that the round takes

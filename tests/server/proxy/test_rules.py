@@ -110,7 +110,7 @@ def test_headers_claiming_client_identity_are_dropped() -> None:
 
 
 def test_time_grows_with_the_size() -> None:
-    assert Limits(patience=30, bytes_per_second=1024).get_transfer_seconds(10 * 1024) == 40
+    assert Limits(timeout=30, bytes_per_second=1024).get_transfer_seconds(10 * 1024) == 40
 
 
 @given(st.binary(max_size=300))

@@ -46,7 +46,7 @@ __all__ = ["folder", "upstream"]  # fixtures
 
 @pytest.fixture
 def front(folder: Path, upstream: Upstream) -> Iterator[Running]:
-    with running(folder, upstream.port, patience=5, push_object=1024 * 1024) as front:
+    with running(folder, upstream.port, timeout=5, push_object=1024 * 1024) as front:
         yield front
 
 
@@ -168,13 +168,13 @@ def test_slow_clients_are_cut(folder: Path, upstream: Upstream, sent: str) -> No
         "head": b"POST /v1/fl",
         "content": post(b"0123", length=8),
     }  # signed now: it is good for minutes
-    with running(folder, upstream.port, patience=1, bytes_per_second=1000) as front:
+    with running(folder, upstream.port, timeout=1, bytes_per_second=1000) as front:
         assert front.ask(beginnings[sent]) == b""
     assert upstream.seen == []
 
 
 def test_a_handshake_that_never_comes_is_cut(folder: Path, upstream: Upstream) -> None:
-    with running(folder, upstream.port, patience=1, first_byte=0.3) as front:
+    with running(folder, upstream.port, timeout=1, first_byte=0.3) as front:
         for sent in (b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"):
             with socket.create_connection(("127.0.0.1", front.port), 10) as connection:
                 connection.sendall(sent)
@@ -227,9 +227,9 @@ def test_strangers_of_a_members_address_make_room_too(folder: Path, upstream: Up
 
 
 def test_a_connection_that_says_nothing_is_cut_soon(folder: Path, upstream: Upstream) -> None:
-    """patience is long: what cuts it is the limit of the first byte."""
+    """timeout is long: what cuts it is the limit of the first byte."""
     with (
-        running(folder, upstream.port, first_byte=0.2, patience=600) as front,
+        running(folder, upstream.port, first_byte=0.2, timeout=600) as front,
         socket.create_connection(("127.0.0.1", front.port), 60) as connection,
     ):
         assert is_cut(connection)

@@ -161,7 +161,7 @@ def test_approval_after_the_deadline_gets_a_deadline_of_its_own(new_run: NewRun)
     assert 1.1 < grid.ttls["org-2"][-1] <= 1.2
 
 
-def test_anyone_who_connects_anew_is_asked_at_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anyone_who_reconnects_is_asked_at_once(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PendingApprovals, "_backoff", lambda self, times: 3600.0)
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = not_approved(folder, org_2=2)

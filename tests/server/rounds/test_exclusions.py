@@ -37,7 +37,7 @@ def test_run_needing_everybody_goes_on_without_the_excluded(new_run: NewRun) -> 
             play(folder, wild(folder, answers))
     progress = play(folder, wild(folder, answers))
     assert [entry["participants"] for entry in progress.history] == [["org-1"]] * 2
-    assert [entry["left_out"] for entry in progress.history] == [["org-2"]] * 2
+    assert [entry["excluded"] for entry in progress.history] == [["org-2"]] * 2
     assert [event["organization"] for event in told(folder, "client_excluded")] == ["org-2"]
 
 

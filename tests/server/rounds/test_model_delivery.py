@@ -62,16 +62,16 @@ def test_a_receipt_that_is_too_large_is_none(new_run: NewRun) -> None:
     assert event["reason"] == "it has more than 1,048,576 bytes, the most that were expected"
 
 
-def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun) -> None:
+def test_anyone_who_reconnects_is_handed_it_again(new_run: NewRun) -> None:
     """The request may be lost, as Flower hands each over once; or an answer, as it was cut off."""
     folder = finished(new_run)
     grid = receiving(folder)
     grid.swallowed["org-2"] = 1
 
-    def connects_anew(name: str, message: Message) -> None:
+    def reconnects(name: str, message: Message) -> None:
         grid.since[name] = str(grid.pushed[name])
 
-    grid.on_push = connects_anew
+    grid.on_push = reconnects
     grid.delay["org-2"] = 0.5
     assert deliver(grid, folder, replace(IMPATIENT, export=5.0)) == []
     assert grid.pushed["org-2"] > 1
@@ -80,7 +80,7 @@ def test_anyone_who_connects_anew_is_handed_it_again(new_run: NewRun) -> None:
 
 def silent(new_run: NewRun, **server: Any) -> tuple[RunFolder, WildGrid]:
     """org-2 is connected, and never answers what it is handed."""
-    folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 0.3, "quorum": 0.5, **server})
+    folder = finished(new_run, server={"absent_seconds": 0.2, "min_timeout_seconds": 0.3, "quorum": 0.5, **server})
     grid = receiving(folder)
     grid.swallowed["org-2"] = 1000
     return folder, grid
@@ -99,15 +99,15 @@ def test_silent_organization_does_not_hold_up_the_delivery(new_run: NewRun) -> N
 
 
 def test_anyone_who_is_only_slow_gets_it_in_time(new_run: NewRun) -> None:
-    folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 30.0, "quorum": 0.5})
+    folder = finished(new_run, server={"absent_seconds": 0.2, "min_timeout_seconds": 30.0, "quorum": 0.5})
     grid = receiving(folder)
     grid.delay["org-2"] = 0.6
     assert deliver(grid, folder) == []
 
 
-@pytest.mark.parametrize("change", [{"patience": 0.0}, {}])
+@pytest.mark.parametrize("change", [{"timeout_factor": 0.0}, {}])
 def test_delivery_hurries_nobody_while_most_are_silent(new_run: NewRun, change: dict[str, float]) -> None:
-    folder, grid = silent(new_run, least_seconds=0.01, **change)
+    folder, grid = silent(new_run, min_timeout_seconds=0.01, **change)
     grid.delay["org-2"] = 0.5
     grid.swallowed["org-2"] = 0
     if not change:

@@ -96,7 +96,7 @@ def test_reconnected_organization_is_asked_again_up_to_the_limit() -> None:
     assert tracker.waiting == ["a", "b"]
 
 
-def test_postponed_organization_begins_anew() -> None:
+def test_postponed_organization_starts_again() -> None:
     transport = FakeTransport()
     tracker = tracked(transport)
     tracker.ask()

@@ -77,7 +77,7 @@ def test_revoked_organization_is_not_asked_nor_in_the_quorum(new_run: NewRun) ->
 
     grid.on_push = revokes
     progress = play(folder, grid)
-    assert [entry["left_out"] for entry in progress.history] == [[], ["org-3"]]
+    assert [entry["excluded"] for entry in progress.history] == [[], ["org-3"]]
     assert progress.history[1]["participants"] == ["org-1", "org-2"]
     assert told(folder, "client_excluded") == [
         {"event": "client_excluded", "round": 2, "organization": "org-3", "reason": "its invitation was revoked"}
@@ -331,7 +331,7 @@ def test_organization_is_excluded_after_strikes_also_on_resume(new_run: NewRun) 
     again = RunFolder(folder.path)
     progress = play(again, wild(again, {**everybody(1.0, 1.0), "org-3": wrong_shape}))
     assert [entry["quarantined"] for entry in progress.history] == [["org-3"], ["org-3"], [], []]
-    assert [entry["left_out"] for entry in progress.history] == [[], [], ["org-3"], ["org-3"]]
+    assert [entry["excluded"] for entry in progress.history] == [[], [], ["org-3"], ["org-3"]]
     [left] = told(folder, "client_excluded")
     assert left == {
         "event": "client_excluded",
@@ -356,7 +356,7 @@ def test_without_strikes_nobody_is_ever_left_out(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", rounds=5, server={"strikes": 0})
     progress = simulate(folder, {"org-1": adding(1.0), "org-2": wrong_shape})
     assert [entry["quarantined"] for entry in progress.history] == [["org-2"]] * 5
-    assert [entry["left_out"] for entry in progress.history] == [[]] * 5
+    assert [entry["excluded"] for entry in progress.history] == [[]] * 5
 
 
 def test_where_all_are_left_out_the_run_ends(new_run: NewRun) -> None:
@@ -475,17 +475,17 @@ def test_history_is_plain_json_in_the_order_of_organizations(new_run: NewRun) ->
 
 
 def test_anyone_who_is_lost_at_one_request_may_answer_another(new_run: NewRun) -> None:
-    """Its node connects anew twice, so that three requests are under way; the first is reported lost, the third is answered."""
+    """Its node reconnects twice, so that three requests are under way; the first is reported lost, the third is answered."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0))
     grid.lost["org-2"] = 1
 
-    def connects_anew(name: str, message: Message) -> None:
+    def reconnects(name: str, message: Message) -> None:
         grid.delay["org-2"] = 0.1 if grid.pushed["org-2"] < 3 else 0.5
         grid.swallowed["org-2"] = int(grid.pushed["org-2"] == 2)
         grid.since["org-2"] = f"time {min(2, grid.pushed['org-2'])}"
 
-    grid.on_push = connects_anew
+    grid.on_push = reconnects
     progress = play(folder, grid)
     assert dropped(progress) == [{}]
     assert grid.pushed["org-2"] == 3
@@ -501,7 +501,7 @@ def test_an_answer_that_is_lost_on_the_way_is_asked_for_again(new_run: NewRun) -
 
 
 def test_reply_that_was_cut_off_is_asked_for_again(new_run: NewRun) -> None:
-    """As by a node that was killed: Flower goes on to wait for the rest of it, and the node has sent it anew long since."""
+    """As by a node that was killed: Flower goes on to wait for the rest of it, and the node has sent it again long since."""
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     release = grid.hangs["org-2"] = threading.Event()

@@ -37,7 +37,7 @@ FIELDS = {
             "quarantined",
             "absent",
             "timed_out",
-            "left_out",
+            "excluded",
             "late",
             "bytes_up",
             "bytes_down",

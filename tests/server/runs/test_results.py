@@ -121,9 +121,7 @@ def test_test_set_compares_the_model_with_the_best_constant(played: Callable[...
     assert "No differential privacy: nothing bounds what this run reveals" in page.text
 
 
-def test_a_language_model_writes_after_prompts_of_the_coordinators_test_file(
-    language_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_language_model_writes_after_prompts_of_the_test_file(language_model: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     test = write_dialogs(tmp_path / "test.jsonl", 12)

@@ -144,7 +144,10 @@ def test_checkpoint_is_a_plain_safetensors_file(new_run: NewRun) -> None:
     with safe_open(folder.path / "checkpoints" / "round-00001.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"state/head.weight", "state/head.bias", "state/scale", "memory/head.weight"}
         about = json.loads(file.metadata()["checkpoint"])
-    assert about == {"round": 1, "plan_id": folder.plan.plan_id, "history": list(progress(1).history)}
+    assert (about["round"], about["plan_id"]) == (1, folder.plan.plan_id)
+    lines = (folder.path / "history.jsonl").read_bytes()
+    assert about["history_bytes"] == len(lines)
+    assert [json.loads(line) for line in lines.splitlines()] == list(progress(1).history)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 4, 5]), (1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
@@ -219,6 +222,70 @@ def test_a_checkpoint_of_another_plan_is_refused(new_run: NewRun) -> None:
     (folder.path / name).write_bytes((other.path / name).read_bytes())
     with pytest.raises(RunError, match=f"belongs to another plan: expected {folder.plan.plan_id[:12]}"):
         folder.load()
+
+
+# --- the history
+
+
+def test_a_checkpoint_does_not_grow_with_the_rounds(new_run: NewRun) -> None:
+    """Safetensors reads headers of up to 100 MB: a long run with many organizations could not be continued."""
+    folder = new_run(rounds=99, keep_checkpoints=2)
+    for round in (10, 11, 98, 99):
+        folder.save(progress(round))
+    sizes = {len((folder.path / "checkpoints" / name).read_bytes()) for name in checkpoints(folder)}
+    assert len(sizes) == 1
+    assert_same(folder.load(), progress(99))
+    assert (folder.path / "checkpoints" / "round-00099.safetensors").stat().st_size < 1500
+
+
+@pytest.mark.parametrize("tail", [b'{"round": 3, "stage": "head"}\n', b'{"round": 3, "st', b"\n\n\x00"])
+def test_lines_that_no_checkpoint_counts_on_are_replaced(new_run: NewRun, tail: bytes) -> None:
+    """As a process leaves them that is killed before its checkpoint is there."""
+    folder = new_run(rounds=5)
+    folder.save(progress(2))
+    with (folder.path / "history.jsonl").open("ab") as stream:
+        stream.write(tail)
+    again = RunFolder(folder.path)
+    assert_same(again.load(), progress(2))
+    assert again.history() == progress(2).history
+    again.save(progress(3))
+    assert_same(RunFolder(folder.path).load(), progress(3))
+
+
+def test_each_line_is_written_once(new_run: NewRun) -> None:
+    folder = new_run(rounds=5)
+    folder.save(progress(1))
+    before = (folder.path / "history.jsonl").read_bytes()
+    folder.save(progress(2))
+    after = (folder.path / "history.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == 2
+
+
+def test_the_round_before_has_its_own_history(new_run: NewRun) -> None:
+    folder = new_run(rounds=5)
+    for round in (1, 2, 3):
+        folder.save(progress(round))
+    (folder.path / "checkpoints" / "round-00003.safetensors").unlink()
+    again = RunFolder(folder.path)
+    assert_same(again.load(), progress(2))
+    again.save(progress(3))
+    assert_same(RunFolder(folder.path).load(), progress(3))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_a_damaged_history_is_named_and_nothing_is_guessed(new_run: NewRun, damage: str) -> None:
+    folder = new_run(rounds=5)
+    folder.save(progress(2))
+    file = folder.path / "history.jsonl"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[:-1] if damage == "cut" else content.replace(b"head", b"full", 1))
+    for read in (RunFolder(folder.path).load, RunFolder(folder.path).history):
+        with pytest.raises(RunError, match=r"history\.jsonl") as raised:
+            read()
+        assert raised.value.code == "run.damaged_history"
 
 
 # --- the lock

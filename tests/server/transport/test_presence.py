@@ -47,7 +47,7 @@ def test_node_offline_before_its_time_has_left_and_comes_back(times: list[float]
     assert not seen.left
 
 
-def test_anyone_who_connects_anew_at_once_has_not_left() -> None:
+def test_anyone_who_reconnects_at_once_has_not_left() -> None:
     seen = Presence()
     for online, until in ((True, 60.0), (False, 10.0), (True, 90.0), (False, 20.0), (True, 100.0)):
         seen.look([Seen("a", online, until)])
@@ -65,7 +65,7 @@ def test_anyone_who_leaves_during_a_round_is_reported_so(new_run: NewRun) -> Non
     assert told(folder, "organization_left") == [{"event": "organization_left", "organization": "org-2"}]
 
 
-def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
+def test_it_is_asked_when_it_joins_again(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 1.0}))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
     grid.lost["org-2"] = 1
@@ -84,7 +84,7 @@ def test_it_is_asked_when_it_joins_anew(new_run: NewRun) -> None:
 
 
 def test_organization_that_left_before_delivery_is_named(new_run: NewRun) -> None:
-    folder = finished(new_run, server={"absent_seconds": 0.2, "least_seconds": 0.3, "quorum": 0.5})
+    folder = finished(new_run, server={"absent_seconds": 0.2, "min_timeout_seconds": 0.3, "quorum": 0.5})
     grid = receiving(folder)
     grid.on_push = lambda name, message: grid.left.add(name) if name == "org-2" else None
     grid.swallowed["org-2"] = 1

@@ -108,15 +108,15 @@ def test_anyone_who_waits_behind_one_that_hangs_goes_on_in_turn() -> None:
     assert line.most == 1
 
 
-@pytest.mark.parametrize(("pieces", "seconds", "anew"), [(10, 0.1, False), (1, 1.0, True)])
-def test_slow_reply_is_not_taken_for_one_cut_off(pieces: int, seconds: float, anew: bool) -> None:
+@pytest.mark.parametrize(("pieces", "seconds", "reconnected"), [(10, 0.1, False), (1, 1.0, True)])
+def test_slow_reply_is_not_taken_for_one_cut_off(pieces: int, seconds: float, reconnected: bool) -> None:
     """Who is asked again sends it all again, and is late for the next round."""
     limits = TimeLimits(watch=0.01, slow=0.5)
     with closing(connect(SlowLine(pieces, seconds), Connected("org-1"), limits)) as post:
         post.send(1, "org-1", cast(Message, "first"), 100)
         (reply,) = post.receive(10.0)
         assert isinstance(reply.content, Rejected)
-        assert (post.connected()["org-1"].since != " 0") is anew  # so many times in doubt
+        assert (post.connected()["org-1"].since != " 0") is reconnected  # so many times in doubt
 
 
 def test_a_call_that_is_lost_puts_few_answers_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from tests.support.simulations import NewPlan
 
 SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}
 CERTAIN = 1 - 1e-7
+QUICK: dict[str, Any] = {"canaries": 64, "confidence": CERTAIN}  # so few refute nothing, which ends the search for a bound
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[tuple
 
 
 def test_fewer_rounds_claim_less(toy_plan: NewPlan) -> None:
-    result = audit(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
+    result = audit(toy_plan(**SMALL), rounds=1, device="cpu", **QUICK)
     assert (result.rounds, result.rounds_planned, result.steps) == (1, 2, 5)
     assert result.epsilon == pytest.approx(epsilon([Steps(result.noise_multiplier, 0.5, 5)], result.delta))
     assert result.epsilon < 3
@@ -81,21 +82,22 @@ def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder = simulate(toy_plan(**SMALL), tmp_path / "run", device="cpu").folder
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     spent = Site(folder / "sites" / "org-1").ledger().spent()
-    result = audit(folder, canaries=64)
+    result = audit(folder, **QUICK)
     assert result.organization == "org-1"
     assert result.epsilon == pytest.approx(epsilon(spent, result.delta))  # what the run claims, and spent
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
-    assert audit(folder, organization="org-2", canaries=64).organization == "org-2"
+    assert audit(folder, organization="org-2", **QUICK).organization == "org-2"
 
 
 def test_an_audit_of_a_plan_leaves_nothing(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    audit(toy_plan(**SMALL), canaries=64, rounds=1, device="cpu")
+    audit(toy_plan(**SMALL), rounds=1, device="cpu", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
-    one, other = (audit(toy_plan(**SMALL), canaries=2000, rounds=1, device="cpu") for _ in range(2))
+    settings: dict[str, Any] = {"canaries": 2000, "rounds": 1, "confidence": CERTAIN, "device": "cpu"}
+    one, other = (audit(toy_plan(**SMALL), **settings) for _ in range(2))
     assert [a.auc for a in one.attacks] != [a.auc for a in other.attacks]
 
 
@@ -161,8 +163,8 @@ def test_an_organization_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPla
     changes = {**SMALL, "simulation": {**SMALL.get("simulation", {}), "epsilons": [0.5, 2.0]}}
     plan = toy_plan(**changes)
     noise = prepare(plan, "cpu").noise
-    result = audit(plan, canaries=64, device="cpu")
+    result = audit(plan, device="cpu", **QUICK)
     assert result.noise_multiplier == noise["org-1"]
     assert 0.45 < result.epsilon <= 0.5
     folder = simulate(plan, tmp_path / "run", device="cpu").folder
-    assert audit(folder, canaries=64).noise_multiplier == noise["org-1"]
+    assert audit(folder, **QUICK).noise_multiplier == noise["org-1"]

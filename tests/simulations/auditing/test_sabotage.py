@@ -14,6 +14,7 @@ Thresholds are quantiles of exact distributions at one in a billion; those of th
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,8 +236,8 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
             state = {name: tensor + update.delta[name] for name, tensor in state.items()}
             between_rounds(site)
     accountant = PLDAccountant()
-    for sigma, rate in ran:
-        accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)))
+    for (sigma, rate), count in Counter(ran).items():
+        accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)), count)
     truth = accountant.get_epsilon(resolved.privacy.delta_for(prepared.shares[0].public_examples(resolved)))
     assert len(ran) == resolved.rounds * resolved.local.steps
     assert update.epsilon is not None

@@ -33,10 +33,10 @@ RELEASED = {"results.json", "compare.html", "plan.toml", "model"}
 Select = Callable[..., Selected]
 
 
-@pytest.fixture
-def private_plan(plan_file: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def private_plan(plan_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = plan_file.read_text(encoding="utf-8").replace('privacy = "none"\n', "")
-    file = tmp_path / "toy.toml"
+    file = tmp_path_factory.mktemp("private") / "toy.toml"
     file.write_text(f"{text}\n[privacy]\nepsilon = 8.0\n", encoding="utf-8")
     return file
 
@@ -61,16 +61,22 @@ def scores(out: Path) -> list[float]:
     return [json.loads((run / "summary.json").read_bytes())["test"]["federated"]["accuracy"] for run in runs]
 
 
-@pytest.fixture
-def played(private_plan: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """(plan, folder) of a selection among three runs that stopped when all were played and nothing was released."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def stopped(private_plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a selection among three runs that stopped when all were played and nothing was released. Not to be changed."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
     drawn(private_plan, out, [1, 0, 2])
-    (out / "released").symlink_to(tmp_path / "nowhere")  # no folder can be made there
+    (out / "released").symlink_to(out.parent / "nowhere")  # no folder can be made there
     with pytest.raises(RunError, match="cannot be written"):
         selected(private_plan, out)
     (out / "released").unlink()
-    return private_plan, out
+    return out
+
+
+@pytest.fixture
+def played(private_plan: Path, stopped: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """(plan, folder) of it: a copy for this test."""
+    return private_plan, shutil.copytree(stopped, tmp_path / "out")
 
 
 # --- what is chosen, and what leaves

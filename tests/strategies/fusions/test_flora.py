@@ -28,7 +28,7 @@ def test_by_hand_at_rank_one() -> None:
     assert float(fused("flora", state, deltas, (1, 3), adapter(1, scale=2.0))[W]) == 21.0
 
 
-def test_a_is_drawn_anew_in_every_round_and_alike_for_everybody() -> None:
+def test_a_is_redrawn_in_every_round_and_alike_for_everybody() -> None:
     state = state_of(3)
     deltas = deltas_of(state, (3,))
     first, again, later = (fused("flora", state, deltas, (1,), adapter(3), round=round)[A] for round in (1, 1, 2))

@@ -172,7 +172,7 @@ def test_the_log_of_the_start_before_is_kept(new_child: NewChild, tmp_path: Path
     assert (tmp_path / "worker.log.1").read_text() == "before"
 
 
-def test_a_long_log_begins_anew(new_child: NewChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_log_starts_again(new_child: NewChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_LOG_BYTES", 5)
     child = new_child(
         "print('first', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint(2, flush=True); time.sleep(600)"

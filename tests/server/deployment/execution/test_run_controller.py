@@ -194,7 +194,7 @@ def test_a_superlink_that_is_brought_back_is_waited_for_at_first(run: RunFolder)
 
     superlink = Restarting([[tells(run, "run_finalized")]])
     told = list[str]()
-    run_to_completion(run, superlink, lambda event, fields: told.append(event), PACE, served=lambda: True)
+    run_to_completion(run, superlink, lambda event, fields: told.append(event), PACE, kept_running=lambda: True)
     assert told == ["superlink_lost", "superlink_back", "run_finalized"]
     assert len(superlink.started) == 1
 

@@ -95,16 +95,16 @@ TABLE = {"model": {"base": "b"}, "data": {"source": "d"}, "privacy": "none", "se
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"strategy": "median"}, 'the fusion "median" cannot be had with server.late = fold'),
-        ({"strategy": {"fusion": "ties"}}, 'the fusion "ties" cannot be had with server.late = fold'),
-        ({"strategy": "scaffold"}, 'client term "scaffold" cannot be had with server.late = fold'),
-        ({"strategy": {"weighting": "noise_aware"}}, 'weighting "noise_aware" cannot be had with server.late = fold'),
-        ({"strategy": {"weighting": "inverse_loss"}}, 'weighting "inverse_loss" cannot be had'),
+        ({"strategy": "median"}, 'the fusion "median" is not supported with server.late = fold'),
+        ({"strategy": {"fusion": "ties"}}, 'the fusion "ties" is not supported with server.late = fold'),
+        ({"strategy": "scaffold"}, 'client term "scaffold" is not supported with server.late = fold'),
+        ({"strategy": {"weighting": "noise_aware"}}, 'weighting "noise_aware" is not supported with server.late = fold'),
+        ({"strategy": {"weighting": "inverse_loss"}}, 'weighting "inverse_loss" is not supported'),
         ({"train": [{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1}]}, "several stages"),
         ({"train": "lora", "lora": {"smaller_ranks": True}}, "adapters of different ranks"),
         (
             {"client_privacy": {"epsilon": 8.0}, "strategy": {"weighting": "uniform"}},
-            'cannot be had with client_privacy, which bounds what an organization adds to one round: expected late = "ignore"',
+            'is not supported with client_privacy, which bounds what an organization adds to one round: expected late = "ignore"',
         ),
     ],
 )
@@ -120,7 +120,7 @@ def test_running_means_can_take_late_updates(strategy: str) -> None:
 
 
 def test_a_late_update_that_comes_twice_is_folded_in_once(new_run: NewRun) -> None:
-    """org-2 is asked twice in round 1, as it connects anew, and the pulls of both its answers hang until round 2."""
+    """org-2 is asked twice in round 1, as it reconnects, and the pulls of both its answers hang until round 2."""
     folder = real(new_run("org-1", "org-2", rounds=2, server=FOLD))
     grid = wild(folder, {"org-1": adding(1.0, 10), "org-2": by_round(-4.0, 5.0, 30)})
     hang = grid.hangs["org-2"] = threading.Event()

@@ -1,0 +1,89 @@
+"""The tables of a plan that has several tasks on one encoder: `[[tasks]]`, and what they write into other tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from cotune.data.class_names import class_name
+from cotune.data.multi_task import MULTI_TASK, qualify
+from cotune.storage.config_table import ConfigTable
+
+
+class TaskConfig(ConfigTable):
+    """One of several tasks that share an encoder (the `tasks` tables of a plan); each has a head of its own."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="of the task, and of the folder that its model is exported to"
+    )
+    type: Literal["sequence-classification", "image-classification"] = Field(
+        "sequence-classification", description="as `task` of a plan; all tasks read the same input, so that they are of one type"
+    )
+    label: str | None = Field(
+        None,
+        min_length=1,
+        description="the column that holds its labels, an empty cell being none; default: called like the task",
+    )
+    labels: tuple[str, ...] = Field((), description="its class names in the order of its head; empty: as found in the data")
+    weight: float = Field(
+        1.0, gt=0, le=1e3, description="λ: how much its loss counts, min over θ of Σ λ_i L(D_i, θ); before clipping"
+    )
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_as_read(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(map(class_name, value))
+        if len(set(names)) < len(names) or len(names) == 1:
+            raise ValueError(f"expected two or more distinct class names, got {list(names)}")
+        return names
+
+
+def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a plan's table with what follows from its `tasks`: `task`, the columns in `data`, and `labels` where all are given.
+
+    Raises:
+        ValueError: Where one of these says something else.
+    """
+    tasks = table.get("tasks")
+    data = table.get("data")
+    if not tasks or not isinstance(tasks, list | tuple) or not isinstance(data, Mapping):
+        return table
+    read = [each if isinstance(each, TaskConfig) else TaskConfig.model_validate(each) for each in tasks]
+    columns = [[each.name, each.label or each.name] for each in read]
+    follows: dict[str, Any] = {"task": MULTI_TASK[read[0].type]}
+    if all(each.labels for each in read):
+        follows["labels"] = [qualify(each.name, label) for each in read for label in each.labels]
+    for key, value in follows.items():
+        if table.get(key) and list(table[key]) != list(value):
+            raise ValueError(f"{key} follows from [[tasks]] here: expected it left out, got {table[key]}")
+    given = [list(pair) for pair in data.get("tasks") or columns]
+    if any(column not in given for column in columns):  # it may have columns of more: those of a plan that this one is a part of
+        raise ValueError("data.tasks follows from [[tasks]]: expected it left out")
+    return {**table, **follows, "data": {**data, "tasks": given}}
+
+
+def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield why tasks cannot share an encoder, in words.
+
+    Args:
+        tasks: Of the plan.
+        modes: What its stages train.
+        held: Of a simulation, the tasks of each organization.
+    """
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        yield f"tasks: expected distinct names, got {names}"
+    types = {task.type for task in tasks}
+    if len(types) > 1:
+        named = " and ".join(sorted(types))
+        yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected one type"
+    if tasks and all(mode == "head" for mode in modes):
+        yield (
+            "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora or full, or a"
+            " plan for each task"
+        )
+    unknown = sorted({name for each in held for name in each} - set(names))
+    if unknown or any(not each for each in held):
+        yield f"simulation.tasks: expected for each organization some of {names}, got {[list(each) for each in held]}"

@@ -1,0 +1,1 @@
+"""Fusions of what the models predict, rather than of their parameters."""

@@ -1,0 +1,56 @@
+"""Records of two tasks, a mood and a length, of which some have one label alone; each belongs to a person."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cotune.plan.load import parse_plan
+from cotune.plan.schema import Plan
+from tests.support.datasets import sentences
+
+LABELS = ("mood/bad", "mood/good", "mood/so", "length/long", "length/short")
+NewPlan = Callable[..., Plan]
+
+
+def write_tasks(path: Path, count: int = 240, seed: int = 0, people: int = 60) -> Path:
+    """CSV with the columns text, mood, length and person; every third record has no mood, every fifth no length."""
+    rows = [("text", "mood", "length", "person")]
+    for i, (text, mood) in enumerate(sentences(count, seed)):
+        length = "long" if len(text.split()) > 5 else "short"
+        rows.append((text, "" if i % 3 == 0 else mood, "" if i % 5 == 1 else length, f"person {i % people}"))
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def multi_plan(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> NewPlan:
+    """Changes of top-level keys -> a plan of two tasks whose adapters and heads are trained; tables are merged."""
+    source = write_tasks(tmp_path_factory.mktemp("tasks") / "two.csv")
+
+    def make(kind: str = "bert", **changes: Any) -> Plan:
+        table: dict[str, Any] = {
+            "name": "two",
+            "tasks": [
+                {"name": "mood", "labels": ["bad", "good", "so"]},
+                {"name": "length", "labels": ["long", "short"], "weight": 0.5},
+            ],
+            "model": {"base": str(base_model(kind)), "max_length": 16, "precision": "float32"},
+            "data": {"source": str(source)},
+            "train": "lora",
+            "rounds": 2,
+            "privacy": "none",
+            "local": {"learning_rate": 1.0, "batch_size": 32, "steps": 3},
+            "simulation": {"clients": 2, "partition": "iid", "baselines": []},
+        }
+        for key, value in changes.items():
+            both = isinstance(value, dict) and isinstance(table.get(key), dict)
+            table[key] = {**table[key], **value} if both else value
+        return parse_plan(table)
+
+    return make
