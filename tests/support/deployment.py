@@ -38,6 +38,7 @@ class Deployment:
     folder: Path
     organizations: tuple[str, ...]
     processes: dict[str, Command | subprocess.Popen[bytes]] = field(default_factory=dict)
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # organization -> of its first `client join`
 
     @property
     def fed(self) -> Path:
@@ -78,7 +79,7 @@ class Deployment:
         self.wait(lambda: self.log("server").count("ready") > before)
 
     def join(self, name: str) -> None:
-        named = ("--data", self.folder / f"{name}.csv", "--model", self.folder / "base")
+        named = ("--data", self.folder / f"{name}.csv", "--model", self.folder / "base", *self.options.get(name, ()))
         data = () if (self.site(name) / "data.json").exists() else named
         self.start(name, "client", "join", self.site(name), self.fed / "federation.toml", *data)
 
@@ -236,11 +237,13 @@ def deployment(
     database: bool = True,
     absent: tuple[str, ...] = (),
     write: Callable[[Path, int], object] = write_sentences,
+    options: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
-    members beside them that have a site and join nothing. write: makes a file of records from a seed.
+    members beside them that have a site and join nothing. write: makes a file of records from a seed. options: organization -> further ones of its first
+    `client join`.
     """
-    made = Deployment(folder, organizations)
+    made = Deployment(folder, organizations, options=options or {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
     for number, name in enumerate((*organizations, "test")):
