@@ -23,7 +23,10 @@ COMMANDS = {
         "cotune.cli.audit:audit",
         "Measure a lower bound on the ε that training really spends; exits with 1 if it is above the claim.",
     ),
-    "predict": ("cotune.cli.models.predict:predict", "Classify texts, words or images with a fine-tuned model. Nothing is sent."),
+    "predict": (
+        "cotune.cli.models.predict:predict",
+        "Predict classes, labels or numbers, or write texts, with a fine-tuned model. Nothing is sent.",
+    ),
     "evaluate": (
         "cotune.cli.models.evaluate:evaluate",
         "Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent.",

@@ -52,7 +52,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with the probability of every class.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Tell classes, labels or numbers of texts or images, or write after prompts, by a fine-tuned model. Nothing is sent."""
+    """Predict classes, labels or numbers, or write texts, with a fine-tuned model. Nothing is sent."""
     if bool(given) == (file is not None):
         raise typer.BadParameter('expected texts after the model, or --file FILE: cotune predict MODEL "a text"')
     if text is not None and image is not None:

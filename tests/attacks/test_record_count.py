@@ -17,6 +17,7 @@ import pytest
 import cotune.client.training.round as training
 import cotune.client.training.steps
 from cotune.client.site import Site
+from cotune.errors import Declined
 from cotune.models.trainable import get_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
@@ -139,7 +140,7 @@ def test_refusals_follow_from_the_public_number(plan_of: Callable[..., Plan], re
             try:
                 training.train_round(plan, site, 1, clinic.state_of(plan))
                 answers.append("trained")
-            except training.Declined as declined:
+            except Declined as declined:
                 answers.append(str(declined))
         assert answers[0] == answers[1]
 

@@ -38,7 +38,7 @@ NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, w
     ("README.md", "make demo"),
     ("docs/simulate.md", "cotune simulate --engine ray"),
     ("docs/audit.md", 'pip install "cotune[audit]"'),
-    ("docs/several-tasks.md", 'train = "lora"                  # what all tasks share; or full'),
+    ("docs/several-tasks.md", 'train = "lora"'),
     ("docs/several-tasks.md", "cotune simulate plan.toml"),
     ("docs/strategies.md", '[project.entry-points."cotune.fusions"]'),
 }

@@ -126,7 +126,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     assert set(summary["privacy"]) == fields
     assert set(summary["model"]) == {"base", "base_hash", "parameters", "common", "shared_parameters"}
     columns = {"majority", "alone", "alone_without_privacy", "federated", "adapted"}
-    assert set(summary["test"]) == {"examples", "pooled", "plain", *columns}
+    assert set(summary["test"]) == {"examples", "pooled", "plain", "written", *columns}
     assert summary["personal"] is None
     assert summary["test"]["plain"] is None
     assert set(summary["test"]["alone"]) == {"mean", "each"}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.client.training import feature_rows
 from cotune.client.training import setup as setting
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup, check_gradients, check_stages
@@ -299,7 +298,7 @@ def test_a_loss_that_mixes_records_is_refused(new_plan: MakePlan, mode: str, mon
         return losses.sum(dim=1) * len(labels) / (labels != -100).sum()
 
     monkeypatch.setattr(classes, "example_losses", over_the_batch)
-    monkeypatch.setattr(feature_rows, "losses_from_scores", over_its_words)
+    monkeypatch.setattr(classes, "losses_from_scores", over_its_words)
     plan = new_plan("bert", "token-classification", train=mode)
     with pytest.raises(PrivacyError, match=rf"clipped gradients of this model are wrong by .* in train = {mode}"):
         check_stages(plan, get_plan_model(plan, "cpu"))

@@ -17,7 +17,7 @@ COUNT = 11  # enough for every rule's defaults
 NAMES = [
     name
     for name, info in get_builtin_components("fusion").items()
-    if not info.needs.adapters and set(info.needs.sends) <= {"loss"}
+    if not info.needs.adapters and not info.needs.public_inputs and set(info.needs.sends) <= {"loss"}
 ]
 
 
