@@ -57,7 +57,7 @@ def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def find_extreme(tensors: Mapping[str, Tensor], limit: float = MAX_VALUE) -> tuple[str, float] | None:
-    """The name of the first tensor with an entry beyond ±limit or that is not a number, and its largest; None where there is none."""
+    """The name and the largest entry of the first tensor that has one beyond ±limit, or no number; None where there is none."""
     for name in tensors:
         largest = max_abs(tensors, name)
         if not largest <= limit:

@@ -267,9 +267,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     looks = read_update_looks(combination)
     kept = _metrics_before(run, start)
     extreme = _find_extreme(run.plan, before, moved, memory)
-    is_applied = not extreme and run.guard.accepts(
-        inference_params(run.plan, start.state, before.memory), kept, after, metrics
-    )
+    is_applied = not extreme and run.guard.accepts(inference_params(run.plan, start.state, before.memory), kept, after, metrics)
     known: dict[str, Any] = {
         "applied": is_applied,
         "weights": rounded_weights(looks, result.asked),
