@@ -105,10 +105,9 @@ def _awaiting_approval(fields: dict[str, Any]) -> str:
 def _not_applied(fields: dict[str, Any]) -> str:
     names = ", ".join(each["organization"] for each in fields["suspects"])
     whom = f"; what stood out most: the update of {names}" if names else ""
-    return (
-        f"round {fields['round']} is not applied, as the accuracy on the test set fell to {fields['accuracy']:.3f}"
-        f" (server.max_accuracy_drop): the model before it stays{whom}"
-    )
+    fell = "" if fields["accuracy"] is None else f" on the test set fell to {fields['accuracy']:.3f}"
+    why = fields.get("reason") or f"the accuracy{fell or ' fell'} (server.max_accuracy_drop)"
+    return f"round {fields['round']} is not applied, as {why}: the model before it stays{whom}"
 
 
 def _received(fields: dict[str, Any]) -> str:

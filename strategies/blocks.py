@@ -128,6 +128,11 @@ def is_finite(tensors: Mapping[str, Tensor], name: str) -> bool:
         return all(math.isfinite(sum_squares(b)) or bool(np.isfinite(b).all()) for _, b in read_blocks(tensors, name))
 
 
+def max_abs(tensors: Mapping[str, Tensor], name: str) -> float:
+    """Return the largest absolute value of a tensor's entries; NaN where one is no number, 0 where there is none."""
+    return float(np.max([0.0, *(np.abs(block).max() for _, block in read_blocks(tensors, name))]))
+
+
 def add_exactly(values: Iterable[float]) -> float:
     """Return the sum of values ≥ 0, rounded once, so that their order does not matter; what is not finite stays so."""
     found = list(values)

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapter import Adapter
-from cotune.strategies.blocks import empty, flatten, is_finite, read_blocks, shape_of
+from cotune.strategies.blocks import empty, flatten, is_finite, max_abs, read_blocks, shape_of
+
+# of a parameter: those of usable models are below 100, extreme ones are how rounding errors are made large, and sites refuse them
+MAX_VALUE = 1e4
 
 Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
 
@@ -51,6 +54,15 @@ def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is infinite or not a number; None where there is none."""
     return next((name for name in tensors if not is_finite(tensors, name)), None)
+
+
+def find_extreme(tensors: Mapping[str, Tensor], limit: float = MAX_VALUE) -> tuple[str, float] | None:
+    """The name and the largest entry of the first tensor that has one beyond ±limit, or no number; None where there is none."""
+    for name in tensors:
+        largest = max_abs(tensors, name)
+        if not largest <= limit:
+            return name, largest
+    return None
 
 
 def apply_delta(state: Mapping[str, Tensor], delta: Delta, rate: float = 1.0) -> dict[str, Tensor]:

@@ -20,8 +20,7 @@ from cotune.plan.parameters import shared_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import received_digest
-
-_MAX_VALUE = 1e4  # of a parameter; those of usable models are below 100, and extreme ones are how rounding errors are made large
+from cotune.strategies.types import MAX_VALUE, find_extreme
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,12 @@ def check_declared_number(context: LocalContext) -> None:
 def check_values(context: LocalContext) -> None:
     """Check that what was sent is finite, and of a size that parameters have. Raises RunError."""
     for what, tensors in (("state", context.state), ("further tensors", context.sent)):
-        for name, tensor in tensors.items():
-            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-            if not largest <= _MAX_VALUE:
-                raise RunError(
-                    f"the request's {what} reach {largest:.3g} in {name[:80]}: expected values of at most {_MAX_VALUE:g}",
-                    code="run.extreme_values",
-                )
+        if extreme := find_extreme(tensors):
+            name, largest = extreme
+            raise RunError(
+                f"the request's {what} reach {largest:.3g} in {name[:80]}: expected values of at most {MAX_VALUE:g}",
+                code="run.extreme_values",
+            )
 
 
 def check_public_number(context: LocalContext) -> None:

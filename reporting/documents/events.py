@@ -108,12 +108,13 @@ class LateUpdateIgnored(Event):
 
 
 class RoundNotApplied(Event):
-    """The accuracy fell by more than `server.max_accuracy_drop`: the state before the round stays."""
+    """The accuracy fell by more than `server.max_accuracy_drop`, or no organization would take the state: that before stays."""
 
     event: Literal["round_not_applied"] = "round_not_applied"
     round: _Round
     accuracy: Number | None = Field(description="On the coordinator's test set, of the state that is not applied.")
     suspects: list[SuspectEntry] = Field(description="The updates that stood out most.")
+    reason: str = Field("", description="Why no organization would take the state; empty where the accuracy fell.")
 
 
 class WeightIsSmall(Event):

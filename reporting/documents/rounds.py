@@ -112,7 +112,8 @@ class RoundEntry(Document):
     applied: bool = Field(
         True,
         description="False where the accuracy fell by more than `server.max_accuracy_drop` on the coordinator's validation"
-        " records, or in a real run without them on its test set: the state before the round stayed.",
+        " records, or in a real run without them on its test set, or where organizations would refuse the state as extreme:"
+        " the state before the round stayed.",
     )
     weights: dict[str, Number] = Field(
         default_factory=dict,

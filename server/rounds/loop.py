@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import MessageType
@@ -54,7 +54,7 @@ from cotune.server.runs.run_model import inference_params
 from cotune.server.transport.base import Transport
 from cotune.server.transport.node_registry import REVOKED
 from cotune.strategies.aggregator import Combination, build_aggregator
-from cotune.strategies.types import RoundContext
+from cotune.strategies.types import MAX_VALUE, RoundContext, find_extreme
 
 _SMALL_WEIGHT = 0.1  # of an equal share
 Evaluate = Callable[[State], Metrics | None]
@@ -266,7 +266,8 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     metrics = run.evaluate(after)
     looks = read_update_looks(combination)
     kept = _metrics_before(run, start)
-    is_applied = run.guard.accepts(inference_params(run.plan, start.state, before.memory), kept, after, metrics)
+    extreme = _find_extreme(run.plan, before, moved, memory)
+    is_applied = not extreme and run.guard.accepts(inference_params(run.plan, start.state, before.memory), kept, after, metrics)
     known: dict[str, Any] = {
         "applied": is_applied,
         "weights": rounded_weights(looks, result.asked),
@@ -279,13 +280,19 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
         moved = dict(start.state)
         memory = dict(before.memory)
         accuracy = None if metrics is None else metrics.score
-        folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects))
+        folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects, reason=extreme))
         entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
     clip_norm = None
     if run.client_level and isinstance(combination, PrivateMean):
         entry = entry.model_copy(update={"client_privacy": run.client_level.entry(before, combination)})
         clip_norm = run.client_level.next_clip_norm(before, combination)
     return Progress(number, moved, memory, (*before.history, entry), clip_norm)
+
+
+def _find_extreme(plan: Plan, before: Progress, moved: State, memory: State) -> str:
+    """Return why no organization would take what the next round sends; "" where they would."""
+    found = find_extreme(moved) or find_extreme(broadcast_extras(plan, replace(before, memory=memory)))
+    return "" if found is None else f"{found[0]} reaches {found[1]:.3g}, and organizations take at most {MAX_VALUE:g}"
 
 
 def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:

@@ -22,11 +22,12 @@ from cotune.protocol.codecs import packed_bytes
 from cotune.server.rounds.session import ExampleBounds
 from cotune.strategies.blocks import is_finite
 from cotune.strategies.sums import norm
-from cotune.strategies.types import RoundContext, Update, find_not_finite
+from cotune.strategies.types import MAX_VALUE, RoundContext, Update, find_extreme, find_not_finite
 
 _ARRAY_HEAD = 1024  # bytes that an array has beside its values and its name, and some to spare
 _EPSILON_ROUNDING = 0.0100001  # an ε is reported with two digits after the point, and never below what it is
 _MAX_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of more would overflow
+_MAX_CHANGE = 2 * MAX_VALUE  # of a parameter: one that changed more is too large for any organization before or after it
 _MAX_REASON_LENGTH = 500
 
 Shape = tuple[int, ...]
@@ -313,4 +314,8 @@ def _check_values(delta: Mapping[str, Tensor], max_norm: float) -> str:
     length = norm(delta)
     if not math.isfinite(length) and find_not_finite(delta):
         return "it has values that are not finite"
-    return f"its norm is {length:.3g}, expected at most {max_norm:g}" if length > max_norm else ""
+    if length > max_norm:
+        return f"its norm is {length:.3g}, expected at most {max_norm:g}"
+    if length > _MAX_CHANGE and (extreme := find_extreme(delta, _MAX_CHANGE)):
+        return f"it changes {extreme[0]} by {extreme[1]:.3g}, expected at most {_MAX_CHANGE:g}"
+    return ""
