@@ -247,7 +247,9 @@ def test_a_round_in_which_nobody_is_drawn_is_played(new_run: NewRun, private: bo
     """Without privacy nothing moves; with it there is noise, as not coming must not show."""
     make = private_run if private else new_run
     folder = (
-        make(new_run, "org-1", rounds=1, server={"sample_rate": 1e-9}) if private else make("org-1", server={"sample_rate": 1e-9})
+        make(new_run, "org-1", rounds=1, client_privacy={"clip_norm": 1e-6}, server={"sample_rate": 1e-7})
+        if private
+        else make("org-1", server={"sample_rate": 1e-9})
     )
     start = initial(folder)
     progress = play(folder, {"org-1": adding(1.0)})

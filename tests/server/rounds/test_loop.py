@@ -209,7 +209,7 @@ def test_order_of_replies_does_not_change_the_result(new_run: NewRun, monkeypatc
 
     def random(request: Request) -> Any:
         rng = np.random.default_rng([request.round, int(request.organization[-1])])
-        scale = 10.0 ** (3 * int(request.organization[-1]))  # sums of such different sizes depend on their order
+        scale = 10.0 ** (3 * int(request.organization[-1]) - 6)  # sums of such different sizes depend on their order
         noise = {name: torch.from_numpy(rng.normal(size=t.shape).astype("float32") * scale) for name, t in request.state.items()}
         return update(request, noise, examples=int(request.organization[-1]) * 7)
 
