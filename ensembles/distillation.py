@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.config import DistillationConfig
@@ -102,7 +103,7 @@ def train_student(
         The trained parameters.
     """
     names = student.names(config.train) if names is None else names
-    score = score or score_by_model(student, lessons.inputs)
+    score = score or score_by_model(student, student.loaded.encode_unlabeled(lessons.inputs))
     student.load(start)
     state = start
     for epoch in range(done, config.epochs):
@@ -122,9 +123,8 @@ def train_student(
     return state
 
 
-def score_by_model(student: TrainableModel, inputs: Sequence[Input]) -> Score:
-    """Return what gives the scores of some of the inputs by the whole model, in the state that it then has."""
-    examples = student.loaded.encode_unlabeled(inputs)
+def score_by_model(student: TrainableModel, examples: Sequence[Example]) -> Score:
+    """Return what gives the scores of some examples by the whole model, in the state that it then has."""
     return lambda rows: torch.cat(compute_answer_scores(student, [examples[row] for row in rows]))
 
 

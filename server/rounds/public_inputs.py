@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count
 from cotune.data.unlabeled import inputs_hash, read_unlabeled
 from cotune.ensembles.config import DistillationConfig
@@ -53,7 +55,7 @@ def read_public_inputs(plan: Plan, folder: Path) -> tuple[Input, ...]:
 
 
 class PublicPredictions:
-    """What models that differ in trained parameters predict for public inputs. Features of an encoder as it came are kept."""
+    """What models that differ in trained parameters predict for public inputs. The last encoder's features are kept."""
 
     def __init__(self, model: TrainableModel, inputs: Sequence[Input], precision: str, seed: int) -> None:
         """Create it; nothing is computed yet.
@@ -68,8 +70,13 @@ class PublicPredictions:
         self._inputs = inputs
         self._precision = precision
         self._seed = seed
-        self._features: Tensor | None = None
+        self._encoder: list[Tensor] | None = None  # what was trained of the encoder that the features are of
+        self._features = torch.empty(0)
         self._ends = np.cumsum([answer_count(given) for given in inputs])
+
+    @cached_property
+    def _examples(self) -> list[Example]:
+        return self._model.loaded.encode_unlabeled(self._inputs)
 
     def of_round(self, number: int, state: State, names: Sequence[str]) -> PublicInputs:
         """Return the inputs as a round's strategy sees them.
@@ -104,7 +111,7 @@ class PublicPredictions:
         self._model.load(state)
         reader = feature_head(self._model)
         if reader is None or set(names) - set(self._model.names("head")):
-            return score_by_model(self._model, self._inputs)
+            return score_by_model(self._model, self._examples)
         features = self._get_features(state)
 
         def score(rows: Sequence[int]) -> Tensor:
@@ -114,15 +121,14 @@ class PublicPredictions:
 
         return score
 
-    def _get_features(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Those of an encoder that an earlier stage has trained are computed in every round."""
-        if self._features is not None:
-            return self._features
-        examples = self._model.loaded.encode_unlabeled(self._inputs)
-        features = encode_batch(self._model, examples, self._precision)
-        if not any(name.startswith(self._model.prefix) for name in state):
-            self._features = features
-        return features
+    def _get_features(self, state: State) -> Tensor:
+        """The models of a round hold the very tensors that their encoders have in common."""
+        encoder = [tensor for name, tensor in state.items() if name.startswith(self._model.prefix)]
+        held = self._encoder
+        if held is None or len(held) != len(encoder) or any(a is not b for a, b in zip(held, encoder, strict=True)):
+            self._features = encode_batch(self._model, self._examples, self._precision)
+            self._encoder = encoder
+        return self._features
 
 
 class _RoundInputs:
