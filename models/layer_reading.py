@@ -15,7 +15,7 @@ def check_layers(config: Any, layers: tuple[int, ...]) -> None:
     count = int(getattr(config, "num_hidden_layers", 0))
     if getattr(config, "is_encoder_decoder", False) or not count:
         raise ModelError(
-            f"model.feature cannot be had of the architecture {config.model_type}: expected an encoder with layers, such as"
+            f"model.feature is not supported for the architecture {config.model_type}: expected an encoder with layers, such as"
             " bert, distilbert or roberta",
             code="model.no_layers",
         )

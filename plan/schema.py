@@ -107,7 +107,7 @@ class Plan(PlanTables):
         }
         for what, found in cannot.items():
             if found:
-                raise ValueError(f"[[tasks]] cannot be had with {what}: leave out one of the two")
+                raise ValueError(f"[[tasks]] is not supported with {what}: leave out one of the two")
         return self
 
     @model_validator(mode="after")

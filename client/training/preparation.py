@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cotune.client.training.context import (
-    LocalContext,
-)
+from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.own_copy import open_personal
 from cotune.client.training.personal import PersonalParameters

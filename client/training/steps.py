@@ -9,10 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from cotune.client.account import Account
-from cotune.client.training.context import (
-    BEFORE_CHARGE,
-    run_checks,
-)
+from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.observe import notify
 from cotune.client.training.own_copy import OwnCopy
