@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from results_page import publish
 from scipy.stats import t as student
 
 from cotune.client.site import Site
@@ -77,10 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     sections = [section(name, given.seeds, given.epsilons, given.overrides) for name in given.partitions]
     command = " ".join(["python", "benchmarks/experiments/noise_aware.py", *sys.argv[1:]])
-    text = "\n\n".join([MEASURED, f"Measured by `{command}`.", *sections, prediction(given.repetitions)]) + "\n"
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    reading = given.out.read_text(encoding="utf-8").split(MEASURED)[0] if given.out.exists() else ""  # by people, kept
-    given.out.write_text(reading + text, encoding="utf-8")
+    publish(given.out, MEASURED, f"Measured by `{command}`.", *sections, prediction(given.repetitions))
 
 
 def prediction(repetitions: int) -> str:

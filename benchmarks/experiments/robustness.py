@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from results_page import publish
 
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.metrics import ClassMetrics, Metrics
@@ -268,9 +269,8 @@ def keep(file: Path, key: Key, result: Result) -> None:
 
 def write(out: Path, found: Found, seeds: int) -> None:
     """The page after so many seeds."""
-    page = out.read_text(encoding="utf-8").split(MEASURED)[0] if out.exists() else ""  # by people, kept
     measured = f"Measured by `python benchmarks/experiments/robustness.py --seeds {seeds}`: mean ± standard deviation."
-    out.write_text(page + "\n\n".join([MEASURED, measured, table(found)]) + "\n", encoding="utf-8")
+    publish(out, MEASURED, measured, table(found))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from results_page import publish
 
 from cotune.reporting.comparison_statistics import Combination, Variation
 from cotune.simulations.comparison.compare import compare
@@ -108,10 +109,7 @@ def main() -> None:
     if given.adapter_seeds:
         sections.append(tweets(given.runs, given.adapter_seeds, given.jobs))
     command = f"python benchmarks/experiments/strategies.py --seeds {given.seeds} --adapter-seeds {given.adapter_seeds}"
-    text = "\n\n".join([MEASURED, f"Measured by `{command}`.", *sections]) + "\n"
-    reading = given.out.read_text(encoding="utf-8").split(MEASURED)[0] if given.out.exists() else ""  # by people, kept
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(reading + text, encoding="utf-8")
+    publish(given.out, MEASURED, f"Measured by `{command}`.", *sections)
 
 
 def digits(runs: Path, names: Sequence[str], seeds: int, jobs: int | None) -> Iterator[str]:

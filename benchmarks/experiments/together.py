@@ -14,11 +14,11 @@ import csv
 import importlib.util
 import json
 import random
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from results_page import cell, publish
 
 from cotune.data.record_files import PACKAGED
 from cotune.plan.load import load_plan
@@ -103,16 +103,9 @@ def table(found: dict[Row, list[float]]) -> str:
     heads = " | ".join(f"ε = {epsilon:g}" for epsilon in epsilons)
     lines = [f"| rounds | fused by | {heads} |", "|---|---|" + "---|" * len(epsilons)]
     for rounds, strategy in dict.fromkeys((rounds, strategy) for rounds, strategy, _ in found):
-        cells = " | ".join(_accuracy(found.get((rounds, strategy, epsilon), [])) for epsilon in epsilons)
+        cells = " | ".join(cell(found.get((rounds, strategy, epsilon), [])) for epsilon in epsilons)
         lines.append(f"| {rounds} | {strategy} | {cells} |")
     return "\n".join(lines)
-
-
-def _accuracy(values: list[float]) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread} ({len(values)})"
 
 
 def main() -> None:
@@ -138,13 +131,11 @@ def main() -> None:
 
 
 def _publish(chosen: argparse.Namespace, text: str) -> None:
-    if chosen.out is not None:
-        above = chosen.out.read_text(encoding="utf-8").split(MEASURED)[0] if chosen.out.exists() else ""
-        note = (
-            f"{chosen.records:,} of the tweets, a quarter of them public; test accuracy, mean ± sd (number of seeds), by"
-            " `python benchmarks/experiments/together.py`."
-        )
-        chosen.out.write_text(f"{above}{MEASURED}\n\n{note}\n\n{text}\n", encoding="utf-8")
+    note = (
+        f"{chosen.records:,} of the tweets, a quarter of them public; test accuracy, mean ± sd (number of seeds), by"
+        " `python benchmarks/experiments/together.py`."
+    )
+    publish(chosen.out, MEASURED, note, text)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
+from results_page import cell, publish
 
 from cotune.errors import CotuneError
 from cotune.plan.load import load_plan
@@ -50,16 +50,9 @@ def accuracy(runs: Path, recipe: str, epsilon: str, seed: int) -> float:
 def table(found: dict[tuple[str, str], list[float]]) -> str:
     rows = ["| trained | no privacy | ε = 8 | ε = 3 |", "|---|---|---|---|"]
     for recipe in RECIPES:
-        cells = [_cell(found.get((recipe, epsilon), [])) for epsilon in ("none", "8", "3")]
+        cells = [cell(found.get((recipe, epsilon), [])) for epsilon in ("none", "8", "3")]
         rows.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(rows)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread} ({len(values)})"
 
 
 def main() -> None:
@@ -86,10 +79,8 @@ def main() -> None:
 
 
 def _write(out: Path | None, text: str) -> None:
-    if out is not None:
-        above = out.read_text(encoding="utf-8").split(MEASURED)[0] if out.exists() else ""
-        note = "Test accuracy, mean ± sd (number of seeds), by `python benchmarks/experiments/tweets_lora.py`."
-        out.write_text(f"{above}{MEASURED}\n\n{note}\n\n{text}\n", encoding="utf-8")
+    note = "Test accuracy, mean ± sd (number of seeds), by `python benchmarks/experiments/tweets_lora.py`."
+    publish(out, MEASURED, note, text)
 
 
 if __name__ == "__main__":

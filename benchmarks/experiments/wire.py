@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from results_page import cell, publish
 
 from cotune.data.record_files import PACKAGED
 from cotune.errors import CotuneError
@@ -79,16 +80,11 @@ def sample(chosen: argparse.Namespace) -> Path:
 def table(found: dict[tuple[str, str, Codec], list[Cell]]) -> str:
     rows = ["| trained | privacy | wire | bytes of an update | times fewer | test accuracy |", "|---|---|---|---|---|---|"]
     for (mode, privacy, codec), cells in found.items():
-        size = statistics.mean(cell.bytes for cell in cells)
-        whole = statistics.mean(cell.bytes for cell in found[mode, privacy, "float32"])
-        rows.append(f"| {mode} | {privacy} | {codec} | {size:,.0f} | {whole / size:.1f} | {_accuracy(cells)} |")
+        size = statistics.mean(each.bytes for each in cells)
+        whole = statistics.mean(each.bytes for each in found[mode, privacy, "float32"])
+        accuracy = cell([each.accuracy for each in cells], digits=4)
+        rows.append(f"| {mode} | {privacy} | {codec} | {size:,.0f} | {whole / size:.1f} | {accuracy} |")
     return "\n".join(rows)
-
-
-def _accuracy(cells: list[Cell]) -> str:
-    values = [cell.accuracy for cell in cells]
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread} ({len(values)})"
 
 
 def main() -> None:
@@ -109,24 +105,22 @@ def main() -> None:
             for codec in chosen.codecs:
                 for seed in chosen.seeds:
                     try:
-                        cell = play(chosen, mode, privacy, codec, seed)
+                        played = play(chosen, mode, privacy, codec, seed)
                     except CotuneError as error:
                         print(f"{mode}, {privacy}, {codec}, seed {seed}: {error}")
                         continue
-                    found.setdefault((mode, privacy, codec), []).append(cell)
-                    print(f"{mode}, {privacy}, {codec}, seed {seed}: {cell}", flush=True)
+                    found.setdefault((mode, privacy, codec), []).append(played)
+                    print(f"{mode}, {privacy}, {codec}, seed {seed}: {played}", flush=True)
                     _write(chosen, table(found))
     print(table(found))
 
 
 def _write(chosen: argparse.Namespace, text: str) -> None:
-    if chosen.out is not None:
-        above = chosen.out.read_text(encoding="utf-8").split(MEASURED)[0] if chosen.out.exists() else ""
-        note = (
-            f"{chosen.records:,} of the tweets, four organizations; mean ± sd (number of seeds), by"
-            " `python benchmarks/experiments/wire.py`."
-        )
-        chosen.out.write_text(f"{above}{MEASURED}\n\n{note}\n\n{text}\n", encoding="utf-8")
+    note = (
+        f"{chosen.records:,} of the tweets, four organizations; mean ± sd (number of seeds), by"
+        " `python benchmarks/experiments/wire.py`."
+    )
+    publish(chosen.out, MEASURED, note, text)
 
 
 if __name__ == "__main__":
