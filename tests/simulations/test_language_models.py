@@ -25,7 +25,7 @@ from cotune.simulations.comparison.compare import compare
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
 from tests.support.language_models import language_model, write_dialogs
-from tests.support.processes import Cotune, Moment, play_killed
+from tests.support.processes import Cotune, play_whole_and_killed
 from tests.support.simulations import final_model, merged, same, tensors_of
 
 __all__ = ["language_model"]  # fixtures
@@ -150,13 +150,7 @@ def test_what_is_told_of_texts_that_are_cut(new_plan: NewPlan) -> None:
 @pytest.mark.crash
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = new_plan(privacy="none", simulation={"baselines": []})  # noise differs from run to run
-    whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
-    simulate(plan, whole, device="cpu")
-    moments = (
-        Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
-        Moment("update_received", {"round": 2, "organization": "org-1"}),
-    )
-    play_killed(cotune, plan, run, moments)
+    whole, run = play_whole_and_killed(cotune, plan, tmp_path)
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)
     one, other = (json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (run, whole))

@@ -20,7 +20,7 @@ from cotune.plan.schema import Plan
 from cotune.simulations.run import Run, simulate
 from tests.support.language_models import write_dialogs
 from tests.support.paired_models import paired_model, pairs_table
-from tests.support.processes import Cotune, Moment, play_killed
+from tests.support.processes import Cotune, play_whole_and_killed
 from tests.support.simulations import final_model, merged, same, tensors_of
 
 __all__ = ["paired_model"]  # fixtures
@@ -85,13 +85,7 @@ def test_predicting_refuses_it_in_one_sentence(private: Run) -> None:
 @pytest.mark.crash
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = new_plan(privacy="none", simulation={"baselines": []})  # noise differs from run to run
-    whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
-    simulate(plan, whole, device="cpu")
-    moments = (
-        Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
-        Moment("update_received", {"round": 2, "organization": "org-1"}),
-    )
-    play_killed(cotune, plan, run, moments)
+    whole, run = play_whole_and_killed(cotune, plan, tmp_path)
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)
 

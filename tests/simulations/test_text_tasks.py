@@ -22,7 +22,7 @@ from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.verdict import conclude_verdict
 from cotune.simulations.run import Run, simulate
-from tests.support.processes import Cotune, Moment, play_killed
+from tests.support.processes import Cotune, play_whole_and_killed
 from tests.support.simulations import final_model, merged, same, tensors_of
 from tests.support.text_tasks import LABELS, ROWS, table_of, write_rows
 
@@ -134,13 +134,7 @@ def test_classes_are_wanted_where_one_is_right(private: tuple[str, Run], new_pla
 @pytest.mark.parametrize("task", TASKS)
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(task: str, new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = new_plan(task, train="lora", privacy="none", rounds=2, simulation={"baselines": []})  # noise differs from run to run
-    whole, run = tmp_path / "whole", tmp_path / "other"  # of one length: a request names the folder, and its bytes are counted
-    simulate(plan, whole, device="cpu")
-    moments = (
-        Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
-        Moment("update_received", {"round": 2, "organization": "org-1"}),
-    )
-    play_killed(cotune, plan, run, moments)
+    whole, run = play_whole_and_killed(cotune, plan, tmp_path)
     assert same(final_model(run), final_model(whole))
     assert tensors_of(run) == tensors_of(whole)
     one, other = (json.loads((folder / "summary.json").read_text(encoding="utf-8")) for folder in (run, whole))

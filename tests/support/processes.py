@@ -23,6 +23,7 @@ import pytest
 
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
+from cotune.simulations.run import simulate
 
 _PRELOADED = (
     "pytest",
@@ -168,3 +169,16 @@ def play_killed(cotune: Cotune, plan: Plan, run: Path, moments: Iterable[Moment]
         kill_at(cotune, moment, *arguments)
         arguments = ("simulate", "--resume", run)
     finish(cotune(*arguments), run.parent / "cotune.log")
+
+
+def play_whole_and_killed(cotune: Cotune, plan: Plan, folder: Path) -> tuple[Path, Path]:
+    """Play a plan of two organizations and two rounds undisturbed, and killed in either round; return the folders of both runs."""
+    whole = folder / "whole"
+    run = folder / "other"  # as long as the other's: a request names the folder, and its bytes are counted
+    simulate(plan, whole, device="cpu")
+    moments = (
+        Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
+        Moment("update_received", {"round": 2, "organization": "org-1"}),
+    )
+    play_killed(cotune, plan, run, moments)
+    return whole, run
