@@ -138,8 +138,8 @@ def _get_map(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool, expect
     found = _get_fitted(folder, layers, cls).choose(expected)
     if found is None:
         raise ModelError(
-            f"the map of model.feature that is fitted here is another one than the plan's, whose hash is {str(expected)[:16]}…: use"
-            " the versions of cotune, torch and transformers that the coordinator uses",
+            "the map of model.feature that is fitted here is another one than the plan's, whose hash is"
+            f" {str(expected)[:16]}…: use the versions of cotune, torch and transformers that the coordinator uses",
             code="model.other_map",
         )
     return found
