@@ -16,11 +16,12 @@ from transformers import AutoConfig
 
 from cotune.models.adapter_export import export_adapters
 from cotune.models.base_folder import ENCODER
-from cotune.models.base_model import dropout_settings, silence_transformers
+from cotune.models.base_model import dropout_settings
 from cotune.models.layer_features import LayerClassifier
 from cotune.models.layer_folder import is_layer_model, write_layer_head
 from cotune.models.lora import merge_adapters
 from cotune.models.multi_head import MultiHead
+from cotune.models.silence import silence_transformers
 from cotune.models.trainable import TrainableModel
 
 ADAPTERS = "adapter"  # the folder of adapters by themselves, in that of the model
