@@ -13,14 +13,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from cotune.data.tasks.classes import logits
 from cotune.errors import ModelError
-from cotune.models.base_lookup import find_base
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
+from cotune.models.base.lookup import find_base
 from cotune.models.config import FeatureConfig, ModelConfig
-from cotune.models.feature_head import feature_head
-from cotune.models.feature_precision import features_mix
-from cotune.models.features import get_features
+from cotune.models.features.cached import get_features
+from cotune.models.features.head import feature_head
+from cotune.models.features.precision import features_mix
+from cotune.models.features.public_map import AffineMap, _features, draw_texts, fit_map, get_public_map, pin_model
 from cotune.models.independence import MAX_PADDING_ERROR, padding_error
-from cotune.models.public_map import AffineMap, _features, draw_texts, fit_map, get_public_map, pin_model
 from cotune.models.trainable import TrainableModel
 
 LABELS = ("bad", "good", "so")

@@ -27,7 +27,7 @@ from cotune.errors import ModelError
 # are never opened, and a README decides nothing.
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
-ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `models.layer_export`)
+ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `features.layer_folder`)
 _TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
 

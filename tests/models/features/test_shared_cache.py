@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cotune.models.features import get_features
+from cotune.models.features.cached import get_features
 from cotune.models.trainable import TrainableModel
 
 TEXTS = ("a great day", "an awful table")

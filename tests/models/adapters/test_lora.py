@@ -12,8 +12,8 @@ from peft import PeftType
 from pydantic import ValidationError
 
 from cotune.errors import ModelError
+from cotune.models.adapters.lora import merge_adapters
 from cotune.models.config import _WHY_NOT, LoraConfig
-from cotune.models.lora import merge_adapters
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES
 

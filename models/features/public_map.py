@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModel
 
+from cotune.data.inputs.token_limits import find_max_length
 from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import frame_tokens
-from cotune.data.tasks.token_limits import find_max_length
 from cotune.errors import ModelError, reason_of
-from cotune.models.base_lookup import BaseModelFolder
+from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.check_cache import cache_folder
 from cotune.models.config import FeatureConfig, ModelConfig
-from cotune.models.layer_reading import check_layers, read_layers
+from cotune.models.features.layer_reading import check_layers, read_layers
 from cotune.storage.files import atomic_write
 
 _RECIPE = 1  # counts changes of anything below that changes the map

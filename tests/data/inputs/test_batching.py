@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.data.inputs.batching import LENGTHS, bucket_of_length, fixed_batches
 from cotune.data.readers.images import Image
-from cotune.data.tasks.batching import LENGTHS, bucket_of_length, fixed_batches
 from cotune.data.tasks.classes import IGNORED, example_losses, logits
 from cotune.data.tasks.task import get_task
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.trainable import TrainableModel
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import ADAPTERS, export_model
 from cotune.models.trainable import TrainableModel

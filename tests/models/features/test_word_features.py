@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.data.tasks.classes import classes_from_scores, logits
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.feature_head import FeatureHead, feature_head
-from cotune.models.features import answer_rows, encode_batch, get_features
+from cotune.models.features.cached import answer_rows, encode_batch, get_features
+from cotune.models.features.head import FeatureHead, feature_head
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES, counting
 

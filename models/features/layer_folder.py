@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, float32
 
 from cotune.errors import ModelError
-from cotune.models.layer_features import LayerClassifier
+from cotune.models.features.layer_features import LayerClassifier
 from cotune.storage.config_table import format_validation_error
 from cotune.storage.files import atomic_write
 

@@ -22,20 +22,20 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.errors import ModelError, reason_of
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
-from cotune.models.base_folder import (
+from cotune.models.base.folder import (
     ENCODER,
     find_damage,
     read_base_labels,
     read_settings,
 )
 from cotune.models.config import FeatureConfig, ModelConfig
-from cotune.models.layer_features import build_on_layers
-from cotune.models.layer_folder import read_layer_model
-from cotune.models.public_map import AffineMap, get_public_map
+from cotune.models.features.layer_features import build_on_layers
+from cotune.models.features.layer_folder import read_layer_model
+from cotune.models.features.public_map import AffineMap, get_public_map
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
-from cotune.models.base_lookup import BaseModelFolder, find_base
+from cotune.models.base.lookup import BaseModelFolder, find_base
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def load_model(
 
 
 def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -> LoadedModel:
-    """Load what `layer_export` has written: an encoder, and a finished head on its layers. Raises ModelError."""
+    """Load what `layer_folder` has written: an encoder, and a finished head on its layers. Raises ModelError."""
     document, tensors = read_layer_model(folder.path)
     path = folder.path / ENCODER
     does = get_task(task)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from cotune.errors import RunError
 from cotune.models.device import single_thread
-from cotune.models.feature_head import feature_head
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
 
 _ITERATIONS = 60

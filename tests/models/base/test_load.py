@@ -19,9 +19,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
-from cotune.models import base_folder as base_files
-from cotune.models.base_lookup import find_base
-from cotune.models.base_model import _make_deterministic, load_model
+from cotune.models.base import folder as base_files
+from cotune.models.base.load import _make_deterministic, load_model
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 
 LABELS = ("bad", "good", "so")

@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from cotune.data.tasks.classes import logits
 from cotune.data.tasks.text import collator, encode
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.check_cache import cache_folder
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.feature_head import feature_head
-from cotune.models.feature_precision import FEATURE_SLOTS
-from cotune.models.features import get_features
+from cotune.models.features.cached import get_features
+from cotune.models.features.head import feature_head
+from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import State, TrainableModel
 from tests.support.tiny_models import counting
 

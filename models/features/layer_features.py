@@ -1,7 +1,7 @@
 """A wide feature of a frozen encoder: means of the token vectors of chosen layers, and the first token's vector, side by side.
 
 What the layers in the middle say of a text is lost in the last one. A linear head on all of it costs no ε that a narrow one does
-not cost, as a gradient is clipped as a whole. A fixed affine map (`models.public_map`) brings all directions of the feature to a
+not cost, as a gradient is clipped as a whole. A fixed affine map (`public_map`) brings all directions of the feature to a
 like size, without which a few of them take most of the clip norm.
 
 A record's feature depends on its own row alone: means are over its own tokens, and the map is applied row by row.
@@ -19,8 +19,8 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, SequenceClassifierOutput
 
 from cotune.models.architecture import AlignedRows
-from cotune.models.layer_reading import check_layers, read_layers
-from cotune.models.public_map import AffineMap
+from cotune.models.features.layer_reading import check_layers, read_layers
+from cotune.models.features.public_map import AffineMap
 
 
 class LayerEncoder(nn.Module):

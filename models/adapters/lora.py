@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from cotune.errors import ModelError
-from cotune.models.adapter import Adapter, init_lora_a, parameter_seed
+from cotune.models.adapters.adapter import Adapter, init_lora_a, parameter_seed
 from cotune.models.architecture import encoder_prefixes
-from cotune.models.base_model import LoadedModel
+from cotune.models.base.load import LoadedModel
 from cotune.models.config import LoraConfig
 
 _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "marian": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj", "query", "value"]}

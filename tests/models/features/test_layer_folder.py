@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
-from cotune.models.base_folder import content_hash
-from cotune.models.base_model import load_model
+from cotune.models.base.folder import content_hash
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.predictor import open_predictor
 from cotune.models.export import export_model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cotune.data.readers.sources import find_lfs_pointer, get_base_path, missing_base_error
 from cotune.errors import ModelError
-from cotune.models.base_folder import (
+from cotune.models.base.folder import (
     HUB_FILES,
     check_named_weights,
     content_hash,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softmax
 
 from cotune.models.config import ModelConfig
-from cotune.models.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
+from cotune.models.features.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
 from cotune.models.trainable import State, TrainableModel, get_model
 
 CLASSES = ("bad", "good", "so")

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
-from cotune.models.base_folder import read_base_labels, read_settings
+from cotune.models.base.folder import read_base_labels, read_settings
 
 
 def labels(folder: Path, names: object) -> tuple[str, ...]:
@@ -51,8 +51,8 @@ ASCII = """
 import locale, sys
 assert locale.getencoding().upper() in ("ASCII", "ANSI_X3.4-1968", "US-ASCII"), locale.getencoding()
 import safetensors.torch
-from cotune.models.base_model import ModelConfig, load_model
-from cotune.models.base_folder import read_base_labels
+from cotune.models.base.load import ModelConfig, load_model
+from cotune.models.base.folder import read_base_labels
 from pathlib import Path
 labels = read_base_labels(Path(sys.argv[1]))
 head = load_model(ModelConfig(base=sys.argv[1]), labels, 9).module.classifier.weight

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cotune.data.tasks.batching import FINE_LENGTHS, fixed_batches
+from cotune.data.inputs.batching import FINE_LENGTHS, fixed_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count, content_bytes
 from cotune.errors import RunError
 from cotune.models.check_cache import cache_folder, is_own
-from cotune.models.feature_head import encode_vectors, get_readout
-from cotune.models.feature_precision import FEATURE_SLOTS, feature_dtype
+from cotune.models.features.head import encode_vectors, get_readout
+from cotune.models.features.precision import FEATURE_SLOTS, feature_dtype
 from cotune.models.trainable import State, TrainableModel
 from cotune.storage.files import atomic_write, exclusive_lock
 

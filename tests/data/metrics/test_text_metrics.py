@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.data.tasks import text_metrics
-from cotune.data.tasks.text_metrics import check_text_metrics, compare_texts, exact_match, rouge_l
+from cotune.data.metrics import text_metrics
+from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts, exact_match, rouge_l
 from cotune.errors import DataError
 
 pytest.importorskip("rouge_score")

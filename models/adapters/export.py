@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from cotune.models.lora import build_peft_config
+from cotune.models.adapters.lora import build_peft_config
 from cotune.models.trainable import TrainableModel
 
 CONFIG = "adapter_config.json"
