@@ -55,12 +55,13 @@ class _ArrayGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]  # dp-accou
         deltas = np.zeros_like(epsilon) if is_added else -np.expm1(epsilon)
         cutoffs = self._inverse(epsilon[reached], bound, -1.0 if is_added else 1.0)
         deltas[reached] = self.mu_upper_cdf(cutoffs) - np.exp(epsilon[reached] + self.mu_lower_log_cdf(cutoffs))
-        return np.clip(deltas, 0, 1)
+        bounded: Curve = np.clip(deltas, 0, 1)
+        return bounded
 
     def _inverse(self, losses: Curve, bound: float, sign: float) -> Curve:
         """Return the largest outcomes whose privacy loss is at least each of `losses`; `sign` -1: of the record added."""
         unsampled = sign * self._without_sampling(sign * losses, bound)
-        outcomes = -0.5 * self.sensitivity - unsampled * self._standard_deviation**2 / self.sensitivity
+        outcomes: Curve = -0.5 * self.sensitivity - unsampled * self._standard_deviation**2 / self.sensitivity
         return outcomes if sign > 0 else self.sensitivity + outcomes
 
     def _without_sampling(self, losses: Curve, bound: float) -> Curve:
