@@ -71,7 +71,7 @@ class _ArrayGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]  # dp-accou
         odds = 1 / self.sampling_prob
         with np.errstate(divide="ignore", invalid="ignore"):
             scaled = losses + np.log(odds)
-            found = scaled + np.log1p(-np.exp(np.log(odds - 1) - scaled))
+            found: Curve = scaled + np.log1p(-np.exp(np.log(odds - 1) - scaled))
         found[losses == 0] = np.log(odds + (1 - odds))
         found[np.isclose(losses, bound, rtol=1e-9, atol=0)] = -math.inf
         return found
