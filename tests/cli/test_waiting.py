@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cotune.cli.waiting import Waiting
-from cotune.models import public_map
+from cotune.models.features import public_map
 from tests.support.console import Cotune
 
 
