@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from results_page import cell, publish
+from results_page import NARROW, cell, publish
 
 from cotune.data.record_files import PACKAGED
 from cotune.plan.load import load_plan
@@ -70,7 +70,7 @@ def play(chosen: argparse.Namespace, rounds: int, strategy: str, epsilon: float,
     private, public = split_tweets(chosen.runs, chosen.records)
     baselines = '["alone"]' if (rounds, strategy) == (max(ROUNDS), "mean of parameters") else "[]"
     plan = load_plan(
-        "tweets",
+        NARROW,
         [
             f"data.source={private}",
             f"public.source={public}",
