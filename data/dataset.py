@@ -255,6 +255,9 @@ class Dataset:
         kept = np.zeros(len(self), dtype=bool)
         dropped = Counter[str]()
         for unit, group in zip(identities, whole.units, strict=True):
+            if len(group) == 1:
+                kept[group] = True
+                continue
             records = [(inputs[row], labels[row]) for row in group]
             if privacy.unit == RECORD and not are_same_record(records):
                 dropped["copies that differ"] += len(group)

@@ -98,7 +98,9 @@ class FeatureHead(nn.Module):
         self.headed.eval()
         try:
             for rows in _TRIED_ROWS:
-                made_up = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)).to(layer.weight.device)
+                made_up = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)).to(
+                    layer.weight.device
+                )
                 with AlignedRows():
                     if not torch.equal(layer(made_up), self._whole(made_up).logits):
                         return None

@@ -33,6 +33,9 @@ class TrainableModel:
 
     One instance is kept per process; `load` makes its parameters a function of the base model and the given state alone, so that
     simulated clients can take turns with it.
+
+    Attributes:
+        layers: All modules with their names; the module gets none after it was loaded.
     """
 
     def __init__(self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device) -> None:
@@ -46,7 +49,7 @@ class TrainableModel:
             inject_adapters(loaded, lora, seed)
         named = self.module.named_parameters()
         self._own = {name.replace(".base_layer.", "."): parameter for name, parameter in named}  # walking a module is slow
-        self._modules = list(self.module.named_modules())
+        self.layers = tuple(self.module.named_modules())
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
@@ -85,7 +88,7 @@ class TrainableModel:
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Buffers as they are now, by the names of PyTorch."""
-        for path, module in self._modules:
+        for path, module in self.layers:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     yield f"{path}.{name}" if path else name, buffer

@@ -326,6 +326,7 @@ class DatabaseLog:
             if self.durable:
                 os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
             else:
+                self._write_anchor(0, START_HASH)
                 atomic_write(self.path, _empty_database(tuple(self._tables.values())), durable=False)
 
     def _migrate(self, db: sqlite3.Connection, schema: int) -> OpenLog:
@@ -370,10 +371,7 @@ class DatabaseLog:
         """Check that every entry has the hash that it must have, the anchored one among them, and fold them all."""
         count, anchored = self._read_anchor()
         if count is None:
-            if self.durable:
-                raise self._unusable(f"its anchor {self._anchor.file.name} is gone")
-            count = 0
-            anchored = START_HASH
+            raise self._unusable(f"its anchor {self._anchor.file.name} is gone")
         log = OpenLog(db)
         at_anchor = START_HASH if count == 0 else ""
         for id, at, kind, body, hash in db.execute("SELECT * FROM entries ORDER BY id"):
