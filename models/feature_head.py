@@ -86,7 +86,7 @@ class FeatureHead(nn.Module):
 
     @torch.no_grad()
     def _find_linear(self) -> nn.Linear | None:
-        """The linear layer that the head is: the only layer with parameters, with the same scores to the bit; None: there is none.
+        """The linear layer that the head is: the only one with parameters, and the same scores to the bit; None: there is none.
 
         Dropout would make them differ while it is on, so that the layer is called alone while it is off.
         """
