@@ -166,17 +166,25 @@ class Plan(PlanTables):
 
     @model_validator(mode="after")
     def _copy_can_be_had(self) -> Self:
-        if self.personal.keeps_copy and self.mixed_ranks:
-            raise ValueError("an own copy of the model has the plan's rank: expected no smaller ranks, or personal.parts")
+        personal = self.personal
+        if (personal.keeps_copy or "adapter" in personal.parts) and self.mixed_ranks:
+            kept = "copy of the model" if personal.keeps_copy else "adapter"
+            raise ValueError(f"an own {kept} has the plan's rank: expected no smaller ranks, or other personal.parts")
+        if personal.method == "pfedme" and self.strategy.client_term is not None:
+            raise ValueError(
+                'personal.method = "pfedme" trains a copy that the shared model follows, and a client term is about the'
+                " gradients of the shared model: expected one of the two"
+            )
         return self
 
     @model_validator(mode="after")
     def _shared_part_reads_nothing_without_noise(self) -> Self:
         """Gradients of the shared part follow from personal parts: one record in them would move all gradients of a batch."""
-        if self.keeps_parts and not self.personal.noise and isinstance(self.privacy, RecordPrivacy):
+        reads = self.keeps_parts or self.personal.read_by_shared
+        if reads and not self.personal.noise and isinstance(self.privacy, RecordPrivacy):
             raise ValueError(
-                "personal.noise = false, and the gradients of what is shared follow from the personal parts, so that a single"
-                " record would show in all of them, past clip norm and noise: expected personal.noise = true, or"
+                "personal.noise = false, and what is shared follows from what is personal, so that a single record would show in"
+                " it past clip norm and noise: expected personal.noise = true, or"
                 ' personal.method = "ditto", whose copy the shared model never reads'
             )
         return self
@@ -208,8 +216,9 @@ class Plan(PlanTables):
     @model_validator(mode="after")
     def _clipping_can_be_had(self) -> Self:
         per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
-        if per_layer and any(stage.mode == "full" for stage in self.stages):
-            raise ValueError("privacy.clipping: per_layer is not supported with train = full, expected flat")
+        whole = [stage.mode for stage in self.stages if stage.mode in ("blocks", "full")]
+        if per_layer and whole:
+            raise ValueError(f"privacy.clipping: per_layer is not supported with train = {whole[0]}, expected flat")
         return self
 
     def weights_of_classes(self) -> tuple[float, ...] | None:
@@ -233,7 +242,7 @@ class Plan(PlanTables):
     def stages(self) -> tuple[Stage, ...]:
         if isinstance(self.train, tuple):
             return self.train
-        return (Stage(mode=self.train, rounds=self.rounds, local=self.local),)
+        return (Stage(mode=self.train, rounds=self.rounds, local=self.local, layers=self.layers),)
 
     def get_stage(self, round: int) -> Stage:
         """Return the stage that a round (from 1) belongs to, its local training with the learning rates of that round."""
@@ -267,6 +276,7 @@ class Plan(PlanTables):
             public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
+            plain_steps=not any(local.base_decay for local in locals_) and self.personal.method != "pfedme",
         )
 
     @property
@@ -289,9 +299,8 @@ class Plan(PlanTables):
         return self.lora.keep != "nothing" or bool(self.personal.parts)
 
     def charged_steps(self, stage: Stage, examples: int) -> int:
-        """Return how many steps of DP-SGD a round of a stage takes at an organization, those of a copy with noise included."""
-        steps = stage.local.steps_per_round(examples)
-        return 2 * steps if self.personal.keeps_copy and self.personal.noise else steps
+        """Return how many steps of DP-SGD a round of a stage takes at an organization, those on its own parts alone included."""
+        return self.personal.count_charged_steps(stage.local.steps_per_round(examples))
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

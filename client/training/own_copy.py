@@ -1,8 +1,12 @@
-"""An organization's own copy of all that is trained, pulled toward the shared model (Li et al., "Ditto", ICML 2021,
-https://arxiv.org/abs/2012.04221, algorithm 1).
+"""An organization's own copy of all that is trained, pulled toward the shared model.
 
-Its steps come after those of the shared model in every round, and the shared model never reads it: what leaves is the same to the
-bit, whatever the copy is. So the copy may be trained without noise where neither it nor what it predicts leaves.
+Ditto (Li et al., ICML 2021, https://arxiv.org/abs/2012.04221, algorithm 1): its steps come after those of the shared model in
+every round, and the shared model never reads it: what leaves is the same to the bit, whatever the copy is. So the copy may be
+trained without noise where neither it nor what it predicts leaves.
+
+pFedMe (T. Dinh et al., NeurIPS 2020, https://arxiv.org/abs/2006.08848, algorithm 1): the copy θ takes the steps, and the shared
+model w follows it, w ← w − ηλ(w − θ) after every K of them. So every step has noise, and w is what DP-SGD's released values give.
+Other than in the paper, each of the K steps draws a batch of its own, which is what the accounting of samples assumes.
 """
 
 from __future__ import annotations
@@ -71,7 +75,53 @@ class OwnCopy(PersonalParameters):
         self.site.remember(self.plan.plan_id, self.round, self.kept, PERSONAL, since=self.admitted)
 
 
+class FollowedCopy(OwnCopy):
+    """The copy of a plan with `personal.method = "pfedme"`: in every round it starts as the shared model, which follows it."""
+
+    @contextmanager
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
+        """During the block the model is the copy θ; afterwards the copy is taken over, and the model is w, which has followed it.
+
+        Args:
+            optimizer: Of the copy.
+            parameters: That are trained, by their names.
+            received: What both start from.
+        """
+        personal = self.plan.personal
+        shared = {name: p.detach().clone() for name, p in parameters.items()}  # w
+        since = 0
+
+        @torch.no_grad()
+        def follow() -> None:
+            nonlocal since
+            for name, p in parameters.items():
+                shared[name] += personal.move * (p.detach() - shared[name])
+            since = 0
+
+        def count(*_: object) -> None:
+            nonlocal since
+            since += 1
+            if since == personal.inner_steps:
+                follow()
+
+        def term(name: str, p: nn.Parameter) -> Tensor:
+            return personal.pull * (p.detach() - shared[name])
+
+        hook = optimizer.register_step_post_hook(count)
+        try:
+            with adding_to_gradients(optimizer, parameters, term):
+                yield
+            if since:
+                follow()
+            self._adopt(self.model.state(parameters))
+        finally:
+            hook.remove()
+            self.model.load({**received, **{name: t.to("cpu", torch.float32, copy=True) for name, t in shared.items()}})
+
+
+_KINDS: Mapping[str, type[PersonalParameters]] = {"parts": PersonalParameters, "ditto": OwnCopy, "pfedme": FollowedCopy}
+
+
 def open_personal(plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> PersonalParameters:
     """Return what the plan keeps at an organization (see `PersonalParameters`)."""
-    kind = OwnCopy if plan.personal.keeps_copy else PersonalParameters
-    return kind(plan, site, model, round, admitted)
+    return _KINDS[plan.personal.method](plan, site, model, round, admitted)
