@@ -6,8 +6,8 @@ Under DP-SGD a step's gradient is (Σ clipped + σC·N(0, I)) / B. An optimizer 
 
 with a, what weight decay leaves of θ. Adam divides by what it sees: its step is bounded whatever the gradient, by Cauchy-Schwarz
 over its two running means (Kingma & Ba, ICLR 2015, section 2.1, bound the stationary case). Without privacy nothing bounds what
-SGD sends, and a client term adds to the gradients, as do pulls toward the base model and those of pFedMe, which the bound does not
-know: then none follows, and only the round's other updates tell.
+SGD sends, and a client term adds to the gradients, as do `base_decay` and the pull of pFedMe, which the bound does not know: then
+none follows, and only the round's other updates tell.
 
 An update is rounded onto the values of the plan's codec, which can lengthen it: what arrives is bounded, so that the bound grows
 by as much (`wire.compute_growth`). `server.max_update_norm` is of what arrives, and is taken as it stands.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from cotune.client.training.extensions import adding_to_gradients
 from cotune.client.training.personal import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names
+from cotune.plan.personal import PersonalConfig
 from cotune.plan.schema import Plan
 from cotune.strategies.types import find_not_finite
 
@@ -59,16 +60,12 @@ class OwnCopy(PersonalParameters):
         else:
             self.kept = {**self.kept, **trained}
 
-    @contextmanager
-    def pull(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
+    def pull(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State
+    ) -> AbstractContextManager[None]:
         """During the block, add λ(v − w) to the gradient of every step, after its noise: w is what came, a released value."""
         toward = {name: received[name].to(p.device, p.dtype) for name, p in parameters.items()}
-
-        def term(name: str, p: nn.Parameter) -> Tensor:
-            return self.plan.personal.pull * (p.detach() - toward[name])
-
-        with adding_to_gradients(optimizer, parameters, term):
-            yield
+        return pulled(optimizer, parameters, toward, self.plan.personal.pull)
 
     def keep(self) -> None:
         """Keep the copy after training, before the update is finished."""
@@ -87,36 +84,63 @@ class FollowedCopy(OwnCopy):
             parameters: That are trained, by their names.
             received: What both start from.
         """
-        personal = self.plan.personal
-        shared = {name: p.detach().clone() for name, p in parameters.items()}  # w
-        since = 0
-
-        @torch.no_grad()
-        def follow() -> None:
-            nonlocal since
-            for name, p in parameters.items():
-                shared[name] += personal.move * (p.detach() - shared[name])
-            since = 0
-
-        def count(*_: object) -> None:
-            nonlocal since
-            since += 1
-            if since == personal.inner_steps:
-                follow()
-
-        def term(name: str, p: nn.Parameter) -> Tensor:
-            return personal.pull * (p.detach() - shared[name])
-
-        hook = optimizer.register_step_post_hook(count)
+        shared = {name: p.detach().clone() for name, p in parameters.items()}
         try:
-            with adding_to_gradients(optimizer, parameters, term):
+            with followed(optimizer, parameters, shared, self.plan.personal):
                 yield
-            if since:
-                follow()
             self._adopt(self.model.state(parameters))
         finally:
-            hook.remove()
             self.model.load({**received, **{name: t.to("cpu", torch.float32, copy=True) for name, t in shared.items()}})
+
+
+def pulled(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    toward: Mapping[str, Tensor],
+    strength: float,
+) -> AbstractContextManager[None]:
+    """During the block, add strength · (v − toward) to the gradient of every step, after its noise."""
+    return adding_to_gradients(optimizer, parameters, lambda name, p: strength * (p.detach() - toward[name]))
+
+
+@contextmanager
+def followed(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    shared: dict[str, Tensor],
+    personal: PersonalConfig,
+) -> Iterator[None]:
+    """During the block, parameters are the copy θ of pFedMe: pulled toward w, which follows.
+
+    Args:
+        optimizer: Of the copy.
+        parameters: θ.
+        shared: w, which is changed.
+        personal: How often it moves, and how far.
+    """
+    since = 0
+
+    @torch.no_grad()
+    def follow() -> None:
+        nonlocal since
+        for name, p in parameters.items():
+            shared[name] += personal.move * (p.detach() - shared[name])
+        since = 0
+
+    def count(*_: object) -> None:
+        nonlocal since
+        since += 1
+        if since == personal.inner_steps:
+            follow()
+
+    hook = optimizer.register_step_post_hook(count)
+    try:
+        with pulled(optimizer, parameters, shared, personal.pull):
+            yield
+        if since:
+            follow()
+    finally:
+        hook.remove()
 
 
 _KINDS: Mapping[str, type[PersonalParameters]] = {"parts": PersonalParameters, "ditto": OwnCopy, "pfedme": FollowedCopy}
