@@ -10,12 +10,11 @@ from typing import Any, Self
 from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
-from cotune.data.config import has_classes, has_labels, keeps_head
-from cotune.data.multi_task import is_multi_task, task_of
+from cotune.data.multi_task import task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
-from cotune.plan.several_tasks import find_problems
 from cotune.plan.tables import PlanTables
+from cotune.plan.task_rules import find_task_problems
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.compatibility import PlanFacts, find_problem
 from cotune.strategies.config import StrategyConfig, expand, is_complete
@@ -39,84 +38,10 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
-    def _task_has_what_is_asked(self) -> Self:
-        problems = {
-            "labels": bool(self.labels) and not has_labels(self.task),
-            "class_weights": bool(self.class_weights) and not has_labels(self.task),
-            "tell.label_histogram": self.tell.label_histogram and not has_classes(self.task),
-            "public.source": bool(self.public.source) and not has_classes(self.task),
-        }
-        for key, given in problems.items():
-            if given:
-                raise ValueError(f"{key} is for classes, and the records of task = {self.task} have none: leave it out")
-        if keeps_head(self.task) and any(stage.mode == "head" for stage in self.stages):
-            raise ValueError(
-                f"train = head trains a new head, and task = {self.task} keeps that of its base model: expected train = lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _translations_have_prompts(self) -> Self:
-        if self.task == "seq2seq" and self.data.prompt is None:
-            raise ValueError("task = seq2seq reads a text and writes another one: expected data.prompt and data.target")
-        return self
-
-    @model_validator(mode="after")
-    def _numbers_have_a_range(self) -> Self:
-        if self.task == "regression" and self.model.target_range is None:
-            raise ValueError(
-                "task = regression needs the least and the largest number, which no records may decide: expected"
-                " model.target_range = [LOW, HIGH]"
-            )
-        if self.task != "regression" and self.model.target_range is not None:
-            raise ValueError(f"model.target_range is for task = regression, and this is {self.task}: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _feature_can_be_had(self) -> Self:
-        if self.model.feature is None:
-            return self
-        if self.task != "sequence-classification":
-            raise ValueError(f"model.feature is for task = sequence-classification, got {self.task}: leave it out")
-        if any(stage.mode != "head" for stage in self.stages):
-            raise ValueError(
-                "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
-            )
-        if self.model.pooling != "auto":
-            raise ValueError(
-                f"model.feature says what a head reads, and so does model.pooling = {self.model.pooling}: expected one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _tasks_can_share(self) -> Self:
-        if is_multi_task(self.task) != bool(self.tasks):
-            raise ValueError(f"task = {self.task} is for plans with [[tasks]]: expected both, or neither")
-        if not self.tasks:
-            if self.simulation.tasks or self.data.tasks:
-                raise ValueError("simulation.tasks and data.tasks are for plans with [[tasks]]: expected neither")
-            return self
-        problem = next(find_problems(self.tasks, [stage.mode for stage in self.stages], self.simulation.tasks), None)
+    def _suits_its_task(self) -> Self:
+        problem = next(find_task_problems(self, self.stages, keeps_personal=self.keeps_personal), None)
         if problem:
             raise ValueError(problem)
-        cannot = {
-            "a [personal] table, or lora.keep": self.keeps_personal,
-            "client_privacy, which divides by a number of organizations, while some train a head": bool(self.client_privacy),
-            'server.late = "fold"': self.server.late == "fold",
-            "tell.label_histogram, which counts one class of a record": self.tell.label_histogram,
-        }
-        for what, found in cannot.items():
-            if found:
-                raise ValueError(f"[[tasks]] is not supported with {what}: leave out one of the two")
-        return self
-
-    @model_validator(mode="after")
-    def _writing_needs_prompts(self) -> Self:
-        if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
-            raise ValueError(
-                f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
-                " expected task = causal-lm with data.prompt and data.target, or leave the table out"
-            )
         return self
 
     @model_validator(mode="after")
