@@ -80,7 +80,9 @@ def find_dropout(local: LocalTraining, model: TrainableModel, names: Iterable[st
         )
     blocks = {block for block in map(block_of, names) if block is not None}
     layers = [(name, layer) for name, layer in model.module.named_modules() if isinstance(layer, nn.Dropout)]
-    found = [layer for name, layer in layers if not name.startswith(model.prefix) or block_of(f"{name}.") in blocks]
+    found: list[nn.Module] = [
+        layer for name, layer in layers if not name.startswith(model.prefix) or block_of(f"{name}.") in blocks
+    ]
     if not found:
         raise ModelError(
             "local.dropout is for models with layers of dropout in what is trained, and this one has none there: expected dropout"

@@ -120,7 +120,7 @@ MOMENTS = (
         ["head"],
         pytest.param(["norm"], marks=pytest.mark.long),
         "ditto",
-        ["adapter"],
+        pytest.param(["adapter"], marks=pytest.mark.long),
         {"method": "pfedme", "inner_steps": 2},
         {"parts": ["head"], "order": "own_first"},
     ],
