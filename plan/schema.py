@@ -13,6 +13,7 @@ from cotune.data.class_names import is_shown, shown
 from cotune.data.multi_task import task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
+from cotune.plan.several_tasks import weigh_tasks
 from cotune.plan.tables import PlanTables
 from cotune.plan.task_rules import find_task_problems
 from cotune.privacy.config import RecordPrivacy
@@ -159,7 +160,7 @@ class Plan(PlanTables):
             )
         found = tuple(self.class_weights.get(label, 1.0) for label in self.labels)
         if self.tasks:
-            of_task = {task.name: task.weight for task in self.tasks}
+            of_task = weigh_tasks(self.tasks, self.labels, self.balance)
             found = tuple(weight * of_task[task_of(label)] for weight, label in zip(found, self.labels, strict=True))
         return None if set(found) <= {1.0} else found
 

@@ -18,7 +18,7 @@ from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.public import PublicConfig
 from cotune.plan.rounds_config import RoundsConfig
-from cotune.plan.several_tasks import TaskConfig, write_out
+from cotune.plan.several_tasks import Balance, TaskConfig, write_out
 from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.storage.config_table import ConfigTable
@@ -102,6 +102,11 @@ class PlanTables(ConfigTable):
     )
     tasks: tuple[TaskConfig, ...] = Field(
         (), description="several tasks on one encoder, each with a head of its own; `task` and `labels` follow from them"
+    )
+    balance: Balance = Field(
+        "plan",
+        description="of several tasks: λ as each says (plan), or times what grows with the noise in its head (noise_to_signal:"
+        " the square root of its classes, 1 in the mean), which follows from the plan and never from records",
     )
     labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(

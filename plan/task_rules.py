@@ -74,6 +74,8 @@ def _several(plan: PlanTables, facts: TaskFacts, modes: Sequence[str], keeps_per
     if facts.several != bool(plan.tasks):
         yield f"task = {plan.task} is for plans with [[tasks]]: expected both, or neither"
     if not plan.tasks:
+        if plan.balance != "plan":
+            yield f'balance = "{plan.balance}" is for plans with [[tasks]]: leave it out'
         if plan.simulation.tasks or plan.data.tasks:
             yield "simulation.tasks and data.tasks are for plans with [[tasks]]: expected neither"
         return
