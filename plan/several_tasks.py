@@ -47,7 +47,7 @@ def weigh_tasks(tasks: Sequence[TaskConfig], labels: Sequence[str], balance: Bal
     """Return task -> λ, by which its loss is multiplied.
 
     A step of DP-SGD adds noise of the norm σC·√d to a head of d parameters, whatever its loss is: of a linear head d grows with
-    its classes. With "noise_to_signal" a task's λ grows with that norm, so that the heads' gradients stand in like relation to it.
+    its classes. With "noise_to_signal" a task's λ grows with that norm, so that all heads' gradients are as large beside it.
 
     Args:
         tasks: Of the plan.
