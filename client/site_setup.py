@@ -22,7 +22,7 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.tasks.task import get_task
 from cotune.errors import DataError, ModelError, RunError
-from cotune.models.base_lookup import BaseModelFolder, find_base
+from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model

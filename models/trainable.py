@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from cotune.data.config import TaskName
 from cotune.data.multi_task import is_multi_task
 from cotune.errors import ModelError
-from cotune.models.adapter import Adapter, parameter_seed
+from cotune.models.adapters.adapter import Adapter, parameter_seed
+from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
 from cotune.models.architecture import encoder_prefixes
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.blocks import last_blocks
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
-from cotune.models.lora import OWN, get_adapters, inject_adapters
 from cotune.models.multi_head import load_multi_task
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU

@@ -18,7 +18,7 @@ from cotune.client.training.observe import notify
 from cotune.client.training.regularization import find_dropout
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.batching import fixed_batches, sorted_batches
+from cotune.data.inputs.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.data.tasks.text import Example
@@ -28,8 +28,8 @@ from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.feature_head import feature_head
-from cotune.models.features import encode_batch
+from cotune.models.features.cached import encode_batch
+from cotune.models.features.head import feature_head
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage

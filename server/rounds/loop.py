@@ -16,7 +16,7 @@ from typing import Any
 from flwr.app import MessageType
 from torch import Tensor
 
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.errors import PrivacyError, RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import statistic_shapes

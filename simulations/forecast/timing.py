@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
-from cotune.models.feature_head import feature_head
-from cotune.models.feature_precision import FEATURE_SLOTS
-from cotune.models.features import are_cached
+from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
+from cotune.models.features.cached import are_cached
+from cotune.models.features.head import feature_head
+from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy

@@ -12,7 +12,7 @@ from cotune.client.site import Site
 from cotune.client.training import preparation, steps
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, PrivacyError
-from cotune.models.base_lookup import find_base
+from cotune.models.base.lookup import find_base
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy

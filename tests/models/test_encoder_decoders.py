@@ -12,7 +12,7 @@ from transformers import AutoModel
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.task import get_task
 from cotune.errors import ModelError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from tests.support.architectures import ending_tokenizer
 from tests.support.tiny_models import VOCABULARY

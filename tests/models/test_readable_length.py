@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModel
 
 from cotune.errors import ModelError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from tests.support.tiny_models import VOCABULARY, tokenizer
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from cotune.data.tasks.classes import Batch, example_losses, logits
 from cotune.data.tasks.text import collator, encode
 from cotune.errors import ModelError
+from cotune.models.adapters.lora import merge_adapters
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.lora import merge_adapters
 from cotune.models.trainable import State, TrainableModel, get_model, strip_prefix
 
 Make = Callable[..., TrainableModel]

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.plan.parameters import heads_of
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm

@@ -20,7 +20,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import get_key_fingerprint
-from cotune.models.base_lookup import find_base
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan

@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.client.personalization.adaptation import OwnRecords, adapt, build_own_records, load_base_head, split_folds
 from cotune.errors import DataError
 from cotune.models.config import ModelConfig
-from cotune.models.head_fit import fit_head, head_scores
+from cotune.models.features.head_fit import fit_head, head_scores
 from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.tables import PersonalizeConfig
 

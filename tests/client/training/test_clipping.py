@@ -25,7 +25,7 @@ from cotune.data.record_files import read_records
 from cotune.data.tasks import classes
 from cotune.data.tasks.classes import logits
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model

@@ -14,8 +14,8 @@ import torch
 import transformers
 from PIL import Image as Pillow
 
+from cotune.data.inputs.image_processor import ImageProcessor
 from cotune.data.readers.images import open_image
-from cotune.data.tasks.image_processor import ImageProcessor
 from cotune.errors import DataError, ModelError
 from tests.support.tiny_models import PROCESSOR
 

@@ -21,10 +21,10 @@ from cotune.data.records import Records
 from cotune.data.tasks.classes import logits
 from cotune.data.tasks.task import get_task
 from cotune.errors import DataError, ModelError, PrivacyError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.feature_head import feature_head
-from cotune.models.features import get_features
+from cotune.models.features.cached import get_features
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model

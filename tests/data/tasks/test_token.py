@@ -21,9 +21,9 @@ from cotune.data.records import Records
 from cotune.data.tasks.classes import example_losses, logits
 from cotune.data.tasks.task import get_task
 from cotune.errors import DataError
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
-from cotune.models.feature_head import feature_head
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import ARCHITECTURES
 

@@ -20,9 +20,9 @@ from torch.nn import functional
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.errors import PrivacyError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
-from cotune.models.feature_head import feature_head
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, check_clipping

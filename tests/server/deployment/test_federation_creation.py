@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cotune.errors import CotuneError, DataError, DeviceError, ModelError, PlanError, RunError
-from cotune.models.base_lookup import find_base
+from cotune.models.base.lookup import find_base
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment.creation import create_federation, renew_server

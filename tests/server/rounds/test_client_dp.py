@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.errors import PlanError, PrivacyError, RunError
 from cotune.models.trainable import State
 from cotune.privacy import client_dp as private_mean

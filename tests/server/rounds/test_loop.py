@@ -14,7 +14,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from cotune.data.tasks.metrics import ClassMetrics
+from cotune.data.metrics.metrics import ClassMetrics
 from cotune.errors import RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.protocol.messages import Request, encode_update
