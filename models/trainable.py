@@ -35,6 +35,9 @@ class TrainableModel:
 
     One instance is kept per process; `load` makes its parameters a function of the base model and the given state alone, so that
     simulated clients can take turns with it.
+
+    Attributes:
+        layers: All modules with their names; the module gets none after it was loaded.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class TrainableModel:
             inject_adapters(loaded, lora, seed, own=own_adapters)
         named = self.module.named_parameters()
         self._own = {name.replace(".base_layer.", "."): parameter for name, parameter in named}  # walking a module is slow
+        self.layers = tuple(self.module.named_modules())
         self._initial: State = {}
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1, layers: int | None = None) -> list[str]:
@@ -93,6 +97,13 @@ class TrainableModel:
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Parameters by their stable names: the same with and without adapters around a layer."""
         return self._own.items()
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers as they are now, by the names of PyTorch."""
+        for path, module in self.layers:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield f"{path}.{name}" if path else name, buffer
 
     def train_only(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named parameters trainable and freezes all others; returns them in the model's order."""

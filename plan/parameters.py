@@ -124,7 +124,7 @@ def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
 
 
 def _refuse_batch_norm(model: TrainableModel) -> None:
-    found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
+    found = [name for name, layer in model.layers if isinstance(layer, _BatchNorm)]
     if found:
         raise PrivacyError(
             f"the base model normalizes over the batch in {found[0]}, which mixes records, so that their privacy cannot be"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Self
 
 from pydantic import ValidationInfo, model_validator
@@ -230,9 +231,24 @@ class Plan(PlanTables):
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return self._text
 
     @property
     def plan_id(self) -> str:
         """SHA-256 of the canonical form."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()
+        return self._hash
+
+    @cached_property
+    def _text(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    @cached_property
+    def _hash(self) -> str:
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    def __copy__(self) -> Self:
+        """Return a copy that finds its own canonical form: it is made to be changed (`model_copy`)."""
+        copied = super().__copy__()
+        for name in ("_text", "_hash"):
+            copied.__dict__.pop(name, None)
+        return copied

@@ -12,6 +12,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names, preset_text
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
+from tests.support.failures import fails_with
 
 STAGED = """
 [[train]]
@@ -84,7 +85,7 @@ def test_an_unknown_preset() -> None:
         refusal(source="tweet")
         == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: text, tweets, tweets-blocks, tweets-lora"
     )
-    with pytest.raises(PlanError, match="neither a preset nor a file"):
+    with fails_with("plan.unknown_preset"):
         preset_text("../presets/tweets")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.errors import DataError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
@@ -20,6 +19,7 @@ from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import simulate
 from tests.support.engines import engine, take_steps
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan
 
 SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}
@@ -122,11 +122,11 @@ def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
 
 
 def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
-    with pytest.raises(PrivacyError, match="the plan says privacy = none: expected one that claims an ε"):
+    with fails_with("privacy.nothing_to_audit"):
         audit(toy_plan())
-    with pytest.raises(DataError, match='there is no organization "org-3"; did you mean \'org-'):
+    with fails_with("data.unknown_organization", "org-3"):
         audit(toy_plan(**SMALL), organization="org-3", device="cpu")
-    with pytest.raises(PlanError, match="expected 1 to 2 rounds to audit, as many as the plan has, got 3"):
+    with fails_with("plan.audited_rounds", "1", "2", "3"):
         audit(toy_plan(**SMALL), rounds=3, device="cpu")
 
 
