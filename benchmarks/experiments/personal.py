@@ -1,7 +1,6 @@
 """What do personal parts change? Gain of each organization over plain federated training, in the mean and for the worst.
 
-    scripts/debian-descriptions debian-records --records 400 --test 600
-    python benchmarks/experiments/personal.py --debian debian-records/organizations --out docs/results/personal.md
+    python benchmarks/experiments/personal.py --out docs/results/personal.md
 
 Silos: 4,000 tweets, cut by labels (Dirichlet 0.1), and Debian's maintainer teams, who write about unlike software in words of
 their own, and whose mix of sections differs. Every method has the plan, the partition and the ε of the plain run with the same
@@ -76,23 +75,23 @@ def draw_tweets(folder: Path) -> Path:
 
 def silos(chosen: argparse.Namespace) -> dict[str, tuple[str, ...]]:
     """Name -> what the plan says about the records."""
-    found = {
+    return {
         "tweets": (
             f"data.source={draw_tweets(chosen.runs)}",
             "simulation.partition=dirichlet:0.1",
             "simulation.clients=6",
             "simulation.min_examples=100",
-        )
-    }
-    if chosen.debian:
-        found["maintainer teams"] = (
-            f"data.source={chosen.debian}",
+        ),
+        "maintainer teams": (
+            "data.source=package:cotune",
             "data.text=short",
             "data.label=section",
             "data.encoding=utf-8",
+            "simulation.partition=column:team",
+            "simulation.clients=10",
             "simulation.min_examples=50",
-        )
-    return found
+        ),
+    }
 
 
 def play(chosen: argparse.Namespace, row: Row, seed: int) -> dict[str, float]:
@@ -146,7 +145,6 @@ def table(found: dict[Row, dict[int, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="Markdown file; what stands above its mark is kept.")
-    parser.add_argument("--debian", type=Path, help="The folder `organizations` of scripts/debian-descriptions.")
     parser.add_argument("--runs", type=Path, default=Path("runs/personal"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--trained", nargs="+", default=list(METHODS), choices=list(METHODS))
