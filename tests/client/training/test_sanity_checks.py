@@ -25,7 +25,9 @@ def model(make_plan: Callable[..., Plan]) -> TrainableModel:
 
 def guard(model: TrainableModel, *, noise: bool = True, thorough: bool = True, at_once: int = 7) -> SanityChecks:
     before = model.state(model.names("lora"))
-    return SanityChecks(model, before, noise=noise, thorough=thorough, summed_at_once=at_once)
+    watching = SanityChecks(model, before, noise=noise, thorough=thorough, summed_at_once=at_once)
+    watching.begin()
+    return watching
 
 
 @torch.no_grad()

@@ -78,6 +78,26 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
     assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.01: canaries are seen
 
 
+@pytest.mark.parametrize(
+    ("personal", "train", "steps"),
+    [
+        ({"parts": ["head"], "order": "own_first", "own_steps": 3}, "lora", 5),
+        ({"parts": ["adapter"]}, "lora", 2),
+        ("ditto", "head", 4),
+        ({"method": "ditto", "noise": False}, "head", 2),
+        ({"method": "pfedme", "inner_steps": 2}, "head", 2),
+    ],
+    ids=["own first", "adapter", "ditto", "ditto without noise", "pfedme"],
+)
+def test_steps_on_what_is_personal_are_audited_too(toy_plan: NewPlan, personal: Any, train: str, steps: int) -> None:
+    """All that has noise and is charged; canaries are seen in it, and nothing breaks the claim."""
+    local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
+    plan = toy_plan(**{**SMALL, "rounds": 1}, train=train, lora={"rank": 2}, local=local, personal=personal)
+    result = audit(plan, canaries=500, confidence=CERTAIN, device="cpu")
+    assert (result.steps, result.broken) == (steps, False)
+    assert result.attacks[0].auc > 0.55
+
+
 def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder = simulate(toy_plan(**SMALL), tmp_path / "run", device="cpu").folder
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
