@@ -14,10 +14,12 @@ from cotune.data.config import has_classes, has_labels, keeps_head
 from cotune.data.multi_task import is_multi_task, task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
+from cotune.plan.public import find_problems as find_prediction_problems
+from cotune.plan.public import find_strategy_problem
 from cotune.plan.several_tasks import find_problems
 from cotune.plan.tables import PlanTables
 from cotune.privacy.config import RecordPrivacy
-from cotune.strategies.compatibility import PlanFacts, find_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem, is_plain
 from cotune.strategies.config import StrategyConfig, expand, is_complete
 
 
@@ -191,6 +193,32 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _predictions_can_be_shared(self) -> Self:
+        if not self.shares_predictions:
+            if self.simulation.bases:
+                raise ValueError('simulation.bases is for collaboration = "predictions": leave it out')
+            return self
+        others = {
+            "client_privacy, which bounds updates of parameters": self.client_privacy is not None,
+            "a [personal] table or lora.keep, as every model is an organization's own": self.keeps_personal,
+            "adapters of different ranks": self.mixed_ranks,
+            'server.late = "fold", as what all predict changes from round to round': self.server.late == "fold",
+            "tell.local_metrics, which are of a common model": self.tell.local_metrics,
+            "wire = int8 or int4, as predictions are small already": self.wire in ("int8", "int4"),
+            "[[tasks]]": bool(self.tasks),
+            "a task without classes": not has_classes(self.task),
+        }
+        problem = next(find_prediction_problems(self.public, others), None) or find_strategy_problem(
+            self.strategy.weighting.name,
+            self.strategy.fusion.name,
+            plain=is_plain(self.strategy.server_optimizer),
+            client_term=self.strategy.client_term is not None,
+        )
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _late_updates_can_be_folded(self) -> Self:
         if self.server.late != "fold":
             return self
@@ -268,6 +296,11 @@ class Plan(PlanTables):
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
         )
+
+    @property
+    def shares_predictions(self) -> bool:
+        """Whether each organization trains a model of its own, and predictions for public inputs travel instead of parameters."""
+        return self.collaboration == "predictions"
 
     @property
     def uses_lora(self) -> bool:

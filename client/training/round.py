@@ -14,6 +14,7 @@ from cotune.client.training.context import (
     LocalContext,
     run_checks,
 )
+from cotune.client.training.own_model import OwnModel
 from cotune.client.training.preparation import PreparedRound, prepare_round
 from cotune.client.training.statistics import statistics_of
 from cotune.client.training.steps import TrainedRound, train_with_privacy, train_without_privacy
@@ -77,7 +78,7 @@ def _build_update(prepared: PreparedRound, trained: TrainedRound) -> Update:
     context = prepared.context
     model = context.model
     shared = prepared.personal.shared
-    delta = prepared.own_rank.trim(difference(model.state(shared), prepared.received))
+    delta = _what_leaves(prepared)
     _check_finite(delta)
     delta = _round_delta(context, delta)
     return Update(
@@ -92,6 +93,16 @@ def _build_update(prepared: PreparedRound, trained: TrainedRound) -> Update:
         statistics_of(context.plan, model, shared, prepared.setup),
         context.received,
     )
+
+
+def _what_leaves(prepared: PreparedRound) -> Delta:
+    """What training changed of the shared parameters; of an own model, its predictions. Noise was added before."""
+    personal = prepared.personal
+    model = prepared.context.model
+    if isinstance(personal, OwnModel):
+        _check_finite(model.state(prepared.parameters))
+        return personal.predict(prepared.context.state)
+    return prepared.own_rank.trim(difference(model.state(personal.shared), prepared.received))
 
 
 def _round_delta(context: LocalContext, delta: Delta) -> Delta:
