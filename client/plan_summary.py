@@ -85,10 +85,10 @@ def _privacy(plan: Plan) -> str:
     whom = plan.privacy.unit
     if plan.privacy.max_records is not None:
         whom = f"{whom}, of whom at most {plan.privacy.max_records} records count"
-    return (
-        f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}, each one's gradient"
-        f" clipped to a norm of {plan.privacy.clip_norm:g}"
-    )
+    how = f"each one's gradient clipped to a norm of {plan.privacy.clip_norm:g}"
+    if plan.privacy.pate is not None:
+        how = f"by noisy votes of {plan.privacy.pate.teachers} models, each of which learns from other records, without noise"
+    return f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}, {how}"
 
 
 def diff_plans(before: Plan, after: Plan) -> list[str]:

@@ -193,6 +193,22 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _votes_can_have_noise(self) -> Self:
+        pate = self.privacy.pate if isinstance(self.privacy, RecordPrivacy) else None
+        if pate is None:
+            return self
+        problems = {
+            'collaboration = "predictions" and public.share = "votes", as votes are all that leaves': (
+                self.shares_predictions and self.public.share == "votes"
+            ),
+            "rounds = 1, as teachers learn nothing from each other": self.rounds == 1,
+        }
+        for expected, found in problems.items():
+            if not found:
+                raise ValueError(f"privacy.pate is for votes with noise, released once: expected {expected}")
+        return self
+
+    @model_validator(mode="after")
     def _predictions_can_be_shared(self) -> Self:
         if not self.shares_predictions:
             if self.simulation.bases:
@@ -322,9 +338,20 @@ class Plan(PlanTables):
         return self.lora.keep != "nothing" or bool(self.personal.parts)
 
     def charged_steps(self, stage: Stage, examples: int) -> int:
-        """Return how many steps of DP-SGD a round of a stage takes at an organization, those of a copy with noise included."""
+        """Return how many steps of DP-SGD a round of a stage takes at an organization, those of a copy with noise included.
+
+        Of noisy votes, as how many they count (see `charged_rate`).
+        """
+        if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
+            return self.privacy.pate.charged_steps(self.public.answers)
         steps = stage.local.steps_per_round(examples)
         return 2 * steps if self.personal.keeps_copy and self.personal.noise else steps
+
+    def charged_rate(self, stage: Stage, examples: int) -> float:
+        """Return the probability with which a record takes part in a charged step; every record has a teacher that votes."""
+        if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
+            return 1.0
+        return stage.local.sample_rate(examples)
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -47,6 +47,7 @@ from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
@@ -135,7 +136,12 @@ def _without_others(plan: Plan) -> Plan:
     alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
     simulation = plan.simulation.model_copy(update={"bases": ()})
     parameters = {"collaboration": "parameters", "simulation": simulation} if plan.shares_predictions else {}
-    return _without_personal(plan).model_copy(update={**alone, **parameters})
+    return _without_personal(plan).model_copy(update={**alone, **parameters, "privacy": _in_training(plan.privacy)})
+
+
+def _in_training(privacy: RecordPrivacy | Literal["none"]) -> RecordPrivacy | Literal["none"]:
+    """The same promise, by noise in the training where the plan has votes with noise."""
+    return privacy.model_copy(update={"pate": None}) if isinstance(privacy, RecordPrivacy) else privacy
 
 
 def _on_own_base(plan: Plan, share: Share) -> Plan:

@@ -22,6 +22,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import get_own_model
 from cotune.plan.public import SCORES, PublicConfig
 from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.storage.files import atomic_write
 from cotune.strategies.types import Delta
@@ -105,6 +106,11 @@ class OwnModel(PersonalParameters):
         joined = {**own, **learned}
         self.model.load(joined)
         return joined
+
+    def keep(self) -> None:
+        """Keep the own model; of teachers, which have no noise, none."""
+        if not (isinstance(self.plan.privacy, RecordPrivacy) and self.plan.privacy.pate):
+            super().keep()
 
     def predict(self, received: State) -> Delta:
         """Return the predictions of the trained model, less those that were received."""

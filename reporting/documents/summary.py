@@ -45,7 +45,7 @@ class PrivacySummary(Document):
     mode: str = Field(description="`record`, or `none`.")
     epsilon: Number | None = Field(description="As in the plan.")
     delta: str | None = Field(description="As in the plan.")
-    clip_norm: Number | None = Field(description="As in the plan.")
+    clip_norm: Number | None = Field(description="As in the plan; null where no gradient is clipped.")
     claim: ClaimEntry | None = Field(description="What is promised; null without record-level privacy.")
     claim_table: list[list[str]] = Field(description="The same as pairs of name and text.")
     epsilon_all_models: Number | None = Field(

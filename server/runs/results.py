@@ -208,7 +208,7 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         "mode": "record" if known else "none",
         "epsilon": known.epsilon if known else None,
         "delta": str(known.delta) if known else None,
-        "clip_norm": known.clip_norm if known else None,
+        "clip_norm": known.clip_norm if known and known.pate is None else None,
         "claim": claim.as_dict() if claim else None,
         "claim_table": claim.rows() if claim else [],
         "epsilon_all_models": None,

@@ -127,6 +127,17 @@ def test_votes_travel_instead_of_scores(toy_plan: NewPlan, public: Path, tmp_pat
     assert fused.sum(dim=1) == pytest.approx(torch.ones(len(fused)))
 
 
+def test_noisy_votes_of_teachers_teach_a_student(toy_plan: NewPlan, public: Path, tmp_path: Path) -> None:
+    pate = {"teachers": 9, "answers": 60, "threshold": 0.3}
+    changes = {"public": {"share": "votes"}, "strategy": {"weighting": "uniform"}, "simulation": {"baselines": ["alone"]}}
+    plan = plan_of(toy_plan, public, rounds=1, privacy={"epsilon": 100.0, "delta": 1e-3, "pate": pate}, **changes)
+    run = simulate(plan, tmp_path / "run", device="cpu")
+    assert run.summary["test"]["federated"]["accuracy"] > run.summary["test"]["majority"]["accuracy"]
+    assert all(each["epsilon_spent"] <= 100.0 for each in run.summary["organizations"])
+    assert "PATE" in run.summary["privacy"]["claim"]["mechanism"]
+    assert not list(run.folder.glob("sites/*/model"))
+
+
 MOMENTS = (
     Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
     Moment("renamed", {"path": "*/org-1/kept/*/personal/*"}),  # the own model is kept, and its update is not
