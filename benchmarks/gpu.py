@@ -42,11 +42,11 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import synthetic_setup
 from cotune.data.tasks.task import get_task
 from cotune.errors import CotuneError
-from cotune.models.base_lookup import BaseModelFolder
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
+from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.config import LoraConfig
 from cotune.models.evaluation.predictor import Predictor
-from cotune.models.features import encode_batch
+from cotune.models.features.cached import encode_batch
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan

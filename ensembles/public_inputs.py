@@ -28,9 +28,9 @@ from cotune.data.unlabeled import inputs_hash, read_unlabeled
 from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.distillation import Lessons, Score, score_by_model, train_student
 from cotune.errors import DataError
-from cotune.models.adapter import parameter_seed
-from cotune.models.feature_head import feature_head
-from cotune.models.features import encode_batch, get_features
+from cotune.models.adapters.adapter import parameter_seed
+from cotune.models.features.cached import encode_batch, get_features
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.public import PublicConfig
 from cotune.plan.schema import Plan

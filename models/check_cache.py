@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cotune.models.trainable import TrainableModel
 
 _PACKAGES = ("cotune", "torch", "transformers", "tokenizers", "opacus", "peft")
-_ROOMS = ("data/tasks", "models", "privacy/mechanisms", "client/training")  # whose code is what a check is about
+_FOLDERS = ("data/inputs", "data/tasks", "models", "privacy/mechanisms", "client/training")  # whose code is what a check is about
 _FORMAT = 1
 
 
@@ -112,6 +112,6 @@ def _code_digest() -> str:
     """SHA-256 over the source that computes and checks: a checkout changes without a new version."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for file in sorted(file for room in _ROOMS for file in (root / room).glob("*.py")):
+    for file in sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py")):
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import torch
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
-from cotune.models.features import answer_rows, get_features
+from cotune.models.features.cached import answer_rows, get_features
 from cotune.models.trainable import State, TrainableModel
 
 Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)

@@ -26,15 +26,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from cotune.data.tasks.batching import LENGTHS
+from cotune.data.inputs.batching import LENGTHS
 from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.text import Example
 from cotune.errors import PrivacyError
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernel_key
-from cotune.models.feature_head import encode_vectors, feature_head
-from cotune.models.feature_precision import FEATURE_SLOTS, features_mix
+from cotune.models.features.head import encode_vectors, feature_head
+from cotune.models.features.precision import FEATURE_SLOTS, features_mix
 from cotune.models.probes import PerSlot, bucket_lengths, example_probes, feature_probes, mixes_records, stretch_example
 from cotune.models.trainable import TrainableModel
 

@@ -20,9 +20,9 @@ from cotune.data.tasks.classes import logits
 from cotune.data.tasks.multi_task import MultiTask
 from cotune.data.tasks.task import get_task
 from cotune.errors import ModelError
-from cotune.models.adapter import parameter_seed
+from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.architecture import encoder_name
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 
 _HEAD = "head_"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cotune.data.tasks.batching import LENGTHS
+from cotune.data.inputs.batching import LENGTHS
 from cotune.data.tasks.classes import IGNORED, Batch
 from cotune.data.tasks.text import Example
 from cotune.errors import ModelError

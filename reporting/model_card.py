@@ -14,7 +14,7 @@ from typing import Any
 
 from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
-from cotune.models.base_lookup import FOLDER
+from cotune.models.base.lookup import FOLDER
 from cotune.models.config import FeatureConfig
 from cotune.plan.schema import Plan
 from cotune.privacy.claim import build_claim

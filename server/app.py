@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs
 from cotune.errors import CotuneError
 from cotune.flower.control_client import find_run_folder

@@ -31,17 +31,17 @@ from cotune.client.training.own_model import export_own_model
 from cotune.client.training.personal import PERSONAL, UNNOISED
 from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset, DatasetManifest
+from cotune.data.metrics.metrics import Metrics
 from cotune.data.tasks.classes import classes_from_scores
-from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.task import Task, get_task
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.evaluation.test_set import evaluate, measure, predict
 from cotune.models.export import export_model
-from cotune.models.feature_head import feature_head
-from cotune.models.features import encode_batch
-from cotune.models.head_fit import head_names, head_scores
+from cotune.models.features.cached import encode_batch
+from cotune.models.features.head import feature_head
+from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model, own_model_config

@@ -18,17 +18,17 @@ from cotune.client.training.setup import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.left_out import ELSEWHERE
+from cotune.data.metrics.text_metrics import check_text_metrics
 from cotune.data.multi_task import check_task_labels, keep_tasks
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
-from cotune.data.tasks.text_metrics import check_text_metrics
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError
-from cotune.models.base_folder import read_base_labels
-from cotune.models.base_lookup import find_base
+from cotune.models.base.folder import read_base_labels
+from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
-from cotune.models.public_map import pin_model
+from cotune.models.features.public_map import pin_model
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.public import PublicConfig
 from cotune.plan.schema import Plan
@@ -203,6 +203,7 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     portions = [(share.file, np.asarray(share.rows)) for share in shares]
     write_manifest(site.records, plan.data, portions, plan.task, [share.tasks for share in shares])
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
-        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
+        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode(), durable=False)
     own = shares[0].base if len(shares) == 1 and plan.shares_predictions else None
-    JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device, own_base=own))
+    described = SiteFile(organization=name, simulated=True, device=device, own_base=own)
+    JsonDocument(site.description, SiteFile).write(described, durable=False)

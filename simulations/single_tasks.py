@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cotune.data.dataset import Dataset
+from cotune.data.metrics.metrics import Metrics
 from cotune.data.multi_task import keep_tasks, task_of
-from cotune.data.tasks.metrics import Metrics
 from cotune.models.evaluation.test_set import measure, predict
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.schema import Plan

@@ -7,7 +7,7 @@ from typing import Any
 
 from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.strategies.blocks import empty, flatten, is_finite, max_abs, read_blocks, shape_of
 
 # of a parameter: those of usable models are below 100, extreme ones are how rounding errors are made large, and sites refuse them

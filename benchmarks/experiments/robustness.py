@@ -29,7 +29,7 @@ from flwr.clientapp import ClientApp
 from results_page import publish
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.metrics import ClassMetrics, Metrics
+from cotune.data.metrics.metrics import ClassMetrics, Metrics
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
 from cotune.models.trainable import State

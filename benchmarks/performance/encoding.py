@@ -70,8 +70,8 @@ def bare(meter: Meter, folder: Path, smoke: bool, bfloat16: bool) -> None:
 def cotune(meter: Meter, folder: Path, smoke: bool, precision: str) -> None:
     """As a simulation or a node encodes its source, the file of features included."""
     from cotune import load_plan
-    from cotune.models.feature_precision import feature_dtype
-    from cotune.models.features import get_features
+    from cotune.models.features.cached import get_features
+    from cotune.models.features.precision import feature_dtype
     from cotune.plan.parameters import get_plan_model
 
     plan = load_plan("tweets", [f"model.precision={precision}", 'labels=["0", "1", "2"]'])

@@ -80,8 +80,8 @@ def cotune(meter: Meter, folder: Path, smoke: bool) -> None:
 def _encoding(plan: Any, folder: Path, smoke: bool) -> tuple[int, float]:
     """How many different records the source has, and CPU seconds for each of a sample, by cotune's own encoder."""
     from cotune.data.record_files import read_records
-    from cotune.models.feature_precision import feature_dtype
-    from cotune.models.features import get_features
+    from cotune.models.features.cached import get_features
+    from cotune.models.features.precision import feature_dtype
     from cotune.plan.parameters import get_plan_model
 
     source = list(dict.fromkeys(read_records(plan.data).inputs))
@@ -174,7 +174,7 @@ def _split(plan: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, Any], list[str]
     """The organizations' (features, labels), those of the test, and the texts: as the simulation of the plan splits them."""
     import torch
 
-    from cotune.models.features import get_features
+    from cotune.models.features.cached import get_features
     from cotune.plan.parameters import get_plan_model
     from cotune.simulations.prepare import prepare
 

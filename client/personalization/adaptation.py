@@ -25,7 +25,7 @@ from torch.nn import functional
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import Target
 from cotune.errors import DataError
-from cotune.models.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
+from cotune.models.features.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.tables import PersonalizeConfig
 from cotune.privacy.mechanisms.random import seeded_generator

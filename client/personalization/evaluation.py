@@ -30,18 +30,18 @@ from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset
+from cotune.data.metrics.metrics import compute_metrics
 from cotune.data.tasks.classes import classes_from_scores
-from cotune.data.tasks.metrics import compute_metrics
 from cotune.errors import ModelError, RunError
-from cotune.models.adapter import parameter_seed
-from cotune.models.base_model import draw_head
+from cotune.models.adapters.adapter import parameter_seed
+from cotune.models.base.load import draw_head
 from cotune.models.device import pick_device
 from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS, Answers, accuracy_interval, compare_paired, f1_interval
 from cotune.models.evaluation.predictor import load_finished
 from cotune.models.export import export_model
-from cotune.models.feature_head import feature_head
-from cotune.models.head_fit import head_names, head_scores
+from cotune.models.features.head import feature_head
+from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.required_classes import require_classes

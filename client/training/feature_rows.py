@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
-from cotune.data.tasks.batching import bucket_of_length, fixed_batches
+from cotune.data.inputs.batching import bucket_of_length, fixed_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
-from cotune.models.feature_head import FeatureHead
+from cotune.models.features.head import FeatureHead
 from cotune.models.independence import check_independence
 from cotune.models.probes import bucket_lengths
 from cotune.models.trainable import TrainableModel

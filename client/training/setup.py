@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
+from cotune.client.training.regularization import find_dropout
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.batching import fixed_batches, sorted_batches
+from cotune.data.inputs.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.data.tasks.text import Example
@@ -27,8 +28,8 @@ from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.feature_head import feature_head
-from cotune.models.features import encode_batch
+from cotune.models.features.cached import encode_batch
+from cotune.models.features.head import feature_head
 from cotune.models.independence import check_independence, check_padding
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
@@ -127,7 +128,9 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
     for stage in plan.stages:
-        model.train_only(stage_names(plan, stage, model))
+        names = stage_names(plan, stage, model)
+        find_dropout(stage.local, model, names)
+        model.train_only(names)
         if isinstance(plan.privacy, RecordPrivacy):
             _refuse_trained_ties(model, stage)
             _check_gradients_once(plan, stage, model, plan.privacy)
@@ -155,7 +158,7 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
     how = stage.local.physical_batch_size, stage.local.activation_checkpointing
-    key = stage.mode, stage.freeze_embeddings, plan.personal.parts, *how, *taken
+    key = stage.mode, stage.layers, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:
         return

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from cotune.data.config import DataConfig
+from cotune.data.metrics.metrics import TextAnswer, TextMetrics, compute_text_metrics
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch, mean_over_labels
-from cotune.data.tasks.metrics import TextAnswer, TextMetrics, compute_text_metrics
 from cotune.data.tasks.text import Example, SequenceClassification, map_or_none
 from cotune.data.tasks.token_losses import token_losses
 from cotune.data.types import Input, Label, Passage

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.data.config import DataConfig
-from cotune.data.tasks.metrics import ClassMetrics, Metrics, compute_metrics
+from cotune.data.metrics.metrics import ClassMetrics, Metrics, compute_metrics
 from cotune.data.types import Label, class_names_in
 
 Batch = dict[str, Tensor]

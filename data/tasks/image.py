@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from cotune.data.class_names import class_name
+from cotune.data.inputs.image_processor import CONFIG_FILE, ImageProcessor
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.readers.images import Image, open_image
 from cotune.data.tasks.classes import IGNORED, ClassTargets
-from cotune.data.tasks.image_processor import CONFIG_FILE, ImageProcessor
 from cotune.data.tasks.text import Collate, map_or_none
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError

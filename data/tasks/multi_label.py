@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.data.class_names import class_name
+from cotune.data.metrics.metrics import LabelSetMetrics, compute_label_set_metrics
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch
-from cotune.data.tasks.metrics import LabelSetMetrics, compute_label_set_metrics
 from cotune.data.tasks.text import Example, SequenceClassification
 from cotune.data.types import Input, Label, class_names_in
 

@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig
+from cotune.data.inputs.batching import LENGTHS
+from cotune.data.metrics.metrics import MultiTaskMetrics, compute_metrics
 from cotune.data.multi_task import qualify, split_labels, task_of
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
-from cotune.data.tasks.batching import LENGTHS
 from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets, all_correct, logits
 from cotune.data.tasks.image import ImageClassification
-from cotune.data.tasks.metrics import MultiTaskMetrics, compute_metrics
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError

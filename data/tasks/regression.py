@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cotune.data.metrics.metrics import NumberMetrics, compute_number_metrics
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch
-from cotune.data.tasks.metrics import NumberMetrics, compute_number_metrics
 from cotune.data.tasks.text import Example, SequenceClassification
 from cotune.data.types import Input, Label
 from cotune.errors import ModelError

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from cotune.data.config import DataConfig
-from cotune.data.tasks.batching import LENGTHS, bucket_of_length
+from cotune.data.inputs.batching import LENGTHS, bucket_of_length
 from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.tasks.classes import IGNORED, Batch
 from cotune.data.tasks.text import Collate, Example, collator, encode, map_or_none, synthetic_rows

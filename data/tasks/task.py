@@ -13,12 +13,12 @@ from typing import Any, Protocol
 from torch import Tensor, device, dtype, nn
 
 from cotune.data.config import DataConfig, TaskName
+from cotune.data.inputs.batching import LENGTHS
+from cotune.data.metrics.metrics import Metrics
 from cotune.data.readers.data_file import DataFile
-from cotune.data.tasks.batching import LENGTHS
 from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.image import ImageClassification
-from cotune.data.tasks.metrics import Metrics
 from cotune.data.tasks.multi_label import MultiLabelClassification
 from cotune.data.tasks.multi_task import MultiTask
 from cotune.data.tasks.regression import Regression

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.class_names import class_name
+from cotune.data.inputs.batching import LENGTHS, bucket_of_length
+from cotune.data.inputs.token_limits import check_tokens, find_max_length
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
-from cotune.data.tasks.batching import LENGTHS, bucket_of_length
 from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets
-from cotune.data.tasks.token_limits import check_tokens, find_max_length
 from cotune.data.types import Input, Label
 from cotune.errors import ModelError
 

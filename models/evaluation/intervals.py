@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.data.tasks.metrics import TextMetrics, compute_metrics, compute_text_metrics
+from cotune.data.metrics.metrics import TextMetrics, compute_metrics, compute_text_metrics
 
 CONFIDENCE = 0.95
 MIN_TEST_RECORDS = 200  # test records, below which a report warns

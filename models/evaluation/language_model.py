@@ -14,9 +14,9 @@ from cotune.data.config import TaskName
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.errors import ModelError
-from cotune.models.base_folder import read_settings
-from cotune.models.base_lookup import find_base
-from cotune.models.base_model import load_model
+from cotune.models.base.folder import read_settings
+from cotune.models.base.load import load_model
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.intervals import TextAnswers

@@ -22,20 +22,20 @@ from transformers import AutoConfig
 
 from cotune.data.class_names import shown
 from cotune.data.config import TaskName, has_labels
+from cotune.data.inputs.batching import sorted_batches
 from cotune.data.records import Records
-from cotune.data.tasks.batching import sorted_batches
 from cotune.data.tasks.classes import IGNORED, logits
 from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, Label, class_names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
-from cotune.models.base_folder import ENCODER, read_base_labels, read_settings
-from cotune.models.base_lookup import find_base
-from cotune.models.base_model import LoadedModel, load_layer_model, load_model
+from cotune.models.base.folder import ENCODER, read_base_labels, read_settings
+from cotune.models.base.load import LoadedModel, load_layer_model, load_model
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, entity_quality, predict_classes, quality
-from cotune.models.layer_folder import is_layer_model
+from cotune.models.features.layer_folder import is_layer_model
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 64

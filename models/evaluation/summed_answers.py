@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.intervals import Numbers, Paired, bootstrapped, percentiles, resampled
 
 Floats = NDArray[np.float64]

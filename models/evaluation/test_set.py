@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.data.types import Label
 from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.feature_head import feature_head
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64

@@ -13,16 +13,16 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cotune.data.config import has_labels
+from cotune.data.metrics.text_metrics import check_text_metrics
 from cotune.data.readers.sources import check_new, get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
-from cotune.data.tasks.text_metrics import check_text_metrics
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError, RunError
-from cotune.models.base_folder import read_base_labels
-from cotune.models.base_lookup import find_base
+from cotune.models.base.folder import read_base_labels
+from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
-from cotune.models.public_map import pin_model
+from cotune.models.features.public_map import pin_model
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config

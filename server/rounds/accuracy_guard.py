@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.models.trainable import State
 from cotune.reporting.documents.rounds import MetricsEntry, SuspectEntry
 from cotune.strategies.aggregator import Aggregator, Combination, UpdateSummary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.models.trainable import State
 from cotune.observers import Registry
 

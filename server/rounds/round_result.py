@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.rounds import DroppedEntry, LateEntry, MetricsEntry, RoundEntry

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cotune.data.readers.sources import get_base_path
-from cotune.models.base_lookup import FOLDER
+from cotune.models.base.lookup import FOLDER
 from cotune.models.trainable import State, TrainableModel, strip_prefix
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan

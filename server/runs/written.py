@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.text_metrics import check_text_metrics, compare_texts
+from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts
 from cotune.data.types import Passage
 from cotune.models.generation import write_texts
 from cotune.models.trainable import State, TrainableModel

@@ -25,7 +25,7 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.feature_head import feature_head
+from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan

@@ -13,10 +13,10 @@ from cotune.client.policy_check import find_violations
 from cotune.client.training.setup import check_stages
 from cotune.data.config import has_labels
 from cotune.errors import PlanError, PrivacyError
-from cotune.models.base_folder import read_base_labels
-from cotune.models.base_lookup import find_base
+from cotune.models.base.folder import read_base_labels
+from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
-from cotune.models.public_map import pin_model
+from cotune.models.features.public_map import pin_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan

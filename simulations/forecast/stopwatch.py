@@ -13,13 +13,13 @@ import torch
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_optimizer, build_setup, synthetic_setup
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS
+from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
 from cotune.data.tasks.classes import logits
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
-from cotune.models.feature_precision import FEATURE_SLOTS
-from cotune.models.features import encode_batch
-from cotune.models.head_fit import fit_head, head_names
+from cotune.models.features.cached import encode_batch
+from cotune.models.features.head_fit import fit_head, head_names
+from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import stage_names

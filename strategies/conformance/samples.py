@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import ComponentInfo, Needs
 from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext, Update

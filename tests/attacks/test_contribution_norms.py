@@ -31,7 +31,7 @@ from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.models.encoding import encoded_examples
-from cotune.models.feature_head import encode_vectors
+from cotune.models.features.head import encode_vectors
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from cotune.data.tasks.metrics import compute_text_metrics
+from cotune.data.metrics.metrics import compute_text_metrics
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 3e38])

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
-from cotune.models.features import get_features
+from cotune.models.features.cached import get_features
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import VOCABULARY, tokenizer
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.data.tasks.metrics import ClassMetrics, Metrics
+from cotune.data.metrics.metrics import ClassMetrics, Metrics
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds

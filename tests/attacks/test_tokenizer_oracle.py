@@ -18,8 +18,8 @@ import pytest
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import ModelError
-from cotune.models.base_lookup import find_base
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan

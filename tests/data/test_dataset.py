@@ -11,7 +11,7 @@ from cotune.data.dataset import Dataset, DatasetManifest, write_manifest
 from cotune.data.tasks.text import encode
 from cotune.errors import DataError
 from cotune.models.encoding import encoded_examples, encoded_features
-from cotune.models.features import get_features
+from cotune.models.features.cached import get_features
 from cotune.models.trainable import TrainableModel
 
 LABELS = ("good", "bad", "so")  # the plan's order, not the alphabet's

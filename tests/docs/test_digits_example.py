@@ -9,7 +9,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from cotune.data.record_files import read_records
-from cotune.models.feature_head import feature_head
+from cotune.models.features.head import feature_head
 from cotune.plan.load import load_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan

@@ -10,7 +10,7 @@ import torch
 
 from cotune.errors import PrivacyError
 from cotune.models import independence
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.independence import check_padding

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cotune.data.tasks.classes import logits
 from cotune.data.tasks.text import collator, encode
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import export_model
 from cotune.models.trainable import State, TrainableModel

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, pipeline
 
 from cotune.data.config import TaskName
 from cotune.data.tasks.classes import logits
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cotune.data.tasks.causal import prompt_tokens
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.generation import write_texts
 from cotune.models.trainable import TrainableModel

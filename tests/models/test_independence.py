@@ -10,15 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.data.tasks.batching import fixed_batches
+from cotune.data.inputs.batching import fixed_batches
 from cotune.data.tasks.classes import Batch, logits
 from cotune.errors import PrivacyError
-from cotune.models import feature_precision, independence
-from cotune.models.base_model import load_model
+from cotune.models import independence
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.feature_head import feature_head
-from cotune.models.feature_precision import feature_dtype
-from cotune.models.features import get_features
+from cotune.models.features import precision
+from cotune.models.features.cached import get_features
+from cotune.models.features.head import feature_head
+from cotune.models.features.precision import feature_dtype
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
@@ -151,10 +152,10 @@ def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkey
 
 
 def test_features_fall_back_when_bfloat16_mixes(shared: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(feature_precision, "bfloat16_is_fast", lambda _: True)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda _: True)
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "fine"))
     assert feature_dtype(shared("bert"), "auto") == torch.bfloat16
-    monkeypatch.setattr(feature_precision, "mixes_records", lambda *_: True)
+    monkeypatch.setattr(precision, "mixes_records", lambda *_: True)
     assert feature_dtype(shared("bert"), "auto") == torch.bfloat16  # it was tried on this machine
     for _ in range(2):  # what mixes is tried again
         monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "other"))
@@ -205,7 +206,7 @@ def test_adapters_that_begin_as_zeros_hide_nothing(shared: Make, monkeypatch: py
     (layer, *_) = [module for name, module in model.module.named_modules() if name.endswith("lora_B.default")]
     layer.register_forward_hook(lambda _, __, found: found * (1 + torch.arange(len(found))[:, None, None] * 2.0**-20))
     model.load({})
-    assert feature_precision.features_mix(model, torch.float32)
+    assert precision.features_mix(model, torch.float32)
 
 
 def test_a_fault_that_one_draw_of_weights_hides_is_found(shared: Make) -> None:

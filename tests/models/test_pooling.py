@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 from cotune.errors import ModelError
 from cotune.models.architecture import wants_mean_pooling
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 
 LABELS = ("bad", "good", "so")

@@ -9,7 +9,7 @@ import torch
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.dataset import DatasetManifest
-from cotune.data.tasks.metrics import Metrics
+from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, get_model
 from cotune.plan.schema import Plan

@@ -14,8 +14,8 @@ from torch.nn import functional
 from cotune.data.unlabeled import inputs_hash
 from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs
 from cotune.errors import CotuneError
-from cotune.models.feature_head import feature_head
-from cotune.models.features import encode_batch
+from cotune.models.features.cached import encode_batch
+from cotune.models.features.head import feature_head
 from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import get_builtin_components
 from cotune.strategies.types import RoundContext, Update

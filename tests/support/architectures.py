@@ -11,7 +11,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel
 
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.trainable import TrainableModel
 from tests.support.tiny_models import VOCABULARY, tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cotune.data.config import TaskName
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel

@@ -27,7 +27,7 @@ from transformers import (
     ViTConfig,
 )
 
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.trainable import TrainableModel
 from tests.support.datasets import FILLERS, WORDS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cotune.ensembles.public_inputs import find_extreme_score
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.plan.parameters import heads_of
 from cotune.plan.public import SCORES, PublicConfig
 from cotune.plan.schema import Plan

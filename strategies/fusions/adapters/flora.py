@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cotune.models.adapter import init_lora_a, parameter_seed
+from cotune.models.adapters.adapter import init_lora_a, parameter_seed
 from cotune.strategies.fusions.adapters.low_rank import (
     average_deltas,
     delta_between,

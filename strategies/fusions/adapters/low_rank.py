@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.strategies.sums import add_weighted, divide
 from cotune.strategies.types import WeightedUpdate
 

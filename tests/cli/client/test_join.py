@@ -20,7 +20,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import get_key_fingerprint
-from cotune.models.base_lookup import find_base
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
@@ -30,6 +30,7 @@ from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started
+from tests.support.failures import fails_with
 
 SETTINGS = ("labels=['bad','good','so']", "privacy={epsilon=4.0,delta=1e-3}", "model.precision=float32")
 
@@ -206,7 +207,7 @@ def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, pla
     approvals = Approvals(Site(site))
     approvals.approve(plan, "test")
     changed = plan.model_copy(update={"rounds": 9})
-    with pytest.raises(Exception, match="nobody has approved the plan"):
+    with fails_with("policy.training.approval"):
         approvals.check(changed, Policy())
     monkeypatch.setattr("sys.stdin", io.StringIO(""))  # as under cron
     unanswered = cotune("client", "approve", site)

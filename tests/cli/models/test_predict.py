@@ -11,11 +11,11 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from cotune.client.app import store_final_model
 from cotune.data.config import TaskName
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.export import export_model
-from cotune.models.features import encode_batch
-from cotune.models.head_fit import fit_head, head_names
+from cotune.models.features.cached import encode_batch
+from cotune.models.features.head_fit import fit_head, head_names
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request

@@ -23,7 +23,7 @@ from cotune.data.record_files import read_records
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.test_set import evaluate
-from cotune.models.head_fit import head_scores
+from cotune.models.features.head_fit import head_scores
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.data.config import DataConfig
+from cotune.data.metrics.metrics import compute_text_metrics
 from cotune.data.record_files import read_records
 from cotune.data.tasks import token_losses
 from cotune.data.tasks.classes import IGNORED
-from cotune.data.tasks.metrics import compute_text_metrics
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Passage, record_identity
 from cotune.errors import DataError
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from tests.support.language_models import dialogs
 from tests.support.tiny_models import tokenizer

@@ -16,14 +16,14 @@ from scipy.stats import spearmanr
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 from cotune.data.config import DataConfig
+from cotune.data.metrics.metrics import compute_number_metrics
 from cotune.data.record_files import read_records
 from cotune.data.tasks.classes import IGNORED
-from cotune.data.tasks.metrics import compute_number_metrics
 from cotune.data.tasks.regression import Regression
 from cotune.data.tasks.task import get_task
 from cotune.data.types import get_stratum
 from cotune.errors import ModelError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from tests.support.text_tasks import write_rows
 

@@ -11,7 +11,7 @@ import torch
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Passage
-from cotune.models.base_model import LoadedModel, load_model
+from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from tests.support.language_models import dialogs
 from tests.support.paired_models import PAIRED, paired_model

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from cotune.data.metrics.metrics import ClassMetrics, compute_metrics, majority_metrics
 from cotune.data.tasks.classes import example_losses, logits
-from cotune.data.tasks.metrics import ClassMetrics, compute_metrics, majority_metrics
 from cotune.data.tasks.text import collator, encode
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel

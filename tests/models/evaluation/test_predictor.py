@@ -12,7 +12,7 @@ from transformers import pipeline
 from cotune.data.config import TaskName
 from cotune.data.unlabeled import read_typed, read_unlabeled
 from cotune.errors import DataError, ModelError
-from cotune.models.base_model import load_model
+from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.predictor import open_predictor
 from cotune.models.export import export_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cotune.models.adapter import Adapter
+from cotune.models.adapters.adapter import Adapter
 from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.strategies.types import Update
 

@@ -10,7 +10,7 @@ import pytest
 from cotune.client.site_folder import SiteFile
 from cotune.client.site_setup import find_site_base
 from cotune.errors import ModelError
-from cotune.models.base_lookup import find_base
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.server.deployment.federation import FederationFolder, write_config
 from cotune.server.deployment.new_run import create_run

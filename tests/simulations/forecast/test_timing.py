@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cotune.data.dataset import Dataset
-from cotune.data.tasks.batching import FINE_LENGTHS, LENGTHS, fixed_batches
+from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
-from cotune.models.feature_precision import FEATURE_SLOTS
+from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure

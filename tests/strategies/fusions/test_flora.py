@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cotune.models.adapter import init_lora_a, parameter_seed
+from cotune.models.adapters.adapter import init_lora_a, parameter_seed
 from tests.support.adapted_layers import HEAD, A, B, W, adapter, close, deltas_of, fused, products, state_of
 
 

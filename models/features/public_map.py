@@ -1,0 +1,184 @@
+"""The affine map of a wide feature, fitted to texts that nobody wrote: rows of random tokens of the base model's own vocabulary.
+
+No record has a part in it, so that it costs no ε. It is the same for everybody who has the base model: every organization
+makes it by itself, and the plan holds its hash. For that, the encoder and the fit compute in float64, in which processors and
+numbers of threads differ by about 1e-13, and the result is rounded to a grid that is coarser by far.
+
+Whitening is partial (covariance^(-3/8)): with the whole of it (-1/2) the smallest directions, which are mostly noise, would weigh
+as much as the largest. Measured in docs/results/tweets.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import AutoModel
+
+from cotune.data.inputs.token_limits import find_max_length
+from cotune.data.tasks.task import get_task
+from cotune.data.tasks.text import frame_tokens
+from cotune.errors import ModelError, reason_of
+from cotune.models.base.lookup import BaseModelFolder
+from cotune.models.check_cache import cache_folder
+from cotune.models.config import FeatureConfig, ModelConfig
+from cotune.models.features.layer_reading import check_layers, read_layers
+from cotune.storage.files import atomic_write
+
+_RECIPE = 1  # counts changes of anything below that changes the map
+_TEXTS = 4000
+_SHORTEST = 4  # tokens of a text, without special ones
+_LONGEST = 31  # with them
+_ROWS = 128  # of a forward pass
+_POWER = 0.75  # of the inverse standard deviation along each direction
+_FLOOR = 1e-2  # added to the variances, whose mean is 1
+_NORM = 2.0  # root mean square of a feature's norm
+_BITS = 13  # after the point, of the matrix between standardized coordinates
+_CENTER_BITS = 20
+_DEAD = 1e-6  # of the largest standard deviation: a coordinate that never moves
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """x ↦ matrix · (x - center).
+
+    Attributes:
+        center: (d,) in float32.
+        matrix: (d, d) in float32.
+    """
+
+    center: Tensor
+    matrix: Tensor
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) over the numbers."""
+        digest = hashlib.sha256()
+        for tensor in (self.center, self.matrix):
+            digest.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pin_model(config: ModelConfig, folder: BaseModelFolder) -> ModelConfig:
+    """Return the model's table of a plan with everything that fixes the model: the hashes of its files and of its map.
+
+    Raises:
+        ModelError: As `get_public_map`.
+    """
+    pinned = config.model_copy(update=folder.pins)
+    if config.feature is None or config.feature.whiten == "none":
+        return pinned
+    found = get_public_map(folder, config.feature)
+    return pinned.model_copy(update={"feature": config.feature.model_copy(update={"map_hash": found.hash})})
+
+
+def get_public_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap:
+    """Return the map of a base model's feature: kept on disk once it is made.
+
+    Raises:
+        ModelError: It is another one than the plan states, or the encoder does not run.
+    """
+    try:
+        found = _get_map(folder, feature.layers, feature.cls)
+    except ModelError:
+        raise
+    except Exception as error:  # an encoder without hidden states, or one that wants other inputs: each fails in its own way
+        raise ModelError(
+            f"the layers of the base model {folder.name} cannot be read for model.feature ({reason_of(error)[:160]}): expected an"
+            " encoder of texts, such as bert, distilbert or roberta",
+            code="model.no_layers",
+        ) from None
+    if feature.map_hash not in (None, found.hash):
+        raise ModelError(
+            f"the map of model.feature that is made here has the hash {found.hash[:16]}…, expected {str(feature.map_hash)[:16]}…"
+            " as in the plan: use the versions of cotune, torch and transformers that the coordinator uses",
+            code="model.other_map",
+        )
+    return found
+
+
+@lru_cache(maxsize=2)
+def _get_map(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> AffineMap:
+    decides = (_RECIPE, folder.content_hash, layers, cls, torch.__version__, transformers.__version__)
+    file = cache_folder() / "maps" / f"{hashlib.sha256(repr(decides).encode()).hexdigest()}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        kept = load_file(file)
+        return AffineMap(kept["center"], kept["matrix"])
+    found = fit_map(torch.cat(list(_features(folder.path, layers, cls))))
+    with contextlib.suppress(OSError):  # nowhere to write: it is made again the next time
+        atomic_write(file, save({"center": found.center, "matrix": found.matrix}))
+    return found
+
+
+def _features(path: Path, layers: tuple[int, ...], cls: bool) -> Iterator[Tensor]:
+    """What the encoder's layers say of texts of random tokens, in float64; rows of one length at a time, without padding."""
+    reader = get_task("sequence-classification").reader(path)
+    base: Any = AutoModel.from_pretrained(str(path), use_safetensors=True, trust_remote_code=False, dtype=torch.float64)
+    base.eval()
+    check_layers(base.config, layers)
+    table = base.get_input_embeddings().weight.shape[0]
+    for rows in draw_texts(reader, table, find_max_length(reader, base, _LONGEST)):
+        with torch.no_grad():
+            yield read_layers(base, layers, cls, torch.tensor(rows), None)
+
+
+def draw_texts(reader: Any, table: int, longest: int = _LONGEST) -> Iterator[list[list[int]]]:
+    """Batches of rows of random tokens between the special tokens that every text has; of one length in each batch.
+
+    Args:
+        reader: The tokenizer.
+        table: How many tokens the model knows.
+        longest: Tokens that it reads of a text, special ones included.
+    """
+    special = set(reader.all_special_ids)
+    usable = sorted({number for number in reader.get_vocab().values() if number < table} - special)
+    before, after = frame_tokens(reader, usable[0])
+    draw = random.Random(_RECIPE).random
+    most = max(1, longest - len(before) - len(after))
+    least = min(_SHORTEST, most)
+    lengths = sorted(least + int(draw() * (most - least + 1)) for _ in range(_TEXTS))
+    rows = [[*before, *(usable[int(draw() * len(usable))] for _ in range(length)), *after] for length in lengths]
+    start = 0
+    while start < len(rows):
+        batch = [row for row in rows[start : start + _ROWS] if len(row) == len(rows[start])]
+        yield batch
+        start += len(batch)
+
+
+def fit_map(rows: Tensor) -> AffineMap:
+    """Return the map that centers, scales and partly whitens rows (n, d), rounded so that it is the same on every machine.
+
+    matrix = s · (C + floor)^(-power/2) · diag(1/standard deviation), C being the correlation of the rows' coordinates; s
+    brings the root mean square of the norm to 2.
+    """
+    rows = rows.double()
+    center = rows.mean(dim=0)
+    deviations = rows.std(dim=0)
+    alive = deviations > _DEAD * deviations.max()
+    inverse = torch.where(alive, 1 / _round_mantissa(torch.where(alive, deviations, torch.ones_like(deviations))), 0.0)
+    standard = (rows - center) * inverse
+    values, directions = torch.linalg.eigh(standard.T @ standard / len(rows))
+    matrix = (directions * (values.clamp(min=0) + _FLOOR).pow(-_POWER / 2)) @ directions.T
+    size = (standard @ matrix).square().sum(dim=1).mean().sqrt()
+    grid = 2.0**_BITS
+    rounded = (matrix * (_NORM / size) * grid).round() / grid
+    return AffineMap(
+        ((center * 2.0**_CENTER_BITS).round() / 2.0**_CENTER_BITS).float().contiguous(), (rounded * inverse).float().contiguous()
+    )
+
+
+def _round_mantissa(values: Tensor) -> Tensor:
+    """Round to 12 significant bits, exactly."""
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * 2.0**12).round() / 2.0**12, exponent)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from cotune.errors import ModelError
+from cotune.models.base.folder import read_base_labels, read_settings
+
+
+def labels(folder: Path, names: object) -> tuple[str, ...]:
+    (folder / "config.json").write_text(json.dumps({"id2label": names}), encoding="utf-8")
+    return read_base_labels(folder)
+
+
+def test_labels_are_in_the_order_of_the_head(tmp_path: Path) -> None:
+    assert labels(tmp_path, {"0": "negative", "1": "positive"}) == ("negative", "positive")
+    eleven = {str(i): f"class {i}" for i in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)}
+    assert labels(tmp_path, eleven) == tuple(f"class {i}" for i in range(11))
+    assert labels(tmp_path, {"0": "größer", "1": "kleiner"}) == ("größer", "kleiner")
+
+
+@pytest.mark.parametrize("names", [{"0": "LABEL_0", "1": "LABEL_1"}, {}, None, []])
+def test_generic_names_are_none(tmp_path: Path, names: object) -> None:
+    assert labels(tmp_path, names) == ()
+
+
+@pytest.mark.parametrize("names", [{"bad": 0, "good": 1}, ["bad", "good"], {"0": "bad", "2": "good"}, {"1": "bad"}, "bad"])
+def test_other_names_are_refused(tmp_path: Path, names: object) -> None:
+    with pytest.raises(ModelError):
+        labels(tmp_path, names)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"text"', b"\xef\xbb\xbf{}", b'{"a": "\xe9"}', b"[" * 100_000, None])
+def test_what_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError):
+        read_settings(tmp_path)
+
+
+ASCII = """
+import locale, sys
+assert locale.getencoding().upper() in ("ASCII", "ANSI_X3.4-1968", "US-ASCII"), locale.getencoding()
+import safetensors.torch
+from cotune.models.base.load import ModelConfig, load_model
+from cotune.models.base.folder import read_base_labels
+from pathlib import Path
+labels = read_base_labels(Path(sys.argv[1]))
+head = load_model(ModelConfig(base=sys.argv[1]), labels, 9).module.classifier.weight
+print(ascii(labels), bool((head == safetensors.torch.load_file(sys.argv[1] + "/model.safetensors")["classifier.weight"]).all()))
+"""
+
+
+def test_names_are_utf_8_whatever_the_locale_says(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Read in the locale's encoding they were others, and the trained head was replaced by a new one without a word."""
+    labels = ("n\u00e9gatif", "positif")
+    folder = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
+    config = AutoConfig.from_pretrained(folder)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIOENCODING"))}
+    env = {**plain, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", ASCII, str(folder)], capture_output=True, text=True, env=env, check=False)
+    assert done.stdout.strip() == f"{labels!a} True", done.stderr
