@@ -245,7 +245,7 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
 
 
 def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[Recipient]:
-    last = before.admitted
+    last = before.last_admitted(asked)
     sites = {who.name: who.site for who in folder.file.participants}
     return [Recipient(name, last.get(name, 0), str(folder.path / sites[name]) if sites[name] else "") for name in asked]
 
@@ -320,9 +320,9 @@ def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
 
 def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry) -> None:
     """Once: who trains for the whole ε and has hardly a say, most often because others state their numbers by another rule."""
-    known = {name for each in before.history for name in each.weights}
-    for name, share in entry.weights.items():
-        if name not in known and share * len(entry.weights) < _SMALL_WEIGHT:
+    small = {name: share for name, share in entry.weights.items() if share * len(entry.weights) < _SMALL_WEIGHT}
+    for name, share in small.items():
+        if not any(name in each.weights for each in before.history):
             folder.events.write(WeightIsSmall(round=entry.round, organization=name, weight=share))
 
 
