@@ -20,7 +20,7 @@ from cotune.simulations.run import resume, simulate
 
 SEEDS = (8, 9, 10)  # none of those that settings were chosen on
 EPSILONS = (8.0, 3.0)
-PLANS = {"tweets-narrow": NARROW, "tweets": "tweets"}
+PLANS: dict[str, str | Path] = {"tweets-narrow": NARROW, "tweets": "tweets"}
 BEFORE = "tweets-narrow"
 AFTER = "tweets"
 MEASURED = "<!-- below: written by benchmarks/experiments/tweets.py -->"
