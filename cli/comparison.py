@@ -201,7 +201,7 @@ class _Lines:
         self.console = console
         self.done = 0
         self.cells = 0
-        self.told = time.monotonic()
+        self.shown_at = time.monotonic()
 
     def print(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
@@ -227,11 +227,11 @@ class _Lines:
         """At the first combination how many there are, and from time to time how far it is."""
         if not fields["checked"]:
             self.print(f"checking {_counted(fields)} against data and model")
-        elif time.monotonic() - self.told <= _CHECK_SECONDS:
+        elif time.monotonic() - self.shown_at <= _CHECK_SECONDS:
             return
         else:
             self.print(f"checked {fields['checked']} of {fields['cells']}")
-        self.told = time.monotonic()
+        self.shown_at = time.monotonic()
 
 
 def _counted(fields: dict[str, Any]) -> str:

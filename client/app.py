@@ -260,7 +260,11 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
     )
     content = encode_update(trained, plan.plan_id, codec=plan.wire)
     update, account = check_update(content, request, plan, site)
-    about: dict[str, Any] = {"declared": update.examples, "told": sorted(update.told)[:_MAX_NAMES], "epsilon": update.epsilon}
+    about: dict[str, Any] = {
+        "declared": update.examples,
+        "disclosures": sorted(update.disclosures)[:_MAX_NAMES],
+        "epsilon": update.epsilon,
+    }
     if isinstance(plan.privacy, RecordPrivacy):
         about["epsilon_spent"] = account.epsilon()
         about["epsilon_allowed"] = site.policy().budget.epsilon_for(plan.privacy.epsilon)

@@ -95,9 +95,9 @@ def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable
     least, most = declarable or (1, plan.server.max_examples)
     most = min(most, plan.server.max_examples)
     if not least <= examples <= most:
-        which = "tell.declared_examples" if policy.tell.example_count == "declared" else "it"
+        which = "disclosures.declared_examples" if policy.disclosures.example_count == "declared" else "it"
         yield Violation(
-            "tell.example_count",
+            "disclosures.example_count",
             f"{which} makes the number of records {examples}, and the coordinator takes {least} to {most} from this organization;"
             f" change {which}, or ask for another invitation (--examples)",
         )
@@ -120,10 +120,10 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
     yield from _too_long(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _over_budget(plan.privacy, policy)
-        if plan.strategy.compares_noise and not policy.tell.noise_level:
+        if plan.strategy.compares_noise and not policy.disclosures.noise_level:
             name = plan.strategy.weighting.name
             yield Violation(
-                "tell.noise_level",
+                "disclosures.noise_level",
                 f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
                 True,
             )
@@ -144,16 +144,16 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 def _telling(plan: Plan, policy: Policy) -> Iterator[Violation]:
     statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
-    if statistics and not policy.tell.statistics:
+    if statistics and not policy.disclosures.statistics:
         yield Violation(
-            "tell.statistics",
+            "disclosures.statistics",
             f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them",
             True,
         )
-    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
+    if "loss" in plan.strategy.sends and policy.disclosures.local_loss == "none":
         parts = ", ".join(part.name for _, part, info in plan.strategy.known_components() if "loss" in info.needs.sends)
         yield Violation(
-            "tell.local_loss",
+            "disclosures.local_loss",
             f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
             "noised",
         )
@@ -215,12 +215,12 @@ def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 def missing_number_message() -> str:
     """Return what is wrong with a policy that declares a number of records and does not say which."""
-    return "the policy declares a number of records and gives none, expected tell.declared_examples near the true number"
+    return "the policy declares a number of records and gives none, expected disclosures.declared_examples near the true number"
 
 
 def _undeclared(policy: Policy) -> Iterator[Violation]:
-    if policy.tell.example_count == "declared" and policy.tell.declared_examples is None:
-        yield Violation("tell.declared_examples", missing_number_message())
+    if policy.disclosures.example_count == "declared" and policy.disclosures.declared_examples is None:
+        yield Violation("disclosures.declared_examples", missing_number_message())
 
 
 def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Violation]:

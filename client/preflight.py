@@ -236,7 +236,7 @@ def _warnings(account: Account) -> Iterator[str]:
         )
     declared = account.public_examples
     held = account.true_examples
-    if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
+    if account.policy.disclosures.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
         yield (
             f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
             " batches and noise follow from it"

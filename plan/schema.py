@@ -43,7 +43,7 @@ class Plan(PlanTables):
         problems = {
             "labels": bool(self.labels) and not has_labels(self.task),
             "class_weights": bool(self.class_weights) and not has_labels(self.task),
-            "tell.label_histogram": self.tell.label_histogram and not has_classes(self.task),
+            "disclosures.label_histogram": self.disclosures.label_histogram and not has_classes(self.task),
             "public.source": bool(self.public.source) and not has_classes(self.task),
         }
         for key, given in problems.items():
@@ -103,7 +103,7 @@ class Plan(PlanTables):
             "a [personal] table, or lora.keep": self.keeps_personal,
             "client_privacy, which divides by a number of organizations, while some train a head": bool(self.client_privacy),
             'server.late = "fold"': self.server.late == "fold",
-            "tell.label_histogram, which counts one class of a record": self.tell.label_histogram,
+            "disclosures.label_histogram, which counts one class of a record": self.disclosures.label_histogram,
         }
         for what, found in cannot.items():
             if found:

@@ -160,9 +160,9 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, co
         "salt": salt,
     }
     content = RecordDict({"delta": _encode_arrays(update.delta, salt, "delta", codec), "update": ConfigRecord(record)})
-    if update.told:
-        told = {name: float(value) for name, value in update.told.items()}
-        content["told"] = ConfigRecord({**told, _SALT: _derive_key(salt, "told")})
+    if update.disclosures:
+        disclosed = {name: float(value) for name, value in update.disclosures.items()}
+        content["disclosures"] = ConfigRecord({**disclosed, _SALT: _derive_key(salt, "disclosures")})
     if update.statistics:
         content["statistics"] = _encode_arrays(update.statistics, salt, "statistics")
     if update.noise_variance is not None:
@@ -173,7 +173,7 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, co
 
 def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32") -> Update:
     """Raises RunError for an update that is malformed, belongs to another plan, or is not written in the plan's codec."""
-    _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
+    _check_records(content, ("update", "delta", "disclosures", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _decode_fields(content, "update", types)
     if fields["plan_id"] != plan_id:
@@ -190,7 +190,7 @@ def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32"
         examples=fields["examples"],
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
-        told=_decode_reported(content),
+        disclosures=_decode_reported(content),
         noise_variance=_decode_noise_variance(content),
         statistics=_decode_tensors(content, "statistics", "update") if "statistics" in content else {},
         received=fields["received"],
@@ -248,10 +248,11 @@ def _decode_noise_variance(content: RecordDict) -> dict[str, float] | None:
 
 def _decode_reported(content: RecordDict) -> dict[str, float]:
     """What an organization says beside its update: few names, finite numbers; without the record, nothing."""
-    record = content.get("told", ConfigRecord())
+    record = content.get("disclosures", ConfigRecord())
     if not isinstance(record, ConfigRecord) or len(record) > _MAX_REPORTED_VALUES:
         raise RunError(
-            f"an update tells something strange: expected a ConfigRecord named told, of at most {_MAX_REPORTED_VALUES} values",
+            "an update discloses numbers in another form: expected a ConfigRecord named disclosures of at most"
+            f" {_MAX_REPORTED_VALUES} values",
             code="run.malformed_message",
         )
     for name, value in _without_salt(record):

@@ -36,7 +36,7 @@ _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayre
 _PLAIN = {bool, int, float, str, type(None)}
 _PATIENCE = 5  # how often a strategy may count the organizations of a round; Flower's own do it twice, or every second for ever
 _NAMES = "parameters"  # in the memory: a digest of the names that the round shared
-_CHANNEL = "server-round"  # all that a strategy may tell organizations: they do not listen
+_CHANNEL = "server-round"  # all that a strategy may send organizations beside the model: they ignore it
 _INSTEAD = {
     "FedProx": 'the strategy "fedprox", whose term organizations do add to their gradients',
     "QFedAvg": 'the strategy "qfedavg", for which organizations send their loss if their policy allows it',
@@ -163,9 +163,9 @@ class FlowerFusion:
         """What it would send to organizations, looked through, and a message of ours to each instead."""
         record = _record(arrays)
         for message in strategy.configure_train(round, record, ConfigRecord(), _Roll(count)):
-            told = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
-            if told:
-                self._refuse(f'tells organizations "{min(told)}", and they train as the plan says', "a client_term in the plan")
+            keys = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
+            if keys:
+                self._refuse(f'sends organizations "{min(keys)}", and they train as the plan says', "a client_term in the plan")
             if any(sent is not record and not _same(sent, arrays) for sent in message.content.array_records.values()):
                 self._refuse("sends organizations other arrays than the model", "one that sends the model alone")
         return [Message(RecordDict(), i + 1, "train") for i in range(count)]

@@ -108,7 +108,7 @@ def check_rules(context: LocalContext) -> None:
 
 def check_declared_number(context: LocalContext) -> None:
     """Check a number of records that the policy declares: the server would refuse another. Raises Declined."""
-    rules = context.policy.tell
+    rules = context.policy.disclosures
     if rules.example_count == "declared" and rules.declared_examples is not None:
         check_number(context.plan, context.policy, rules.declared_examples, context.declarable)
 

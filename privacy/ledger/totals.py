@@ -68,7 +68,7 @@ class _Run:
     charges: list[_Charged] = field(default_factory=list)
     rounds: set[int] = field(default_factory=set)
     seconds: float = 0.0
-    told: dict[str, list[float]] = field(default_factory=dict)  # what -> the numbers that were disclosed first
+    disclosures: dict[str, list[float]] = field(default_factory=dict)  # what -> the numbers that were disclosed first
     answers: dict[int, int] = field(default_factory=dict)  # round -> the entry of its first answer
 
 
@@ -101,7 +101,7 @@ class Totals:
             "reserve": self._add_charge,
             "settle": self._settle,
             "unprotected": self._add_unprotected,
-            "told": self._add_told,
+            "disclosure": self._add_disclosure,
         }.get(entry.kind)
         if take is not None:
             take(entry)
@@ -148,10 +148,10 @@ class Totals:
     def _add_unprotected(self, entry: Entry) -> None:
         self._counted_in(entry.body.get("collection", ""))
 
-    def _add_told(self, entry: Entry) -> None:
+    def _add_disclosure(self, entry: Entry) -> None:
         body = entry.body
         run = self._run(body["plan_id"])
-        run.told.setdefault(body["what"], list(body["values"]))
+        run.disclosures.setdefault(body["what"], list(body["values"]))
         if body["what"] == ANSWER:
             run.answers.setdefault(int(body["values"][0]), entry.id)
 

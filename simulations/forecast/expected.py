@@ -82,7 +82,7 @@ def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> 
     """
     pick_device(device)
     resolved, notes = open_plan(plan)
-    policy = Policy.permissive().model_copy(update={"tell": Policy().tell})
+    policy = Policy.permissive().model_copy(update={"disclosures": Policy().disclosures})
     names = [f"org-{number}" for number in range(1, len(examples) + 1)]
     for name, count in zip(names, examples, strict=True):
         for stage in resolved.stages:

@@ -179,7 +179,7 @@ def another_state(case: Case) -> None:
 
 
 def a_told_metric(case: Case) -> None:
-    case.content["told"] = ConfigRecord({"correct": 17.0})
+    case.content["disclosures"] = ConfigRecord({"correct": 17.0})
 
 
 def statistics(case: Case) -> None:
@@ -292,7 +292,7 @@ def test_what_must_not_leave_packed(packed: Case, spoil: Callable[[Case], None])
 
 
 def told_by(policy: Policy, **rules: Any) -> Policy:
-    return policy.model_copy(update={"tell": policy.tell.model_copy(update=rules)})
+    return policy.model_copy(update={"disclosures": policy.disclosures.model_copy(update=rules)})
 
 
 @pytest.mark.parametrize(
@@ -310,15 +310,15 @@ def test_the_number_of_records_is_what_the_rule_says(
     assert told is None or said in told
     assert isinstance(said, int)
     case.header(examples=said + 7)
-    with pytest.raises(EgressBlocked, match=r"which is not what the rule tell\.example_count says"):
+    with pytest.raises(EgressBlocked, match=r"which is not what the rule disclosures\.example_count says"):
         case.check()
 
 
 def test_kept_update_is_refused_once_the_policy_forbids_it(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan = make_plan(privacy=PRIVATE, tell={"local_metrics": True})
+    plan = make_plan(privacy=PRIVATE, disclosures={"local_metrics": True})
     case = Case(plan, make_site(), state_for(plan))
     case.check()
-    assert set(decode_update(case.content, plan.plan_id).told) == {"correct", "records"}
+    assert set(decode_update(case.content, plan.plan_id).disclosures) == {"correct", "records"}
     (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), local_metrics="none")))
     with pytest.raises(EgressBlocked, match="tells 'correct', which plan and policy do not agree on"):
         case.check()
@@ -397,7 +397,7 @@ def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, 
     honest = Receipt(site.organization, plan.plan_id, received_digest(request.state))
     check_receipt(encode_receipt(honest), request, plan, site)
     content = encode_receipt(honest)
-    content["told"] = ConfigRecord({"accuracy": 0.9})
+    content["disclosures"] = ConfigRecord({"accuracy": 0.9})
     for broken in (content, encode_receipt(Receipt("bank", plan.plan_id, honest.received))):
         with pytest.raises(EgressBlocked, match=r"the receipt is not that of this request alone|too much"):
             check_receipt(broken, request, plan, site)
@@ -408,11 +408,11 @@ OF_RECORDS = (
     "budget.delta_times_records",
     "training.min_examples",
     "training.min_batch",
-    "tell.declared_examples",
+    "disclosures.declared_examples",
 )
 
 
-def test_words_that_may_be_told() -> None:
+def test_words_that_allowed_disclosures() -> None:
     check_reason(GENERIC_REFUSAL)
     for table, rules in Policy().model_dump().items():
         for rule in rules:

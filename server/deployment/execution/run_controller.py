@@ -217,14 +217,14 @@ def is_superlink_kept_running(federation: FederationFolder) -> bool:
 
 
 def retry_while_kept_running(
-    call: Callable[[], _Answer], kept_running: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
+    call: Callable[[], _Answer], kept_running: Callable[[], bool], notify: Observer, pace: PollInterval | None = None
 ) -> _Answer:
     """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
 
     Args:
         call: May be made twice.
         kept_running: Whether somebody brings the SuperLink back.
-        tell: Told `superlink_lost` and `superlink_back`.
+        notify: Observer of `superlink_lost` and `superlink_back`.
         pace: How often it is tried.
 
     Raises:
@@ -238,19 +238,19 @@ def retry_while_kept_running(
             if not kept_running():
                 raise
             if not away:
-                tell("superlink_lost", {})
+                notify("superlink_lost", {})
             away = True
             time.sleep((pace or PollInterval()).poll)
         else:
             if away:
-                tell("superlink_back", {})
+                notify("superlink_back", {})
             return answer
 
 
 def run_to_completion(
     folder: RunFolder,
     executor: Executor,
-    tell: Observer,
+    notify: Observer,
     pace: PollInterval | None = None,
     kept_running: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -261,7 +261,7 @@ def run_to_completion(
     Args:
         folder: Of the run.
         executor: The SuperLink.
-        tell: Told every event.
+        notify: Observer of every event.
         pace: How often it is looked.
         kept_running: Whether somebody brings a SuperLink back that is away at first; later it is waited for in any case.
 
@@ -270,8 +270,8 @@ def run_to_completion(
     """
     pace = pace or PollInterval()
     try:
-        first = retry_while_kept_running(lambda: submit(folder, executor, pace), kept_running, tell, pace)
-        ending = _follow_attempt(folder, executor, first, tell, pace)
+        first = retry_while_kept_running(lambda: submit(folder, executor, pace), kept_running, notify, pace)
+        ending = _follow_attempt(folder, executor, first, notify, pace)
         tries = 1
         while ending.event is None:
             tries = 1 if ending.progress else tries + 1
@@ -282,11 +282,11 @@ def run_to_completion(
                     code="run.keeps_ending",
                 )
             wait = pace.again * 2 ** (tries - 1)
-            tell("run_lost", {"reason": ending.reason, "seconds": wait})
+            notify("run_lost", {"reason": ending.reason, "seconds": wait})
             time.sleep(wait)
-            ending = _retry(folder, executor, tell, pace)
+            ending = _retry(folder, executor, notify, pace)
     except KeyboardInterrupt:
-        tell("run_stopping", {})
+        notify("run_stopping", {})
         _stop(folder, executor, pace)
         raise
     if ending.event == "run_failed":
@@ -304,7 +304,9 @@ class _AttemptEnd:
     progress: bool = False
 
 
-def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, tell: Observer, pace: PollInterval) -> _AttemptEnd:
+def _follow_attempt(
+    folder: RunFolder, executor: Executor, ticket: Submission, notify: Observer, pace: PollInterval
+) -> _AttemptEnd:
     """Tells what happens until the attempt ends."""
     offset = ticket.offset
     begun = False
@@ -314,11 +316,11 @@ def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, t
         reason, reached = _get_end_reason(executor, ticket)  # asked first: whatever was written before is read below
         if reached != reachable:
             reachable = reached
-            tell("superlink_back" if reached else "superlink_lost", {})
+            notify("superlink_back" if reached else "superlink_lost", {})
         held = is_running(folder.path) if begun else True
         events, offset = follow(folder.events.path, offset)
         for fields in events:
-            event = _report_event(fields, tell)
+            event = _report_event(fields, notify)
             begun = begun or event in _STARTING_EVENTS
             progress = progress or event == "round_finished"
             if event in _FINAL_EVENTS:
@@ -328,8 +330,8 @@ def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, t
         time.sleep(pace.poll)
 
 
-def _report_event(event: Event, tell: Observer) -> str:
-    tell(event.event, event.fields)
+def _report_event(event: Event, notify: Observer) -> str:
+    notify(event.event, event.fields)
     return event.event
 
 
@@ -348,11 +350,11 @@ def _get_end_reason(executor: Executor, ticket: Submission) -> tuple[str | None,
     return f"its process ended ({state.outcome}){how}", True
 
 
-def _retry(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _AttemptEnd:
+def _retry(folder: RunFolder, executor: Executor, notify: Observer, pace: PollInterval) -> _AttemptEnd:
     """Another attempt, once the SuperLink answers."""
     try:
-        retry_while_kept_running(executor.running, lambda: True, tell, pace)
-        return _follow_attempt(folder, executor, submit(folder, executor, pace), tell, pace)
+        retry_while_kept_running(executor.running, lambda: True, notify, pace)
+        return _follow_attempt(folder, executor, submit(folder, executor, pace), notify, pace)
     except RunError as error:
         return _AttemptEnd(None, str(error))
 

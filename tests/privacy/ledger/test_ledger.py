@@ -417,7 +417,7 @@ def second_schema(path: Path) -> str:
         ("reserve", charge),
         ("settle", {"charge": 2, "steps": 12, "seconds": 1.0}),
         ("reserve", {**charge, "round": 2}),
-        ("told", {"plan_id": "p", "data": name, "what": "example count", "values": [99.5]}),
+        ("disclosure", {"plan_id": "p", "data": name, "what": "example count", "values": [99.5]}),
     ]
     head = "0" * 64
     with closing(sqlite3.connect(path)) as db, db:

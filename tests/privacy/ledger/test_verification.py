@@ -61,25 +61,25 @@ def test_a_true_export_holds(exported: dict[str, Any]) -> None:
 
 
 def lie(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
-    def tell(exported: dict[str, Any]) -> None:
+    def change(exported: dict[str, Any]) -> None:
         *folders, last = path
         place: Any = exported
         for key in folders:
             place = place[key]
         place[last] = value
 
-    return tell
+    return change
 
 
 def forget(*path: str | int) -> Callable[[dict[str, Any]], None]:
-    def tell(exported: dict[str, Any]) -> None:
+    def change(exported: dict[str, Any]) -> None:
         *folders, last = path
         place: Any = exported
         for key in folders:
             place = place[key]
         del place[last]
 
-    return tell
+    return change
 
 
 @pytest.mark.parametrize(

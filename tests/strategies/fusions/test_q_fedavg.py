@@ -12,7 +12,7 @@ from cotune.strategies.types import LocalSteps, RoundContext
 
 
 def told(*losses: float) -> list[dict[str, Any]]:
-    return [{"told": {"loss": loss}} for loss in losses]
+    return [{"disclosures": {"loss": loss}} for loss in losses]
 
 
 def test_by_hand(fuse: Any) -> None:
