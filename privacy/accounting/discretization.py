@@ -1,0 +1,77 @@
+"""Put the privacy loss of one sampled Gaussian step on a grid: what dp-accounting does number by number, for all at once.
+
+The method, its bounds, tails and distributions are dp-accounting's ("Connect the Dots", Doroshenko et al., PETS 2022,
+https://arxiv.org/abs/2207.04380). It asks for the inverse of the privacy loss at each of some ten thousand points, in Python.
+Here the same formula is applied to the whole array, in the same order of operations. A test compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from dp_accounting.pld.pld_pmf import PLDPmf, create_pmf_pessimistic_connect_dots_fixed_gap
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
+
+Curve = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def discretize_gaussian(sigma: float, rate: float, width: float) -> PrivacyLossDistribution:
+    """Return the distribution of the privacy loss of one step, rounded up: that of dp-accounting's `from_gaussian_mechanism`.
+
+    Args:
+        sigma: Noise standard deviation / clip norm.
+        rate: q, the probability with which each record is drawn, in (0, 1].
+        width: Of the grid of privacy losses.
+
+    Raises:
+        ValueError: For σ ≤ 0 or q outside of (0, 1].
+    """
+    removed = _pmf(_ArrayGaussianLoss(sigma, sampling_prob=rate, adjacency_type=AdjacencyType.REMOVE), width)
+    if rate == 1:
+        return PrivacyLossDistribution(removed)  # the two neighbors look the same
+    added = _pmf(_ArrayGaussianLoss(sigma, sampling_prob=rate, adjacency_type=AdjacencyType.ADD), width)
+    return PrivacyLossDistribution(removed, added)
+
+
+def _pmf(loss: _ArrayGaussianLoss, width: float) -> PLDPmf:
+    bounds = loss.connect_dots_bounds()
+    lowest = math.floor(bounds.epsilon_lower / width)
+    highest = math.ceil(bounds.epsilon_upper / width)
+    deltas = loss.get_delta_for_epsilon(np.arange(lowest, highest + 1) * width)
+    return create_pmf_pessimistic_connect_dots_fixed_gap(width, lowest, highest, deltas)
+
+
+class _ArrayGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]  # dp-accounting has no types
+    """The privacy loss of a Gaussian mechanism, whose hockey-stick divergence is computed for an array of ε at once."""
+
+    def get_delta_for_epsilon(self, epsilon: Curve) -> Curve:
+        """Return δ at each ε. Where no outcome has a privacy loss above ε, δ is 0 (added) or 1 - e^ε (removed)."""
+        is_added = self.adjacency_type == AdjacencyType.ADD
+        bound = math.log1p(-self.sampling_prob) if self.sampling_prob < 1 else -math.inf  # ± of every privacy loss
+        reached = epsilon < -bound if is_added else epsilon > bound
+        deltas = np.zeros_like(epsilon) if is_added else -np.expm1(epsilon)
+        cutoffs = self._inverse(epsilon[reached], bound, -1.0 if is_added else 1.0)
+        deltas[reached] = self.mu_upper_cdf(cutoffs) - np.exp(epsilon[reached] + self.mu_lower_log_cdf(cutoffs))
+        bounded: Curve = np.clip(deltas, 0, 1)
+        return bounded
+
+    def _inverse(self, losses: Curve, bound: float, sign: float) -> Curve:
+        """Return the largest outcomes whose privacy loss is at least each of `losses`; `sign` -1: of the record added."""
+        unsampled = sign * self._without_sampling(sign * losses, bound)
+        outcomes: Curve = -0.5 * self.sensitivity - unsampled * self._standard_deviation**2 / self.sensitivity
+        return outcomes if sign > 0 else self.sensitivity + outcomes
+
+    def _without_sampling(self, losses: Curve, bound: float) -> Curve:
+        """Return log(1 + (e^loss - 1)/q), the privacy losses that there would be without sampling; -∞ at the bound."""
+        if self.sampling_prob == 1:
+            return losses
+        odds = 1 / self.sampling_prob
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scaled = losses + np.log(odds)
+            found: Curve = scaled + np.log1p(-np.exp(np.log(odds - 1) - scaled))
+        found[losses == 0] = np.log(odds + (1 - odds))
+        found[np.isclose(losses, bound, rtol=1e-9, atol=0)] = -math.inf
+        return found

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cotune.privacy.accounting.discretization import discretize_gaussian
+
+EPSILONS = [-3.0, -0.1, 0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 8.0, 30.0]
+DELTAS = [1e-10, 1e-8, 1e-5, 1e-3]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    sigma=st.floats(0.7, 1000.0),
+    rate=st.one_of(st.just(1.0), st.floats(1e-4, 1.0)),
+    width=st.sampled_from([5e-4, 2e-3]),
+)
+def test_every_digit_is_that_of_dp_accounting(sigma: float, rate: float, width: float) -> None:
+    own = discretize_gaussian(sigma, rate, width)
+    theirs = from_gaussian_mechanism(sigma, value_discretization_interval=width, sampling_prob=rate)
+    for one, other in ((own._pmf_remove, theirs._pmf_remove), (own._pmf_add, theirs._pmf_add)):
+        dense = one.to_dense_pmf()
+        expected = other.to_dense_pmf()
+        assert dense._lower_loss == expected._lower_loss
+        assert dense._infinity_mass == expected._infinity_mass
+        np.testing.assert_array_equal(dense._probs, expected._probs)
+    np.testing.assert_array_equal(own.get_delta_for_epsilon(EPSILONS), theirs.get_delta_for_epsilon(EPSILONS))
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.3, 1.0])
+def test_composed_steps_have_the_same_epsilon(rate: float) -> None:
+    own = discretize_gaussian(1.1, rate, 5e-4).self_compose(30)
+    theirs = from_gaussian_mechanism(1.1, value_discretization_interval=5e-4, sampling_prob=rate).self_compose(30)
+    assert [own.get_epsilon_for_delta(delta) for delta in DELTAS] == [theirs.get_epsilon_for_delta(delta) for delta in DELTAS]
+
+
+def test_a_grid_that_meets_the_bound_of_sampled_losses() -> None:
+    """Adding a record changes the privacy loss by less than -log(1 - q), which may be a point of the grid."""
+    width = 0.01
+    rate = 1 - np.exp(-20 * width)
+    own = discretize_gaussian(1.0, rate, width)
+    theirs = from_gaussian_mechanism(1.0, value_discretization_interval=width, sampling_prob=rate)
+    np.testing.assert_array_equal(own.get_delta_for_epsilon(EPSILONS), theirs.get_delta_for_epsilon(EPSILONS))
+
+
+@pytest.mark.parametrize(("sigma", "rate"), [(0.0, 0.5), (-1.0, 0.5), (1.0, 0.0), (1.0, 1.5)])
+def test_impossible_parameters_are_refused(sigma: float, rate: float) -> None:
+    with pytest.raises(ValueError, match=r"[Ss]tandard deviation|[Ss]ampling"):
+        discretize_gaussian(sigma, rate, 1e-3)
