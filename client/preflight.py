@@ -20,8 +20,9 @@ from cotune.client.node.requests import last_declarable_range
 from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, load_site_model
+from cotune.client.training.gradient_checks import check_gradients
 from cotune.client.training.sanity_checks import SanityChecks
-from cotune.client.training.setup import build_optimizer, check_gradients, synthetic_setup
+from cotune.client.training.setup import build_optimizer, synthetic_setup
 from cotune.data.config import has_labels
 from cotune.data.left_out import count_cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError

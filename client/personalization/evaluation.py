@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cotune.client.app import ABOUT
+from cotune.client.approvals import Approvals
+from cotune.client.final_model import ABOUT
 from cotune.client.personalization.adaptation import (
     Adaptation,
     OwnRecords,
@@ -26,7 +27,6 @@ from cotune.client.personalization.adaptation import (
     load_base_head,
     split_folds,
 )
-from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset

@@ -9,8 +9,9 @@ from functools import cached_property
 from torch import Tensor
 
 from cotune.client.account import Account
+from cotune.client.approvals import Approvals
 from cotune.client.budget import check_examples
-from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
+from cotune.client.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.errors import RunError

@@ -42,7 +42,8 @@ from cotune.privacy.ledger.charges import (
 )
 from cotune.privacy.ledger.site_key import IDENTITY_BYTES, SiteKey
 from cotune.privacy.ledger.totals import ANSWER, Totals
-from cotune.storage.database_log import DatabaseLog, Entry, OpenLog
+from cotune.storage.database_log import DatabaseLog
+from cotune.storage.log_entries import Entry, OpenLog
 
 _CHARGES = """
 CREATE VIEW charges AS

@@ -14,7 +14,7 @@ from typing import Any
 from cotune.data.units import RECORD
 from cotune.privacy.accounting.composition import Steps, add_counts
 from cotune.privacy.ledger.charges import DataSet, History, reserved_steps
-from cotune.storage.database_log import Entry
+from cotune.storage.log_entries import Entry
 
 ANSWER = "answer"  # name of the disclosure that a round was answered
 

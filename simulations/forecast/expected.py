@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_charges
 from cotune.client.policy_check import find_violations
-from cotune.client.training.setup import check_stages
+from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base.folder import read_base_labels

@@ -25,10 +25,10 @@ from cotune.plan.schema import Plan
 from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.protocol import messages as wire
+from cotune.protocol import arrays as wire
+from cotune.protocol.arrays import SALTED
 from cotune.protocol.codecs import pack
 from cotune.protocol.messages import (
-    SALTED,
     Receipt,
     Recipient,
     Request,
@@ -70,7 +70,7 @@ class Case:
         salt = get_salt(self.content)
         salted = dict(self.content.get(name, {}))
         for key, array in arrays.items():
-            mask = wire._derive_key(salt, name, key)
+            mask = wire.derive_key(salt, name, key)
             salted[key] = Array(array.dtype, tuple(array.shape), SALTED, wire._mask(array.data, mask))
         self.content[name] = ArrayRecord(salted)
 

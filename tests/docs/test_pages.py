@@ -17,7 +17,7 @@ import pytest
 
 from cotune.cli.lazy import LazyCommand
 from cotune.cli.main import build_command
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.models.export import export_model
 from cotune.plan.parameters import get_plan_model
 from cotune.privacy.policy import Policy

@@ -7,8 +7,6 @@ The last submission is in superlink.json in the run's folder.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,103 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import psutil
-from pydantic import BaseModel, ConfigDict, Field
-
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkUnreachable
 from cotune.observers import Observer
 from cotune.reporting.documents.events import Event
+from cotune.server.deployment.execution.run_process import is_running, wait_until_stopped
+from cotune.server.deployment.execution.submission import Submission, read_submission, write_submission
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
-from cotune.storage.documents import JsonDocument
-from cotune.storage.files import is_locked
-
-
-class Submission(BaseModel):
-    """One attempt at a run.
-
-    Attributes:
-        submitted: When it was submitted (UTC).
-        offset: Where the attempt begins in events.jsonl, in bytes.
-        run_id: The SuperLink's id of the run; None where the SuperLink was asked and its answer is not known.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    submitted: str = Field(description="When (UTC).")
-    offset: int = Field(description="Where the attempt begins in events.jsonl, in bytes.")
-    run_id: int | None = Field(None, description="The SuperLink's number of the run; null while its answer is not known.")
-
-
-def read_submission(folder: RunFolder) -> Submission | None:
-    """Return the last submission of a run; None where there is none. Raises RunError for a damaged file."""
-    return _submission_file(folder).read()
-
-
-def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
-    return JsonDocument(folder.path / "superlink.json", Submission, advice="remove it once no process plays the run")
-
-
-def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
-    """Write the submission of a run and return it; it is durable then. Raises RunError."""
-    try:
-        _submission_file(folder).write(ticket)
-    except OSError as error:
-        raise RunError(
-            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
-            " --resume",
-            code="run.not_writable",
-        ) from None
-    return ticket
-
-
-_POLL_SECONDS = 0.1
-
-
-def is_running(run: Path) -> bool:
-    """Whether a process holds the lock of the run's folder."""
-    return is_locked(run / ".lock")
-
-
-def wait_until_stopped(run: Path, grace: float) -> None:
-    """Wait until no process executes the run.
-
-    Args:
-        run: The run's folder.
-        grace: Seconds after which the process is interrupted, and after as many again killed.
-
-    Raises:
-        RunError: If the process cannot be ended.
-    """
-    for ask in (None, signal.SIGINT, signal.SIGKILL):
-        if ask is not None:
-            for process in _find_lock_holders(run):
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(ask)
-        deadline = time.monotonic() + grace
-        while is_running(run):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_SECONDS)
-        else:
-            return
-    raise RunError(
-        f"a process that this user may not end is working on {run}: end it, then continue with --resume",
-        code="run.process_not_ended",
-    )
-
-
-def _find_lock_holders(run: Path) -> list[psutil.Process]:
-    """The processes that have the run's lock open."""
-    lock = str(run / ".lock")
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and any(file.path == lock for file in process.open_files()):
-                found.append(process)
-    return found
-
 
 _Answer = TypeVar("_Answer")
 _MAX_TRIES = 5  # without a finished round between them

@@ -20,7 +20,8 @@ import tomli_w
 
 from cotune.errors import RunError
 from cotune.flower.control_client import FEDERATION_VARIABLE, open_control
-from cotune.server.deployment.execution.processes import ProcessRecord, SupervisedProcess, running, stop, terminate_all
+from cotune.server.deployment.execution.process_record import ProcessRecord, terminate_all
+from cotune.server.deployment.execution.processes import SupervisedProcess, running, stop
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.node_registration import NodeRegistration

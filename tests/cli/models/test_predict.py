@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.data.config import TaskName
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig

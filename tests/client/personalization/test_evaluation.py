@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.client.personalization import evaluation as own_model
 from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site

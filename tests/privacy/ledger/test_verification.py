@@ -19,7 +19,7 @@ from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.verification import verify_export
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
 from cotune.storage.append_only_log import START_HASH
-from cotune.storage.database_log import entry_hash
+from cotune.storage.log_entries import entry_hash
 
 DELTA = 1e-5
 
