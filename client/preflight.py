@@ -254,6 +254,7 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
     error = check_gradients(setup, plan.privacy, stage.mode)
     guard = SanityChecks(model, model.state(names), noise=True)
+    guard.begin()
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)

@@ -24,7 +24,8 @@ def get_plan_model(plan: Plan, device: str) -> TrainableModel:
 
     Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
     """
-    model = get_model(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task)
+    lora = plan.lora if plan.uses_lora else None
+    model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, "adapter" in plan.personal.parts)
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model
@@ -37,7 +38,7 @@ def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
 def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1) -> list[str]:
     """The parameters that a stage of the plan trains, in the model's order: those of its mode, and personal ones beside them."""
-    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round, layers=stage.layers)
     if "norm" not in plan.personal.parts:
         return names
     both = {*names, *model.norm_names()}
@@ -83,6 +84,8 @@ def _personal_names(plan: Plan, model: TrainableModel) -> set[str]:
         found |= {name for name, _ in model.parameters() if ".lora_B." in name}
     if "norm" in plan.personal.parts:
         found |= set(model.norm_names())
+    if "adapter" in plan.personal.parts:
+        found |= set(model.own_adapter_names())
     return found
 
 
@@ -121,7 +124,7 @@ def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
 
 
 def _refuse_batch_norm(model: TrainableModel) -> None:
-    found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
+    found = [name for name, layer in model.layers if isinstance(layer, _BatchNorm)]
     if found:
         raise PrivacyError(
             f"the base model normalizes over the batch in {found[0]}, which mixes records, so that their privacy cannot be"

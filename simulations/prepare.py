@@ -199,5 +199,6 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     portions = [(share.file, np.asarray(share.rows)) for share in shares]
     write_manifest(site.records, plan.data, portions, plan.task, [share.tasks for share in shares])
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
-        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
-    JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device))
+        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode(), durable=False)
+    described = SiteFile(organization=name, simulated=True, device=device)
+    JsonDocument(site.description, SiteFile).write(described, durable=False)

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from cotune.client.training.regularization import find_dropout
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import _weights_of, synthetic_setup
 from cotune.errors import PrivacyError
@@ -39,7 +40,9 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
     for stage in plan.stages:
-        model.train_only(stage_names(plan, stage, model))
+        names = stage_names(plan, stage, model)
+        find_dropout(stage.local, model, names)
+        model.train_only(names)
         if isinstance(plan.privacy, RecordPrivacy):
             _refuse_trained_ties(model, stage)
             _check_gradients_once(plan, stage, model, plan.privacy)
@@ -67,7 +70,7 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
     how = stage.local.physical_batch_size, stage.local.activation_checkpointing
-    key = stage.mode, stage.freeze_embeddings, plan.personal.parts, *how, *taken
+    key = stage.mode, stage.layers, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:
         return

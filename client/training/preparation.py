@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.own_copy import open_personal
 from cotune.client.training.personal import PersonalParameters
+from cotune.client.training.regularization import Regularization
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.setup import build_optimizer, build_setup
@@ -33,13 +34,29 @@ class PreparedRound:
     personal: PersonalParameters
     correction: ClientTermState
     own_rank: RankMask
+    regularization: Regularization
 
     def attach_extensions(self) -> ExitStack:
-        """Let the client term and the smaller rank take part in every step of the block."""
+        """Let what is personal, the client term, the regularization and the smaller rank take part in every step of the block."""
         with ExitStack() as stack:
+            stack.enter_context(self.personal.attach(self.optimizer, self.parameters, self.received))
             stack.enter_context(self.correction.attach(self.optimizer, self.parameters))
+            stack.enter_context(self.regularization.attach(self.optimizer, self.parameters))
             stack.enter_context(self.own_rank.attach(self.optimizer, self.parameters))
             return stack.pop_all()
+
+    def narrow(self, names: Sequence[str]) -> PreparedRound:
+        """Return the round as one that trains some of its parameters alone, from where they are. Set the model to that."""
+        context = self.context
+        parameters = context.model.train_only(names)
+        before = context.model.state(names)
+        return replace(
+            self,
+            optimizer=build_optimizer(context.stage.local, context.model, list(names), parameters),
+            parameters=dict(zip(names, parameters, strict=True)),
+            sanity_checks=build_sanity_checks(context, before, noise=context.account.budget is not None),
+            regularization=Regularization(context, names),
+        )
 
 
 def prepare_round(context: LocalContext) -> PreparedRound:
@@ -75,4 +92,5 @@ def prepare_round(context: LocalContext) -> PreparedRound:
         personal,
         correction,
         own_rank,
+        Regularization(context, names),
     )

@@ -102,6 +102,7 @@ class Totals:
             "settle": self._settle,
             "unprotected": self._add_unprotected,
             "disclosure": self._add_disclosure,
+            "told": self._add_disclosure,  # the name of a disclosure in ledgers of earlier versions
         }.get(entry.kind)
         if take is not None:
             take(entry)

@@ -34,6 +34,7 @@ def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
 _TRAINED_PARTS = {
     "head": "the classification head",
     "lora": "the adapters and the classification head",
+    "blocks": "the last blocks of the encoder and the classification head",
     "full": "the whole model",
 }
 _SENT_PAYLOADS = {

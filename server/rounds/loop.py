@@ -244,8 +244,8 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
 
 def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[Recipient]:
     last = before.admitted
-    sites = {who.name: str(folder.path / who.site) if who.site else "" for who in folder.file.participants}
-    return [Recipient(name, last.get(name, 0), sites[name]) for name in asked]
+    sites = {who.name: who.site for who in folder.file.participants}
+    return [Recipient(name, last.get(name, 0), str(folder.path / sites[name]) if sites[name] else "") for name in asked]
 
 
 def _check_quorum(run: _Run, result: RoundResult) -> None:

@@ -34,6 +34,7 @@ from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, _restore_ttl
 from cotune.flower.fleet_errors import FleetError, NodeRejected, RequestExpired
+from tests.support.failures import fails_with
 
 NODE = 5
 RUN = 77
@@ -456,7 +457,7 @@ def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
     (tmp_path / "node").mkdir()
     with (tmp_path / "node" / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another node serves .*: stop it first"):
+        with fails_with("run.locked"):
             run_node(tmp_path, "127.0.0.1:1", key=key)
 
 
@@ -470,7 +471,7 @@ def test_a_site_that_cannot_be_written(tmp_path: Path, key: Path) -> None:
 @pytest.mark.parametrize("address", ["example.org", "https://example.org:443", ":443", "example.org:https"])
 def test_an_address_that_is_none(tmp_path: Path, key: Path, address: str) -> None:
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(RunError, match="is not the address of a server: expected host:port"):
+    with fails_with("run.wrong_address"):
         run_node(tmp_path, address, key=key)
 
 
