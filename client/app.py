@@ -49,7 +49,7 @@ from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, conten
 
 _log = logging.getLogger(__name__)
 _CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
-_MAX_NAMES = 50  # of what was told, in a line of the log
+_MAX_NAMES = 50  # of what was disclosed, in a line of the log
 
 app = ClientApp()
 
@@ -99,7 +99,9 @@ def _handle(message: Message, context: Context, kind: str, work: _Work) -> Messa
         exchange.site = _site(exchange.request, context)
         exchange.plan = read_plan(exchange.request)
         _check_signed(exchange, kind)
-        expected = expected_shapes(exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind])
+        expected = expected_shapes(
+            exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind], finished=kind == FINISHED
+        )
         exchange.request = decode_request(received)
         check_received(exchange.request, exchange.plan, expected)
         _accept(exchange)

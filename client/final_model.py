@@ -15,7 +15,8 @@ from cotune.client.policy_check import check_base_model
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.client.training.own_copy import open_personal
-from cotune.client.training.personal import UNNOISED
+from cotune.client.training.own_model import export_own_model
+from cotune.client.training.personal import PERSONAL, UNNOISED
 from cotune.errors import RunError
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel
@@ -57,6 +58,8 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         "plan": json.loads(plan.canonical()),
     }
     if _read(folder / ABOUT) != about:
+        if plan.shares_predictions:
+            _store_own_model(plan, site, folder)
         model = load_site_model(plan, site)
         state = dict(request.state)
         if broken := find_not_finite(state):
@@ -64,7 +67,8 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
                 f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
             )
         model.load(state)
-        open_personal(plan, site, model, request.round, request.admitted).own_model(state)
+        if not plan.shares_predictions:
+            open_personal(plan, site, model, request.round, request.admitted).own_model(state)
         card = model_card(
             plan,
             privacy=[UNNOISED] if plan.personal.keeps_copy and not plan.personal.noise else promised(plan),
@@ -102,3 +106,10 @@ def _read(file: Path) -> object:
         return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def _store_own_model(plan: Plan, site: Site, folder: Path) -> None:
+    """The organization's own model beside the one that learned from everybody's predictions; nothing where it has not trained."""
+    state = site.newest(plan.plan_id, PERSONAL)
+    if state:
+        export_own_model(plan, site, state, folder.with_name(f"{folder.name}-own"))

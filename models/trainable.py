@@ -226,6 +226,19 @@ def get_model(
     own_adapters: bool = False,
 ) -> TrainableModel:
     """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
+    return open_model(model, labels, lora, seed, device, task, own_adapters)
+
+
+def open_model(
+    model: ModelConfig,
+    labels: tuple[str, ...],
+    lora: LoraConfig | None,
+    seed: int,
+    device: str,
+    task: TaskName = "sequence-classification",
+    own_adapters: bool = False,
+) -> TrainableModel:
+    """Load a model of one's own. Raises ModelError when it cannot be loaded."""
     load = load_multi_task if is_multi_task(task) else load_model
     loaded = load(model, labels, parameter_seed(seed, "head"), task)
     return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)

@@ -449,3 +449,17 @@ def test_noise_that_both_agree_on_may_be_stated(make_plan: MakePlan, make_site: 
     (case.site.folder / "policy.toml").write_text(dump_policy(disclosing(Policy.permissive(), noise_level=False)))
     with pytest.raises(EgressBlocked, match="states its noise where plan and policy do not agree on it"):
         case.check()
+
+
+def test_simulated_organization_is_asked_once_how_an_update_is_written(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor
+) -> None:
+    """A first update in another form is stopped; from an honest one on, the same plan is not asked again."""
+    plan = make_plan(seed=77)
+    case = Case(plan, make_site(simulated=True), state_for(plan))
+    honest = case.content
+    case.content = RecordDict({**honest, "disclosures": ConfigRecord({})})
+    with pytest.raises(EgressBlocked):
+        case.check()
+    case.content = honest
+    case.check()

@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from cotune.errors import CotuneError, RunError
 from cotune.plan.load import parse_plan
+from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
 from tests.support.failures import fails_with
 from tests.support.run_folders import NewRun
@@ -338,3 +339,12 @@ def test_the_lock_is_let_go_after_an_error(new_run: NewRun) -> None:
 def test_the_description_of_a_run_has_no_unknown_fields() -> None:
     with pytest.raises(ValueError, match="Extra inputs"):
         RunFile.model_validate({"run": "x", "created": "x", "engine": "x", "participants": [], "token": "secret"})
+
+
+def test_last_admitted_round_is_the_newest_that_was_applied() -> None:
+    rounds = [(["a", "b"], True), (["a", "c"], True), (["a", "b"], False), (["d"], True)]
+    history = tuple(
+        RoundEntry(round=number, stage="head", participants=names, applied=applied)
+        for number, (names, applied) in enumerate(rounds, 1)
+    )
+    assert Progress(4, history=history).last_admitted(["a", "b", "c", "e"]) == {"a": 2, "b": 1, "c": 2}
