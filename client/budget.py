@@ -163,7 +163,7 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
         rounds = min(stage.rounds, last + stage.rounds - first_round + 1)
         last += stage.rounds
         if rounds > 0:
-            planned.append((stage.local.sample_rate(examples), rounds * plan.charged_steps(stage, examples)))
+            planned.append((plan.charged_rate(stage, examples), rounds * plan.charged_steps(stage, examples)))
     return planned
 
 
@@ -264,7 +264,7 @@ def _too_much_in_total(
 def _fitting(plan: Plan, examples: int, sigma: float, total: Total, telling: Sequence[Steps]) -> int:
     """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
     every = [
-        (stage.local.sample_rate(examples), plan.charged_steps(stage, examples))
+        (plan.charged_rate(stage, examples), plan.charged_steps(stage, examples))
         for stage in plan.stages
         for _ in range(stage.rounds)
     ]

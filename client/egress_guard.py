@@ -16,9 +16,11 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from cotune.client.account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
+from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import held_names, shared_names, statistic_shapes
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.config import RecordPrivacy
@@ -161,6 +163,9 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Trai
             yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
     if find_not_finite(update.delta):
         yield "the update is not finite"
+    plan = account.plan
+    if plan.shares_predictions and find_extreme_score(request.state[SCORES], update.delta[SCORES], plan.public) is not None:
+        yield "the update's predictions are beyond the bounds of the plan"
     start = norm({name: request.state[name] for name in names if name in request.state})
     entries = sum(tensor.numel() for tensor in update.delta.values())
     stage = account.plan.get_stage(request.round)

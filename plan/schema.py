@@ -14,11 +14,13 @@ from cotune.data.class_names import is_shown, shown
 from cotune.data.multi_task import task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
+from cotune.plan.public import find_problems as find_prediction_problems
+from cotune.plan.public import find_strategy_problem
 from cotune.plan.several_tasks import weigh_tasks
 from cotune.plan.tables import PlanTables
 from cotune.plan.task_rules import find_task_problems
 from cotune.privacy.config import RecordPrivacy
-from cotune.strategies.compatibility import PlanFacts, find_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem, is_plain
 from cotune.strategies.config import StrategyConfig, expand, is_complete
 
 
@@ -126,6 +128,47 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _votes_can_have_noise(self) -> Self:
+        pate = self.privacy.pate if isinstance(self.privacy, RecordPrivacy) else None
+        if pate is None:
+            return self
+        problems = {
+            'collaboration = "predictions" and public.share = "votes", as votes are all that leaves': (
+                self.shares_predictions and self.public.share == "votes"
+            ),
+            "rounds = 1, as teachers learn nothing from each other": self.rounds == 1,
+        }
+        for expected, found in problems.items():
+            if not found:
+                raise ValueError(f"privacy.pate is for votes with noise, released once: expected {expected}")
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_can_be_shared(self) -> Self:
+        if not self.shares_predictions:
+            if self.simulation.bases:
+                raise ValueError('simulation.bases is for collaboration = "predictions": leave it out')
+            return self
+        others = {
+            "client_privacy, which bounds updates of parameters": self.client_privacy is not None,
+            "a [personal] table or lora.keep, as every model is an organization's own": self.keeps_personal,
+            "adapters of different ranks": self.mixed_ranks,
+            'server.late = "fold", as what all predict changes from round to round': self.server.late == "fold",
+            "tell.local_metrics, which are of a common model": self.tell.local_metrics,
+            "wire = int8 or int4, as predictions are small already": self.wire in ("int8", "int4"),
+            "[[tasks]]": bool(self.tasks),
+        }
+        problem = next(find_prediction_problems(self.public, others), None) or find_strategy_problem(
+            self.strategy.weighting.name,
+            self.strategy.fusion.name,
+            plain=is_plain(self.strategy.server_optimizer),
+            client_term=self.strategy.client_term is not None,
+        )
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _late_updates_can_be_folded(self) -> Self:
         if self.server.late != "fold":
             return self
@@ -207,6 +250,11 @@ class Plan(PlanTables):
         )
 
     @property
+    def shares_predictions(self) -> bool:
+        """Whether each organization trains a model of its own, and predictions for public inputs travel instead of parameters."""
+        return self.collaboration == "predictions"
+
+    @property
     def uses_lora(self) -> bool:
         return any(stage.mode == "lora" for stage in self.stages)
 
@@ -226,8 +274,19 @@ class Plan(PlanTables):
         return self.lora.keep != "nothing" or bool(self.personal.parts)
 
     def charged_steps(self, stage: Stage, examples: int) -> int:
-        """Return how many steps of DP-SGD a round of a stage takes at an organization, those on its own parts alone included."""
+        """Return how many steps of DP-SGD a round of a stage takes at an organization, those on its own parts alone included.
+
+        Of noisy votes, as how many they count (see `charged_rate`).
+        """
+        if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
+            return self.privacy.pate.charged_steps(self.public.answers)
         return self.personal.count_charged_steps(stage.local.steps_per_round(examples))
+
+    def charged_rate(self, stage: Stage, examples: int) -> float:
+        """Return the probability with which a record takes part in a charged step; every record has a teacher that votes."""
+        if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
+            return 1.0
+        return stage.local.sample_rate(examples)
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""

@@ -16,7 +16,7 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
-from cotune.plan.public import PublicConfig
+from cotune.plan.public import Collaboration, PublicConfig
 from cotune.plan.rounds_config import RoundsConfig
 from cotune.plan.several_tasks import Balance, TaskConfig, write_out
 from cotune.plan.wire import Codec
@@ -66,6 +66,11 @@ class SimulationConfig(ConfigTable):
     )
     ranks: tuple[int, ...] = Field(
         (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
+    )
+    bases: tuple[str, ...] = Field(
+        (),
+        description='with collaboration = "predictions": the base model of each organization, in their order, as model.base names'
+        " it; empty: the plan's",
     )
     tasks: tuple[tuple[str, ...], ...] = Field(
         (), description="with [[tasks]]: which of them each organization has labels of, in their order; empty: all of them"
@@ -120,6 +125,11 @@ class PlanTables(ConfigTable):
         None, ge=1, description="with train = blocks: how many of the encoder's last transformer blocks are trained"
     )
     rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
+    collaboration: Collaboration = Field(
+        "parameters",
+        description="what organizations share: updates of one model's parameters; or predictions for public inputs alone, each of"
+        " a model of its own, of whatever architecture",
+    )
     test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="of the other records, held by the server: some strategies judge updates by them"

@@ -51,6 +51,8 @@ def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, 
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
+    if plan.shares_predictions:
+        return _SLACK * (plan.public.bound * math.sqrt(entries) + start) * compute_growth(plan.wire)
     trained = _bound_norm(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
     found = None if trained is None else trained * compute_growth(plan.wire)
     return found if found is not None and found <= _MAX_BOUND else None

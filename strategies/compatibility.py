@@ -92,7 +92,7 @@ def _between_parts(found: Found) -> Iterator[str]:
                 ' cannot follow: expected fusion = "mean", or a weighting such as "uniform"'
             )
     for kind, (part, info) in found.items():
-        if optimizer and info.needs.sets_state and not _plain(optimizer[0]):
+        if optimizer and info.needs.sets_state and not is_plain(optimizer[0]):
             yield (
                 f'the {get_kind_label(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
                 f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
@@ -135,7 +135,8 @@ def _counts_on_the_mean(info: ComponentInfo) -> bool:
     return info.needs.mean or info.needs.client_state or info.needs.receives
 
 
-def _plain(optimizer: Component) -> bool:
+def is_plain(optimizer: Component) -> bool:
+    """Whether a server optimizer takes the fused delta as it is."""
     plain = {"lr": 1.0, "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup": 0}
     return optimizer.name == "sgd" and optimizer.parameters == plain
 

@@ -12,6 +12,7 @@ from torch import nn
 from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.own_copy import open_personal
+from cotune.client.training.own_model import OwnModel
 from cotune.client.training.personal import PersonalParameters
 from cotune.client.training.regularization import Regularization
 from cotune.client.training.rows import TrainingSetup
@@ -59,13 +60,19 @@ class PreparedRound:
         )
 
 
+def _open_kept(context: LocalContext) -> PersonalParameters:
+    """What the plan keeps here, with the model set to what was received; of an own model, to its base."""
+    kind = OwnModel if context.plan.shares_predictions else open_personal
+    context.model.load({} if context.plan.shares_predictions else context.state)
+    return kind(context.plan, context.site, context.model, context.round, context.admitted)
+
+
 def prepare_round(context: LocalContext) -> PreparedRound:
     """Set the model to what was received, and encode the records by its frozen part; nothing of it leaves."""
     plan = context.plan
     site = context.site
     model = context.model
-    model.load(context.state)
-    personal = open_personal(plan, site, model, context.round, context.admitted)
+    personal = _open_kept(context)
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
@@ -78,7 +85,7 @@ def prepare_round(context: LocalContext) -> PreparedRound:
         context.stage,
         model,
         context.account.holdings,
-        context.state,
+        received if plan.shares_predictions else context.state,
         site.organization,
         expected_batch=context.expected_batch,
     )

@@ -49,7 +49,7 @@ def train_with_privacy(prepared: PreparedRound) -> TrainedRound:
     context = prepared.context
     run_checks(BEFORE_CHARGE, context)
     disclosed = disclose(context.account, context.round, prepared.setup)
-    shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
+    shared = {name: prepared.parameters[name] for name in prepared.personal.shared if name in prepared.parameters}
     noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
     steps = _private_training(prepared)
     return TrainedRound(steps, disclosed, context.account.reported_epsilon(), noise)

@@ -70,7 +70,9 @@ class _ArrayGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]  # dp-accou
         is_added = self.adjacency_type == AdjacencyType.ADD
         bound = math.log1p(-self.sampling_prob) if self.sampling_prob < 1 else -math.inf  # ± of every privacy loss
         reached = epsilon < -bound if is_added else epsilon > bound
-        deltas = np.zeros_like(epsilon) if is_added else -np.expm1(epsilon)
+        deltas = np.zeros_like(epsilon)
+        if not is_added:
+            deltas[~reached] = -np.expm1(epsilon[~reached])
         cutoffs = self._inverse(epsilon[reached], bound, -1.0 if is_added else 1.0)
         deltas[reached] = self.mu_upper_cdf(cutoffs) - np.exp(epsilon[reached] + self.mu_lower_log_cdf(cutoffs))
         bounded: Curve = np.clip(deltas, 0, 1)

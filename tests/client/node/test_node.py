@@ -25,7 +25,6 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
-from cotune.client.node import node as node_module
 from cotune.client.node.node import Node, run_node
 from cotune.client.node.worker import TrainerDied
 from cotune.client.training.observe import observe_client
@@ -206,17 +205,16 @@ def test_expired_request_is_dropped(tmp_path: Path, stop: threading.Event) -> No
     assert (worker.given, fleet.sent) == ([], [])
 
 
-def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading.Event) -> None:
     class Slow(FakeWorker):
         """Never done with round 1."""
 
         def poll(self, seconds: float) -> Message | None:
             return None if self.given[-1] == "1" else super().poll(seconds)
 
-    monkeypatch.setattr(node_module, "_OVERDUE_SECONDS", 0.0)
     fleet = FakeFleet(stop, request(1, ttl=0.2), request(2))
     worker = Slow()
-    serve(tmp_path, stop, fleet, worker)
+    Node(tmp_path, worker, stop, overdue=0.0).serve(fleet)
     assert worker.given == ["1", "2"]
     assert fleet.calls[-4:] == ["confirm 1", "open 2", "send", "confirm 2"]
 

@@ -51,6 +51,13 @@ def test_composed_steps_have_the_same_epsilon(rate: float) -> None:
     assert [own.get_epsilon_for_delta(delta) for delta in DELTAS] == [theirs.get_epsilon_for_delta(delta) for delta in DELTAS]
 
 
+def test_losses_beyond_every_exponential_overflow_nothing() -> None:
+    """Full batches with little noise have privacy losses of more than 709, where exp has no number."""
+    own = discretize_gaussian(0.02, 1.0, 0.5)
+    theirs = from_gaussian_mechanism(0.02, value_discretization_interval=0.5)
+    assert own.get_epsilon_for_delta(1e-5) == theirs.get_epsilon_for_delta(1e-5) > 1250
+
+
 def test_a_grid_that_meets_the_bound_of_sampled_losses() -> None:
     """Adding a record changes the privacy loss by less than -log(1 - q), which may be a point of the grid."""
     width = 0.01
