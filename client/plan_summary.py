@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cotune.plan.local_training import Stage
 from cotune.plan.personal import explain
 from cotune.plan.public import explain_predictions
 from cotune.plan.schema import Plan
@@ -17,7 +18,7 @@ _MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the 
 
 def summarize_plan(plan: Plan) -> list[str]:
     """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
-    stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
+    stages = ", ".join(f"{stage.rounds} of {_trained(stage)} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
@@ -35,6 +36,10 @@ def summarize_plan(plan: Plan) -> list[str]:
         explain_predictions(plan.public, private=private) if plan.shares_predictions else explain(plan.personal, private=private)
     )
     return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
+
+
+def _trained(stage: Stage) -> str:
+    return stage.mode if stage.layers is None else f"the last {stage.layers} blocks"
 
 
 def _feature(plan: Plan) -> str:

@@ -67,8 +67,9 @@ class TrainableModel:
 
         Raises:
             ModelError: When there are none, or fewer blocks.
+            ValueError: For blocks without a number of them.
         """
-        blocks = self._last_blocks(layers or 1) if mode == "blocks" else frozenset[str]()
+        blocks = self._last_blocks(layers) if mode == "blocks" else frozenset[str]()
         chosen = [n for n, _ in self.parameters() if n in blocks or self._belongs(n, mode, freeze_embeddings, round)]
         if not chosen:
             raise ModelError(
@@ -88,7 +89,9 @@ class TrainableModel:
             return mode == "lora" and self.lora is not None and _is_trained(name, self.lora.factors, round)
         return mode == "full" and not (freeze_embeddings and _is_embedding(name))
 
-    def _last_blocks(self, layers: int) -> frozenset[str]:
+    def _last_blocks(self, layers: int | None) -> frozenset[str]:
+        if layers is None:
+            raise ValueError("expected layers with blocks, got none")
         inside = [n for n, _ in self.parameters() if n.startswith(self.prefix) and ".lora_" not in n]
         declared = getattr(self.module.config, "num_hidden_layers", None)
         trainable = [name for name in inside if not name.startswith(self.loaded.frozen)]

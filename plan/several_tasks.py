@@ -101,8 +101,8 @@ def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Seque
         yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected one type"
     if tasks and all(mode == "head" for mode in modes):
         yield (
-            "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora or full, or a"
-            " plan for each task"
+            "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora, blocks or"
+            " full, or a plan for each task"
         )
     unknown = sorted({name for each in held for name in each} - set(names))
     if unknown or any(not each for each in held):

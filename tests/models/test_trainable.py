@@ -145,7 +145,7 @@ def test_without_adapters_lora_is_the_head(shared: Make) -> None:
 @pytest.mark.parametrize("mode", get_args(TrainMode))
 def test_only_the_named_parameters_are_trained(shared: Make, texts: tuple[str, ...], mode: TrainMode) -> None:
     model = shared("bert", lora=LoraConfig(rank=2))
-    names = model.names(mode)
+    names = model.names(mode, layers=1 if mode == "blocks" else None)
     before = everything(model)
     chosen = model.train_only(names)
     assert [name for name, p in model.parameters() if p.requires_grad] == names
@@ -154,7 +154,7 @@ def test_only_the_named_parameters_are_trained(shared: Make, texts: tuple[str, .
     moved = changed(before, everything(model))
     assert moved <= set(names)
     assert {"classifier.weight", "classifier.bias"} <= moved
-    inside = {"head": "classifier.", "lora": ".lora_B.", "full": "query.weight"}[mode]
+    inside = {"head": "classifier.", "lora": ".lora_B.", "blocks": "layer.1.", "full": "query.weight"}[mode]
     assert any(inside in name for name in moved)
 
 
@@ -255,7 +255,7 @@ def test_training_without_a_state_is_undone_too(shared: Make, texts: tuple[str, 
     model = shared("bert", lora=LoraConfig(rank=2))
     base = everything(model)
     model.load({})
-    train(model, model.names(mode), texts)
+    train(model, model.names(mode, layers=1 if mode == "blocks" else None), texts)
     assert changed(base, everything(model))
     model.load({})
     assert not changed(base, everything(model))

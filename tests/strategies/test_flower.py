@@ -150,6 +150,7 @@ def test_state_matters_in_the_third_round() -> None:
 def test_parameters_are_those_of_the_constructor() -> None:
     info = load_flower_strategy("flwr.serverapp.strategy:Krum")
     assert info.check({}) == {"min_train_nodes": 1, "min_available_nodes": 1, "num_malicious_nodes": 0}
+    assert info.min_updates() == 1
     assert (info.needs.visibility, info.needs.sets_state) == (Visibility.PER_CLIENT, True)
     assert info.summary.startswith("Krum")
     with pytest.raises(ValueError, match="has no parameter \"num_malicious\"; did you mean 'num_malicious_nodes'"):

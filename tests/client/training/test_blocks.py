@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from cotune.client.plan_summary import summarize_plan
 from cotune.client.site import Site
 from cotune.client.training.regularization import dropping, find_dropout
 from cotune.client.training.round import train_round
@@ -180,3 +181,8 @@ def test_models_that_cannot_drop_out_are_refused_before_a_run(
     with pytest.raises(ModelError) as refused:
         check_stages(plan, get_plan_model(plan, "cpu"))
     assert refused.value.code == code
+
+
+def test_plan_summary_says_how_many_blocks(make_plan: MakePlan) -> None:
+    """What an organization reads before it approves."""
+    assert any("3 of the last 1 blocks (" in line for line in summarize_plan(make_plan(**BLOCKS)))
