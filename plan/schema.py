@@ -62,6 +62,12 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
+    def _only_prompts_leave_targets(self) -> Self:
+        if self.task != "causal-lm" and self.model.max_target_length is not None:
+            raise ValueError(f"model.max_target_length is for task = causal-lm, and this is {self.task}: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _numbers_have_a_range(self) -> Self:
         if self.task == "regression" and self.model.target_range is None:
             raise ValueError(
