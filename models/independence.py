@@ -41,6 +41,7 @@ from cotune.models.probes import PerSlot, bucket_lengths, example_probes, featur
 from cotune.models.trainable import TrainableModel
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
+_MOST_IN_FLOAT64 = 2e9  # parameters: 16 GB
 _FEATURES_TRIED = 4
 _WEIGHTS_TRIED = 4  # under one draw, two orders of adding up 33 to 96 products gave the same sum in up to 4 of 10 cases
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
@@ -216,11 +217,33 @@ def _known_padding_error(model: TrainableModel) -> float | str:
     try:
         with model.with_random_weights(()):
             error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+            if error > MAX_PADDING_ERROR and model.parameter_count() <= _MOST_IN_FLOAT64:
+                with _in_float64(model):
+                    error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
     except _FAILURES as raised:
         return _reason(raised)
     if error <= MAX_PADDING_ERROR:
         write_check("padding", key, error)
     return error
+
+
+@contextmanager
+def _in_float64(model: TrainableModel) -> Iterator[None]:
+    """For the time of the block, weights are float64.
+
+    Deep models may turn the rounding of float32, which depends on the length of a row, into differences of 2e-5. What a model
+    reads of its padding is of the same size in any arithmetic; rounding is not.
+    """
+    held = [*model.loaded.module.parameters(), *model.loaded.module.buffers()]
+    before = [tensor.data for tensor in held]
+    try:
+        for tensor in held:
+            if tensor.dtype == torch.float32:
+                tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, data in zip(held, before, strict=True):
+            tensor.data = data
 
 
 def _reason(raised: BaseException) -> str:
@@ -272,18 +295,27 @@ def _padding_error(model: TrainableModel, examples: Sequence[Example], slots: in
 
 @contextmanager
 def _loud_padding(model: TrainableModel) -> Iterator[None]:
-    """For the time of the block, the padding token's embedding is as long as those of others are together."""
+    """For the time of the block, the padding token's vector is as long as those of others are together.
+
+    Where the table of tokens is the output layer, too, only what is read changes: scores of a token with such a row would round
+    so coarsely that nothing could be compared.
+    """
     pad = getattr(model.loaded.reader, "pad_token_id", None)
-    weight = getattr(model.loaded.module.get_input_embeddings(), "weight", None) if pad is not None else None
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    table = model.loaded.module.get_input_embeddings() if pad is not None else None
+    weight = getattr(table, "weight", None)
+    if table is None or not isinstance(weight, Tensor) or weight.dim() != 2:
         yield
         return
-    before = weight[pad].clone()
-    weight[pad] = weight.abs().sum(dim=0)
+    loud = weight.abs().sum(dim=0)
+
+    def replace(_: object, args: tuple[Tensor, ...], read: Tensor) -> Tensor:
+        return torch.where((args[0] == pad)[..., None], loud, read)
+
+    hook = table.register_forward_hook(replace)
     try:
         yield
     finally:
-        weight[pad] = before
+        hook.remove()
 
 
 def _with_lengthened(example: Example, longest: int) -> list[Example]:
