@@ -46,6 +46,10 @@ class SiteOptions:
     model: Annotated[Path | None, typer.Option(help="A folder with the plan's base model, where it has another place here.")] = (
         None
     )
+    public: Annotated[Path | None, typer.Option(help="The plan's public inputs, where predictions for them are shared.")] = None
+    own_model: Annotated[
+        str | None, typer.Option(help="The base model to train here, where predictions are shared: a folder or a hub id.")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from cotune.client.policy_check import Approvals, check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.client.training.own_copy import open_personal
-from cotune.client.training.personal import UNNOISED
+from cotune.client.training.own_model import export_own_model
+from cotune.client.training.personal import PERSONAL, UNNOISED
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, Declined, RunError
 from cotune.models.export import export_model
@@ -86,6 +87,8 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         "plan": json.loads(plan.canonical()),
     }
     if _read(folder / ABOUT) != about:
+        if plan.shares_predictions:
+            _store_own_model(plan, site, folder)
         model = load_site_model(plan, site)
         state = dict(request.state)
         if broken := find_not_finite(state):
@@ -93,7 +96,8 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
                 f"the finished model is not finite in {broken[:80]}: expected finite parameters", code="run.model_not_finite"
             )
         model.load(state)
-        open_personal(plan, site, model, request.round, request.admitted).own_model(state)
+        if not plan.shares_predictions:
+            open_personal(plan, site, model, request.round, request.admitted).own_model(state)
         card = model_card(
             plan,
             privacy=[UNNOISED] if plan.personal.keeps_copy and not plan.personal.noise else promised(plan),
@@ -101,6 +105,13 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         )
         _write(model, folder, card, about)
     return folder
+
+
+def _store_own_model(plan: Plan, site: Site, folder: Path) -> None:
+    """The organization's own model beside the one that learned from everybody's predictions; nothing where it has not trained."""
+    state = site.newest(plan.plan_id, PERSONAL)
+    if state:
+        export_own_model(plan, site, state, folder.with_name(f"{folder.name}-own"))
 
 
 def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, Any]) -> None:
@@ -185,7 +196,9 @@ def _handle(message: Message, context: Context, kind: str, work: _Work) -> Messa
         exchange.site = _site(exchange.request, context)
         exchange.plan = read_plan(exchange.request)
         _check_signed(exchange, kind)
-        expected = expected_shapes(exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind])
+        expected = expected_shapes(
+            exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind], finished=kind == FINISHED
+        )
         exchange.request = decode_request(received)
         check_received(exchange.request, exchange.plan, expected)
         _accept(exchange)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cotune.errors import DataError, Declined, PrivacyError
 from cotune.plan.local_training import LocalTraining
 from cotune.plan.schema import Plan
-from cotune.privacy.accounting.composition import Steps, calibrate, epsilon
-from cotune.privacy.accounting.filters import epsilon_filter
+from cotune.privacy.accounting.composition import Steps, add_counts, calibrate, epsilon
+from cotune.privacy.accounting.filters import epsilon_filter, epsilon_of_total
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.ledger.charges import History, Limit
@@ -46,6 +46,26 @@ class Total:
             for history in self.histories or [History("", {})]
         )
 
+    def is_within(self, planned: Sequence[Steps], spent: Sequence[Steps], to_come: Sequence[Steps]) -> bool:
+        """Return whether all rounds go as planned, and the plan as a whole fits into the total.
+
+        Then ε needs no composition for the round, whose steps to come are others every time: a part of the planned steps has no
+        larger ε than all of them, for which σ was calibrated.
+
+        Args:
+            planned: All steps of the run, whose ε is within its budget.
+            spent: Those that were charged.
+            to_come: Those from this round on.
+        """
+        if self.others or not _is_part([*spent, *to_come], planned):
+            return False
+        for history in self.histories or [History("", {})]:
+            if not _is_part([*history.all_steps(), *to_come], planned):
+                return False
+            if epsilon_of_total(1, planned, self.epsilon, min(self.delta, history.delta)) > self.epsilon:
+                return False
+        return True
+
     def spent(self) -> float:
         """Return ε so far, as it counts for this run: by the filter where there was another run before."""
         return max((self._spent(history) for history in self.histories), default=0.0)
@@ -71,6 +91,12 @@ class Total:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if self.after(steps_at(middle)) <= self.epsilon else (middle, high)
         return high
+
+
+def _is_part(some: Sequence[Steps], of: Sequence[Steps]) -> bool:
+    """Return whether there are no more steps of each kind among the first than among the second."""
+    most = {replace(steps, count=1): steps.count for steps in add_counts(of)}
+    return all(steps.count <= most.get(replace(steps, count=1), 0) for steps in add_counts(some))
 
 
 _MAX_NOISE_RATIO = 4.0  # times the calibrated σ; an update with more is nearly pure noise, and would only harm the model
@@ -137,7 +163,7 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
         rounds = min(stage.rounds, last + stage.rounds - first_round + 1)
         last += stage.rounds
         if rounds > 0:
-            planned.append((stage.local.sample_rate(examples), rounds * plan.charged_steps(stage, examples)))
+            planned.append((plan.charged_rate(stage, examples), rounds * plan.charged_steps(stage, examples)))
     return planned
 
 
@@ -201,6 +227,8 @@ def noise_multiplier(
     def to_come(noise: float) -> list[Steps]:
         return [*telling, *(Steps(noise, q, count) for q, count in remaining)]
 
+    if total.is_within(planned_charges(plan, policy, sigma, examples), spent, to_come(sigma)):
+        return sigma
     needed = sigma
     if epsilon([*spent, *to_come(sigma)], budget.delta) > budget.epsilon:
         needed = calibrate(remaining, epsilon=budget.epsilon, delta=budget.delta, spent=[*spent, *telling])
@@ -236,7 +264,7 @@ def _too_much_in_total(
 def _fitting(plan: Plan, examples: int, sigma: float, total: Total, telling: Sequence[Steps]) -> int:
     """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
     every = [
-        (stage.local.sample_rate(examples), plan.charged_steps(stage, examples))
+        (plan.charged_rate(stage, examples), plan.charged_steps(stage, examples))
         for stage in plan.stages
         for _ in range(stage.rounds)
     ]

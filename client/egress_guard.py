@@ -16,9 +16,11 @@ from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from cotune.client.account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
+from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import held_names, shared_names, statistic_shapes
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.config import RecordPrivacy
@@ -109,7 +111,7 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
     plan = account.plan
     site = account.site
     names = held_names(plan, shared_names(plan, model, request.round), account.holdings.tasks)
-    if not _is_written_once(content, update, plan):
+    if not _is_written_once(content, update, plan, site):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organization, update.round) != (site.organization, request.round):
         yield f"the update is of {update.organization[:80]} for round {update.round}, not of this organization for this round"
@@ -126,12 +128,25 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
         yield "its statistics are not finite"
 
 
-def _is_written_once(content: RecordDict, update: Update, plan: Plan) -> bool:
-    """Whether the same update, written again, gives the same bytes."""
+_written: set[tuple[str, ...]] = set()  # plan, and the parameters of an update, that simulated organizations have sent
+
+
+def _is_written_once(content: RecordDict, update: Update, plan: Plan, site: Site) -> bool:
+    """Whether the same update, written again, gives the same bytes.
+
+    Simulated organizations, of which nothing leaves the machine, are asked once for a plan and the parameters of an update: what
+    writes it is the same for all of them.
+    """
+    question = plan.plan_id, *update.delta
+    if site.file.simulated and question in _written:
+        return True
     try:
-        return _same(content, encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire))
+        same = _same(content, encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire))
     except RunError:  # bytes that stand for values which the codec writes otherwise, or not at all
         return False
+    if same and site.file.simulated:
+        _written.add(question)
+    return same
 
 
 def _wrong_delta(update: Update, request: Request, account: Account, model: TrainableModel, names: list[str]) -> Iterator[str]:
@@ -148,6 +163,9 @@ def _wrong_delta(update: Update, request: Request, account: Account, model: Trai
             yield f"{name} has the shape {tuple(tensor.shape)}, expected {expected.get(name)}"
     if find_not_finite(update.delta):
         yield "the update is not finite"
+    plan = account.plan
+    if plan.shares_predictions and find_extreme_score(request.state[SCORES], update.delta[SCORES], plan.public) is not None:
+        yield "the update's predictions are beyond the bounds of the plan"
     start = norm({name: request.state[name] for name in names if name in request.state})
     entries = sum(tensor.numel() for tensor in update.delta.values())
     stage = account.plan.get_stage(request.round)

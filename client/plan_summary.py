@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cotune.plan.local_training import Stage
 from cotune.plan.personal import explain
+from cotune.plan.public import explain_predictions
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
@@ -16,7 +18,7 @@ _MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the 
 
 def summarize_plan(plan: Plan) -> list[str]:
     """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
-    stages = ", ".join(f"{stage.rounds} of {stage.mode} ({_amount(stage.local)})" for stage in plan.stages)
+    stages = ", ".join(f"{stage.rounds} of {_trained(stage)} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
@@ -29,8 +31,15 @@ def summarize_plan(plan: Plan) -> list[str]:
         f"strategy {' → '.join(parts)}; updates travel as {plan.wire}; asks to be told:"
         f" {', '.join(asks) or 'nothing beside the updates'}",
     ]
-    stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
+    private = isinstance(plan.privacy, RecordPrivacy)
+    stays = (
+        explain_predictions(plan.public, private=private) if plan.shares_predictions else explain(plan.personal, private=private)
+    )
     return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
+
+
+def _trained(stage: Stage) -> str:
+    return stage.mode if stage.layers is None else f"the last {stage.layers} blocks"
 
 
 def _feature(plan: Plan) -> str:
@@ -58,6 +67,8 @@ def _rates(plan: Plan) -> str:
 
 
 def _longest(plan: Plan) -> str:
+    if plan.shares_predictions:
+        return f"predictions of at most {plan.public.bound:g} each"
     if plan.server.max_update_norm is not None:
         return f"updates of a norm of at most {plan.server.max_update_norm:g}"
     found = [bound_norm_by_gradients(plan, stage, _MANY_RECORDS) for stage in plan.stages]
@@ -79,10 +90,10 @@ def _privacy(plan: Plan) -> str:
     whom = plan.privacy.unit
     if plan.privacy.max_records is not None:
         whom = f"{whom}, of whom at most {plan.privacy.max_records} records count"
-    return (
-        f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}, each one's gradient"
-        f" clipped to a norm of {plan.privacy.clip_norm:g}"
-    )
+    how = f"each one's gradient clipped to a norm of {plan.privacy.clip_norm:g}"
+    if plan.privacy.pate is not None:
+        how = f"by noisy votes of {plan.privacy.pate.teachers} models, each of which learns from other records, without noise"
+    return f"differential privacy for every {whom}: ε = {plan.privacy.epsilon:g} at δ = {plan.privacy.delta}, {how}"
 
 
 def diff_plans(before: Plan, after: Plan) -> list[str]:

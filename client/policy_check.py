@@ -167,6 +167,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Violation]:
         "base_models": [base or "a base model without a hash"],  # what is not allowed is not even fetched
         "train_modes": [stage.mode for stage in plan.stages],
         "units": [plan.privacy.unit] if isinstance(plan.privacy, RecordPrivacy) else [],
+        "collaborations": [plan.collaboration],
         "weightings": [plan.strategy.weighting.name],
         "fusions": [plan.strategy.fusion.name],
         "client_terms": [] if plan.strategy.client_term is None else [plan.strategy.client_term.name],

@@ -19,7 +19,8 @@ from cotune.client.budget import check_examples
 from cotune.client.node.requests import last_declarable_range
 from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.site import Site
-from cotune.client.site_setup import find_site_base, load_site_model
+from cotune.client.site_setup import find_site_base
+from cotune.client.training.own_model import load_trained_model, read_public
 from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, check_gradients, synthetic_setup
 from cotune.data.config import has_labels
@@ -129,6 +130,8 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
     sigma = _kept(problems, lambda: _noise(account))
     budget = _kept(problems, lambda: account.budget)
     _kept(problems, lambda: _check_stages(account))
+    if plan.shares_predictions:
+        _kept(problems, lambda: read_public(plan, site))
     rules = [str(Declined(each.rule, each.problem)) for each in broken]
     problems = [each for each in dict.fromkeys(problems) if each not in rules]
     checked = replace(checked, broken=broken, problems=tuple(problems), declined=next(iter([*rules, *problems]), None))
@@ -179,7 +182,7 @@ def _tried(checked: PreflightReport, account: Account) -> PreflightReport:
         return replace(checked, warnings=(*checked.warnings, note))
     try:
         find_site_base(plan, site.file)
-        model = load_site_model(plan, site)
+        model = load_trained_model(plan, site)
     except ModelError as error:
         if not checked.declined:
             raise
@@ -253,6 +256,7 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
     error = check_gradients(setup, plan.privacy, stage.mode)
     guard = SanityChecks(model, model.state(names), noise=True)
+    guard.begin()
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)

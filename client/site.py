@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -47,10 +47,16 @@ class Site(SiteFolder):
             PrivacyError: It is damaged.
         """
         durable = not self.file.simulated
-        if not self.ledger_file.exists():
-            Ledger(self.ledger_file, durable=durable).close()
-        file = self.ledger_file.resolve()
-        return _open_ledger(file, durable, _identity(file)[:2], _identity(self.ledger_file.with_name("ledger.key")))
+        key = _ledger_key(self.ledger_file, durable)
+        found = _open_ledgers.get(key)
+        if found is None:
+            found = Ledger(self.ledger_file, durable=durable)
+            key = _ledger_key(self.ledger_file, durable)  # which its files, now that they are there, decide
+            while len(_open_ledgers) >= _MAX_OPEN:
+                _open_ledgers.popitem(last=False)
+            _open_ledgers[key] = found
+        _open_ledgers.move_to_end(key)
+        return found
 
     def keep(self, update: Update, plan_id: str) -> None:
         """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
@@ -114,17 +120,16 @@ class Site(SiteFolder):
             raise _damaged(self.outbox, error) from None
 
 
-@lru_cache(maxsize=_MAX_OPEN)
-def _open_ledger(file: Path, durable: bool, ledger: tuple[int, ...], key: tuple[int, ...]) -> Ledger:
-    """Open a ledger once: opening verifies all of its log, and every use after that whether anybody else has written it.
+_LedgerKey = tuple[Path, bool, tuple[int, ...], tuple[int, ...]]
+_open_ledgers: OrderedDict[_LedgerKey, Ledger] = OrderedDict()  # opening verifies a log, every use whether others have written it
 
-    Args:
-        file: The ledger.
-        durable: See `Ledger`.
-        ledger: The identity of the file; another one that is put in its place is another ledger.
-        key: That of its key, and when that was changed: a new file may get the number of the one that was removed.
+
+def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
+    """Return what a ledger is known by: its file, the identity of that, and the identity and last change of its key.
+
+    Another file that is put in its place is another ledger, and may get the number of the one that was removed.
     """
-    return Ledger(file, durable=durable)
+    return file.absolute(), durable, _identity(file)[:2], _identity(file.with_name("ledger.key"))
 
 
 def _identity(file: Path) -> tuple[int, ...]:

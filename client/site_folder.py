@@ -77,6 +77,8 @@ class SiteFile(BaseModel):
     simulated: bool = False
     device: str = "auto"
     base: Path | None = None  # a folder with the base model, where a plan names one that is not to be found here
+    own_base: str | None = None  # the base model to train where only predictions are shared; None: the plan's
+    public: Path | None = None  # the plan's public inputs, where predictions for them are shared
 
 
 class SiteFolder(SitePaths):

@@ -10,6 +10,7 @@ import hashlib
 import os
 import ssl
 from pathlib import Path
+from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -20,12 +21,14 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
+from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
-from cotune.errors import DataError, ModelError, RunError
+from cotune.ensembles.public_inputs import read_inputs
+from cotune.errors import DataError, ModelError, PlanError, RunError
 from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
@@ -245,4 +248,30 @@ def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
     find_site_base(plan, file)
     JsonDocument(site.description, SiteFile).write(file)
+    return Site(site.folder)
+
+
+def set_prediction_sources(site: Site, plan: Plan, public: Path | None, own_base: str | None) -> Site:
+    """Write to site.json where the plan's public inputs are, and which base model is trained here in place of the plan's.
+
+    Raises:
+        PlanError: The plan shares no predictions.
+        DataError: These are not the plan's public inputs.
+        ModelError: There is no such base model.
+    """
+    if not plan.shares_predictions:
+        raise PlanError(
+            '--public and --own-model are for plans with collaboration = "predictions", and this one shares parameters: leave'
+            " them out",
+            code="plan.no_predictions",
+        )
+    changes: dict[str, Any] = {}
+    if public is not None:
+        changes["public"] = public.expanduser().resolve()
+        read_inputs(plan.public, plan.task, changes["public"])
+    if own_base is not None:
+        place = get_base_path(own_base)
+        changes["own_base"] = own_base if place is None else str(place.resolve())
+        find_base(own_model_config(plan, changes["own_base"]))
+    JsonDocument(site.description, SiteFile).write(site.file.model_copy(update=changes))
     return Site(site.folder)

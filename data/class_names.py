@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from decimal import Decimal
+from functools import lru_cache
 
 _UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")  # zero-width characters and directions
 _JOINERS = "\u200c\u200d"  # inside a word they make another one
@@ -16,6 +17,7 @@ _MAX_LENGTH = 40  # characters of a name that is shown as one
 _MAX_WORDS = 5  # in it
 
 
+@lru_cache(maxsize=4096)
 def class_name(word: str) -> str:
     """Return a label as every format gives it: decided by the label alone, never by what other records have.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,24 +19,52 @@ TaskName = Literal[
     "multi-task",
     "multi-task-images",
 ]
-_WITHOUT_LABELS = frozenset({"regression", "causal-lm", "seq2seq"})
-_WITH_SETS = frozenset({"multi-label"})
-_WRITING = frozenset({"causal-lm", "seq2seq"})
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What a plan must know of a task, without its code.
+
+    Attributes:
+        labels: Whether records have labels, of which a plan lists the names (`labels`).
+        classes: Whether each answer is one class out of `labels`.
+        keeps_head: Whether a model has the head of its base model, so that none can be trained by itself.
+        several: Whether it is several tasks on one encoder ([[tasks]]).
+        prompts: Whether its records may, or must, have a prompt and a target.
+        ranged: Whether its targets are numbers of a public range.
+        features: Whether a head on layers of a frozen encoder can be had (`model.feature`).
+    """
+
+    labels: bool = True
+    classes: bool = True
+    keeps_head: bool = False
+    several: bool = False
+    prompts: Literal["none", "may", "must"] = "none"
+    ranged: bool = False
+    features: bool = False
+
+
+TASK_FACTS: Mapping[str, TaskFacts] = {
+    "sequence-classification": TaskFacts(features=True),
+    "token-classification": TaskFacts(),
+    "image-classification": TaskFacts(),
+    "multi-label": TaskFacts(classes=False),
+    "regression": TaskFacts(labels=False, classes=False, ranged=True),
+    "causal-lm": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="may"),
+    "seq2seq": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="must"),
+    "multi-task": TaskFacts(several=True),
+    "multi-task-images": TaskFacts(several=True),
+}
 
 
 def has_labels(task: str) -> bool:
     """Whether a task's records have labels, of which a plan lists the names (`labels`)."""
-    return task not in _WITHOUT_LABELS
+    return TASK_FACTS[task].labels
 
 
 def has_classes(task: str) -> bool:
     """Whether each answer of a task is one class out of `labels`."""
-    return has_labels(task) and task not in _WITH_SETS
-
-
-def keeps_head(task: str) -> bool:
-    """Whether a model of the task has the head of its base model, so that none can be trained by itself."""
-    return task in _WRITING
+    return TASK_FACTS[task].classes
 
 
 class DataConfig(BaseModel):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,35 +68,79 @@ class DatasetManifest(BaseModel):
             DataError: For a document or records that cannot be read.
         """
         try:
-            document = cls.model_validate_json(file.read_bytes())
+            content = file.read_bytes()
+            document = _parse_manifest(content)
         except (OSError, ValidationError) as error:
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}): expected a description of the records, such as"
                 ' {"data": {"source": "records.csv", "text": "text", "label": "label"}, "portions": [{"path": null}]}',
                 code="data.damaged_manifest",
             ) from None
+        found = [read_records(document.data, p.path, document.task, lenient=lenient, labels=labels) for p in document.portions]
+        rows = [_read_rows(file, portion) for portion in document.portions]
+        key = content, tuple(rows), tuple(map(id, found)), labels, lenient
+        held = _held.pop(key, None) or document._build(file, found, rows, labels, lenient)
+        _keep(key, held)
+        return held
+
+    def _build(
+        self, file: Path, found: Sequence[Records], rows: Sequence[bytes], labels: tuple[str, ...], lenient: bool
+    ) -> Dataset:
         parts = []
-        for portion in document.portions:
-            records = read_records(document.data, portion.path, document.task, lenient=lenient, labels=labels)
+        for portion, records, content in zip(self.portions, found, rows, strict=True):
             held = keep_tasks(records, portion.tasks) if portion.tasks else records
-            parts.append((held, _read_rows(file, portion, len(records))))
-        every = tuple(task for task, _ in document.data.tasks)
-        held_tasks = {task for portion in document.portions for task in portion.tasks or every}
+            parts.append((held, _parse_rows(file, portion, content, len(records))))
+        every = tuple(task for task, _ in self.data.tasks)
+        held_tasks = {task for portion in self.portions for task in portion.tasks or every}
         tasks = tuple(task for task in every if task in held_tasks)
-        return Dataset(tuple(parts), labels, document.task, lenient, collection=document.collection, tasks=tasks)
+        of_files = tuple(found)
+        return Dataset(tuple(parts), labels, self.task, lenient, collection=self.collection, tasks=tasks, of_files=of_files)
 
 
-def _read_rows(file: Path, portion: FileSlice, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+@lru_cache(maxsize=1024)
+def _parse_manifest(content: bytes) -> DatasetManifest:
+    """The document of a text; many are read again and again."""
+    return DatasetManifest.model_validate_json(content)
+
+
+_MAX_HELD = 64  # data sets that a process keeps, where they are small
+_MAX_HELD_ROWS = 2**18  # of all of them; of a larger one it keeps no other
+_Key = tuple[bytes, tuple[bytes, ...], tuple[int, ...], tuple[str, ...], bool]
+_held: dict[_Key, Dataset] = {}  # by all that decides what they hold; a data set keeps the records whose identity is in its key
+
+
+def _keep(key: _Key, held: Dataset) -> None:
+    """Keep a data set for those who ask for the same in this round, and small ones of those before."""
+    _held[key] = held
+    while len(_held) > _MAX_HELD or (len(_held) > 1 and len(held) > _MAX_HELD_ROWS // _MAX_HELD):
+        del _held[next(iter(_held))]
+
+
+def _read_rows(file: Path, portion: FileSlice) -> bytes:
+    """The file of the portion's row numbers; nothing where it is all rows. Raises DataError."""
+    if portion.rows is None:
+        return b""
+    try:
+        return (file.parent / portion.rows).read_bytes()
+    except OSError as error:
+        raise _unreadable_rows(file, portion, error) from None
+
+
+def _unreadable_rows(file: Path, portion: FileSlice, error: Exception) -> DataError:
+    return DataError(
+        f"{file.parent / str(portion.rows)} cannot be read ({type(error).__name__}): expected row numbers",
+        code="data.damaged_manifest",
+    )
+
+
+def _parse_rows(file: Path, portion: FileSlice, content: bytes, records: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The portion's row numbers. Raises DataError when they cannot be read, or are not rows of the file."""
     if portion.rows is None:
         return np.arange(records)
     try:
-        rows = np.asarray(np.load(file.parent / portion.rows, allow_pickle=False), dtype=np.int64)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file.parent / portion.rows} cannot be read ({type(error).__name__}): expected row numbers",
-            code="data.damaged_manifest",
-        ) from None
+        rows = np.asarray(np.load(BytesIO(content), allow_pickle=False), dtype=np.int64)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable_rows(file, portion, error) from None
     if rows.size and not 0 <= rows.min() <= rows.max() < records:
         raise DataError(
             f"{file} names row {rows.max()} of a file with {records} usable records: expected the file as it was when the records"
@@ -136,6 +181,7 @@ class Dataset:
         collection: The organization's own collection that the records are in.
         dropped: How many rows of the files are not held, by the reason.
         tasks: Of several tasks, those that the holder says it has labels of: public, and no matter which labels are there.
+        of_files: All records of the files, as they were read.
     """
 
     parts: tuple[tuple[Records, np.ndarray[Any, np.dtype[np.int64]]], ...]
@@ -147,6 +193,7 @@ class Dataset:
     collection: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict, hash=False)
     tasks: tuple[str, ...] = ()
+    of_files: tuple[Records, ...] = field(default=(), repr=False, compare=False)
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.parts)
@@ -190,6 +237,17 @@ class Dataset:
         """
         if privacy == "none":
             return self
+        question = privacy.unit, privacy.max_records, seed
+        if question not in self._bounded:
+            self._bounded[question] = self._bound(privacy, seed)
+        return self._bounded[question]
+
+    @cached_property
+    def _bounded(self) -> dict[tuple[str, int | None, int], Dataset]:
+        """What was answered: the same records and the same promise have the same answer."""
+        return {}
+
+    def _bound(self, privacy: UnitRule, seed: int) -> Dataset:
         whole = replace(self, unit=privacy.unit, whole=self)
         inputs = self.inputs()
         labels = self.held_labels
@@ -197,6 +255,9 @@ class Dataset:
         kept = np.zeros(len(self), dtype=bool)
         dropped = Counter[str]()
         for unit, group in zip(identities, whole.units, strict=True):
+            if len(group) == 1:
+                kept[group] = True
+                continue
             records = [(inputs[row], labels[row]) for row in group]
             if privacy.unit == RECORD and not are_same_record(records):
                 dropped["copies that differ"] += len(group)

@@ -292,6 +292,8 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
     if not isinstance(given, str) or not isinstance(label, str):
         return False
     named = tuple(class_name(column).casefold() for column in file.wanted)
+    if class_name(label).casefold() not in named:
+        return False
     held = class_name(given[:MAX_COLUMN_NAMES]).casefold(), class_name(label).casefold()
     if held == named[::-1] != named and not file.lenient:
         raise DataError(

@@ -71,6 +71,16 @@ def normalize_text(text: str) -> str:
     hyphens, variation selectors) are dropped, white space becomes single spaces, and punctuation at both ends goes, unless
     nothing else is there.
     """
+    return _normalize_ascii(text) if text.isascii() else _normalize_any(text)
+
+
+def _normalize_ascii(text: str) -> str:
+    """What `_normalize_any` makes of ASCII, where no form is another's and letters have one lower case: without a loop."""
+    words = " ".join(text.lower().translate(_INVISIBLE_ASCII).split())
+    return words.strip(_AROUND_ASCII) or words
+
+
+def _normalize_any(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     seen = "".join(" " if char.isspace() else char for char in folded if char.isspace() or not _is_invisible(char))
     words = " ".join(unicodedata.normalize("NFKC", seen).split())
@@ -84,6 +94,11 @@ def _is_invisible(char: str) -> bool:
 
 def _is_punctuation(char: str) -> bool:
     return unicodedata.category(char).startswith("P")
+
+
+_ASCII = [chr(code) for code in range(128)]
+_INVISIBLE_ASCII = {ord(char): None for char in _ASCII if _is_invisible(char) and not char.isspace()}
+_AROUND_ASCII = "".join(char for char in _ASCII if _is_punctuation(char)) + " "
 
 
 def class_names_in(label: Label) -> tuple[str, ...]:

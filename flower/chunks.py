@@ -180,28 +180,46 @@ def _read_object(pieces: Mapping[str, bytes], number: str, expected: str = "") -
 
 Pending = ObjectUnavailableError  # to be raised for a piece that may yet come
 
-# before a piece that is not there is asked for again
-_MIN_RETRY_BACKOFF = 0.02
-_MAX_RETRY_BACKOFF = 0.5
-_SLOW_CALL_SECONDS = 2.0  # a call under way for longer brings a piece: that there is none yet is said at once
 _MAX_CHUNKS = 100_000  # Flower cuts arrays into pieces of 5 MiB
+
+
+@dataclass(frozen=True)
+class PullLimits:
+    """All in seconds. The defaults are those of every download; tests pass shorter ones.
+
+    Attributes:
+        retry_backoff: Before a piece that is not there is asked for again; doubled each time.
+        max_retry_backoff: The same, at most.
+        slow_call: A call under way for longer brings a piece: that there is none yet is said at once.
+    """
+
+    retry_backoff: float = 0.02
+    max_retry_backoff: float = 0.5
+    slow_call: float = 2.0
+
+
+_PULL_LIMITS = PullLimits()
 
 
 class Aborted(Exception):
     """The rest of the message is gone, or does not arrive."""
 
 
-def download(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> Message:
+def download(
+    tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float, limits: PullLimits = _PULL_LIMITS
+) -> Message:
     """Download a message and put it together; see `download_chunks`.
 
     Raises:
         TooLarge: Also if it would be larger than `max_bytes` once it is put together.
         Malformed: If it cannot be put together.
     """
-    return download_chunks(tree, pull, max_bytes, silence).message(max_bytes)
+    return download_chunks(tree, pull, max_bytes, silence, limits).message(max_bytes)
 
 
-def download_chunks(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> ChunkedMessage:
+def download_chunks(
+    tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float, limits: PullLimits = _PULL_LIMITS
+) -> ChunkedMessage:
     """Download all pieces of a message; never more than `max_bytes` and one piece.
 
     Args:
@@ -209,6 +227,7 @@ def download_chunks(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: i
         pull: Downloads a piece by its id, from several threads. Raises Pending for one that may yet come.
         max_bytes: Of all pieces.
         silence: Seconds without a piece after which the rest is given up.
+        limits: How long calls may take, and when they are made again.
 
     Raises:
         TooLarge: If it is larger.
@@ -219,11 +238,11 @@ def download_chunks(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: i
     try:
         found = pull_objects(
             [part.object_id for part in iterate_object_tree(tree)],
-            _Bounded(pull, max_bytes, silence),
+            _Bounded(pull, max_bytes, silence, limits.slow_call),
             max_time=None,
             max_tries_per_object=None,
-            initial_backoff=_MIN_RETRY_BACKOFF,
-            backoff_cap=_MAX_RETRY_BACKOFF,
+            initial_backoff=limits.retry_backoff,
+            backoff_cap=limits.max_retry_backoff,
         )
     except ObjectPullError as error:
         raise Aborted(f"a part of it is gone ({error})") from None
@@ -233,10 +252,11 @@ def download_chunks(tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: i
 class _Bounded:
     """Pulls pieces up to so many bytes, and so many seconds without one."""
 
-    def __init__(self, pull: Callable[[str], bytes], max_bytes: int, silence: float) -> None:
+    def __init__(self, pull: Callable[[str], bytes], max_bytes: int, silence: float, slow_call: float) -> None:
         self._pull = pull
         self._most_bytes = max_bytes
         self._silence = silence
+        self._slow_call = slow_call
         self._taken = 0
         self._last_chunk_at = time.monotonic()
         self._lock = threading.Lock()
@@ -263,7 +283,7 @@ class _Bounded:
         """Whether nothing arrives any more. On a slow line a call under way may take longer than that."""
         now = time.monotonic()
         ours = threading.get_ident()
-        slow = any(now - began > _SLOW_CALL_SECONDS for thread, began in list(self._calls.items()) if thread != ours)
+        slow = any(now - began > self._slow_call for thread, began in list(self._calls.items()) if thread != ours)
         return not slow and now - self._last_chunk_at > self._silence
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from cotune.storage.config_table import ConfigTable
 
-TrainMode = Literal["head", "lora", "full"]
+TrainMode = Literal["head", "lora", "blocks", "full"]
 Factors = Literal["b", "ab", "alternate"]
 
 _PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"

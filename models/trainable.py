@@ -1,7 +1,8 @@
 """What is trained and travels: the sharing groups, and the model that moves through the stages of a plan.
 
-A stage trains one group of parameters: the `head`; `lora` factors and the head; or `full`, the encoder and the head. The
-*state* is every tensor that any stage so far has trained, by name: with it and the base model, everybody has the same model.
+A stage trains one group of parameters: the `head`; `lora` factors and the head; the last `blocks` of the encoder and the head; or
+`full`, the encoder and the head. The *state* is every tensor that any stage so far has trained, by name: with it and the base
+model, everybody has the same model.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from cotune.data.config import TaskName
 from cotune.data.multi_task import is_multi_task
 from cotune.errors import ModelError
 from cotune.models.adapters.adapter import Adapter, parameter_seed
-from cotune.models.adapters.lora import get_adapters, inject_adapters
+from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
 from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
+from cotune.models.blocks import last_blocks
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.multi_head import load_multi_task
@@ -33,9 +35,14 @@ class TrainableModel:
 
     One instance is kept per process; `load` makes its parameters a function of the base model and the given state alone, so that
     simulated clients can take turns with it.
+
+    Attributes:
+        layers: All modules with their names; the module gets none after it was loaded.
     """
 
-    def __init__(self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, loaded: LoadedModel, lora: LoraConfig | None, seed: int, device: torch.device, *, own_adapters: bool = False
+    ) -> None:
         self.loaded = loaded
         self.lora = lora
         self.seed = seed
@@ -43,23 +50,27 @@ class TrainableModel:
         self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
         self.prefix = encoder_prefixes(loaded.module)
         if lora is not None:
-            inject_adapters(loaded, lora, seed)
+            inject_adapters(loaded, lora, seed, own=own_adapters)
         named = self.module.named_parameters()
         self._own = {name.replace(".base_layer.", "."): parameter for name, parameter in named}  # walking a module is slow
+        self.layers = tuple(self.module.named_modules())
         self._initial: State = {}
 
-    def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1) -> list[str]:
+    def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1, layers: int | None = None) -> list[str]:
         """Return the parameters that a stage trains and shares, in the model's order.
 
         Args:
             mode: What the stage trains.
             freeze_embeddings: Whether the tables of embeddings stay as they are.
             round: From 1; which factors of adapters are trained may depend on it.
+            layers: With "blocks", how many of the last ones.
 
         Raises:
-            ModelError: When there are none.
+            ModelError: When there are none, or fewer blocks.
+            ValueError: For blocks without a number of them.
         """
-        chosen = [name for name, _ in self.parameters() if self._belongs(name, mode, freeze_embeddings, round)]
+        blocks = self._last_blocks(layers) if mode == "blocks" else frozenset[str]()
+        chosen = [n for n, _ in self.parameters() if n in blocks or self._belongs(n, mode, freeze_embeddings, round)]
         if not chosen:
             raise ModelError(
                 f"the model has no parameters to train for train = {mode}: expected at least a head",
@@ -78,9 +89,24 @@ class TrainableModel:
             return mode == "lora" and self.lora is not None and _is_trained(name, self.lora.factors, round)
         return mode == "full" and not (freeze_embeddings and _is_embedding(name))
 
+    def _last_blocks(self, layers: int | None) -> frozenset[str]:
+        if layers is None:
+            raise ValueError("expected layers with blocks, got none")
+        inside = [n for n, _ in self.parameters() if n.startswith(self.prefix) and ".lora_" not in n]
+        declared = getattr(self.module.config, "num_hidden_layers", None)
+        trainable = [name for name in inside if not name.startswith(self.loaded.frozen)]
+        return frozenset(last_blocks(trainable, layers, declared))
+
     def parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Parameters by their stable names: the same with and without adapters around a layer."""
         return self._own.items()
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Buffers as they are now, by the names of PyTorch."""
+        for path, module in self.layers:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    yield f"{path}.{name}" if path else name, buffer
 
     def train_only(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Makes the named parameters trainable and freezes all others; returns them in the model's order."""
@@ -141,6 +167,11 @@ class TrainableModel:
             if name not in self._initial:
                 self._initial[name] = own[name].detach().to("cpu", copy=True)
 
+    def base_state(self, names: Iterable[str]) -> State:
+        """Copies of the named parameters as the base model has them, in float32 on the CPU."""
+        values: Mapping[str, Tensor] = {**self._own, **self._initial}
+        return {name: values[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+
     def norm_names(self) -> list[str]:
         """The parameters of the encoder's normalization layers (LayerNorm, RMSNorm), but for those that are never trained."""
         layers = [name for name, layer in self.module.named_modules() if type(layer).__name__.endswith("Norm")]
@@ -152,8 +183,12 @@ class TrainableModel:
         """The parameters of its adapters, trained or not."""
         return [name for name, _ in self.parameters() if ".lora_" in name]
 
+    def own_adapter_names(self) -> list[str]:
+        """The parameters of the adapters beside the shared ones; none where the model has no such ones."""
+        return [name for name in self.adapter_names() if f".{OWN}." in name]
+
     def adapters(self) -> tuple[Adapter, ...]:
-        """Its LoRA layers."""
+        """Its LoRA layers, by the names of what is shared."""
         return get_adapters(self.loaded.module)
 
     def parameter_count(self) -> int:
@@ -191,8 +226,22 @@ def get_model(
     seed: int,
     device: str,
     task: TaskName = "sequence-classification",
+    own_adapters: bool = False,
 ) -> TrainableModel:
     """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
+    return open_model(model, labels, lora, seed, device, task, own_adapters)
+
+
+def open_model(
+    model: ModelConfig,
+    labels: tuple[str, ...],
+    lora: LoraConfig | None,
+    seed: int,
+    device: str,
+    task: TaskName = "sequence-classification",
+    own_adapters: bool = False,
+) -> TrainableModel:
+    """Load a model of one's own. Raises ModelError when it cannot be loaded."""
     load = load_multi_task if is_multi_task(task) else load_model
     loaded = load(model, labels, parameter_seed(seed, "head"), task)
-    return TrainableModel(loaded, lora, seed, pick_device(device))
+    return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)

@@ -26,6 +26,20 @@ class LocalTraining(ConfigTable):
     schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
+    base_decay: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="pull of the encoder's trained parameters toward the base model's, added to the gradient after its noise"
+        " (L2-SP, Li et al., ICML 2018, https://arxiv.org/abs/1802.01483)",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability with which the dropout layers of what is trained leave an entry out, in training alone; the"
+        " head's alone trains on features, which have none",
+    )
     batch_size: float | Literal["all"] = Field(
         256.0,
         description="expected records per step, at most 1,000,000; below 1: the fraction of the records; all: every record in"
@@ -105,7 +119,25 @@ class LocalTraining(ConfigTable):
 class Stage(ConfigTable):
     """Consecutive rounds that train the same group of parameters."""
 
-    mode: TrainMode = Field(description="head, lora (adapters and head) or full (encoder and head)")
+    mode: TrainMode = Field(
+        description="head, lora (adapters and head), blocks (the encoder's last `layers`, and head) or full (encoder and head)"
+    )
     rounds: int = Field(ge=1, le=100_000, description="of this stage")
     local: LocalTraining = Field(LocalTraining(), description="what differs from the plan's [local]")
     freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
+    layers: int | None = Field(
+        None, ge=1, description="in blocks: how many of the last transformer blocks are trained; default: the plan's `layers`"
+    )
+
+    @model_validator(mode="after")
+    def _blocks_are_counted(self) -> Self:
+        if (self.mode == "blocks") == (self.layers is None):
+            raise ValueError(
+                f"train = {self.mode} and layers = {self.layers}: expected layers with train = blocks, and without it none"
+            )
+        if self.mode == "head" and self.local.dropout:
+            raise ValueError(
+                f"local.dropout = {self.local.dropout:g}, and train = head reads features, which are computed once: expected"
+                " dropout = 0 in that stage"
+            )
+        return self

@@ -6,14 +6,17 @@ Which arrays a plan's strategy wants beside the deltas, by name and shape: the c
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import PrivacyError
+from cotune.models.config import ModelConfig
 from cotune.models.multi_head import head_prefix
-from cotune.models.trainable import TrainableModel, get_model
+from cotune.models.trainable import TrainableModel, get_model, open_model
 from cotune.plan.local_training import Stage
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
@@ -24,7 +27,29 @@ def get_plan_model(plan: Plan, device: str) -> TrainableModel:
 
     Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
     """
-    model = get_model(plan.model, plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task)
+    lora = plan.lora if plan.uses_lora else None
+    model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, "adapter" in plan.personal.parts)
+    if isinstance(plan.privacy, RecordPrivacy):
+        _refuse_batch_norm(model)
+    return model
+
+
+_open_own_model = lru_cache(maxsize=4)(open_model)  # simulated organizations take turns with theirs
+
+
+def own_model_config(plan: Plan, base: str) -> ModelConfig:
+    """Return the plan's `model` table for another base model."""
+    return plan.model.model_copy(update={"base": base, "base_hash": None, "revision": None, "feature": None})
+
+
+def get_own_model(plan: Plan, device: str, base: str) -> TrainableModel:
+    """The plan's model on another base model, as an organization has one where predictions alone are shared.
+
+    Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
+    """
+    model = _open_own_model(
+        own_model_config(plan, base), plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task
+    )
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model
@@ -37,7 +62,7 @@ def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
 def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1) -> list[str]:
     """The parameters that a stage of the plan trains, in the model's order: those of its mode, and personal ones beside them."""
-    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round)
+    names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round, layers=stage.layers)
     if "norm" not in plan.personal.parts:
         return names
     both = {*names, *model.norm_names()}
@@ -45,7 +70,12 @@ def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1)
 
 
 def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """Those that travel: all that organizations train in a round, unless the plan lets them keep some to themselves."""
+    """Those that travel: all that organizations train in a round, unless the plan lets them keep some to themselves.
+
+    Where predictions travel in their place, the one array of these.
+    """
+    if plan.shares_predictions:
+        return [SCORES]
     names = trained_names(plan, model, round)
     if not plan.keeps_parts:
         return names
@@ -67,9 +97,10 @@ def heads_of(plan: Plan, names: Iterable[str]) -> dict[str, frozenset[str]]:
 
 def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """Those that organizations have trained up to a round and kept to themselves; of a copy all that it has of its own."""
-    if not plan.keeps_personal:
+    if not plan.keeps_personal and not plan.shares_predictions:
         return []
-    personal = {name for name, _ in model.parameters()} if plan.personal.keeps_copy else _personal_names(plan, model)
+    whole = plan.personal.keeps_copy or plan.shares_predictions
+    personal = {name for name, _ in model.parameters()} if whole else _personal_names(plan, model)
     trained = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}
     return [name for name, _ in model.parameters() if name in trained & personal]
 
@@ -83,6 +114,8 @@ def _personal_names(plan: Plan, model: TrainableModel) -> set[str]:
         found |= {name for name, _ in model.parameters() if ".lora_B." in name}
     if "norm" in plan.personal.parts:
         found |= set(model.norm_names())
+    if "adapter" in plan.personal.parts:
+        found |= set(model.own_adapter_names())
     return found
 
 
@@ -112,6 +145,18 @@ def state_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tup
     return {name: tuple(own[name].shape) for name in names}
 
 
+def scores_shape(plan: Plan) -> tuple[int, int]:
+    """Return (answers, classes) of the predictions that travel where no parameters do."""
+    return plan.public.answers, len(plan.labels)
+
+
+def student_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape, of what the model that learns from all predictions may have trained up to a round."""
+    own = dict(model.parameters())
+    names = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}
+    return {name: tuple(own[name].shape) for name in own if name in names}
+
+
 def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
     """Of each stage up to a round its first two: which factors of adapters are trained may depend on whether a round is odd."""
     first = 1
@@ -121,7 +166,7 @@ def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
 
 
 def _refuse_batch_norm(model: TrainableModel) -> None:
-    found = [name for name, layer in model.module.named_modules() if isinstance(layer, _BatchNorm)]
+    found = [name for name, layer in model.layers if isinstance(layer, _BatchNorm)]
     if found:
         raise PrivacyError(
             f"the base model normalizes over the batch in {found[0]}, which mixes records, so that their privacy cannot be"

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from cotune.models.config import TrainMode
 from cotune.storage.config_table import ConfigTable
 
-Part = Literal["head", "norm"]
+Part = Literal["head", "norm", "adapter"]
 
 
 class PersonalConfig(ConfigTable):
@@ -19,16 +19,36 @@ class PersonalConfig(ConfigTable):
     parts: tuple[Part, ...] = Field(
         (),
         description="head (FedPer, Arivazhagan et al. 2019, https://arxiv.org/abs/1912.00818), norm (the normalization layers of"
-        " the encoder, as FedBN has it: Li et al., ICLR 2021, https://arxiv.org/abs/2102.07623): trained with the shared part"
-        " in the same steps, under one clip norm and one ε",
+        " the encoder, as FedBN has it: Li et al., ICLR 2021, https://arxiv.org/abs/2102.07623), adapter (an own LoRA beside the"
+        " shared one): trained with the shared part in the same steps, under one clip norm and one ε",
     )
-    method: Literal["parts", "ditto"] = Field(
+    order: Literal["together", "own_first"] = Field(
+        "together",
+        description="of parts: whether one step trains both, or each round trains the own parts first, and then what is shared"
+        " (FedRep, Collins et al., ICML 2021, https://arxiv.org/abs/2102.07078, algorithm 1)",
+    )
+    own_steps: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="of own_first: steps of a round on the own parts; default: as many as on what is shared",
+    )
+    method: Literal["parts", "ditto", "pfedme"] = Field(
         "parts",
-        description="ditto: instead of parts, a copy of all that is trained, pulled toward the shared model that came (Li et al.,"
-        " ICML 2021, https://arxiv.org/abs/2012.04221, algorithm 1); it takes as many steps again, after those of the shared"
-        " model, which never reads it",
+        description="instead of parts, a copy of all that is trained. ditto: pulled toward the shared model that came (Li et al.,"
+        " ICML 2021, https://arxiv.org/abs/2012.04221, algorithm 1), in as many steps again, after those of the shared"
+        " model, which never reads it; pfedme: pulled toward the shared model, which follows it (T. Dinh et al., NeurIPS 2020,"
+        " https://arxiv.org/abs/2006.08848, algorithm 1)",
     )
-    pull: float = Field(0.1, ge=0, le=1e3, description="λ of ditto, per step; local.learning_rate · pull must stay below 2")
+    pull: float = Field(
+        0.1, ge=0, le=1e3, description="λ of ditto and pfedme, per step; local.learning_rate · pull must stay below 2"
+    )
+    inner_steps: int = Field(
+        5, ge=1, le=100_000, description="K of pfedme: steps of the copy, after which the shared model moves"
+    )
+    move: float = Field(
+        0.5, gt=0, le=1, description="ηλ of pfedme: which part of the way to the copy the shared model moves each time"
+    )
     noise: bool = Field(
         True,
         description="of ditto: whether the steps of the copy have noise and are charged, too; false where the organization's"
@@ -50,25 +70,52 @@ class PersonalConfig(ConfigTable):
 
     @property
     def keeps_copy(self) -> bool:
-        """Whether it is a copy, beside a common model that never reads it."""
-        return self.method == "ditto"
+        """Whether it is a copy of all that is trained, beside a common model."""
+        return self.method != "parts"
+
+    @property
+    def read_by_shared(self) -> bool:
+        """Whether what is shared follows from what is kept, which then needs noise."""
+        return bool(self.parts) or self.method == "pfedme"
+
+    def count_own_steps(self, steps: int) -> int:
+        """Return how many steps of a round train what is kept alone, beside `steps` that train what is shared."""
+        if self.order == "own_first":
+            return self.own_steps or steps
+        return steps if self.method == "ditto" else 0
+
+    def count_charged_steps(self, steps: int) -> int:
+        """Return how many steps of a round have noise, and are charged."""
+        return steps + (self.count_own_steps(steps) if self.noise or self.read_by_shared else 0)
 
     def find_problems(self, modes: tuple[TrainMode, ...]) -> Iterator[str]:
         """Yield why stages of these modes cannot keep this, in words."""
         if len(set(self.parts)) < len(self.parts):
             yield f"personal.parts names a part twice: {list(self.parts)}: expected each once"
+        yield from self._wrong_parts(modes)
+        if self.keeps_copy and self.parts:
+            yield f'personal.method = "{self.method}" keeps a copy of all that is trained: expected no personal.parts'
+        if self.order == "own_first" and not self.parts:
+            yield 'personal.order = "own_first" is for parts, which are trained before what is shared: expected personal.parts'
+        if self.own_steps is not None and self.order != "own_first":
+            yield f'personal.own_steps = {self.own_steps} is for personal.order = "own_first": leave it out'
+        yield from self._wrong_stages(modes)
+
+    def _wrong_parts(self, modes: tuple[TrainMode, ...]) -> Iterator[str]:
         if "head" in self.parts and "head" in modes:
             yield (
                 'personal.parts has "head", and a stage trains the head alone, so that nothing would be shared: expected train ='
-                " lora or full in all rounds"
+                " lora, blocks or full in all rounds"
             )
         if "norm" in self.parts and "head" in modes:
             yield (
                 'personal.parts has "norm", and a stage with train = head leaves the encoder with its norms as it came: expected'
-                " train = lora or full in all rounds"
+                " train = lora, blocks or full in all rounds"
             )
-        if self.keeps_copy and self.parts:
-            yield f'personal.method = "{self.method}" keeps a copy of all that is trained: expected no personal.parts'
+        if "adapter" in self.parts and any(mode != "lora" for mode in modes):
+            yield 'personal.parts has "adapter", which stands beside a shared one: expected train = lora in all rounds'
+
+    def _wrong_stages(self, modes: tuple[TrainMode, ...]) -> Iterator[str]:
         after = modes[next((i for i, mode in enumerate(modes) if mode != "head"), len(modes)) :]
         if self.keeps_copy and "head" in after:
             yield (
@@ -77,7 +124,11 @@ class PersonalConfig(ConfigTable):
             )
 
 
-_PARTS: dict[Part, str] = {"head": "the head", "norm": "the normalization layers"}
+_PARTS: dict[Part, str] = {
+    "head": "the head",
+    "norm": "the normalization layers",
+    "adapter": "an own adapter beside the shared one",
+}
 
 
 def describe_parts(personal: PersonalConfig) -> str:
@@ -95,10 +146,17 @@ def explain(personal: PersonalConfig, *, private: bool) -> str | None:
     """
     if not personal.any:
         return None
-    verb = "stay" if "norm" in personal.parts else "stays"
+    verb = "stay" if "norm" in personal.parts or len(personal.parts) > 1 else "stays"
     stays = f"personal: {describe_parts(personal)} {verb} with each organization"
     if not private:
         return f"{stays}, trained without noise as all else"
+    if personal.method == "pfedme":
+        return f"{stays}, with noise in every step, as the shared model follows it: one ε for both, and the copy may leave"
+    if personal.order == "own_first":
+        return (
+            f"{stays}, with noise in steps of its own before those of what is shared, whose gradients follow from it; all are"
+            " charged to the same ε"
+        )
     if not personal.keeps_copy:
         return f"{stays}, with noise in the same steps and under the same ε as what is shared, whose gradients follow from it"
     if personal.noise:

@@ -1,14 +1,37 @@
-"""The table of a plan that names public inputs: `[public]`."""
+"""The table of a plan that names public inputs, `[public]`, and what a plan must be to share predictions alone."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
 from cotune.storage.config_table import ConfigTable
 
+Collaboration = Literal["parameters", "predictions"]
+Share = Literal["scores", "votes"]
+
+SCORES = "public.scores"  # the array that travels in place of parameters, (answers, classes)
+
+# Every other rule is about parameters, or about what updates of parameters tell.
+_WEIGHTINGS = ("examples", "uniform")
+_FUSIONS = (
+    "mean",
+    "median",
+    "trimmed_mean",
+    "geometric_median",
+    "krum",
+    "multi_krum",
+    "bulyan",
+    "robust",
+    "norm_bound",
+    "centered_clipping",
+)
+
 
 class PublicConfig(ConfigTable):
-    """Public inputs without labels, which the server has and organizations need not (the `public` table of a plan)."""
+    """Public inputs without labels (the `public` table of a plan), and how models learn from predictions for them."""
 
     source: str = Field(
         "",
@@ -24,3 +47,70 @@ class PublicConfig(ConfigTable):
     sha256: str = Field(
         "", pattern=r"^([0-9a-f]{64})?$", description="over the inputs in their order; filled in by a run; others are refused"
     )
+    answers: int = Field(
+        0, ge=0, le=10_000_000, description="predictions that the inputs ask for, one each or one a word; filled in by a run"
+    )
+    share: Share = Field(
+        "scores",
+        description="with collaboration = predictions: the scores of all classes, or votes, of which each names one class alone",
+    )
+    max_score: float = Field(
+        20.0, gt=0, le=100, description="scores are centered, and cut at plus and minus this; what lies beyond is refused"
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="of the loss by which models learn what all predict together")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="of Adam, for the same; it falls to 0 over all steps")
+    epochs: int = Field(3, ge=1, le=1000, description="passes over the inputs, for the same")
+    batch_size: int = Field(64, ge=1, le=65536, description="inputs of a step, for the same")
+
+    @property
+    def bound(self) -> float:
+        """How large the entry of a shared prediction can be."""
+        return 1.0 if self.share == "votes" else self.max_score
+
+
+def explain_predictions(public: PublicConfig, *, private: bool) -> str:
+    """Return what travels where predictions are shared, and what protects it, in one sentence."""
+    what = "the scores of all classes" if public.share == "scores" else "the most probable class"
+    count = f"{public.answers:,} public inputs" if public.answers else "public inputs"
+    licensed = f" ({public.license})" if public.license else ""
+    cost = (
+        "they follow from what was trained under ε, and cost no more"
+        if private
+        else "NO noise protects them, so that single records may show"
+    )
+    whose = "predictions: each organization trains a model of its own"
+    return f"{whose}, and shares {what} for {count}{licensed} and no parameter; {cost}"
+
+
+def find_strategy_problem(weighting: str, fusion: str, *, plain: bool, client_term: bool) -> str | None:
+    """Return why a strategy cannot fuse predictions, in words; None where it can.
+
+    Args:
+        weighting: Its name.
+        fusion: Its name.
+        plain: Whether the server optimizer takes what was fused as it is.
+        client_term: Whether there is one.
+    """
+    if fusion not in _FUSIONS:
+        return f'the fusion "{fusion}" is about parameters: expected one of {", ".join(_FUSIONS)}'
+    if weighting not in _WEIGHTINGS:
+        return f'the weighting "{weighting}" is about updates of parameters: expected one of {", ".join(_WEIGHTINGS)}'
+    if not plain:
+        return 'what all predict together is no direction: expected server_optimizer = "sgd" with lr 1, and nothing else'
+    if client_term:
+        return "a client term pulls at shared parameters, and there are none: expected no client_term"
+    return None
+
+
+def find_problems(public: PublicConfig, others: dict[str, bool]) -> Iterator[str]:
+    """Yield why organizations cannot share predictions alone, in words.
+
+    Args:
+        public: The plan's table.
+        others: What else the plan asks for, in words, and whether it does.
+    """
+    if not public.source:
+        yield 'collaboration = "predictions" needs public inputs, and the plan names none: expected public.source'
+    for what, found in others.items():
+        if found:
+            yield f'collaboration = "predictions" is not supported with {what}: leave out one of the two'

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Self
 
 from pydantic import ValidationInfo, model_validator
 
 from cotune.data.class_names import is_shown, shown
-from cotune.data.config import has_classes, has_labels, keeps_head
-from cotune.data.multi_task import is_multi_task, task_of
+from cotune.data.multi_task import task_of
 from cotune.errors import nearest
 from cotune.plan.local_training import Stage
-from cotune.plan.several_tasks import find_problems
+from cotune.plan.public import find_problems as find_prediction_problems
+from cotune.plan.public import find_strategy_problem
+from cotune.plan.several_tasks import weigh_tasks
 from cotune.plan.tables import PlanTables
+from cotune.plan.task_rules import find_task_problems
 from cotune.privacy.config import RecordPrivacy
-from cotune.strategies.compatibility import PlanFacts, find_problem
+from cotune.strategies.compatibility import PlanFacts, find_problem, is_plain
 from cotune.strategies.config import StrategyConfig, expand, is_complete
 
 
@@ -39,90 +42,10 @@ class Plan(PlanTables):
         return self
 
     @model_validator(mode="after")
-    def _task_has_what_is_asked(self) -> Self:
-        problems = {
-            "labels": bool(self.labels) and not has_labels(self.task),
-            "class_weights": bool(self.class_weights) and not has_labels(self.task),
-            "tell.label_histogram": self.tell.label_histogram and not has_classes(self.task),
-            "public.source": bool(self.public.source) and not has_classes(self.task),
-        }
-        for key, given in problems.items():
-            if given:
-                raise ValueError(f"{key} is for classes, and the records of task = {self.task} have none: leave it out")
-        if keeps_head(self.task) and any(stage.mode == "head" for stage in self.stages):
-            raise ValueError(
-                f"train = head trains a new head, and task = {self.task} keeps that of its base model: expected train = lora"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _translations_have_prompts(self) -> Self:
-        if self.task == "seq2seq" and self.data.prompt is None:
-            raise ValueError("task = seq2seq reads a text and writes another one: expected data.prompt and data.target")
-        return self
-
-    @model_validator(mode="after")
-    def _only_prompts_leave_targets(self) -> Self:
-        if self.task != "causal-lm" and self.model.max_target_length is not None:
-            raise ValueError(f"model.max_target_length is for task = causal-lm, and this is {self.task}: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _numbers_have_a_range(self) -> Self:
-        if self.task == "regression" and self.model.target_range is None:
-            raise ValueError(
-                "task = regression needs the least and the largest number, which no records may decide: expected"
-                " model.target_range = [LOW, HIGH]"
-            )
-        if self.task != "regression" and self.model.target_range is not None:
-            raise ValueError(f"model.target_range is for task = regression, and this is {self.task}: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _feature_can_be_had(self) -> Self:
-        if self.model.feature is None:
-            return self
-        if self.task != "sequence-classification":
-            raise ValueError(f"model.feature is for task = sequence-classification, got {self.task}: leave it out")
-        if any(stage.mode != "head" for stage in self.stages):
-            raise ValueError(
-                "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
-            )
-        if self.model.pooling != "auto":
-            raise ValueError(
-                f"model.feature says what a head reads, and so does model.pooling = {self.model.pooling}: expected one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _tasks_can_share(self) -> Self:
-        if is_multi_task(self.task) != bool(self.tasks):
-            raise ValueError(f"task = {self.task} is for plans with [[tasks]]: expected both, or neither")
-        if not self.tasks:
-            if self.simulation.tasks or self.data.tasks:
-                raise ValueError("simulation.tasks and data.tasks are for plans with [[tasks]]: expected neither")
-            return self
-        problem = next(find_problems(self.tasks, [stage.mode for stage in self.stages], self.simulation.tasks), None)
+    def _suits_its_task(self) -> Self:
+        problem = next(find_task_problems(self, self.stages, keeps_personal=self.keeps_personal), None)
         if problem:
             raise ValueError(problem)
-        cannot = {
-            "a [personal] table, or lora.keep": self.keeps_personal,
-            "client_privacy, which divides by a number of organizations, while some train a head": bool(self.client_privacy),
-            'server.late = "fold"': self.server.late == "fold",
-            "tell.label_histogram, which counts one class of a record": self.tell.label_histogram,
-        }
-        for what, found in cannot.items():
-            if found:
-                raise ValueError(f"[[tasks]] is not supported with {what}: leave out one of the two")
-        return self
-
-    @model_validator(mode="after")
-    def _writing_needs_prompts(self) -> Self:
-        if self.generate is not None and (self.task != "causal-lm" or self.data.prompt is None):
-            raise ValueError(
-                f"generate is for a task that writes after prompts, and this plan has task = {self.task} without data.prompt:"
-                " expected task = causal-lm with data.prompt and data.target, or leave the table out"
-            )
         return self
 
     @model_validator(mode="after")
@@ -172,17 +95,25 @@ class Plan(PlanTables):
 
     @model_validator(mode="after")
     def _copy_can_be_had(self) -> Self:
-        if self.personal.keeps_copy and self.mixed_ranks:
-            raise ValueError("an own copy of the model has the plan's rank: expected no smaller ranks, or personal.parts")
+        personal = self.personal
+        if (personal.keeps_copy or "adapter" in personal.parts) and self.mixed_ranks:
+            kept = "copy of the model" if personal.keeps_copy else "adapter"
+            raise ValueError(f"an own {kept} has the plan's rank: expected no smaller ranks, or other personal.parts")
+        if personal.method == "pfedme" and self.strategy.client_term is not None:
+            raise ValueError(
+                'personal.method = "pfedme" trains a copy that the shared model follows, and a client term is about the'
+                " gradients of the shared model: expected one of the two"
+            )
         return self
 
     @model_validator(mode="after")
     def _shared_part_reads_nothing_without_noise(self) -> Self:
         """Gradients of the shared part follow from personal parts: one record in them would move all gradients of a batch."""
-        if self.keeps_parts and not self.personal.noise and isinstance(self.privacy, RecordPrivacy):
+        reads = self.keeps_parts or self.personal.read_by_shared
+        if reads and not self.personal.noise and isinstance(self.privacy, RecordPrivacy):
             raise ValueError(
-                "personal.noise = false, and the gradients of what is shared follow from the personal parts, so that a single"
-                " record would show in all of them, past clip norm and noise: expected personal.noise = true, or"
+                "personal.noise = false, and what is shared follows from what is personal, so that a single record would show in"
+                " it past clip norm and noise: expected personal.noise = true, or"
                 ' personal.method = "ditto", whose copy the shared model never reads'
             )
         return self
@@ -192,6 +123,47 @@ class Plan(PlanTables):
         if is_complete(info):
             return self
         problem = find_problem(self.strategy, self.facts)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _votes_can_have_noise(self) -> Self:
+        pate = self.privacy.pate if isinstance(self.privacy, RecordPrivacy) else None
+        if pate is None:
+            return self
+        problems = {
+            'collaboration = "predictions" and public.share = "votes", as votes are all that leaves': (
+                self.shares_predictions and self.public.share == "votes"
+            ),
+            "rounds = 1, as teachers learn nothing from each other": self.rounds == 1,
+        }
+        for expected, found in problems.items():
+            if not found:
+                raise ValueError(f"privacy.pate is for votes with noise, released once: expected {expected}")
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_can_be_shared(self) -> Self:
+        if not self.shares_predictions:
+            if self.simulation.bases:
+                raise ValueError('simulation.bases is for collaboration = "predictions": leave it out')
+            return self
+        others = {
+            "client_privacy, which bounds updates of parameters": self.client_privacy is not None,
+            "a [personal] table or lora.keep, as every model is an organization's own": self.keeps_personal,
+            "adapters of different ranks": self.mixed_ranks,
+            'server.late = "fold", as what all predict changes from round to round': self.server.late == "fold",
+            "tell.local_metrics, which are of a common model": self.tell.local_metrics,
+            "wire = int8 or int4, as predictions are small already": self.wire in ("int8", "int4"),
+            "[[tasks]]": bool(self.tasks),
+        }
+        problem = next(find_prediction_problems(self.public, others), None) or find_strategy_problem(
+            self.strategy.weighting.name,
+            self.strategy.fusion.name,
+            plain=is_plain(self.strategy.server_optimizer),
+            client_term=self.strategy.client_term is not None,
+        )
         if problem:
             raise ValueError(problem)
         return self
@@ -214,8 +186,9 @@ class Plan(PlanTables):
     @model_validator(mode="after")
     def _clipping_can_be_had(self) -> Self:
         per_layer = isinstance(self.privacy, RecordPrivacy) and self.privacy.clipping == "per_layer"
-        if per_layer and any(stage.mode == "full" for stage in self.stages):
-            raise ValueError("privacy.clipping: per_layer is not supported with train = full, expected flat")
+        whole = [stage.mode for stage in self.stages if stage.mode in ("blocks", "full")]
+        if per_layer and whole:
+            raise ValueError(f"privacy.clipping: per_layer is not supported with train = {whole[0]}, expected flat")
         return self
 
     def weights_of_classes(self) -> tuple[float, ...] | None:
@@ -231,7 +204,7 @@ class Plan(PlanTables):
             )
         found = tuple(self.class_weights.get(label, 1.0) for label in self.labels)
         if self.tasks:
-            of_task = {task.name: task.weight for task in self.tasks}
+            of_task = weigh_tasks(self.tasks, self.labels, self.balance)
             found = tuple(weight * of_task[task_of(label)] for weight, label in zip(found, self.labels, strict=True))
         return None if set(found) <= {1.0} else found
 
@@ -239,7 +212,7 @@ class Plan(PlanTables):
     def stages(self) -> tuple[Stage, ...]:
         if isinstance(self.train, tuple):
             return self.train
-        return (Stage(mode=self.train, rounds=self.rounds, local=self.local),)
+        return (Stage(mode=self.train, rounds=self.rounds, local=self.local, layers=self.layers),)
 
     def get_stage(self, round: int) -> Stage:
         """Return the stage that a round (from 1) belongs to, its local training with the learning rates of that round."""
@@ -273,7 +246,13 @@ class Plan(PlanTables):
             public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
+            plain_steps=not any(local.base_decay for local in locals_) and self.personal.method != "pfedme",
         )
+
+    @property
+    def shares_predictions(self) -> bool:
+        """Whether each organization trains a model of its own, and predictions for public inputs travel instead of parameters."""
+        return self.collaboration == "predictions"
 
     @property
     def uses_lora(self) -> bool:
@@ -295,15 +274,40 @@ class Plan(PlanTables):
         return self.lora.keep != "nothing" or bool(self.personal.parts)
 
     def charged_steps(self, stage: Stage, examples: int) -> int:
-        """Return how many steps of DP-SGD a round of a stage takes at an organization, those of a copy with noise included."""
-        steps = stage.local.steps_per_round(examples)
-        return 2 * steps if self.personal.keeps_copy and self.personal.noise else steps
+        """Return how many steps of DP-SGD a round of a stage takes at an organization, those on its own parts alone included.
+
+        Of noisy votes, as how many they count (see `charged_rate`).
+        """
+        if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
+            return self.privacy.pate.charged_steps(self.public.answers)
+        return self.personal.count_charged_steps(stage.local.steps_per_round(examples))
+
+    def charged_rate(self, stage: Stage, examples: int) -> float:
+        """Return the probability with which a record takes part in a charged step; every record has a teacher that votes."""
+        if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
+            return 1.0
+        return stage.local.sample_rate(examples)
 
     def canonical(self) -> str:
         """The plan as JSON with sorted keys: the same text for the same plan."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        return self._text
 
     @property
     def plan_id(self) -> str:
         """SHA-256 of the canonical form."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()
+        return self._hash
+
+    @cached_property
+    def _text(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+    @cached_property
+    def _hash(self) -> str:
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    def __copy__(self) -> Self:
+        """Return a copy that finds its own canonical form: it is made to be changed (`model_copy`)."""
+        copied = super().__copy__()
+        for name in ("_text", "_hash"):
+            copied.__dict__.pop(name, None)
+        return copied

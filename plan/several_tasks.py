@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from cotune.data.class_names import class_name
-from cotune.data.multi_task import MULTI_TASK, qualify
+from cotune.data.multi_task import MULTI_TASK, qualify, split_labels
 from cotune.storage.config_table import ConfigTable
+
+Balance = Literal["plan", "noise_to_signal"]
 
 
 class TaskConfig(ConfigTable):
@@ -38,6 +41,23 @@ class TaskConfig(ConfigTable):
         if len(set(names)) < len(names) or len(names) == 1:
             raise ValueError(f"expected two or more distinct class names, got {list(names)}")
         return names
+
+
+def weigh_tasks(tasks: Sequence[TaskConfig], labels: Sequence[str], balance: Balance) -> dict[str, float]:
+    """Return task -> λ, by which its loss is multiplied.
+
+    A step of DP-SGD adds noise of the norm σC·√d to a head of d parameters, whatever its loss is: of a linear head d grows with
+    its classes. With "noise_to_signal" a task's λ grows with that norm, so that all heads' gradients are as large beside it.
+
+    Args:
+        tasks: Of the plan.
+        labels: Qualified class names of all of them.
+        balance: Of the plan.
+    """
+    sizes = {name: math.sqrt(len(classes)) for name, classes in split_labels(labels).items()}
+    mean = sum(sizes.values()) / max(1, len(sizes))
+    by_noise = {name: size / mean for name, size in sizes.items()} if balance == "noise_to_signal" else {}
+    return {task.name: task.weight * by_noise.get(task.name, 1.0) for task in tasks}
 
 
 def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,8 +101,8 @@ def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Seque
         yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected one type"
     if tasks and all(mode == "head" for mode in modes):
         yield (
-            "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora or full, or a"
-            " plan for each task"
+            "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora, blocks or"
+            " full, or a plan for each task"
         )
     unknown = sorted({name for each in held for name in each} - set(names))
     if unknown or any(not each for each in held):

@@ -16,9 +16,9 @@ from cotune.data.config import DataConfig, TaskName
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
-from cotune.plan.public import PublicConfig
+from cotune.plan.public import Collaboration, PublicConfig
 from cotune.plan.rounds_config import RoundsConfig
-from cotune.plan.several_tasks import TaskConfig, write_out
+from cotune.plan.several_tasks import Balance, TaskConfig, write_out
 from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.storage.config_table import ConfigTable
@@ -67,6 +67,11 @@ class SimulationConfig(ConfigTable):
     ranks: tuple[int, ...] = Field(
         (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
     )
+    bases: tuple[str, ...] = Field(
+        (),
+        description='with collaboration = "predictions": the base model of each organization, in their order, as model.base names'
+        " it; empty: the plan's",
+    )
     tasks: tuple[tuple[str, ...], ...] = Field(
         (), description="with [[tasks]]: which of them each organization has labels of, in their order; empty: all of them"
     )
@@ -103,6 +108,11 @@ class PlanTables(ConfigTable):
     tasks: tuple[TaskConfig, ...] = Field(
         (), description="several tasks on one encoder, each with a head of its own; `task` and `labels` follow from them"
     )
+    balance: Balance = Field(
+        "plan",
+        description="of several tasks: λ as each says (plan), or times what grows with the noise in its head (noise_to_signal:"
+        " the square root of its classes, 1 in the mean), which follows from the plan and never from records",
+    )
     labels: tuple[str, ...] = Field((), description="class names or tags in the order of the head; empty: as found in the data")
     class_weights: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(
         {},
@@ -111,7 +121,15 @@ class PlanTables(ConfigTable):
         " below 1 for a frequent class does more under privacy than one above 1 for a rare class",
     )
     train: TrainMode | tuple[Stage, ...] = Field("head", description="one mode for all rounds, or a list of stages")
+    layers: int | None = Field(
+        None, ge=1, description="with train = blocks: how many of the encoder's last transformer blocks are trained"
+    )
     rounds: int = Field(10, ge=1, le=100_000, description="where train is one mode; with stages, their sum")
+    collaboration: Collaboration = Field(
+        "parameters",
+        description="what organizations share: updates of one model's parameters; or predictions for public inputs alone, each of"
+        " a model of its own, of whatever architecture",
+    )
     test_fraction: float = Field(0.15, gt=0, lt=1, description="of the records, held out as the common test set")
     validation_fraction: float = Field(
         0.0, ge=0, lt=1, description="of the other records, held by the server: some strategies judge updates by them"
@@ -168,7 +186,8 @@ class PlanTables(ConfigTable):
         common: dict[str, Any] = given if isinstance(given, dict) else {}
         table = dict(table)
         if isinstance(table.get("train"), list | tuple):
-            table["train"] = [_inherit(stage, "local", common) for stage in table["train"]]
+            stages = [_inherit(stage, "local", common) for stage in table["train"]]
+            table["train"] = [_count_blocks(stage, table.get("layers")) for stage in stages]
             table["rounds"] = sum(s["rounds"] for s in table["train"] if isinstance(s, dict) and _is_count(s.get("rounds"))) or 1
         if isinstance(table.get("simulation"), dict) and isinstance(table["simulation"].get("pooled"), dict):
             table["simulation"] = _inherit(table["simulation"], "pooled", common)
@@ -201,6 +220,12 @@ class PlanTables(ConfigTable):
         if isinstance(value, list | tuple) and not value:
             raise ValueError("expected at least one stage")
         return value
+
+
+def _count_blocks(stage: Any, layers: Any) -> Any:
+    """A stage of blocks that does not say how many trains as many as the plan says."""
+    counts = isinstance(stage, dict) and stage.get("mode") == "blocks" and stage.get("layers") is None
+    return {**stage, "layers": layers} if counts and layers is not None else stage
 
 
 def _inherit(table: Any, key: str, common: dict[str, Any]) -> Any:

@@ -6,7 +6,8 @@ Under DP-SGD a step's gradient is (Σ clipped + σC·N(0, I)) / B. An optimizer 
 
 with a, what weight decay leaves of θ. Adam divides by what it sees: its step is bounded whatever the gradient, by Cauchy-Schwarz
 over its two running means (Kingma & Ba, ICLR 2015, section 2.1, bound the stationary case). Without privacy nothing bounds what
-SGD sends, and a client term adds to the gradients: then no bound follows, and only the round's other updates tell.
+SGD sends, and a client term adds to the gradients, as do `base_decay` and the pull of pFedMe, which the bound does not know: then
+none follows, and only the round's other updates tell.
 
 An update is rounded onto the values of the plan's codec, which can lengthen it: what arrives is bounded, so that the bound grows
 by as much (`wire.compute_growth`). `server.max_update_norm` is of what arrives, and is taken as it stands.
@@ -50,6 +51,8 @@ def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, 
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
+    if plan.shares_predictions:
+        return _SLACK * (plan.public.bound * math.sqrt(entries) + start) * compute_growth(plan.wire)
     trained = _bound_norm(plan, stage, round_to_two_digits(max(1, examples)), entries, start)
     found = None if trained is None else trained * compute_growth(plan.wire)
     return found if found is not None and found <= _MAX_BOUND else None
@@ -78,7 +81,9 @@ def _bound_norm(plan: Plan, stage: Stage, examples: int, entries: int, start: fl
 def bound_norm_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | None:
     """Return how far the clipped gradients of SGD alone can go, Σ|h_t|·C·|batch|/B; None where they are not bounded."""
     local = stage.local
-    if not isinstance(plan.privacy, RecordPrivacy) or local.optimizer != "sgd" or plan.strategy.client_term is not None:
+    if not isinstance(plan.privacy, RecordPrivacy) or local.optimizer != "sgd":
+        return None
+    if plan.strategy.client_term is not None or local.base_decay or plan.personal.method == "pfedme":
         return None
     return _UNDERSTATED * plan.privacy.clip_norm * _Impulses.of(local, local.steps_per_round(examples)).lengths
 

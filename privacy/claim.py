@@ -152,6 +152,12 @@ def build_claim(
 
 def _mechanism(privacy: RecordPrivacy) -> str:
     unit = "record" if privacy.unit == "record" else f"{privacy.unit}, with its records together,"
+    if privacy.pate is not None:
+        return (
+            f"PATE: each {unit} is learned from by one of {privacy.pate.teachers} models, which vote on public inputs; a vote is"
+            " released where a count with Gaussian noise says that enough of them agree, with Gaussian noise on every class"
+            " (Confident-GNMax, data-independent bound)"
+        )
     per_layer = ", in equal shares for each parameter tensor" if privacy.clipping == "per_layer" else ""
     return (
         f"DP-SGD: each {unit} enters a step by chance (Poisson sampling), its gradient is clipped to the norm"

@@ -5,6 +5,7 @@ Data only, checked by pydantic: no module that this one imports loads PyTorch or
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal, Self
 
@@ -12,6 +13,27 @@ from pydantic import Field, field_validator, model_validator
 
 from cotune.errors import PrivacyError
 from cotune.storage.config_table import ConfigTable
+
+
+class PateConfig(ConfigTable):
+    """Noisy votes of teachers in place of noise in training (the `privacy.pate` table)."""
+
+    teachers: int = Field(
+        100, ge=2, le=10_000, description="models that each organization trains, each on a part of its records that no other sees"
+    )
+    answers: int = Field(ge=1, le=10_000_000, description="noisy votes that each organization releases at most")
+    threshold: float = Field(
+        0.6, gt=0, le=1, description="part of the teachers that must agree, by a count with noise, or nothing is released"
+    )
+    threshold_noise: float = Field(3.0, ge=1, le=100, description="noise of that count, in multiples of that of the votes")
+
+    def charged_steps(self, inputs: int) -> int:
+        """Return as how many answers a release counts: of n checks with c times the noise, n / c² do (their μ² add up).
+
+        Args:
+            inputs: That are asked about at most.
+        """
+        return min(self.answers, inputs or self.answers) + math.ceil(inputs / self.threshold_noise**2)
 
 
 class RecordPrivacy(ConfigTable):
@@ -29,6 +51,12 @@ class RecordPrivacy(ConfigTable):
     clip_norm: float = Field(1.0, ge=1e-6, le=1e3, description="C, bound on the L2 norm of one record's gradient")
     clipping: Literal["flat", "per_layer"] = Field(
         "flat", description="the gradient as a whole, or each parameter tensor to C/√L; per_layer: head and lora only"
+    )
+
+    pate: PateConfig | None = Field(
+        None,
+        description="absent: noise is in the training; else models are trained without any, and what leaves is their vote, with"
+        " noise (Papernot et al., ICLR 2018, https://arxiv.org/abs/1802.08908)",
     )
 
     @field_validator("delta")

@@ -86,7 +86,11 @@ class TrainingRules(ConfigTable):
     own_rank: int | None = Field(None, ge=1, description="rank of adapters to train, where it is smaller than the plan's")
     tasks: tuple[str, ...] = Field(_EVERYTHING, description="such as sequence-classification")
     base_models: tuple[str, ...] = Field((), description="hashes of the models that may be trained, as `plan check` shows them")
-    train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, full")
+    train_modes: tuple[str, ...] = Field(("head", "lora"), description="head, lora, blocks, full")
+    collaborations: tuple[str, ...] = Field(
+        _EVERYTHING,
+        description="parameters: updates of a common model may leave; predictions: those of an own model for public inputs",
+    )
     weightings: tuple[str, ...] = Field(_EVERYTHING, description="of the strategy")
     fusions: tuple[str, ...] = Field(("mean", "robust"), description="of the strategy")
     client_terms: tuple[str, ...] = Field((), description="of the strategy: what is added to the gradients here, and kept here")
@@ -107,7 +111,12 @@ class TrainingRules(ConfigTable):
     @field_validator("train_modes")
     @classmethod
     def _known_modes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _check_each(value, re.compile("head|lora|full"), "head, lora or full")
+        return _check_each(value, re.compile("head|lora|blocks|full"), "head, lora, blocks or full")
+
+    @field_validator("collaborations")
+    @classmethod
+    def _known_collaborations(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _check_each(value, re.compile("parameters|predictions"), "parameters or predictions")
 
     def rank_for(self, planned: int) -> int:
         """Return the rank of the adapters to train: the plan's, or the organization's own where that is smaller."""

@@ -146,6 +146,14 @@ def _none(client_level: bool) -> str:
 
 
 def _how(privacy: RecordPrivacy) -> str:
+    if privacy.pate is not None:
+        return (
+            f"How: each record is learned from by a single one of {privacy.pate.teachers} models, which are trained without noise"
+            " and never leave; they vote on public inputs, and a vote leaves where a count with Gaussian noise says that enough"
+            f" of them agree, at most {privacy.pate.answers} votes, each with Gaussian noise on the count of every class; the"
+            " noise is from a cryptographic generator, seeded by the operating system, and all that may leave is charged, whether"
+            " it leaves or not."
+        )
     return (
         "How: in every step each record enters the batch by chance (Poisson sampling); the gradient of each record is "
         f"clipped to the norm {privacy.clip_norm:g}{_shares(privacy)}; Gaussian noise from a cryptographic generator, seeded "
@@ -159,7 +167,7 @@ def _persons(privacy: RecordPrivacy) -> str:
         return ""
     return (
         f" Where this speaks of a record, it is all records of one {privacy.unit} together, of which at most"
-        f" {privacy.max_records} count: they are sampled, clipped and charged as one."
+        f" {privacy.max_records} count: they are learned from and charged as one."
     )
 
 

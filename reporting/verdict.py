@@ -55,9 +55,16 @@ def conclude_verdict(summary: Summary) -> Verdict:
     if test["federated"] is None:
         return Verdict("Not measured", _nobody_knows(test), (*_members_note(summary), *_privacy_note(summary)))
     if worth is None:
-        notes = (*_members_note(summary), *personal_note(summary), _chance_note(test), *_privacy_note(summary))
+        notes = (
+            *_members_note(summary),
+            *predictions_note(summary),
+            *personal_note(summary),
+            _chance_note(test),
+            *_privacy_note(summary),
+        )
         return Verdict("Measured", _measured(summary), notes)
     notes = (
+        *predictions_note(summary),
         *personal_note(summary),
         _means_note(summary),
         *few_note(summary),
@@ -180,6 +187,17 @@ def _against(measure: Measure, ours: Mapping[str, float], theirs: Mapping[str, f
     if measure.share:
         return f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'} {name}"
     return f"{abs(gain):.3f} {measure.unit} {'better' if gain > 0 else 'worse'} than {name}"
+
+
+def predictions_note(summary: Summary) -> Iterator[str]:
+    """What was shared instead of parameters."""
+    if summary.get("collaboration") == "predictions":
+        public = summary["public"]
+        licensed = f" ({public['license']})" if public["license"] else ""
+        yield (
+            f"Organizations trained models of their own and shared predictions for {public['answers']:,} public inputs{licensed},"
+            " no parameters; the federated model has learned what they predict together."
+        )
 
 
 def personal_note(summary: Summary) -> Iterator[str]:

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from cotune.data.dataset import DatasetManifest
 from cotune.data.metrics.metrics import Metrics
+from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs
 from cotune.errors import CotuneError
 from cotune.flower.control_client import find_run_folder
 from cotune.flower.runtime_client import open_runtime_client
@@ -26,7 +27,6 @@ from cotune.server.deployment.trail import SignedTrail
 from cotune.server.rounds.evaluation import get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
-from cotune.server.rounds.public_inputs import PublicPredictions, read_public_inputs
 from cotune.server.rounds.session import NoTrail, Session
 from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
@@ -105,9 +105,9 @@ def train(grid: Grid, folder: RunFolder) -> None:
 
 
 def _open_public(folder: RunFolder, model: TrainableModel) -> PublicPredictions | None:
-    """The plan's public inputs, where its fusion looks at them. Raises DataError where they are gone or are others."""
+    """The plan's public inputs, where a model learns from them. Raises DataError where they are gone or are others."""
     plan = folder.plan
-    if not plan.strategy.fusion.info("fusion").needs.public_inputs:
+    if not plan.shares_predictions and not plan.strategy.fusion.info("fusion").needs.public_inputs:
         return None
     inputs = read_public_inputs(plan, Path(folder.file.federation or "."))
     return PublicPredictions(model, inputs, plan.model.precision, plan.seed)

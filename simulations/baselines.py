@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
+from cotune.client.training.own_model import export_own_model
 from cotune.client.training.personal import PERSONAL, UNNOISED
 from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset, DatasetManifest
@@ -43,9 +44,10 @@ from cotune.models.features.head import feature_head
 from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.schema import Plan
+from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
@@ -108,10 +110,10 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
     plan = _without_others(prepared.plan)
     if "alone" in plan.simulation.baselines:
         for share in prepared.shares:
-            yield f"{ALONE}/{share.name}", plan, (share,)
+            yield f"{ALONE}/{share.name}", _on_own_base(plan, share), (share,)
         if plan.privacy != "none" and not fits_alone(plan, model):
             for share in prepared.shares:
-                yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _without_privacy(plan), (share,)
+                yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _on_own_base(_without_privacy(plan), share), (share,)
     if "pooled" in plan.simulation.baselines:
         yield "pooled", _without_privacy(plan), prepared.shares
     if SINGLE in plan.simulation.baselines and len(prepared.plan.tasks) > 1:
@@ -132,7 +134,21 @@ def _without_others(plan: Plan) -> Plan:
     """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
     alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
-    return _without_personal(plan).model_copy(update=alone)
+    simulation = plan.simulation.model_copy(update={"bases": ()})
+    parameters = {"collaboration": "parameters", "simulation": simulation} if plan.shares_predictions else {}
+    return _without_personal(plan).model_copy(update={**alone, **parameters, "privacy": _in_training(plan.privacy)})
+
+
+def _in_training(privacy: RecordPrivacy | Literal["none"]) -> RecordPrivacy | Literal["none"]:
+    """The same promise, by noise in the training where the plan has votes with noise."""
+    return privacy.model_copy(update={"pate": None}) if isinstance(privacy, RecordPrivacy) else privacy
+
+
+def _on_own_base(plan: Plan, share: Share) -> Plan:
+    """The same plan on the base model that an organization has of its own."""
+    if share.base is None:
+        return plan
+    return plan.model_copy(update={"model": own_model_config(plan, share.base)})
 
 
 def _without_privacy(plan: Plan) -> Plan:
@@ -170,7 +186,7 @@ def _evaluate(folder: RunFolder, prepared: Prepared, baseline: RunFolder) -> Eva
         state = final_params(baseline.plan, baseline.load())
         own = get_plan_model(baseline.plan, folder.file.device)
         return Evaluated(*evaluate_for(prepared, baseline.plan, own, state))
-    model = get_plan_model(plan, folder.file.device)
+    model = get_plan_model(baseline.plan, folder.file.device)
     test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
     told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
     return Evaluated(measure(model, test, told), tuple(told))
@@ -203,6 +219,14 @@ def export_each(folder: RunFolder, state: State) -> None:
         model.load(own)
         card = model_card(folder.plan, privacy=said, length=model.loaded.max_length)
         export_model(model, folder.path / "sites" / name / "model", {CARD: card})
+
+
+def export_own_models(folder: RunFolder) -> None:
+    """Writes the model that each organization has of its own, where predictions alone are shared, to `model/` in its site."""
+    for who in folder.file.participants:
+        site = Site(folder.path / who.site)
+        if state := site.newest(folder.plan.plan_id, PERSONAL):
+            export_own_model(folder.plan, site, state, site.folder / "model")
 
 
 def mean_metrics(task: Task, metrics: Sequence[Metrics]) -> Metrics:

@@ -23,7 +23,7 @@ from cotune.data.multi_task import check_task_labels, keep_tasks
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
-from cotune.data.unlabeled import inputs_hash
+from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError
 from cotune.models.base.folder import read_base_labels
 from cotune.models.base.lookup import find_base
@@ -35,7 +35,6 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
-from cotune.server.rounds.public_inputs import read_public_inputs
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
@@ -95,9 +94,13 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     check_task_labels([task.name for task in plan.tasks], labels, plan.data.source)
     data = plan.data.model_copy(update={"source": _absolute(plan.data.source)})
     pinned = pin_model(plan.model, base).model_copy(update={"base": _absolute(plan.model.base)})
-    resolved = plan.model_copy(update={"labels": labels, "data": data, "model": pinned, "public": _pin_public(plan)})
+    simulation = plan.simulation.model_copy(update={"bases": tuple(map(_absolute, plan.simulation.bases))})
+    resolved = plan.model_copy(
+        update={"labels": labels, "data": data, "model": pinned, "public": _pin_public(plan), "simulation": simulation}
+    )
     shares, test, validation, elsewhere = split_records(resolved, records)
     shares = _with_own("rank", plan.simulation.ranks, _with_own("epsilon", plan.simulation.epsilons, shares))
+    shares = _with_own("base", resolved.simulation.bases, shares)
     for share in shares:
         for stage in resolved.stages:
             check_examples(share.public_examples(resolved), stage.local, share.name)
@@ -112,7 +115,9 @@ def prepare(plan: Plan, device: str = "auto") -> Prepared:
     return Prepared(resolved, shares, test, records, noise, validation, left_out)
 
 
-def _with_own(what: Literal["epsilon", "rank"], values: Sequence[float], shares: tuple[Share, ...]) -> tuple[Share, ...]:
+def _with_own(
+    what: Literal["epsilon", "rank", "base"], values: Sequence[float | str], shares: tuple[Share, ...]
+) -> tuple[Share, ...]:
     if not values:
         return shares
     if len(values) != len(shares):
@@ -141,11 +146,10 @@ def _absolute(source: str) -> str:
 
 
 def _pin_public(plan: Plan) -> PublicConfig:
-    """The plan's public inputs, with their hash. Raises DataError where they cannot be read."""
+    """The plan's public inputs, with their hash and number. Raises DataError where they cannot be read."""
     if not plan.public.source:
         return plan.public
-    found = read_public_inputs(plan, Path())
-    return plan.public.model_copy(update={"source": _absolute(plan.public.source), "sha256": inputs_hash(found)})
+    return pin_public(plan, Path()).public.model_copy(update={"source": _absolute(plan.public.source)})
 
 
 def _labels(plan: Plan, records: dict[Path | None, Records], of_base: tuple[str, ...]) -> tuple[str, ...]:
@@ -199,5 +203,7 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     portions = [(share.file, np.asarray(share.rows)) for share in shares]
     write_manifest(site.records, plan.data, portions, plan.task, [share.tasks for share in shares])
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
-        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode())
-    JsonDocument(site.description, SiteFile).write(SiteFile(organization=name, simulated=True, device=device))
+        atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode(), durable=False)
+    own = shares[0].base if len(shares) == 1 and plan.shares_predictions else None
+    described = SiteFile(organization=name, simulated=True, device=device, own_base=own)
+    JsonDocument(site.description, SiteFile).write(described, durable=False)

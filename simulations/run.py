@@ -19,6 +19,7 @@ from cotune.server.runs.run_folder import RunFolder, check_run_folder, pick_run_
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     export_each,
+    export_own_models,
     personalize,
     run_baselines,
 )
@@ -116,6 +117,8 @@ def _export(folder: RunFolder, summary: RunSummary) -> None:
     state = final_params(folder.plan, folder.load())
     if folder.plan.keeps_personal:
         export_each(folder, state)
+    if folder.plan.shares_predictions:
+        export_own_models(folder)
     if folder.plan.keeps_parts:
         return
     model = get_plan_model(folder.plan, folder.file.device)

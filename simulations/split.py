@@ -36,6 +36,7 @@ class Share:
         units: To how many the plan's promise is made.
         epsilon: Its own, where it wants to spend less than the plan allows.
         rank: Of adapters, its own where it is smaller than the plan's.
+        base: Its own base model, where it is not the plan's.
         held_out: Rows of its file that test, and on which nobody trains.
         tasks: Of several, those that it has labels of; empty: of all.
     """
@@ -46,6 +47,7 @@ class Share:
     units: int
     epsilon: float | None = None  # its own, where it wants to spend less than the plan allows
     rank: int | None = None  # of adapters, its own where it is smaller than the plan's
+    base: str | None = None
     held_out: Rows = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # rows of its file that test, and none trains on
     tasks: tuple[str, ...] = ()
 

@@ -195,7 +195,7 @@ def _privacy(folder: RunFolder, prepared: Prepared, pooled: bool) -> dict[str, A
         "mode": "record",
         "epsilon": privacy.epsilon,
         "delta": str(privacy.delta),
-        "clip_norm": privacy.clip_norm,
+        "clip_norm": privacy.clip_norm if privacy.pate is None else None,
         "claim": claim.as_dict(),
         "claim_table": claim.rows(),
         "epsilon_all_models": together,
@@ -294,7 +294,7 @@ def _organization(
         "epsilon_all_models": _all_models(folder, share, plan.privacy) if isinstance(plan.privacy, RecordPrivacy) else None,
         "delta": spent[1],
         "noise_multiplier": charges[-1].noise_multiplier if charges else None,
-        "sample_rate": plan.stages[-1].local.sample_rate(examples),
+        "sample_rate": plan.charged_rate(plan.stages[-1], examples),
         "steps": sum(c.count for c in charges)
         if private
         else sum(plan.get_stage(r).local.steps_per_round(examples) for r in took_part),

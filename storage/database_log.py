@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 import sqlite3
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +32,7 @@ from pydantic import BaseModel
 from cotune.errors import PrivacyError, RunError
 from cotune.storage.append_only_log import START_HASH
 from cotune.storage.documents import JsonDocument, parse_json
+from cotune.storage.files import atomic_write
 
 VERSION = 3  # of a database's schema
 _ENTRIES = (
@@ -148,6 +151,24 @@ class _Session:
     count: int = 0
     head: str = START_HASH
     anchored: int = 0
+
+
+def _create_tables(db: sqlite3.Connection, tables: tuple[str, ...]) -> None:
+    for statement in (*_ENTRIES, *tables):
+        db.execute(statement)
+    db.execute(f"PRAGMA user_version = {VERSION}")
+
+
+@lru_cache(maxsize=4)
+def _empty_database(tables: tuple[str, ...]) -> bytes:
+    """A database without entries: a simulation of many organizations has one for each, and creates it once."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "empty.sqlite"
+        db = sqlite3.connect(file, isolation_level=None)
+        db.execute("PRAGMA journal_mode = WAL")
+        _create_tables(db, tables)
+        db.close()
+        return file.read_bytes()
 
 
 _of_parents: list[sqlite3.Connection] = []  # in a forked process: closing them would release the locks of the parent
@@ -302,7 +323,11 @@ class DatabaseLog:
         if not self.path.exists():
             if self._read_anchor()[0]:
                 raise self._unusable("the file is gone, but the anchor beside it says that there was one")
-            os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+            if self.durable:
+                os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
+            else:
+                self._write_anchor(0, START_HASH)
+                atomic_write(self.path, _empty_database(tuple(self._tables.values())), durable=False)
 
     def _migrate(self, db: sqlite3.Connection, schema: int) -> OpenLog:
         if schema > VERSION:
@@ -327,9 +352,7 @@ class DatabaseLog:
         return log
 
     def _create_tables(self, db: sqlite3.Connection) -> OpenLog:
-        for statement in (*_ENTRIES, *self._tables.values()):
-            db.execute(statement)
-        db.execute(f"PRAGMA user_version = {VERSION}")
+        _create_tables(db, tuple(self._tables.values()))
         return OpenLog(db)
 
     def _carry_over(self, db: sqlite3.Connection, carry: Callable[[OpenLog, Sequence[Entry]], None]) -> OpenLog:

@@ -19,7 +19,8 @@ class PlanFacts:
     run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
     personal: organizations keep some of what they train to themselves. same_steps: every organization takes as many steps in a
     round. public_inputs: the plan names some. folds_late: updates of earlier rounds are folded into later ones. several_tasks: an
-    organization sends the heads of those tasks alone that it holds.
+    organization sends the heads of those tasks alone that it holds. plain_steps: what is sent are steps of the optimizer on
+    gradients with their noise, and nothing else.
     """
 
     record_privacy: bool = False
@@ -39,6 +40,7 @@ class PlanFacts:
     public_inputs: bool = False
     folds_late: bool = False
     several_tasks: bool = False
+    plain_steps: bool = True
 
 
 Found = Mapping[Kind, tuple[Component, ComponentInfo]]
@@ -90,7 +92,7 @@ def _between_parts(found: Found) -> Iterator[str]:
                 ' cannot follow: expected fusion = "mean", or a weighting such as "uniform"'
             )
     for kind, (part, info) in found.items():
-        if optimizer and info.needs.sets_state and not _plain(optimizer[0]):
+        if optimizer and info.needs.sets_state and not is_plain(optimizer[0]):
             yield (
                 f'the {get_kind_label(kind)} "{part.name}" gives a new model rather than a direction, which the server optimizer'
                 f' "{optimizer[0].name}" would bend: expected server_optimizer = "sgd" with lr 1, no momentum and'
@@ -133,7 +135,8 @@ def _counts_on_the_mean(info: ComponentInfo) -> bool:
     return info.needs.mean or info.needs.client_state or info.needs.receives
 
 
-def _plain(optimizer: Component) -> bool:
+def is_plain(optimizer: Component) -> bool:
+    """Whether a server optimizer takes the fused delta as it is."""
     plain = {"lr": 1.0, "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup": 0}
     return optimizer.name == "sgd" and optimizer.parameters == plain
 
@@ -218,6 +221,11 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
         yield "cannot take smaller ranks with client_privacy, which divides by a fixed number: expected one rank for all"
     if facts.personal and (needs.adapters or needs.server_data or needs.public_inputs or needs.client_state or needs.receives):
         yield "is about whole models, and the plan leaves a part of them at home: expected no lora.keep and no personal.parts"
+    if "noise" in needs.sends and not facts.plain_steps:
+        yield (
+            "knows the noise of plain steps, and the plan adds a pull to them: expected local.base_decay = 0 and no pFedMe, or"
+            ' weighting = "uniform"'
+        )
     if needs.server_data and not facts.server_data:
         yield "judges updates by records of the server, and it has none: expected validation_fraction above 0"
     if needs.public_inputs and not facts.public_inputs:

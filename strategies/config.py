@@ -243,7 +243,7 @@ def _lora(name: str, wanted: Mapping[str, Any], table: Mapping[str, Any]) -> Any
     given = table.get("lora", {})
     train = table.get("train", "head")
     modes = [each.get("mode") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]
-    if wanted and all(mode in ("head", "full") for mode in modes):
+    if wanted and all(mode != "lora" for mode in modes):
         raise ValueError(f'the strategy "{name}" is for adapters, and no stage of the plan trains any: expected train = lora')
     if not isinstance(given, Mapping):
         return given

@@ -19,7 +19,7 @@ from cotune.client.node.connection import ConnectionReport, check_connection, ve
 from cotune.client.policy_check import Violation
 from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
-from cotune.client.site_setup import set_base_model, set_records
+from cotune.client.site_setup import set_base_model, set_prediction_sources, set_records
 from cotune.data.left_out import format_left_out
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
@@ -101,7 +101,11 @@ def keep_site_options(site: Site, plan: Plan, options: SiteOptions) -> Site:
         unit=options.unit,
         collection=options.collection,
     )
-    return site if options.model is None else set_base_model(site, plan, options.model)
+    if options.model is not None:
+        site = set_base_model(site, plan, options.model)
+    if options.public is None and options.own_model is None:
+        return site
+    return set_prediction_sources(site, plan, options.public, options.own_model)
 
 
 def format_allowing_command(site: Site, broken: Violation) -> str | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.plan.personal import explain
+from cotune.plan.public import explain_predictions
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, Figures, describe_attack
 from cotune.privacy.config import RecordPrivacy
@@ -47,6 +48,8 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
     if stays is not None:
         console.print(stays)
+    if plan.shares_predictions:
+        console.print(escape(explain_predictions(plan.public, private=isinstance(plan.privacy, RecordPrivacy))))
     console.print(_stages(seen))
     console.print(_organizations(seen))
     if plan.privacy == "none":

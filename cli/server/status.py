@@ -91,6 +91,8 @@ def _run_lines(found: Status) -> list[str]:
     lines.append(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}")
     if at.bytes_up is not None and at.bytes_down is not None:
         lines.append(f"the last round took {size(at.bytes_up)} up, as {at.wire}, and {size(at.bytes_down)} down")
+    if at.collaboration == "predictions":
+        lines.append("organizations train models of their own, and share predictions for public inputs alone")
     if at.round:
         members = [o for o in found.organizations if o.revoked is None or o.last_round]
         lines.append(f"{sum(1 for o in members if o.last_round)} of {len(members)} organizations are in this model")

@@ -65,7 +65,6 @@ _BACKOFF = 0.05  # of the time that it has waited already: it asks less and less
 # before it connects again
 _MIN_WAIT_SECONDS = 0.5
 _MAX_WAIT_SECONDS = 10.0
-_OVERDUE_SECONDS = 60.0  # beyond its deadline, training makes way for another request
 _log = logging.getLogger(__name__)
 
 Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # as `connected`: known, reconnect
@@ -113,9 +112,13 @@ class Node:
     Args:
         folder: What it keeps, node/ of the site.
         sent: Where its own refusals are entered before they leave; the worker enters what it answers.
+        overdue: So many seconds beyond its deadline, training makes way for another request.
     """
 
-    def __init__(self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None) -> None:
+    def __init__(
+        self, folder: Path, worker: Worker, stop: threading.Event, sent: AuditLog | None = None, overdue: float = 60.0
+    ) -> None:
+        self._overdue = overdue
         self._worker = worker
         self._stop = stop
         self._sent = sent
@@ -264,7 +267,7 @@ class Node:
             self._reply = self._worker.poll(_POLL_SECONDS)
         except TrainerDied as error:
             self._handle_death(request, error)
-        if self._reply is None and time.monotonic() > self._deadline + _OVERDUE_SECONDS:
+        if self._reply is None and time.monotonic() > self._deadline + self._overdue:
             newer = self._receive(fleet)
             if newer is not None:
                 self._drop(fleet, "its time has long passed, and another one waits; what it was to spend counts as spent")

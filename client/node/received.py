@@ -20,7 +20,8 @@ from cotune.client.site_setup import load_site_model
 from cotune.errors import CotuneError, RunError
 from cotune.flower.chunks import ChunkedMessage
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import state_shapes
+from cotune.plan.parameters import scores_shape, state_shapes, student_shapes
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request, decode_header
@@ -61,8 +62,10 @@ def _parse(text: str) -> Plan:
     return plan
 
 
-def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[str, tuple[int, ...]]:
+def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finished: bool = False) -> dict[str, tuple[int, ...]]:
     """Return parameter -> shape of what the state of a request for a round may hold; see `plan.parameters.state_shapes`.
+
+    A finished model is one of parameters, also where predictions have traveled before.
 
     No record is read, and no model is loaded before the plan is approved and the policy allows it.
 
@@ -78,7 +81,10 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent) -> dict[
         raise RunError(
             f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
         )
-    return state_shapes(plan, load_site_model(plan, site), round)
+    if plan.shares_predictions and not finished:
+        return {SCORES: scores_shape(plan)}
+    shapes = student_shapes if plan.shares_predictions else state_shapes
+    return shapes(plan, load_site_model(plan, site), round)
 
 
 def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
@@ -117,8 +123,8 @@ def read_message(parcel: ChunkedMessage, site: Site) -> Message:
         unsigned = header.content if site.file.simulated else verify_request(header.content, site.folder)[0]
         request = decode_header(unsigned)
         plan = read_plan(request)
-        check = check_plan if header.metadata.message_type == MessageType.TRAIN else check_base_model
-        expected = expected_shapes(plan, site, request.round, check)
+        finished = header.metadata.message_type != MessageType.TRAIN
+        expected = expected_shapes(plan, site, request.round, check_base_model if finished else check_plan, finished=finished)
     except CotuneError:
         return header
     arrays = sum(4 * math.prod(shape) + _ARRAY_HEAD for shape in expected.values())

@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from cotune.client.account import Account
 from cotune.client.budget import check_examples
 from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.site import Site
-from cotune.client.site_setup import load_site_model
+from cotune.client.training.own_model import load_trained_model
+from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import shared_names
+from cotune.plan.parameters import scores_shape, shared_names
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import received_digest
@@ -71,8 +74,8 @@ class LocalContext:
 
     @cached_property
     def model(self) -> TrainableModel:
-        """The plan's model on this machine, within the memory that the policy allows."""
-        model = load_site_model(self.plan, self.site)
+        """The model that is trained on this machine, within the memory that the policy allows."""
+        model = load_trained_model(self.plan, self.site)
         limit_gpu_memory(self.policy, model.device)
         return model
 
@@ -150,6 +153,26 @@ def check_state(context: LocalContext) -> None:
     if lacking:
         raise RunError(
             f"the request's state lacks {lacking[0]}: expected every parameter that the stage trains", code="run.wrong_state"
+        )
+    if context.plan.shares_predictions:
+        _check_predictions(context)
+
+
+def _check_predictions(context: LocalContext) -> None:
+    """Fused predictions are of the plan's shape, and within the bounds of single ones. Raises RunError."""
+    fused = context.state[SCORES]
+    if tuple(fused.shape) != scores_shape(context.plan):
+        raise RunError(
+            f"the request's predictions have the shape {tuple(fused.shape)}, expected {scores_shape(context.plan)}: an answer for"
+            " each public input, and a score for each class",
+            code="run.wrong_state",
+        )
+    extreme = find_extreme_score(fused, torch.zeros_like(fused), context.plan.public)
+    if extreme is not None:
+        raise RunError(
+            f"the request's predictions reach {extreme:.3g}: expected {context.plan.public.bound:g} at most, as of every"
+            " organization",
+            code="run.extreme_values",
         )
 
 

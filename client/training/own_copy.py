@@ -1,15 +1,19 @@
-"""An organization's own copy of all that is trained, pulled toward the shared model (Li et al., "Ditto", ICML 2021,
-https://arxiv.org/abs/2012.04221, algorithm 1).
+"""An organization's own copy of all that is trained, pulled toward the shared model.
 
-Its steps come after those of the shared model in every round, and the shared model never reads it: what leaves is the same to the
-bit, whatever the copy is. So the copy may be trained without noise where neither it nor what it predicts leaves.
+Ditto (Li et al., ICML 2021, https://arxiv.org/abs/2012.04221, algorithm 1): its steps come after those of the shared model in
+every round, and the shared model never reads it: what leaves is the same to the bit, whatever the copy is. So the copy may be
+trained without noise where neither it nor what it predicts leaves.
+
+pFedMe (T. Dinh et al., NeurIPS 2020, https://arxiv.org/abs/2006.08848, algorithm 1): the copy θ takes the steps, and the shared
+model w follows it, w ← w − ηλ(w − θ) after every K of them. So every step has noise, and w is what DP-SGD's released values give.
+Other than in the paper, each of the K steps draws a batch of its own, which is what the accounting of samples assumes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,7 @@ from cotune.client.training.extensions import adding_to_gradients
 from cotune.client.training.personal import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names
+from cotune.plan.personal import PersonalConfig
 from cotune.plan.schema import Plan
 from cotune.strategies.types import find_not_finite
 
@@ -55,23 +60,92 @@ class OwnCopy(PersonalParameters):
         else:
             self.kept = {**self.kept, **trained}
 
-    @contextmanager
-    def pull(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
+    def pull(
+        self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State
+    ) -> AbstractContextManager[None]:
         """During the block, add λ(v − w) to the gradient of every step, after its noise: w is what came, a released value."""
         toward = {name: received[name].to(p.device, p.dtype) for name, p in parameters.items()}
-
-        def term(name: str, p: nn.Parameter) -> Tensor:
-            return self.plan.personal.pull * (p.detach() - toward[name])
-
-        with adding_to_gradients(optimizer, parameters, term):
-            yield
+        return pulled(optimizer, parameters, toward, self.plan.personal.pull)
 
     def keep(self) -> None:
         """Keep the copy after training, before the update is finished."""
         self.site.remember(self.plan.plan_id, self.round, self.kept, PERSONAL, since=self.admitted)
 
 
+class FollowedCopy(OwnCopy):
+    """The copy of a plan with `personal.method = "pfedme"`: in every round it starts as the shared model, which follows it."""
+
+    @contextmanager
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
+        """During the block the model is the copy θ; afterwards the copy is taken over, and the model is w, which has followed it.
+
+        Args:
+            optimizer: Of the copy.
+            parameters: That are trained, by their names.
+            received: What both start from.
+        """
+        shared = {name: p.detach().clone() for name, p in parameters.items()}
+        try:
+            with followed(optimizer, parameters, shared, self.plan.personal):
+                yield
+            self._adopt(self.model.state(parameters))
+        finally:
+            self.model.load({**received, **{name: t.to("cpu", torch.float32, copy=True) for name, t in shared.items()}})
+
+
+def pulled(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    toward: Mapping[str, Tensor],
+    strength: float,
+) -> AbstractContextManager[None]:
+    """During the block, add strength · (v − toward) to the gradient of every step, after its noise."""
+    return adding_to_gradients(optimizer, parameters, lambda name, p: strength * (p.detach() - toward[name]))
+
+
+@contextmanager
+def followed(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    shared: dict[str, Tensor],
+    personal: PersonalConfig,
+) -> Iterator[None]:
+    """During the block, parameters are the copy θ of pFedMe: pulled toward w, which follows.
+
+    Args:
+        optimizer: Of the copy.
+        parameters: θ.
+        shared: w, which is changed.
+        personal: How often it moves, and how far.
+    """
+    since = 0
+
+    @torch.no_grad()
+    def follow() -> None:
+        nonlocal since
+        for name, p in parameters.items():
+            shared[name] += personal.move * (p.detach() - shared[name])
+        since = 0
+
+    def count(*_: object) -> None:
+        nonlocal since
+        since += 1
+        if since == personal.inner_steps:
+            follow()
+
+    hook = optimizer.register_step_post_hook(count)
+    try:
+        with pulled(optimizer, parameters, shared, personal.pull):
+            yield
+        if since:
+            follow()
+    finally:
+        hook.remove()
+
+
+_KINDS: Mapping[str, type[PersonalParameters]] = {"parts": PersonalParameters, "ditto": OwnCopy, "pfedme": FollowedCopy}
+
+
 def open_personal(plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> PersonalParameters:
     """Return what the plan keeps at an organization (see `PersonalParameters`)."""
-    kind = OwnCopy if plan.personal.keeps_copy else PersonalParameters
-    return kind(plan, site, model, round, admitted)
+    return _KINDS[plan.personal.method](plan, site, model, round, admitted)

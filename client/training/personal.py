@@ -6,6 +6,12 @@ makes the organization's own model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
 from cotune.client.site import Site
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
@@ -54,6 +60,18 @@ class PersonalParameters:
         joined = {**state, **self.model.state(self._trained()), **self.kept}
         self.model.load(joined)
         return joined
+
+    def own_first(self, trained: Sequence[str]) -> list[str]:
+        """Return those of the trained parameters that a round trains alone, before the others; none without that order."""
+        if self.plan.personal.order != "own_first":
+            return []
+        own = set(self.names)
+        return [name for name in trained if name in own]
+
+    @contextmanager
+    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
+        """During the block the shared part trains: what is personal has a part in its steps where the method says so."""
+        yield
 
     def keep(self) -> None:
         """Keep the personal parameters after training, before the update is finished."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from torch import nn
 from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.own_copy import open_personal
+from cotune.client.training.own_model import OwnModel
 from cotune.client.training.personal import PersonalParameters
+from cotune.client.training.regularization import Regularization
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.setup import build_optimizer, build_setup
@@ -33,13 +35,36 @@ class PreparedRound:
     personal: PersonalParameters
     correction: ClientTermState
     own_rank: RankMask
+    regularization: Regularization
 
     def attach_extensions(self) -> ExitStack:
-        """Let the client term and the smaller rank take part in every step of the block."""
+        """Let what is personal, the client term, the regularization and the smaller rank take part in every step of the block."""
         with ExitStack() as stack:
+            stack.enter_context(self.personal.attach(self.optimizer, self.parameters, self.received))
             stack.enter_context(self.correction.attach(self.optimizer, self.parameters))
+            stack.enter_context(self.regularization.attach(self.optimizer, self.parameters))
             stack.enter_context(self.own_rank.attach(self.optimizer, self.parameters))
             return stack.pop_all()
+
+    def narrow(self, names: Sequence[str]) -> PreparedRound:
+        """Return the round as one that trains some of its parameters alone, from where they are. Set the model to that."""
+        context = self.context
+        parameters = context.model.train_only(names)
+        before = context.model.state(names)
+        return replace(
+            self,
+            optimizer=build_optimizer(context.stage.local, context.model, list(names), parameters),
+            parameters=dict(zip(names, parameters, strict=True)),
+            sanity_checks=build_sanity_checks(context, before, noise=context.account.budget is not None),
+            regularization=Regularization(context, names),
+        )
+
+
+def _open_kept(context: LocalContext) -> PersonalParameters:
+    """What the plan keeps here, with the model set to what was received; of an own model, to its base."""
+    kind = OwnModel if context.plan.shares_predictions else open_personal
+    context.model.load({} if context.plan.shares_predictions else context.state)
+    return kind(context.plan, context.site, context.model, context.round, context.admitted)
 
 
 def prepare_round(context: LocalContext) -> PreparedRound:
@@ -47,8 +72,7 @@ def prepare_round(context: LocalContext) -> PreparedRound:
     plan = context.plan
     site = context.site
     model = context.model
-    model.load(context.state)
-    personal = open_personal(plan, site, model, context.round, context.admitted)
+    personal = _open_kept(context)
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
@@ -61,7 +85,7 @@ def prepare_round(context: LocalContext) -> PreparedRound:
         context.stage,
         model,
         context.account.holdings,
-        context.state,
+        received if plan.shares_predictions else context.state,
         site.organization,
         expected_batch=context.expected_batch,
     )
@@ -75,4 +99,5 @@ def prepare_round(context: LocalContext) -> PreparedRound:
         personal,
         correction,
         own_rank,
+        Regularization(context, names),
     )

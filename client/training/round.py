@@ -14,9 +14,11 @@ from cotune.client.training.context import (
     LocalContext,
     run_checks,
 )
+from cotune.client.training.own_model import OwnModel
 from cotune.client.training.preparation import PreparedRound, prepare_round
 from cotune.client.training.statistics import statistics_of
 from cotune.client.training.steps import TrainedRound, train_with_privacy, train_without_privacy
+from cotune.client.training.teachers import vote_with_privacy
 from cotune.errors import RunError
 from cotune.models.device import explained_out_of_memory
 from cotune.models.trainable import State
@@ -67,17 +69,26 @@ def train_round(
     run_checks(BEFORE_TRAINING, context)
     with explained_out_of_memory("ask for a smaller local.physical_batch_size in the plan, or free the GPU"):
         prepared = prepare_round(context)
-        trained = train_with_privacy(prepared) if isinstance(plan.privacy, RecordPrivacy) else train_without_privacy(prepared)
-    update = _build_update(prepared, trained)
+        trained, delta = _train(prepared)
+    update = _build_update(prepared, trained, delta)
     _keep(prepared, update)
     return update
 
 
-def _build_update(prepared: PreparedRound, trained: TrainedRound) -> Update:
+def _train(prepared: PreparedRound) -> tuple[TrainedRound, Delta]:
+    """What training gives, and what leaves of it."""
+    privacy = prepared.context.plan.privacy
+    if not isinstance(privacy, RecordPrivacy):
+        return train_without_privacy(prepared), _what_leaves(prepared)
+    if privacy.pate is not None:
+        return vote_with_privacy(prepared)
+    return train_with_privacy(prepared), _what_leaves(prepared)
+
+
+def _build_update(prepared: PreparedRound, trained: TrainedRound, delta: Delta) -> Update:
     context = prepared.context
     model = context.model
     shared = prepared.personal.shared
-    delta = prepared.own_rank.trim(difference(model.state(shared), prepared.received))
     _check_finite(delta)
     delta = _round_delta(context, delta)
     return Update(
@@ -92,6 +103,16 @@ def _build_update(prepared: PreparedRound, trained: TrainedRound) -> Update:
         statistics_of(context.plan, model, shared, prepared.setup),
         context.received,
     )
+
+
+def _what_leaves(prepared: PreparedRound) -> Delta:
+    """What training changed of the shared parameters; of an own model, its predictions. Noise was added before."""
+    personal = prepared.personal
+    model = prepared.context.model
+    if isinstance(personal, OwnModel):
+        _check_finite(model.state(prepared.parameters))
+        return personal.predict(prepared.context.state)
+    return prepared.own_rank.trim(difference(model.state(personal.shared), prepared.received))
 
 
 def _round_delta(context: LocalContext, delta: Delta) -> Delta:

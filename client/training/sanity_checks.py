@@ -23,7 +23,7 @@ class SanityChecks:
 
     A model that is wired wrongly costs one step, and no more. Frozen parameters are watched by the counters that PyTorch raises
     with every write, and buffers by checksums. What writes past the counters, such as a kernel of somebody else, shows in the
-    checksums of all parameters at the end, where these are asked for.
+    checksums of all parameters at the end, where these are asked for. Nothing is watched before `begin`.
 
     Args:
         before: The trained parameters as they were received.
@@ -46,7 +46,7 @@ class SanityChecks:
         self.noise = noise
         self.summed_at_once = summed_at_once
         self._sums = self._recall_sums() if thorough else {}
-        self.begin()
+        self._own = dict(model.parameters())
 
     def begin(self) -> None:
         """Watch from here on: trials before the first step write parameters and restore them."""
@@ -85,8 +85,7 @@ class SanityChecks:
             _summed[self.model] = {name: (writes, found[name]) for name, writes in self._count_writes().items()}
 
     def _still(self) -> list[str]:
-        own = dict(self.model.parameters())
-        return [name for name, value in self.before.items() if torch.equal(own[name].detach().cpu(), value)]
+        return [name for name, value in self.before.items() if torch.equal(self._own[name].detach().cpu(), value)]
 
     def _usual(self, name: str) -> bool:
         """Whether the values are so small that a step is not lost in rounding: those of a state that was attacked need not be."""
@@ -101,7 +100,7 @@ class SanityChecks:
         return {name: _count_writes(parameter) for name, parameter in self._frozen()}
 
     def _sum_buffers(self) -> dict[str, int]:
-        return {name: _checksum(buffer, self.summed_at_once) for name, buffer in self.model.module.named_buffers()}
+        return {name: _checksum(buffer, self.summed_at_once) for name, buffer in self.model.buffers()}
 
     def _recall_sums(self) -> dict[str, int]:
         """As `_sum_parameters`; of those that were not written since, as they were at the end of the round before."""
@@ -146,5 +145,7 @@ def _checksum(tensor: Tensor, at_once: int) -> int:
     """A slice at a time: on a GPU a sum of integers first makes 64 bits of each."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     flat = tensor.detach().contiguous().view(words).flatten()
+    if 0 < len(flat) <= at_once:
+        return int(flat.sum(dtype=torch.int64))
     parts = [part.sum(dtype=torch.int64) for part in torch.split(flat, at_once)]
     return int(torch.stack(parts).sum()) if parts else 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
+from cotune.client.training.regularization import find_dropout
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import fixed_batches, sorted_batches
@@ -146,7 +147,9 @@ def check_stages(plan: Plan, model: TrainableModel) -> None:
     if isinstance(plan.privacy, RecordPrivacy):
         check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
     for stage in plan.stages:
-        model.train_only(stage_names(plan, stage, model))
+        names = stage_names(plan, stage, model)
+        find_dropout(stage.local, model, names)
+        model.train_only(names)
         if isinstance(plan.privacy, RecordPrivacy):
             _refuse_trained_ties(model, stage)
             _check_gradients_once(plan, stage, model, plan.privacy)
@@ -174,7 +177,7 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
     how = stage.local.physical_batch_size, stage.local.activation_checkpointing, stage.local.keep_lower_layers
-    key = stage.mode, stage.freeze_embeddings, plan.personal.parts, *how, *taken
+    key = stage.mode, stage.layers, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:
         return

@@ -1,10 +1,10 @@
-"""The steps of a round: with privacy, charged before a record takes part, or without; and the steps of an own copy after them."""
+"""The steps of a round: with privacy, charged before a record takes part, or without; the own part's before or after."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,10 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
 from cotune.protocol.messages import state_digest
+
+Take = Callable[[torch.optim.Optimizer, int, str], Iterator[StepReport]]  # (optimizer, steps, what samples are for) -> them
+BATCHES = "batches"  # samples of what is shared
+OWN_BATCHES = "own batches"  # of what is personal alone
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def train_with_privacy(prepared: PreparedRound) -> TrainedRound:
     context = prepared.context
     run_checks(BEFORE_CHARGE, context)
     disclosed = disclose(context.account, context.round, prepared.setup)
-    shared = {name: prepared.parameters[name] for name in prepared.personal.shared}
+    shared = {name: prepared.parameters[name] for name in prepared.personal.shared if name in prepared.parameters}
     noise = reported_noise(context.account, context.noise_multiplier, context.stage, prepared.optimizer, shared)
     steps = _private_training(prepared)
     return TrainedRound(steps, disclosed, context.account.reported_epsilon(), noise)
@@ -56,13 +60,14 @@ def train_without_privacy(prepared: PreparedRound) -> TrainedRound:
     context = prepared.context
     context.account.record_unprotected(context.round, "training")
     disclosed = disclose(context.account, context.round, prepared.setup)
-    with prepared.attach_extensions():
-        reports = _plain_steps(prepared.setup, prepared.optimizer, _sampler(prepared))
-        steps = _follow(reports, prepared, prepared.sanity_checks, None)
-    _train_copy(
-        prepared, lambda optimizer: _plain_steps(prepared.setup, optimizer, _sampler(prepared, "own batches")), noise=False
-    )
-    return TrainedRound(steps, disclosed)
+
+    def plain_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
+        return _plain_steps(prepared.setup, optimizer, _sampler(prepared, steps, purpose))
+
+    _train_own_first(prepared, plain_steps)
+    taken = _train_shared(prepared, plain_steps, None)
+    _train_copy(prepared, plain_steps, noise=False)
+    return TrainedRound(taken, disclosed)
 
 
 def _private_training(prepared: PreparedRound) -> int:
@@ -84,43 +89,67 @@ def _private_training(prepared: PreparedRound) -> int:
         clip_norm=privacy.clip_norm,
         sample_rate=charged.sample_rate,
         expected_batch=context.expected_batch,
-        steps=context.stage.local.steps_per_round(context.examples),
+        steps=charged.count,
         clipping_mode=privacy.clipping,
     )
     rows = prepared.setup
 
-    def private_steps(optimizer: torch.optim.Optimizer) -> Iterator[StepReport]:
+    def private_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
         setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches)
-        return _within_hours(DPSGD(config).run(setup), account)
+        return _within_hours(DPSGD(replace(config, steps=steps)).run(setup), account)
 
-    def plain_steps(optimizer: torch.optim.Optimizer) -> Iterator[StepReport]:
-        return _within_hours(_plain_steps(rows, optimizer, _sampler(prepared, "own batches")), account)
+    def plain_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
+        return _within_hours(_plain_steps(rows, optimizer, _sampler(prepared, steps, purpose)), account)
 
-    with prepared.attach_extensions():
-        taken = _follow(private_steps(prepared.optimizer), prepared, prepared.sanity_checks, epsilon)
     noise = plan.personal.noise
+    first = _train_own_first(prepared, private_steps)
+    taken = _train_shared(prepared, private_steps, epsilon)
     copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
-    account.ledger.settle(charge, taken + (copied if noise else 0), time.monotonic() - began)
+    account.ledger.settle(charge, first + taken + (copied if noise else 0), time.monotonic() - began)
     return taken
 
 
-def _train_copy(prepared: PreparedRound, steps: Callable[[torch.optim.Optimizer], Iterator[StepReport]], *, noise: bool) -> int:
-    """Train the organization's own copy, after the shared model, which is left as it is; return the steps, 0 without a copy.
+def _train_own_first(prepared: PreparedRound, take: Take) -> int:
+    """Train what is personal alone, before what is shared, where the plan has that order; return the steps, 0 without it."""
+    names = prepared.personal.own_first(list(prepared.parameters))
+    if not names:
+        return 0
+    context = prepared.context
+    own = prepared.narrow(names)
+    steps = context.plan.personal.count_own_steps(context.stage.local.steps_per_round(context.examples))
+    with own.attach_extensions():
+        return _follow(take(own.optimizer, steps, OWN_BATCHES), own, own.sanity_checks, None)
+
+
+def _train_shared(prepared: PreparedRound, take: Take, epsilon: float | None) -> int:
+    """Train what is shared, and what is personal with it unless it was trained before; return the steps."""
+    first = set(prepared.personal.own_first(list(prepared.parameters)))
+    rest = prepared.narrow([name for name in prepared.parameters if name not in first]) if first else prepared
+    steps = rest.context.stage.local.steps_per_round(rest.context.examples)
+    with rest.attach_extensions():
+        return _follow(take(rest.optimizer, steps, BATCHES), rest, rest.sanity_checks, epsilon)
+
+
+def _train_copy(prepared: PreparedRound, take: Take, *, noise: bool) -> int:
+    """Train the organization's own copy, after the shared model, which is left as it is; return the steps, 0 without such a copy.
 
     Args:
-        steps: An optimizer -> the steps that it takes.
+        prepared: The round.
+        take: How steps are taken.
         noise: Whether they add noise.
     """
     copy = prepared.personal
-    if not isinstance(copy, OwnCopy):
-        return 0
     context = prepared.context
+    steps = context.plan.personal.count_own_steps(context.stage.local.steps_per_round(context.examples))
+    if not isinstance(copy, OwnCopy) or not steps:
+        return 0
     with copy.in_place(prepared.received) as parameters:
         names = list(parameters)
         optimizer = build_optimizer(context.stage.local, context.model, names, list(parameters.values()))
         checks = build_sanity_checks(context, context.model.state(names), noise=True) if noise else None
-        with copy.pull(optimizer, parameters, prepared.received):
-            return _follow(steps(optimizer), prepared, checks, None)
+        regularized = prepared.regularization.attach(optimizer, parameters)
+        with regularized, copy.pull(optimizer, parameters, prepared.received):
+            return _follow(take(optimizer, steps, OWN_BATCHES), prepared, checks, None)
 
 
 def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
@@ -135,14 +164,12 @@ def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[S
             raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}")
 
 
-def _sampler(prepared: PreparedRound, purpose: str = "batches") -> PoissonSampler:
+def _sampler(prepared: PreparedRound, steps: int, purpose: str) -> PoissonSampler:
     """Poisson samples of the rows, reproducible from the plan's seed: training without privacy."""
     context = prepared.context
     local = context.stage.local
     generator = seeded_generator(context.plan.seed, purpose, context.site.organization, context.round)
-    return PoissonSampler(
-        prepared.setup.rows, local.sample_rate(context.examples), local.steps_per_round(context.examples), generator
-    )
+    return PoissonSampler(prepared.setup.rows, local.sample_rate(context.examples), steps, generator)
 
 
 def _plain_steps(setup: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:

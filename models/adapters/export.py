@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
-from cotune.models.adapters.lora import build_peft_config
-from cotune.models.trainable import TrainableModel
+from cotune.models.adapters.lora import OWN, build_peft_config
+from cotune.models.trainable import State, TrainableModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -26,10 +28,13 @@ def export_adapters(model: TrainableModel, folder: Path) -> None:
         folder: Where to; it is made.
     """
     assert model.lora is not None, "there are adapters"
-    names = model.adapter_names()
+    state = _side_by_side(model)
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = build_peft_config(model.loaded, model.lora)
     config.base_model_name_or_path = model.loaded.folder.path.name
+    if model.own_adapter_names():  # one adapter of twice the rank, at the same scale
+        config.r = 2 * model.lora.rank
+        config.lora_alpha = model.lora.alpha * (math.sqrt(2) if config.use_rslora else 2)
     prefix = model.prefix[0] if model.loaded.task.has_several_heads else ""
     config.target_modules = sorted(name.removeprefix(prefix) for name in config.target_modules)
     paired = getattr(model.loaded.module.config, "is_encoder_decoder", False)
@@ -37,6 +42,16 @@ def export_adapters(model: TrainableModel, folder: Path) -> None:
     config.inference_mode = True
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    state = model.state(names)
-    tensors = {f"base_model.model.{name.removeprefix(prefix).replace('.default.', '.')}": state[name] for name in names}
+    tensors = {f"base_model.model.{n.removeprefix(prefix).replace('.default.', '.')}": tensor for n, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _side_by_side(model: TrainableModel) -> State:
+    """Its adapters by the names of the shared ones; with own ones beside them [A; A'] and [B, B'], whose product is their sum."""
+    state = model.state(model.adapter_names())
+    own = set(model.own_adapter_names())
+    if not own:
+        return state
+    shared = {name: tensor for name, tensor in state.items() if name not in own}
+    beside = {name: state[name.replace(".default.", f".{OWN}.")] for name in shared}
+    return {n: torch.cat([t, beside[n]], dim=0 if ".lora_A." in n else 1) for n, t in shared.items()}

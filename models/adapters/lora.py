@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,32 @@ from cotune.models.config import LoraConfig
 _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "marian": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj", "query", "value"]}
 
 
-def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int) -> None:
-    """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero. Raises ModelError."""
+OWN = "own"  # the adapters beside the shared ones that stay with an organization, as peft knows them
+
+
+def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int, *, own: bool = False) -> None:
+    """Puts peft's LoRA layers into the module, with every A drawn from the shared seed and every B zero.
+
+    Args:
+        loaded: The model.
+        lora: Which layers get adapters, and of which rank.
+        seed: That every A is drawn from.
+        own: Whether each layer gets a second adapter of the same rank beside the first; their products are added.
+
+    Raises:
+        ModelError: For modules that cannot be adapted.
+    """
     from peft import inject_adapter_in_model  # takes seconds to import, which commands that load no model need not wait for
+    from peft.tuners.lora import LoraLayer
 
     inject_adapter_in_model(build_peft_config(loaded, lora), loaded.module)
+    if own:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # as is meant here
+            inject_adapter_in_model(build_peft_config(loaded, lora), loaded.module, OWN)
+        for layer in loaded.module.modules():
+            if isinstance(layer, LoraLayer):
+                layer.set_adapter(["default", OWN])
     for name, parameter in loaded.module.named_parameters():
         if ".lora_A." in name:
             parameter.data.copy_(init_lora_a(tuple(parameter.shape), parameter_seed(seed, name)))
@@ -89,7 +111,7 @@ def _last_layers(targets: Sequence[str], layers: int | None) -> list[str]:
 
 
 def get_adapters(module: nn.Module) -> tuple[Adapter, ...]:
-    """The LoRA layers of a module, in its order, with the names that their parameters have in a state."""
+    """The LoRA layers of a module, in its order, with the names that their shared adapters have in a state."""
     from peft.tuners.lora import LoraLayer
 
     return tuple(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,9 @@ from cotune.models.architecture import AlignedRows, encoder_name
 from cotune.models.trainable import TrainableModel
 
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
+_TRIED_ROWS = (1, 3, 16, 64)  # of a batch of made-up features
 _readouts: WeakKeyDictionary[TrainableModel, str | None] = WeakKeyDictionary()
+_linear: WeakKeyDictionary[TrainableModel, nn.Linear | None] = WeakKeyDictionary()
 
 
 class _Stub(nn.Module):
@@ -43,6 +46,9 @@ class FeatureHead(nn.Module):
     parameters are the model's own: training one trains the other. Of any width d, each row has the scores that it has in every
     other place of a batch of that shape (see `alignment`).
 
+    A head that is one linear layer, as most are, is called by itself: what the architecture's forward does around it costs more
+    than the layer.
+
     Attributes:
         reads_words: Whether a record has a vector for each of its words.
     """
@@ -58,14 +64,58 @@ class FeatureHead(nn.Module):
         self.task = model.loaded.task
         self.reads_words = not self.task.pools
         self.pad = int(getattr(whole.config, "pad_token_id", None) or 0)
+        if model not in _linear:
+            _linear[model] = self._find_linear()
+        self.alone = [_linear[model]]  # not a part a second time
 
     def forward(self, features: Tensor) -> Any:
+        alone = self.alone[0]
+        if alone is not None and features.dim() == 2 and not alone.training:
+            with AlignedRows():
+                return _Output(alone(features))
+        return self._whole(features)
+
+    def _whole(self, features: Tensor) -> Any:
+        """What the architecture makes of it."""
         self.stub.features = features
         with AlignedRows():
             output = self.headed(**self.task.stand_in(features, self.pad))
         if self.reads_words and features.dim() == 2:
             output.logits = output.logits[:, 0]
         return output
+
+    @torch.no_grad()
+    def _find_linear(self) -> nn.Linear | None:
+        """The linear layer that the head is: the only one with parameters, and the same scores to the bit; None: there is none.
+
+        Dropout would make them differ while it is on, so that the layer is called alone while it is off.
+        """
+        layers = [layer for layer in self.headed.modules() if any(True for _ in layer.parameters(recurse=False))]
+        if len(layers) != 1 or type(layers[0]) is not nn.Linear or self.reads_words:
+            return None
+        layer = layers[0]
+        was_training = self.headed.training
+        self.headed.eval()
+        try:
+            for rows in _TRIED_ROWS:
+                made_up = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)).to(
+                    layer.weight.device
+                )
+                with AlignedRows():
+                    if not torch.equal(layer(made_up), self._whole(made_up).logits):
+                        return None
+        except _FAILURES:
+            return None
+        finally:
+            self.headed.train(was_training)
+        return layer
+
+
+@dataclass(frozen=True)
+class _Output:
+    """As that of a model of Hugging Face."""
+
+    logits: Tensor
 
 
 def feature_head(model: TrainableModel) -> FeatureHead | None:

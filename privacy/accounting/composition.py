@@ -22,7 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.discretization import discretize_gaussian
+from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas
 from cotune.privacy.mechanisms.noise import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
@@ -96,10 +96,8 @@ def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
 
 def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
     """Return δ at each ε; for ε < 0 it is 1 - e^ε·(1 - δ(-ε)), by exchanging the two neighbors."""
-    size, places = np.unique(np.abs(epsilons), return_inverse=True)  # sorted, as dp-accounting wants them
-    found = np.asarray(_composed(merged, _COARSE).get_delta_for_epsilon(size.tolist())) if merged else np.zeros_like(size)
-    size = size[places]
-    found = found[places]
+    size = np.abs(epsilons)
+    found = find_deltas(_composed(merged, _COARSE), size) if merged else np.zeros_like(size)
     return np.where(epsilons < 0, 1 - np.exp(-size) * (1 - found), found)
 
 

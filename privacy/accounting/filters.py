@@ -181,7 +181,11 @@ def describe_composition(runs: Mapping[str, Sequence[Steps]], limit: float, delt
 def epsilon_renyi(steps: Iterable[Steps], delta: float) -> float:
     """Return ε of a fixed list of steps by Rényi accounting, at the best of some integer orders: an upper bound, looser than
     PLD."""
-    charged = list(steps)
+    return _epsilon_renyi(add_counts(steps), delta)
+
+
+@lru_cache(maxsize=1024)
+def _epsilon_renyi(charged: tuple[Steps, ...], delta: float) -> float:
     return min(renyi_epsilon(renyi(charged, order), order, delta) for order in _ORDERS)
 
 

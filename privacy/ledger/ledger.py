@@ -122,7 +122,7 @@ class Ledger:
         if self._refreshed().key_check is None:
             with self._chain.transaction() as log:
                 if self._totals.key_check is None:
-                    log.append("key", {"check": SiteKey.create(self.key_file).check})
+                    log.append("key", {"check": SiteKey.create(self.key_file, durable=self._chain.durable).check})
         key = SiteKey.read(self.key_file)
         if self._totals.key_check != key.check:
             raise PrivacyError(

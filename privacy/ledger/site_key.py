@@ -22,10 +22,13 @@ class SiteKey:
         self._key = key
 
     @classmethod
-    def create(cls, path: Path) -> SiteKey:
-        """Return the key in the file; where there is none, draw one and write it durably, readable by its owner only."""
+    def create(cls, path: Path, *, durable: bool = True) -> SiteKey:
+        """Return the key in the file; where there is none, draw one and write it, readable by its owner only.
+
+        durable: See `Ledger`.
+        """
         if not path.exists():
-            atomic_write(path, secrets.token_bytes(_KEY_BYTES))
+            atomic_write(path, secrets.token_bytes(_KEY_BYTES), durable=durable)
         return cls.read(path)
 
     @classmethod

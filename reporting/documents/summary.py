@@ -45,7 +45,7 @@ class PrivacySummary(Document):
     mode: str = Field(description="`record`, or `none`.")
     epsilon: Number | None = Field(description="As in the plan.")
     delta: str | None = Field(description="As in the plan.")
-    clip_norm: Number | None = Field(description="As in the plan.")
+    clip_norm: Number | None = Field(description="As in the plan; null where no gradient is clipped.")
     claim: ClaimEntry | None = Field(description="What is promised; null without record-level privacy.")
     claim_table: list[list[str]] = Field(description="The same as pairs of name and text.")
     epsilon_all_models: Number | None = Field(
@@ -289,6 +289,14 @@ class BytesSummary(Document):
     down: int = Field(description="Sum over the rounds, of requests.")
 
 
+class PublicSummary(Document):
+    """Public inputs."""
+
+    answers: int = Field(description="Predictions that they ask for.")
+    license: str = Field(description="As the plan gives it.")
+    sha256: str = Field(description="Over the inputs in their order.")
+
+
 class RunSummary(Document):
     """summary.json."""
 
@@ -313,6 +321,12 @@ class RunSummary(Document):
     )
     personal: PersonalGain | None = Field(
         None, description="What [personal parts](personal.md) change; null without them, or where that was not measured."
+    )
+    collaboration: str = Field(
+        "parameters", description="What organizations shared: updates of `parameters`, or `predictions` for public inputs."
+    )
+    public: PublicSummary | None = Field(
+        None, description="The public inputs that [models learned from](distill.md); absent where the plan names none."
     )
     tasks: list[TaskSummary] = Field(
         default_factory=list, description="Several tasks on one encoder ([docs](several-tasks.md)); absent otherwise."

@@ -17,6 +17,7 @@ from cotune.data.metrics.text_metrics import check_text_metrics
 from cotune.data.readers.sources import check_new, get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
+from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError, RunError
 from cotune.models.base.folder import read_base_labels
 from cotune.models.base.lookup import find_base
@@ -54,12 +55,13 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
     path = path.expanduser().absolute()
     check_new(path)
     pick_device(config.device)
-    resolved = with_robust_default(_resolve_plan(plan, config))
+    resolved = with_robust_default(_with_public(_resolve_plan(plan, config)))
     config = _with_quotas(config.model_copy(update={"base": get_base_path(plan.model.base)}), plan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
         try:
+            _copy_public(plan, resolved, part)
             _write_files(part, resolved, config)
             os.rename(part, path)
         except BaseException:
@@ -130,6 +132,25 @@ def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
     labels = _determine_labels(plan, config.test, read_base_labels(base.path))
     model = pin_model(plan.model, base)
     return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))
+
+
+def _with_public(plan: Plan) -> Plan:
+    """The plan with hash and number of its public inputs where predictions for them are shared, and their place in the folder."""
+    if not plan.shares_predictions:
+        return plan
+    pinned = pin_public(plan, Path()).public
+    return plan.model_copy(update={"public": pinned.model_copy(update={"source": Path(pinned.source).name})})
+
+
+def _copy_public(plan: Plan, resolved: Plan, folder: Path) -> None:
+    """The public inputs that predictions are shared for, to be handed to members."""
+    if not plan.shares_predictions:
+        return
+    place = Path(plan.public.source).expanduser()
+    if place.is_dir():
+        shutil.copytree(place, folder / resolved.public.source)
+    else:
+        shutil.copyfile(place, folder / resolved.public.source)
 
 
 def _determine_labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:

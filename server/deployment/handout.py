@@ -34,6 +34,7 @@ def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
 _TRAINED_PARTS = {
     "head": "the classification head",
     "lora": "the adapters and the classification head",
+    "blocks": "the last blocks of the encoder and the classification head",
     "full": "the whole model",
 }
 _SENT_PAYLOADS = {
@@ -62,7 +63,12 @@ def list_disclosures(plan: Plan) -> Iterator[str]:
         trained = f"{trained}, but for {describe_parts(plan.personal)}: that stays with you"
     if plan.lora.keep == "b":
         trained = "one half of the adapters (the other half and the head stay with you)"
-    yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_describe_protection(plan)}"
+    if plan.shares_predictions:
+        what = "scores of each class" if plan.public.share == "scores" else "most probable class"
+        trained = f"the {what} that a model of your own gives for {plan.public.answers} public inputs, and no parameter of it"
+        yield f"in each of {plan.rounds} rounds, {trained}: {_describe_protection(plan)}"
+    else:
+        yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_describe_protection(plan)}"
     yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
     yield from (_SENT_PAYLOADS[payload] for payload in plan.strategy.sends)
     if plan.tell.local_metrics:

@@ -12,6 +12,7 @@ from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.readers.sources import get_base_path
 from cotune.data.record_files import read_records
 from cotune.data.records import check_labels
+from cotune.ensembles.public_inputs import pin_public, read_public_inputs
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
@@ -19,7 +20,6 @@ from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.plan_checks import build_notes, check_example_bounds
 from cotune.server.rounds.feasibility import check_feasible
-from cotune.server.rounds.public_inputs import read_public_inputs
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.documents import JsonDocument
@@ -42,7 +42,10 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         found = read_records(plan.data.without_units(), test, plan.task)
         if has_labels(plan.task):
             check_labels(found, plan.labels)
-    read_public_inputs(plan, federation.path)
+    if plan.shares_predictions:
+        plan = pin_public(plan, federation.path)
+    else:
+        read_public_inputs(plan, federation.path)
     path = _folder(federation, plan, name)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     device = federation.config.device

@@ -12,7 +12,6 @@ from cotune.flower.nodes import RegisteredNode
 from cotune.server.deployment.members import Member
 from cotune.server.transport.node_registry import Presence, Seen
 
-_INTERVAL_SECONDS = 2.0
 _MAX_SILENT_FAILURES = 6  # failures before a word is said: a SuperLink that was restarted is back by then
 
 Report = Callable[[str], None]
@@ -75,17 +74,23 @@ def _register_members(registry: KeyRegistry, named: Mapping[bytes, str], say: Re
 
 
 class NodeRegistration:
-    """Reconciles every two seconds while it is entered, in a thread of its own: a SuperLink that is stuck answers late.
+    """Reconciles again and again while it is entered, in a thread of its own: a SuperLink that is stuck answers late.
 
     Args:
         connect: Opens the registry.
         members: Returns all members.
         say: Called with a line for every change.
+        interval: Seconds from one time to the next.
     """
 
     def __init__(
-        self, connect: Callable[[], AbstractContextManager[KeyRegistry]], members: Callable[[], Iterable[Member]], say: Report
+        self,
+        connect: Callable[[], AbstractContextManager[KeyRegistry]],
+        members: Callable[[], Iterable[Member]],
+        say: Report,
+        interval: float = 2.0,
     ) -> None:
+        self._interval = interval
         self._connect = connect
         self._members = members
         self._say = say
@@ -103,7 +108,7 @@ class NodeRegistration:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(_INTERVAL_SECONDS)
+        self._thread.join(self._interval)
 
     @property
     def ready(self) -> bool:
@@ -114,7 +119,7 @@ class NodeRegistration:
         with self._connect() as registry:
             while not self._stop.is_set():
                 self._reconcile_once(registry)
-                self._stop.wait(_INTERVAL_SECONDS)
+                self._stop.wait(self._interval)
 
     def _reconcile_once(self, registry: KeyRegistry) -> None:
         try:

@@ -16,7 +16,6 @@ from cotune.reporting.documents.events import MessagesRefused
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.documents import JsonDocument
 
-_WRITE_INTERVAL_SECONDS = 1.0  # the file is not written more often
 _MAX_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
 _REPORTING_EVENTS = ("run_started", "update_dropped", "round_finished", "delivery_started")
 
@@ -48,10 +47,16 @@ class _Before(BaseModel):
 
 
 class RefusalLog:
-    """Goes on with what the file holds."""
+    """Goes on with what the file holds.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        file: superlink/refused.json.
+        write_interval: Seconds in which the file is not written again.
+    """
+
+    def __init__(self, file: Path, write_interval: float = 1.0) -> None:
         self._file = file
+        self._write_interval = write_interval
         self._lock = threading.Lock()
         document = _read(file)
         self._members = dict(document.members)
@@ -75,7 +80,7 @@ class RefusalLog:
         if now:
             self._write()
         elif self._timer is None:
-            self._timer = threading.Timer(_WRITE_INTERVAL_SECONDS, self._write_later)
+            self._timer = threading.Timer(self._write_interval, self._write_later)
             self._timer.daemon = True
             self._timer.start()
 

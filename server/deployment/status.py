@@ -77,6 +77,7 @@ class RunStatus:
         bytes_up: Size of the updates of the last finished round; None before the first.
         bytes_down: Size of its requests.
         wire: How the values of updates travel, as the plan says.
+        collaboration: What is shared: parameters, or predictions for public inputs.
     """
 
     run: str
@@ -94,6 +95,7 @@ class RunStatus:
     bytes_up: int | None
     bytes_down: int | None
     wire: str
+    collaboration: str = "parameters"
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ def _build_run_status(run: RunFolder, history: History, events: Sequence[Event],
         bytes_up=history[-1].bytes_up if history else None,
         bytes_down=history[-1].bytes_down if history else None,
         wire=run.plan.wire,
+        collaboration=run.plan.collaboration,
     )
 
 

@@ -17,9 +17,11 @@ from flwr.app import MessageType
 from torch import Tensor
 
 from cotune.data.metrics.metrics import Metrics
+from cotune.ensembles.public_inputs import PublicPredictions
 from cotune.errors import PrivacyError, RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import statistic_shapes
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.privacy.client_dp import PrivateMean
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
@@ -38,13 +40,13 @@ from cotune.reporting.documents.events import (
 from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
 from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, read_update_looks, rounded_norms, rounded_weights
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
-from cotune.server.rounds.public_inputs import PublicPredictions
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult, metrics_entry
 from cotune.server.rounds.selection import build_cohort, count_to_complete, record_waiting, select
 from cotune.server.rounds.session import ExampleBounds, Session
 from cotune.server.rounds.step import Score, apply_update, begin_round, broadcast_extras, round_context
+from cotune.server.rounds.student import teach_student
 from cotune.server.rounds.updates.buffers import UpdateStore
 from cotune.server.rounds.updates.replies import UpdateReceiver
 from cotune.server.rounds.updates.update_validation import UpdateSpec
@@ -243,9 +245,9 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
 
 
 def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[Recipient]:
-    last = before.admitted
-    sites = {who.name: str(folder.path / who.site) if who.site else "" for who in folder.file.participants}
-    return [Recipient(name, last.get(name, 0), sites[name]) for name in asked]
+    last = before.last_admitted(asked)
+    sites = {who.name: who.site for who in folder.file.participants}
+    return [Recipient(name, last.get(name, 0), str(folder.path / sites[name]) if sites[name] else "") for name in asked]
 
 
 def _check_quorum(run: _Run, result: RoundResult) -> None:
@@ -261,7 +263,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     folder = run.folder
     number = start.number
     before = start.before
-    moved, memory = apply_update(run.plan, before, start.state, combination.result(), start.context)
+    moved, memory = _move(run, start, combination)
     after = inference_params(run.plan, moved, memory)
     metrics = run.evaluate(after)
     looks = read_update_looks(combination)
@@ -289,6 +291,17 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     return Progress(number, moved, memory, (*before.history, entry), clip_norm)
 
 
+def _move(run: _Run, start: _Start, combination: Combination) -> tuple[State, State]:
+    """The next state, and all that is remembered; where predictions are shared, their student with it."""
+    plan = run.plan
+    moved, memory = apply_update(plan, start.before, start.state, combination.result(), start.context)
+    if not plan.shares_predictions:
+        return moved, memory
+    assert run.public is not None, "a plan that shares predictions names public inputs"
+    student = teach_student(plan, run.model, run.public, start.before.memory, moved[SCORES], start.number)
+    return moved, {**memory, **student}
+
+
 def _find_extreme(plan: Plan, before: Progress, moved: State, memory: State) -> str:
     """Return why no organization would take what the next round sends; "" where they would."""
     found = find_extreme(moved) or find_extreme(broadcast_extras(plan, replace(before, memory=memory)))
@@ -307,9 +320,9 @@ def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
 
 def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry) -> None:
     """Once: who trains for the whole ε and has hardly a say, most often because others state their numbers by another rule."""
-    known = {name for each in before.history for name in each.weights}
-    for name, share in entry.weights.items():
-        if name not in known and share * len(entry.weights) < _SMALL_WEIGHT:
+    small = {name: share for name, share in entry.weights.items() if share * len(entry.weights) < _SMALL_WEIGHT}
+    for name, share in small.items():
+        if not any(name in each.weights for each in before.history):
             folder.events.write(WeightIsSmall(round=entry.round, organization=name, weight=share))
 
 

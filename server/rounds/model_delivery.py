@@ -59,7 +59,7 @@ def _deliver_model(session: Session, progress: Progress, members: Members) -> li
     if not progress.round or not lacking:
         return []
     state = final_params(folder.plan, progress)
-    last = progress.admitted
+    last = progress.last_admitted(lacking)
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
     received = received_digest(state)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from cotune.models.trainable import State, TrainableModel, strip_prefix
-from cotune.plan.parameters import rewritten_names, shared_names
+from cotune.plan.parameters import rewritten_names, scores_shape, shared_names
+from cotune.plan.public import SCORES
 from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import Progress
 from cotune.strategies.aggregator import build_client_term, build_server_optimizer
@@ -20,6 +22,8 @@ _ANY_STEPS = 10**9  # where the plan gives epochs: each update's steps are held 
 
 def begin_round(model: TrainableModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
     """Return the state, with what this round adds to it at its present values, and the names that organizations share."""
+    if plan.shares_predictions:
+        return (state or {SCORES: torch.zeros(scores_shape(plan))}), [SCORES]
     model.load(state)
     names = shared_names(plan, model, round)
     wanted = [*names, *rewritten_names(plan, model, round)]
@@ -47,7 +51,7 @@ def round_context(
         organizations=organizations,
         state=state,
         local=LocalSteps(local.learning_rate, local.momentum, local.steps or _ANY_STEPS),
-        adapters=model.adapters() if stage.mode == "lora" else (),
+        adapters=model.adapters() if stage.mode == "lora" and not plan.shares_predictions else (),
         memory=_remembered(before, "fusion"),
         score=None if score is None else lambda delta: score(apply_delta(state, delta)),
         public=public,

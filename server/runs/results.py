@@ -65,7 +65,15 @@ def describe_run(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         },
         "task": plan.task,
         "labels": list(plan.labels),
+        "collaboration": plan.collaboration,
+        "public": describe_public(plan),
     }
+
+
+def describe_public(plan: Plan) -> dict[str, Any] | None:
+    """Return which public inputs models have learned from; None where the plan names none, or states no hash of them."""
+    public = plan.public
+    return {"answers": public.answers, "license": public.license, "sha256": public.sha256} if public.sha256 else None
 
 
 def describe_effort(progress: Progress, seconds: float) -> dict[str, Any]:
@@ -200,7 +208,7 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         "mode": "record" if known else "none",
         "epsilon": known.epsilon if known else None,
         "delta": str(known.delta) if known else None,
-        "clip_norm": known.clip_norm if known else None,
+        "clip_norm": known.clip_norm if known and known.pate is None else None,
         "claim": claim.as_dict() if claim else None,
         "claim_table": claim.rows() if claim else [],
         "epsilon_all_models": None,

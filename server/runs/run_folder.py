@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -91,11 +91,21 @@ class Progress:
     history: tuple[RoundEntry, ...] = ()  # one entry per round, as in summary.json
     clip_norm: float | None = None  # of the next round, under client-level privacy
 
-    @property
-    def admitted(self) -> dict[str, int]:
-        """Organization -> the last round whose update of it is in the model."""
-        applied = [entry for entry in self.history if entry.applied]
-        return {name: entry.round for entry in applied for name in entry.participants}
+    def last_admitted(self, organizations: Iterable[str]) -> dict[str, int]:
+        """Return organization -> the last round whose update of it is in the model; those of which there is none are left out.
+
+        From the newest round back, until all are found: most were there not long ago.
+        """
+        sought = set(organizations)
+        found: dict[str, int] = {}
+        for entry in reversed(self.history):
+            if not sought:
+                break
+            if entry.applied:
+                there = sought.intersection(entry.participants)
+                found |= dict.fromkeys(there, entry.round)
+                sought -= there
+        return found
 
 
 class RunFolder:

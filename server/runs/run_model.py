@@ -20,6 +20,8 @@ from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
 
+STUDENT = "student/"  # before the names of its parameters in what a run remembers
+
 
 def hide_base_folder(plan: Plan) -> Plan:
     """Return the plan as members see it: of a base model in a folder, the folder's last name alone."""
@@ -34,7 +36,9 @@ def load_run_model(folder: RunFolder) -> TrainableModel:
 
 
 def inference_params(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
-    """Return the parameters to evaluate and to deliver: θ, or what the server optimizer makes of it."""
+    """Return the parameters to evaluate and to deliver: θ, what the server optimizer makes of it, or the student's."""
+    if plan.shares_predictions:
+        return strip_prefix(STUDENT, memory)
     return build_server_optimizer(plan.strategy).serve(state, strip_prefix("optimizer/", memory))
 
 

@@ -6,6 +6,8 @@ Anyone who attacks sees every delta, and the model that each round began with; w
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cotune.client.training.own_copy import followed, pulled
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.data.dataset import Dataset
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import held_names, trained_names
+from cotune.plan.parameters import held_names, personal_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.auditing.canaries import Coins, PlantedCanaries, build_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
@@ -29,6 +32,7 @@ from cotune.simulations.auditing.adversarial import Probe, probe_states
 from cotune.simulations.auditing.released import Subject, draw_noise, watch
 from cotune.strategies.types import Delta, difference
 
+Attach = Callable[[torch.optim.Optimizer, dict[str, nn.Parameter]], AbstractContextManager[None]]  # what belongs to steps
 _IDLE = 4096  # coordinates in which nobody has a gradient
 _STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
 
@@ -78,6 +82,7 @@ class AuditedTraining:
         self.error = error / len(plan.stages)  # allowed for the test of the noise, in each stage
         self.canaries = build_canaries(len(targets.canaries_in), model.device)
         self.state: State = {}
+        self.copy: State = {}  # of a plan in which each organization has one
         self.record_scores = np.zeros(len(targets.records))
         self.step_scores = np.zeros(len(targets.canaries_in))  # log-likelihood ratios, of who sees every step
         self.noise: list[DrawnNoise] = []  # of each stage
@@ -95,19 +100,54 @@ class AuditedTraining:
         model = self.model
         model.load(self.state)
         names = held_names(self.plan, trained_names(self.plan, model, round), self.holdings.tasks)
-        parameters = model.train_only(names)
+        model.train_only(names)
         batch = stage.local.sample_rate(self.examples) * self.examples
         setting = build_setup(self.plan, stage, model, self.holdings, self.state, self.organization, expected_batch=batch)
         before = model.state(names)
         if stage != self._looked_at:
             self._look_inside(stage, setting, names)
             self._looked_at = stage
-        self._train(stage, setting, names, parameters)
+        for trained, steps in self._in_order(stage, names, round):
+            self._train(stage, setting, trained, steps, self._attach)
         after = model.state(names)
-        self.record_scores += self._alignment(
-            setting, dict(zip(names, parameters, strict=True)), before, difference(after, before)
-        )
+        everything = dict(zip(names, model.train_only(names), strict=True))
+        self.record_scores += self._alignment(setting, everything, before, difference(after, before))
+        if self.plan.personal.method == "ditto" and self.plan.personal.noise:
+            self._train_copy(stage, setting, before)
         self.state |= after
+
+    def _in_order(self, stage: Stage, names: list[str], round: int) -> list[tuple[list[str], int]]:
+        """What is trained one after the other, and in how many steps: own parts first, where the plan says so."""
+        steps = stage.local.steps_per_round(self.examples)
+        if self.plan.personal.order != "own_first":
+            return [(names, steps)]
+        own = set(personal_names(self.plan, self.model, round))
+        count = self.plan.personal.count_own_steps(steps)
+        return [([n for n in names if n in own], count), ([n for n in names if n not in own], steps)]
+
+    @contextmanager
+    def _attach(self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+        """During the block a copy trains that the shared model follows, where the plan says so; it is the model afterwards."""
+        if self.plan.personal.method != "pfedme":
+            yield
+            return
+        shared = {name: p.detach().clone() for name, p in parameters.items()}
+        with followed(optimizer, parameters, shared, self.plan.personal):
+            yield
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(shared[name])
+
+    def _train_copy(self, stage: Stage, setting: TrainingSetup, received: State) -> None:
+        """The steps of an own copy, which are charged as those of the shared model are."""
+        self.model.load({**self.state, **received, **self.copy})
+
+        def attach(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> AbstractContextManager[None]:
+            toward = {name: received[name].to(p.device, p.dtype) for name, p in parameters.items()}
+            return pulled(optimizer, parameters, toward, self.plan.personal.pull)
+
+        self._train(stage, setting, list(received), stage.local.steps_per_round(self.examples), attach)
+        self.copy |= self.model.state(received)
 
     def _planted(self, setting: TrainingSetup, canaries: nn.Embedding, canaries_in: Coins) -> PlantedCanaries:
         return plant(
@@ -122,11 +162,11 @@ class AuditedTraining:
             rows_each=self.privacy.max_records or 1,
         )
 
-    def _mechanism(self, stage: Stage) -> DPSGDConfig:
+    def _mechanism(self, stage: Stage, steps: int | None = None) -> DPSGDConfig:
         """B counts the canaries too, and nothing else follows them."""
         rate = stage.local.sample_rate(self.examples)
         batch = rate * (self.examples + len(self.targets.canaries_in))
-        steps = stage.local.steps_per_round(self.examples)
+        steps = steps or stage.local.steps_per_round(self.examples)
         return DPSGDConfig(self.sigma, self.privacy.clip_norm, rate, batch, steps, self.privacy.clipping)
 
     def _look_inside(self, stage: Stage, setting: TrainingSetup, names: list[str]) -> None:
@@ -138,15 +178,17 @@ class AuditedTraining:
         self.noise.append(draw_noise(subject, mechanism, self.error))
         self.probes += probe_states(DPSGD, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
 
-    def _train(self, stage: Stage, setting: TrainingSetup, names: list[str], parameters: list[nn.Parameter]) -> None:
+    def _train(self, stage: Stage, setting: TrainingSetup, names: list[str], count: int, attach: Attach) -> None:
+        parameters = self.model.train_only(names)
         planted = self._planted(setting, self.canaries, self.targets.canaries_in)
-        mechanism = self._mechanism(stage)
+        mechanism = self._mechanism(stage, count)
         optimizer = build_optimizer(stage.local, self.model, names, parameters)
         optimizer.add_param_group({"params": [planted.canaries], "lr": optimizer.param_groups[-1]["lr"]})  # as the head
         watch(optimizer, planted.canaries, mechanism.expected_batch, lambda sums: self._see(sums, mechanism))
         steps = DPSGDSetup(planted.module, optimizer, planted.loss, planted.units, planted.batches)
-        for _ in DPSGD(mechanism).run(steps):
-            self.taken[mechanism.sample_rate] += 1
+        with attach(optimizer, dict(zip(names, parameters, strict=True))):
+            for _ in DPSGD(mechanism).run(steps):
+                self.taken[mechanism.sample_rate] += 1
 
     def _see(self, sums: Tensor, mechanism: DPSGDConfig) -> None:
         """The sums of one step in the canaries' coordinates."""

@@ -101,8 +101,8 @@ class _Work:
         """All rounds of a stage, of all organizations one after the other."""
         stage = stages[number]
         beside = _BESIDE * (stage.rounds * len(self.sizes))
-        twice = 2 if self.plan.personal.keeps_copy else 1
-        steps = [twice * stage.rounds * stage.local.steps_per_round(n) for n in self.sizes]
+        once = [stage.local.steps_per_round(n) for n in self.sizes]
+        steps = [stage.rounds * (taken + self.plan.personal.count_own_steps(taken)) for taken in once]
         if stage.mode == "head" and self.has_features:
             batch = round(sum(self._batch(stage.local, n) for n in self.sizes) / len(self.sizes))
             again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cotune.errors import RunError
 from cotune.flower.control_client import open_control
 from cotune.server.runs.events import Events, follow, read_events
 from tests.support.events import make_event
+from tests.support.failures import fails_with
 
 
 @pytest.mark.parametrize("line", [b"null", b"[1]", b"7", b'"event"', b"{}", b"\x00" * 50, b"\xff\xfe"])
@@ -30,5 +30,5 @@ def test_a_line_that_is_no_event_is_read_past(tmp_path: Path, line: bytes) -> No
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN CERTIFICATE-----\n", bytes(100), b"\xff"])
 def test_an_authority_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "ca.crt").write_bytes(content)
-    with pytest.raises(RunError, match=r"ca\.crt"), open_control("127.0.0.1:9", tmp_path / "ca.crt"):
+    with fails_with("run.certificate_not_readable", "ca.crt"), open_control("127.0.0.1:9", tmp_path / "ca.crt"):
         raise AssertionError("entered")

@@ -19,13 +19,13 @@ from cotune.client.account import Account
 from cotune.client.budget import get_budget, noise_multiplier
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.errors import PrivacyError
 from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import DisclosureRules, Policy
+from tests.support.failures import fails_with
 
 RECORDS = 600
 INTERVAL = 1e-3
@@ -123,7 +123,7 @@ def test_an_answered_round_is_not_answered_again(
         assert torch.equal(train_round(plan, site, 2, state).delta["classifier.weight"], first.delta["classifier.weight"])
     charges = site.ledger().charges()
     for round, asked in ((2, other), (1, state), (1, other)):
-        with pytest.raises(PrivacyError, match="answered once"):
+        with fails_with("privacy.answered_round"):
             train_round(plan, site, round, asked)
     assert site.ledger().charges() == charges
     assert train_round(plan, site, 3, other).round == 3

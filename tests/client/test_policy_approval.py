@@ -14,6 +14,7 @@ from cotune.errors import Declined, RunError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -88,7 +89,7 @@ def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make
     with pytest.raises(RunError, match=f"2 plans wait for approval: .* waiting: .*{plans[1].plan_id[:12]}"):
         approvals.find()
     for prefix in ("zz", "../x", "*"):
-        with pytest.raises(RunError, match="0 plans begin with"):
+        with fails_with("run.no_such_plan", "0"):
             approvals.find(prefix)
     approvals.approve(plans[0], "by hand")
     assert approvals.find() == plans[1]
@@ -101,7 +102,7 @@ def test_plan_changed_on_disk_is_refused(make_plan: MakePlan, make_site: MakeSit
         Approvals(site).check(plan, EACH)
     [file] = (site.folder / "plans").iterdir()
     file.write_text(make_plan(rounds=9).canonical())
-    with pytest.raises(RunError, match="is not the plan that came under this id"):
+    with fails_with("run.changed_plan"):
         Approvals(site).find(plan.plan_id)
 
 
@@ -109,7 +110,7 @@ def test_plan_changed_on_disk_is_refused(make_plan: MakePlan, make_site: MakeSit
 def test_a_damaged_list_approves_nothing(make_plan: MakePlan, make_site: MakeSite, content: str) -> None:
     site = make_site(policy=EACH)
     (site.folder / "approved.jsonl").write_text(content)
-    with pytest.raises(RunError, match=r"approved\.jsonl is damaged"):
+    with fails_with("run.damaged_document", "approved.jsonl"):
         Approvals(site).check(make_plan(), EACH)
 
 

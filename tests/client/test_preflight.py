@@ -3,18 +3,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from cotune.client.budget import get_budget, noise_multiplier
 from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
-from cotune.errors import PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, change_policy
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -77,7 +75,7 @@ def test_a_plan_without_privacy_is_only_judged(make_plan: MakePlan, make_site: M
 
 
 def test_a_plan_without_labels_cannot_be_checked(make_plan: MakePlan, make_site: MakeSite) -> None:
-    with pytest.raises(PlanError, match="the plan lists no labels: expected the plan as the coordinator runs it"):
+    with fails_with("plan.no_labels"):
         run_preflight(make_plan(privacy=PRIVATE, labels=()), make_site())
 
 

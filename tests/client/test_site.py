@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from cotune.client.site import Site
-from cotune.errors import DataError, PrivacyError, RunError
+from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.strategies.types import Update
+from tests.support.failures import fails_with
 
 MakeSite = Callable[..., Site]
 
@@ -39,7 +40,7 @@ def test_a_site_says_who_it_is(make_site: MakeSite) -> None:
 def test_a_folder_that_is_no_site(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "site.json").write_text(content)
-    with pytest.raises(DataError, match=r"is not a site: expected a folder with a site\.json"):
+    with fails_with("data.not_a_site", "site.json"):
         Site(tmp_path)
 
 
@@ -118,7 +119,7 @@ def test_a_damaged_outbox_is_not_trained_over(make_site: MakeSite, damage: Calla
     site = make_site()
     site.keep(update(), "plan")
     damage(outbox(site))
-    with pytest.raises(RunError, match=r"the outbox file .*update\.safetensors is damaged .*: remove it"):
+    with fails_with("run.damaged_document", "update.safetensors"):
         site.finished_update("plan", 4, "state")
     outbox(site).unlink()
     assert site.finished_update("plan", 4, "state") is None

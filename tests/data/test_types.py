@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from cotune.data.readers.images import open_image
-from cotune.data.types import Label, class_names_in, content_bytes, get_stratum, normalize_text, record_identity
+from cotune.data.types import (
+    Label,
+    _normalize_any,
+    class_names_in,
+    content_bytes,
+    get_stratum,
+    normalize_text,
+    record_identity,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +99,8 @@ def test_the_stratum_is_the_most_frequent_tag_but_o(label: Label, stratum: str) 
 def test_names_in_a_label() -> None:
     assert class_names_in("good") == ("good",)
     assert class_names_in(("O", "B-LOC")) == ("O", "B-LOC")
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_ascii_has_the_plain_form_that_any_text_has(text: str) -> None:
+    assert normalize_text(text) == _normalize_any(text)

@@ -15,9 +15,9 @@ from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.data.records import Records
 from cotune.data.types import normalize_text
-from cotune.errors import DataError
 from cotune.privacy.config import RecordPrivacy
 from tests.support.datasets import tagged, write_images
+from tests.support.failures import fails_with
 
 PEOPLE = RecordPrivacy(unit="patient_id", max_records=3)
 Row = tuple[str, str, str]  # text, label, whose
@@ -122,7 +122,7 @@ def test_records_without_the_column(tmp_path: Path) -> None:
     file.write_text("text,label\na,x\nb,y\n")
     records = read_records(DataConfig(source=str(file)))
     held = Dataset(((records, np.arange(2)),), ("x", "y"))
-    with pytest.raises(DataError, match="patient_id"):
+    with fails_with("data.missing_unit", "patient_id"):
         held.bound_contributions(PEOPLE, 7)
 
 
@@ -168,13 +168,13 @@ def test_a_value_that_is_no_name_is_missing(tmp_path: Path) -> None:
 def test_a_file_without_the_column(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("text,label\na,x\n")
-    with pytest.raises(DataError, match=r"no column 'who'.*data\.unit"):
+    with fails_with("data.missing_column", "who", "data.unit"):
         read_records(DataConfig(source=str(file), unit="who"))
 
 
 def test_a_folder_of_images_has_no_column(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", 6)
-    with pytest.raises(DataError, match="patient_id"):
+    with fails_with("data.missing_column", "patient_id"):
         read_records(DataConfig(source=str(folder), unit="patient_id"), task="image-classification")
 
 

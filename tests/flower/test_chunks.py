@@ -15,8 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.flower import chunks as pieces
-from cotune.flower.chunks import Aborted, Malformed, Pending, TooLarge, download
+from cotune.flower.chunks import Aborted, Malformed, Pending, PullLimits, TooLarge, download
 
 MOST = 2**20
 SILENCE = 5.0
@@ -70,9 +69,9 @@ def test_missing_rest_of_a_message_times_out(message: Message) -> None:
         download(get_object_tree(message), pull, MOST, 0.2)
 
 
-def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_comes_slowly_is_waited_for(message: Message) -> None:
     """Longer in all than the silence that ends it."""
-    monkeypatch.setattr(pieces, "_MAX_RETRY_BACKOFF", 0.02)
+    often = PullLimits(max_retry_backoff=0.02)
     there = parts(message)
     began = time.monotonic()
     lock = threading.Lock()
@@ -84,13 +83,13 @@ def test_a_message_that_comes_slowly_is_waited_for(message: Message, monkeypatch
                 raise Pending(number)
         return there[number]
 
-    assert download(get_object_tree(message), pull, MOST, 1.0).content == message.content
+    assert download(get_object_tree(message), pull, MOST, 1.0, often).content == message.content
     assert time.monotonic() - began > 1.0
 
 
-def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message) -> None:
     """However long: another one, which is late, shows only that nothing else has come meanwhile."""
-    monkeypatch.setattr(pieces, "_SLOW_CALL_SECONDS", 0.05)
+    soon = PullLimits(slow_call=0.05)
     there = parts(message)
     came = threading.Event()
     first, second, *_ = there
@@ -103,7 +102,7 @@ def test_a_piece_that_is_under_way_on_a_slow_line_is_waited_for(message: Message
             raise Pending(number)
         return there[number]
 
-    assert download(get_object_tree(message), pull, MOST, 0.2).content == message.content
+    assert download(get_object_tree(message), pull, MOST, 0.2, soon).content == message.content
 
 
 def test_pieces_that_make_no_message(message: Message) -> None:

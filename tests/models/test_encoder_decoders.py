@@ -11,10 +11,10 @@ from transformers import AutoModel
 
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.task import get_task
-from cotune.errors import ModelError
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from tests.support.architectures import ending_tokenizer
+from tests.support.failures import fails_with
 from tests.support.tiny_models import VOCABULARY
 
 SIZE = {"vocab_size": len(VOCABULARY), "d_model": 16, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 3}
@@ -55,5 +55,5 @@ def test_a_tokenizer_that_ends_no_text_with_it_is_refused(tmp_path: Path) -> Non
     config = transformers.BartConfig(**{**KINDS["BartConfig"], "eos_token_id": 5})
     AutoModel.from_config(config).save_pretrained(tmp_path)
     ending_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="the token number 5"):
+    with fails_with("model.unusable_tokenizer", "5"):
         load_model(ModelConfig(base=str(tmp_path), max_length=16), ("bad", "good"), 1)

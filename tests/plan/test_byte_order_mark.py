@@ -10,6 +10,7 @@ from cotune.cli.client.check import _read
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy, read_policy
+from tests.support.failures import fails_with
 
 MARK = b"\xef\xbb\xbf"
 PLAN = b'labels = ["a", "b"]\n[model]\nbase = "m"\n[data]\nsource = "r.csv"\n'
@@ -34,7 +35,7 @@ def test_a_policy_with_a_mark_is_the_policy_without(tmp_path: Path) -> None:
 def test_a_federation_toml_with_a_mark_is_one_under_any_name(tmp_path: Path) -> None:
     """It was taken for a plan, unless it was called federation.toml: its first key was an unknown one."""
     (tmp_path / "ours.toml").write_bytes(MARK + b'protocol = 0\nname = "x"\n[server]\naddress = "x"\n')
-    with pytest.raises(PlanError, match=r"federation\.toml"):
+    with fails_with("plan.missing_plan", "federation.toml"):
         _read(str(tmp_path / "ours.toml"))
 
 

@@ -12,6 +12,7 @@ from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names, preset_text
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
+from tests.support.failures import fails_with
 
 STAGED = """
 [[train]]
@@ -82,9 +83,9 @@ def test_a_file_is_named_after_itself_unless_it_has_a_name(tmp_path: Path, stage
 def test_an_unknown_preset() -> None:
     assert (
         refusal(source="tweet")
-        == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: text, tweets, tweets-lora"
+        == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: text, tweets, tweets-blocks, tweets-lora"
     )
-    with pytest.raises(PlanError, match="neither a preset nor a file"):
+    with fails_with("plan.unknown_preset"):
         preset_text("../presets/tweets")
 
 
@@ -188,6 +189,8 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "local.head_learning_rate": st.floats(0, 1e3, exclude_min=True),
     "local.momentum": st.floats(0, 1, exclude_max=True),
     "local.weight_decay": st.floats(0, 10),
+    "local.base_decay": st.floats(0, 10),
+    "local.dropout": st.just(0.0),  # above that not with train = head, as here
     "local.batch_size": st.one_of(st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(1, 10**6)),
     "local.steps": st.integers(1, 10**5),
     "local.physical_batch_size": st.integers(1, 65_536),
@@ -210,6 +213,8 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "server.max_accuracy_drop": st.floats(0, 1, exclude_min=True),
     "server.max_update_norm": st.floats(0, 1e6, exclude_min=True),
     "personal.pull": st.floats(0, 1e3),
+    "personal.inner_steps": st.integers(1, 100_000),
+    "personal.move": st.floats(0, 1, exclude_min=True),
     "personalize.folds": st.integers(2, 20),
     "simulation.clients": st.integers(1, 10_000),
     "simulation.min_examples": st.integers(1, 10**6),
@@ -291,7 +296,7 @@ def test_an_unknown_key_like_no_other() -> None:
         ("rounds=many", 'rounds = "many"', "integer"),
         ("rounds=2.5", "rounds = 2.5", "integer"),
         ("seed=-1", "seed = -1", "greater than or equal to 0"),
-        ("train=heads", 'train = "heads"', "'head', 'lora' or 'full'"),
+        ("train=heads", 'train = "heads"', "'head', 'lora', 'blocks' or 'full'"),
         ("name=with space", 'name = "with space"', "pattern"),
         (
             "task=clustering",
@@ -333,7 +338,7 @@ def test_wrong_value_is_shown_with_key_and_expectation(override: str, shown: str
     ("override", "shown", "expected"),
     [
         ("train.0.rounds=0", "train.0.rounds = 0", "greater than or equal to 1"),
-        ("train.1.mode=lra", 'train.1.mode = "lra"', "'head', 'lora' or 'full'"),
+        ("train.1.mode=lra", 'train.1.mode = "lra"', "'head', 'lora', 'blocks' or 'full'"),
         ("train.1.local.steps=0", "train.1.local.steps = 0", "greater than or equal to 1"),
         ("local.momentum=1", "local.momentum = 1", "less than 1"),
         ("train.0=head", 'train.0 = "head"', "expected a table"),

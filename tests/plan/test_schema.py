@@ -253,3 +253,12 @@ def test_weights_of_classes_stand_in_the_order_of_the_head() -> None:
 def test_weights_that_are_none_are_refused(weights: object) -> None:
     with pytest.raises(PlanError):
         plan(labels=["a", "b"], class_weights=weights)
+
+
+def test_a_changed_copy_has_its_own_plan_id() -> None:
+    one = rich()
+    before = one.plan_id
+    other = one.model_copy(update={"seed": one.seed + 1})
+    deep = one.model_copy(update={"seed": one.seed + 1}, deep=True)
+    assert other.plan_id == deep.plan_id == parse_plan(json.loads(other.canonical())).plan_id
+    assert other.plan_id != before == one.plan_id

@@ -9,10 +9,10 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from scipy.stats import norm
 
-from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.client_dp import RoundNoise, calibrate_round_noise, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
+from tests.support.failures import fails_with
 
 
 def noise(rounds: int = 10, organizations: int = 100, sample_rate: float = 1.0, **settings: Any) -> RoundNoise:
@@ -83,18 +83,18 @@ def test_bits_of_few_organizations_get_the_noise_of_updates() -> None:
 
 def test_a_bit_noise_that_costs_more_than_the_budget_is_refused() -> None:
     z = noise().charge.noise_multiplier
-    with pytest.raises(PrivacyError, match=r"client_privacy\.bit_noise = .* expected more than"):
+    with fails_with("privacy.bit_noise_too_small", "client_privacy.bit_noise"):
         noise(clipping="adaptive", bit_noise=z / 2)
     assert noise(clipping="adaptive", bit_noise=z / 2 * 1.01).updates > 5 * z
 
 
 def test_a_delta_that_promises_nothing_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"for 4 organizations promises nothing: expected less than 1/4"):
+    with fails_with("privacy.delta_too_large", "4", "1/4"):
         noise(organizations=4, delta=0.25)
 
 
 def test_a_budget_out_of_reach_is_refused() -> None:
-    with pytest.raises(PrivacyError, match="cannot be reached"):
+    with fails_with("privacy.epsilon_unreachable"):
         noise(rounds=1, epsilon=1e-4, delta=1e-9)
 
 

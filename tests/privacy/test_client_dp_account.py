@@ -8,6 +8,7 @@ import pytest
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.client_dp import ClientLevelAccount
+from tests.support.failures import fails_with
 
 ROUND = Steps(2.0, 1.0, 1)
 
@@ -42,7 +43,7 @@ def test_the_budget_is_a_hard_stop(tmp_path: Path) -> None:
         assert mine.allows(ROUND)
         mine.charge(round, ROUND)
     assert not mine.allows(ROUND)
-    with pytest.raises(PrivacyError, match="round 4 would exceed the client-level"):
+    with fails_with("privacy.client_epsilon_exceeded", "4"):
         mine.charge(4, ROUND)
     assert len(mine.charges()) == 3
 
@@ -55,7 +56,7 @@ def test_a_damaged_account_is_not_taken_for_an_empty_one(tmp_path: Path, content
     mine.charge(1, ROUND)
     mine.path.write_text(mine.path.read_text() + content + "\n")
     for use in (mine.charges, mine.spent, lambda: mine.charge(2, ROUND)):
-        with pytest.raises(PrivacyError, match="cannot be read"):
+        with fails_with("privacy.account_unreadable"):
             use()
 
 

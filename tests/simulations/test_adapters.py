@@ -17,6 +17,7 @@ from cotune.plan.schema import Plan
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan, final_model
 
 LORA: dict[str, Any] = {"train": "lora", "local": {"learning_rate": 1.0, "momentum": 0.0, "steps": 3}}
@@ -162,7 +163,7 @@ def test_the_same_rank_for_all_is_no_matter(toy_plan: NewPlan) -> None:
 
 def test_every_organization_needs_a_rank_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(**LORA, lora={"rank": 8}, simulation={"clients": 3, "ranks": [2]})
-    with pytest.raises(PlanError, match=r"1 values in simulation\.ranks for 3 organizations: expected one for each"):
+    with fails_with("plan.values_per_organization", "1", "simulation.ranks", "3"):
         simulate(plan, tmp_path / "run", device="cpu")
 
 

@@ -13,19 +13,19 @@ from flwr.app import Context, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from cotune.errors import PlanError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.simulations.engines import ENGINES, check_engine
 from cotune.simulations.run import resume, simulate
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan, final_model, same
 
 ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
 
 def test_an_unknown_engine_is_refused_before_anything_is_made(toy_plan: NewPlan, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r'unknown engine "in-proces"; did you mean \'in-process\'\? Known: in-process, ray'):
+    with fails_with("plan.unknown_engine", "in-proces", "in-process"):
         simulate(toy_plan(), tmp_path / "run", engine="in-proces", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -35,7 +35,7 @@ def test_missing_ray_is_refused_before_anything_is_created(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "ray" else find(name, package))
-    with pytest.raises(PlanError, match=r"pip install .cotune\[ray\]"):
+    with fails_with("plan.missing_package"):
         simulate(toy_plan(), tmp_path / "run", engine="ray", device="cpu")
     assert not (tmp_path / "run").exists()
     check_engine("in-process")
@@ -106,5 +106,5 @@ def test_failure_in_flower_runtime_is_reported_as_the_servers(
             raise RuntimeError("An error was encountered. Ending simulation.") from None
 
     monkeypatch.setattr("flwr.simulation.run_simulation", runtime)
-    with pytest.raises(RunError, match=r"round-00001\.safetensors is damaged"):
+    with fails_with("run.damaged_checkpoint", "round-00001.safetensors"):
         resume(damaged(toy_plan, tmp_path / "run"))

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.data.unlabeled import inputs_hash
+from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs
 from cotune.errors import CotuneError
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head import feature_head
 from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.schema import Plan
-from cotune.server.rounds.public_inputs import PublicPredictions, read_public_inputs
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.run import simulate
 from tests.support.datasets import sentences, write_csv

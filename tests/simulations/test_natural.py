@@ -8,6 +8,7 @@ import pytest
 from cotune.errors import DataError, PlanError
 from cotune.simulations.prepare import prepare
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan
 
 NAMES = ("St. Mary's", "Klinik Nord", "Hôpital / Est")
@@ -46,7 +47,7 @@ def test_each_organization_holds_the_records_of_its_value(toy_plan: NewPlan, fil
 def test_records_without_organization_are_not_assigned(toy_plan: NewPlan, tmp_path: Path) -> None:
     rows = [(f"{text} {i}", label, "" if i < 3 else hospital(i)) for i, (text, label) in enumerate(sentences(60))]
     plan = toy_plan(data={"source": str(write(tmp_path / "all.csv", rows))}, simulation=COLUMN)
-    with pytest.raises(DataError, match="3 records"):
+    with fails_with("data.missing_organization", "3"):
         prepare(plan, "cpu")
 
 
@@ -66,7 +67,7 @@ def test_what_cannot_be_partitioned_is_refused(toy_plan: NewPlan, file: Path, sc
 
 def test_one_organization_is_no_federation(toy_plan: NewPlan, tmp_path: Path) -> None:
     rows = [(f"{text} {i}", label, "a") for i, (text, label) in enumerate(sentences(60))]
-    with pytest.raises(DataError, match="one value"):
+    with fails_with("data.one_organization"):
         prepare(toy_plan(data={"source": str(write(tmp_path / "all.csv", rows))}, simulation=COLUMN), "cpu")
 
 

@@ -115,7 +115,16 @@ MOMENTS = (
 
 @pytest.mark.crash
 @pytest.mark.parametrize(
-    "personal", [["head"], pytest.param(["norm"], marks=pytest.mark.long), "ditto"], ids=["head", "norm", "ditto"]
+    "personal",
+    [
+        ["head"],
+        pytest.param(["norm"], marks=pytest.mark.long),
+        "ditto",
+        pytest.param(["adapter"], marks=pytest.mark.long),
+        {"method": "pfedme", "inner_steps": 2},
+        {"parts": ["head"], "order": "own_first"},
+    ],
+    ids=["head", "norm", "ditto", "adapter", "pfedme", "own first"],
 )
 def test_killed_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, personal: Any) -> None:
     plan = plan_of(toy_plan, [], personal=personal, simulation={"baselines": []})

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.errors import PlanError
 from cotune.privacy.accounting.composition import epsilon
 from cotune.server.runs.events import observe_run, read_events
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan
 
 
@@ -54,5 +54,5 @@ def test_each_organization_spends_what_it_wants(toy_plan: NewPlan, tmp_path: Pat
 
 def test_every_organization_needs_an_epsilon_of_its_own(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(privacy={"epsilon": 4.0}, simulation={"clients": 3, "epsilons": [1.0]})
-    with pytest.raises(PlanError, match=r"1 values in simulation\.epsilons for 3 organizations: expected one for each"):
+    with fails_with("plan.values_per_organization", "1", "simulation.epsilons", "3"):
         simulate(plan, tmp_path / "run", device="cpu")

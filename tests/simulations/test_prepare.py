@@ -17,6 +17,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.simulations.prepare import make_run, prepare
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan
 
 
@@ -106,7 +107,7 @@ def test_a_small_organization_is_named(toy_plan: NewPlan, tmp_path: Path) -> Non
     (tmp_path / "orgs").mkdir()
     write_csv(tmp_path / "orgs" / "big.csv", sentences(60))
     write_csv(tmp_path / "orgs" / "small.csv", [("great", "good"), ("awful", "bad")])
-    with pytest.raises(DataError, match="^small: no class among 2 examples"):
+    with fails_with("data.too_few_records", "small", "2"):
         prepare(toy_plan(data={"source": str(tmp_path / "orgs")}))
 
 
@@ -224,7 +225,7 @@ def test_a_rule_that_chance_may_leave_too_few_updates_is_refused(toy_plan: NewPl
     def with_(**server: float) -> None:
         prepare(toy_plan(strategy="model_stock", server=server, simulation={"clients": 6}))
 
-    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan may ask as few as 1 organizations: expected"):
+    with fails_with("plan.incompatible", "2", "1"):
         with_(sample_rate=0.5)
     with_(sample_rate=0.999)
     with_(sample_size=2)
@@ -234,5 +235,5 @@ def test_a_rule_that_chance_may_leave_too_few_updates_is_refused(toy_plan: NewPl
 
 def test_a_stage_that_cannot_fill_its_batch_is_found_too(toy_plan: NewPlan) -> None:
     stages = [{"mode": "head", "rounds": 1}, {"mode": "full", "rounds": 1, "local": {"batch_size": 200}}]
-    with pytest.raises(DataError, match=r"fewer than a batch needs \(200"):
+    with fails_with("data.too_few_records", "200"):
         prepare(toy_plan(train=stages))

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.errors import CotuneError, ModelError, RunError
+from cotune.errors import CotuneError, RunError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.processes import Cotune, Moment, finish, kill_at, play_killed, written
 from tests.support.simulations import NewPlan, final_model, same, tensors_of, told
 
@@ -215,7 +216,7 @@ def stopped(toy_plan: NewPlan, tmp_path: Path) -> Path:
     plan = toy_plan(
         data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation={"baselines": ["pooled"]}
     )
-    with pytest.raises(RunError, match="round 2 got 1 of 2 updates"), observe_run(breaks):
+    with fails_with("run.no_quorum", "2", "1", "2"), observe_run(breaks):
         simulate(plan, run, device="cpu")
     (site / "aside").rename(site / "data.json")
     return run
@@ -266,7 +267,7 @@ def test_a_base_model_that_has_changed_is_noticed(stopped: Path, tmp_path: Path)
     file = tmp_path / "base" / "model.safetensors"
     weights = load_file(file)
     save_file({name: tensor + torch.finfo(torch.float32).eps for name, tensor in weights.items()}, file, {"format": "pt"})
-    with pytest.raises(ModelError, match="has the hash"):
+    with fails_with("model.other_hash"):
         resume(stopped)
 
 
@@ -286,7 +287,7 @@ def test_what_is_not_a_run_cannot_be_resumed(tmp_path: Path, what: str) -> None:
         path.write_text("no run")
     elif what == "an empty folder":
         path.mkdir()
-    with pytest.raises(RunError, match="is not the folder of a run"):
+    with fails_with("run.not_a_run"):
         resume(path)
 
 
@@ -299,7 +300,7 @@ def test_a_second_process_on_the_same_run_is_refused(toy_plan: NewPlan, cotune: 
         time.sleep(0.005)
     assert first.pid is not None
     os.kill(first.pid, signal.SIGSTOP)  # it is not to be ready before the second one has looked
-    with pytest.raises(RunError, match="another process is working on"):
+    with fails_with("run.locked"):
         resume(run)
     second = cotune("simulate", "--resume", run)
     second.join(600)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, ResNetConfig, pipeline
 
 from cotune.client.site import Site
-from cotune.errors import CotuneError, ModelError, PrivacyError
+from cotune.errors import ModelError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
@@ -22,6 +22,7 @@ from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import resume, simulate
 from tests.support.datasets import COLORS, tagged, write_images, write_tagged
+from tests.support.failures import fails_with
 from tests.support.matrix import crossed
 from tests.support.simulations import NewPlan
 from tests.support.tiny_models import PROCESSOR
@@ -155,7 +156,7 @@ def resnet(tmp_path: Path) -> Path:
 def test_batch_norm_under_privacy(new_plan: Callable[..., Plan], resnet: Path, train: str) -> None:
     plan = new_plan("image-classification", model={"base": str(resnet)}, train=train, privacy=PRIVATE)
     for check in (prepare, forecast):
-        with pytest.raises(PrivacyError, match=r"normalizes over the batch in resnet\.\S*normalization, which mixes records"):
+        with fails_with("privacy.batch_norm"):
             check(plan, "cpu")
     prepare(plan.model_copy(update={"privacy": "none"}), "cpu")
 
@@ -175,7 +176,7 @@ def test_adapters_that_cannot_be_had(new_plan: Callable[..., Plan], lora: dict[s
 
 
 def test_a_task_that_the_data_are_not_for(new_plan: Callable[..., Plan], tags: Path, base_model: Callable[[str], Path]) -> None:
-    with pytest.raises(CotuneError, match="holds a list in column 'text' of record 1, expected text"):
+    with fails_with("data.wrong_type", "text", "1"):
         prepare(new_plan("token-classification", task="sequence-classification"), "cpu")
 
 

@@ -14,7 +14,6 @@ import pytest
 from cotune.client.site import Site
 from cotune.data.config import TaskName
 from cotune.data.dataset import DatasetManifest
-from cotune.errors import DataError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
@@ -24,6 +23,7 @@ from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.run import simulate
 from tests.support.datasets import sentences, tagged, write_images
 from tests.support.engines import Steps, engine, take_steps
+from tests.support.failures import fails_with
 
 PRIVATE = {"epsilon": 8.0, "unit": "patient_id", "max_records": 5}
 PEOPLE = 60
@@ -134,7 +134,7 @@ def test_copies_of_a_text_do_not_test_what_was_learned_of_them(toy_plan: Callabl
 
 
 def test_whose_records_are_must_be_known(plan: Callable[..., Plan]) -> None:
-    with pytest.raises(DataError, match=r"'ward'.*data\.unit"):
+    with fails_with("data.missing_column", "ward", "data.unit"):
         prepare(plan(privacy={**PRIVATE, "unit": "ward"}), "cpu")
 
 

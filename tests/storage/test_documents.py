@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from cotune.errors import RunError
 from cotune.storage.documents import JsonDocument
+from tests.support.failures import fails_with
 
 
 class Note(BaseModel):
@@ -49,7 +50,7 @@ def test_damaged_document_is_refused_with_advice(tmp_path: Path, content: bytes)
     file = tmp_path / "deep" / "note.json"
     file.parent.mkdir()
     file.write_bytes(content)
-    with pytest.raises(RunError, match=r"note\.json is damaged \(\w+\): write it again") as error:
+    with fails_with("run.damaged_document", "note.json") as error:
         document(tmp_path).read()
     assert error.value.code == "run.damaged_document"
     assert file.read_bytes() == content

@@ -11,6 +11,7 @@ import pytest
 
 from cotune.errors import RunError
 from cotune.storage.files import atomic_write, exclusive_lock, is_locked, remove_parts
+from tests.support.failures import fails_with
 
 HOLDER = """
 import sys
@@ -30,7 +31,7 @@ def test_lock_is_released_by_kill(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         assert is_locked(file)
-        with pytest.raises(RunError, match="hospital-a has it") as error, exclusive_lock(file, "hospital-a has it"):
+        with fails_with("run.locked", "hospital-a") as error, exclusive_lock(file, "hospital-a has it"):
             pytest.fail("the lock was given twice")
         assert error.value.code == "run.locked"
         holder.kill()

@@ -11,8 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.models.adapters.adapter import Adapter
 from cotune.plan.parameters import heads_of
+from cotune.plan.public import SCORES, PublicConfig
 from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.plan.wire import Codec
@@ -75,6 +77,7 @@ class UpdateSpec:
         statistics: Name -> shape of the arrays that the fusion needs beside the delta.
         max_bytes: Size of the largest reply that is read.
         heads: Task -> the parameters of its head, of several tasks: an update has those of the tasks that its sender holds.
+        predictions: Those that were sent, and how large any may be, where they travel instead of parameters.
     """
 
     round: int
@@ -94,6 +97,7 @@ class UpdateSpec:
     statistics: Mapping[str, Shape] = field(default_factory=dict)
     max_bytes: int = sys.maxsize
     heads: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    predictions: tuple[Tensor, PublicConfig] | None = None
 
     @classmethod
     def build(
@@ -138,6 +142,7 @@ class UpdateSpec:
             statistics=statistics,
             max_bytes=max_bytes(len(plan.canonical().encode()), own, statistics, plan.wire),
             heads=heads_of(plan, shapes),
+            predictions=(shapes[SCORES], plan.public) if plan.shares_predictions else None,
         )
 
     def validate(self, update: Update, organization: str) -> ValidationResult:
@@ -161,6 +166,7 @@ class UpdateSpec:
         max_norm = self.max_norm(update.examples)
         return (
             _check_values(update.delta, max_norm)
+            or self._check_predictions(update.delta)
             or self._check_noise(update, max_norm**2)
             or self._check_loss(update)
             or self._check_statistics(update.statistics)
@@ -223,6 +229,13 @@ class UpdateSpec:
             if tuple(tensor.shape) != expected[name]:
                 return f"{name} has the shape {tuple(tensor.shape)}, expected {expected[name]}"
         return ""
+
+    def _check_predictions(self, delta: Mapping[str, Tensor]) -> str:
+        if self.predictions is None:
+            return ""
+        received, public = self.predictions
+        extreme = find_extreme_score(received, delta[SCORES], public)
+        return "" if extreme is None else f"its predictions reach {extreme:.3g}, expected {public.bound:g} at most"
 
     def _absent_heads(self, delta: Mapping[str, Tensor]) -> set[str]:
         """The parameters of heads of which nothing was sent; of no head where none was, as everybody holds some task."""

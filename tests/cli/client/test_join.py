@@ -30,6 +30,7 @@ from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started
+from tests.support.failures import fails_with
 
 SETTINGS = ("labels=['bad','good','so']", "privacy={epsilon=4.0,delta=1e-3}", "model.precision=float32")
 
@@ -206,7 +207,7 @@ def test_a_plan_that_waits_is_shown_and_approved(cotune: Cotune, site: Path, pla
     approvals = Approvals(Site(site))
     approvals.approve(plan, "test")
     changed = plan.model_copy(update={"rounds": 9})
-    with pytest.raises(Exception, match="nobody has approved the plan"):
+    with fails_with("policy.training.approval"):
         approvals.check(changed, Policy())
     monkeypatch.setattr("sys.stdin", io.StringIO(""))  # as under cron
     unanswered = cotune("client", "approve", site)

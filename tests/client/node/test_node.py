@@ -25,13 +25,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL
-from cotune.client.node import node as node_module
 from cotune.client.node.node import Node, run_node
 from cotune.client.node.worker import TrainerDied
 from cotune.client.training.observe import observe_client
 from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, NodeRejected, RequestExpired, _restore_ttl
+from tests.support.failures import fails_with
 
 NODE = 5
 RUN = 77
@@ -205,17 +205,16 @@ def test_expired_request_is_dropped(tmp_path: Path, stop: threading.Event) -> No
     assert (worker.given, fleet.sent) == ([], [])
 
 
-def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_that_is_long_overdue_makes_way(tmp_path: Path, stop: threading.Event) -> None:
     class Slow(FakeWorker):
         """Never done with round 1."""
 
         def poll(self, seconds: float) -> Message | None:
             return None if self.given[-1] == "1" else super().poll(seconds)
 
-    monkeypatch.setattr(node_module, "_OVERDUE_SECONDS", 0.0)
     fleet = FakeFleet(stop, request(1, ttl=0.2), request(2))
     worker = Slow()
-    serve(tmp_path, stop, fleet, worker)
+    Node(tmp_path, worker, stop, overdue=0.0).serve(fleet)
     assert worker.given == ["1", "2"]
     assert fleet.calls[-4:] == ["confirm 1", "open 2", "send", "confirm 2"]
 
@@ -454,7 +453,7 @@ def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
     (tmp_path / "node").mkdir()
     with (tmp_path / "node" / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="another node serves .*: stop it first"):
+        with fails_with("run.locked"):
             run_node(tmp_path, "127.0.0.1:1", key=key)
 
 
@@ -468,7 +467,7 @@ def test_a_site_that_cannot_be_written(tmp_path: Path, key: Path) -> None:
 @pytest.mark.parametrize("address", ["example.org", "https://example.org:443", ":443", "example.org:https"])
 def test_an_address_that_is_none(tmp_path: Path, key: Path, address: str) -> None:
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(RunError, match="is not the address of a server: expected host:port"):
+    with fails_with("run.wrong_address"):
         run_node(tmp_path, address, key=key)
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotune.client.personalization.adaptation import OwnRecords, adapt, build_own_records, load_base_head, split_folds
-from cotune.errors import DataError
 from cotune.models.config import ModelConfig
 from cotune.models.features.head_fit import fit_head, head_scores
 from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.tables import PersonalizeConfig
+from tests.support.failures import fails_with
 
 POINTS = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
 
@@ -101,5 +101,5 @@ def test_records_that_cannot_be_used_are_left_out() -> None:
     features = torch.ones(4, 2)
     features[1] = torch.nan
     assert build_own_records(features, [0, 1, -100, 2], [5, 6, 7, 8], 3).units.tolist() == [5, 8]
-    with pytest.raises(DataError, match="1 records"):
+    with fails_with("data.too_few_records", "1"):
         build_own_records(features, [0, 1, -100, 7], [5, 6, 7, 8], 3)

@@ -24,7 +24,7 @@ from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.data.tasks import classes
 from cotune.data.tasks.classes import logits
-from cotune.errors import DataError, ModelError, PlanError, PrivacyError
+from cotune.errors import PlanError, PrivacyError
 from cotune.models.base.load import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
@@ -33,6 +33,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import COLORS, TAGS, write_csv, write_images
+from tests.support.failures import fails_with
 from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES
 
@@ -334,16 +335,14 @@ def test_what_opacus_refuses_is_refused_in_a_sentence(new_plan: MakePlan) -> Non
 
 def test_adapters_on_more_layers_than_there_are_are_refused(new_plan: MakePlan) -> None:
     plan = new_plan("bert", "token-classification", train="lora", lora={"layers": 3})
-    with pytest.raises(ModelError, match=r"lora\.layers = 3, but the modules to adapt lie in 2 layers"):
+    with fails_with("model.lora_layers", "lora.layers", "3", "2"):
         get_plan_model(plan, "cpu")
 
 
 def test_records_described_for_another_task_are_refused(new_plan: MakePlan) -> None:
     texts = new_plan("bert", "sequence-classification")
     tokens = new_plan("bert", "token-classification")
-    with pytest.raises(
-        DataError, match="clinic describes its records as for sequence-classification, expected token-classification"
-    ):
+    with fails_with("data.wrong_task", "clinic"):
         build_setup(tokens, tokens.get_stage(1), get_plan_model(tokens, "cpu"), everything(texts), {}, "clinic", expected_batch=4)
 
 

@@ -19,13 +19,13 @@ from cotune.client.training.round import train_round
 from cotune.client.training.setup import build_setup
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
-from cotune.errors import Declined, RunError
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -136,7 +136,7 @@ def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSit
 def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED)
     site = make_site(policy=tells())
-    with pytest.raises(Declined, match="weighs updates by their loss") as declined:
+    with fails_with("policy.tell.local_loss") as declined:
         train_round(plan, site, 1, state_for(plan))
     assert declined.value.rule == "tell.local_loss"
     assert site.ledger().charges() == []
@@ -148,5 +148,5 @@ def test_a_loss_that_is_not_finite_is_said(make_plan: MakePlan, make_site: MakeS
     plan = make_plan(strategy=WEIGHTED)
     site = make_site()
     teller = Disclosures(Account(plan, Policy.permissive(), site, site.holdings(plan.labels)))
-    with pytest.raises(RunError, match="loss is inf: expected a finite one"):
+    with fails_with("run.loss_not_finite"):
         teller.loss(lambda c: c, 60, 1)

@@ -125,10 +125,109 @@ def test_policy_allows_a_copy_without_noise_or_declines_it(make_plan: MakePlan) 
     assert not list(find_violations(make_plan(personal="ditto", privacy=PRIVATE), strict, 60))
 
 
-@pytest.mark.parametrize("personal", [{"parts": ["head"], "noise": False}, {"parts": ["norm"], "noise": False}])
+@pytest.mark.parametrize(
+    "personal",
+    [
+        {"parts": ["head"], "noise": False},
+        {"parts": ["norm"], "noise": False},
+        {"parts": ["adapter"], "noise": False},
+        {"parts": ["head"], "order": "own_first", "noise": False},
+        {"method": "pfedme", "noise": False},
+    ],
+)
 def test_parameters_read_by_shared_gradients_need_noise(make_plan: MakePlan, personal: dict[str, Any]) -> None:
     """See tests/privacy/mechanisms/test_personal_leak.py for what would leak."""
     with pytest.raises(PlanError, match=r"personal\.noise = false") as refused:
         make_plan(train="lora", personal=personal, privacy=PRIVATE)
     assert refused.value.code == "plan.invalid"
     make_plan(train="lora", personal=personal)  # without privacy there is nothing to keep
+
+
+def pfedme(**keys: Any) -> dict[str, Any]:
+    return {"method": "pfedme", **keys}
+
+
+def test_without_pull_the_copy_is_plain_training_and_is_followed(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """pFedMe with λ = 0 and one move the whole way is FedAvg, and with a part of the way that part of its update."""
+    local = {"steps": 4, "momentum": 0.0}
+    plan = make_plan(local=local)
+    state = base_state(plan)
+    plain = train_round(plan, make_site(at="plain"), 1, state).delta
+    for move in (1.0, 0.25):
+        plan = make_plan(personal=pfedme(pull=0.0, inner_steps=4, move=move), local=local)
+        site = make_site(at=f"move-{move}")
+        update = train_round(plan, site, 1, state)
+        assert update.steps == 4
+        own = copy_of(plan, site, 1)
+        for name, tensor in plain.items():
+            torch.testing.assert_close(update.delta[name], move * tensor, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(own[name] - state[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_copy_is_pulled_toward_where_the_shared_model_has_gone(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Of two steps with K = 1, by hand: w₁ = w₀ + m(θ₁ − w₀), θ₂ = θ₁ − η(g₂ + λ(θ₁ − w₁)), and the last move follows."""
+    found = {}
+    for pull in (0.0, 0.5):
+        plan = make_plan(
+            personal=pfedme(pull=pull, inner_steps=1, move=0.25), local={"steps": 2, "learning_rate": 0.1, "momentum": 0.0}
+        )
+        site = make_site(at=f"pull-{pull}")
+        state = base_state(plan)
+        update = train_round(plan, site, 1, state)
+        found[pull] = (update.delta, copy_of(plan, site, 1))
+    one = make_plan(
+        personal=pfedme(pull=0.0, inner_steps=1, move=0.25), local={"steps": 1, "learning_rate": 0.1, "momentum": 0.0}
+    )
+    site = make_site(at="one step")
+    train_round(one, site, 1, state)
+    first = copy_of(one, site, 1)  # θ₁: the batches of a round begin alike
+    for name, tensor in state.items():
+        followed = tensor + 0.25 * (first[name] - tensor)
+        by_pull = -0.1 * 0.5 * (first[name] - followed)
+        torch.testing.assert_close(found[0.5][1][name] - found[0.0][1][name], by_pull, atol=1e-6, rtol=1e-3)
+        expected = followed + 0.25 * (found[0.5][1][name] - followed) - tensor
+        torch.testing.assert_close(found[0.5][0][name], expected, atol=1e-6, rtol=1e-3)
+
+
+def test_steps_of_a_followed_copy_are_charged_once(make_plan: MakePlan, make_site: MakeSite) -> None:
+    counts = []
+    for personal in ([], pfedme(inner_steps=2)):
+        plan = make_plan(personal=personal, privacy=PRIVATE, local={"steps": 3})
+        site = make_site(at=f"site-{bool(personal)}")
+        train_round(plan, site, 1, base_state(plan))
+        [charge] = [charge for charge in site.ledger().charges() if charge.purpose == "training"]
+        counts.append((charge.steps.count, charge.steps.noise_multiplier))
+    assert counts[0] == counts[1]
+
+
+def test_copy_starts_as_the_shared_model_in_every_round(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """What is sent does not follow from what was kept, which may be of a round that never entered the model."""
+    plan = make_plan(personal=pfedme(inner_steps=2))
+    site = make_site(at="one")
+    state = base_state(plan)
+    train_round(plan, site, 1, state)
+    later = train_round(plan, site, 2, state, admitted=1).delta
+    afresh = train_round(plan, make_site(at="two"), 2, state).delta
+    assert all(torch.equal(later[name], tensor) for name, tensor in afresh.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"personal": pfedme(), "strategy": {"client_term": {"name": "proximal", "mu": 0.1}}}, "expected one of the two"),
+        (
+            {"personal": pfedme(), "privacy": PRIVATE, "strategy": {"weighting": "noise_aware"}},
+            "knows the noise of plain steps",
+        ),
+        (
+            {"personal": pfedme(), "train": "lora", "lora": {"smaller_ranks": True}},
+            "an own copy of the model has the plan's rank",
+        ),
+        ({"personal": {"method": "ditto", "order": "own_first"}}, "is for parts"),
+        ({"personal": pfedme(own_steps=3)}, "own_steps = 3 is for"),
+    ],
+)
+def test_plans_that_a_copy_cannot_have(make_plan: MakePlan, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said) as refused:
+        make_plan(**changes)
+    assert refused.value.code == "plan.invalid"

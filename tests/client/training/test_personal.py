@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from cotune.client.site import Site
+from cotune.client.training.context import LocalContext
 from cotune.client.training.personal import PERSONAL
+from cotune.client.training.preparation import prepare_round
 from cotune.client.training.round import train_round
-from cotune.errors import RunError
+from cotune.client.training.setup import check_gradients, synthetic_setup
+from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.schema import Plan
+from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -107,7 +112,7 @@ def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> 
 def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = plan_of(make_plan)
     site = make_site()
-    with pytest.raises(RunError, match="what was kept after round 1 cannot be read"):
+    with fails_with("run.lost_state", "1"):
         train_round(plan, site, 2, base_state(plan), admitted=1)
 
 
@@ -168,3 +173,120 @@ def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_s
         train_round(plan, site, 2, state, admitted=1)
     assert refused.value.code == "run.lost_state"
     assert len(site.ledger().charges()) == charges
+
+
+# --- an own adapter beside the shared one
+
+
+def adapter_plan(make_plan: MakePlan, **tables: Any) -> Plan:
+    return make_plan(train="lora", lora={"rank": 2, "factors": "ab"}, **{"personal": ["adapter"], **tables})
+
+
+@pytest.mark.parametrize("privacy", ["none", PRIVATE], ids=["without privacy", "with privacy"])
+def test_own_adapter_stays_and_the_shared_one_travels(make_plan: MakePlan, make_site: MakeSite, privacy: Any) -> None:
+    plan = adapter_plan(make_plan, privacy=privacy)
+    site = make_site()
+    update = train_round(plan, site, 1, base_state(plan))
+    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    assert kept.keys() == {n.replace(".default.", ".own.") for n in update.delta if ".lora_" in n}
+    assert all(bool(tensor.any()) for name, tensor in kept.items() if ".lora_B." in name)
+    assert {"classifier.weight", "classifier.bias"} <= update.delta.keys()
+
+
+def test_model_with_two_adapters_adds_both_products(make_plan: MakePlan) -> None:
+    plan = adapter_plan(make_plan)
+    model = get_plan_model(plan, "cpu")
+    generator = torch.Generator().manual_seed(1)
+    names = model.adapter_names()
+    model.load({n: torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()})
+    state = model.state(name for name, _ in model.parameters())
+    adapter = model.adapters()[0]
+    layer = model.module.get_submodule(adapter.weight.removesuffix(".weight"))
+    x = torch.randn(3, state[adapter.a].shape[1], generator=generator)
+    own = {name: name.replace(".default.", ".own.") for name in (adapter.a, adapter.b)}
+    weight = state[adapter.weight] + adapter.scale * (
+        state[adapter.b] @ state[adapter.a] + state[own[adapter.b]] @ state[own[adapter.a]]
+    )
+    expected = x @ weight.T + state[adapter.weight.replace(".weight", ".bias")]
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_with_two_adapters_are_those_of_single_records(make_plan: MakePlan) -> None:
+    """One clip norm over both: the plan's own check compares the clipped sum with a loop over records."""
+    plan = adapter_plan(make_plan, privacy=PRIVATE)
+    model = get_plan_model(plan, "cpu")
+    model.load({})
+    (stage,) = plan.stages
+    model.train_only(trained_names(plan, model, 1))
+    error = check_gradients(synthetic_setup(plan, stage, model, 3), plan.privacy, stage.mode)  # type: ignore[arg-type]
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": "full"}, "stands beside a shared one"),
+        ({"lora": {"smaller_ranks": True}}, "an own adapter has the plan's rank"),
+        ({"strategy": "flora"}, "is about whole models"),
+        ({"lora": {"keep": "b"}}, "keeps B and the head already"),
+    ],
+)
+def test_plans_that_an_own_adapter_cannot_have(make_plan: MakePlan, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said) as refused:
+        make_plan(**{"train": "lora", "lora": {"rank": 2, "factors": "ab"}, "personal": ["adapter"], **changes})
+    assert refused.value.code == "plan.invalid"
+
+
+# --- FedRep's order
+
+
+def test_own_part_is_trained_first_and_then_held(make_plan: MakePlan, make_site: MakeSite) -> None:
+    """Algorithm 1: the head goes as if it trained alone, and the representation as if the head stood there already."""
+    local = {"steps": 3, "momentum": 0.0}
+    plan = make_plan(train="lora", personal={"parts": ["head"], "order": "own_first", "own_steps": 2}, local=local)
+    site = make_site(at="fedrep")
+    state = base_state(plan)
+    update = train_round(plan, site, 1, state)
+    assert update.steps == 3
+    head = site.recall(plan.plan_id, 1, PERSONAL)
+    model = get_plan_model(plan, "cpu")
+    model.load({**state, **head})
+    setup_plan = make_plan(train="lora", local=local)
+    held = train_only_shared(setup_plan, make_site(at="by hand"), {**state, **head})
+    assert update.delta.keys() == held.keys()
+    for name, tensor in held.items():
+        torch.testing.assert_close(update.delta[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def train_only_shared(plan: Plan, site: Site, state: State) -> dict[str, torch.Tensor]:
+    """Plain steps on what is not the head, on the batches of the round, by autograd."""
+    model = get_plan_model(plan, "cpu")
+    context = LocalContext(plan, site, site.policy(), 1, state)
+    prepared = prepare_round(context)
+    names = [name for name in prepared.parameters if name.startswith(model.prefix)]
+    parameters = model.train_only(names)
+    optimizer = torch.optim.SGD(parameters, lr=context.stage.local.learning_rate)
+    rate = context.stage.local.sample_rate(context.examples)
+    generator = seeded_generator(plan.seed, "batches", site.organization, 1)
+    for batch in PoissonSampler(prepared.setup.rows, rate, 3, generator):
+        optimizer.zero_grad()
+        for _, rows in prepared.setup.batches(batch):
+            (prepared.setup.loss(rows).sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
+        if batch:
+            optimizer.step()
+    after = model.state(names)
+    return {name: after[name] - state[name] for name in names}
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 6), ({"own_steps": 2}, 5)])
+def test_steps_on_the_own_part_are_charged(
+    make_plan: MakePlan, make_site: MakeSite, given: dict[str, int], expected: int
+) -> None:
+    personal = {"parts": ["head"], "order": "own_first", **given}
+    plan = make_plan(train="lora", personal=personal, privacy=PRIVATE, local={"steps": 3})
+    site = make_site()
+    update = train_round(plan, site, 1, base_state(plan))
+    [charge] = [charge for charge in site.ledger().charges() if charge.purpose == "training"]
+    assert (update.steps, charge.steps.count, charge.state) == (3, expected, "settled")
+    assert update.epsilon is not None
+    assert update.epsilon <= PRIVATE["epsilon"]

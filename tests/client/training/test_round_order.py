@@ -67,7 +67,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, group, tuple(map(noted_check, getattr(context_module, group))))
     noting(Site, "counted", lambda *_: "records are counted")
     noting(Site, "finished_update", lambda *_: "the outbox is read")
-    noting(context_module, "load_site_model", lambda *_: "the model is loaded")
+    noting(context_module, "load_trained_model", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
     noting(Ledger, "record_unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
     noting(Dataset, "label_counts", lambda *_: "labels take part")

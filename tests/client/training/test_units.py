@@ -12,10 +12,11 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
 from cotune.data.dataset import write_manifest
-from cotune.errors import DataError, Declined, PrivacyError
+from cotune.errors import Declined
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, TrainingRules, dump_policy
+from tests.support.failures import fails_with
 from tests.support.sites import EXAMPLES
 
 MakePlan = Callable[..., Plan]
@@ -74,12 +75,12 @@ def test_the_same_records_are_not_charged_under_two_units(
     first, second = (make_plan(privacy=privacy) for privacy in order)
     train_round(first, site, 1, state_for(first))
     charges = site.ledger().charges()
-    with pytest.raises(PrivacyError, match="record"):
+    with fails_with("privacy.mixed_units"):
         train_round(second, site, 1, state_for(second))
     assert run_preflight(second, site).declined
     assert site.ledger().charges() == charges
 
 
 def test_a_site_that_names_no_column_is_told_so(make_site: Callable[..., Site], make_plan: MakePlan) -> None:
-    with pytest.raises(DataError, match=r"data\.unit"):
+    with fails_with("data.missing_unit", "data.unit"):
         run_preflight(make_plan(privacy=PERSONS), make_site())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cotune.data.metrics import text_metrics
 from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts, exact_match, rouge_l
-from cotune.errors import DataError
+from tests.support.failures import fails_with
 
 pytest.importorskip("rouge_score")
 pytest.importorskip("sacrebleu")
@@ -73,6 +73,6 @@ def test_lists_of_unlike_lengths_are_refused() -> None:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_metrics, "_LIBRARIES", ("no_such_library",))
-    with pytest.raises(DataError, match="no_such_library") as raised:
+    with fails_with("data.no_text_metrics", "no_such_library") as raised:
         check_text_metrics()
     assert raised.value.code == "data.no_text_metrics"

@@ -15,6 +15,7 @@ from cotune.errors import ModelError
 from cotune.models.adapters.lora import merge_adapters
 from cotune.models.config import _WHY_NOT, LoraConfig
 from cotune.models.trainable import TrainableModel
+from tests.support.failures import fails_with
 from tests.support.tiny_models import ARCHITECTURES
 
 Make = Callable[..., TrainableModel]
@@ -50,7 +51,7 @@ def test_only_the_last_layers(shared: Make, kind: str) -> None:
 @pytest.mark.parametrize("pooling", ["native", "mean"])
 def test_more_layers_than_there_are(shared: Make, pooling: str) -> None:
     """The layer that does the mean pooling is none of them."""
-    with pytest.raises(ModelError, match=r"lora.layers = 3, but the modules to adapt lie in 2 layers: expected at most 2"):
+    with fails_with("model.lora_layers", "3", "2", "2"):
         shared("bert", lora=LoraConfig(rank=2, layers=3), pooling=pooling)
 
 

@@ -18,6 +18,7 @@ from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, calibrate, epsilon, epsilon_lower_bound, epsilon_rdp
 from cotune.privacy.accounting.tradeoff import gaussian_mu, trade_off, true_positive_rate
 from cotune.privacy.config import RecordPrivacy
+from tests.support.failures import fails_with
 
 DELTA = 1e-5
 few = settings(max_examples=8, deadline=None)
@@ -283,12 +284,12 @@ def test_a_very_large_budget_still_gets_noise() -> None:
 
 
 def test_an_unreachable_budget_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"ε = 0\.1 .* cannot be reached by 10000 steps.*1000.*allow a larger ε"):
+    with fails_with("privacy.epsilon_unreachable", "0.1", "10000", "1000"):
         calibrate([(0.5, 10_000)], epsilon=0.1, delta=1e-6)
 
 
 def test_a_spent_budget_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"after ε = 4\.77 was spent before"):
+    with fails_with("privacy.epsilon_unreachable", "4.77"):
         calibrate([(0.05, 20)], epsilon=4.0, delta=DELTA, spent=[Steps(1.0, 0.05, 200)])
 
 
@@ -323,7 +324,7 @@ def test_a_bad_delta_is_refused(rule: float | str) -> None:
 
 
 def test_a_delta_above_one_over_the_records_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"privacy\.delta = 0\.001 gives δ = 0\.001 for 1001 examples.*1/n\^1\.5"):
+    with fails_with("privacy.delta_too_large", "privacy.delta", "0.001", "0.001", "1001", "1/n", "1.5"):
         RecordPrivacy(delta=1e-3).delta_for(1001)
 
 

@@ -21,6 +21,7 @@ from cotune.privacy.auditing.lower_bounds import (
     lower_bound_any,
     lower_bound_steps,
 )
+from tests.support.failures import fails_with
 from tests.support.sums_of_steps import sums_of_steps
 
 DELTA = 1e-5
@@ -172,5 +173,5 @@ def test_less_allowed_error_is_a_smaller_bound() -> None:
 
 def test_a_missing_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jax_privacy", None)
-    with pytest.raises(PrivacyError, match=r'an audit needs jax_privacy.*: install it by pip install "cotune\[audit\]"'):
+    with fails_with("privacy.audit_package_missing", "jax_privacy", "cotune[audit]"):
         import_auditing()

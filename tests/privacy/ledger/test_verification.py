@@ -13,13 +13,13 @@ import pytest
 from cotune.client.ledger_report import export_ledger
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.errors import DataError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.verification import verify_export
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
 from cotune.storage.append_only_log import START_HASH
 from cotune.storage.database_log import entry_hash
+from tests.support.failures import fails_with
 
 DELTA = 1e-5
 
@@ -158,5 +158,5 @@ def test_a_charge_that_no_mechanism_can_be_shows(exported: dict[str, Any], chang
     "content", [{}, {"entries": 3}, {"entries": [], "head": None, "collections": [{}]}, {"entries": [{"id": 1}]}]
 )
 def test_what_is_no_export_is_one_sentence(content: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="expected the file"):
+    with fails_with("data.not_a_ledger"):
         verify_export(content)

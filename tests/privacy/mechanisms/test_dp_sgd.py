@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
-from cotune.errors import PrivacyError
 from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.features.head import feature_head
@@ -30,6 +29,7 @@ from cotune.privacy.mechanisms.noise import add_gaussian_noise
 from cotune.privacy.mechanisms.per_example import Batch, LossPerExample, per_example, unit_gradients
 from cotune.privacy.mechanisms.random import PoissonSampler
 from tests.support.batches import in_batches, stack
+from tests.support.failures import fails_with
 from tests.support.matrix import crossed
 
 KINDS = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -512,7 +512,7 @@ def test_a_record_without_a_finite_gradient_contributes_nothing(value: float, sl
 
 def test_a_diverged_model_is_not_returned() -> None:
     module = seeded(Toy)
-    with pytest.raises(PrivacyError, match="not finite"):
+    with fails_with("privacy.not_finite"):
         train(module, cross_entropy(module), points(4), lr=1e38, noise_multiplier=100.0, clip_norm=100.0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cotune.errors import CotuneError, DataError, DeviceError, ModelError, PlanError, RunError
+from cotune.errors import CotuneError, DataError, DeviceError, ModelError, RunError
 from cotune.models.base.lookup import find_base
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.schema import Plan
@@ -17,6 +17,7 @@ from cotune.server.deployment.federation import FederationFolder, ServerConfig, 
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 
 LABELS = ["bad", "good", "so"]
 RULES = """
@@ -95,7 +96,7 @@ def test_wherever_the_folder_is_the_plan_is_the_same(plan: Callable[..., Plan], 
 def test_class_names_default_to_those_of_the_test_records(plan: Callable[..., Plan], tmp_path: Path) -> None:
     test = write_csv(tmp_path / "test.csv", sentences(60))
     assert create_federation(tmp_path / "fed", plan(labels=[]), config(test=test)).plan.labels == tuple(LABELS)
-    with pytest.raises(PlanError, match=r"^the plan does not list the class names, .* or --test with records of every class$"):
+    with fails_with("plan.missing_labels"):
         create_federation(tmp_path / "other", plan(labels=[]), config())
     with pytest.raises(DataError, match="holds classes that the plan does not list"):
         create_federation(tmp_path / "other", plan(labels=["bad", "good"]), config(test=test))
@@ -146,7 +147,7 @@ def test_what_is_there_stays_as_it_is(plan: Callable[..., Plan], tmp_path: Path)
 
 def test_a_place_that_cannot_hold_a_folder_is_one_sentence(plan: Callable[..., Plan], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"file/fed cannot be made \(.*\): check the permissions and the space"):
+    with fails_with("run.not_writable", "file/fed"):
         create_federation(tmp_path / "file" / "fed", plan(), config())
 
 

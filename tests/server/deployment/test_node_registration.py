@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.errors import RunError
-from cotune.server.deployment import node_registration as module
 from cotune.server.deployment.members import Member
 from cotune.server.deployment.node_registration import NodeRegistration, reconcile
 from tests.support.registration import MEMBERS, SuperLink
@@ -47,11 +46,6 @@ def test_a_key_that_is_refused_does_not_keep_the_others_out() -> None:
     assert set(superlink.known) == {each.key for each in MEMBERS if each.name != "b"}
 
 
-@pytest.fixture
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_INTERVAL_SECONDS", 0.01)
-
-
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 600
     while not condition():
@@ -59,12 +53,11 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.usefixtures("_quickly")
 def test_registration_follows_the_list_over_superlink_resets() -> None:
     superlink = SuperLink()
     members = [MEMBERS[0]]
     said = list[str]()
-    with NodeRegistration(lambda: nullcontext(superlink), lambda: members, said.append):
+    with NodeRegistration(lambda: nullcontext(superlink), lambda: members, said.append, interval=0.01):
         until(lambda: MEMBERS[0].key in superlink.known)
         members[:] = [MEMBERS[0].model_copy(update={"revoked": "2026-01-02"}), MEMBERS[1]]
         until(lambda: set(superlink.known) == {MEMBERS[1].key})
@@ -89,12 +82,11 @@ def test_registration_follows_the_list_over_superlink_resets() -> None:
     ]
 
 
-@pytest.mark.usefixtures("_quickly")
 def test_superlink_not_there_yet_is_awaited_silently() -> None:
     superlink = SuperLink()
     said = list[str]()
     superlink.down = True
-    with NodeRegistration(lambda: nullcontext(superlink), list, said.append) as enrolment:
+    with NodeRegistration(lambda: nullcontext(superlink), list, said.append, interval=0.01) as enrolment:
         time.sleep(0.05)
         assert not enrolment.ready
         superlink.down = False
@@ -102,7 +94,6 @@ def test_superlink_not_there_yet_is_awaited_silently() -> None:
     assert said == []
 
 
-@pytest.mark.usefixtures("_quickly")
 def test_damaged_list_is_reported_once_and_followed_once_mended() -> None:
     superlink = SuperLink()
     said = list[str]()
@@ -113,7 +104,7 @@ def test_damaged_list_is_reported_once_and_followed_once_mended() -> None:
             raise ValueError("a list that nobody foresaw")
         return [MEMBERS[0]]
 
-    with NodeRegistration(lambda: nullcontext(superlink), members, said.append) as enrolment:
+    with NodeRegistration(lambda: nullcontext(superlink), members, said.append, interval=0.01) as enrolment:
         until(lambda: enrolment.ready)
         damaged[0] = True
         until(lambda: len(said) == 2)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cotune.server.deployment import refusals
 from cotune.server.deployment.refusals import RefusalLog, RefusalWatch, read_refusals, read_strangers
 from cotune.server.runs.events import Events, observe_run, read_events
 from cotune.storage import documents
 from cotune.storage.files import atomic_write
 from tests.support.events import make_event
+
+SOON = 0.05  # seconds in which the file is not written again
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def file(tmp_path: Path) -> Path:
 
 def noted(file: Path, member: str, times: int, reason: str = "its source is another node") -> None:
     """By a front that was started for it, once the file says so."""
-    front = RefusalLog(file)
+    front = RefusalLog(file, SOON)
     before = count_of(file, member)
     for _ in range(times):
         front.record_member(member, reason)
@@ -39,11 +40,6 @@ def written(file: Path, member: str, count: int) -> None:
     while count_of(file, member) != count:
         assert time.monotonic() < deadline, count_of(file, member)
         time.sleep(0.01)
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "_WRITE_INTERVAL_SECONDS", 0.05)
 
 
 def test_member_refusals_are_counted_over_proxy_restarts(file: Path) -> None:
@@ -63,8 +59,7 @@ def test_first_refusal_is_written_at_once_and_a_storm_seldom(file: Path, monkeyp
         atomic_write(path, content, **how)
 
     monkeypatch.setattr(documents, "atomic_write", counted)
-    monkeypatch.setattr(refusals, "_WRITE_INTERVAL_SECONDS", 2.0)
-    front = RefusalLog(file)
+    front = RefusalLog(file, write_interval=2.0)
     for member in ("south", "north"):
         front.record_member(member, "no")
         assert count_of(file, member) == 1
@@ -79,7 +74,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    front = RefusalLog(file)
+    front = RefusalLog(file, SOON)
     monkeypatch.setattr(documents, "atomic_write", full)
     front.record_member("south", "no")
     assert not read_refusals(file)
@@ -89,7 +84,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
 def test_a_damaged_file_is_none(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     assert not read_refusals(file)
-    RefusalLog(file).record_member("south", "no")
+    RefusalLog(file, SOON).record_member("south", "no")
     assert read_refusals(file)["south"].count == 1
 
 
@@ -177,7 +172,7 @@ def test_a_damaged_beginning_is_restarted(file: Path, tmp_path: Path, content: b
 
 
 def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
-    front = RefusalLog(file)
+    front = RefusalLog(file, SOON)
     front.record_address("203.0.113.7", "too large")
     front.record_address("203.0.113.7", "far too large")
     noted_at = time.monotonic() + 600.0
@@ -187,14 +182,14 @@ def test_strangers_are_counted_by_address_and_members_apart(file: Path) -> None:
     found = read_strangers(file)["203.0.113.7"]
     assert (found.count, found.reason) == (2, "far too large")
     assert not read_refusals(file)
-    assert RefusalLog(file)._addresses == read_strangers(file)
+    assert RefusalLog(file, SOON)._addresses == read_strangers(file)
 
 
 def test_stranger_of_many_addresses_fills_no_memory_or_disk(file: Path) -> None:
-    front = RefusalLog(file)
+    front = RefusalLog(file, SOON)
     for _ in range(3):
         front.record_address("203.0.113.7", "too large")
     for number in range(1000):
         front.record_address(f"2001:db8:0:{number:x}::/64", "too large")
-    assert len(front._addresses) == refusals._MAX_ADDRESSES
+    assert len(front._addresses) == 100
     assert front._addresses["203.0.113.7"].count == 3

@@ -26,6 +26,7 @@ from cotune.server.proxy.quotas import Quotas
 from cotune.server.proxy.server import TlsProxy
 from cotune.server.runs.events import Events, read_events
 from tests.support.calls import announcement, identifier, new_key, public, signed, tree
+from tests.support.failures import fails_with
 from tests.support.proxies import (
     CALL,
     NORTH,
@@ -486,7 +487,7 @@ def test_a_port_that_is_taken_is_one_sentence(folder: Path, front: Running) -> N
 
 
 def test_an_address_of_another_machine_is_one_sentence(folder: Path) -> None:
-    with pytest.raises(RunError, match="cannot be listened at .*expected an address of this machine"):
+    with fails_with("run.invalid_listen_address"):
         enter(
             FrontConfig(certificates=folder, members=folder.parent / "members.json", superlink_port=1, host="192.0.2.1", port=0)
         )
@@ -494,7 +495,7 @@ def test_an_address_of_another_machine_is_one_sentence(folder: Path) -> None:
 
 def test_it_does_not_start_with_an_expired_certificate(tmp_path: Path) -> None:
     create_authority(tmp_path, [], now=datetime.now(UTC) - timedelta(days=400))
-    with pytest.raises(RunError, match="expired"):
+    with fails_with("run.certificate_expired"):
         enter(FrontConfig(certificates=tmp_path, members=tmp_path, superlink_port=1, port=0))
 
 
@@ -520,5 +521,5 @@ def test_what_is_wrong_in_its_file_is_one_sentence(tmp_path: Path, text: str, se
     file.write_text(text)
     with pytest.raises(RunError, match=sentence):
         read_config(file)
-    with pytest.raises(RunError, match="cannot be read"):
+    with fails_with("run.unreadable_config"):
         read_config(tmp_path / "nowhere.toml")

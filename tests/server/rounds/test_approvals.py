@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.errors import Declined, RunError
+from cotune.errors import Declined
 from cotune.flower.runtime_client import RunStopped
 from cotune.reporting.run_report import write_report
 from cotune.server.deployment.federation import FederationFolder
@@ -22,6 +22,7 @@ from cotune.server.runs.exclusions import count_strikes
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.time_limits import TimeLimits
+from tests.support.failures import fails_with
 from tests.support.organizations import adding
 from tests.support.rounds import assert_moved, dropped, initial, play
 from tests.support.run_folders import NewRun
@@ -117,7 +118,7 @@ def test_the_status_says_while_it_waits_that_it_does(new_run: NewRun) -> None:
 
 def test_run_stops_after_approval_seconds_and_resumes(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"approval_seconds": 0.2}))
-    with pytest.raises(RunError, match=r"got 1 of 3 updates, expected at least 2.*org-2: nobody.*org-3: nobody"):
+    with fails_with("run.no_quorum", "1", "3", "2", "org-2", "org-3"):
         play(folder, not_approved(folder, org_2=0, org_3=0))
     again = RunFolder(folder.path)
     assert play(again, wild(again, EVERYBODY)).history[0]["participants"] == list(NAMES)
@@ -135,7 +136,7 @@ def test_a_run_that_is_killed_while_it_waits_waits_again(new_run: NewRun) -> Non
         raise RunStopped
 
     grid.on_push = killed
-    with pytest.raises(RunError, match="--resume"):
+    with fails_with("run.stopped_at_superlink"):
         play(folder, grid)
     again = RunFolder(folder.path)
     grid = not_approved(again, org_3=3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cotune.data.metrics.metrics import Metrics
-from cotune.errors import PlanError, PrivacyError, RunError
+from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
 from cotune.privacy import client_dp as private_mean
 from cotune.privacy.accounting.composition import Steps
@@ -23,6 +23,7 @@ from cotune.server.rounds.selection import select
 from cotune.server.runs.client_privacy import open_client_account
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Progress, RunFolder
+from tests.support.failures import fails_with
 from tests.support.organizations import Answer, adding, federation, model_of, update
 from tests.support.run_folders import NewRun
 from tests.support.silent_noise import SILENT
@@ -135,7 +136,7 @@ def test_every_round_is_charged_before_its_noise_is_drawn(new_run: NewRun, monke
 
 def test_a_round_without_its_quorum_is_not_charged(new_run: NewRun) -> None:
     folder = private_run(new_run, "org-1", rounds=2)
-    with pytest.raises(RunError, match="round 2 got 0 of 1"):
+    with fails_with("run.no_quorum", "2", "0", "1"):
         play(folder, {"org-1": crashes_in_round(2)})
     assert [round for round, _ in charges(folder)] == [1]
 
@@ -178,7 +179,7 @@ def test_round_repeated_after_a_crash_is_charged_again(new_run: NewRun) -> None:
 def test_run_with_budget_spent_on_first_round_has_no_model(new_run: NewRun) -> None:
     folder = private_run(new_run, rounds=1)
     interrupted(folder, 1)
-    with pytest.raises(RunError, match="ends without a model: round 1 would exceed"):
+    with fails_with("run.no_model", "1"):
         play(folder, dict.fromkeys(("org-1", "org-2"), adding(1.0)))
     assert not folder.finished
 
@@ -188,7 +189,7 @@ def test_a_lost_account_is_noticed(new_run: NewRun) -> None:
     with pytest.raises(RunError):
         play(folder, dict.fromkeys(("org-1", "org-2"), crashes_in_round(2)))
     (folder.path / "client-privacy.jsonl").unlink()
-    with pytest.raises(PrivacyError, match="has no charge for round 1"):
+    with fails_with("privacy.account_incomplete", "1"):
         play(folder, dict.fromkeys(("org-1", "org-2"), adding(1.0)))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.errors import RunError
 from cotune.server.runs.exclusions import find_excluded, record_strikes
 from cotune.server.runs.run_folder import RunFolder
 from tests.support.events import round_entry
+from tests.support.failures import fails_with
 from tests.support.organizations import adding
 from tests.support.rounds import play, wrong_shape
 from tests.support.run_folders import NewRun
@@ -33,7 +33,7 @@ def test_run_needing_everybody_goes_on_without_the_excluded(new_run: NewRun) -> 
     folder = real(new_run("org-1", "org-2", rounds=2, server={"quorum": 1.0, "strikes": 2}))
     answers = {"org-1": adding(1.0), "org-2": wrong_shape}
     for _ in range(2):
-        with pytest.raises(RunError, match="round 1 got 1 of 2 updates"):
+        with fails_with("run.no_quorum", "1", "1", "2"):
             play(folder, wild(folder, answers))
     progress = play(folder, wild(folder, answers))
     assert [entry["participants"] for entry in progress.history] == [["org-1"]] * 2
@@ -45,6 +45,6 @@ def test_run_needing_everybody_goes_on_without_the_excluded(new_run: NewRun) -> 
 def test_a_damaged_file(new_run: NewRun, content: str) -> None:
     folder = new_run()
     (folder.path / "strikes.json").write_text(content)
-    with pytest.raises(RunError, match=r"strikes\.json is damaged .*remove it") as error:
+    with fails_with("run.damaged_document", "strikes.json") as error:
         find_excluded(folder, [])
     assert error.value.code == "run.damaged_document"

@@ -18,6 +18,7 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import RunFolder
 from tests.support.delivery import deliver, finished, receipt, receiving
+from tests.support.failures import fails_with
 from tests.support.organizations import adding
 from tests.support.rounds import IMPATIENT, NAMES, play, wrong_shape
 from tests.support.run_folders import NewRun
@@ -162,7 +163,7 @@ def test_delivery_names_failures_and_repeats_lost_requests(new_run: NewRun) -> N
 def test_a_damaged_list_is_a_run_error(new_run: NewRun) -> None:
     folder = finished(new_run)
     (folder.path / "delivered.json").write_text("[]")
-    with pytest.raises(RunError, match=r"delivered\.json is damaged .*: expected organizations with times") as error:
+    with fails_with("run.damaged_document", "delivered.json") as error:
         read_deliveries(folder)
     assert error.value.code == "run.damaged_document"
 
@@ -189,7 +190,7 @@ def test_app_trains_delivers_and_delivers_again_to_the_lacking(new_run: NewRun) 
 
 def test_the_app_leaves_a_run_alone_that_another_process_plays(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES))
-    with folder.locked(), pytest.raises(RunError, match="another process is working on"):
+    with folder.locked(), fails_with("run.locked"):
         main(receiving(folder), context(folder))
     assert not folder.events.path.exists()
 

@@ -8,6 +8,7 @@ import pytest
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.server.rounds.selection import check_sample_size, count_to_complete, select
+from tests.support.failures import fails_with
 from tests.support.run_folders import NewRun
 
 PEOPLE = tuple(f"org-{i}" for i in range(10))
@@ -42,7 +43,7 @@ def test_all_are_asked_equally_often_and_the_seed_decides(new_run: NewRun) -> No
 def test_more_than_there_are_cannot_be_asked(new_run: NewRun) -> None:
     folder = new_run("org-1", "org-2", server={"sample_size": 3})
     for refused in (lambda: select(folder, 1), lambda: check_sample_size(folder.plan, 2)):
-        with pytest.raises(PlanError, match=r"server\.sample_size = 3 and 2 organizations: expected at most"):
+        with fails_with("plan.sample_too_large", "server.sample_size", "3", "2"):
             refused()
     check_sample_size(folder.plan, 3)
 

@@ -17,7 +17,9 @@ from safetensors.torch import save
 
 from cotune.errors import CotuneError, RunError
 from cotune.plan.load import parse_plan
+from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
+from tests.support.failures import fails_with
 from tests.support.run_folders import NewRun
 
 
@@ -83,12 +85,12 @@ def test_what_is_not_the_folder_of_a_run_is_refused(new_run: NewRun, file: str, 
         (folder / file).unlink()
     else:
         (folder / file).write_bytes(content)
-    with pytest.raises(RunError, match=r"is not the folder of a run: expected one with plan\.toml and run\.json"):
+    with fails_with("run.not_a_run", "plan.toml", "run.json"):
         RunFolder(folder)
 
 
 def test_no_folder_at_all_is_refused_and_none_is_made(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="is not the folder of a run"):
+    with fails_with("run.not_a_run"):
         RunFolder(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
@@ -205,9 +207,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_guessed(new_run: NewRun, d
             "metadata without a plan": save(tensors, metadata={"checkpoint": "{}"}),
         }[damage]
     )
-    with pytest.raises(
-        RunError, match=r"the checkpoint .*round-00002\.safetensors is damaged .*remove it to go on from the round before"
-    ):
+    with fails_with("run.damaged_checkpoint", "round-00002.safetensors"):
         folder.load()
     last.unlink()
     assert_same(folder.load(), progress(1))
@@ -283,7 +283,7 @@ def test_a_damaged_history_is_named_and_nothing_is_guessed(new_run: NewRun, dama
     if damage != "gone":
         file.write_bytes(content[:-1] if damage == "cut" else content.replace(b"head", b"full", 1))
     for read in (RunFolder(folder.path).load, RunFolder(folder.path).history):
-        with pytest.raises(RunError, match=r"history\.jsonl") as raised:
+        with fails_with("run.damaged_history", "history.jsonl") as raised:
             read()
         assert raised.value.code == "run.damaged_history"
 
@@ -304,7 +304,7 @@ def test_second_process_is_kept_off_until_the_first_ends(new_run: NewRun) -> Non
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match="another process is working on .*: wait for it, or stop it first"), folder.locked():
+        with fails_with("run.locked"), folder.locked():
             pytest.fail("the lock was given twice")
         first.kill()
         first.wait()
@@ -339,3 +339,12 @@ def test_the_lock_is_let_go_after_an_error(new_run: NewRun) -> None:
 def test_the_description_of_a_run_has_no_unknown_fields() -> None:
     with pytest.raises(ValueError, match="Extra inputs"):
         RunFile.model_validate({"run": "x", "created": "x", "engine": "x", "participants": [], "token": "secret"})
+
+
+def test_last_admitted_round_is_the_newest_that_was_applied() -> None:
+    rounds = [(["a", "b"], True), (["a", "c"], True), (["a", "b"], False), (["d"], True)]
+    history = tuple(
+        RoundEntry(round=number, stage="head", participants=names, applied=applied)
+        for number, (names, applied) in enumerate(rounds, 1)
+    )
+    assert Progress(4, history=history).last_admitted(["a", "b", "c", "e"]) == {"a": 2, "b": 1, "c": 2}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
-from cotune.errors import DataError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
@@ -20,6 +19,7 @@ from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import simulate
 from tests.support.engines import engine, take_steps
+from tests.support.failures import fails_with
 from tests.support.simulations import NewPlan
 
 SMALL: dict[str, Any] = {"privacy": {"epsilon": 3}, "rounds": 2, "simulation": {"clients": 2, "baselines": []}}
@@ -78,6 +78,26 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
     assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.01: canaries are seen
 
 
+@pytest.mark.parametrize(
+    ("personal", "train", "steps"),
+    [
+        ({"parts": ["head"], "order": "own_first", "own_steps": 3}, "lora", 5),
+        ({"parts": ["adapter"]}, "lora", 2),
+        ("ditto", "head", 4),
+        ({"method": "ditto", "noise": False}, "head", 2),
+        ({"method": "pfedme", "inner_steps": 2}, "head", 2),
+    ],
+    ids=["own first", "adapter", "ditto", "ditto without noise", "pfedme"],
+)
+def test_steps_on_what_is_personal_are_audited_too(toy_plan: NewPlan, personal: Any, train: str, steps: int) -> None:
+    """All that has noise and is charged; canaries are seen in it, and nothing breaks the claim."""
+    local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
+    plan = toy_plan(**{**SMALL, "rounds": 1}, train=train, lora={"rank": 2}, local=local, personal=personal)
+    result = audit(plan, canaries=500, confidence=CERTAIN, device="cpu")
+    assert (result.steps, result.broken) == (steps, False)
+    assert result.attacks[0].auc > 0.55
+
+
 def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
     folder = simulate(toy_plan(**SMALL), tmp_path / "run", device="cpu").folder
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -102,11 +122,11 @@ def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
 
 
 def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
-    with pytest.raises(PrivacyError, match="the plan says privacy = none: expected one that claims an ε"):
+    with fails_with("privacy.nothing_to_audit"):
         audit(toy_plan())
-    with pytest.raises(DataError, match='there is no organization "org-3"; did you mean \'org-'):
+    with fails_with("data.unknown_organization", "org-3"):
         audit(toy_plan(**SMALL), organization="org-3", device="cpu")
-    with pytest.raises(PlanError, match="expected 1 to 2 rounds to audit, as many as the plan has, got 3"):
+    with fails_with("plan.audited_rounds", "1", "2", "3"):
         audit(toy_plan(**SMALL), rounds=3, device="cpu")
 
 

@@ -15,6 +15,7 @@ from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.simulations import rounds_played, table
 
 WEIGHTINGS = parse_variation("strategy.weighting=examples,uniform")
@@ -39,7 +40,7 @@ def test_values_split_at_commas_outside_brackets_and_quotes() -> None:
 
 @pytest.mark.parametrize("text", ["partition", "=a,b", "a=", "a=1,,2", "a=1,"])
 def test_what_is_no_variation(text: str) -> None:
-    with pytest.raises(PlanError, match=r"is not understood: expected KEY=V1,V2"):
+    with fails_with("plan.malformed_variation", "KEY=V1", "V2"):
         parse_variation(text)
     with pytest.raises(PlanError, match="has a value twice"):
         parse_variation("a=1,2,1")
@@ -202,7 +203,7 @@ def test_what_cannot_be_had_is_refused_before_anything_runs(
 
 
 def test_two_comparisons_in_one_folder_at_a_time(plan_file: Path, tmp_path: Path) -> None:
-    with lock_folder(tmp_path), pytest.raises(RunError, match="another process is working on"):
+    with lock_folder(tmp_path), fails_with("run.locked"):
         compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path, jobs=1, device="cpu")
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file cannot be written \(File exists\): choose another with --out"):
@@ -213,7 +214,7 @@ def test_a_damaged_cell_is_said(plan_file: Path, tmp_path: Path) -> None:
     once: dict[str, Any] = {"seeds": 1, "out": tmp_path, "jobs": 1, "device": "cpu"}
     cell = tmp_path / compare(plan_file, [parse_variation("rounds=1")], **once).cells[0].folder
     (cell / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"run\.json is damaged .*: expected that of a run; remove its folder"):
+    with fails_with("run.damaged_document", "run.json"):
         compare(plan_file, [parse_variation("rounds=1")], **once)
 
 

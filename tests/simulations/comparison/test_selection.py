@@ -12,7 +12,7 @@ from dp_accounting.rdp import RdpAccountant
 from safetensors.torch import load_file
 
 from cotune.client.site import Site
-from cotune.errors import CotuneError, PlanError, PrivacyError, RunError
+from cotune.errors import CotuneError, PlanError, RunError
 from cotune.plan.load import load_plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.reporting.comparison_statistics import Variation
@@ -24,6 +24,7 @@ from cotune.simulations.comparison.selected import Selected
 from cotune.simulations.comparison.selection import select
 from cotune.simulations.released_models import get_steps_by_organization, max_divergences
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.processes import Cotune, Moment, kill_at
 
 RATES = parse_variation("local.learning_rate=5,0.001,0.002")
@@ -161,7 +162,7 @@ def test_a_run_that_fails_is_a_result_like_any_other(private_plan: Path, tmp_pat
     played: list[str] = []
     for _ in range(2):  # it is not tried again
         with (
-            pytest.raises(RunError, match="no run ended with a model"),
+            fails_with("run.nothing_selected"),
             observe_run(lambda event, fields: played.append(event)),
         ):
             selected(private_plan, tmp_path / "none", norms)
@@ -263,7 +264,7 @@ def test_a_run_that_is_cut_off_from_outside_is_no_result(private_plan: Path, tmp
         if event == "run_finished":
             blocked.touch()  # the export cannot be written
 
-    with pytest.raises(RunError, match="cut off"), observe_run(blocks):
+    with fails_with("run.cut_off"), observe_run(blocks):
         selected(private_plan, out)
     blocked.unlink()
     assert not (out / "released").exists()
@@ -300,7 +301,7 @@ def test_plans_on_other_records_are_refused(private_plan: Path, tmp_path: Path) 
 
 
 def test_a_mean_below_one_is_refused(private_plan: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrivacyError, match="1 or more"):
+    with fails_with("privacy.invalid_repetitions", "1"):
         selected(private_plan, tmp_path / "out", mean=0.5)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.errors import RunError
+from tests.support.failures import fails_with
 
 
 def literally(deltas: np.ndarray, f: int) -> np.ndarray:
@@ -57,5 +57,5 @@ def test_one_who_hides_in_one_coordinate_moves_it_little(fuse: Any, rng: np.rand
 
 
 def test_too_few_updates_are_refused(fuse: Any) -> None:
-    with pytest.raises(RunError, match="needs 7 updates, and the round has 6"):
+    with fails_with("run.too_few_updates", "7", "6"):
         fuse("bulyan", [[1.0]] * 6, malicious=1)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.errors import RunError
+from tests.support.failures import fails_with
 
 
 def test_by_hand(fuse: Any) -> None:
@@ -35,5 +35,5 @@ def test_weights_do_not_decide_who_matters(fuse: Any) -> None:
 
 
 def test_fewer_updates_than_must_agree_are_refused(fuse: Any) -> None:
-    with pytest.raises(RunError, match="needs 3 updates"):
+    with fails_with("run.too_few_updates", "3"):
         fuse("consensus", [[1.0], [1.0]], agreement=3)

@@ -39,6 +39,11 @@ def test_weights_count_beside_the_trust() -> None:
     assert fused(update([8.0], [1.0], 3), update([4.0], [3.0], 1), floor=1e-12).tolist() == pytest.approx([6.0])
 
 
+def test_the_default_floor_is_far_below_any_trust() -> None:
+    """Records that say nothing do not pull: 8, where a floor of 1 would give 6.67."""
+    assert fused(update([8.0], [1.0]), update([4.0], [0.0])).tolist() == pytest.approx([8.0], abs=1e-4)
+
+
 @given(
     values=st.lists(st.tuples(st.floats(-10, 10, width=32), st.floats(0, 100, width=32)), min_size=1, max_size=5),
     floor=st.floats(1e-6, 1.0),

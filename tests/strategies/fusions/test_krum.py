@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.errors import RunError
+from tests.support.failures import fails_with
 
 
 def test_by_hand(fuse: Any) -> None:
@@ -29,7 +29,7 @@ def test_against_byzfl(fuse: Any, byzfl: Any, rng: np.random.Generator, count: i
 
 
 def test_too_few_updates_are_refused(fuse: Any) -> None:
-    with pytest.raises(RunError, match="needs 7 updates, and the round has 6"):
+    with fails_with("run.too_few_updates", "7", "6"):
         fuse("krum", [[1.0]] * 6, malicious=2)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.errors import RunError
+from tests.support.failures import fails_with
 
 
 def ratio(deltas: np.ndarray) -> float:
@@ -60,5 +60,5 @@ def test_a_parameter_of_one_organization_alone_is_taken_as_it_is(fuse: Any) -> N
 
 
 def test_one_update_has_no_angle(fuse: Any) -> None:
-    with pytest.raises(RunError, match="needs 2 updates, and the round has 1"):
+    with fails_with("run.too_few_updates", "2", "1"):
         fuse("model_stock", [[1.0]])

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.errors import RunError
+from tests.support.failures import fails_with
 
 
 def test_by_hand(fuse: Any) -> None:
@@ -31,5 +31,5 @@ def test_keeping_one_is_krum_and_keeping_all_the_mean(fuse: Any, rng: np.random.
 
 
 def test_more_to_keep_than_there_are_is_refused(fuse: Any) -> None:
-    with pytest.raises(RunError, match="needs 8 updates"):
+    with fails_with("run.too_few_updates", "8"):
         fuse("multi_krum", [[1.0]] * 5, malicious=1, keep=8)

@@ -64,6 +64,11 @@ def test_of_three_it_is_the_mean_of_bounded_updates(fuse: Any) -> None:
     assert fuse("robust", [[1.0], [2.0], [90.0]], [1.0, 1.0, 100.0]).tolist() == pytest.approx([0.25 + 0.5 + 0.5 * 6])
 
 
+def test_of_three_with_equal_weights_it_is_no_median(fuse: Any) -> None:
+    """The mean of 1, 2 and 3 · 2: one step toward the geometric median would be at 2.45."""
+    assert fuse("robust", [[1.0], [2.0], [90.0]]).tolist() == pytest.approx([3.0])
+
+
 def test_of_four_it_is_the_median_on_a_line(fuse: Any) -> None:
     """On a line the geometric median is the weighted median: 3 holds the middle of 0.2, 0.2, 0.2, 0.4."""
     found = fuse("robust", [[1.0], [2.0], [3.0], [4.0]], [1.0, 1.0, 1.0, 2.0])

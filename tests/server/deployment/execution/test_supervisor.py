@@ -21,6 +21,7 @@ from cotune.server.deployment.execution.processes import SupervisedProcess, runn
 from cotune.server.deployment.execution.supervisor import supervise
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.keys import certificates
+from tests.support.failures import fails_with
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def show_certificate(folder: FederationFolder, made: datetime) -> None:
 
 def test_an_expired_certificate_is_one_sentence(folder: FederationFolder) -> None:
     show_certificate(folder, datetime.now(UTC) - timedelta(days=400))
-    with pytest.raises(RunError, match=r"server.crt expired on .*: renew it$"):
+    with fails_with("run.certificate_expired"):
         supervise(folder, print)
     assert RunError.exit_code == 1
 
@@ -62,7 +63,7 @@ def test_an_expired_certificate_is_one_sentence(folder: FederationFolder) -> Non
 def test_a_certificate_that_ends_soon_is_a_warning(folder: FederationFolder, days: int, warned: bool) -> None:
     show_certificate(folder, datetime.now(UTC) - timedelta(days=days))
     said: list[str] = []
-    with socket.create_server(("127.0.0.1", folder.config.port)), pytest.raises(RunError, match="is taken"):
+    with socket.create_server(("127.0.0.1", folder.config.port)), fails_with("run.port_in_use"):
         supervise(folder, said.append)
     assert said[0].startswith("the certificate is valid until ")
     assert any("WARNING" in line and "`cotune server renew`" in line for line in said) == warned
@@ -98,7 +99,7 @@ def test_programs_are_those_of_this_python_and_say_nothing_home(folder: Federati
         Path(supervisor._find_program("flower-superlink", environment)).parent
         == Path(supervisor._find_program("python", environment)).parent
     )
-    with pytest.raises(RunError, match="flower-nothing is not installed beside"):
+    with fails_with("run.program_not_installed"):
         supervisor._find_program("flower-nothing", environment)
 
 

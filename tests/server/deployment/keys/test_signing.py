@@ -8,6 +8,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.server.deployment.keys.signing import create_signing_key, next_serial, public_hex, read_signing_key
 from cotune.server.deployment.layout import CertificateFiles
+from tests.support.failures import fails_with
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
@@ -17,10 +18,10 @@ def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
 
 
 def test_without_a_key_it_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="cotune server renew"):
+    with fails_with("run.no_signing_key"):
         read_signing_key(tmp_path / "certificates")
     (CertificateFiles(tmp_path).signing_key).write_text("no key")
-    with pytest.raises(RunError, match="Ed25519"):
+    with fails_with("run.invalid_key", "Ed25519"):
         read_signing_key(tmp_path)
 
 

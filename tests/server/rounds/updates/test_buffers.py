@@ -3,14 +3,13 @@ from __future__ import annotations
 import weakref
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.errors import RunError
 from cotune.server.rounds.updates.buffers import ReorderBuffer, SpillBuffer
 from cotune.strategies.types import Update
+from tests.support.failures import fails_with
 from tests.support.unreliable_grid import files
 
 ORDER = ("c", "a", "d", "b")
@@ -53,7 +52,7 @@ def test_spill_buffer_removes_leftovers_and_names_damaged_files(tmp_path: Path) 
     assert files(tmp_path) == []
     inbox.put(3, update("a"))
     (tmp_path / "00003.safetensors").write_bytes(b"")
-    with pytest.raises(RunError, match=r"00003\.safetensors cannot be read .*resume the run"):
+    with fails_with("run.damaged_document", "00003.safetensors"):
         inbox.take(3)
 
 

@@ -1,8 +1,8 @@
-"""Put the privacy loss of one sampled Gaussian step on a grid: what dp-accounting does number by number, for all at once.
+"""What dp-accounting computes number by number in Python, for whole arrays: the same formulas, the same order, the same digits.
 
-The method, its bounds, tails and distributions are dp-accounting's ("Connect the Dots", Doroshenko et al., PETS 2022,
-https://arxiv.org/abs/2207.04380). It asks for the inverse of the privacy loss at each of some ten thousand points, in Python.
-Here the same formula is applied to the whole array, in the same order of operations. A test compares the two.
+The method and its bounds are dp-accounting's ("Connect the Dots", Doroshenko et al., PETS 2022,
+https://arxiv.org/abs/2207.04380). For some ten thousand points it asks for the inverse of the privacy loss, and adds up the
+tails of a distribution, one after the other. A test compares every digit with dp-accounting's own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
-from dp_accounting.pld.pld_pmf import PLDPmf, create_pmf_pessimistic_connect_dots_fixed_gap
+from dp_accounting.pld.pld_pmf import DensePLDPmf, PLDPmf, create_pmf_pessimistic_connect_dots_fixed_gap
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
@@ -36,6 +36,24 @@ def discretize_gaussian(sigma: float, rate: float, width: float) -> PrivacyLossD
     return PrivacyLossDistribution(removed, added)
 
 
+def find_deltas(distribution: PrivacyLossDistribution, epsilons: Curve) -> Curve:
+    """Return δ at each finite ε: that of dp-accounting's `get_delta_for_epsilon` for a list."""
+    removed = _find_deltas(distribution._pmf_remove.to_dense_pmf(), epsilons)
+    if distribution._symmetric:
+        return removed
+    worse: Curve = np.maximum(removed, _find_deltas(distribution._pmf_add.to_dense_pmf(), epsilons))
+    return worse
+
+
+def _find_deltas(pmf: DensePLDPmf, epsilons: Curve) -> Curve:
+    losses = (np.arange(pmf.size) + pmf._lower_loss) * pmf._discretization
+    above = pmf.size - np.searchsorted(losses, epsilons, side="right")  # how many losses are larger than each ε
+    upper = np.cumsum(np.append(pmf._infinity_mass, pmf._probs[::-1]))[above]
+    lower = np.cumsum(np.append(0.0, (pmf._probs * np.exp(-losses))[::-1]))[above]
+    found: Curve = upper - np.exp(epsilons) * lower
+    return found
+
+
 def _pmf(loss: _ArrayGaussianLoss, width: float) -> PLDPmf:
     bounds = loss.connect_dots_bounds()
     lowest = math.floor(bounds.epsilon_lower / width)
@@ -52,7 +70,9 @@ class _ArrayGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]  # dp-accou
         is_added = self.adjacency_type == AdjacencyType.ADD
         bound = math.log1p(-self.sampling_prob) if self.sampling_prob < 1 else -math.inf  # ± of every privacy loss
         reached = epsilon < -bound if is_added else epsilon > bound
-        deltas = np.zeros_like(epsilon) if is_added else -np.expm1(epsilon)
+        deltas = np.zeros_like(epsilon)
+        if not is_added:
+            deltas[~reached] = -np.expm1(epsilon[~reached])
         cutoffs = self._inverse(epsilon[reached], bound, -1.0 if is_added else 1.0)
         deltas[reached] = self.mu_upper_cdf(cutoffs) - np.exp(epsilon[reached] + self.mu_lower_log_cdf(cutoffs))
         bounded: Curve = np.clip(deltas, 0, 1)

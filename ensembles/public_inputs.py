@@ -1,4 +1,13 @@
-"""The plan's public inputs at the server: what the models of a round predict for them, and training on such predictions."""
+"""A plan's public inputs: what models predict for them, what of that travels, and training on what all predict together.
+
+Where predictions travel instead of parameters (`collaboration = "predictions"`), they are one array, (answers, classes):
+
+- `scores`: s = log p − mean over the classes of log p, cut to ±`public.max_score`. They are fused by the rules for parameters:
+  the weighted mean is Σ w_k s_k, whose softmax is the normalized geometric mean of the probabilities.
+- `votes`: 1 for the most probable class and 0 for all others; the weighted mean is each class's share of the votes.
+
+A row of zeros says nothing: the model could not read the input, or abstains.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from cotune.data.config import TaskName
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count
 from cotune.data.unlabeled import inputs_hash, read_unlabeled
@@ -18,30 +29,39 @@ from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.distillation import Lessons, Score, score_by_model, train_student
 from cotune.errors import DataError
 from cotune.models.adapters.adapter import parameter_seed
-from cotune.models.features.cached import encode_batch
+from cotune.models.features.cached import encode_batch, get_features
 from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.public import PublicConfig
 from cotune.plan.schema import Plan
 from cotune.strategies.types import Delta, PublicInputs, apply_delta, difference
 
+_ROUNDING = 2**-5
 _BATCH = 64  # inputs at a time, where the whole model predicts
 
 
 def read_public_inputs(plan: Plan, folder: Path) -> tuple[Input, ...]:
-    """Return the plan's public inputs, without those that cannot be used; nothing where it names none.
+    """Return the plan's public inputs; nothing where it names none.
 
     Args:
         plan: The plan.
         folder: That `public.source` is relative to.
 
     Raises:
+        DataError: See `read_inputs`.
+    """
+    if not plan.public.source:
+        return ()
+    return read_inputs(plan.public, plan.task, folder / Path(plan.public.source).expanduser())
+
+
+def read_inputs(public: PublicConfig, task: TaskName, path: Path) -> tuple[Input, ...]:
+    """Return the public inputs in a file or folder, without those that cannot be used.
+
+    Raises:
         DataError: They cannot be read, there are none, or they are others than those that the plan was made with.
     """
-    public = plan.public
-    if not public.source:
-        return ()
-    path = folder / Path(public.source).expanduser()
-    rows = read_unlabeled(path, plan.task, column=public.column, encoding=public.encoding)
+    rows = read_unlabeled(path, task, column=public.column, encoding=public.encoding)
     found = tuple(row.given for row in rows if row.given is not None)
     if not found:
         raise DataError(f"{path} holds no inputs that can be used: expected public inputs", code="data.no_records")
@@ -51,7 +71,76 @@ def read_public_inputs(plan: Plan, folder: Path) -> tuple[Input, ...]:
             " the file, or start a new run",
             code="data.changed",
         )
+    if public.answers and (count := sum(map(answer_count, found))) != public.answers:
+        raise DataError(
+            f"the public inputs in {path} ask for {count} predictions, expected {public.answers} (public.answers): ask the"
+            " coordinator for a plan that states both alike",
+            code="data.changed",
+        )
     return found
+
+
+def pin_public(plan: Plan, folder: Path) -> Plan:
+    """Return the plan with hash and number of its public inputs. Raises DataError where they cannot be read, or are others."""
+    found = read_public_inputs(plan, folder)
+    if not found:
+        return plan
+    pinned = {"sha256": inputs_hash(found), "answers": sum(map(answer_count, found))}
+    return plan.model_copy(update={"public": plan.public.model_copy(update=pinned)})
+
+
+def to_shared(scores: Tensor, public: PublicConfig) -> Tensor:
+    """Return what travels of a model's scores, in float32.
+
+    Args:
+        scores: (answers, classes); rows of NaN where the model could not read an input.
+        public: Says what travels, and how large it may be.
+    """
+    unread = scores.isnan().any(dim=1, keepdim=True)
+    if public.share == "votes":
+        shared = functional.one_hot(scores.nan_to_num().argmax(dim=1), scores.shape[1]).double()
+    else:
+        logs = functional.log_softmax(scores.double(), dim=1)
+        shared = (logs - logs.mean(dim=1, keepdim=True)).clamp(-public.max_score, public.max_score)
+    return shared.masked_fill(unread, 0.0).float()
+
+
+def to_taught(shared: Tensor, public: PublicConfig) -> Tensor:
+    """Return the probabilities (answers, classes) that fused predictions stand for, in float64; NaN where nobody says any.
+
+    Args:
+        shared: (answers, classes), as fused.
+        public: Says what travels.
+    """
+    values = shared.double()
+    if public.share == "scores":
+        silent = (values == 0).all(dim=1, keepdim=True)
+        return functional.softmax(values, dim=1).masked_fill(silent, torch.nan)
+    counts = values.clamp(min=0)
+    return counts / counts.sum(dim=1, keepdim=True)  # 0 / 0 is NaN
+
+
+def find_extreme_score(received: Tensor, delta: Tensor, public: PublicConfig) -> float | None:
+    """Return the largest prediction that is out of bounds, as it was before the received ones were taken off; None: none is.
+
+    Args:
+        received: (answers, classes), what was fused in the round before.
+        delta: The same shape, as it travels: bfloat16 moves a value by less than 2⁻⁷ of it, which is at most twice the bound.
+        public: Says how large a prediction may be.
+    """
+    largest = float((received.double() + delta.double()).abs().max())
+    return None if largest <= public.bound * (1 + _ROUNDING) else largest
+
+
+def learning_config(public: PublicConfig) -> DistillationConfig:
+    """Return how models learn what all predict together."""
+    return DistillationConfig(
+        temperature=public.temperature,
+        learning_rate=public.learning_rate,
+        epochs=public.epochs,
+        batch_size=public.batch_size,
+        weight_decay=0.0,
+    )
 
 
 class PublicPredictions:
@@ -126,9 +215,15 @@ class PublicPredictions:
         encoder = [tensor for name, tensor in state.items() if name.startswith(self._model.prefix)]
         held = self._encoder
         if held is None or len(held) != len(encoder) or any(a is not b for a, b in zip(held, encoder, strict=True)):
-            self._features = encode_batch(self._model, self._examples, self._precision)
+            self._features = self._encode(state, is_trained=bool(encoder))
             self._encoder = encoder
         return self._features
+
+    def _encode(self, state: State, *, is_trained: bool) -> Tensor:
+        """Of an encoder as it came they are kept on disk, for the next round, run and organization."""
+        if is_trained:
+            return encode_batch(self._model, self._examples, self._precision)
+        return get_features(self._model, self._inputs, state, self._precision)
 
 
 class _RoundInputs:

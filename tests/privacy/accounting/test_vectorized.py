@@ -6,7 +6,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.privacy.accounting.discretization import discretize_gaussian
+from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas
 
 EPSILONS = [-3.0, -0.1, 0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 8.0, 30.0]
 DELTAS = [1e-10, 1e-8, 1e-5, 1e-3]
@@ -30,11 +30,32 @@ def test_every_digit_is_that_of_dp_accounting(sigma: float, rate: float, width: 
     np.testing.assert_array_equal(own.get_delta_for_epsilon(EPSILONS), theirs.get_delta_for_epsilon(EPSILONS))
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    sigma=st.floats(0.5, 100.0),
+    rate=st.one_of(st.just(1.0), st.floats(1e-3, 1.0)),
+    count=st.integers(1, 100),
+    epsilons=st.lists(st.floats(0.0, 60.0), max_size=20),
+)
+def test_a_curve_is_that_of_dp_accounting(sigma: float, rate: float, count: int, epsilons: list[float]) -> None:
+    composed = discretize_gaussian(sigma, rate, 2e-3).self_compose(count)
+    ascending = sorted([*epsilons, -1.0, 0.0, 2e-3, 500.0])
+    expected = composed.get_delta_for_epsilon(ascending)
+    np.testing.assert_array_equal(find_deltas(composed, np.asarray(ascending)), expected)
+
+
 @pytest.mark.parametrize("rate", [0.001, 0.3, 1.0])
 def test_composed_steps_have_the_same_epsilon(rate: float) -> None:
     own = discretize_gaussian(1.1, rate, 5e-4).self_compose(30)
     theirs = from_gaussian_mechanism(1.1, value_discretization_interval=5e-4, sampling_prob=rate).self_compose(30)
     assert [own.get_epsilon_for_delta(delta) for delta in DELTAS] == [theirs.get_epsilon_for_delta(delta) for delta in DELTAS]
+
+
+def test_losses_beyond_every_exponential_overflow_nothing() -> None:
+    """Full batches with little noise have privacy losses of more than 709, where exp has no number."""
+    own = discretize_gaussian(0.02, 1.0, 0.5)
+    theirs = from_gaussian_mechanism(0.02, value_discretization_interval=0.5)
+    assert own.get_epsilon_for_delta(1e-5) == theirs.get_epsilon_for_delta(1e-5) > 1250
 
 
 def test_a_grid_that_meets_the_bound_of_sampled_losses() -> None:

@@ -1,0 +1,53 @@
+"""What every process that runs tests has: the base models, a cache that is not the user's, and preloaded worker processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cotune.worker_process import WorkerProcess
+from tests.support.datasets import sentences, write_csv
+from tests.support.processes import preloaded
+from tests.support.tiny_models import base_model
+
+__all__ = ["base_model"]  # fixtures
+
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """A CSV of 240 labeled sentences in three classes."""
+    return write_csv(tmp_path / "reviews.csv", sentences(240))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cotune-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COTUNE_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _import_paths_stay() -> Iterator[None]:
+    """A folder that a test leaves on `sys.path` would hide modules from later tests and their processes."""
+    before = list(sys.path)
+    yield
+    added = [path for path in sys.path if path not in before]
+    assert not added
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _preloaded_workers() -> Iterator[None]:
+    """Worker processes of cotune need not import PyTorch each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerProcess, "context", preloaded())
+        yield
