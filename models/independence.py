@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -301,15 +302,15 @@ def _loud_padding(model: TrainableModel) -> Iterator[None]:
     so coarsely that nothing could be compared.
     """
     pad = getattr(model.loaded.reader, "pad_token_id", None)
-    table = model.loaded.module.get_input_embeddings() if pad is not None else None
+    table: Any = model.loaded.module.get_input_embeddings() if pad is not None else None
     weight = getattr(table, "weight", None)
-    if table is None or not isinstance(weight, Tensor) or weight.dim() != 2:
+    if pad is None or not isinstance(weight, Tensor) or weight.dim() != 2:
         yield
         return
     loud = weight.abs().sum(dim=0)
 
     def replace(_: object, args: tuple[Tensor, ...], read: Tensor) -> Tensor:
-        return torch.where((args[0] == pad)[..., None], loud, read)
+        return torch.where(args[0].eq(int(pad))[..., None], loud, read)
 
     hook = table.register_forward_hook(replace)
     try:
