@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,17 +47,8 @@ class Site(SiteFolder):
         Raises:
             PrivacyError: It is damaged.
         """
-        durable = not self.file.simulated
-        key = _ledger_key(self.ledger_file, durable)
-        found = _open_ledgers.get(key)
-        if found is None:
-            found = Ledger(self.ledger_file, durable=durable)
-            key = _ledger_key(self.ledger_file, durable)  # which its files, now that they are there, decide
-            while len(_open_ledgers) >= _MAX_OPEN:
-                _open_ledgers.popitem(last=False)
-            _open_ledgers[key] = found
-        _open_ledgers.move_to_end(key)
-        return found
+        with _opening:
+            return _open_ledger(self.ledger_file, not self.file.simulated)
 
     def keep(self, update: Update, plan_id: str) -> None:
         """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
@@ -121,6 +113,7 @@ class Site(SiteFolder):
 
 
 _LedgerKey = tuple[Path, bool, tuple[int, ...], tuple[int, ...]]
+_opening = threading.Lock()
 _open_ledgers: OrderedDict[_LedgerKey, Ledger] = OrderedDict()  # opening verifies a log, every use whether others have written it
 
 
@@ -130,6 +123,19 @@ def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
     Another file that is put in its place is another ledger, and may get the number of the one that was removed.
     """
     return file.absolute(), durable, _identity(file)[:2], _identity(file.with_name("ledger.key"))
+
+
+def _open_ledger(file: Path, durable: bool) -> Ledger:
+    key = _ledger_key(file, durable)
+    found = _open_ledgers.get(key)
+    if found is None:
+        found = Ledger(file, durable=durable)
+        key = _ledger_key(file, durable)  # which its files, now that they are there, decide
+        while len(_open_ledgers) >= _MAX_OPEN:
+            _open_ledgers.popitem(last=False)
+        _open_ledgers[key] = found
+    _open_ledgers.move_to_end(key)
+    return found
 
 
 def _identity(file: Path) -> tuple[int, ...]:

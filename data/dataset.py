@@ -6,6 +6,7 @@ that they are the same no matter who asks and computed once.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,8 +80,9 @@ class DatasetManifest(BaseModel):
         found = [read_records(document.data, p.path, document.task, lenient=lenient, labels=labels) for p in document.portions]
         rows = [_read_rows(file, portion) for portion in document.portions]
         key = content, tuple(rows), tuple(map(id, found)), labels, lenient
-        held = _held.pop(key, None) or document._build(file, found, rows, labels, lenient)
-        _keep(key, held)
+        with _holding:
+            held = _held.pop(key, None) or document._build(file, found, rows, labels, lenient)
+            _keep(key, held)
         return held
 
     def _build(
@@ -106,6 +108,7 @@ def _parse_manifest(content: bytes) -> DatasetManifest:
 _MAX_HELD = 64  # data sets that a process keeps, where they are small
 _MAX_HELD_ROWS = 2**18  # of all of them; of a larger one it keeps no other
 _Key = tuple[bytes, tuple[bytes, ...], tuple[int, ...], tuple[str, ...], bool]
+_holding = threading.Lock()
 _held: dict[_Key, Dataset] = {}  # by all that decides what they hold; a data set keeps the records whose identity is in its key
 
 

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 
 from cotune.ensembles.calibration import Floats, Numbers, fit_temperature, scaled
 from cotune.ensembles.config import Method
 from cotune.errors import DataError
+from cotune.strategies.sums import average
 
 _EM_STEPS = 500
 _TIE = 1e-6  # weight of the mean probabilities beside votes: decides between classes with as many votes
@@ -110,11 +112,10 @@ def weighted_mean(probabilities: Floats, weights: Floats) -> Floats:
         (n, classes); a row of NaN where no model with a weight could read the record.
     """
     read = _is_read(probabilities)
-    counted = weights[:, None] * read
-    total = counted.sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = np.where(total > 0, counted / total, np.nan)
-    mean: Floats = np.einsum("mn,mnk->nk", shares, np.where(read[:, :, None], probabilities, 0.0))
+    counted = (weights[:, None] * read)[:, :, None]
+    known = np.where(read[:, :, None], probabilities, 0.0)
+    mean: Floats = average([*torch.from_numpy(known)], [*torch.from_numpy(counted)]).numpy()
+    mean[counted.sum(axis=0)[:, 0] <= 0] = np.nan
     return mean
 
 
@@ -131,12 +132,12 @@ def fit_weights(probabilities: Floats, truth: Numbers) -> Floats:
     Returns:
         (models,), at least 0, together 1.
     """
-    told = _without_gaps(probabilities)[:, np.arange(len(truth)), truth]
-    weights = np.full(len(told), 1 / len(told))
+    of_truth = _without_gaps(probabilities)[:, np.arange(len(truth)), truth]
+    weights = np.full(len(of_truth), 1 / len(of_truth))
     if not len(truth):
         return weights
     for _ in range(_EM_STEPS):
-        parts = weights[:, None] * np.maximum(told, 1e-12)
+        parts = weights[:, None] * np.maximum(of_truth, 1e-12)
         weights = (parts / parts.sum(axis=0)).mean(axis=1)
     return weights
 

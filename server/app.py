@@ -77,8 +77,8 @@ def _failures_reported(folder: RunFolder) -> Iterator[None]:
 
 
 def _report_failure(folder: RunFolder, reason: str) -> None:
-    told = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
-    if not told or (told[0].event, told[0].get("reason")) != ("run_failed", reason):
+    last = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
+    if not last or (last[0].event, last[0].get("reason")) != ("run_failed", reason):
         folder.events.write(RunFailed(round=min(folder.last_round + 1, folder.plan.rounds), reason=reason))
 
 

@@ -12,7 +12,7 @@ contribution, as if it had been broadcast:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -44,6 +44,19 @@ def weighted_mean(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Σ w_k Δ_k / Σ w_k of every parameter, from sums of what `weighted` gives; 0 where nobody holds the entry."""
     names = [name for name in sums if _WEIGHT + name in sums]
     return {name: torch.where(sums[_WEIGHT + name] > 0, sums[name] / sums[_WEIGHT + name], 0.0) for name in names}
+
+
+def average(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Return Σ w_i y_i / Σ w_i, by the sums that parameters are averaged with; 0 where no weight is.
+
+    Args:
+        values: y_i, of one shape.
+        weights: w_i, 0 or more, each a number or of a shape that broadcasts to that of the values.
+    """
+    sums: dict[str, Tensor] = {}
+    for value, weight in zip(values, weights, strict=True):
+        total(sums, {"y": value * weight, f"{_WEIGHT}y": weight})
+    return weighted_mean(sums)["y"]
 
 
 def divide(sums: dict[str, Tensor]) -> dict[str, Tensor]:

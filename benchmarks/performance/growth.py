@@ -17,9 +17,9 @@ from harness import Benchmark, Contender, Figure, Meter, Results, Row
 from simulation import rounds_measured
 
 CLIENTS = (10, 100, 1000)
-WIDTHS = (10_000, 100_000)  # of a feature; parameters of ten classes are ten times as many
+WIDTH = 2000  # of a feature
+CLASSES = (50, 500)  # as many times the width are the parameters
 ROUNDS = 100
-CLASSES = 10
 
 
 def run(meter: Meter, folder: Path, plan: dict[str, Any], base: Path, source: Path, label: str, clients: int) -> None:
@@ -66,15 +66,14 @@ def clients(meter: Meter, folder: Path, smoke: bool, count: int) -> None:
     run(meter, folder, plan, base, source, "clients", 10)
 
 
-def parameters(meter: Meter, folder: Path, smoke: bool, width: int) -> None:
-    """Two clients of 30 records with ever larger features."""
-    width = width // 1000 if smoke else width
-    base = inputs.write_encoder(folder / f"wide-{width}", width)
-    source = inputs.write_records(folder / "few.csv", 80)
+def parameters(meter: Meter, folder: Path, smoke: bool, classes: int) -> None:
+    """Two clients of 750 records with ever more classes."""
+    base = inputs.write_encoder(folder / f"wide-{classes}", WIDTH // 100 if smoke else WIDTH)
+    source = inputs.write_records(folder / f"few-{classes}.csv", 2000, classes)
     plan = {
         "rounds": 4 if smoke else 8,
         "test_fraction": 0.25,
-        "local": {"learning_rate": 0.1, "batch_size": 0.2, "steps": 5},
+        "local": {"learning_rate": 0.1, "batch_size": 12, "steps": 5},
         "simulation": {"clients": 2, "partition": "iid", "min_examples": 10, "baselines": []},
     }
     run(meter, folder, plan, base, source, "parameters", 2)
@@ -117,9 +116,9 @@ def rows(results: Results) -> list[Row]:
             results.row("from start to the first round", name, start, against=against),
             results.row("peak memory of the run", name, memory, against=against),
         ]
-    small, large = (f"{CLASSES * width:,} parameters" for width in WIDTHS)
+    small, large = (f"{classes * WIDTH:,} parameters" for classes in CLASSES)
     wide = Figure("cpu", "ms CPU", 1000.0, "parameters")
-    most = WIDTHS[1] / WIDTHS[0] * 1.3
+    most = CLASSES[1] / CLASSES[0] * 1.3
     found.append(results.row("a client in a round", small, wide))
     goal = f"at most linear (≤ {most:g} ×)"
     found.append(results.row("a client in a round", large, wide, against=small, goal=goal, reached=lambda _, x: x <= most))
@@ -143,8 +142,8 @@ BENCHMARK = Benchmark(
     contenders=(
         *(Contender(f"{count} clients", partial(clients, count=count), in_smoke=count == CLIENTS[0]) for count in CLIENTS),
         *(
-            Contender(f"{CLASSES * width:,} parameters", partial(parameters, width=width), in_smoke=width == WIDTHS[0])
-            for width in WIDTHS
+            Contender(f"{classes * WIDTH:,} parameters", partial(parameters, classes=classes), in_smoke=classes == CLASSES[0])
+            for classes in CLASSES
         ),
         Contender("no privacy", partial(rounds, epsilon=None), in_smoke=False),
         Contender("ε = 8", partial(rounds, epsilon=8.0)),

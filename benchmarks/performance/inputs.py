@@ -8,6 +8,7 @@ from typing import Any
 
 import tomli_w
 
+NARROW = Path(__file__).parents[1] / "tweets-narrow.toml"  # a plan
 WORDS = [f"w{number}" for number in range(100)]
 
 
@@ -43,11 +44,11 @@ def write_encoder(folder: Path, width: int) -> Path:
 def write_records(file: Path, records: int, classes: int = 10, seed: int = 0) -> Path:
     """Write texts of eight words, two of which come from a tenth of the words that is more likely for their class."""
     rng = random.Random(seed)
-    own = len(WORDS) // classes
+    own = max(1, len(WORDS) // classes)
     rows = ["text,label"]
     for number in range(records):
         label = number % classes
-        words = [*rng.choices(WORDS, k=6), *rng.choices(WORDS[label * own : (label + 1) * own], k=2)]
+        words = [*rng.choices(WORDS, k=6), *rng.choices([WORDS[(label * own + i) % len(WORDS)] for i in range(own)], k=2)]
         rows.append(f"{' '.join(words)},c{label}")
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file

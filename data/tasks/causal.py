@@ -136,8 +136,8 @@ class CausalLanguageModeling(SequenceClassification):
         """One answer for each example: the sum of its losses, its target tokens, and how many of these are the most probable."""
         return [(_answer(row, example["labels"]),) for row, example in zip(scores.double().cpu(), examples, strict=True)]
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> TextMetrics:
-        return compute_text_metrics(told)
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> TextMetrics:
+        return compute_text_metrics(predicted)
 
     def read_metrics(self, values: Mapping[str, float]) -> TextMetrics:
         return TextMetrics(**values)
@@ -176,7 +176,7 @@ def prompt_tokens(reader: Any, prompts: Sequence[str], most: int) -> Iterator[li
 
 
 def _example(prompt: list[int], target: list[int], max_length: int) -> Example | None:
-    """The last token is read by nobody, as nothing follows it; None where nothing is left to be read or told."""
+    """The last token is read by nobody, as nothing follows it; None where nothing is left to be read or predicted."""
     whole = [*prompt, *target][: max_length + 1]
     labels = [IGNORED if position < len(prompt) else token for position, token in enumerate(whole)]
     if len(whole) < 2:

@@ -77,8 +77,8 @@ class ClassTargets:
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
         return all_correct(scores, labels)
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> Metrics:
-        return compute_metrics(truth, told, classes)
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> Metrics:
+        return compute_metrics(truth, predicted, classes)
 
     def read_metrics(self, values: Mapping[str, float]) -> Metrics:
         return ClassMetrics(**values)

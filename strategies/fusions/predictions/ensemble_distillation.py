@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from cotune.strategies.order_statistics import fuse_coordinates, median_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
-from cotune.strategies.sums import add_weighted, divide
+from cotune.strategies.sums import add_weighted, average, divide
 from cotune.strategies.types import Delta, RoundContext, WeightedUpdate
 
 Combine = Literal["mean", "median", "vote"]
@@ -69,12 +69,11 @@ def combine_scores(scores: Tensor, weights: Tensor, combine: Combine) -> Tensor:
     """
     if combine == "median":
         return functional.softmax(scores.quantile(0.5, dim=0), dim=-1)
-    shares = (weights / weights.sum())[:, None, None]
     if combine == "mean":
-        return functional.softmax((shares * scores).sum(dim=0), dim=-1)
+        return functional.softmax(average([*scores], [*weights]), dim=-1)
     votes = functional.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(torch.float64)
     unread = scores.isnan().any(dim=-1).any(dim=0)
-    return (shares * votes).sum(dim=0).masked_fill(unread[:, None], torch.nan)
+    return average([*votes], [*weights]).masked_fill(unread[:, None], torch.nan)
 
 
 def _start(updates: Sequence[WeightedUpdate], combine: Combine) -> Delta:

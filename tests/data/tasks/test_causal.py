@@ -192,7 +192,7 @@ def test_the_scores_of_a_batch_are_never_in_memory_at_once(loaded: Loaded, monke
     assert shapes == [(8, 3, words)] * 5 + [(8, 1, words)]
 
 
-# --- what is told
+# --- what is predicted
 
 
 def test_metrics_are_over_all_target_tokens() -> None:
@@ -215,12 +215,12 @@ def test_answers_add_up_the_tokens_of_a_record(loaded: Loaded) -> None:
     scores = TASK.scores(model.module, batch)
     logits: Tensor = model.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     there = batch["labels"] != IGNORED
-    told = ((logits.argmax(dim=-1) == batch["labels"]) & there).sum(dim=1)
+    predicted = ((logits.argmax(dim=-1) == batch["labels"]) & there).sum(dim=1)
     for (answer,), row in zip(TASK.answers(scores, examples), range(6), strict=True):
         loss, tokens, right = answer
-        assert (tokens, right) == (int(there[row].sum()), int(told[row]))
+        assert (tokens, right) == (int(there[row].sum()), int(predicted[row]))
         assert loss / tokens == pytest.approx(float(TASK.losses(model.module, batch)[row]), rel=1e-5)
-    assert TASK.are_right(scores, batch["labels"]).tolist() == (told == there.sum(dim=1)).tolist()
+    assert TASK.are_right(scores, batch["labels"]).tolist() == (predicted == there.sum(dim=1)).tolist()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.client.training.setup import build_setup, check_gradients
+from cotune.client.training.gradient_checks import check_gradients
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.models.evaluation.test_set import evaluate, predict
