@@ -213,7 +213,8 @@ def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int
     state may have one though a base model's is zero.
 
     Returns:
-        The largest ‖padded − alone‖ / ‖alone‖, 0 for a task without padding.
+        The largest root mean square of padded − alone, relative to that of what the examples give alone, of whichever it is
+        largest: the scores of one can be next to nothing, as a new head is drawn at random. 0 for a task without padding.
     """
     feature_head(model)  # finds out what the head reads while the model is as it came
     quiet = _padding_error(model, examples, slots)
@@ -223,14 +224,16 @@ def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int
 
 def _padding_error(model: TrainableModel, examples: Sequence[Example], slots: int) -> float:
     loaded = model.loaded
-    worst = 0.0
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
-    for example in (e for given in examples for e in _with_lengthened(given, loaded.max_length)):
-        alone = _outputs(model, collate([example]))
+    tried = [e for given in examples for e in _with_lengthened(given, loaded.max_length)]
+    alone = [_outputs(model, collate([example])) for example in tried]
+    sizes = [max(_root_mean_square(each[0]) for each in of_all) for of_all in zip(*alone, strict=True)]
+    worst = 0.0
+    for example, expected in zip(tried, alone, strict=True):
         for length in _paddings(model, example):
             padded = _outputs(model, collate([*examples[:1], example], length, slots))
-            for one, other in zip(alone, padded, strict=True):
-                worst = max(worst, _distance(one[0], other[1]))
+            for one, other, size in zip(expected, padded, sizes, strict=True):
+                worst = max(worst, _distance(one[0], other[1], size))
     return worst
 
 
@@ -273,9 +276,12 @@ def _outputs(model: TrainableModel, batch: Batch) -> list[Tensor]:
     return found
 
 
-def _distance(alone: Tensor, padded: Tensor) -> float:
-    """Relative; of tokens' scores, those at the positions that the record has."""
+def _distance(alone: Tensor, padded: Tensor, size: float) -> float:
+    """Relative to a size; of tokens' scores, of those at the positions that the record has."""
     padded = padded[: len(alone)] if alone.dim() > 1 else padded
-    size = float(alone.double().norm())
-    distance = float((padded.double() - alone.double()).norm())
+    distance = _root_mean_square(padded.double() - alone.double())
     return distance / size if size > 0 and math.isfinite(distance) else (0.0 if distance == 0 else math.inf)
+
+
+def _root_mean_square(of: Tensor) -> float:
+    return float(of.double().square().mean().sqrt())

@@ -131,9 +131,13 @@ def _without_personal(plan: Plan) -> Plan:
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to.
+
+    The server optimizer stays: with rounds of one step, its momentum is all that there is.
+    """
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
-    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
+    by_itself = StrategyConfig(server_optimizer=plan.strategy.server_optimizer)
+    alone = {"client_privacy": None, "server": everybody, "strategy": by_itself, "wire": "float32"}
     simulation = plan.simulation.model_copy(update={"bases": ()})
     parameters = {"collaboration": "parameters", "simulation": simulation} if plan.shares_predictions else {}
     return _without_personal(plan).model_copy(update={**alone, **parameters, "privacy": _in_training(plan.privacy)})

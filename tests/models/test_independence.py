@@ -18,7 +18,7 @@ from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import precision
 from cotune.models.features.cached import get_features
-from cotune.models.features.head import feature_head
+from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.precision import feature_dtype
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import bucket_lengths, example_probes, mixes_records
@@ -63,6 +63,26 @@ def test_what_hides_its_padding_is_admitted(models: Callable[[str], TrainableMod
     assert error_of(model) < MAX_PADDING_ERROR / 5
     for mode in ("head", "full"):
         assert check_independence(model, mode, "float32", slots=5, lengths=[8, 24]) == torch.float32  # type: ignore[arg-type]
+
+
+def test_scores_next_to_nothing_are_no_sign_of_padding(models: Callable[[str], TrainableModel]) -> None:
+    """A new head may be drawn so that an example's scores cancel: what is left of them is float32's own error."""
+    model = models("bert")
+    loaded = model.loaded
+    example = loaded.task.samples(loaded.reader)[0]
+    head: Any = loaded.module.classifier
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    try:
+        with torch.no_grad():
+            head.bias.zero_()
+            batch = loaded.task.collator(loaded.module, loaded.reader, model.device)([example])
+            vector = encode_vectors(model, batch, torch.float32)[0]
+            head.weight -= torch.outer(head.weight @ vector, vector) / vector.square().sum()
+            scores = loaded.task.scores(loaded.module, batch)
+        assert float(scores.norm()) < 1e-6 * float(head.weight.norm() * vector.norm())
+        assert error_of(model) < MAX_PADDING_ERROR
+    finally:
+        head.load_state_dict(before)
 
 
 @pytest.mark.parametrize("kind", READ_PADDING)
