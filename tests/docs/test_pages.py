@@ -113,7 +113,7 @@ def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) 
         write_csv(folder / "orgs" / f"{name}.csv", sentences(80, seed=number))
     write_tagged(folder / "entities.jsonl")
     write_images(folder / "scans", 300)
-    (folder / "distilbert-base-uncased").symlink_to(base_model("distilbert"))
+    (folder / "distilbert-base-uncased").symlink_to(base_model("deep-bert"))
     (folder / "google").mkdir()
     (folder / "google" / "vit-base-patch16-224-in21k").symlink_to(base_model("vit"))
     assert player.cotune("client", "init", "SITE", "--name", "hospital-a", "--device", "cpu").code == 0
