@@ -53,7 +53,7 @@ from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
 from cotune.server.rounds.evaluation import Evaluator
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
 from cotune.simulations.single_tasks import SINGLE, evaluate_for, plan_for, shares_for
@@ -191,7 +191,7 @@ def _evaluate(folder: RunFolder, prepared: Prepared, baseline: RunFolder) -> Eva
         own = get_plan_model(baseline.plan, folder.file.device)
         return Evaluated(*evaluate_for(prepared, baseline.plan, own, state))
     model = get_plan_model(baseline.plan, folder.file.device)
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
     predicted = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
     return Evaluated(measure(model, test, predicted), tuple(predicted))
 
@@ -210,7 +210,7 @@ def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
     """Organization -> metrics of its own model on the common test set."""
     plan = folder.plan
     model = get_plan_model(plan, folder.file.device)
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
     return {name: evaluate(model, own, test, plan.model.precision) for name, own in personal_states(folder, state).items()}
 
 
@@ -277,7 +277,7 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     if "alone" not in plan.simulation.baselines or plan.keeps_personal or not fits:
         return Personalized()
     found = Personalized()
-    test = _features(model, plan, served, DatasetManifest.read(folder.path / "test" / "data.json", plan.labels))
+    test = _features(model, plan, served, DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels))
     model.load(served)
     shared = model.state(head_names(model))
     for share in prepared.shares:

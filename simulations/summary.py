@@ -18,7 +18,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.runs.results import describe_effort, describe_run
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
 from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.simulations.baselines import (
@@ -246,7 +246,7 @@ def _training(folder: RunFolder, share: Share) -> list[Steps]:
 
 def _floor(folder: RunFolder) -> Floor:
     plan = folder.plan
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
     return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision)
 
 
