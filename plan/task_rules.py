@@ -66,7 +66,7 @@ def _feature(plan: PlanTables, facts: TaskFacts, modes: Sequence[str]) -> Iterat
     if not facts.features:
         yield f"model.feature is for task = sequence-classification, got {plan.task}: leave it out"
     if any(mode != "head" for mode in modes):
-        yield "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out"
+        yield "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out (none)"
     if plan.model.pooling != "auto":
         yield f"model.feature says what a head reads, and so does model.pooling = {plan.model.pooling}: expected one"
 
