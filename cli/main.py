@@ -13,7 +13,9 @@ import click
 import typer
 
 from cotune.cli.lazy import LazyCommand, lazy_group
+from cotune.cli.waiting import Waiting
 from cotune.errors import CotuneError, DeviceError
+from cotune.models.observe import observe_models
 from cotune.printable import clean_output, printable
 
 COMMANDS = {
@@ -193,7 +195,8 @@ def run() -> None:
     if not debug:
         logging.getLogger("cotune").setLevel(logging.CRITICAL)  # what the user can fix is reported once, below
     try:
-        code = build_command()(standalone_mode=False)  # typer would end an interrupt without a word, and draw boxes
+        with observe_models(Waiting()):
+            code = build_command()(standalone_mode=False)  # typer would end an interrupt without a word, and draw boxes
         if code == 130:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)

@@ -131,12 +131,12 @@ def showing_remote_progress(console: Console) -> Iterator[Observer]:
     """Gives what shows the events of a run that another process plays."""
     with _Live(console, timing=()) if console.is_terminal else _Lines(console) as display:
 
-        def tell(event: str, fields: dict[str, Any]) -> None:
+        def notify(event: str, fields: dict[str, Any]) -> None:
             if line := remote_line(event, fields):
                 display.print(line)
             display.event(event, fields)
 
-        yield tell
+        yield notify
 
 
 class _Lines:
@@ -144,9 +144,9 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.told = 0.0
+        self.shown_at = 0.0
         self.rounds = 0
-        self.seconds: list[float] = []  # of each round so far; clocks tell nothing of a run that was played before it is shown
+        self.seconds: list[float] = []  # of each round so far; they say nothing of rounds that ran before the display started
 
     def __enter__(self) -> _Lines:
         return self
@@ -185,8 +185,8 @@ class _Lines:
         return mean(self.seconds[1:]) * (self.rounds - round) if self.seconds[1:] else None
 
     def step(self, what: str, details: dict[str, Any]) -> None:
-        if what == "features" and (time.monotonic() - self.told > _FEATURE_SECONDS or details["done"] == details["total"]):
-            self.told = time.monotonic()
+        if what == "features" and (time.monotonic() - self.shown_at > _FEATURE_SECONDS or details["done"] == details["total"]):
+            self.shown_at = time.monotonic()
             records = f"the {details['total']:,} distinct records of {_file_of(details)}"
             self.print(f"encoding {records} once, for all who read that file: {details['done']:,} done")
 

@@ -73,7 +73,7 @@ class Account:
         Raises:
             Declined: The policy declares a number and does not say which, or too little is left to draw one.
         """
-        rules = self.policy.tell
+        rules = self.policy.disclosures
         count = self.true_examples
         if rules.example_count == "exact":
             return max(1, count)
@@ -85,7 +85,7 @@ class Account:
         return max(1, math.floor(self._noised_count() + 0.5))
 
     def _noised_count(self) -> float:
-        known = self._told(_COUNT) if self.draws or self.site.ledger_file.exists() else None
+        known = self._disclosed(_COUNT) if self.draws or self.site.ledger_file.exists() else None
         if known is None and not self.draws:
             return self.true_examples
         return (known or self._draw_count())[0]
@@ -96,12 +96,12 @@ class Account:
         All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.noise`).
         """
         total = self.policy.budget.epsilon_total
-        sigma = self.policy.tell.noise_multiplier
+        sigma = self.policy.disclosures.noise_multiplier
         try:
             return self._drawn(
                 _COUNT,
                 Steps(sigma, 1.0, 1, "geometric"),
-                [Limit("tell.example_count", total, _DELTA)],
+                [Limit("disclosures.example_count", total, _DELTA)],
                 lambda: [add_geometric_noise(self.true_examples, sigma, self.generator)],
             )
         except Declined:
@@ -113,7 +113,7 @@ class Account:
 
     def _undeclared(self) -> int:
         if self.draws:
-            raise Declined("tell.declared_examples", missing_number_message())
+            raise Declined("disclosures.declared_examples", missing_number_message())
         return max(1, round_to_two_digits(self.true_examples))
 
     @cached_property
@@ -196,7 +196,7 @@ class Account:
             round,
             spent=self.ledger.spent(self.plan.plan_id, self.collection),
             histories=self.ledger.histories(self.collection, "budget.epsilon_total"),
-            counted=self.policy.tell.example_count == "noised" and self._told(_COUNT) is not None,
+            counted=self.policy.disclosures.example_count == "noised" and self._disclosed(_COUNT) is not None,
         )
 
     def spent_in_total(self) -> float:
@@ -223,10 +223,10 @@ class Account:
             what: What the sums are, such as "label histogram".
             compute: Computes them. One unit of privacy changes them by one at most, in L2.
         """
-        known = self._told(what)
+        known = self._disclosed(what)
         if known is not None:
             return known
-        steps = Steps(self.policy.tell.noise_multiplier, 1.0, 1)
+        steps = Steps(self.policy.disclosures.noise_multiplier, 1.0, 1)
         return self._drawn(what, steps, self._limits(), lambda: self.noised(compute(), 1.0))
 
     def _drawn(self, what: str, steps: Steps, limits: Sequence[Limit], draw: Callable[[], list[float]]) -> list[float]:
@@ -246,7 +246,7 @@ class Account:
         """
         enlarged = sensitivity * (1 + 2.0**-17 * math.sqrt(len(values)))
         total = torch.tensor(list(values), dtype=torch.float64)
-        return list(add_gaussian_noise(total, enlarged, self.policy.tell.noise_multiplier, self.generator).tolist())
+        return list(add_gaussian_noise(total, enlarged, self.policy.disclosures.noise_multiplier, self.generator).tolist())
 
     def record_unprotected(self, round: int, what: str) -> None:
         """Enter what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
@@ -268,7 +268,7 @@ class Account:
         charged = self.ledger.spent(self.plan.plan_id, self.collection, answered=self.round)
         return math.ceil(epsilon(charged, self.budget.delta) * 100 - 1e-9) / 100
 
-    def _told(self, what: str) -> list[float] | None:
+    def _disclosed(self, what: str) -> list[float] | None:
         return self.ledger.get_disclosure(self.plan.plan_id, what)
 
     def _reserve(self, round: int, steps: Steps, purpose: str, limits: Sequence[Limit]) -> int:

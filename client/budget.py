@@ -176,14 +176,14 @@ def planned_disclosures(plan: Plan, policy: Policy, first_round: int = 1, *, cou
         counted: Whether the number of records is disclosed already.
     """
     rounds = plan.rounds - first_round + 1
-    number = policy.tell.example_count == "noised" and not counted  # drawn before the first round, whichever that is
-    histogram = first_round == 1 and plan.tell.label_histogram and policy.tell.label_histogram == "noised"
-    metrics = plan.tell.local_metrics and policy.tell.local_metrics == "noised"
-    loss = "loss" in plan.strategy.sends and policy.tell.local_loss == "noised"
-    sigma = policy.tell.noise_multiplier
-    told = [Steps(sigma, 1.0, 1, "geometric")] if number else []
+    number = policy.disclosures.example_count == "noised" and not counted  # drawn before the first round, whichever that is
+    histogram = first_round == 1 and plan.disclosures.label_histogram and policy.disclosures.label_histogram == "noised"
+    metrics = plan.disclosures.local_metrics and policy.disclosures.local_metrics == "noised"
+    loss = "loss" in plan.strategy.sends and policy.disclosures.local_loss == "noised"
+    sigma = policy.disclosures.noise_multiplier
+    counts = [Steps(sigma, 1.0, 1, "geometric")] if number else []
     count = histogram + rounds * (metrics + loss)
-    return [*told, Steps(sigma, 1.0, count)] if count else told
+    return [*counts, Steps(sigma, 1.0, count)] if count else counts
 
 
 def planned_charges(plan: Plan, policy: Policy, sigma: float, examples: int) -> list[Steps]:

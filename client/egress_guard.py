@@ -52,7 +52,7 @@ _OF_RECORDS = {  # rules that the number of records decides: plan after plan, th
     ("budget", "delta_times_records"),
     ("training", "min_examples"),
     ("training", "min_batch"),
-    ("tell", "declared_examples"),
+    ("disclosures", "declared_examples"),
 }
 _DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow this plan")
 
@@ -104,7 +104,7 @@ def check_reason(reason: str) -> None:
     rules = Policy().model_dump()
     known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
     if reason != GENERIC_REFUSAL and not known:
-        raise EgressBlocked("a refusal has other words than the few that may be told")
+        raise EgressBlocked("a refusal has other words than the few that are allowed")
 
 
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
     yield from _wrong_delta(update, request, account, model, names)
     yield from _wrong_words(update, account, request.round)
     private = isinstance(plan.privacy, RecordPrivacy)
-    allowed = account.policy.tell.statistics and not private
+    allowed = account.policy.disclosures.statistics and not private
     expected = statistic_shapes(plan, model, names) if allowed else {}
     if {name: tuple(tensor.shape) for name, tensor in update.statistics.items()} != expected:
         yield "the update holds other statistics of the records than plan and policy agree on"
@@ -193,7 +193,7 @@ def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     policy = account.policy
     count = account.public_examples
     if update.examples != count:
-        yield f"the update declares {update.examples} records, which is not what the rule tell.example_count says"
+        yield f"the update declares {update.examples} records, which is not what the rule disclosures.example_count says"
     steps = plan.get_stage(round).local.steps_per_round(count)
     if update.steps != steps:
         yield f"the update states {update.steps} steps, expected {steps} as in the plan"
@@ -201,21 +201,21 @@ def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
     if update.epsilon != (account.reported_epsilon() if private else None):
         yield f"the update states ε = {update.epsilon}, which is not what the ledger says"
     if update.noise_variance is not None:
-        allowed = private and plan.strategy.compares_noise and policy.tell.noise_level
+        allowed = private and plan.strategy.compares_noise and policy.disclosures.noise_level
         if not allowed or update.noise_variance.keys() != update.delta.keys():
             yield "the update states its noise where plan and policy do not agree on it"
-    surplus = sorted(update.told.keys() - _may_be_told(plan, policy))
+    surplus = sorted(update.disclosures.keys() - _allowed_disclosures(plan, policy))
     if surplus:
         yield f"the update tells {surplus[0][:80]!r}, which plan and policy do not agree on"
 
 
-def _may_be_told(plan: Plan, policy: Policy) -> set[str]:
+def _allowed_disclosures(plan: Plan, policy: Policy) -> set[str]:
     names = set[str]()
-    if plan.tell.label_histogram and policy.tell.label_histogram == "noised":
+    if plan.disclosures.label_histogram and policy.disclosures.label_histogram == "noised":
         names |= {f"label {label}" for label in plan.labels}
-    if plan.tell.local_metrics and policy.tell.local_metrics != "none":
+    if plan.disclosures.local_metrics and policy.disclosures.local_metrics != "none":
         names |= {"correct", "records"}
-    if "loss" in plan.strategy.sends and policy.tell.local_loss != "none":
+    if "loss" in plan.strategy.sends and policy.disclosures.local_loss != "none":
         names |= {"loss"}
     return names
 

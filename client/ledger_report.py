@@ -20,7 +20,7 @@ from cotune.privacy.ledger.charges import (
 )
 from cotune.privacy.ledger.verification import FORMAT
 from cotune.privacy.policy import BudgetRules
-from cotune.storage.database_log import Entry
+from cotune.storage.log_entries import Entry
 
 
 def summarize_ledger(site: Site) -> dict[str, Any]:

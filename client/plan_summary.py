@@ -19,7 +19,7 @@ _MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the 
 def summarize_plan(plan: Plan) -> list[str]:
     """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
     stages = ", ".join(f"{stage.rounds} of {_trained(stage)} ({_amount(stage.local)})" for stage in plan.stages)
-    asks = [name for name, wanted in plan.tell.model_dump().items() if wanted] + sorted(plan.strategy.sends)
+    asks = [name for name, wanted in plan.disclosures.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
     lines = [

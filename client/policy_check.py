@@ -7,25 +7,18 @@ approved.jsonl says which were approved, when, and by which command.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cotune.client.site import Site
-from cotune.errors import Declined, RunError
+from cotune.errors import Declined
 from cotune.models.device import limit_memory
-from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.policy import Policy
-from cotune.storage.documents import parse_json
-from cotune.storage.files import atomic_write, exclusive_lock
 
 
 @dataclass(frozen=True)
@@ -95,9 +88,9 @@ def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable
     least, most = declarable or (1, plan.server.max_examples)
     most = min(most, plan.server.max_examples)
     if not least <= examples <= most:
-        which = "tell.declared_examples" if policy.tell.example_count == "declared" else "it"
+        which = "disclosures.declared_examples" if policy.disclosures.example_count == "declared" else "it"
         yield Violation(
-            "tell.example_count",
+            "disclosures.example_count",
             f"{which} makes the number of records {examples}, and the coordinator takes {least} to {most} from this organization;"
             f" change {which}, or ask for another invitation (--examples)",
         )
@@ -120,10 +113,10 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
     yield from _too_long(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
         yield from _over_budget(plan.privacy, policy)
-        if plan.strategy.compares_noise and not policy.tell.noise_level:
+        if plan.strategy.compares_noise and not policy.disclosures.noise_level:
             name = plan.strategy.weighting.name
             yield Violation(
-                "tell.noise_level",
+                "disclosures.noise_level",
                 f"the plan weighs updates by their noise ({name}), expected a weighting that need not know it",
                 True,
             )
@@ -144,16 +137,16 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 def _telling(plan: Plan, policy: Policy) -> Iterator[Violation]:
     statistics = sorted({"fisher", "gram"} & set(plan.strategy.sends))
-    if statistics and not policy.tell.statistics:
+    if statistics and not policy.disclosures.statistics:
         yield Violation(
-            "tell.statistics",
+            "disclosures.statistics",
             f"the plan wants statistics of the records ({', '.join(statistics)}), expected one without them",
             True,
         )
-    if "loss" in plan.strategy.sends and policy.tell.local_loss == "none":
+    if "loss" in plan.strategy.sends and policy.disclosures.local_loss == "none":
         parts = ", ".join(part.name for _, part, info in plan.strategy.known_components() if "loss" in info.needs.sends)
         yield Violation(
-            "tell.local_loss",
+            "disclosures.local_loss",
             f"the plan weighs updates by their loss ({parts}), expected a strategy that need not know it",
             "noised",
         )
@@ -216,12 +209,12 @@ def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 def missing_number_message() -> str:
     """Return what is wrong with a policy that declares a number of records and does not say which."""
-    return "the policy declares a number of records and gives none, expected tell.declared_examples near the true number"
+    return "the policy declares a number of records and gives none, expected disclosures.declared_examples near the true number"
 
 
 def _undeclared(policy: Policy) -> Iterator[Violation]:
-    if policy.tell.example_count == "declared" and policy.tell.declared_examples is None:
-        yield Violation("tell.declared_examples", missing_number_message())
+    if policy.disclosures.example_count == "declared" and policy.disclosures.declared_examples is None:
+        yield Violation("disclosures.declared_examples", missing_number_message())
 
 
 def _too_few(plan: Plan, policy: Policy, examples: int) -> Iterator[Violation]:
@@ -265,114 +258,3 @@ def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
     """Limit the GPU memory of this process to what the policy allows: torch raises its out-of-memory error beyond it."""
     if policy.training.max_gpu_memory_gib is not None and device.type == "cuda":
         limit_memory(device, policy.training.max_gpu_memory_gib)
-
-
-_MAX_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
-_MAX_CHARACTERS = 1_000_000
-
-
-class Approvals:
-    """The plans that a site has approved, and those that wait for it.
-
-    They are read again by every call: one process approves, and another one asks.
-    """
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self._plans = site.plans
-        self._approved = site.approved_plans
-
-    def check(self, plan: Plan, policy: Policy) -> None:
-        """Check that somebody here has approved the plan; keep it to be looked at if not.
-
-        A simulated organization has nobody to ask: those who simulate it have chosen the plan.
-
-        Raises:
-            Declined: Nobody has approved it.
-        """
-        if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
-            return
-        self._keep_pending(plan)
-        command = f"cotune client approve {self.site.folder} {plan.plan_id[:12]}"
-        raise Declined("training.approval", f"nobody has approved the plan {plan.name}; look at it and approve it by `{command}`")
-
-    def approve(self, plan: Plan, how: str) -> None:
-        """Approve a plan, durably; one that is approved already stays as it is.
-
-        Args:
-            how: The command that approves it.
-        """
-        with exclusive_lock(self.site.approval_lock):
-            if plan.plan_id in self.ids():
-                return
-            atomic_write(self._file(plan.plan_id), plan.canonical().encode())
-            line = {"plan_id": plan.plan_id, "plan": plan.name, "at": datetime.now(UTC).isoformat(timespec="seconds"), "how": how}
-            before = self._approved.read_bytes() if self._approved.exists() else b""
-            atomic_write(self._approved, before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
-
-    def ids(self) -> list[str]:
-        """Return the ids of the approved plans, in the order of their approval. Raises RunError for a damaged file."""
-        try:
-            lines = self._approved.read_text(encoding="utf-8").splitlines()
-            return [str(parse_json(line)["plan_id"]) for line in lines]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self._approved} is damaged ({type(error).__name__}): expected one JSON object with a plan_id in each line;"
-                " remove it, and approve the plans again",
-                code="run.damaged_document",
-            ) from None
-
-    def pending(self) -> list[Plan]:
-        """Return the plans that came and were not approved, in the order of their ids."""
-        approved = set(self.ids())
-        return [self._read(file) for file in sorted(self._plans.glob("*.json")) if file.stem not in approved]
-
-    def last(self) -> Plan | None:
-        """Return the plan that was approved last, if it is still here."""
-        ids = self.ids()
-        return self._read(self._file(ids[-1])) if ids and self._file(ids[-1]).exists() else None
-
-    def find(self, prefix: str = "") -> Plan:
-        """Return the plan whose id begins with a prefix; without one, the only pending plan.
-
-        Raises:
-            RunError: There is none, or several.
-        """
-        approved = set(self.ids())
-        wanted = [
-            f for f in sorted(self._plans.glob("*.json")) if (f.stem.startswith(prefix) if prefix else f.stem not in approved)
-        ]
-        if len(wanted) == 1:
-            return self._read(wanted[0])
-        if not wanted and not prefix:
-            raise RunError(
-                "no plan waits for approval: one does once it was asked for, or join with its federation.toml",
-                code="run.no_such_plan",
-            )
-        known = ", ".join(f"{plan.plan_id[:12]} ({plan.name})" for plan in self.pending()) or "none"
-        what = f"{len(wanted)} plans begin with {prefix[:64]!r}" if prefix else f"{len(wanted)} plans wait for approval"
-        raise RunError(f"{what}: expected the id of one; waiting: {known}", code="run.no_such_plan")
-
-    def _keep_pending(self, plan: Plan) -> None:
-        waiting = sum(file.stem not in set(self.ids()) for file in self._plans.glob("*.json"))
-        content = plan.canonical()
-        if not self._file(plan.plan_id).exists() and waiting < _MAX_PENDING and len(content) <= _MAX_CHARACTERS:
-            atomic_write(self._file(plan.plan_id), content.encode())
-
-    def _file(self, plan_id: str) -> Path:
-        return self._plans / f"{plan_id}.json"
-
-    def _read(self, file: Path) -> Plan:
-        try:
-            plan = parse_plan(parse_json(file.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{file} cannot be read ({type(error).__name__}): remove it; the plan comes again", code="run.damaged_document"
-            ) from None
-        if plan.plan_id != file.stem:
-            raise RunError(
-                f"{file} is not the plan that came under this id: somebody has changed it; remove it", code="run.changed_plan"
-            )
-        return plan

@@ -20,9 +20,10 @@ from cotune.client.node.requests import last_declarable_range
 from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base
+from cotune.client.training.gradient_checks import check_gradients
 from cotune.client.training.own_model import load_trained_model, read_public
 from cotune.client.training.sanity_checks import SanityChecks
-from cotune.client.training.setup import build_optimizer, check_gradients, synthetic_setup
+from cotune.client.training.setup import build_optimizer, synthetic_setup
 from cotune.data.config import has_labels
 from cotune.data.left_out import count_cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
@@ -239,7 +240,7 @@ def _warnings(account: Account) -> Iterator[str]:
         )
     declared = account.public_examples
     held = account.true_examples
-    if account.policy.tell.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
+    if account.policy.disclosures.example_count == "declared" and not held / 2 <= declared <= 1.1 * held:
         yield (
             f"the policy declares {declared} records, and there are {held}: expected a number near that, and none above it, as"
             " batches and noise follow from it"

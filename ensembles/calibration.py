@@ -52,5 +52,5 @@ def fit_temperature(probabilities: Floats, truth: Numbers) -> float:
 
 def negative_log_likelihood(probabilities: Floats, truth: Numbers) -> float:
     """Return −mean log p(true class), in nats."""
-    told = probabilities[np.arange(len(truth)), truth]
-    return float(-np.log(np.maximum(told, _MIN_PROBABILITY)).mean())
+    of_truth = probabilities[np.arange(len(truth)), truth]
+    return float(-np.log(np.maximum(of_truth, _MIN_PROBABILITY)).mean())

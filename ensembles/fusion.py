@@ -132,12 +132,12 @@ def fit_weights(probabilities: Floats, truth: Numbers) -> Floats:
     Returns:
         (models,), at least 0, together 1.
     """
-    told = _without_gaps(probabilities)[:, np.arange(len(truth)), truth]
-    weights = np.full(len(told), 1 / len(told))
+    of_truth = _without_gaps(probabilities)[:, np.arange(len(truth)), truth]
+    weights = np.full(len(of_truth), 1 / len(of_truth))
     if not len(truth):
         return weights
     for _ in range(_EM_STEPS):
-        parts = weights[:, None] * np.maximum(told, 1e-12)
+        parts = weights[:, None] * np.maximum(of_truth, 1e-12)
         weights = (parts / parts.sum(axis=0)).mean(axis=1)
     return weights
 

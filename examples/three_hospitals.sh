@@ -76,7 +76,7 @@ organization() { # its letter, and what its policy allows beside the base model,
     run cotune server invite fed "hospital-$1" "site-$1/node.pub"
     run cotune client policy "site-$1" --set "training.base_models=[\"$base\"]" --set 'training.units=["record"]' --set "$2"
 }
-organization a tell.example_count=exact
+organization a disclosures.example_count=exact
 organization b budget.own_epsilon=1.5
 organization c budget.epsilon_per_run=0.5
 

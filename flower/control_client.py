@@ -45,27 +45,27 @@ def get_run_name(run: Path) -> str:
     return run.name
 
 
-def find_run_folder(told: str, environment: Mapping[str, str] = os.environ) -> Path:
+def find_run_folder(name: str, environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of the run that a run configuration names.
 
     Args:
-        told: The name of a run of the federation; in a simulation, which has none, the folder itself.
+        name: The name of a run of the federation; in a simulation, which has none, the folder itself.
         environment: Of this process; it names the federation's folder.
 
     Raises:
         RunError: If it is neither.
     """
-    if not told:
+    if not name:
         raise RunError('the run configuration has no "run": expected the folder of a run', code="run.no_run_named")
     home = environment.get(FEDERATION_VARIABLE)
     if not home:
-        return Path(told)
-    if told in (".", "..") or Path(told).name != told:
+        return Path(name)
+    if name in (".", "..") or Path(name).name != name:
         raise RunError(
-            f"the run configuration names {told[:100]!r}: expected the name of a run of the federation",
+            f"the run configuration names {name[:100]!r}: expected the name of a run of the federation",
             code="run.invalid_run_name",
         )
-    return Path(home) / "runs" / told
+    return Path(home) / "runs" / name
 
 
 APP = b"""

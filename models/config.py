@@ -78,13 +78,28 @@ class ModelConfig(ConfigTable):
         " nearer end; a public number, decided before anyone looks at records, and never taken from them",
     )
     feature: FeatureConfig | None = Field(
-        None, description="train = head alone: a wider feature for a linear head; absent: what the architecture's own head reads"
+        None,
+        description="train = head alone: a wider feature for a linear head; absent or none: what the architecture's own head"
+        " reads",
     )
     max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
+    max_target_length: int | None = Field(
+        None,
+        ge=1,
+        le=32768,
+        description="causal-lm: tokens of a target at most, its end token included; the rest is cut off. Scores over the"
+        " vocabulary, which cost most, are computed for so many positions of a record alone",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",
     )
+
+    @field_validator("feature", mode="before")
+    @classmethod
+    def _none_is_absent(cls, value: Any) -> Any:
+        """So that `--set model.feature=none` takes a preset's feature away."""
+        return None if value == "none" else value
 
     @field_validator("target_range")
     @classmethod

@@ -49,8 +49,8 @@ def write_texts(model: TrainableModel, prompts: Sequence[str], max_new_tokens: i
             numbers = [number for _, number in group]
             for start in range(0, len(numbers), _BATCH):
                 chosen = numbers[start : start + _BATCH]
-                told = _written(model, config, [rows[number] or [] for number in chosen])
-                texts.update(zip(chosen, told, strict=True))
+                generated = _written(model, config, [rows[number] or [] for number in chosen])
+                texts.update(zip(chosen, generated, strict=True))
     return [texts.get(number) for number in range(len(rows))]
 
 
@@ -73,6 +73,6 @@ def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Seq
         return [""] * len(rows)
     module: Any = model.loaded.module
     ids = torch.tensor(rows, device=model.device)
-    told = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    found: list[str] = model.loaded.reader.batch_decode(told[:, ids.shape[1] :], skip_special_tokens=True)
+    generated = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    found: list[str] = model.loaded.reader.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in found]

@@ -154,7 +154,7 @@ class Plan(PlanTables):
             "a [personal] table or lora.keep, as every model is an organization's own": self.keeps_personal,
             "adapters of different ranks": self.mixed_ranks,
             'server.late = "fold", as what all predict changes from round to round': self.server.late == "fold",
-            "tell.local_metrics, which are of a common model": self.tell.local_metrics,
+            "disclosures.local_metrics, which are of a common model": self.disclosures.local_metrics,
             "wire = int8 or int4, as predictions are small already": self.wire in ("int8", "int4"),
             "[[tasks]]": bool(self.tasks),
         }

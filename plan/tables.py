@@ -1,7 +1,7 @@
 """The tables of a plan that need nothing but themselves to be checked. Every key is typed, has a default and a unit.
 
 Tables of models, records, privacy and strategies stand beside what they configure. No module that this one imports loads
-PyTorch, so that a slip is told at once.
+PyTorch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 from cotune.storage.config_table import ConfigTable
 
 
-class TellConfig(ConfigTable):
-    """What organizations are asked to tell beside their updates (the `tell` table); each one's policy has the last word."""
+class DisclosureConfig(ConfigTable):
+    """What organizations are asked to disclose beside their updates (`disclosures`); each one's policy has the last word."""
 
     local_metrics: bool = Field(
         False,
-        description="how many of its records the received model tells rightly, every round; of numbers, within a tenth of"
+        description="how many of its records the received model predicts correctly, every round; of numbers, within a tenth of"
         " model.target_range",
     )
     label_histogram: bool = Field(False, description="how many records each class has, once per run")
@@ -148,7 +148,7 @@ class PlanTables(ConfigTable):
     client_privacy: ClientPrivacy | None = Field(None, description="absent: no promise to whole organizations")
     strategy: Any = Field(None, description="left to `Plan`: its parts must be imported to be checked")
     server: RoundsConfig = RoundsConfig()
-    tell: TellConfig = TellConfig()
+    disclosures: DisclosureConfig = DisclosureConfig()
     public: PublicConfig = PublicConfig()
     personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()

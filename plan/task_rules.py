@@ -32,7 +32,7 @@ def _classes(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
     without = {
         "labels": bool(plan.labels) and not facts.labels,
         "class_weights": bool(plan.class_weights) and not facts.labels,
-        "tell.label_histogram": plan.tell.label_histogram and not facts.classes,
+        "disclosures.label_histogram": plan.disclosures.label_histogram and not facts.classes,
         "public.source": bool(plan.public.source) and not facts.classes,
     }
     for key, found in without.items():
@@ -51,6 +51,8 @@ def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
         )
     if not facts.ranged and plan.model.target_range is not None:
         yield f"model.target_range is for task = regression, and this is {plan.task}: leave it out"
+    if facts.prompts != "may" and plan.model.max_target_length is not None:
+        yield f"model.max_target_length is for task = causal-lm, and this is {plan.task}: leave it out"
     if plan.generate is not None and (facts.prompts != "may" or plan.data.prompt is None):
         yield (
             f"generate is for a task that writes after prompts, and this plan has task = {plan.task} without data.prompt:"
@@ -84,7 +86,7 @@ def _several(plan: PlanTables, facts: TaskFacts, modes: Sequence[str], keeps_per
         "a [personal] table, or lora.keep": keeps_personal,
         "client_privacy, which divides by a number of organizations, while some train a head": bool(plan.client_privacy),
         'server.late = "fold"': plan.server.late == "fold",
-        "tell.label_histogram, which counts one class of a record": plan.tell.label_histogram,
+        "disclosures.label_histogram, which counts one class of a record": plan.disclosures.label_histogram,
     }
     for what, found in cannot.items():
         if found:

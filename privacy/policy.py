@@ -124,7 +124,7 @@ class TrainingRules(ConfigTable):
 
 
 class DisclosureRules(ConfigTable):
-    """What may be disclosed to the server beside the update (the `tell` table); noised numbers are charged to the ledger."""
+    """What may be disclosed to the server beside the update (`disclosures`); noised numbers are charged to the ledger."""
 
     example_count: Literal["exact", "rounded", "noised", "declared"] = Field(
         "noised",
@@ -152,7 +152,7 @@ class Policy(ConfigTable):
 
     budget: BudgetRules = BudgetRules()
     training: TrainingRules = TrainingRules()
-    tell: DisclosureRules = DisclosureRules()
+    disclosures: DisclosureRules = DisclosureRules()
 
     @classmethod
     def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
@@ -182,7 +182,7 @@ class Policy(ConfigTable):
                 fusions=_EVERYTHING,
                 client_terms=_EVERYTHING,
             ),
-            tell=DisclosureRules(
+            disclosures=DisclosureRules(
                 example_count="declared" if examples else "exact",
                 declared_examples=examples,
                 local_metrics="noised",

@@ -15,43 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.plan.wire import Codec
-from cotune.protocol.codecs import pack, unpack
+from cotune.protocol.arrays import decode_tensors, derive_key, encode_arrays, new_salt, read_salt
 from cotune.protocol.version import PROTOCOL
 from cotune.strategies.types import Update
 
-SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
 _SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told
-_SALT_BYTES = 32
 _COMMON_FIELDS = {"protocol", "salt", "own"}
 _MAX_REPORTED_VALUES = 10_000  # values beside an update: a number per class and a few more
-_MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
-_MAX_DIMENSIONS = 8  # of an array
-_MAX_VALUES = 2**40  # of an array, dimensions of none aside: PyTorch counts them, too
-# Of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html. NumPy's own reader evaluates the header as a Python
-# literal, which fails now and then where several threads do so at a time (CPython 3.11).
-_NPY_HEADER = re.compile(
-    rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
-    rb"\{'descr': '(?P<type>[^']{1,20})', 'fortran_order': (?P<order>True|False),"
-    rb" 'shape': \((?P<shape>[0-9, ]{0,400})\), ?\} *\n",
-    re.DOTALL,
-)
-_NUMPY = Array(np.zeros(0, np.float32)).stype  # how Flower says that an array is in NumPy's format
 
 
 @dataclass(frozen=True)
@@ -88,45 +67,34 @@ def encode_requests(
     sent: Mapping[str, Tensor] | None = None,
 ) -> list[RecordDict]:
     """One request per recipient; they share one copy of the arrays, and their salt."""
-    salt = _new_salt()
-    shared = {"state": _encode_arrays(state, salt, "state")}
+    salt = new_salt()
+    shared = {"state": encode_arrays(state, salt, "state")}
     if sent:
-        shared["sent"] = _encode_arrays(sent, salt, "sent")
+        shared["sent"] = encode_arrays(sent, salt, "sent")
     return [RecordDict({**shared, "request": _encode_header(plan, round, who, salt)}) for who in recipients]
 
 
 def _encode_header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
     """own: as the salt of the arrays is known to the others."""
-    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": _new_salt()})
-
-
-def _new_salt() -> bytes:
-    return secrets.token_bytes(_SALT_BYTES)
+    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": new_salt()})
 
 
 def get_salt(content: RecordDict) -> bytes:
     """The salt of an update or a receipt, for anyone who encodes the same again. Raises RunError where there is none."""
     for key in ("update", "receipt"):
         if isinstance(record := content.get(key), ConfigRecord):
-            return _salt(record)
+            return read_salt(record)
     raise RunError(
         "a message came without its header: expected a ConfigRecord named update or receipt", code="run.malformed_message"
     )
-
-
-def _salt(record: ConfigRecord) -> bytes:
-    salt = record.get("salt")
-    if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
-        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes", code="run.malformed_message")
-    return salt
 
 
 def decode_request(content: RecordDict) -> Request:
     """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
     header = decode_header(content)
     _check_records(content, ("request", "state", "sent"))
-    sent = _decode_tensors(content, "sent", "request") if "sent" in content else {}
-    return replace(header, state=_decode_tensors(content, "state", "request"), sent=sent)
+    sent = decode_tensors(content, "sent", "request") if "sent" in content else {}
+    return replace(header, state=decode_tensors(content, "state", "request"), sent=sent)
 
 
 def decode_header(content: RecordDict) -> Request:
@@ -147,7 +115,7 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, co
     Raises:
         RunError: The delta holds values that the codec cannot write.
     """
-    salt = salt or _new_salt()
+    salt = salt or new_salt()
     record: dict[str, Any] = {
         "protocol": PROTOCOL,
         "plan_id": plan_id,
@@ -159,21 +127,21 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, co
         "received": update.received,
         "salt": salt,
     }
-    content = RecordDict({"delta": _encode_arrays(update.delta, salt, "delta", codec), "update": ConfigRecord(record)})
-    if update.told:
-        told = {name: float(value) for name, value in update.told.items()}
-        content["told"] = ConfigRecord({**told, _SALT: _derive_key(salt, "told")})
+    content = RecordDict({"delta": encode_arrays(update.delta, salt, "delta", codec), "update": ConfigRecord(record)})
+    if update.disclosures:
+        disclosed = {name: float(value) for name, value in update.disclosures.items()}
+        content["disclosures"] = ConfigRecord({**disclosed, _SALT: derive_key(salt, "disclosures")})
     if update.statistics:
-        content["statistics"] = _encode_arrays(update.statistics, salt, "statistics")
+        content["statistics"] = encode_arrays(update.statistics, salt, "statistics")
     if update.noise_variance is not None:
         noise = {name: float(v) for name, v in update.noise_variance.items()}
-        content["noise_variance"] = MetricRecord({**noise, _SALT: list(_derive_key(salt, "noise_variance"))})
+        content["noise_variance"] = MetricRecord({**noise, _SALT: list(derive_key(salt, "noise_variance"))})
     return content
 
 
 def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32") -> Update:
     """Raises RunError for an update that is malformed, belongs to another plan, or is not written in the plan's codec."""
-    _check_records(content, ("update", "delta", "told", "statistics", "noise_variance"))
+    _check_records(content, ("update", "delta", "disclosures", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _decode_fields(content, "update", types)
     if fields["plan_id"] != plan_id:
@@ -186,13 +154,13 @@ def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32"
     return Update(
         organization=fields["organization"],
         round=fields["round"],
-        delta=_decode_tensors(content, "delta", "update", codec),
+        delta=decode_tensors(content, "delta", "update", codec),
         examples=fields["examples"],
         steps=fields["steps"],
         epsilon=None if stated < 0 else stated,
-        told=_decode_reported(content),
+        disclosures=_decode_reported(content),
         noise_variance=_decode_noise_variance(content),
-        statistics=_decode_tensors(content, "statistics", "update") if "statistics" in content else {},
+        statistics=decode_tensors(content, "statistics", "update") if "statistics" in content else {},
         received=fields["received"],
     )
 
@@ -208,7 +176,7 @@ class Receipt:
 
 def encode_receipt(receipt: Receipt, salt: bytes | None = None) -> RecordDict:
     """salt: as of an update."""
-    return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt), "salt": salt or _new_salt()})})
+    return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt), "salt": salt or new_salt()})})
 
 
 def decode_receipt(content: RecordDict) -> Receipt:
@@ -248,10 +216,11 @@ def _decode_noise_variance(content: RecordDict) -> dict[str, float] | None:
 
 def _decode_reported(content: RecordDict) -> dict[str, float]:
     """What an organization says beside its update: few names, finite numbers; without the record, nothing."""
-    record = content.get("told", ConfigRecord())
+    record = content.get("disclosures", ConfigRecord())
     if not isinstance(record, ConfigRecord) or len(record) > _MAX_REPORTED_VALUES:
         raise RunError(
-            f"an update tells something strange: expected a ConfigRecord named told, of at most {_MAX_REPORTED_VALUES} values",
+            "an update discloses numbers in another form: expected a ConfigRecord named disclosures of at most"
+            f" {_MAX_REPORTED_VALUES} values",
             code="run.malformed_message",
         )
     for name, value in _without_salt(record):
@@ -264,93 +233,6 @@ def _decode_reported(content: RecordDict) -> dict[str, float]:
 
 def _without_salt(record: ConfigRecord | MetricRecord) -> Iterator[tuple[str, object]]:
     return ((name, value) for name, value in record.items() if name != _SALT)
-
-
-def _derive_key(salt: bytes, *names: str) -> bytes:
-    """32 bytes for one part of a message."""
-    return hashlib.sha256(b"\0".join([salt, *(name.encode() for name in names)])).digest()
-
-
-def _mask(data: bytes, key: bytes) -> bytes:
-    """Every byte of it, as Flower cuts long arrays into objects of their own. The same again gives the data back."""
-    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
-
-
-def _encode_arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str, codec: Codec = "float32") -> ArrayRecord:
-    return ArrayRecord({name: _encode_array(tensor, _derive_key(salt, record, name), codec) for name, tensor in tensors.items()})
-
-
-def _encode_array(tensor: Tensor, key: bytes, codec: Codec) -> Array:
-    if codec == "float32":
-        plain = Array(tensor.detach().cpu().contiguous().numpy())
-        return Array(plain.dtype, plain.shape, SALTED, _mask(plain.data, key))
-    return Array(codec, tuple(tensor.shape), SALTED, _mask(pack(codec, tensor), key))
-
-
-def _decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "float32") -> dict[str, Tensor]:
-    record = content.get(key)
-    if not isinstance(record, ArrayRecord):
-        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
-    about = content[header]
-    assert isinstance(about, ConfigRecord), "its fields were read before"
-    salt = _salt(about)
-    read = _decode_tensor if codec == "float32" else partial(_decode_packed, codec=codec)
-    return {name: read(name, _unmask(array, _derive_key(salt, key, name))) for name, array in record.items()}
-
-
-def _unmask(array: Array, key: bytes) -> Array:
-    """An array that its sender has not salted is taken too: only its own message suffers."""
-    return Array(array.dtype, array.shape, _NUMPY, _mask(array.data, key)) if array.stype == SALTED else array
-
-
-def _decode_packed(name: str, array: Array, codec: Codec) -> Tensor:
-    """Read an array of the plan's codec; its bytes decide how much memory that takes, whatever shape it claims."""
-    if array.dtype != codec or array.stype != _NUMPY:
-        raise _other_codec(name, array, codec)
-    shape = tuple(array.shape)
-    possible = len(shape) <= _MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
-    if not possible or math.prod(max(1, size) for size in shape) > _MAX_VALUES:
-        raise RunError(
-            f"the array {name[:80]} has the shape {str(shape[:_MAX_DIMENSIONS])[:80]}: expected at most {_MAX_DIMENSIONS}"
-            " numbers, 0 or more, as a tensor has them",
-            code="run.malformed_message",
-        )
-    return unpack(codec, array.data, shape)
-
-
-def _decode_tensor(name: str, array: Array) -> Tensor:
-    if array.dtype != "float32" or array.stype != _NUMPY:
-        raise _other_codec(name, array, "float32")
-    header = _NPY_HEADER.match(array.data)
-    if header is None:
-        raise _unreadable_array(name)
-    shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())
-    if header["type"] != b"<f4" or shape != tuple(array.shape) or (header["order"] == b"True" and len(shape) > 1):
-        raise RunError(
-            f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}",
-            code="run.malformed_message",
-        )
-    if header.end() > _MAX_ARRAY_HEADER_BYTES:
-        raise RunError(
-            f"the array {name[:80]} has {header.end():,} bytes beside its values: expected a short header alone",
-            code="run.malformed_message",
-        )
-    if len(array.data) - header.end() != 4 * math.prod(shape):
-        raise _unreadable_array(name)
-    values = np.frombuffer(array.data, dtype="<f4", offset=header.end()).astype(np.float32)
-    return torch.from_numpy(values.reshape(shape))
-
-
-def _other_codec(name: str, array: Array, codec: Codec) -> RunError:
-    return RunError(
-        f"the array {name[:80]} has the type {array.dtype[:40]}/{array.stype[:40]}: expected {codec}, in which both sides agree"
-        " that it travels",
-        code="run.other_codec",
-    )
-
-
-def _unreadable_array(name: str) -> RunError:
-    return RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32", code="run.malformed_message")
 
 
 def _decode_fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from cotune.server.rounds.session import NoTrail, Session
 from cotune.server.rounds.step import Score
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import finalize_run
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import load_run_model
 from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import InProcessTransport
@@ -77,8 +77,8 @@ def _failures_reported(folder: RunFolder) -> Iterator[None]:
 
 
 def _report_failure(folder: RunFolder, reason: str) -> None:
-    told = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
-    if not told or (told[0].event, told[0].get("reason")) != ("run_failed", reason):
+    last = read_events(folder.events.path)[-1:] if folder.events.path.exists() else []
+    if not last or (last[0].event, last[0].get("reason")) != ("run_failed", reason):
         folder.events.write(RunFailed(round=min(folder.last_round + 1, folder.plan.rounds), reason=reason))
 
 
@@ -86,13 +86,13 @@ def train(grid: Grid, folder: RunFolder) -> None:
     """Train the unfinished rounds, evaluated on the test set of the folder (baselines and real runs may have none)."""
     plan = folder.plan
     model = load_run_model(folder)
-    document = folder.path / "test" / "data.json"
+    document = manifest_file(folder.path, "test")
     test = DatasetManifest.read(document, plan.labels) if document.exists() else None
 
     def evaluate_test(state: State) -> Metrics | None:
         return None if test is None else evaluate(model, state, test, plan.model.precision)
 
-    held = folder.path / "validation" / "data.json"
+    held = manifest_file(folder.path, "validation")
     validation = DatasetManifest.read(held, plan.labels) if held.exists() else None
 
     def score(state: State) -> float:

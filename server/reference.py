@@ -15,7 +15,7 @@ from cotune.reporting.documents.events import Event, known_events
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.documents.trail import ReplySigned, RequestSigned
-from cotune.server.deployment.execution.run_controller import Submission
+from cotune.server.deployment.execution.submission import Submission
 from cotune.server.rounds.selection import WaitingFile
 from cotune.server.runs.documents import CheckpointHeader, QuarantineHeader
 from cotune.server.runs.run_folder import RunFile, StoppedFile

@@ -53,7 +53,7 @@ from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
 from cotune.server.rounds.evaluation import Evaluator
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site
 from cotune.simulations.single_tasks import SINGLE, evaluate_for, plan_for, shares_for
@@ -71,11 +71,11 @@ class Evaluated:
 
     Attributes:
         metrics: Its quality.
-        told: What it tells, such as class numbers, in the order of `Dataset.truth`.
+        predicted: Its predictions, such as class numbers, in the order of `Dataset.truth`.
     """
 
     metrics: Metrics
-    told: tuple[Any, ...]
+    predicted: tuple[Any, ...]
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
@@ -131,9 +131,13 @@ def _without_personal(plan: Plan) -> Plan:
 
 
 def _without_others(plan: Plan) -> Plan:
-    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to."""
+    """Who trains alone is asked in every round, hides from nobody that it takes part, and has nobody to send to.
+
+    The server optimizer stays: with rounds of one step, its momentum is all that there is.
+    """
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
-    alone = {"client_privacy": None, "server": everybody, "strategy": StrategyConfig(), "wire": "float32"}
+    by_itself = StrategyConfig(server_optimizer=plan.strategy.server_optimizer)
+    alone = {"client_privacy": None, "server": everybody, "strategy": by_itself, "wire": "float32"}
     simulation = plan.simulation.model_copy(update={"bases": ()})
     parameters = {"collaboration": "parameters", "simulation": simulation} if plan.shares_predictions else {}
     return _without_personal(plan).model_copy(update={**alone, **parameters, "privacy": _in_training(plan.privacy)})
@@ -187,9 +191,9 @@ def _evaluate(folder: RunFolder, prepared: Prepared, baseline: RunFolder) -> Eva
         own = get_plan_model(baseline.plan, folder.file.device)
         return Evaluated(*evaluate_for(prepared, baseline.plan, own, state))
     model = get_plan_model(baseline.plan, folder.file.device)
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
-    told = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
-    return Evaluated(measure(model, test, told), tuple(told))
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
+    predicted = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
+    return Evaluated(measure(model, test, predicted), tuple(predicted))
 
 
 def build_personal_evaluate(folder: RunFolder) -> Evaluator:
@@ -206,7 +210,7 @@ def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
     """Organization -> metrics of its own model on the common test set."""
     plan = folder.plan
     model = get_plan_model(plan, folder.file.device)
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
     return {name: evaluate(model, own, test, plan.model.precision) for name, own in personal_states(folder, state).items()}
 
 
@@ -244,7 +248,7 @@ def personal_states(folder: RunFolder, state: State) -> dict[str, State]:
     return {name: {**state, **part} for name, part in own.items() if part}
 
 
-Told = tuple[int, ...]  # class numbers, in the order of the common test set
+Predicted = tuple[int, ...]  # class numbers, in the order of the common test set
 
 
 @dataclass(frozen=True)
@@ -253,13 +257,13 @@ class Personalized:
 
     Attributes:
         adapted: How each has adapted the federated model.
-        told: What its adapted model tells.
+        predicted: Predictions of its adapted model.
         alone: What its head without privacy and without the others tells.
     """
 
     adapted: dict[str, Adaptation] = field(default_factory=dict)
-    told: dict[str, Told] = field(default_factory=dict)
-    alone: dict[str, Told] = field(default_factory=dict)
+    predicted: dict[str, Predicted] = field(default_factory=dict)
+    alone: dict[str, Predicted] = field(default_factory=dict)
 
 
 def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Personalized:
@@ -273,7 +277,7 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
     if "alone" not in plan.simulation.baselines or plan.keeps_personal or not fits:
         return Personalized()
     found = Personalized()
-    test = _features(model, plan, served, DatasetManifest.read(folder.path / "test" / "data.json", plan.labels))
+    test = _features(model, plan, served, DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels))
     model.load(served)
     shared = model.state(head_names(model))
     for share in prepared.shares:
@@ -284,7 +288,7 @@ def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Persona
             continue
         if plan.personalize.methods:
             found.adapted[share.name] = adapted
-            found.told[share.name] = _predict_classes(model, adapted.head, test)
+            found.predicted[share.name] = _predict_classes(model, adapted.head, test)
         if fits_alone(plan, model):
             found.alone[share.name] = _predict_classes(model, adapted.alone, test)
         folder.events.write(ModelAdapted(organization=share.name, method=adapted.described))
@@ -307,5 +311,5 @@ def _features(model: TrainableModel, plan: Plan, served: State, held: Dataset) -
     return encoded_features(held, model, served, plan.model.precision)
 
 
-def _predict_classes(model: TrainableModel, head: State, features: Tensor) -> Told:
+def _predict_classes(model: TrainableModel, head: State, features: Tensor) -> Predicted:
     return tuple(classes_from_scores(head_scores(model, head, features)).tolist())

@@ -14,7 +14,7 @@ import numpy as np
 
 from cotune.client.budget import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
-from cotune.client.training.setup import check_stages
+from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.left_out import ELSEWHERE
@@ -35,7 +35,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
 from cotune.storage.documents import JsonDocument
@@ -185,9 +185,9 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     plan = prepared.plan
     for share in prepared.shares:
         make_site(path / "sites" / share.name, share.name, plan, [share], device)
-    write_manifest(path / "test" / "data.json", plan.data, list(prepared.test), plan.task)
+    write_manifest(manifest_file(path, "test"), plan.data, list(prepared.test), plan.task)
     if prepared.validation:
-        write_manifest(path / "validation" / "data.json", plan.data, list(prepared.validation), plan.task)
+        write_manifest(manifest_file(path, "validation"), plan.data, list(prepared.validation), plan.task)
     people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return RunFolder.create(

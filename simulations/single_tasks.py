@@ -23,7 +23,7 @@ from cotune.simulations.split import Share, count_units
 from cotune.simulations.worth import TestSet
 
 SINGLE = "single"
-Told = tuple[Any, ...]
+Predicted = tuple[Any, ...]
 
 
 def plan_for(plan: Plan, task: str) -> Plan:
@@ -50,7 +50,7 @@ def _only(prepared: Prepared, share: Share, task: str) -> Share:
     return replace(share, rows=rows, units=count_units(prepared.plan, held, rows), tasks=(task,))
 
 
-def evaluate_for(prepared: Prepared, plan: Plan, model: TrainableModel, state: State) -> tuple[Metrics, Told]:
+def evaluate_for(prepared: Prepared, plan: Plan, model: TrainableModel, state: State) -> tuple[Metrics, Predicted]:
     """Return how good a model for one task is on the test records with a label of it, and what it tells of them.
 
     Args:
@@ -61,25 +61,25 @@ def evaluate_for(prepared: Prepared, plan: Plan, model: TrainableModel, state: S
     (task,) = _names(plan)
     parts = tuple((keep_tasks(prepared.records[file], (task,)), rows) for file, rows in prepared.test)
     test = Dataset(parts, plan.labels, plan.task)
-    told = predict(model, state, test, plan.model.precision)
-    return measure(model, test, told), tuple(told)
+    predicted = predict(model, state, test, plan.model.precision)
+    return measure(model, test, predicted), tuple(predicted)
 
 
-def join_answers(plan: Plan, truth: Sequence[int], told: Mapping[str, Told]) -> Told:
+def join_answers(plan: Plan, truth: Sequence[int], predicted: Mapping[str, Predicted]) -> Predicted:
     """Return what the models of single tasks tell, in the order of the common test set and by the class numbers of all tasks.
 
     Args:
         truth: The class number of each answer.
-        told: Task -> what its model tells; of others there is no answer.
+        predicted: Task -> predictions of its model; of others there are none.
     """
-    first = {task: next(i for i, label in enumerate(plan.labels) if task_of(label) == task) for task in told}
-    rest = {task: iter(answers) for task, answers in told.items()}
+    first = {task: next(i for i, label in enumerate(plan.labels) if task_of(label) == task) for task in predicted}
+    rest = {task: iter(answers) for task, answers in predicted.items()}
     tasks = (task_of(plan.labels[number]) for number in truth)
     return tuple(next(rest[task]) + first[task] if task in rest else -1 for task in tasks)
 
 
 def describe_tasks(
-    prepared: Prepared, test: TestSet, federated: Mapping[str, Told], single: Mapping[str, tuple[Metrics, Told]]
+    prepared: Prepared, test: TestSet, federated: Mapping[str, Predicted], single: Mapping[str, tuple[Metrics, Predicted]]
 ) -> list[dict[str, Any]]:
     """Return `tasks` of summary.json.
 
@@ -89,11 +89,13 @@ def describe_tasks(
         single: Task -> the metrics of the run for it alone, and what that tells.
     """
     plan = prepared.plan
-    alone = join_answers(plan, test.truth.tolist(), {task: told for task, (_, told) in single.items()})
+    alone = join_answers(plan, test.truth.tolist(), {task: predicted for task, (_, predicted) in single.items()})
     return [_task(prepared, test, each.name, federated, alone if each.name in single else ()) for each in plan.tasks]
 
 
-def _task(prepared: Prepared, test: TestSet, task: str, federated: Mapping[str, Told], alone: Sequence[Any]) -> dict[str, Any]:
+def _task(
+    prepared: Prepared, test: TestSet, task: str, federated: Mapping[str, Predicted], alone: Sequence[Any]
+) -> dict[str, Any]:
     shares = [share for share in prepared.shares if task in (share.tasks or _names(prepared.plan))]
     weight = next(each.weight for each in prepared.plan.tasks if each.name == task)
     everywhere = test.of_tasks((task,))

@@ -18,7 +18,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
 from cotune.server.runs.results import describe_effort, describe_run
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
 from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.simulations.baselines import (
@@ -123,17 +123,17 @@ def _choices(
     plain = baselines.get(PLAIN)
     found: dict[str, Choices] = {}
     for share in prepared.shares:
-        told = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
+        predicted = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
         alone = baselines.get(f"{ALONE}/{share.name}")
         private = isinstance(plan.privacy, RecordPrivacy)
         without = baselines.get(f"{ALONE_WITHOUT_PRIVACY}/{share.name}") or (None if private else alone)
         columns = {
             "majority": floor.answers(held_labels(prepared, share)),
-            "alone": alone and alone.told,
-            "alone_without_privacy": personalized.alone.get(share.name) or (without and without.told),
-            "plain": plain and plain.told,
-            "federated": told,
-            "adapted": personalized.told.get(share.name),
+            "alone": alone and alone.predicted,
+            "alone_without_privacy": personalized.alone.get(share.name) or (without and without.predicted),
+            "plain": plain and plain.predicted,
+            "federated": predicted,
+            "adapted": personalized.predicted.get(share.name),
         }
         found[share.name] = {name: answers for name, answers in columns.items() if answers}
     return found
@@ -146,7 +146,7 @@ def _tasks(
     if not prepared.plan.tasks:
         return {}
     prefix = f"{SINGLE}/"
-    single = {n.removeprefix(prefix): (each.metrics, each.told) for n, each in baselines.items() if n.startswith(prefix)}
+    single = {n.removeprefix(prefix): (each.metrics, each.predicted) for n, each in baselines.items() if n.startswith(prefix)}
     federated = {name: tuple(columns["federated"]) for name, columns in choices.items()}
     return {"tasks": describe_tasks(prepared, test, federated, single)}
 
@@ -212,7 +212,7 @@ def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Cla
         spent = _charged(folder, share)
         delta = privacy.delta_for(share.public_examples(folder.plan))
         figures[share.name] = compute_figures(spent, delta)
-    clear = ("the local metrics, which organizations told as they are",) if _in_clear(folder) else ()
+    clear = ("the local metrics, which organizations disclosed as they are",) if _in_clear(folder) else ()
     return build_claim(privacy, max_figures(figures), not_covered=(*clear, *_EXACT))
 
 
@@ -223,8 +223,8 @@ def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> floa
 
 def _in_clear(folder: RunFolder) -> bool:
     """Whether any organization's policy lets it tell the local metrics or the loss that the plan asks for as they are."""
-    tell = [Site(folder.path / who.site).policy().tell for who in folder.file.participants]
-    metrics = folder.plan.tell.local_metrics and any(rules.local_metrics == "clear" for rules in tell)
+    tell = [Site(folder.path / who.site).policy().disclosures for who in folder.file.participants]
+    metrics = folder.plan.disclosures.local_metrics and any(rules.local_metrics == "clear" for rules in tell)
     return metrics or ("loss" in folder.plan.strategy.sends and any(rules.local_loss == "clear" for rules in tell))
 
 
@@ -246,7 +246,7 @@ def _training(folder: RunFolder, share: Share) -> list[Steps]:
 
 def _floor(folder: RunFolder) -> Floor:
     plan = folder.plan
-    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
     return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision)
 
 

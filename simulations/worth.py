@@ -28,8 +28,8 @@ COLUMNS = ("majority", "alone", "alone_without_privacy", "plain", "federated", "
 JOINED = ("adapted", "federated")  # what an organization has when it joins: the first that was measured
 NOT_JOINED = ("alone_without_privacy", "alone")  # what it has when it does not
 
-Told = Sequence[Any]  # answers, such as class numbers, in the order of the common test set
-Choices = Mapping[str, Told]  # column -> what that model of an organization tells; without those that were not measured
+Predicted = Sequence[Any]  # answers, such as class numbers, in the order of the common test set
+Choices = Mapping[str, Predicted]  # column -> what that model of an organization tells; without those that were not measured
 
 
 class TestSet:
@@ -66,18 +66,18 @@ class TestSet:
         """How many records a part of the answers is of."""
         return len(np.unique(self._record[where]))
 
-    def answers(self, told: Told, where: NDArray[np.bool_]) -> Any:
+    def answers(self, predicted: Predicted, where: NDArray[np.bool_]) -> Any:
         """What a model tells on a part of the set: `Answers` of classes, `TextAnswers` or `SummedAnswers`."""
         task = self.plan.task
         if task in JUDGMENTS:
             truth = self.truth[where].tolist()
-            given = np.asarray(told, dtype=np.float64)[where].tolist()
+            given = np.asarray(predicted, dtype=np.float64)[where].tolist()
             metrics = get_task(task).metrics(truth, given, len(self.plan.labels))
             return judge_answers(task, metrics, truth, given, self._unit[where])
         if not has_classes(task):
-            losses, tokens, right = (np.asarray(column)[where] for column in zip(*told, strict=True))
+            losses, tokens, right = (np.asarray(column)[where] for column in zip(*predicted, strict=True))
             return TextAnswers(losses, tokens, right, self._unit[where])
-        return Answers(self.truth[where], np.asarray(told, dtype=np.int64)[where], self._unit[where], len(self.plan.labels))
+        return Answers(self.truth[where], np.asarray(predicted, dtype=np.int64)[where], self._unit[where], len(self.plan.labels))
 
 
 def held_labels(prepared: Prepared, share: Share) -> list[Label]:

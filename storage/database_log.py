@@ -12,8 +12,6 @@ restored from a backup, lacks that entry and is refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sqlite3
 import tempfile
@@ -22,10 +20,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -33,6 +29,7 @@ from cotune.errors import PrivacyError, RunError
 from cotune.storage.append_only_log import START_HASH
 from cotune.storage.documents import JsonDocument, parse_json
 from cotune.storage.files import atomic_write
+from cotune.storage.log_entries import Entry, Fold, NoFold, OpenLog, entry_hash
 
 VERSION = 3  # of a database's schema
 _ENTRIES = (
@@ -40,87 +37,6 @@ _ENTRIES = (
     "CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are never changed'); END",
     "CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'entries are never deleted'); END",
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One entry of a database.
-
-    Attributes:
-        id: Its number, from 1.
-        at: When it was appended: UTC, ISO 8601.
-        kind: What it is, such as "reserve".
-        body: Plain values.
-        hash: Over this entry and the hash before.
-    """
-
-    id: int
-    at: str
-    kind: str
-    body: Mapping[str, Any]
-    hash: str
-
-    def follow(self, previous: str, number: int) -> str | None:
-        """Return the entry's hash where it is that of the entry of this number after the hash `previous`; else None."""
-        expected = entry_hash(previous, number, self.at, self.kind, _canonical(self.body))
-        return self.hash if (self.id, self.hash) == (number, expected) else None
-
-
-def entry_hash(previous: str, id: int, at: str, kind: str, body: str) -> str:
-    """Return the SHA-256 over the hash before and the entry's own columns, one per line."""
-    return hashlib.sha256(f"{previous}\n{id}\n{at}\n{kind}\n{body}".encode()).hexdigest()
-
-
-def _canonical(body: Mapping[str, Any]) -> str:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"))
-
-
-class Fold(Protocol):
-    """What is known of the entries so far, without keeping them."""
-
-    def add(self, entry: Entry) -> None:
-        """Take the next entry in."""
-
-
-class NoFold:
-    """Knows nothing."""
-
-    def add(self, entry: Entry) -> None:
-        """Leave it."""
-
-
-class OpenLog:
-    """The log within one transaction; what is appended is durable when the transaction ends.
-
-    Attributes:
-        db: The connection.
-        count: How many entries there are.
-        head: The hash of the last one.
-    """
-
-    def __init__(self, db: sqlite3.Connection, count: int = 0, head: str = START_HASH) -> None:
-        self.db = db
-        self.count = count
-        self.head = head
-        self.appended: list[Entry] = []
-
-    @property
-    def entries(self) -> list[Entry]:
-        """All entries, read from the database."""
-        rows = self.db.execute("SELECT * FROM entries ORDER BY id")
-        return [Entry(id, at, kind, parse_json(body), hash) for id, at, kind, body, hash in rows]
-
-    def append(self, kind: str, body: Mapping[str, Any], at: str | None = None) -> Entry:
-        """Append an entry, dated now unless `at` says otherwise, and return it."""
-        id = self.count + 1
-        at = at or datetime.now(UTC).isoformat(timespec="seconds")
-        text = _canonical(body)
-        entry = Entry(id, at, kind, parse_json(text), entry_hash(self.head, id, at, kind, text))
-        self.db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (id, at, kind, text, entry.hash))
-        self.appended.append(entry)
-        self.count = id
-        self.head = entry.hash
-        return entry
 
 
 class _Anchor(BaseModel):

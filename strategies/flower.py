@@ -8,10 +8,8 @@ strategy which wants something else of them is refused.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
-import json
 import logging
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
 
 from cotune.errors import CotuneError, PlanError, RunError, nearest
+from cotune.strategies.flower_state import equal, list_state, name_digest, restore_state
 from cotune.strategies.registry import ComponentInfo, Needs, Visibility
 from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
 
@@ -36,7 +35,7 @@ _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayre
 _PLAIN = {bool, int, float, str, type(None)}
 _PATIENCE = 5  # how often a strategy may count the organizations of a round; Flower's own do it twice, or every second for ever
 _NAMES = "parameters"  # in the memory: a digest of the names that the round shared
-_CHANNEL = "server-round"  # all that a strategy may tell organizations: they do not listen
+_CHANNEL = "server-round"  # all that a strategy may send organizations beside the model: they ignore it
 _INSTEAD = {
     "FedProx": 'the strategy "fedprox", whose term organizations do add to their gradients',
     "QFedAvg": 'the strategy "qfedavg", for which organizations send their loss if their policy allows it',
@@ -111,10 +110,10 @@ class FlowerFusion:
             self._refuse("works on updates of the same parameters alone", "a rule of cotune's, such as median")
         arrays = {name: context.state[name].to(torch.float64).numpy() for name in names}
         strategy = self.build(parameters)
-        fresh = dict(_kept(strategy))
-        digest = _digest(names)
+        fresh = dict(list_state(strategy))
+        digest = name_digest(names)
         if torch.equal(context.memory.get(_NAMES, digest), digest):  # a stage that shares others begins with a new strategy
-            _restore(strategy, {name: tensor for name, tensor in context.memory.items() if name != _NAMES})
+            restore_state(strategy, {name: tensor for name, tensor in context.memory.items() if name != _NAMES})
         with _as_server(), self._failing(context.round):
             messages = self._configured(strategy, arrays, len(updates), context.round)
             replies = [_reply(message, arrays, update) for message, update in zip(messages, updates, strict=True)]
@@ -163,9 +162,9 @@ class FlowerFusion:
         """What it would send to organizations, looked through, and a message of ours to each instead."""
         record = _record(arrays)
         for message in strategy.configure_train(round, record, ConfigRecord(), _Roll(count)):
-            told = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
-            if told:
-                self._refuse(f'tells organizations "{min(told)}", and they train as the plan says', "a client_term in the plan")
+            keys = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
+            if keys:
+                self._refuse(f'sends organizations "{min(keys)}", and they train as the plan says', "a client_term in the plan")
             if any(sent is not record and not _same(sent, arrays) for sent in message.content.array_records.values()):
                 self._refuse("sends organizations other arrays than the model", "one that sends the model alone")
         return [Message(RecordDict(), i + 1, "train") for i in range(count)]
@@ -173,13 +172,13 @@ class FlowerFusion:
     def _memory(self, strategy: Strategy, fresh: Mapping[str, Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
         """What has changed in the strategy since it was built."""
         memory: dict[str, Tensor] = {}
-        for name, held in _kept(strategy):
+        for name, held in list_state(strategy):
             before = fresh.get(name, {})
             if held is None and before is not None:
                 self._refuse(
                     f"keeps {name} between rounds, which no checkpoint can hold", "arrays and numbers, in lists and dicts"
                 )
-            if held is not None and not _equal(held, before):
+            if held is not None and not equal(held, before):
                 memory.update(held)
         return memory
 
@@ -278,72 +277,4 @@ def _reply(message: Message, arrays: Mapping[str, Any], update: WeightedUpdate) 
     return Message(content, reply_to=message)
 
 
-def _digest(names: Sequence[str]) -> Tensor:
-    return torch.tensor(list(hashlib.sha256("\n".join(names).encode()).digest()), dtype=torch.uint8)
-
-
 # --- what a strategy holds, as tensors: the name of each says in JSON where it stands and what it was
-
-
-def _kept(strategy: Strategy) -> Iterator[tuple[str, dict[str, Tensor] | None]]:
-    """Every attribute as tensors; None for one that cannot be."""
-    for name, value in vars(strategy).items():
-        try:
-            yield name, {json.dumps(path): tensor for path, tensor in _leaves([name], value)}
-        except TypeError:
-            yield name, None
-
-
-def _leaves(path: list[Any], value: Any) -> Iterator[tuple[list[Any], Tensor]]:
-    if isinstance(value, Mapping):
-        kind = "arrays" if isinstance(value, ArrayRecord) else "dict"
-        yield [*path, kind], torch.zeros(0)
-        for i, (key, item) in enumerate(value.items()):
-            if not isinstance(key, str | int):
-                raise TypeError
-            yield from _leaves([*path, [i, key]], item)  # with its place, which a checkpoint does not keep
-    elif isinstance(value, list | tuple):
-        yield [*path, "list" if isinstance(value, list) else "tuple"], torch.zeros(0)
-        for i, item in enumerate(value):
-            yield from _leaves([*path, i], item)
-    elif isinstance(value, np.ndarray | Array):
-        array = value.numpy() if isinstance(value, Array) else value
-        yield [*path, "array" if isinstance(value, Array) else "ndarray"], torch.from_numpy(np.array(array))
-    elif isinstance(value, str):
-        yield [*path, "text"], torch.tensor(list(value.encode()), dtype=torch.uint8)
-    elif value is None or isinstance(value, bool | int | float | np.generic):
-        kind = "none" if value is None else type(value.item() if isinstance(value, np.generic) else value).__name__
-        yield [*path, kind], torch.from_numpy(np.array(value if value is not None else 0))
-    else:
-        raise TypeError
-
-
-def _equal(held: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> bool:
-    return before is not None and held.keys() == before.keys() and all(torch.equal(held[n], before[n]) for n in held)
-
-
-def _restore(strategy: Strategy, memory: Mapping[str, Tensor]) -> None:
-    """The inverse of `_kept`, whatever the order in which a checkpoint gives the tensors back."""
-    found = [(json.loads(path), tensor) for path, tensor in memory.items()]
-    for name in {path[0] for path, _ in found}:
-        setattr(strategy, name, _value([(path[1:], tensor) for path, tensor in found if path[0] == name]))
-
-
-def _value(leaves: Sequence[tuple[list[Any], Tensor]]) -> Any:
-    kind, tensor = next((path[0], tensor) for path, tensor in leaves if len(path) == 1)
-    places: list[Any] = []
-    for place in (path[0] for path, _ in leaves if len(path) > 1):
-        if place not in places:
-            places.append(place)
-    items = [_value([(path[1:], t) for path, t in leaves if len(path) > 1 and path[0] == place]) for place in sorted(places)]
-    if kind in ("list", "tuple"):
-        return items if kind == "list" else tuple(items)
-    if kind in ("dict", "arrays"):
-        named = {key: item for (_, key), item in zip(sorted(places), items, strict=True)}
-        return named if kind == "dict" else ArrayRecord(named)
-    if kind in ("ndarray", "array"):
-        array = tensor.numpy().copy()
-        return array if kind == "ndarray" else Array(array)
-    if kind == "text":
-        return bytes(tensor.tolist()).decode()
-    return None if kind == "none" else tensor.item()

@@ -27,8 +27,8 @@ class Update:
     """One organization's contribution to a round.
 
     delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
-    steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. told: what
-    else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
+    steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. disclosures:
+    what else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
     noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None where it states none.
     statistics: arrays that a fusion asks for beside the delta, as "fisher/<parameter>" or "gram/<parameter>" (float32).
     received: SHA-256 of what it was trained from (wire.state_digest of the state, and of what was sent beside it).
@@ -40,7 +40,7 @@ class Update:
     examples: int
     steps: int
     epsilon: float | None = None
-    told: Mapping[str, float] = field(default_factory=dict)
+    disclosures: Mapping[str, float] = field(default_factory=dict)
     noise_variance: Mapping[str, float] | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     received: str = ""

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from results_page import publish
+from results_page import NARROW, publish
 from scipy.stats import t as student
 
 from cotune.client.site import Site
@@ -97,7 +97,7 @@ def prediction(repetitions: int) -> str:
 
 def repeated(settings: Sequence[str], repetitions: int) -> list[Update]:
     """The first round of one organization of four, again and again from the same state, each with a ledger of its own."""
-    prepared = prepare(load_plan("tweets", [*LOCAL, *settings]), "cpu")
+    prepared = prepare(load_plan(NARROW, [*LOCAL, *settings]), "cpu")
     plan = prepared.plan
     share = prepared.shares[0]
     model = get_plan_model(plan, "cpu")
@@ -134,7 +134,7 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
     seen = {}
     for name in WEIGHTINGS:
         part = f"{Path(__file__).resolve()}:persistent" if name == "persistent" else name
-        prepared = prepare(load_plan("tweets", [*LOCAL, *common, f'strategy.weighting="{part}"']), "cpu")
+        prepared = prepare(load_plan(NARROW, [*LOCAL, *common, f'strategy.weighting="{part}"']), "cpu")
         names = [share.name for share in prepared.shares]
         allowed = dict(zip(names, dealt, strict=True))
         with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def deal_and_run(partition: str, seed: int, epsilons: list[float], overrides: li
 @weighting("persistent", cite="of this benchmark", needs=Needs(sends=("noise",)))
 def persistent(updates: Sequence[Update]) -> list[float]:
     """1/(v + Rτ²), R being the rounds of the tweets plan."""
-    rounds = load_plan("tweets").rounds
+    rounds = load_plan(NARROW).rounds
     variances = [max((u.noise_variance or {}).values()) for u in updates]  # the head: one learning rate
     between = random_effects(updates, list(updates[0].delta), variances).between
     return [1 / (v + rounds * between) for v in variances]

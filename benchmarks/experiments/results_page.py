@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+NARROW = Path(__file__).parents[1] / "tweets-narrow.toml"  # the plan that most experiments vary
+
 
 def cell(values: Sequence[float], digits: int = 3) -> str:
     """Return mean ± standard deviation (count) of some values; a dash for none."""

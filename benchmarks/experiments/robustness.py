@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from results_page import publish
+from results_page import NARROW, publish
 
 from cotune.data.dataset import Dataset
 from cotune.data.metrics.metrics import ClassMetrics, Metrics
@@ -90,7 +90,7 @@ class Data:
 
 
 def read(seed: int) -> Data:
-    prepared = prepare(load_plan("tweets", [f"seed={seed}", *PLAN]), "cpu")
+    prepared = prepare(load_plan(NARROW, [f"seed={seed}", *PLAN]), "cpu")
     plan = prepared.plan
     records = prepared.records[None]
     model = get_plan_model(plan, "cpu")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results_page import cell, publish
+from results_page import NARROW, cell, publish
 
 from cotune.client.site import Site
 from cotune.client.training.own_model import load_trained_model
@@ -102,7 +102,7 @@ def play(chosen: argparse.Namespace, partition: str, way: Way, epsilon: float, s
     """Train, go on, or read what is finished: accuracy by what was tested."""
     private, public = split_tweets(chosen.runs, chosen.records)
     plan = load_plan(
-        "tweets",
+        NARROW,
         [
             f"data.source={private}",
             f"public.source={public}",

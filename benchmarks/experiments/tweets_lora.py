@@ -1,4 +1,4 @@
-"""Do adapters beat the head alone under privacy? Measured on real tweets with the preset `tweets-lora`.
+"""What do adapters give, with privacy and without? Measured on real tweets with the preset `tweets-lora`.
 
     python benchmarks/experiments/tweets_lora.py --out docs/results/tweets-lora.md
 

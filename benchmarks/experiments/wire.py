@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from results_page import cell, publish
+from results_page import NARROW, cell, publish
 
 from cotune.data.record_files import PACKAGED
 from cotune.errors import CotuneError
@@ -52,7 +52,7 @@ class Cell:
 def play(chosen: argparse.Namespace, mode: str, privacy: str, codec: Codec, seed: int) -> Cell:
     """Train, go on, or read what is finished."""
     small = ("simulation.baselines=[]", "simulation.min_examples=100", f"data.source={sample(chosen)}")
-    plan = load_plan("tweets", [*small, *MODES[mode], *PRIVACY[privacy], f"wire={codec}", f"seed={seed}"])
+    plan = load_plan(NARROW, [*small, *MODES[mode], *PRIVACY[privacy], f"wire={codec}", f"seed={seed}"])
     out = chosen.runs / f"{mode}-{list(PRIVACY).index(privacy)}-{codec}-{seed}"
     if not (out / "summary.json").exists():
         (resume(out) if (out / "run.json").exists() else simulate(plan, out))

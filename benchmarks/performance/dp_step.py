@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import inputs
 from harness import Benchmark, Contender, Figure, Meter, Results, Row
 
 LENGTH, CLIP, SIGMA, RATE = 32, 1.0, 1.0, 0.01
@@ -64,7 +65,7 @@ def work_of(mode: str, smoke: bool) -> Work:
         'lora.targets=["value"]', f"local.physical_batch_size={chosen.physical}", f"local.learning_rate={RATE}",
         'labels=["0", "1", "2"]',
     ]  # fmt: skip
-    plan = load_plan("tweets", overrides)
+    plan = load_plan(inputs.NARROW, overrides)
     model = get_plan_model(plan, "cpu")
     model.load({})
     stage = plan.stages[0]

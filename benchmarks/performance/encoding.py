@@ -42,7 +42,7 @@ def bare(meter: Meter, folder: Path, smoke: bool, bfloat16: bool) -> None:
     from cotune import load_plan
     from cotune.plan.parameters import get_plan_model
 
-    model = get_plan_model(load_plan("tweets", ['labels=["0", "1", "2"]']), "cpu")  # for the same weights and tokenizer
+    model = get_plan_model(load_plan(inputs.NARROW, ['labels=["0", "1", "2"]']), "cpu")  # for the same weights and tokenizer
     tokenizer = model.loaded.reader
     encoder: Any = model.module.base_model
     encoder.eval()
@@ -74,7 +74,7 @@ def cotune(meter: Meter, folder: Path, smoke: bool, precision: str) -> None:
     from cotune.models.features.precision import feature_dtype
     from cotune.plan.parameters import get_plan_model
 
-    plan = load_plan("tweets", [f"model.precision={precision}", 'labels=["0", "1", "2"]'])
+    plan = load_plan(inputs.NARROW, [f"model.precision={precision}", 'labels=["0", "1", "2"]'])
     model = get_plan_model(plan, "cpu")
     model.load({})
     texts = texts_of(smoke)
@@ -144,7 +144,7 @@ def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     client_steps.DPSGD = type("Clocked", (original,), {"run": clocked})
     try:
         with tempfile.TemporaryDirectory(dir=folder) as out, observe_run(listener), suppress(_Enough):
-            simulate(load_plan("tweets", changes), Path(out) / "run", device="cpu")
+            simulate(load_plan(inputs.NARROW, changes), Path(out) / "run", device="cpu")
     finally:
         client_steps.DPSGD = original
     for before, after in list(pairwise(marks))[WARM - 1 :]:
@@ -159,7 +159,7 @@ def setup(folder: Path, smoke: bool) -> None:
     from cotune import load_plan
     from cotune.data.record_files import read_records
 
-    found = read_records(load_plan("tweets").data)
+    found = read_records(load_plan(inputs.NARROW).data)
     count = 300 if smoke else RECORDS
     step = len(found.inputs) // count
     rows = dict(zip(found.inputs[::step], found.labels[::step], strict=True))

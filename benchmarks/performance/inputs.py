@@ -8,6 +8,7 @@ from typing import Any
 
 import tomli_w
 
+NARROW = Path(__file__).parents[1] / "tweets-narrow.toml"  # a plan
 WORDS = [f"w{number}" for number in range(100)]
 
 

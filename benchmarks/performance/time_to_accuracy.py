@@ -63,7 +63,7 @@ def cotune(meter: Meter, folder: Path, smoke: bool) -> None:
             reached.append(fields["round"])
             raise _Enough
 
-    plan = load_plan("tweets", changes(folder, smoke))
+    plan = load_plan(inputs.NARROW, changes(folder, smoke))
     for most in (0.0, target):
         with tempfile.TemporaryDirectory(dir=folder) as out, observe_run(partial(until, most)):
             cpu, wall = time.process_time(), time.perf_counter()
@@ -104,7 +104,7 @@ def peer(meter: Meter, folder: Path, smoke: bool, rate: float) -> None:
 
     from cotune import load_plan
 
-    plan = load_plan("tweets", changes(folder, smoke))
+    plan = load_plan(inputs.NARROW, changes(folder, smoke))
     clients, test, texts = _split(plan)
     passed = _pass_cost(plan, texts, 16 if smoke else BATCH)
     classes = int(max(labels.max() for _, labels in clients)) + 1

@@ -51,7 +51,7 @@ def evaluate(
 
 def _show_figures(console: Console, found: dict[str, Any]) -> None:
     """Of answers that are no classes."""
-    console.print(f"{found['records']:,} records of {escape(found['data'])}, {found['not_told']:,} of them not told")
+    console.print(f"{found['records']:,} records of {escape(found['data'])}, {found['not_predicted']:,} of them not predicted")
     for reason, count in found["left_out"].items():
         console.print(f"  left out, {escape(reason)}: {count:,}")
     console.print(f"  of each text {found['max_length']} tokens are read at most")
@@ -67,10 +67,12 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         console.print(f"  left out, {escape(reason)}: {count:,}")
     if found["max_length"]:
         console.print(f"  of each text {found['max_length']} tokens are read at most")
-    if found["not_told"]:
-        console.print(f"  not told: {found['not_told']:,} of {found['answers']:,}, which count as wrong")
+    if found["not_predicted"]:
+        console.print(f"  not predicted: {found['not_predicted']:,} of {found['answers']:,}, which count as wrong")
     if found["threshold"]:
-        console.print(f"  {escape(found['threshold']['label'])} is told from a probability of {found['threshold']['least']:g} on")
+        console.print(
+            f"  {escape(found['threshold']['label'])} is predicted from a probability of {found['threshold']['least']:g} on"
+        )
     show_summary(console, found)
     show_classes(console, found)
     _show_confusion(console, found)
@@ -93,11 +95,11 @@ def show_classes(console: Console, found: dict[str, Any]) -> None:
     """Each class, and the means."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("class", overflow="fold")
-    for heading in ("precision", "recall", "F1", "AUROC", "AUPRC", "records", "told"):
+    for heading in ("precision", "recall", "F1", "AUROC", "AUPRC", "records", "predicted"):
         table.add_column(heading, justify="right")
     for each in found["classes"]:
         figures = (figure(each[key]) for key in ("precision", "recall", "f1", "auroc", "auprc"))
-        table.add_row(escape(each["label"]), *figures, f"{each['records']:,}", f"{each['told']:,}")
+        table.add_row(escape(each["label"]), *figures, f"{each['records']:,}", f"{each['predicted']:,}")
     for name in ("macro", "micro", "weighted"):
         table.add_row(f"[italic]{name}[/italic]", *(figure(found[name][key]) for key in ("precision", "recall", "f1")))
     console.print(table)
@@ -108,23 +110,23 @@ def _show_confusion(console: Console, found: dict[str, Any]) -> None:
     if len(labels) > _MOST_CLASSES:
         console.print(f"the confusion matrix of {len(labels)} classes is in --json")
         return
-    table = Table("true \\ told", box=None, header_style="bold", pad_edge=False)
-    for name in (*labels, *(["not told"] if found["not_told"] else [])):
+    table = Table("true \\ predicted", box=None, header_style="bold", pad_edge=False)
+    for name in (*labels, *(["not predicted"] if found["not_predicted"] else [])):
         table.add_column(escape(name[:_WIDE]), justify="right")
     for name, row in zip(labels, found["confusion"], strict=True):
-        cells = row if found["not_told"] else row[:-1]
+        cells = row if found["not_predicted"] else row[:-1]
         table.add_row(escape(name[:_WIDE]), *(f"{count:,}" for count in cells))
     console.print(table)
 
 
 def _show_entities(console: Console, found: dict[str, Any]) -> None:
     table = Table("entities", box=None, header_style="bold", pad_edge=False)
-    for heading in ("precision", "recall", "F1", "there", "told"):
+    for heading in ("precision", "recall", "F1", "actual", "predicted"):
         table.add_column(heading, justify="right")
-    rows = [(each["type"], each, each["entities"], each["told"]) for each in found["types"]]
-    rows += [("macro", found["macro"], "", ""), ("micro", found["micro"], found["entities"], found["told"])]
-    for name, figures, there, told in rows:
-        table.add_row(escape(name), *(figure(figures[key]) for key in ("precision", "recall", "f1")), str(there), str(told))
+    rows = [(each["type"], each, each["entities"], each["predicted"]) for each in found["types"]]
+    rows += [("macro", found["macro"], "", ""), ("micro", found["micro"], found["entities"], found["predicted"])]
+    for name, figures, there, predicted in rows:
+        table.add_row(escape(name), *(figure(figures[key]) for key in ("precision", "recall", "f1")), str(there), str(predicted))
     console.print(table)
 
 

@@ -114,9 +114,9 @@ def _show_answers(console: Console, found: Sequence[dict[str, Any]]) -> None:
     is_number = "value" in found[0]
     table = Table("value" if is_number else "labels", "input", box=None, header_style="bold", pad_edge=False)
     for each in found:
-        told = _number(each["value"]) if is_number else _labels(each)
+        predicted = _number(each["value"]) if is_number else _labels(each)
         note = f" ({each['reason']})" if each["reason"] else ""
-        table.add_row(escape(told), escape(_on_one_line(each["input"])[:_WIDE] + note))
+        table.add_row(escape(predicted), escape(_on_one_line(each["input"])[:_WIDE] + note))
     console.print(table)
 
 

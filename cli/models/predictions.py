@@ -41,7 +41,7 @@ def predict_rows(
         inputs: A file or folder, or the texts or images' files themselves.
         column: That holds the inputs in a file; None: as the task names it.
         encoding: Of a file of text.
-        threshold: As `CLASS=P`; None: the best class is told.
+        threshold: As `CLASS=P`; None: the best class is predicted.
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
@@ -62,7 +62,7 @@ def evaluate_records(
     Args:
         model: A folder of a model or a run, or a hub id.
         data: The records and how they are read.
-        threshold: As `CLASS=P`; None: the best class is told.
+        threshold: As `CLASS=P`; None: the best class is predicted.
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
@@ -170,15 +170,15 @@ def _predictions(predictor: Classifier, rows: Sequence[Row], threshold: Threshol
 
 
 def _other_answers(predictor: Predictor, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Of regression a number; of several labels those that are told, and the probability of each."""
+    """Of regression a number; of several labels those that are predicted, and the probability of each."""
     answers = iter(predictor.answers([row.given for row in rows if row.given is not None]))
     for number, row in enumerate(rows, 1):
         answer = None if row.given is None else next(answers)
         reason = row.reason or ("cannot be read" if answer is None else "")
-        yield {"row": number, "input": row.shown, **_told(predictor, answer), "reason": reason}
+        yield {"row": number, "input": row.shown, **_predicted(predictor, answer), "reason": reason}
 
 
-def _told(predictor: Predictor, answer: tuple[Any, ...] | None) -> dict[str, Any]:
+def _predicted(predictor: Predictor, answer: tuple[Any, ...] | None) -> dict[str, Any]:
     if predictor.task == "regression":
         return {"value": None if answer is None else answer[0]}
     scores = None if answer is None else dict(zip(predictor.labels, answer, strict=True))

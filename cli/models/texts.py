@@ -58,10 +58,10 @@ def write_rows(
             rows = read_typed(list(inputs), TASK)
     prompts = [row.given.prompt + separator for row in rows if isinstance(row.given, Passage)]
     texts = iter(write_texts(opened, prompts, max_new_tokens, "auto"))
-    told = [None if row.given is None else next(texts) for row in rows]
+    generated = [None if row.given is None else next(texts) for row in rows]
     return [
         {"row": number, "input": row.shown, "text": text, "reason": row.reason or ("" if text is not None else _TOO_LONG)}
-        for number, (row, text) in enumerate(zip(rows, told, strict=True), 1)
+        for number, (row, text) in enumerate(zip(rows, generated, strict=True), 1)
     ]
 
 

@@ -57,16 +57,16 @@ def run(
     with lock_runs(federation), open_control(federation.superlink_address, federation.files.certificates.authority) as executor:
         kept_running = partial(is_superlink_kept_running, federation)
         if not resume:
-            with showing_remote_progress(console) as tell:
-                retry_while_kept_running(executor.running, kept_running, tell)  # raises where the server does not run
+            with showing_remote_progress(console) as notify:
+                retry_while_kept_running(executor.running, kept_running, notify)  # raises where the server does not run
         played = newest(federation, out) if resume else _begin(console, federation, executor, override or [], out, leave=new)
         if detach:
-            with showing_remote_progress(console) as tell:
-                retry_while_kept_running(lambda: submit(played, executor), kept_running, tell)
+            with showing_remote_progress(console) as notify:
+                retry_while_kept_running(lambda: submit(played, executor), kept_running, notify)
             console.print(f"{escape(played.file.run)} is submitted: `cotune server run {folder} --resume` follows it")
             return
-        with showing_remote_progress(console) as tell:
-            run_to_completion(played, executor, tell, kept_running=kept_running)
+        with showing_remote_progress(console) as notify:
+            run_to_completion(played, executor, notify, kept_running=kept_running)
     _show_result(console, played)
 
 

@@ -16,7 +16,8 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_certificates, read_private_key
 from cotune.errors import RunError
-from cotune.flower.fleet_client import FleetClient, FleetError, NodeRejected, connect
+from cotune.flower.fleet_client import FleetClient, connect
+from cotune.flower.fleet_errors import FleetError, NodeRejected
 from cotune.protocol.connectivity import check_reachable
 from cotune.storage.files import is_locked
 

@@ -14,50 +14,29 @@ refused.
 
 from __future__ import annotations
 
-import io
 import logging
 import platform
 import random
-import signal
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
 from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
-from cotune.client.node.connection import Connector
-from cotune.client.node.worker import TrainerDied, TrainerProcess
-from cotune.client.site_folder import NodePaths, SitePaths
+from cotune.client.node.bundle import reason_to_refuse
+from cotune.client.node.worker import TrainerDied
+from cotune.client.site_folder import NodePaths
 from cotune.client.training.observe import notify
-from cotune.errors import DataError, RunError
+from cotune.errors import RunError
 from cotune.flower.chunks import Aborted, ChunkedMessage
-from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, RequestExpired
-from cotune.storage.files import atomic_write, exclusive_lock
-
-_CONFIGURATION = {".toml", ".md", ".txt", ".json", ".yaml", ".yml"}
-_PLAIN = {".info/CONTENT", "LICENSE"}
-
-
-def reason_to_refuse(content: bytes) -> str | None:
-    """Return why a run with this bundle is not served; None where it holds configuration only. The server may be told."""
-    try:
-        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return "the run's bundle is not a zip archive: expected the one that cotune starts its runs with"
-    foreign = [name for name in names if name not in _PLAIN and PurePosixPath(name).suffix.lower() not in _CONFIGURATION]
-    if not foreign:
-        return None
-    return (
-        f"the run's bundle holds {foreign[0][:80]!r}: expected configuration only, as this organization runs the cotune that is"
-        " installed there"
-    )
-
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient
+from cotune.flower.fleet_errors import FleetError, RequestExpired
+from cotune.storage.files import atomic_write
 
 _POLL_SECONDS = 0.1
 _MAX_POLL_SECONDS = 1.0
@@ -75,35 +54,6 @@ class Worker(Protocol):
 
     def submit(self, parcel: ChunkedMessage) -> None: ...
     def poll(self, seconds: float) -> Message | None: ...
-
-
-def run_node(
-    site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
-) -> None:
-    """Serve an organization until SIGINT, SIGTERM or `stop`, whatever happens to the server.
-
-    Args:
-        site: The organization's folder.
-        address: host:port of the server, or of the TLS proxy before it.
-        root_certificates: A PEM file; None: those that this machine trusts.
-        key: The file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
-
-    Raises:
-        DataError: The folder is not a site.
-        RunError: Another node serves it, or the address, the key or the certificates cannot be used.
-    """
-    paths = SitePaths(site)
-    if not paths.description.is_file():
-        raise DataError(f"{site} is not a site: expected a folder with a site.json", code="data.not_a_site")
-    _check_address(address)
-    connect = Connector(site, address, root_certificates, key)
-    stop = stop or threading.Event()
-    with _exclusive_node(paths.node), _stopped_by_signals(stop):
-        worker = TrainerProcess(site.resolve(), address)
-        try:
-            Node(paths.node.folder, worker, stop, AuditLog(site)).run(connect)
-        finally:
-            worker.stop()
 
 
 class Node:
@@ -370,49 +320,3 @@ def _content_of(request: AnnouncedRequest) -> str:
 def _next_wait(last: float) -> float:
     longest = min(_MAX_WAIT_SECONDS, max(_MIN_WAIT_SECONDS, 2 * last))
     return longest * random.uniform(0.8, 1.0)  # not all nodes at once
-
-
-def _check_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        raise RunError(
-            f'"{address}" is not the address of a server: expected host:port, as in fed.example.org:8443',
-            code="run.wrong_address",
-        )
-
-
-@contextmanager
-def _exclusive_node(node: NodePaths) -> Iterator[None]:
-    """Keeps a second node off a site."""
-    try:
-        node.folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
-        ) from None
-    with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
-        yield
-
-
-@contextmanager
-def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop`; a second one ends the process as ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def answer(*_: object) -> None:
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, answer)
-    try:
-        yield
-    finally:
-        restore()

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cotune.client.app import ABOUT
+from cotune.client.approvals import Approvals
+from cotune.client.final_model import ABOUT
 from cotune.client.personalization.adaptation import (
     Adaptation,
     OwnRecords,
@@ -26,7 +27,6 @@ from cotune.client.personalization.adaptation import (
     load_base_head,
     split_folds,
 )
-from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.data.dataset import Dataset
@@ -218,13 +218,13 @@ def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> d
     own = _own(received, site.holdings(received.plan.labels))
     train, judge = next(split_folds(own, _FOLDS, plan.seed)) if new is None else (own, _own(received, new))
     adapted = adapt(received.model, train, received.head, plan.personalize, plan.seed)
-    told = {
+    predicted = {
         "majority": torch.full_like(judge.targets, int(train.targets.bincount(minlength=len(plan.labels)).argmax())),
-        "received": _told(received.model, received.head, judge.features),
-        "adapted": _told(received.model, adapted.head, judge.features),
+        "received": _predicted(received.model, received.head, judge.features),
+        "adapted": _predicted(received.model, adapted.head, judge.features),
     }
-    told["alone"] = _alone(site, received, adapted, (train, judge), new)
-    answers = {name: _answers(told[name], judge, len(plan.labels)) for name in COLUMNS}
+    predicted["alone"] = _alone(site, received, adapted, (train, judge), new)
+    answers = {name: _answers(predicted[name], judge, len(plan.labels)) for name in COLUMNS}
     return {
         "organization": site.organization,
         "plan": plan.name,
@@ -243,7 +243,7 @@ def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> d
 _FOLDS = 5  # of which one judges
 
 
-def _told(model: TrainableModel, head: State, features: Tensor) -> Tensor:
+def _predicted(model: TrainableModel, head: State, features: Tensor) -> Tensor:
     return classes_from_scores(head_scores(model, head, features))
 
 
@@ -257,7 +257,7 @@ def _alone(
     train, judge = both
     plan = received.plan
     if all(stage.mode == "head" for stage in plan.stages):
-        return _told(received.model, adapted.alone, judge.features)
+        return _predicted(received.model, adapted.alone, judge.features)
     base = load_site_model(plan, site)
     base.load({})
     own = _fitted_to(base, plan, site.holdings(plan.labels))
@@ -267,16 +267,16 @@ def _alone(
         train = own
         judge = _fitted_to(base, plan, new)
     config = PersonalizeConfig(methods=("alone",), folds=plan.personalize.folds)
-    return _told(base, adapt(base, train, load_base_head(base), config, plan.seed).alone, judge.features)
+    return _predicted(base, adapt(base, train, load_base_head(base), config, plan.seed).alone, judge.features)
 
 
-def _answers(told: Tensor, judge: OwnRecords, classes: int) -> Answers:
-    numbers: NDArray[np.int64] = told.numpy().astype(np.int64)
+def _answers(predicted: Tensor, judge: OwnRecords, classes: int) -> Answers:
+    numbers: NDArray[np.int64] = predicted.numpy().astype(np.int64)
     return Answers(judge.targets.numpy().astype(np.int64), numbers, judge.units, classes)
 
 
 def _metrics(answers: Answers) -> dict[str, Any]:
-    found = compute_metrics(answers.truth.tolist(), answers.told.tolist(), answers.classes).as_dict()
+    found = compute_metrics(answers.truth.tolist(), answers.predicted.tolist(), answers.classes).as_dict()
     return {**found, "accuracy_interval": list(accuracy_interval(answers)), "f1_interval": list(f1_interval(answers))}
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cotune.client.account import Account
+from cotune.client.approvals import Approvals
 from cotune.client.budget import check_examples
-from cotune.client.policy_check import Approvals, check_consent, check_number, check_plan, limit_gpu_memory
+from cotune.client.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.site import Site
 from cotune.client.training.own_model import load_trained_model
 from cotune.ensembles.public_inputs import find_extreme_score
@@ -111,7 +112,7 @@ def check_rules(context: LocalContext) -> None:
 
 def check_declared_number(context: LocalContext) -> None:
     """Check a number of records that the policy declares: the server would refuse another. Raises Declined."""
-    rules = context.policy.tell
+    rules = context.policy.disclosures
     if rules.example_count == "declared" and rules.declared_examples is not None:
         check_number(context.plan, context.policy, rules.declared_examples, context.declarable)
 

@@ -37,7 +37,7 @@ class Disclosures:
         Args:
             counts: Counts them, by label in the plan's order, once that is charged.
         """
-        if not (self.plan.tell.label_histogram and self.policy.tell.label_histogram == "noised"):
+        if not (self.plan.disclosures.label_histogram and self.policy.disclosures.label_histogram == "noised"):
             return {}
         noised = self.account.once("label histogram", counts)
         return {f"label {label}": value for label, value in zip(self.plan.labels, noised, strict=True)}
@@ -49,9 +49,9 @@ class Disclosures:
             correct: Computes both, once they are charged. One unit changes each by one at most: the sensitivity of the pair is
                 √2.
         """
-        if not self.plan.tell.local_metrics or self.policy.tell.local_metrics == "none":
+        if not self.plan.disclosures.local_metrics or self.policy.disclosures.local_metrics == "none":
             return {}
-        if self.policy.tell.local_metrics == "clear":
+        if self.policy.disclosures.local_metrics == "clear":
             self.account.record_unprotected(round, "local metrics")
             right, records = map(float, correct())
         else:
@@ -75,8 +75,8 @@ class Disclosures:
         """
         if "loss" not in self.plan.strategy.sends:
             return {}
-        if self.policy.tell.local_loss == "noised" and self.account.budget is not None:
-            ceiling = self.policy.tell.loss_ceiling
+        if self.policy.disclosures.local_loss == "noised" and self.account.budget is not None:
+            ceiling = self.policy.disclosures.loss_ceiling
             declared = self.account.public_examples
             charge = self.account.reserve(round, self._one(), "local loss")
             [noised] = self.account.noised([total(ceiling)], ceiling)
@@ -92,7 +92,7 @@ class Disclosures:
         return {"loss": mean}
 
     def _one(self) -> Steps:
-        return Steps(self.policy.tell.noise_multiplier, 1.0, 1)
+        return Steps(self.policy.disclosures.noise_multiplier, 1.0, 1)
 
 
 def reported_noise(
@@ -112,7 +112,7 @@ def reported_noise(
     plan = account.plan
     policy = account.policy
     examples = account.public_examples
-    if not (plan.strategy.compares_noise and policy.tell.noise_level and isinstance(plan.privacy, RecordPrivacy)):
+    if not (plan.strategy.compares_noise and policy.disclosures.noise_level and isinstance(plan.privacy, RecordPrivacy)):
         return None
     scale = sigma * plan.privacy.clip_norm / (stage.local.sample_rate(examples) * examples)  # σC/B
     return noise_variance(stage.local, optimizer, parameters, scale=scale, steps=stage.local.steps_per_round(examples))

@@ -5,44 +5,40 @@ What should move moves, and nothing else: looked at after the first step, where 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
-from cotune.client.training.regularization import find_dropout
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.data.tasks.text import Example
-from cotune.errors import DataError, PlanError, PrivacyError
+from cotune.errors import DataError, PlanError
 from cotune.models.architecture import AlignedRows
-from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.checkpointing import checkpointing, is_checkpointed
-from cotune.models.device import bfloat16_is_fast, kernel_key
+from cotune.models.device import bfloat16_is_fast
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head import feature_head
-from cotune.models.independence import check_independence, check_padding
+from cotune.models.features.kept_states import KeptStates, StateReader, attach_states, get_states, is_small
+from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
+from cotune.models.independence import check_independence
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import check_clipping
-from cotune.privacy.mechanisms.per_example import Batch, Unit, kinds_without_rule
+from cotune.privacy.mechanisms.per_example import Batch, Unit
 
-_Checked = tuple[object, ...]
-_checked: WeakKeyDictionary[TrainableModel, set[_Checked]] = WeakKeyDictionary()  # what was found right, as comparisons ask again
-_last_checked: WeakKeyDictionary[TrainableModel, tuple[object, ...]] = WeakKeyDictionary()  # the same, of a round's state
-_MAX_GRADIENT_ERROR = 1e-5  # relative, of the clipped sum over made-up rows in float32
+States = KeptStates | Sequence[Tensor]  # row number -> (tokens, width)
 
 
 def build_setup(
@@ -75,7 +71,14 @@ def build_setup(
         weights = _weights_of(plan, model)
         targets = [model.loaded.task.encode_target(target) for target in holdings.targets]
         return build_feature_setup(precision, model, head, features, targets, expected_batch, holdings.units, weights)
-    return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
+    rows = encoded_examples(holdings, model)
+
+    def kept(reader: StateReader) -> KeptStates:
+        return get_states(reader, holdings, state, lambda source, done, total: told(source=source, done=done, total=total))
+
+    told = partial(notify, "features", organization=name)
+    may_keep = stage.local.keep_lower_layers == "on" or is_small(model, holdings)
+    return _on_examples(plan, stage, model, rows, holdings.units, kept if may_keep else None)
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
@@ -94,7 +97,13 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
         chosen = [targets[i] for i in numbers]
         weights = _weights_of(plan, model)
         return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)
-    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
+    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units, partial(_exact_states, samples, numbers))
+
+
+def _exact_states(samples: Sequence[Example], numbers: Sequence[int], reader: StateReader) -> Sequence[Tensor]:
+    """Of made-up examples, in float32, as their gradients are compared with those of whole passes."""
+    states = replace(reader, low_precision=False).read(samples)
+    return [states[number] for number in numbers]
 
 
 def _target_of(example: Example) -> Target:
@@ -116,127 +125,6 @@ def _lengthened(example: Example, length: int) -> Example:
     return longer
 
 
-def check_stages(plan: Plan, model: TrainableModel) -> None:
-    """Check before a run that every stage has something to train, and under privacy that its gradients are those of single rows.
-
-    Raises:
-        ModelError, PrivacyError: In a sentence that names the train mode.
-        PlanError: For a weight of a class that is none of the labels.
-    """
-    _weights_of(plan, model)
-    model.load({})
-    if isinstance(plan.privacy, RecordPrivacy):
-        check_padding(model)  # first: a record that reads padding has another gradient, and this is the reason
-    for stage in plan.stages:
-        names = stage_names(plan, stage, model)
-        find_dropout(stage.local, model, names)
-        model.train_only(names)
-        if isinstance(plan.privacy, RecordPrivacy):
-            _refuse_trained_ties(model, stage)
-            _check_gradients_once(plan, stage, model, plan.privacy)
-
-
-def _refuse_trained_ties(model: TrainableModel, stage: Stage) -> None:
-    """A table that reads and writes tokens has a gradient in two places, of which per-example gradients see one."""
-    if not model.loaded.task.keeps_head:
-        return
-    module = model.loaded.module
-    output = module.get_output_embeddings()
-    table = module.get_input_embeddings().weight
-    if output is not None and output.weight is table and table.requires_grad:
-        raise PrivacyError(
-            f"train = {stage.mode} would train the table of tokens, which is the output layer, too (tied weights): expected train"
-            " = lora, or freeze_embeddings = true",
-            code="privacy.tied_weights",
-        )
-
-
-def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:
-    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
-
-    What has passed is kept on disk, as every process of a comparison and every command asks again.
-    """
-    taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
-    how = stage.local.physical_batch_size, stage.local.activation_checkpointing
-    key = stage.mode, stage.layers, stage.freeze_embeddings, plan.personal.parts, *how, *taken
-    known = _checked.setdefault(model, set())
-    if key in known:
-        return
-    decides = (*model_key(model), *key, _MAX_GRADIENT_ERROR)
-    if read_check("gradients", decides) is None:
-        write_check("gradients", decides, check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode))
-    known.add(key)
-
-
-def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
-    """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
-
-    Raises:
-        PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
-            then this model cannot be trained privately in this mode and arithmetic.
-    """
-    made_up = setup.samples()
-    try:
-        error = check_clipping(
-            made_up.module,
-            made_up.exact,
-            batches=made_up.batches,
-            alone=[made_up.alone(row) for row in range(made_up.rows)],
-            clip_norm=privacy.clip_norm,
-            clipping_mode=privacy.clipping,
-        )
-    except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
-        reason = _why_no_gradients(raised, made_up.module)
-        raise PrivacyError(
-            f"train = {mode} does not support per-example gradients for this model ({reason}): use another train mode or model",
-            code="privacy.no_per_example_gradients",
-        ) from None
-    if not error <= _MAX_GRADIENT_ERROR:
-        raise PrivacyError(
-            f"the clipped gradients of this model are wrong by {error:.2g} (relative) in train = {mode}, expected at most"
-            f" {_MAX_GRADIENT_ERROR:g}: a record's gradient depends on more than the record; use another train mode or model",
-            code="privacy.wrong_gradients",
-        )
-    setup.check_independent_rows()
-    return error
-
-
-def check_gradients_of_state(setup: TrainingSetup, privacy: RecordPrivacy, mode: str, model: TrainableModel, key: object) -> None:
-    """Check gradients as `check_gradients` does, once for a state: simulated organizations share it in every round.
-
-    The check reads no record. Its outcome follows from the module and its values, the way in which gradients are taken, and the
-    shapes of batches; all but the values are the same for everybody with the same plan, stage and slots.
-
-    Args:
-        setup: Of the round.
-        privacy: Of the plan.
-        mode: What is trained.
-        model: Set to the state that is about to be trained.
-        key: The plan, the round, and a digest of the values that are trained from.
-
-    Raises:
-        PrivacyError: As `check_gradients`.
-    """
-    made_up = next(setup.samples().batches(range(3)))[1]
-    shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in made_up.items()))
-    question = (key, mode, shapes, kernel_key(model.device))
-    if _last_checked.get(model) != question:
-        check_gradients(setup, privacy, mode)
-        _last_checked[model] = question
-
-
-def _why_no_gradients(raised: Exception, module: nn.Module) -> str:
-    """What a library said; where that is about its own variables, the layers that it stumbled over."""
-    unused = re.search(r"differentiated Tensor at index ([0-9]+) appears to not have been used", str(raised))
-    if unused:
-        names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        return f"{names[int(unused[1])]} and what else has no part in a prediction"
-    kinds = kinds_without_rule(module) if isinstance(raised, AttributeError | TypeError) else []
-    if kinds:
-        return f"Opacus has no rule for the gradients of single records in layers of the kind {', '.join(kinds[:3])}"
-    return (str(raised).strip() or type(raised).__name__).splitlines()[0][:160]
-
-
 def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
     """How much a label of each class counts in the loss, (classes,); None where all count the same. Raises PlanError."""
     try:
@@ -247,27 +135,38 @@ def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
 
 
 def _on_examples(
-    plan: Plan, stage: Stage, model: TrainableModel, rows: Sequence[Example], units: Sequence[Unit]
+    plan: Plan,
+    stage: Stage,
+    model: TrainableModel,
+    rows: Sequence[Example],
+    units: Sequence[Unit],
+    find_states: Callable[[StateReader], States] | None = None,
 ) -> TrainingSetup:
+    """find_states: Of the rows, where they may be kept (see `features.lower_layers`)."""
     task = model.loaded.task
-    reader = model.loaded.reader
     longest = model.loaded.max_length
-    collate = task.collator(model.module, reader, model.device)
+    collate = task.collator(model.module, model.loaded.reader, model.device)
     private = isinstance(plan.privacy, RecordPrivacy)
     slots = max(2, stage.local.physical_batch_size)
     low_precision = plan.model.precision == "bfloat16" or (
         not private and plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
     )
 
+    lower = None if find_states is None else _find_lower_layers(stage, model)
+    reader = None if lower is None else StateReader(model, lower, slots, low_precision)
+    states = None if find_states is None or reader is None else find_states(reader)
+
     def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         places = range(len(numbers))
-        if private:
+        if private or states is not None:
             for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
-                yield positions, collate([rows[numbers[p]] for p in positions], length, slots)
+                batch = collate([rows[numbers[p]] for p in positions], length, slots)
+                yield positions, batch if states is None else attach_states(batch, [states[numbers[p]] for p in positions])
             return
         for positions in sorted_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
             yield positions, collate([rows[numbers[p]] for p in positions])
 
+    skipping = nullcontext if lower is None else lower.skipped
     weights = _weights_of(plan, model)
     again = is_checkpointed(stage.local.activation_checkpointing, model.module)
 
@@ -276,16 +175,21 @@ def _on_examples(
             return exact(batch)
 
     def exact(batch: Batch) -> Tensor:
-        with AlignedRows(), checkpointing(model.module, enabled=again):
-            return task.losses(model.module, batch, weights)
+        with AlignedRows(), checkpointing(model.module, enabled=again), skipping(batch) as rest:
+            return task.losses(model.module, rest, weights)
 
     def scores(batch: Batch) -> Tensor:
-        with AlignedRows(), torch.autocast(model.device.type, enabled=False):
-            return task.scores(model.module, batch)
+        with AlignedRows(), torch.autocast(model.device.type, enabled=False), skipping(batch) as rest:
+            return task.scores(model.module, rest)
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
         return task.are_right(scores(batch), batch["labels"])
+
+    def samples() -> TrainingSetup:
+        made_up = task.samples(model.loaded.reader)
+        found = None if states is None else partial(_exact_states, made_up, range(len(made_up)))
+        return _on_examples(plan, stage, model, made_up, [[0], [1], [2]], found)
 
     return TrainingSetup(
         module=model.module,
@@ -296,15 +200,23 @@ def _on_examples(
         loss=loss,
         exact=exact,
         correct=correct,
-        samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
+        samples=samples,
         check_independent_rows=lambda: check_independence(
             model,
             stage.mode,
             "bfloat16" if low_precision else "float32",
             build_slot_probe(model.module, loss, scores),
             slots=slots,
+            read_below=None if reader is None else reader.read_batch,
         ),
     )
+
+
+def _find_lower_layers(stage: Stage, model: TrainableModel) -> LowerLayers | None:
+    """What is below all that a stage trains, where the plan lets it be kept."""
+    if stage.local.keep_lower_layers == "off":
+        return None
+    return find_lower_layers(model, [name for name, parameter in model.parameters() if parameter.requires_grad])
 
 
 def build_optimizer(

@@ -30,7 +30,7 @@ class Metrics(Protocol):
 class ClassMetrics:
     """Of classes, each in [0, 1]; precision, recall and F1 are means over the classes (macro).
 
-    Of tags it is the words that are counted, "O" among the classes. A word that a model's length cuts off is one told wrong.
+    Of tags, words are counted, with "O" among the classes. A word beyond the length that the model reads counts as wrong.
     """
 
     accuracy: float
@@ -128,14 +128,14 @@ class NumberMetrics:
 
 @dataclass(frozen=True)
 class LabelSetMetrics:
-    """Of sets of labels, each in [0, 1]; a label is told where its probability is above a half.
+    """Of sets of labels, each in [0, 1]; a label is predicted where its probability is above a half.
 
     Attributes:
         micro_f1: F1 over all labels of all records.
         macro_f1: Mean over the labels of the F1 of each.
         mean_average_precision: Mean over the labels that some record has of average precision, which reads the order of the
             probabilities alone.
-        exact: Share of the records of which every label is told rightly.
+        exact: Share of the records of which every label is predicted correctly.
     """
 
     micro_f1: float
@@ -151,13 +151,13 @@ class LabelSetMetrics:
         return asdict(self)
 
 
-def compute_number_metrics(truth: Sequence[float], told: Sequence[float]) -> NumberMetrics:
+def compute_number_metrics(truth: Sequence[float], predicted: Sequence[float]) -> NumberMetrics:
     """Metrics of predicted against true numbers."""
     import numpy as np
     from scipy.stats import rankdata
 
     true = np.asarray(truth, dtype=np.float64)
-    given = np.asarray(told, dtype=np.float64)
+    given = np.asarray(predicted, dtype=np.float64)
     errors = given - true
     around = np.square(true - true.mean()).sum()
     ranks = np.stack([rankdata(true), rankdata(given)])
@@ -184,13 +184,13 @@ def compute_label_set_metrics(truth: Sequence[int], probabilities: Sequence[floa
 
     true = np.asarray(truth, dtype=np.int64).reshape(-1, labels)
     given = np.asarray(probabilities, dtype=np.float64).reshape(-1, labels)
-    told = (given > 0.5).astype(np.int64)
+    predicted = (given > 0.5).astype(np.int64)
     each = [average_precision_score(true[:, i], given[:, i]) for i in range(labels) if true[:, i].any()]
     return LabelSetMetrics(
-        micro_f1=float(f1_score(true.ravel(), told.ravel(), zero_division=0)),
-        macro_f1=float(np.mean([f1_score(true[:, i], told[:, i], zero_division=0) for i in range(labels)])),
+        micro_f1=float(f1_score(true.ravel(), predicted.ravel(), zero_division=0)),
+        macro_f1=float(np.mean([f1_score(true[:, i], predicted[:, i], zero_division=0) for i in range(labels)])),
         mean_average_precision=float(np.mean(each)) if each else 0.0,
-        exact=float((true == told).all(axis=1).mean()),
+        exact=float((true == predicted).all(axis=1).mean()),
     )
 
 
@@ -223,7 +223,9 @@ def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -
     return compute_metrics(truth, [most] * len(truth), classes)
 
 
-TextAnswer = tuple[float, int, int]  # of a record: the sum of its losses in nats, its target tokens, how many of them are told
+TextAnswer = tuple[
+    float, int, int
+]  # of a record: the sum of its losses in nats, its target tokens, how many of them are predicted correctly
 
 
 def compute_text_metrics(answers: Sequence[TextAnswer]) -> TextMetrics:

@@ -31,7 +31,7 @@ class ClassTargets:
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.key, "label"
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Self:
+    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None) -> Self:
         return self
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -77,8 +77,8 @@ class ClassTargets:
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
         return all_correct(scores, labels)
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> Metrics:
-        return compute_metrics(truth, told, classes)
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> Metrics:
+        return compute_metrics(truth, predicted, classes)
 
     def read_metrics(self, values: Mapping[str, float]) -> Metrics:
         return ClassMetrics(**values)

@@ -33,7 +33,9 @@ class MultiLabelClassification(SequenceClassification):
     def __init__(self, labels: int = 2) -> None:
         self.labels = labels
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> MultiLabelClassification:
+    def suited(
+        self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None
+    ) -> MultiLabelClassification:
         return MultiLabelClassification(len(labels))
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
@@ -83,7 +85,7 @@ class MultiLabelClassification(SequenceClassification):
         return (each * there).mean(dim=1)
 
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Those of which every label is told rightly."""
+        """Those of which every label is predicted correctly."""
         return (((scores > 0) == (labels > 0.5)) | (labels == IGNORED)).all(dim=1)
 
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
@@ -98,8 +100,8 @@ class MultiLabelClassification(SequenceClassification):
         found: list[Any] = torch.sigmoid(scores.double()).nan_to_num(nan=0.0).flatten().tolist()
         return found
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> LabelSetMetrics:
-        return compute_label_set_metrics(truth, told, classes)
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> LabelSetMetrics:
+        return compute_label_set_metrics(truth, predicted, classes)
 
     def read_metrics(self, values: Mapping[str, float]) -> LabelSetMetrics:
         return LabelSetMetrics(**values)

@@ -203,16 +203,16 @@ class MultiTask(ClassTargets):
         return logits(module, batch)
 
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """A record is told rightly where all of its labels are."""
+        """A record is predicted correctly where all of its labels are."""
         right = [all_correct(scores[:, b.start : b.stop], self._own_numbers(labels, i)) for i, b in enumerate(self.blocks)]
         return torch.stack(right).all(dim=0)
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> MultiTaskMetrics:
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> MultiTaskMetrics:
         """Of the tasks that have a label in the test set."""
         found = {}
         for block in self.blocks:
             pairs = [
-                (t - block.start, a - block.start) for t, a in zip(truth, told, strict=True) if block.start <= t < block.stop
+                (t - block.start, a - block.start) for t, a in zip(truth, predicted, strict=True) if block.start <= t < block.stop
             ]
             if pairs:
                 true, answered = zip(*pairs, strict=True)

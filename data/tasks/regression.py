@@ -44,7 +44,9 @@ class Regression(SequenceClassification):
         self.middle = low + (high - low) / 2
         self.half = (high - low) / 2
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Regression:
+    def suited(
+        self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None
+    ) -> Regression:
         return self if target_range is None else Regression(*target_range)
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,8 +123,8 @@ class Regression(SequenceClassification):
         found: list[Any] = (self.middle + self.half * read).tolist()
         return found
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> NumberMetrics:
-        return compute_number_metrics(truth, told)
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> NumberMetrics:
+        return compute_number_metrics(truth, predicted)
 
     def read_metrics(self, values: Mapping[str, float]) -> NumberMetrics:
         return NumberMetrics(**values)

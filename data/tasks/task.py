@@ -48,8 +48,8 @@ class Task(Protocol):
     floor: str  # what anyone can tell without training, as a model card calls it
     label_dtype: dtype  # of the labels of a batch
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Task:
-        """The task for a model: with the range of a plan's numbers, and its labels."""
+    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None) -> Task:
+        """The task for a model: with the range of a plan's numbers, its labels, and the most tokens of a target."""
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         """A name for each output of the head."""
@@ -141,14 +141,14 @@ class Task(Protocol):
         """What scores (n, outputs) of a head on features mean, one after the other as in `Dataset.truth`."""
 
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """(b,) which slots are told rightly, by their `scores`; those without a target always are."""
+        """(b,) which slots are predicted correctly, by their `scores`; those without a target always are."""
 
-    def metrics(self, truth: Sequence[Any], told: Sequence[Any], classes: int) -> Metrics:
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> Metrics:
         """How good `answers` are on a test set.
 
         Args:
             truth: Of `Dataset.truth`.
-            told: As many answers.
+            predicted: As many answers.
             classes: How many there are.
         """
 

@@ -84,7 +84,7 @@ class TokenClassification(SequenceClassification):
         return " ".join(given)
 
     def _example(self, reader: Any, max_length: int, tokens: Any, words: Sequence[str], tags: Sequence[int]) -> Example:
-        """One with another number of tags than words is a blank row, too: which are whose is not told."""
+        """One with another number of tags than words is a blank row, too: which tag is whose is not known."""
         if tokens is None or len(words) != len(tags):
             return {**self.blank(reader, max_length), "starts": [None] * len(tags)}
         ids, offsets = tokens

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 
 from cotune.data.config import TaskName
@@ -34,6 +30,13 @@ from cotune.models.features.public_map import AffineMap, get_public_map
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
+from cotune.models.base.load_checks import (
+    check_complete,
+    check_finite,
+    check_no_code_is_named,
+    check_padding_row,
+    make_deterministic,
+)
 from cotune.models.base.lookup import BaseModelFolder, find_base
 
 
@@ -89,7 +92,7 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config)
-    does = get_task(task).suited(config.target_range, labels)
+    does = get_task(task).suited(config.target_range, labels, config.max_target_length)
     names = does.head_names(labels)
     try:
         model_config = _configure(folder.path, names)
@@ -161,10 +164,10 @@ def _build_on_layers(
     path: Path, config: Any, feature: FeatureConfig, map: AffineMap | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     module, report = build_on_layers(path, config, feature.layers, feature.cls, map, config.num_labels)
-    _check_complete(report, ("",), (), finished=False)
-    _check_finite(module)
+    check_complete(report, ("",), (), finished=False)
+    check_finite(module)
     module.requires_grad_(False)
-    _make_deterministic(module)
+    make_deterministic(module)
     return cast("PreTrainedModel", module), ()
 
 
@@ -203,23 +206,10 @@ def _draw_head(module: PreTrainedModel) -> None:
             module._init_weights(layer)
 
 
-def _check_no_code_is_named(settings: Any) -> None:
-    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of files covers that."""
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            if key.endswith("_implementation") and "/" in json.dumps(value):
-                raise ModelError(
-                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
-                    " is not run: expected eager or sdpa; remove that line",
-                    code="model.names_code",
-                )
-            _check_no_code_is_named(value)
-
-
 def _configure(path: Path, labels: tuple[str, ...]) -> Any:
-    _check_no_code_is_named(read_settings(path))
+    check_no_code_is_named(read_settings(path))
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    _check_padding_row(config)
+    check_padding_row(config)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -227,18 +217,6 @@ def _configure(path: Path, labels: tuple[str, ...]) -> Any:
     for key in dropout_settings(config):
         setattr(config, key, 0.0)
     return config
-
-
-def _check_padding_row(config: Any) -> None:
-    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `token_limits.check_tokens`."""
-    pad = getattr(config, "pad_token_id", None)
-    rows = getattr(config, "vocab_size", None)
-    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
-        raise ModelError(
-            f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
-            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()",
-            code="model.damaged_config",
-        )
 
 
 def dropout_settings(config: Any) -> dict[str, float]:
@@ -280,63 +258,8 @@ def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bo
     )
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
-    _check_complete(report, encoder_prefixes(module), frozen, finished)
-    _check_finite(module)
+    check_complete(report, encoder_prefixes(module), frozen, finished)
+    check_finite(module)
     module.requires_grad_(False)
-    _make_deterministic(module)
+    make_deterministic(module)
     return module, frozen
-
-
-def _make_deterministic(module: nn.Module) -> None:
-    """Leave nothing in training to chance, under whatever name: dropout, stochastic depth, dropped layers, masks, jitter.
-
-    All of it is done by modules in training mode. Only modules with parameters of their own stay in it, as Opacus takes gradients
-    of single rows from those alone: plain layers, and of modules with layers inside (the embeddings of vision transformers) those
-    whose code does not ask for the mode. Batch normalization uses the statistics of the base model, and does not move them.
-    """
-    module.eval()
-    for layer in module.modules():
-        own_parameters = any(True for _ in layer.parameters(recurse=False))
-        plain = not any(True for _ in layer.children())
-        if own_parameters and not isinstance(layer, _BatchNorm) and (plain or not _asks_for_mode(type(layer))):
-            layer.training = True
-
-
-def _asks_for_mode(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class reads whether it is in training; true where the code cannot be read."""
-    own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    try:
-        return any("training" in inspect.getsource(base) for base in own)
-    except (OSError, TypeError):
-        return True
-
-
-def _check_finite(module: nn.Module) -> None:
-    """Weights that are no numbers make every answer none."""
-    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
-    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
-    if broken:
-        raise ModelError(
-            f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
-            " numbers; download the folder again, or use another base model",
-            code="model.not_finite",
-        )
-
-
-def _check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
-    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
-    new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    if finished and new:
-        raise ModelError(
-            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
-            " with its head, such as `model/` in the folder of a run",
-            code="model.incomplete_weights",
-        )
-    poolers = tuple(f"{prefix}pooler." for prefix in prefixes)
-    lacking = sorted(k for k in new if k.startswith(prefixes) and not k.startswith((*frozen, *poolers)))
-    if lacking:
-        raise ModelError(
-            f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
-            " in another shape: expected config.json and weights of the same model; download the folder again",
-            code="model.incomplete_weights",
-        )

@@ -20,13 +20,13 @@ def evaluate_answers(predictor: Predictor, records: Records) -> dict[str, Any]:
         DataError: For labels that the model does not have, or where no record can be read.
     """
     held = Dataset(((records, np.arange(len(records))),), predictor.labels, predictor.task)
-    told = predictor.answers(records.inputs)
-    read = [row for row, answer in enumerate(told) if answer is not None]
+    predicted = predictor.answers(records.inputs)
+    read = [row for row, answer in enumerate(predicted) if answer is not None]
     if not read:
         raise DataError(f"{records.source} holds no record that can be read: expected labeled records", code="data.no_records")
     targets = [held.targets[row] if isinstance(held.targets[row], tuple) else (held.targets[row],) for row in read]
     truth = [entry for target in targets for entry in target]
-    given = [entry for row in read for entry in told[row] or ()]
+    given = [entry for row in read for entry in predicted[row] or ()]
     units = np.repeat(unit_numbers(records)[read], [len(target) for target in targets])
     metrics = predictor.model.loaded.task.metrics(truth, given, len(predictor.labels))
     return {
@@ -35,6 +35,6 @@ def evaluate_answers(predictor: Predictor, records: Records) -> dict[str, Any]:
         "max_length": predictor.max_length,
         "records": len(records),
         "left_out": dict(records.skipped),
-        "not_told": len(records) - len(read),
+        "not_predicted": len(records) - len(read),
         "figures": judge_answers(predictor.task, metrics, truth, given, units).figures(),
     }

@@ -27,17 +27,17 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model told on some records.
+    """What a model predicted on some records.
 
     Attributes:
         truth: (n,) class numbers.
-        told: (n,) class numbers.
+        predicted: (n,) class numbers.
         units: (n,) the number of the unit that each answer belongs to.
         classes: How many classes there are.
     """
 
     truth: Numbers
-    told: Numbers
+    predicted: Numbers
     units: Numbers
     classes: int
 
@@ -49,7 +49,7 @@ class Answers:
     @property
     def right(self) -> NDArray[np.bool_]:
         """(n,) which answers are right."""
-        right: NDArray[np.bool_] = self.truth == self.told
+        right: NDArray[np.bool_] = self.truth == self.predicted
         return right
 
     @property
@@ -59,11 +59,11 @@ class Answers:
 
     def figures(self) -> dict[str, Any]:
         """Return the metrics, with the intervals of accuracy and F1."""
-        found = compute_metrics(self.truth.tolist(), self.told.tolist(), self.classes).as_dict()
+        found = compute_metrics(self.truth.tolist(), self.predicted.tolist(), self.classes).as_dict()
         return {**found, "accuracy_interval": list(accuracy_interval(self)), "f1_interval": list(f1_interval(self))}
 
     def compare(self, theirs: Answers) -> Paired:
-        """Compare with what another model told on the same records (see `compare_paired`)."""
+        """Compare with what another model predicted on the same records (see `compare_paired`)."""
         return compare_paired(self, theirs)
 
 
@@ -158,12 +158,12 @@ def accuracy_interval(answers: Answers) -> Interval:
 def f1_interval(answers: Answers) -> Interval:
     """Return the percentiles of macro F1 over a bootstrap of the units (Efron & Tibshirani, 1993, chapter 13).
 
-    A class that neither is there nor is told in a draw has F1 0, as in `data.tasks.metrics.compute_metrics`.
+    A class that neither is there nor is predicted in a draw has F1 0, as in `data.tasks.metrics.compute_metrics`.
     """
     classes = np.arange(answers.classes)
     there = answers.truth[:, None] == classes
-    told = answers.told[:, None] == classes
-    sums = resampled(answers.units, np.concatenate([there & told, there, told], axis=1))
+    predicted = answers.predicted[:, None] == classes
+    sums = resampled(answers.units, np.concatenate([there & predicted, there, predicted], axis=1))
     right, true, given = np.split(sums, 3, axis=1)
     f1 = np.divide(2 * right, true + given, out=np.zeros_like(right), where=true + given > 0)
     return percentiles(f1.mean(axis=1))
@@ -221,11 +221,11 @@ def percentiles(values: NDArray[np.float64]) -> Interval:
     return float(low), float(high)
 
 
-def build_answers(truth: Sequence[int], told: Sequence[int], units: Sequence[int], classes: int) -> Answers:
+def build_answers(truth: Sequence[int], predicted: Sequence[int], units: Sequence[int], classes: int) -> Answers:
     """Return answers from plain lists."""
     return Answers(
         truth=np.asarray(truth, dtype=np.int64),
-        told=np.asarray(told, dtype=np.int64),
+        predicted=np.asarray(predicted, dtype=np.int64),
         units=np.asarray(units, dtype=np.int64),
         classes=classes,
     )

@@ -76,6 +76,6 @@ def evaluate_language_model(model: TrainableModel, records: Records) -> dict[str
         "max_length": model.loaded.max_length,
         "records": len(records),
         "left_out": dict(records.skipped),
-        "not_told": int((tokens == 0).sum()),
+        "not_predicted": int((tokens == 0).sum()),
         "figures": answers.figures(),
     }

@@ -114,8 +114,8 @@ class Predictor:
             chosen = [examples[row] for row in rows]
             batch = collate(chosen)
             unread = (batch["labels"] == IGNORED).reshape(len(rows), -1).all(dim=1).tolist()
-            told = loaded.task.answers(loaded.task.scores(self.model.module, batch), chosen)
-            for row, answer, lost in zip(rows, told, unread, strict=True):
+            predicted = loaded.task.answers(loaded.task.scores(self.model.module, batch), chosen)
+            for row, answer, lost in zip(rows, predicted, unread, strict=True):
                 found[row] = None if lost else answer
         return found
 
@@ -282,9 +282,9 @@ def unit_numbers(records: Records) -> NDArray[np.int64]:
     return np.asarray([numbers[name] for name in records.units], dtype=np.int64)
 
 
-def _entities(labels: Sequence[Label], told: NDArray[np.int64], known: Sequence[str]) -> dict[str, Any]:
+def _entities(labels: Sequence[Label], predicted: NDArray[np.int64], known: Sequence[str]) -> dict[str, Any]:
     names = [*known, _NO_TAG]  # the last one, which NOT_PREDICTED is the number of: a word that was not read is in no entity
     assert NOT_PREDICTED == -1
     ends = np.cumsum([len(class_names_in(label)) for label in labels])[:-1]
-    said = [[names[int(number)] for number in part] for part in np.split(told, ends)]
+    said = [[names[int(number)] for number in part] for part in np.split(predicted, ends)]
     return entity_quality([list(class_names_in(label)) for label in labels], said)

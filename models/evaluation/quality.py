@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Threshold:
-    """One class is told wherever its probability is at least so large; elsewhere the most probable of the others."""
+    """One class is predicted wherever its probability is at least so large; elsewhere the most probable of the others."""
 
     label: str
     least: float
@@ -61,14 +61,14 @@ def parse_threshold(text: str, labels: Sequence[str]) -> Threshold:
 def predict_classes(probabilities: Floats, labels: Sequence[str], threshold: Threshold | None = None) -> Numbers:
     """Return the class number of each row: the most probable one, or as a threshold says; NOT_PREDICTED for a row of NaN."""
     read = ~np.isnan(probabilities).any(axis=1)
-    told = np.full(len(probabilities), NOT_PREDICTED, dtype=np.int64)
-    told[read] = probabilities[read].argmax(axis=1)
+    predicted = np.full(len(probabilities), NOT_PREDICTED, dtype=np.int64)
+    predicted[read] = probabilities[read].argmax(axis=1)
     if threshold is not None:
         number = list(labels).index(threshold.label)
         others = probabilities[read].copy()
         others[:, number] = -1.0
-        told[read] = np.where(probabilities[read, number] >= threshold.least, number, others.argmax(axis=1))
-    return told
+        predicted[read] = np.where(probabilities[read, number] >= threshold.least, number, others.argmax(axis=1))
+    return predicted
 
 
 def quality(
@@ -81,39 +81,39 @@ def quality(
         probabilities: (n, c).
         units: (n,) the number of the unit (a record, or whose it is) of each answer, which intervals are drawn from.
         labels: Class names.
-        threshold: Of one class; None: the most probable class is told.
+        threshold: Of one class; None: the most probable class is predicted.
     """
-    told = predict_classes(probabilities, labels, threshold)
-    answers = Answers(truth, told, units, len(labels))
+    predicted = predict_classes(probabilities, labels, threshold)
+    answers = Answers(truth, predicted, units, len(labels))
     most = int(np.bincount(truth, minlength=len(labels)).argmax())
     return {
         "answers": len(truth),
-        "not_told": int((told == NOT_PREDICTED).sum()),
+        "not_predicted": int((predicted == NOT_PREDICTED).sum()),
         "accuracy": float(answers.right.mean()),
         "accuracy_interval": list(accuracy_interval(answers)),
         "majority": {"label": labels[most], "accuracy": float((truth == most).mean())},
         "threshold": None if threshold is None else {"label": threshold.label, "least": threshold.least},
-        "macro": {**_mean(truth, told, len(labels), "macro"), "f1_interval": list(f1_interval(answers))},
-        "micro": _mean(truth, told, len(labels), "micro"),
-        "weighted": _mean(truth, told, len(labels), "weighted"),
-        **_by_class(truth, told, probabilities, labels),
-        "confusion": _confusion(truth, told, len(labels)),
+        "macro": {**_mean(truth, predicted, len(labels), "macro"), "f1_interval": list(f1_interval(answers))},
+        "micro": _mean(truth, predicted, len(labels), "micro"),
+        "weighted": _mean(truth, predicted, len(labels), "weighted"),
+        **_by_class(truth, predicted, probabilities, labels),
+        "confusion": _confusion(truth, predicted, len(labels)),
         "calibration": calibration(truth, probabilities),
     }
 
 
-def _mean(truth: Numbers, told: Numbers, classes: int, how: str) -> dict[str, float]:
+def _mean(truth: Numbers, predicted: Numbers, classes: int, how: str) -> dict[str, float]:
     from sklearn.metrics import precision_recall_fscore_support  # its import takes a second
 
-    values = precision_recall_fscore_support(truth, told, labels=range(classes), average=how, zero_division=0)
+    values = precision_recall_fscore_support(truth, predicted, labels=range(classes), average=how, zero_division=0)
     return dict(zip(("precision", "recall", "f1"), map(float, values[:3]), strict=True))
 
 
-def _by_class(truth: Numbers, told: Numbers, probabilities: Floats, labels: Sequence[str]) -> dict[str, Any]:
+def _by_class(truth: Numbers, predicted: Numbers, probabilities: Floats, labels: Sequence[str]) -> dict[str, Any]:
     from sklearn.metrics import precision_recall_fscore_support
 
     classes = range(len(labels))
-    columns = precision_recall_fscore_support(truth, told, labels=classes, zero_division=0)
+    columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
     read = ~np.isnan(probabilities).any(axis=1)
     rows = []
     for number, precision, recall, f1, count in zip(classes, *columns, strict=True):
@@ -123,7 +123,7 @@ def _by_class(truth: Numbers, told: Numbers, probabilities: Floats, labels: Sequ
             {
                 "label": labels[number],
                 "records": int(count),
-                "told": int((told == number).sum()),
+                "predicted": int((predicted == number).sum()),
                 "precision": float(precision),
                 "recall": float(recall),
                 "f1": float(f1),
@@ -148,11 +148,11 @@ def _thresholds(is_class: NDArray[np.bool_], scores: Floats) -> list[dict[str, f
     found = []
     for least in _THRESHOLDS:
         right = int((is_class & (scores >= least)).sum())
-        told = int((scores >= least).sum())
+        predicted = int((scores >= least).sum())
         there = int(is_class.sum())
-        precision = right / told if told else 0.0
+        precision = right / predicted if predicted else 0.0
         recall = right / there if there else 0.0
-        f1 = 2 * right / (told + there) if told + there else 0.0
+        f1 = 2 * right / (predicted + there) if predicted + there else 0.0
         found.append({"least": least, "precision": precision, "recall": recall, "f1": f1})
     return found
 
@@ -162,10 +162,10 @@ def _defined_mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _confusion(truth: Numbers, told: Numbers, classes: int) -> list[list[int]]:
-    """(true class, told class); the last column counts what was not told."""
+def _confusion(truth: Numbers, predicted: Numbers, classes: int) -> list[list[int]]:
+    """(true class, predicted class); the last column counts records without a prediction."""
     table = np.zeros((classes, classes + 1), dtype=np.int64)
-    np.add.at(table, (truth, np.where(told == NOT_PREDICTED, classes, told)), 1)
+    np.add.at(table, (truth, np.where(predicted == NOT_PREDICTED, classes, predicted)), 1)
     rows: list[list[int]] = table.tolist()
     return rows
 
@@ -228,38 +228,38 @@ def _parts(tag: str) -> tuple[str, str]:
     return (prefix, name) if dash and prefix in _PREFIXES else ("I", tag)
 
 
-def entity_quality(truth: Iterable[Sequence[str]], told: Iterable[Sequence[str]]) -> dict[str, Any]:
+def entity_quality(truth: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]]) -> dict[str, Any]:
     """Return precision, recall and F1 over all entities (micro), as the mean over the types (macro), and of each type.
 
     Args:
         truth: The tags of each text.
-        told: As many, of the same texts.
+        predicted: As many, of the same texts.
     """
     there = Counter[str]()
     given = Counter[str]()
     right = Counter[str]()
-    for true_tags, told_tags in zip(truth, told, strict=True):
+    for true_tags, predicted_tags in zip(truth, predicted, strict=True):
         true_ones = set(find_entities(true_tags))
-        told_ones = set(find_entities(told_tags))
+        predicted_ones = set(find_entities(predicted_tags))
         there.update(kind for kind, _, _ in true_ones)
-        given.update(kind for kind, _, _ in told_ones)
-        right.update(kind for kind, _, _ in true_ones & told_ones)
+        given.update(kind for kind, _, _ in predicted_ones)
+        right.update(kind for kind, _, _ in true_ones & predicted_ones)
     types: list[dict[str, Any]] = [
-        {"type": kind, "entities": there[kind], "told": given[kind], **_figures(right[kind], given[kind], there[kind])}
+        {"type": kind, "entities": there[kind], "predicted": given[kind], **_figures(right[kind], given[kind], there[kind])}
         for kind in sorted(there | given)
     ]
     return {
         "entities": there.total(),
-        "told": given.total(),
+        "predicted": given.total(),
         "micro": _figures(right.total(), given.total(), there.total()),
         "macro": {key: sum(each[key] for each in types) / len(types) if types else 0.0 for key in ("precision", "recall", "f1")},
         "types": types,
     }
 
 
-def _figures(right: int, told: int, there: int) -> dict[str, float]:
+def _figures(right: int, predicted: int, there: int) -> dict[str, float]:
     return {
-        "precision": right / told if told else 0.0,
+        "precision": right / predicted if predicted else 0.0,
         "recall": right / there if there else 0.0,
-        "f1": 2 * right / (told + there) if told + there else 0.0,
+        "f1": 2 * right / (predicted + there) if predicted + there else 0.0,
     }

@@ -1,4 +1,4 @@
-"""Answers that are judged by sums over records: squared errors, or labels that are there, told, and both.
+"""Answers that are judged by sums over records: squared errors, or labels that are there, predicted, and both.
 
 The figure that decides is a function of such sums, so that its intervals and comparisons are a bootstrap over the units.
 """
@@ -24,7 +24,7 @@ class Judgment:
 
     Attributes:
         key: The figure that decides.
-        columns: (truth, told) -> what is summed up: (answers, k).
+        columns: (truth, predicted) -> what is summed up: (answers, k).
         figure: Sums (..., k) -> the figure: (...).
         less_is_better: Whether a smaller one is better.
     """
@@ -35,13 +35,13 @@ class Judgment:
     less_is_better: bool = False
 
 
-def _errors(truth: Floats, told: Floats) -> Floats:
-    return np.stack([np.square(told - truth), np.ones(len(truth))], axis=1)
+def _errors(truth: Floats, predicted: Floats) -> Floats:
+    return np.stack([np.square(predicted - truth), np.ones(len(truth))], axis=1)
 
 
-def _labels(truth: Floats, told: Floats) -> Floats:
+def _labels(truth: Floats, predicted: Floats) -> Floats:
     there = truth > 0.5
-    given = told > 0.5
+    given = predicted > 0.5
     return np.stack([there & given, there, given], axis=1).astype(np.float64)
 
 
@@ -95,8 +95,8 @@ class SummedAnswers:
         return bootstrapped(self.score - theirs.score, -apart if self.judgment.less_is_better else apart)
 
 
-def judge_answers(task: str, metrics: Metrics, truth: Sequence[Any], told: Sequence[Any], units: Numbers) -> SummedAnswers:
+def judge_answers(task: str, metrics: Metrics, truth: Sequence[Any], predicted: Sequence[Any], units: Numbers) -> SummedAnswers:
     """Return the answers of a task of `JUDGMENTS`."""
     judgment = JUDGMENTS[task]
-    sums = judgment.columns(np.asarray(truth, dtype=np.float64), np.asarray(told, dtype=np.float64))
+    sums = judgment.columns(np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64))
     return SummedAnswers(judgment, metrics, sums, units)

@@ -16,13 +16,13 @@ def check_layers(config: Any, layers: tuple[int, ...]) -> None:
     if getattr(config, "is_encoder_decoder", False) or not count:
         raise ModelError(
             f"model.feature is not supported for the architecture {config.model_type}: expected an encoder with layers, such as"
-            " bert, distilbert or roberta",
+            " bert, distilbert or roberta, or model.feature = none",
             code="model.no_layers",
         )
     if max(layers) > count:
         raise ModelError(
             f"model.feature.layers names layer {max(layers)}, and the base model has {count}: expected layers from 0 (the"
-            f" embeddings) to {count}",
+            f" embeddings) to {count}, or model.feature = none",
             code="model.no_layers",
         )
 

@@ -2,7 +2,11 @@
 
 No record has a part in it, so that it costs no ε. It is the same for everybody who has the base model: every organization
 makes it by itself, and the plan holds its hash. For that, the encoder and the fit compute in float64, in which processors and
-numbers of threads differ by about 1e-13, and the result is rounded to a grid that is coarser by far.
+numbers of threads differ by some 1e-13, and the result is rounded to a grid of about 1e-4.
+
+Of millions of numbers, one may lie so near the middle between two points of the grid that two processors round it apart. So the
+grid can lie in sixteen ways: whoever pins a map takes the one in which the nearest number is farthest from any middle, and
+whoever is given a hash takes the one that has it.
 
 Whitening is partial (covariance^(-3/8)): with the whole of it (-1/2) the smallest directions, which are mostly noise, would weigh
 as much as the largest. Measured in docs/results/tweets.md.
@@ -14,9 +18,8 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -31,12 +34,13 @@ from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import frame_tokens
 from cotune.errors import ModelError, reason_of
 from cotune.models.base.lookup import BaseModelFolder
-from cotune.models.check_cache import cache_folder
+from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_reading import check_layers, read_layers
+from cotune.models.observe import notify
 from cotune.storage.files import atomic_write
 
-_RECIPE = 1  # counts changes of anything below that changes the map
+_RECIPE = 2  # counts changes of anything below that changes the map
 _TEXTS = 4000
 _SHORTEST = 4  # tokens of a text, without special ones
 _LONGEST = 31  # with them
@@ -44,8 +48,9 @@ _ROWS = 128  # of a forward pass
 _POWER = 0.75  # of the inverse standard deviation along each direction
 _FLOOR = 1e-2  # added to the variances, whose mean is 1
 _NORM = 2.0  # root mean square of a feature's norm
-_BITS = 13  # after the point, of the matrix between standardized coordinates
+_GRID = 2.0**13  # points of the grid per unit, for the matrix between standardized coordinates
 _CENTER_BITS = 20
+_SHIFTS = 16  # ways in which the grid can lie
 _DEAD = 1e-6  # of the largest standard deviation: a coordinate that never moves
 
 
@@ -61,13 +66,40 @@ class AffineMap:
     center: Tensor
     matrix: Tensor
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) over the numbers."""
         digest = hashlib.sha256()
         for tensor in (self.center, self.matrix):
             digest.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FittedMap:
+    """A map before it is rounded.
+
+    Attributes:
+        center: (d,) in float64.
+        matrix: (d, d) between standardized coordinates, in float64.
+        inverse: (d,) 1 / standard deviation, rounded; 0 for a coordinate that never moves.
+        shifts: Ways in which the grid can lie, in sixteenths of its step; the best one first.
+    """
+
+    center: Tensor
+    matrix: Tensor
+    inverse: Tensor
+    shifts: Tensor
+
+    def choose(self, expected: str | None) -> AffineMap | None:
+        """Return the map with a hash, or None where it has another one in every way; without a hash, the best one."""
+        found = (self._round(shift / _SHIFTS) for shift in self.shifts.tolist())
+        return next((map for map in found if expected in (None, map.hash)), None)
+
+    def _round(self, shift: float) -> AffineMap:
+        matrix = ((self.matrix * _GRID + shift).round() - shift) / _GRID
+        center = (self.center * 2.0**_CENTER_BITS).round() / 2.0**_CENTER_BITS
+        return AffineMap(center.float().contiguous(), (matrix * self.inverse).float().contiguous())
 
 
 def pin_model(config: ModelConfig, folder: BaseModelFolder) -> ModelConfig:
@@ -84,13 +116,13 @@ def pin_model(config: ModelConfig, folder: BaseModelFolder) -> ModelConfig:
 
 
 def get_public_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap:
-    """Return the map of a base model's feature: kept on disk once it is made.
+    """Return the map of a base model's feature: kept on disk once it is fitted.
 
     Raises:
         ModelError: It is another one than the plan states, or the encoder does not run.
     """
     try:
-        found = _get_map(folder, feature.layers, feature.cls)
+        return _get_map(folder, feature.layers, feature.cls, feature.map_hash)
     except ModelError:
         raise
     except Exception as error:  # an encoder without hidden states, or one that wants other inputs: each fails in its own way
@@ -99,38 +131,46 @@ def get_public_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap
             " encoder of texts, such as bert, distilbert or roberta",
             code="model.no_layers",
         ) from None
-    if feature.map_hash not in (None, found.hash):
+
+
+@lru_cache(maxsize=2)
+def _get_map(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool, expected: str | None) -> AffineMap:
+    found = _get_fitted(folder, layers, cls).choose(expected)
+    if found is None:
         raise ModelError(
-            f"the map of model.feature that is made here has the hash {found.hash[:16]}…, expected {str(feature.map_hash)[:16]}…"
-            " as in the plan: use the versions of cotune, torch and transformers that the coordinator uses",
+            "the map of model.feature that is fitted here is another one than the plan's, whose hash is"
+            f" {str(expected)[:16]}…: use the versions of cotune, torch and transformers that the coordinator uses",
             code="model.other_map",
         )
     return found
 
 
-@lru_cache(maxsize=2)
-def _get_map(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> AffineMap:
+def _get_fitted(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> FittedMap:
     decides = (_RECIPE, folder.content_hash, layers, cls, torch.__version__, transformers.__version__)
     file = cache_folder() / "maps" / f"{hashlib.sha256(repr(decides).encode()).hexdigest()}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError):
-        kept = load_file(file)
-        return AffineMap(kept["center"], kept["matrix"])
-    found = fit_map(torch.cat(list(_features(folder.path, layers, cls))))
-    with contextlib.suppress(OSError):  # nowhere to write: it is made again the next time
-        atomic_write(file, save({"center": found.center, "matrix": found.matrix}))
-    return found
+    with contextlib.suppress(OSError, SafetensorError, TypeError):
+        if is_own(file):
+            return FittedMap(**load_file(file))
+    notify("map", base=folder.name, done=0, total=_TEXTS)
+    fitted = fit_map(torch.cat(list(_features(folder, layers, cls))))
+    with contextlib.suppress(OSError):  # nowhere to write: it is fitted again the next time
+        atomic_write(file, save(asdict(fitted)))
+    return fitted
 
 
-def _features(path: Path, layers: tuple[int, ...], cls: bool) -> Iterator[Tensor]:
+def _features(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> Iterator[Tensor]:
     """What the encoder's layers say of texts of random tokens, in float64; rows of one length at a time, without padding."""
-    reader = get_task("sequence-classification").reader(path)
-    base: Any = AutoModel.from_pretrained(str(path), use_safetensors=True, trust_remote_code=False, dtype=torch.float64)
+    reader = get_task("sequence-classification").reader(folder.path)
+    base: Any = AutoModel.from_pretrained(str(folder.path), use_safetensors=True, trust_remote_code=False, dtype=torch.float64)
     base.eval()
     check_layers(base.config, layers)
     table = base.get_input_embeddings().weight.shape[0]
+    done = 0
     for rows in draw_texts(reader, table, find_max_length(reader, base, _LONGEST)):
         with torch.no_grad():
             yield read_layers(base, layers, cls, torch.tensor(rows), None)
+        done += len(rows)
+        notify("map", base=folder.name, done=done, total=_TEXTS)
 
 
 def draw_texts(reader: Any, table: int, longest: int = _LONGEST) -> Iterator[list[list[int]]]:
@@ -156,26 +196,28 @@ def draw_texts(reader: Any, table: int, longest: int = _LONGEST) -> Iterator[lis
         start += len(batch)
 
 
-def fit_map(rows: Tensor) -> AffineMap:
-    """Return the map that centers, scales and partly whitens rows (n, d), rounded so that it is the same on every machine.
+def fit_map(rows: Tensor) -> FittedMap:
+    """Return the map that centers, scales and partly whitens rows (n, d), not rounded yet.
 
-    matrix = s · (C + floor)^(-power/2) · diag(1/standard deviation), C being the correlation of the rows' coordinates; s
-    brings the root mean square of the norm to 2.
+    matrix = s · (C + floor)^(-power/2), C being the correlation of the rows' coordinates; s brings the root mean square of the
+    norm to 2.
     """
     rows = rows.double()
-    center = rows.mean(dim=0)
     deviations = rows.std(dim=0)
     alive = deviations > _DEAD * deviations.max()
     inverse = torch.where(alive, 1 / _round_mantissa(torch.where(alive, deviations, torch.ones_like(deviations))), 0.0)
+    center = rows.mean(dim=0)
     standard = (rows - center) * inverse
     values, directions = torch.linalg.eigh(standard.T @ standard / len(rows))
     matrix = (directions * (values.clamp(min=0) + _FLOOR).pow(-_POWER / 2)) @ directions.T
-    size = (standard @ matrix).square().sum(dim=1).mean().sqrt()
-    grid = 2.0**_BITS
-    rounded = (matrix * (_NORM / size) * grid).round() / grid
-    return AffineMap(
-        ((center * 2.0**_CENTER_BITS).round() / 2.0**_CENTER_BITS).float().contiguous(), (rounded * inverse).float().contiguous()
-    )
+    matrix *= _NORM / (standard @ matrix).square().sum(dim=1).mean().sqrt()
+    return FittedMap(center, matrix, inverse, _order_shifts(matrix))
+
+
+def _order_shifts(matrix: Tensor) -> Tensor:
+    """The ways in which the grid can lie, that first which leaves every number farthest from a middle."""
+    distances = [((matrix * _GRID + shift / _SHIFTS).frac().abs() - 0.5).abs().min() for shift in range(_SHIFTS)]
+    return torch.stack(distances).argsort(descending=True)
 
 
 def _round_mantissa(values: Tensor) -> Tensor:

@@ -171,7 +171,10 @@ def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
 
 @lru_cache(maxsize=4096)
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
-    return float(_composed(merged, interval).get_epsilon_for_delta(delta)) if merged else 0.0
+    if not merged:
+        return 0.0
+    with np.errstate(over="ignore"):  # with next to no noise ε is infinite, and that is what comes out
+        return float(_composed(merged, interval).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=16)
@@ -239,12 +242,14 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     def gap(sigma: float, interval: float = _FINE) -> float:
         return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
 
-    if gap(MIN_NOISE_MULTIPLIER, _COARSE) <= 0:
-        return MIN_NOISE_MULTIPLIER
+    low = _lowest(planned)
+    if gap(low, _COARSE) <= 0:
+        low = MIN_NOISE_MULTIPLIER
+        if gap(low, _COARSE) <= 0:
+            return low
     grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
     if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
         return None
-    low = MIN_NOISE_MULTIPLIER
     high = MAX_NOISE_MULTIPLIER
     sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
     while gap(sigma) > 0:  # the coarse grid found the neighborhood, on either side; the fine one decides
@@ -252,6 +257,12 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:
         sigma /= 1 + _TOLERANCE
     return sigma
+
+
+def _lowest(planned: tuple[tuple[float, int], ...]) -> float:
+    """Where to look for σ from: with far less noise, a grid over the losses of many full batches has millions of points."""
+    full = sum(count for q, count in planned if q >= 1)
+    return min(MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER * math.sqrt(max(1, full)))
 
 
 def _unreachable_error(planned: Sequence[tuple[float, int]], target: float, delta: float, spent: Sequence[Steps]) -> PrivacyError:

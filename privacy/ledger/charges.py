@@ -19,7 +19,7 @@ from cotune.errors import Declined
 from cotune.privacy.accounting.composition import Steps, add_counts, epsilon
 from cotune.privacy.accounting.filters import check_accountants, epsilon_of_total
 from cotune.privacy.accounting.rounding import round_up
-from cotune.storage.database_log import Entry
+from cotune.storage.log_entries import Entry
 
 _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
 

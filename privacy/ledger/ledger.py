@@ -42,7 +42,8 @@ from cotune.privacy.ledger.charges import (
 )
 from cotune.privacy.ledger.site_key import IDENTITY_BYTES, SiteKey
 from cotune.privacy.ledger.totals import ANSWER, Totals
-from cotune.storage.database_log import DatabaseLog, Entry, OpenLog
+from cotune.storage.database_log import DatabaseLog
+from cotune.storage.log_entries import Entry, OpenLog
 
 _CHARGES = """
 CREATE VIEW charges AS
@@ -267,7 +268,7 @@ class Ledger:
     def record_disclosure(self, plan_id: str, data: str, what: str, values: Sequence[float]) -> None:
         """Record, durably, numbers that are disclosed to the server once and for all, noise included."""
         with self._chain.transaction() as log:
-            log.append("told", {"plan_id": plan_id, "data": data, "what": what, "values": list(values)})
+            log.append("disclosure", {"plan_id": plan_id, "data": data, "what": what, "values": list(values)})
 
     def get_disclosure(self, plan_id: str, what: str) -> list[float] | None:
         """Return the numbers that were disclosed before; None: there are none.
@@ -275,7 +276,7 @@ class Ledger:
         Of any data set of the run: a new draw would reveal that a record was added or removed since.
         """
         run = self._refreshed().runs.get(plan_id)
-        found = None if run is None else run.told.get(what)
+        found = None if run is None else run.disclosures.get(what)
         return None if found is None else list(found)
 
     def record_answer(self, plan_id: str, round: int, *, data: str) -> None:

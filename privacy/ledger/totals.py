@@ -14,7 +14,7 @@ from typing import Any
 from cotune.data.units import RECORD
 from cotune.privacy.accounting.composition import Steps, add_counts
 from cotune.privacy.ledger.charges import DataSet, History, reserved_steps
-from cotune.storage.database_log import Entry
+from cotune.storage.log_entries import Entry
 
 ANSWER = "answer"  # name of the disclosure that a round was answered
 
@@ -68,7 +68,7 @@ class _Run:
     charges: list[_Charged] = field(default_factory=list)
     rounds: set[int] = field(default_factory=set)
     seconds: float = 0.0
-    told: dict[str, list[float]] = field(default_factory=dict)  # what -> the numbers that were disclosed first
+    disclosures: dict[str, list[float]] = field(default_factory=dict)  # what -> the numbers that were disclosed first
     answers: dict[int, int] = field(default_factory=dict)  # round -> the entry of its first answer
 
 
@@ -101,7 +101,8 @@ class Totals:
             "reserve": self._add_charge,
             "settle": self._settle,
             "unprotected": self._add_unprotected,
-            "told": self._add_told,
+            "disclosure": self._add_disclosure,
+            "told": self._add_disclosure,  # the name of a disclosure in ledgers of earlier versions
         }.get(entry.kind)
         if take is not None:
             take(entry)
@@ -148,10 +149,10 @@ class Totals:
     def _add_unprotected(self, entry: Entry) -> None:
         self._counted_in(entry.body.get("collection", ""))
 
-    def _add_told(self, entry: Entry) -> None:
+    def _add_disclosure(self, entry: Entry) -> None:
         body = entry.body
         run = self._run(body["plan_id"])
-        run.told.setdefault(body["what"], list(body["values"]))
+        run.disclosures.setdefault(body["what"], list(body["values"]))
         if body["what"] == ANSWER:
             run.answers.setdefault(int(body["values"][0]), entry.id)
 

@@ -33,7 +33,7 @@ from cotune.privacy.ledger.charges import (
     reserved_steps,
 )
 from cotune.storage.append_only_log import BrokenChain, verify_chain
-from cotune.storage.database_log import Entry
+from cotune.storage.log_entries import Entry
 
 FORMAT = "cotune ledger 3"
 _EVENT = ("id", "plan_id", "mechanism", "noise_multiplier", "sample_rate", "steps")

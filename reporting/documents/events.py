@@ -118,7 +118,7 @@ class RoundNotApplied(Event):
 
 
 class WeightIsSmall(Event):
-    """The share of an organization is below a tenth of an equal one; told once."""
+    """The share of an organization is below a tenth of an equal one; reported once."""
 
     event: Literal["weight_is_small"] = "weight_is_small"
     round: _Round
@@ -131,7 +131,7 @@ class MessagesRefused(Event):
 
     event: Literal["messages_refused"] = "messages_refused"
     organization: _Organization
-    count: int = Field(description="How many since this was told last.")
+    count: int = Field(description="How many since the last such event.")
     total: int = Field(description="How many since the proxy counts.")
     reason: str = Field(description="Why, of the last.")
 

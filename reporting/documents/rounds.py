@@ -16,7 +16,7 @@ class MetricsEntry(Document):
     accuracy: Number = Field(
         0.0,
         description="Classes and texts: share of the records (with tags: of the words; of texts: of the target tokens) that are"
-        " told right, of 1.",
+        " predicted correctly, of 1.",
     )
     precision: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
     recall: Number = Field(0.0, description="Classes: macro mean over them, of 1.")
@@ -32,7 +32,7 @@ class MetricsEntry(Document):
     mean_average_precision: Number = Field(
         0.0, description="Label sets: mean over the labels that some record has of average precision, of 1."
     )
-    exact: Number = Field(0.0, description="Label sets: share of the records of which every label is told right, of 1.")
+    exact: Number = Field(0.0, description="Label sets: share of the records of which every label is predicted correctly, of 1.")
 
     @property
     def score(self) -> float:
@@ -82,8 +82,9 @@ class RoundEntry(Document):
     epsilon: dict[str, Number] = Field(
         default_factory=dict, description="Organization → ε spent so far, or the most that it may spend, as it stated it."
     )
-    told: dict[str, dict[str, Number]] = Field(
-        default_factory=dict, description="Organization → what else it told, by name (table `tell` of a plan)."
+    disclosures: dict[str, dict[str, Number]] = Field(
+        default_factory=dict,
+        description="Organization → what it disclosed beside its delta, by name (table `disclosures` of a plan).",
     )
     client_privacy: ClientPrivacyEntry | None = Field(None, description="Client-level privacy; null without it.")
     participants: list[str] = Field(default_factory=list, description="Organizations whose update entered the round.")

@@ -69,11 +69,11 @@ def list_disclosures(plan: Plan) -> Iterator[str]:
         yield f"in each of {plan.rounds} rounds, {trained}: {_describe_protection(plan)}"
     else:
         yield f"in each of {plan.rounds} rounds, how your training changed {trained}: {_describe_protection(plan)}"
-    yield "beside it a number of records, as your rule `tell.example_count` has it, the number of steps, and the ε of it at most"
+    yield "beside it a number of records, as your rule `disclosures.example_count` has it, the number of steps, and at most its ε"
     yield from (_SENT_PAYLOADS[payload] for payload in plan.strategy.sends)
-    if plan.tell.local_metrics:
+    if plan.disclosures.local_metrics:
         yield "how many of your records the received model classifies rightly, every round"
-    if plan.tell.label_histogram:
+    if plan.disclosures.label_histogram:
         yield "how many of your records each class has, once"
 
 

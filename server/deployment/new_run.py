@@ -20,7 +20,7 @@ from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.plan_checks import build_notes, check_example_bounds
 from cotune.server.rounds.feasibility import check_feasible
-from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, pick_run_folder
+from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, manifest_file, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.documents import JsonDocument
 
@@ -94,4 +94,4 @@ def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
     """All of its records, read as the plan reads records."""
     if file := _test_file(federation):
         document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
-        JsonDocument(path / "test" / "data.json", DatasetManifest).write(document)
+        JsonDocument(manifest_file(path, "test"), DatasetManifest).write(document)

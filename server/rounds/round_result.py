@@ -107,7 +107,7 @@ class RoundResult:
             stage=stage,
             metrics=metrics_entry(metrics),
             epsilon={name: each.epsilon for name, each in accepted.items() if each.epsilon is not None},
-            told={name: dict(each.disclosures) for name, each in accepted.items() if each.disclosures},
+            disclosures={name: dict(each.disclosures) for name, each in accepted.items() if each.disclosures},
             client_privacy=None,
             participants=self.participants,
             dropped=[DroppedEntry(organization=name, reason=reason) for name, reason in self.dropped.items()],

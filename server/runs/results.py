@@ -34,7 +34,7 @@ from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import find_excluded
 from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params, load_run_model
 from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.storage.files import atomic_write
@@ -223,7 +223,7 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Of the coordinator's own test set; without one, nothing was measured."""
-    document = folder.path / "test" / "data.json"
+    document = manifest_file(folder.path, "test")
     metrics = progress.history[-1].metrics
     nothing = {
         "examples": 0,

@@ -12,7 +12,7 @@ trail.jsonl             of a real run: requests and answers with their signature
 inbox/                  during a round: updates that came before their turn
 quarantine/             updates that were refused, as they came (rounds/updates/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
-test/data.json          the common test set
+test/data.json          the common test set (validation/data.json: of the strategies that need one)
 sites/<organization>/   the simulated organizations (only in simulations)
 model/ summary.json report.html    at the end
 """
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cotune.models.trainable import State
+
+
+def manifest_file(run: Path, which: Literal["test", "validation"]) -> Path:
+    """Return the file in a run's folder that says which records form its common test set, or its validation set."""
+    return run / which / "data.json"
 
 
 class Participant(BaseModel):

@@ -290,8 +290,8 @@ def _gain(compared: Sequence[OrganizationWorth]) -> dict[str, Any]:
     """Of the organizations whose own records say whether joining is worth it; nothing where nobody has trained alone."""
     if not compared:
         return {}
-    told = [each.answer for each in compared]
+    answers = [each.answer for each in compared]
     return {
         "gain": statistics.fmean(each.difference for each in compared),
-        "answers": (told.count("yes"), told.count("no"), told.count("too close to tell")),
+        "answers": (answers.count("yes"), answers.count("no"), answers.count("too close to tell")),
     }

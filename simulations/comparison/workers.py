@@ -1,7 +1,7 @@
 """Processes that play one cell of a comparison at a time, several beside each other.
 
-A worker is started afresh (spawn), told what to play through a pipe, and ends when anyone who started it does, however that ends.
-What it plays is durable round by round, so it may be killed at any moment.
+A worker is a fresh process (spawn) that receives its work through a pipe, and ends when the process that started it does,
+however that ends. What it runs is durable round by round, so it may be killed at any moment.
 
 The cells of a comparison as tasks, played in this process or in several beside each other.
 
@@ -152,7 +152,7 @@ def _receive(worker: _Worker, workers: list[_Worker], listener: Observer) -> Ite
     """One message of a worker: what happens in its cell, or that the cell has ended. A worker that died says nothing more."""
     assert worker.task is not None
     try:
-        kind, told = worker.process.pipe.recv()
+        kind, payload = worker.process.pipe.recv()
     except (EOFError, ConnectionResetError):
         workers.remove(worker)
         yield worker.task, f"its process ended with {worker.process.wait()}: perhaps memory ran out; try fewer --jobs"
@@ -160,9 +160,9 @@ def _receive(worker: _Worker, workers: list[_Worker], listener: Observer) -> Ite
     if kind == "ended":
         task = worker.task
         worker.task = None
-        yield task, told
+        yield task, payload
     else:
-        listener(kind, told)
+        listener(kind, payload)
 
 
 def _work(pipe: Connection, imports: tuple[str, ...]) -> None:

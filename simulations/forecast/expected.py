@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_charges
 from cotune.client.policy_check import find_violations
-from cotune.client.training.setup import check_stages
+from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base.folder import read_base_labels
@@ -82,7 +82,7 @@ def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> 
     """
     pick_device(device)
     resolved, notes = open_plan(plan)
-    policy = Policy.permissive().model_copy(update={"tell": Policy().tell})
+    policy = Policy.permissive().model_copy(update={"disclosures": Policy().disclosures})
     names = [f"org-{number}" for number in range(1, len(examples) + 1)]
     for name, count in zip(names, examples, strict=True):
         for stage in resolved.stages:

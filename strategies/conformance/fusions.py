@@ -129,8 +129,8 @@ def _not_finite(case: Case) -> Problems:
 def _broken(update: Update) -> dict[str, Update]:
     nan = float("nan")
     found = {"the delta": replace(update, delta={n: torch.full_like(t, nan) for n, t in update.delta.items()})}
-    if update.told:
-        found["the loss"] = replace(update, told=dict.fromkeys(update.told, nan))
+    if update.disclosures:
+        found["the loss"] = replace(update, disclosures=dict.fromkeys(update.disclosures, nan))
     if update.statistics:
         found["a statistic"] = replace(update, statistics={n: torch.full_like(t, nan) for n, t in update.statistics.items()})
     return found

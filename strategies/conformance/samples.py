@@ -159,7 +159,7 @@ def _update(i: int, common: Delta, context: RoundContext, info: ComponentInfo, g
         delta={name: common[name] + tensor for name, tensor in own.items()},
         examples=100 + 50 * i,
         steps=_STEPS - i % 2,
-        told={"loss": 0.5 + 0.25 * i} if "loss" in needs.sends else {},
+        disclosures={"loss": 0.5 + 0.25 * i} if "loss" in needs.sends else {},
         noise_variance=dict.fromkeys(own, 0.001 * (1 + i)) if "noise" in needs.sends else None,
         statistics=_statistics(own, info, generator),
     )

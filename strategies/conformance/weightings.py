@@ -82,11 +82,11 @@ def _single(case: Case) -> Problems:
 
 def _not_finite(case: Case) -> Problems:
     first = case.updates[0]
-    told = [replace(first, told=dict.fromkeys(first.told, math.nan))] if first.told else []
+    disclosed = [replace(first, disclosures=dict.fromkeys(first.disclosures, math.nan))] if first.disclosures else []
     noise = [replace(first, noise_variance=dict.fromkeys(first.delta, math.nan))] if first.noise_variance else []
-    for broken in (*told, *noise):
+    for broken in (*disclosed, *noise):
         if not refusal(partial(_round, case, [broken, *case.updates[1:]])):
-            yield "what an update tells is not a number, and it gets a weight: expected it to be refused"
+            yield "an update discloses NaN and gets a weight: expected it to be refused"
 
 
 def _round(case: Case, updates: Sequence[Update]) -> None:

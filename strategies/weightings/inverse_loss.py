@@ -22,4 +22,4 @@ def inverse_loss(update: Update, *, power: Annotated[float, Field(gt=0, le=10)] 
 
     power: the larger, the less an organization whose records the model does not fit has to say. A loss is believed as it is told.
     """
-    return float(max(update.told["loss"], _LEAST) ** -power)
+    return float(max(update.disclosures["loss"], _LEAST) ** -power)

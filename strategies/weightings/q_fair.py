@@ -23,4 +23,4 @@ def q_fair(update: Update, *, q: Annotated[float, Field(ge=0, le=10)] = 1.0) -> 
     The direction of steepest descent on Σ F_k^(q+1), every organization being one of equals; the length of the paper's step is
     left to the server optimizer. q: 0 counts everybody alike, large q the worst served alone. A loss is believed as it is told.
     """
-    return float(max(update.told["loss"], _LEAST) ** q)
+    return float(max(update.disclosures["loss"], _LEAST) ** q)

@@ -23,6 +23,6 @@ def tilted(updates: Sequence[Update], *, t: Annotated[float, Field(ge=-100, le=1
     t: per nat; above 0, who is served badly counts more; below 0, less; 0 counts by records. The largest exponent is subtracted
     from all, so that none overflows. A loss is believed as it is told.
     """
-    exponents = [t * update.told["loss"] for update in updates]
+    exponents = [t * update.disclosures["loss"] for update in updates]
     largest = max(exponents, default=0.0)
     return [update.examples * math.exp(e - largest) for update, e in zip(updates, exponents, strict=True)]

@@ -48,7 +48,7 @@ def array(content: RecordDict) -> None:
 
 
 def value(content: RecordDict) -> None:
-    content["told"] = ConfigRecord({HALF: 1.0})
+    content["disclosures"] = ConfigRecord({HALF: 1.0})
 
 
 def dtype_of_half(content: RecordDict) -> None:

@@ -55,10 +55,10 @@ def make(tmp_path: Path) -> Callable[..., Site]:
         (folder / name).write_bytes(content)
         described = DatasetManifest(data=DataConfig(source=str(folder / name)), portions=(FileSlice(path=None),))
         (folder / "data.json").write_text(described.model_dump_json())
-        tell = DisclosureRules(
+        rules = DisclosureRules(
             example_count="declared", declared_examples=60, local_metrics="noised", local_loss="noised", label_histogram="noised"
         )
-        (folder / "policy.toml").write_text(dump_policy(Policy.permissive().model_copy(update={"tell": tell})))
+        (folder / "policy.toml").write_text(dump_policy(Policy.permissive().model_copy(update={"disclosures": rules})))
         (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         return Site(folder)
 
@@ -85,7 +85,7 @@ def test_such_a_round_is_answered_like_any_other(
         privacy={"epsilon": 3.0, "delta": 1e-3},
         train=mode,
         rounds=1,
-        tell={"label_histogram": True, "local_metrics": True},
+        disclosures={"label_histogram": True, "local_metrics": True},
         strategy={"weighting": "inverse_loss"},
     )
     found = []
@@ -101,7 +101,7 @@ def test_such_a_round_is_answered_like_any_other(
         site = make(CSV, content, f"site-{number}")
         update = train_round(plan, site, 1, state_for(plan))
         purposes = [(c.purpose, c.steps) for c in site.ledger().charges()]
-        found.append((update.examples, update.steps, update.epsilon, sorted(update.told), purposes, tuple(drawn)))
+        found.append((update.examples, update.steps, update.epsilon, sorted(update.disclosures), purposes, tuple(drawn)))
         assert any(bool(tensor.any()) for tensor in update.delta.values())
         drawn.clear()
     assert found[0] == found[1] == found[2]

@@ -50,12 +50,12 @@ def hold(site: Path, texts: list[str], collection: str = "") -> None:
 
 @pytest.fixture
 def new_site(tmp_path: Path) -> Callable[..., Site]:
-    def make(name: str, total: float, tell: dict[str, Any] | None = None) -> Site:
+    def make(name: str, total: float, disclosures: dict[str, Any] | None = None) -> Site:
         folder = tmp_path / name
         folder.mkdir()
         allowed = Policy.permissive(examples=60)
         budget = allowed.budget.model_copy(update={"epsilon_total": total, "delta_total": 1e-3})
-        rules = {"budget": budget} | ({"tell": DisclosureRules(**tell)} if tell else {})
+        rules = {"budget": budget} | ({"disclosures": DisclosureRules(**disclosures)} if disclosures else {})
         (folder / "policy.toml").write_text(dump_policy(allowed.model_copy(update=rules)))
         (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
         return Site(folder)
@@ -92,7 +92,7 @@ def answer(plan: Plan, site: Site, round: int, state: State) -> tuple[Any, ...]:
         return ("refused", declined.public)
     except PrivacyError:
         return ("refused", GENERIC_REFUSAL)
-    return ("update", update.examples, update.steps, update.epsilon, update.noise_variance, sorted(update.told))
+    return ("update", update.examples, update.steps, update.epsilon, update.noise_variance, sorted(update.disclosures))
 
 
 def plan_of(make_plan: MakePlan, seed: int, **tables: Any) -> Plan:
@@ -161,16 +161,16 @@ def test_another_unit_of_privacy_is_refused_alike(
 
 
 @pytest.mark.usefixtures("fixed_noise")
-@pytest.mark.parametrize("tell", [{"example_count": "declared", "declared_examples": 60}, {"example_count": "noised"}])
+@pytest.mark.parametrize("disclosures", [{"example_count": "declared", "declared_examples": 60}, {"example_count": "noised"}])
 def test_in_another_collection_a_record_changes_no_bit(
-    new_site: Callable[..., Site], make_plan: MakePlan, state_for: StateFor, tell: dict[str, Any]
+    new_site: Callable[..., Site], make_plan: MakePlan, state_for: StateFor, disclosures: dict[str, Any]
 ) -> None:
     """Its total is its own: a run fits, though the other collection has nothing left. The shared record is left out of it."""
     first = plan_of(make_plan, 1)
     second = plan_of(make_plan, 2, local={"batch_size": 0.5})
     found = []
     for world, texts in {"shared": [*NEW, OLD[0]], "apart": NEW}.items():
-        site = new_site(world, 3.0, tell)
+        site = new_site(world, 3.0, disclosures)
         hold(site.folder, OLD, "wards")
         answer(first, site, 1, state_for(first, 1))
         hold(site.folder, texts, "images")

@@ -31,7 +31,9 @@ def plan(make_plan: Callable[..., Plan]) -> Plan:
 
 def promised_and_true(plan: Plan, records: int) -> tuple[float, float]:
     """δ as promised, and P(loss > ε) as it is in the joint distribution of N and what follows: the worse of both directions."""
-    policy = Policy.permissive().model_copy(update={"tell": DisclosureRules(example_count="noised", noise_multiplier=SIGMA)})
+    policy = Policy.permissive().model_copy(
+        update={"disclosures": DisclosureRules(example_count="noised", noise_multiplier=SIGMA)}
+    )
     assert isinstance(plan.privacy, RecordPrivacy)
     assert [steps.mechanism for steps in planned_disclosures(plan, policy)] == ["geometric"]
     loss = geometric_epsilon(SIGMA)

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
+from cotune.client.training.gradient_checks import check_gradients
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup, check_gradients
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows

@@ -13,9 +13,10 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
 from cotune.plan.wire import Codec
-from cotune.protocol import messages
+from cotune.protocol import arrays as arrays_of_messages
+from cotune.protocol.arrays import SALTED
 from cotune.protocol.codecs import packed_bytes
-from cotune.protocol.messages import SALTED, Request, encode_update, get_salt
+from cotune.protocol.messages import Request, encode_update, get_salt
 from cotune.server.app import train_rounds
 from cotune.server.runs.exclusions import count_strikes
 from tests.support.organizations import Answer, adding, federation, model_of, update
@@ -33,9 +34,9 @@ def changing(plan_id: str, codec: Codec, change: Change) -> Answer:
         content = encode_update(honest, plan_id, codec=codec)
         arrays = dict(content["delta"])
         name = sorted(arrays)[0]
-        key = messages._derive_key(get_salt(content), "delta", name)
-        changed = change(arrays[name], messages._mask(arrays[name].data, key))
-        arrays[name] = Array(changed.dtype, tuple(changed.shape), SALTED, messages._mask(changed.data, key))
+        key = arrays_of_messages.derive_key(get_salt(content), "delta", name)
+        changed = change(arrays[name], arrays_of_messages._mask(arrays[name].data, key))
+        arrays[name] = Array(changed.dtype, tuple(changed.shape), SALTED, arrays_of_messages._mask(changed.data, key))
         content["delta"] = ArrayRecord(arrays)
         return content
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cotune.client.approvals import Approvals
 from cotune.client.node.received import read_plan
-from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.data.class_names import class_name
 from cotune.errors import Declined

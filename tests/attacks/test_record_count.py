@@ -58,8 +58,8 @@ def plan_of(base_model: Callable[[str], Path], records: Path) -> Callable[..., P
     return make
 
 
-def site_of(folder: Path, records: Path, count: int, **tell: Any) -> Site:
-    policy = Policy.permissive().model_copy(update={"tell": DisclosureRules(**tell)})
+def site_of(folder: Path, records: Path, count: int, **rules: Any) -> Site:
+    policy = Policy.permissive().model_copy(update={"disclosures": DisclosureRules(**rules)})
     return clinic.make_site(folder, records, range(count), policy)
 
 
@@ -77,7 +77,7 @@ def mechanism(monkeypatch: pytest.MonkeyPatch) -> list[DPSGDConfig]:
 
 
 def visible(update: Update) -> tuple[Any, ...]:
-    return update.examples, update.steps, update.epsilon, update.noise_variance, update.told
+    return update.examples, update.steps, update.epsilon, update.noise_variance, update.disclosures
 
 
 @pytest.mark.parametrize("declared", [100, 120, 250])
@@ -150,7 +150,7 @@ def test_simulated_organizations_declare_two_digits(plan_of: Callable[..., Plan]
     [share] = prepared.shares
     assert share.units == 103
     assert share.public_examples(prepared.plan) == 100
-    assert share.policy(prepared.plan).tell.declared_examples == 100
+    assert share.policy(prepared.plan).disclosures.declared_examples == 100
 
 
 def test_a_record_that_comes_between_rounds_draws_no_new_number(

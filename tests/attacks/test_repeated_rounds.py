@@ -29,7 +29,7 @@ from tests.support.failures import fails_with
 
 RECORDS = 600
 INTERVAL = 1e-3
-POLICY = Policy(tell=DisclosureRules(example_count="declared", declared_examples=RECORDS))
+POLICY = Policy(disclosures=DisclosureRules(example_count="declared", declared_examples=RECORDS))
 PLAN = parse_plan(
     {
         "labels": ("a", "b"),

@@ -54,7 +54,7 @@ def said(reply: Message) -> str:
 
 @pytest.mark.parametrize(
     "rules",
-    [{"tell.example_count": "declared", "tell.declared_examples": 1}, {"tell.example_count": "exact"}],
+    [{"disclosures.example_count": "declared", "disclosures.declared_examples": 1}, {"disclosures.example_count": "exact"}],
 )
 def test_record_count_out_of_range_is_declined_before_charging(
     plan: Plan,
@@ -63,25 +63,25 @@ def test_record_count_out_of_range_is_declined_before_charging(
     rules: dict[str, Any],
 ) -> None:
     site = make_site(policy=change_policy(Policy.permissive(), rules))
-    assert "tell.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
+    assert "disclosures.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
     assert not site.ledger_file.exists()
     assert not (site.folder / "outbox").exists()
-    assert [broken.rule for broken in run_preflight(plan, site).broken] == ["tell.example_count"]
+    assert [broken.rule for broken in run_preflight(plan, site).broken] == ["disclosures.example_count"]
 
 
 def test_a_declared_number_is_judged_before_the_records_are_read(
     plan: Plan, make_site: Callable[..., Site], state_for: Callable[..., State]
 ) -> None:
-    rules = {"tell.example_count": "declared", "tell.declared_examples": 1}
+    rules = {"disclosures.example_count": "declared", "disclosures.declared_examples": 1}
     site = make_site(policy=change_policy(Policy.permissive(), rules))
     document = json.loads((site.folder / "data.json").read_bytes())
     document["portions"][0]["path"] = str(site.folder / "gone.csv")
     (site.folder / "data.json").write_text(json.dumps(document))
-    assert "tell.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
+    assert "disclosures.example_count" in said(ask(plan, state_for(plan), site, **RANGE))
 
 
 def test_a_number_within_the_range_trains(plan: Plan, make_site: Callable[..., Site], state_for: Callable[..., State]) -> None:
-    site = make_site(policy=change_policy(Policy.permissive(), {"tell.example_count": "exact"}))
+    site = make_site(policy=change_policy(Policy.permissive(), {"disclosures.example_count": "exact"}))
     assert not ask(plan, state_for(plan), site, least=60, most=60).has_error()
 
 

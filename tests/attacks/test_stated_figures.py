@@ -41,9 +41,9 @@ def stating(**figures: Any) -> Any:
         {"epsilon": math.inf},
         {"epsilon": math.nan},
         {"epsilon": 8.02},
-        {"told": {"correct": 1e308}},
-        {"told": {"correct": -1e308}},
-        {"told": {"records": math.nan}},
+        {"disclosures": {"correct": 1e308}},
+        {"disclosures": {"correct": -1e308}},
+        {"disclosures": {"records": math.nan}},
         {"noise_variance": "all 1e308"},
         {"examples": 10**12},
         {"examples": -1},
@@ -56,8 +56,8 @@ def test_it_is_refused(new_run: NewRun, figures: dict[str, Any]) -> None:
         changed = {"steps": 20, **figures, **noise}
         return update(request, {name: 0 * tensor for name, tensor in request.state.items()}, **changed)
 
-    folder = new_run("org-1", "org-2", rounds=1, privacy=PRIVACY, tell={"local_metrics": True})
-    grid = federation(folder.plan, {"org-1": stating(epsilon=8.0, told={"correct": 3.0}), "org-2": hostile})
+    folder = new_run("org-1", "org-2", rounds=1, privacy=PRIVACY, disclosures={"local_metrics": True})
+    grid = federation(folder.plan, {"org-1": stating(epsilon=8.0, disclosures={"correct": 3.0}), "org-2": hostile})
     [entry] = train_rounds(grid, folder, model_of(folder.plan), lambda state: None).history
     assert entry["participants"] == ["org-1"]
     assert entry["quarantined"] == ["org-2"]

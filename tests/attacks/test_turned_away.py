@@ -20,8 +20,9 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from cotune.flower import fleet_client as fleet
-from cotune.flower.fleet_client import FleetError, NodeRejected, connect
+from cotune.flower import fleet_errors
+from cotune.flower.fleet_client import connect
+from cotune.flower.fleet_errors import FleetError, NodeRejected
 from cotune.server.deployment.members import Members
 from tests.support.calls import new_key
 from tests.support.proxies import NORTH, STRANGER, Running, Upstream, folder, running, served, upstream
@@ -82,7 +83,7 @@ def test_too_many_bytes(folder: Path, upstream: Upstream) -> None:
         with FleetHttpClient.from_server_address(f"localhost:{front.port}", False, authority, interceptors=[signing]) as client:
             request = PushObjectRequest(node=Node(node_id=1), object_content=bytes(5000))
             with pytest.raises(FleetError, match="expected at most 1000"):
-                fleet._call(client.PushObject, request)
+                fleet_errors.call(client.PushObject, request)
 
 
 @pytest.mark.parametrize("status", [400, 401, 412, 413, 503])
@@ -93,11 +94,11 @@ def test_too_many_bytes(folder: Path, upstream: Upstream) -> None:
 )
 def test_a_reason_is_shown_as_one_short_line_whatever_it_is(status: int, detail: object) -> None:
     """The server is not trusted, and the reason goes to the organization's terminal."""
-    shown = str(fleet._build_error(httpx.Response(status, content=json.dumps({"detail": detail}))))
+    shown = str(fleet_errors._build_error(httpx.Response(status, content=json.dumps({"detail": detail}))))
     assert shown.isprintable()
     assert len(shown) < 600
 
 
 @pytest.mark.parametrize("make", [lambda: b"", lambda: b"[" * 100_000, lambda: b"\xff", lambda: b"5"])
 def test_an_answer_that_is_no_reason_is_told_by_its_status(make: Callable[[], bytes]) -> None:
-    assert "status 400" in str(fleet._build_error(httpx.Response(400, content=make())))
+    assert "status 400" in str(fleet_errors._build_error(httpx.Response(400, content=make())))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cotune.cli.comparison import showing_cells
+from cotune.cli.comparison_progress import showing_cells
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
 from tests.support.console import Cotune

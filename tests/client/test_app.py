@@ -379,7 +379,7 @@ def test_what_was_not_agreed_on_is_stopped(
     """As if a mistake in training let a metric through."""
 
     def leaky(*arguments: Any, **options: Any) -> Update:
-        return dataclasses.replace(train_round(*arguments, **options), told={"records": 60.0})
+        return dataclasses.replace(train_round(*arguments, **options), disclosures={"records": 60.0})
 
     site = make_site(simulated=simulated)
     monkeypatch.setattr(client_app, "train_round", leaky)

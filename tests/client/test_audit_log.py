@@ -37,7 +37,7 @@ def test_no_words_of_a_server_break_the_chain(tmp_path: Path, letter: str) -> No
     """Fifty long names, and a long reason: each line must be found again when the next one is written."""
     log = AuditLog(tmp_path)
     for round in range(2):
-        log.append("update", round=round, told=[200_000 * letter] * 50, reason=200_000 * letter)
+        log.append("update", round=round, disclosures=[200_000 * letter] * 50, reason=200_000 * letter)
     assert [entry["round"] for entry in log.entries()] == [0, 1]
     assert log.last()["reason"] == 1000 * letter
 

@@ -25,10 +25,10 @@ from cotune.plan.schema import Plan
 from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy
-from cotune.protocol import messages as wire
+from cotune.protocol import arrays as wire
+from cotune.protocol.arrays import SALTED
 from cotune.protocol.codecs import pack
 from cotune.protocol.messages import (
-    SALTED,
     Receipt,
     Recipient,
     Request,
@@ -71,7 +71,7 @@ class Case:
         salt = get_salt(self.content)
         salted = dict(self.content.get(name, {}))
         for key, array in arrays.items():
-            mask = wire._derive_key(salt, name, key)
+            mask = wire.derive_key(salt, name, key)
             salted[key] = Array(array.dtype, tuple(array.shape), SALTED, wire._mask(array.data, mask))
         self.content[name] = ArrayRecord(salted)
 
@@ -179,8 +179,8 @@ def another_state(case: Case) -> None:
     case.header(received="ab" * 32)
 
 
-def a_told_metric(case: Case) -> None:
-    case.content["told"] = ConfigRecord({"correct": 17.0})
+def a_disclosed_metric(case: Case) -> None:
+    case.content["disclosures"] = ConfigRecord({"correct": 17.0})
 
 
 def statistics(case: Case) -> None:
@@ -212,7 +212,7 @@ def reported_noise(case: Case) -> None:
         another_round,
         another_plan,
         another_state,
-        a_told_metric,
+        a_disclosed_metric,
         statistics,
         reported_noise,
     ],
@@ -292,8 +292,8 @@ def test_what_must_not_leave_packed(packed: Case, spoil: Callable[[Case], None])
     assert "\n" not in str(raised.value)
 
 
-def told_by(policy: Policy, **rules: Any) -> Policy:
-    return policy.model_copy(update={"tell": policy.tell.model_copy(update=rules)})
+def disclosing(policy: Policy, **rules: Any) -> Policy:
+    return policy.model_copy(update={"disclosures": policy.disclosures.model_copy(update=rules)})
 
 
 @pytest.mark.parametrize(
@@ -304,23 +304,23 @@ def test_the_number_of_records_is_what_the_rule_says(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, rule: str, told: set[int] | None
 ) -> None:
     plan = make_plan(privacy=PRIVATE)
-    policy = told_by(Policy.permissive(), example_count=rule, declared_examples=1000)
+    policy = disclosing(Policy.permissive(), example_count=rule, declared_examples=1000)
     case = Case(plan, make_site(policy=policy), state_for(plan))
     case.check()
     said = case.content["update"]["examples"]
     assert told is None or said in told
     assert isinstance(said, int)
     case.header(examples=said + 7)
-    with fails_with("run.egress_blocked", "tell.example_count"):
+    with fails_with("run.egress_blocked", "disclosures.example_count"):
         case.check()
 
 
 def test_kept_update_is_refused_once_the_policy_forbids_it(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan = make_plan(privacy=PRIVATE, tell={"local_metrics": True})
+    plan = make_plan(privacy=PRIVATE, disclosures={"local_metrics": True})
     case = Case(plan, make_site(), state_for(plan))
     case.check()
-    assert set(decode_update(case.content, plan.plan_id).told) == {"correct", "records"}
-    (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), local_metrics="none")))
+    assert set(decode_update(case.content, plan.plan_id).disclosures) == {"correct", "records"}
+    (case.site.folder / "policy.toml").write_text(dump_policy(disclosing(Policy.permissive(), local_metrics="none")))
     with fails_with("run.egress_blocked", "correct"):
         case.check()
 
@@ -398,7 +398,7 @@ def test_a_receipt_holds_nothing_else(make_plan: MakePlan, make_site: MakeSite, 
     honest = Receipt(site.organization, plan.plan_id, received_digest(request.state))
     check_receipt(encode_receipt(honest), request, plan, site)
     content = encode_receipt(honest)
-    content["told"] = ConfigRecord({"accuracy": 0.9})
+    content["disclosures"] = ConfigRecord({"accuracy": 0.9})
     for broken in (content, encode_receipt(Receipt("bank", plan.plan_id, honest.received))):
         with pytest.raises(EgressBlocked, match=r"the receipt is not that of this request alone|too much"):
             check_receipt(broken, request, plan, site)
@@ -409,11 +409,11 @@ OF_RECORDS = (
     "budget.delta_times_records",
     "training.min_examples",
     "training.min_batch",
-    "tell.declared_examples",
+    "disclosures.declared_examples",
 )
 
 
-def test_words_that_may_be_told() -> None:
+def test_words_that_allowed_disclosures() -> None:
     check_reason(GENERIC_REFUSAL)
     for table, rules in Policy().model_dump().items():
         for rule in rules:
@@ -446,7 +446,7 @@ def test_noise_that_both_agree_on_may_be_stated(make_plan: MakePlan, make_site: 
     stated = decode_update(case.content, plan.plan_id).noise_variance
     assert stated
     assert torch.tensor(list(stated.values())).gt(0).all()
-    (case.site.folder / "policy.toml").write_text(dump_policy(told_by(Policy.permissive(), noise_level=False)))
+    (case.site.folder / "policy.toml").write_text(dump_policy(disclosing(Policy.permissive(), noise_level=False)))
     with pytest.raises(EgressBlocked, match="states its noise where plan and policy do not agree on it"):
         case.check()
 
@@ -458,7 +458,7 @@ def test_simulated_organization_is_asked_once_how_an_update_is_written(
     plan = make_plan(seed=77)
     case = Case(plan, make_site(simulated=True), state_for(plan))
     honest = case.content
-    case.content = RecordDict({**honest, "told": ConfigRecord({})})
+    case.content = RecordDict({**honest, "disclosures": ConfigRecord({})})
     with pytest.raises(EgressBlocked):
         case.check()
     case.content = honest

@@ -15,8 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import pipeline
 
 from cotune.client import app as finished_module
-from cotune.client.app import app, store_final_model
+from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
+from cotune.client.final_model import store_final_model
 from cotune.client.personalization.evaluation import evaluate_site
 from cotune.client.site import Site
 from cotune.client.training.personal import PERSONAL

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # rule -> (policy's
     "training.weightings": ({"training": {"weightings": ("uniform",)}}, {}),
     "training.fusions": ({"training": {"fusions": ()}}, {}),
     "training.client_terms": ({"training": {"client_terms": ()}}, {"strategy": "fedprox"}),
-    "tell.statistics": ({"tell": {"statistics": False}}, {"privacy": "none", "strategy": {"fusion": "fisher"}}),
+    "disclosures.statistics": ({"disclosures": {"statistics": False}}, {"privacy": "none", "strategy": {"fusion": "fisher"}}),
     "training.min_examples": ({"training": {"min_examples": 61}}, {}),
     "training.min_batch": ({"training": {"min_batch": 13}}, {}),
     "training.max_rounds": ({"training": {"max_rounds": 2}}, {}),
@@ -103,10 +103,10 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
 
 
 def test_missing_declared_number_is_asked_for_first(make_plan: MakePlan) -> None:
-    broken = policy(training={"min_examples": 100}, tell={"example_count": "declared"})
+    broken = policy(training={"min_examples": 100}, disclosures={"example_count": "declared"})
     with pytest.raises(Declined) as declined:
         check_consent(make_plan(privacy=PRIVATE), broken, 60)
-    assert declined.value.rule == "tell.declared_examples"
+    assert declined.value.rule == "disclosures.declared_examples"
 
 
 @pytest.mark.parametrize(("delta", "allowed"), [(1e-3, True), (1.6e-3, True), (1.7e-3, False), (1e-2, False)])

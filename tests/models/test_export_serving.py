@@ -58,16 +58,16 @@ def test_a_long_text_is_read_as_in_training(made: Callable[..., TrainableModel],
     model = made(kind)
     export_model(model, tmp_path / "model")
     assert AutoTokenizer.from_pretrained(str(tmp_path / "model")).model_max_length == TRAINED
-    told = pipeline("text-classification", str(tmp_path / "model"), truncation=True)(LONG, top_k=None)
-    assert {each["label"]: each["score"] for each in told} == pytest.approx(
+    predicted = pipeline("text-classification", str(tmp_path / "model"), truncation=True)(LONG, top_k=None)
+    assert {each["label"]: each["score"] for each in predicted} == pytest.approx(
         dict(zip(LABELS, own_scores(model, LONG).tolist(), strict=True)), abs=1e-5
     )
 
 
 def test_a_long_sentence_is_tagged_up_to_the_length_of_training(made: Callable[..., TrainableModel], tmp_path: Path) -> None:
     export_model(made("bert", "token-classification"), tmp_path / "model")
-    told = pipeline("token-classification", str(tmp_path / "model"), ignore_labels=[])(LONG)
-    assert len(told) == TRAINED
+    predicted = pipeline("token-classification", str(tmp_path / "model"), ignore_labels=[])(LONG)
+    assert len(predicted) == TRAINED
     assert AutoConfig.from_pretrained(str(tmp_path / "model")).problem_type is None
 
 
@@ -80,8 +80,8 @@ def test_the_tokenizer_by_itself_truncates(made: Callable[..., TrainableModel], 
 def test_images_are_still_read(made: Callable[..., TrainableModel], tmp_path: Path) -> None:
     export_model(made("vit", "image-classification", tuple(COLORS)), tmp_path / "model")
     image = next(write_images(tmp_path / "photos", 3).rglob("*.png"))
-    told = pipeline("image-classification", str(tmp_path / "model"))(str(image))
-    assert sum(each["score"] for each in told) == pytest.approx(1)
+    predicted = pipeline("image-classification", str(tmp_path / "model"))(str(image))
+    assert sum(each["score"] for each in predicted) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("before", ["regression", "multi_label_classification"])
@@ -96,8 +96,8 @@ def test_what_the_base_was_for_does_not_stay(
     (base / "config.json").write_text(json.dumps({**settings, "problem_type": before}))
     model = TrainableModel(load_model(ModelConfig(base=str(base)), LABELS, 1), None, 1, torch.device("cpu"))
     export_model(model, tmp_path / "model")
-    told = pipeline("text-classification", str(tmp_path / "model"))("great tree", top_k=None)
-    assert sum(each["score"] for each in told) == pytest.approx(1)
+    predicted = pipeline("text-classification", str(tmp_path / "model"))("great tree", top_k=None)
+    assert sum(each["score"] for each in predicted) == pytest.approx(1)
     assert AutoConfig.from_pretrained(str(tmp_path / "model")).problem_type == "single_label_classification"
 
 

@@ -18,12 +18,13 @@ from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import precision
 from cotune.models.features.cached import get_features
-from cotune.models.features.head import feature_head
+from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.precision import feature_dtype
 from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
 from cotune.models.probes import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+from tests.support.language_models import write_language_model
 from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY
 
@@ -63,6 +64,26 @@ def test_what_hides_its_padding_is_admitted(models: Callable[[str], TrainableMod
     assert error_of(model) < MAX_PADDING_ERROR / 5
     for mode in ("head", "full"):
         assert check_independence(model, mode, "float32", slots=5, lengths=[8, 24]) == torch.float32  # type: ignore[arg-type]
+
+
+def test_scores_next_to_nothing_are_no_sign_of_padding(models: Callable[[str], TrainableModel]) -> None:
+    """A new head may be drawn so that an example's scores cancel: what is left of them is float32's own error."""
+    model = models("bert")
+    loaded = model.loaded
+    example = loaded.task.samples(loaded.reader)[0]
+    head: Any = loaded.module.classifier
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    try:
+        with torch.no_grad():
+            head.bias.zero_()
+            batch = loaded.task.collator(loaded.module, loaded.reader, model.device)([example])
+            vector = encode_vectors(model, batch, torch.float32)[0]
+            head.weight -= torch.outer(head.weight @ vector, vector) / vector.square().sum()
+            scores = loaded.task.scores(loaded.module, batch)
+        assert float(scores.norm()) < 1e-6 * float(head.weight.norm() * vector.norm())
+        assert error_of(model) < MAX_PADDING_ERROR
+    finally:
+        head.load_state_dict(before)
 
 
 @pytest.mark.parametrize("kind", READ_PADDING)
@@ -303,3 +324,40 @@ def fixed_logits(model: TrainableModel, texts: list[str], low: bool) -> list[Ten
             given = logits(model.module, collate([examples[i] for i in rows], length, 6))
         found |= dict(zip(rows, given, strict=False))
     return [found[i] for i in range(len(texts))]
+
+
+def test_rounding_alone_is_told_from_reading_padding(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared("bert")
+    rounding = error_of(model)
+    assert rounding > 0
+    monkeypatch.setattr(independence, "MAX_PADDING_ERROR", rounding / 2)
+    independence._padding.pop(model, None)
+    independence.check_padding(model)
+    independence._padding.pop(model, None)
+
+
+def test_float64_is_for_the_block_alone(shared: Make) -> None:
+    model = shared("llama")
+    held = [*model.module.parameters(), *model.module.buffers()]
+    before = [(tensor.data_ptr(), tensor.dtype, tensor.clone()) for tensor in held]
+    with pytest.raises(ValueError, match="inside"), independence._in_float64(model):
+        assert {p.dtype for p in model.module.parameters()} == {torch.float64}
+        raise ValueError("inside")
+    for tensor, (place, dtype, value) in zip(held, before, strict=True):
+        assert (tensor.data_ptr(), tensor.dtype) == (place, dtype)
+        assert torch.equal(tensor, value)
+
+
+def test_loud_padding_leaves_a_tied_output_layer_alone(tmp_path: Path) -> None:
+    base = write_language_model(tmp_path / "tied", "llama", tied=True)
+    model = TrainableModel(load_model(ModelConfig(base=str(base)), (), 7, "causal-lm"), None, 7, torch.device("cpu"))
+    loaded = model.loaded
+    batch = loaded.task.collator(model.module, loaded.reader, model.device)(loaded.task.samples(loaded.reader)[:1])
+    padded = {**batch, "input_ids": torch.full_like(batch["input_ids"], loaded.reader.pad_token_id)}
+    table = model.loaded.module.get_input_embeddings()
+    with torch.no_grad():
+        quiet = loaded.task.scores(model.module, batch)
+        with independence._loud_padding(model):
+            assert torch.equal(loaded.task.scores(model.module, batch), quiet)
+            loud = table(padded["input_ids"])
+        assert float(loud.norm()) > 10 * float(table(padded["input_ids"]).norm())

@@ -22,11 +22,15 @@ def test_the_defaults_are_strict() -> None:
     assert policy.training.base_models == ()
     assert "full" not in policy.training.train_modes
     assert policy.budget.epsilon_per_run <= 3 < policy.budget.epsilon_total <= 8
-    assert policy.tell.example_count == "noised"
-    assert policy.tell.declared_examples is None
+    assert policy.disclosures.example_count == "noised"
+    assert policy.disclosures.declared_examples is None
     assert policy.budget.largest_delta(1000) == pytest.approx(1e-4)
-    assert (policy.tell.local_metrics, policy.tell.label_histogram, policy.tell.local_loss) == ("none", "none", "none")
-    assert not policy.tell.statistics
+    assert (policy.disclosures.local_metrics, policy.disclosures.label_histogram, policy.disclosures.local_loss) == (
+        "none",
+        "none",
+        "none",
+    )
+    assert not policy.disclosures.statistics
     assert (policy.training.fusions, policy.training.client_terms) == (("mean", "robust"), ())
 
 
@@ -43,7 +47,7 @@ def test_an_empty_file_is_the_strict_default(tmp_path: Path) -> None:
         Policy(
             budget=BudgetRules(own_epsilon=1.5, delta_total=1e-6),
             training=TrainingRules(base_models=("ab" * 32,), max_gpu_memory_gib=11.5),
-            tell=DisclosureRules(example_count="noised", noise_multiplier=7.0),
+            disclosures=DisclosureRules(example_count="noised", noise_multiplier=7.0),
         ),
     ],
 )
@@ -70,8 +74,8 @@ def test_every_rule_is_explained() -> None:
         ("[budget]\nepsilon_total = 0", "budget.epsilon_total = 0"),
         ("[budget]\nepsilon_total = true", "expected a number, got true"),
         ('[budget]\ndelta_total = "1/n^0.5"', 'expected a number or "1/n^p" with p >= 1'),
-        ('[tell]\nexample_count = "all"', "tell.example_count"),
-        ("[tell]\nnoise_multiplier = 0.1", "tell.noise_multiplier = 0.1"),
+        ('[disclosures]\nexample_count = "all"', "disclosures.example_count"),
+        ("[disclosures]\nnoise_multiplier = 0.1", "disclosures.noise_multiplier = 0.1"),
         ("budget = ", "cannot be read"),
     ],
 )

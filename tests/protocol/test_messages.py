@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.plan.wire import Codec
+from cotune.protocol.arrays import SALTED
 from cotune.protocol.codecs import round_to, rounding_generator
 from cotune.protocol.messages import (
-    SALTED,
     Receipt,
     Recipient,
     Request,

@@ -66,7 +66,7 @@ def test_what_a_baseline_tells_is_what_it_is_judged_by(toy_plan: NewPlan, tmp_pa
     folder, prepared = made(toy_plan(simulation={"baselines": ["alone"]}), tmp_path / "run")
     truth = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels).truth
     for judged in run_baselines(folder, prepared).values():
-        assert sum(t == n for t, n in zip(truth, judged.told, strict=True)) / len(truth) == judged.metrics.accuracy
+        assert sum(t == n for t, n in zip(truth, judged.predicted, strict=True)) / len(truth) == judged.metrics.accuracy
 
 
 def test_baseline_of_trained_encoder_runs_without_privacy_too(toy_plan: NewPlan, tmp_path: Path) -> None:

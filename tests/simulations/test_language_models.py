@@ -112,8 +112,8 @@ def test_the_report_shows_what_the_models_write(private: Run) -> None:
     reader = AutoTokenizer.from_pretrained(private.folder / "model")
     for each in written.shown:  # plain transformers writes the same with the model that comes out
         ids = reader(each["prompt"] + "\n", return_tensors="pt").input_ids
-        told = model.generate(ids, max_new_tokens=4, do_sample=False)
-        assert reader.decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip() == each["federated"]
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert reader.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip() == each["federated"]
 
 
 @pytest.mark.parametrize("data", [{"text": "prompt"}, {"prompt": "prompt", "target": "target"}])
@@ -168,7 +168,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(new_plan: NewPlan, cotun
         {"train": "head"},
         {"labels": ["no", "yes"]},
         {"class_weights": {"no": 0.5}},
-        {"tell": {"label_histogram": True}},
+        {"disclosures": {"label_histogram": True}},
     ],
 )
 def test_what_is_for_classes_is_refused(new_plan: NewPlan, changes: dict[str, Any]) -> None:

@@ -194,7 +194,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "own B": {"lora": {"keep": "b", "factors": "ab"}},
     "client level": {"client_privacy": {"epsilon": 4.0}, "strategy": {"weighting": "uniform"}},
     "late updates": {"server": {"late": "fold"}},
-    "histograms": {"tell": {"label_histogram": True}},
+    "histograms": {"disclosures": {"label_histogram": True}},
     "a median": {"strategy": {"fusion": "median", "weighting": "uniform"}},
     "a term with state": {"strategy": {"client_term": "scaffold", "weighting": "uniform"}},
     "a task that is none": {"simulation": {"tasks": [["mood"], ["color"]]}},

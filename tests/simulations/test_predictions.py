@@ -177,7 +177,7 @@ def test_killed_run_ends_as_if_it_had_not_been(
         {"personal": ["head"], "train": "lora"},
         {"personal": "ditto"},
         {"server": {"late": "fold"}},
-        {"tell": {"local_metrics": True}},
+        {"disclosures": {"local_metrics": True}},
         {"wire": "int8"},
         {"train": "lora", "lora": {"rank": 4, "smaller_ranks": True}},
         {"task": "regression", "model": {"target_range": [1.0, 5.0]}},

@@ -93,7 +93,7 @@ def test_the_folder_of_a_finished_run(done: Done) -> None:
         assert kinds == [
             "key",
             "data",
-            *(["reserve", "settle", "told"] * rounds if done.plan.privacy != "none" else ["unprotected"] * rounds),
+            *(["reserve", "settle", "disclosure"] * rounds if done.plan.privacy != "none" else ["unprotected"] * rounds),
         ]
 
 
@@ -163,7 +163,7 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
     for entry in summary["rounds"]:
         assert ("metrics_not_applied" in entry) != entry["applied"]
         assert set(entry) - {"metrics_not_applied"} == {
-            *("round", "stage", "metrics", "epsilon", "told", "client_privacy", "participants", "dropped"),
+            *("round", "stage", "metrics", "epsilon", "disclosures", "client_privacy", "participants", "dropped"),
             *("quarantined", "absent", "timed_out", "excluded", "late", "norms", "weights", "suspects"),
             *("applied", "bytes_up", "bytes_down", "seconds"),
         }

@@ -83,8 +83,8 @@ def test_tags_are_learnt_and_the_model_is_a_plain_one(new_plan: Callable[..., Pl
     twice = 1 if privacy != "none" else 0  # one text is there twice, and counts once where something is promised to it
     assert sum(o["examples"] for o in result.summary["organizations"]) + result.summary["test"]["examples"] == 240 - twice
     if privacy == "none":
-        tell = pipeline("token-classification", str(result.folder / "model"), ignore_labels=[])
-        said = {entry["word"]: entry["entity"] for entry in tell("the great table is awful")}
+        predict_tags = pipeline("token-classification", str(result.folder / "model"), ignore_labels=[])
+        said = {entry["word"]: entry["entity"] for entry in predict_tags("the great table is awful")}
         assert list(said) == ["the", "great", "table", "is", "awful"]
         assert set(said.values()) <= set(TAGS)
     else:
@@ -99,11 +99,11 @@ def test_colors_are_learnt_and_the_model_is_a_plain_one(
     result = simulate(new_plan("image-classification", train=train, local=local, privacy=PRIVATE), tmp_path / "run", device="cpu")
     assert result.summary["labels"] == sorted(COLORS)
     assert gain(result.summary) > 0.3
-    tell = pipeline("image-classification", str(result.folder / "model"))
+    classify = pipeline("image-classification", str(result.folder / "model"))
     right = 0
     for file in sorted(colors.rglob("*.png"))[:20]:
         with Image.open(file) as image:
-            right += tell(image)[0]["label"] == file.parent.name
+            right += classify(image)[0]["label"] == file.parent.name
     assert right >= 12
 
 

@@ -112,7 +112,7 @@ def test_evaluating_gives_the_figures_of_the_run(private: tuple[str, Run], new_p
     task, run = private
     data = DataConfig(source=new_plan(task).data.source)
     found = evaluate_records(str(run.folder), data, threshold=None, max_length=None, device="cpu")
-    assert (found["task"], found["records"], found["not_told"]) == (task, 400, 0)
+    assert (found["task"], found["records"], found["not_predicted"]) == (task, 400, 0)
     figures = found["figures"]
     low, high = figures[f"{DECIDES[task]}_interval"]
     assert low <= figures[DECIDES[task]] <= high
@@ -150,9 +150,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(task: str, new_plan: New
         ("regression", {"model": {"target_range": None}}),
         ("regression", {"model": {"target_range": [5.0, 1.0]}}),
         ("regression", {"labels": ["no", "yes"]}),
-        ("regression", {"tell": {"label_histogram": True}}),
+        ("regression", {"disclosures": {"label_histogram": True}}),
         ("multi-label", {"model": {"target_range": [0.0, 1.0]}}),
-        ("multi-label", {"tell": {"label_histogram": True}}),
+        ("multi-label", {"disclosures": {"label_histogram": True}}),
         ("multi-label", {"labels": ["bad", "good"], "class_weights": {"odd": 2.0}}),
     ],
 )

@@ -21,7 +21,7 @@ def test_losses_are_told_in_every_round(toy_plan: NewPlan, tmp_path: Path, weigh
     plan = toy_plan(strategy={"weighting": weighting}, privacy=privacy, rounds=2, simulation={"baselines": []})
     run = simulate(plan, tmp_path / "run", device="cpu")
     summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    told = [entry["told"] for entry in summary["rounds"]]
+    told = [entry["disclosures"] for entry in summary["rounds"]]
     assert [sorted(entry) for entry in told] == [["org-1", "org-2"]] * 2
     assert all(set(said) == {"loss"} and 0 <= said["loss"] <= 4 for entry in told for said in entry.values())
     if privacy == "none":
@@ -50,7 +50,7 @@ def test_the_server_judges_each_update(toy_plan: NewPlan, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
-        ({}, "it does not tell the loss that the strategy of the plan needs"),
+        ({}, "it does not disclose the loss that the strategy of the plan needs"),
         ({"loss": -0.5}, "it tells a loss of -0.5, expected 0 to 1e+06"),
         ({"loss": float("inf")}, "it tells a loss of inf, expected 0 to 1e+06"),
         ({"loss": 0.0}, None),
@@ -58,7 +58,7 @@ def test_the_server_judges_each_update(toy_plan: NewPlan, tmp_path: Path) -> Non
 )
 def test_an_update_without_its_loss_is_not_admitted(told: dict[str, float], reason: str | None) -> None:
     shapes = {"w": torch.zeros(2)}
-    update = Update("org", 1, shapes, 1, 1, told=told)
+    update = Update("org", 1, shapes, 1, 1, disclosures=told)
     assert UpdateSpec(round=1, shapes=shapes, needs_loss=True).validate(update, "org").reason == (reason or "")
     silent = Update("org", 1, shapes, 1, 1)
     assert UpdateSpec(round=1, shapes=shapes).validate(silent, "org").is_valid

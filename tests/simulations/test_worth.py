@@ -38,8 +38,8 @@ def test_own_figures_are_those_of_the_rows_that_are_held_out(result: Run) -> Non
         states = {"federated": folder.load().state}
         states["alone"] = RunFolder(result.folder / "baselines" / "alone" / share.name).load().state
         for column, state in states.items():
-            told = predict(get_plan_model(folder.plan, "cpu"), state, own, folder.plan.model.precision)
-            right = sum(t == n for t, n in zip(own.truth, told, strict=True))
+            predicted = predict(get_plan_model(folder.plan, "cpu"), state, own, folder.plan.model.precision)
+            right = sum(t == n for t, n in zip(own.truth, predicted, strict=True))
             assert said["own"][column]["accuracy"] == pytest.approx(right / len(own))
             low, high = said["own"][column]["accuracy_interval"]
             assert low <= right / len(own) <= high
@@ -72,15 +72,15 @@ def test_unseen_classes_do_not_make_joining_worthwhile(toy_plan: NewPlan, tmp_pa
     north = next(share for share in prepared.shares if share.name == "north")
     only = _constant(prepared, north)
     federated = [(n + 1) % 3 if i % 5 == 0 else n for i, n in enumerate(test.truth.tolist())]
-    told = {"majority": [only] * len(test.truth), "alone_without_privacy": [only] * len(test.truth), "federated": federated}
-    found: dict[str, Any] = organization_worth(test, north, told)
-    common = {key: found["common"][key]["accuracy"] for key in told}
+    predicted = {"majority": [only] * len(test.truth), "alone_without_privacy": [only] * len(test.truth), "federated": federated}
+    found: dict[str, Any] = organization_worth(test, north, predicted)
+    common = {key: found["common"][key]["accuracy"] for key in predicted}
     assert common["federated"] > common["alone_without_privacy"] + 0.2  # by which the report said yes
     assert found["worth"]["answer"] == "no"
     assert found["worth"]["difference"] < -0.1
-    right = dict(told, federated=test.truth.tolist(), majority=[only] * len(test.truth), alone_without_privacy=federated)
+    right = dict(predicted, federated=test.truth.tolist(), majority=[only] * len(test.truth), alone_without_privacy=federated)
     assert organization_worth(test, north, right)["worth"]["answer"] == "yes"
-    same = dict(told, federated=told["alone_without_privacy"])
+    same = dict(predicted, federated=predicted["alone_without_privacy"])
     assert organization_worth(test, north, same)["worth"]["answer"] == "too close to tell"
 
 
@@ -100,8 +100,8 @@ def test_tags_are_compared_sentence_by_sentence(toy_plan: NewPlan, tmp_path: Pat
     prepared = prepare(plan, "cpu")
     test = TestSet(prepared)
     share = prepared.shares[0]
-    told = {"majority": test.truth.tolist(), "alone": (test.truth + 1).tolist(), "federated": test.truth.tolist()}
-    found = organization_worth(test, share, told)
+    predicted = {"majority": test.truth.tolist(), "alone": (test.truth + 1).tolist(), "federated": test.truth.tolist()}
+    found = organization_worth(test, share, predicted)
     assert found["worth"]["test"] == "paired bootstrap"
     assert found["own"]["records"] == len(share.held_out)
     words = sum(len(prepared.records[None].labels[int(row)]) for row in share.held_out)

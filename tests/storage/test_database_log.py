@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.storage.database_log import DatabaseLog, Entry, entry_hash
+from cotune.storage.database_log import DatabaseLog
+from cotune.storage.log_entries import Entry, entry_hash
 from tests.support.failures import fails_with
 
 ROUND = Steps(1.0, 0.05, 20)

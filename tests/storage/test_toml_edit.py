@@ -23,9 +23,9 @@ def test_comments_order_and_formatting_stay() -> None:
 
 
 def test_missing_keys_and_tables_are_added() -> None:
-    after = edit_toml(BEFORE, {"budget": {"delta": 1e-6}, "tell": {"loss": True}})
+    after = edit_toml(BEFORE, {"budget": {"delta": 1e-6}, "disclosures": {"loss": True}})
     assert after.startswith(BEFORE)
-    assert after.removeprefix(BEFORE).split() == ["delta", "=", "1e-06", "[tell]", "loss", "=", "true"]
+    assert after.removeprefix(BEFORE).split() == ["delta", "=", "1e-06", "[disclosures]", "loss", "=", "true"]
 
 
 def test_a_key_of_the_document_is_added_before_its_tables() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cotune.errors import PlanError, RunError
 from cotune.strategies.aggregator import Aggregator
-from cotune.strategies.flower import FlowerFusion, _kept, _restore, _Roll, build_flower_component, load_flower_strategy
+from cotune.strategies.flower import FlowerFusion, _Roll, build_flower_component, load_flower_strategy
+from cotune.strategies.flower_state import list_state, restore_state
 from cotune.strategies.registry import Visibility, get_builtin_components
 from cotune.strategies.types import RoundContext, Update
 from tests.support.failures import fails_with
@@ -208,7 +209,7 @@ def test_state_of_any_form_comes_back() -> None:
         memory = load(save({n: t.contiguous() for n, t in driver.result().memory.items()}))
     assert isinstance(info.build, FlowerFusion)
     strategy = info.build.build(given)
-    _restore(strategy, {path: tensor for path, tensor in memory.items() if path.startswith("[")})
+    restore_state(strategy, {path: tensor for path, tensor in memory.items() if path.startswith("[")})
     assert isinstance(strategy, Own)
     assert (strategy.seen["rounds"], strategy.note, strategy.temperature) == (2, "round 2 ✓", 0.5)
     assert strategy.seen[3] == (True, 1.5)
@@ -350,8 +351,8 @@ def test_all_that_a_strategy_may_hold_survives_a_checkpoint(attributes: dict[str
     before = FedAvg()
     after = FedAvg()
     vars(before).update(attributes)
-    memory = {path: tensor for name, kept in _kept(before) if name in attributes and kept for path, tensor in kept.items()}
-    _restore(after, load(save(memory)))
+    memory = {path: tensor for name, kept in list_state(before) if name in attributes and kept for path, tensor in kept.items()}
+    restore_state(after, load(save(memory)))
     assert same({name: vars(after)[name] for name in attributes}, attributes)
 
 

@@ -32,7 +32,7 @@ from cotune.strategies import Needs, Visibility, fusion, weighting
 @fusion("loudest", cite="", needs=Needs(visibility=Visibility.PER_CLIENT, weights=False, sends=("loss",)), min_updates=lambda factor: 2)
 def loudest(updates, *, factor: Annotated[float, Field(gt=0)] = 1.0):
     """The delta of the organization with the largest loss."""
-    return {name: factor * delta for name, delta in max(updates, key=lambda u: u.update.told["loss"]).delta.items()}
+    return {name: factor * delta for name, delta in max(updates, key=lambda u: u.update.disclosures["loss"]).delta.items()}
 
 def plain(updates, factor: float = 2.0):
     return {name: factor * delta for name, delta in updates[0].delta.items()}

@@ -43,6 +43,8 @@ def config_of(kind: str) -> Any:
         return ViTConfig(image_size=16, patch_size=4, **small)
     if kind == "bert":
         return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **small)
+    if kind == "deep-bert":
+        return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **{**small, "num_hidden_layers": 6})
     if kind == "roberta":
         return RobertaConfig(vocab_size=size, max_position_embeddings=34, pad_token_id=0, type_vocab_size=1, **small)
     if kind == "distilbert":

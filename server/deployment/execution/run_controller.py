@@ -7,8 +7,6 @@ The last submission is in superlink.json in the run's folder.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,103 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import psutil
-from pydantic import BaseModel, ConfigDict, Field
-
 from cotune.errors import RunError
 from cotune.flower.control_client import RunState, SuperLinkUnreachable
 from cotune.observers import Observer
 from cotune.reporting.documents.events import Event
+from cotune.server.deployment.execution.run_process import is_running, wait_until_stopped
+from cotune.server.deployment.execution.submission import Submission, read_submission, write_submission
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.events import follow
 from cotune.server.runs.run_folder import RunFolder, lock_folder
-from cotune.storage.documents import JsonDocument
-from cotune.storage.files import is_locked
-
-
-class Submission(BaseModel):
-    """One attempt at a run.
-
-    Attributes:
-        submitted: When it was submitted (UTC).
-        offset: Where the attempt begins in events.jsonl, in bytes.
-        run_id: The SuperLink's id of the run; None where the SuperLink was asked and its answer is not known.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    submitted: str = Field(description="When (UTC).")
-    offset: int = Field(description="Where the attempt begins in events.jsonl, in bytes.")
-    run_id: int | None = Field(None, description="The SuperLink's number of the run; null while its answer is not known.")
-
-
-def read_submission(folder: RunFolder) -> Submission | None:
-    """Return the last submission of a run; None where there is none. Raises RunError for a damaged file."""
-    return _submission_file(folder).read()
-
-
-def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
-    return JsonDocument(folder.path / "superlink.json", Submission, advice="remove it once no process plays the run")
-
-
-def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
-    """Write the submission of a run and return it; it is durable then. Raises RunError."""
-    try:
-        _submission_file(folder).write(ticket)
-    except OSError as error:
-        raise RunError(
-            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
-            " --resume",
-            code="run.not_writable",
-        ) from None
-    return ticket
-
-
-_POLL_SECONDS = 0.1
-
-
-def is_running(run: Path) -> bool:
-    """Whether a process holds the lock of the run's folder."""
-    return is_locked(run / ".lock")
-
-
-def wait_until_stopped(run: Path, grace: float) -> None:
-    """Wait until no process executes the run.
-
-    Args:
-        run: The run's folder.
-        grace: Seconds after which the process is interrupted, and after as many again killed.
-
-    Raises:
-        RunError: If the process cannot be ended.
-    """
-    for ask in (None, signal.SIGINT, signal.SIGKILL):
-        if ask is not None:
-            for process in _find_lock_holders(run):
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(ask)
-        deadline = time.monotonic() + grace
-        while is_running(run):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_SECONDS)
-        else:
-            return
-    raise RunError(
-        f"a process that this user may not end is working on {run}: end it, then continue with --resume",
-        code="run.process_not_ended",
-    )
-
-
-def _find_lock_holders(run: Path) -> list[psutil.Process]:
-    """The processes that have the run's lock open."""
-    lock = str(run / ".lock")
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and any(file.path == lock for file in process.open_files()):
-                found.append(process)
-    return found
-
 
 _Answer = TypeVar("_Answer")
 _MAX_TRIES = 5  # without a finished round between them
@@ -217,14 +127,14 @@ def is_superlink_kept_running(federation: FederationFolder) -> bool:
 
 
 def retry_while_kept_running(
-    call: Callable[[], _Answer], kept_running: Callable[[], bool], tell: Observer, pace: PollInterval | None = None
+    call: Callable[[], _Answer], kept_running: Callable[[], bool], notify: Observer, pace: PollInterval | None = None
 ) -> _Answer:
     """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
 
     Args:
         call: May be made twice.
         kept_running: Whether somebody brings the SuperLink back.
-        tell: Told `superlink_lost` and `superlink_back`.
+        notify: Observer of `superlink_lost` and `superlink_back`.
         pace: How often it is tried.
 
     Raises:
@@ -238,19 +148,19 @@ def retry_while_kept_running(
             if not kept_running():
                 raise
             if not away:
-                tell("superlink_lost", {})
+                notify("superlink_lost", {})
             away = True
             time.sleep((pace or PollInterval()).poll)
         else:
             if away:
-                tell("superlink_back", {})
+                notify("superlink_back", {})
             return answer
 
 
 def run_to_completion(
     folder: RunFolder,
     executor: Executor,
-    tell: Observer,
+    notify: Observer,
     pace: PollInterval | None = None,
     kept_running: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -261,7 +171,7 @@ def run_to_completion(
     Args:
         folder: Of the run.
         executor: The SuperLink.
-        tell: Told every event.
+        notify: Observer of every event.
         pace: How often it is looked.
         kept_running: Whether somebody brings a SuperLink back that is away at first; later it is waited for in any case.
 
@@ -270,8 +180,8 @@ def run_to_completion(
     """
     pace = pace or PollInterval()
     try:
-        first = retry_while_kept_running(lambda: submit(folder, executor, pace), kept_running, tell, pace)
-        ending = _follow_attempt(folder, executor, first, tell, pace)
+        first = retry_while_kept_running(lambda: submit(folder, executor, pace), kept_running, notify, pace)
+        ending = _follow_attempt(folder, executor, first, notify, pace)
         tries = 1
         while ending.event is None:
             tries = 1 if ending.progress else tries + 1
@@ -282,11 +192,11 @@ def run_to_completion(
                     code="run.keeps_ending",
                 )
             wait = pace.again * 2 ** (tries - 1)
-            tell("run_lost", {"reason": ending.reason, "seconds": wait})
+            notify("run_lost", {"reason": ending.reason, "seconds": wait})
             time.sleep(wait)
-            ending = _retry(folder, executor, tell, pace)
+            ending = _retry(folder, executor, notify, pace)
     except KeyboardInterrupt:
-        tell("run_stopping", {})
+        notify("run_stopping", {})
         _stop(folder, executor, pace)
         raise
     if ending.event == "run_failed":
@@ -304,7 +214,9 @@ class _AttemptEnd:
     progress: bool = False
 
 
-def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, tell: Observer, pace: PollInterval) -> _AttemptEnd:
+def _follow_attempt(
+    folder: RunFolder, executor: Executor, ticket: Submission, notify: Observer, pace: PollInterval
+) -> _AttemptEnd:
     """Tells what happens until the attempt ends."""
     offset = ticket.offset
     begun = False
@@ -314,11 +226,11 @@ def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, t
         reason, reached = _get_end_reason(executor, ticket)  # asked first: whatever was written before is read below
         if reached != reachable:
             reachable = reached
-            tell("superlink_back" if reached else "superlink_lost", {})
+            notify("superlink_back" if reached else "superlink_lost", {})
         held = is_running(folder.path) if begun else True
         events, offset = follow(folder.events.path, offset)
         for fields in events:
-            event = _report_event(fields, tell)
+            event = _report_event(fields, notify)
             begun = begun or event in _STARTING_EVENTS
             progress = progress or event == "round_finished"
             if event in _FINAL_EVENTS:
@@ -328,8 +240,8 @@ def _follow_attempt(folder: RunFolder, executor: Executor, ticket: Submission, t
         time.sleep(pace.poll)
 
 
-def _report_event(event: Event, tell: Observer) -> str:
-    tell(event.event, event.fields)
+def _report_event(event: Event, notify: Observer) -> str:
+    notify(event.event, event.fields)
     return event.event
 
 
@@ -348,11 +260,11 @@ def _get_end_reason(executor: Executor, ticket: Submission) -> tuple[str | None,
     return f"its process ended ({state.outcome}){how}", True
 
 
-def _retry(folder: RunFolder, executor: Executor, tell: Observer, pace: PollInterval) -> _AttemptEnd:
+def _retry(folder: RunFolder, executor: Executor, notify: Observer, pace: PollInterval) -> _AttemptEnd:
     """Another attempt, once the SuperLink answers."""
     try:
-        retry_while_kept_running(executor.running, lambda: True, tell, pace)
-        return _follow_attempt(folder, executor, submit(folder, executor, pace), tell, pace)
+        retry_while_kept_running(executor.running, lambda: True, notify, pace)
+        return _follow_attempt(folder, executor, submit(folder, executor, pace), notify, pace)
     except RunError as error:
         return _AttemptEnd(None, str(error))
 

@@ -20,7 +20,8 @@ import tomli_w
 
 from cotune.errors import RunError
 from cotune.flower.control_client import FEDERATION_VARIABLE, open_control
-from cotune.server.deployment.execution.processes import ProcessRecord, SupervisedProcess, running, stop, terminate_all
+from cotune.server.deployment.execution.process_record import ProcessRecord, terminate_all
+from cotune.server.deployment.execution.processes import SupervisedProcess, running, stop
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.node_registration import NodeRegistration
@@ -42,21 +43,21 @@ Report = Callable[[str], None]
 
 
 def supervise(folder: FederationFolder, say: Report) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: is told every event, in a line.
+    """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: Called with every event, as a line.
 
     Raises RunError for certificates that organizations would refuse, a damaged list of members, a port that is taken,
     another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again, before
     all were ready; afterwards none is given up.
     """
 
-    def told(line: str) -> None:
+    def log(line: str) -> None:
         with suppress(OSError):  # a terminal that was closed must not keep what runs from being ended
             say(line)
 
     try:
         folder.superlink.mkdir(mode=0o700, exist_ok=True)
         with lock_folder(folder.superlink), _stop_signals() as stopped:
-            _supervise(folder, told, stopped)
+            _supervise(folder, log, stopped)
     except OSError as error:
         raise RunError(
             f"{folder.superlink} cannot be used ({error.strerror or error}): check the permissions and the space there",
@@ -66,7 +67,7 @@ def supervise(folder: FederationFolder, say: Report) -> None:
 
 def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool]) -> None:
     _report_expiry(certificates.check_certificate(folder.certificates, folder.config.hosts[0]), say)
-    folder.members.all()  # a list that is damaged is told now, and not when nobody can join
+    folder.members.all()  # a damaged list is reported now, not when nobody can join
     record = ProcessRecord(folder.files.superlink.processes, say)
     if left := terminate_all(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")
@@ -178,17 +179,17 @@ def _report_expiry(until: datetime, say: Report) -> None:
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Whether one has come. Only noted, as what runs is ended in one place."""
-    told: list[int] = []
+    signals: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        told.append(number)
+        signals.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda: bool(told)
+        yield lambda: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

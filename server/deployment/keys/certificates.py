@@ -7,30 +7,28 @@ certificate of that one is believed on this machine until it is restarted. Organ
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from cotune.errors import RunError
+from cotune.server.deployment.keys.x509_building import (
+    _parse_host,
+    build_alternatives,
+    build_authority,
+    build_server,
+    is_issuer,
+    list_alternatives,
+)
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.storage.files import atomic_write
 
-AUTHORITY_LIFETIME = timedelta(days=3650)
-SERVER_LIFETIME = timedelta(days=365)
-CLOCK_TOLERANCE = timedelta(hours=1)  # a certificate is valid a little earlier, for sites whose clock is behind
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the SuperLink behind the front shows the same certificate
-
 _NEW_AUTHORITY = "make a new authority, and give its ca.crt to every organization"  # what helps where it has expired
-_HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*", re.ASCII | re.IGNORECASE)
 
 
 def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = None) -> None:
@@ -45,7 +43,7 @@ def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None
         RunError: If a host is not valid, a file exists already, or the folder cannot be written.
     """
     files = CertificateFiles(folder)
-    alternatives = _build_alternatives(hosts)
+    alternatives = build_alternatives(hosts)
     present = [file.name for file in (files.authority, files.authority_key, files.server, files.server_key) if file.exists()]
     if present:
         raise RunError(
@@ -56,7 +54,7 @@ def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None
     authority, authority_key = _write_authority(files, now)
     server_key = ec.generate_private_key(ec.SECP384R1())
     _write(files.server_key, _key_bytes(server_key))
-    server = _build_server(server_key.public_key(), alternatives, authority, authority_key, now)
+    server = build_server(server_key.public_key(), alternatives, authority, authority_key, now)
     _write(files.server, _certificate_bytes(server))
 
 
@@ -82,8 +80,8 @@ def renew_certificate(folder: Path, hosts: Sequence[str] | None = None, *, now: 
     authority_key = _read_key(files.authority_key)
     server_key = _read_key(files.server_key)
     _check_pair(authority_key, authority, folder, "ca")
-    alternatives = x509.SubjectAlternativeName(_list_alternatives(old)) if hosts is None else _build_alternatives(hosts)
-    fresh = _build_server(server_key.public_key(), alternatives, authority, authority_key, now)
+    alternatives = x509.SubjectAlternativeName(list_alternatives(old)) if hosts is None else build_alternatives(hosts)
+    fresh = build_server(server_key.public_key(), alternatives, authority, authority_key, now)
     _write(files.server, _certificate_bytes(fresh))
     return fresh.not_valid_after_utc
 
@@ -122,10 +120,10 @@ def replace_authority(folder: Path, following: Path, *, now: datetime | None = N
     _check_pair(key, authority, following, "ca")
     former = [each for each in _read_certificates(files.authority) if each != authority][:1]
     server_key = _read_key(files.server_key)
-    alternatives = _list_alternatives(_read_certificate(files.server))
+    alternatives = list_alternatives(_read_certificate(files.server))
     _write(files.authority, b"".join(_certificate_bytes(each) for each in (authority, *former)))
     _write(files.authority_key, _key_bytes(key))
-    fresh = _build_server(server_key.public_key(), x509.SubjectAlternativeName(alternatives), authority, key, now)
+    fresh = build_server(server_key.public_key(), x509.SubjectAlternativeName(alternatives), authority, key, now)
     _write(files.server, _certificate_bytes(fresh))
 
 
@@ -153,13 +151,13 @@ def check_certificate(folder: Path, host: str = "localhost", *, now: datetime | 
     now = now or datetime.now(UTC)
     authorities = _read_certificates(files.authority)
     server = _read_certificate(files.server)
-    authority = next((each for each in authorities if _is_issuer(each, server)), authorities[0])
+    authority = next((each for each in authorities if is_issuer(each, server)), authorities[0])
     _check_lifetime(authority, files.authority, now, _NEW_AUTHORITY)
     _check_lifetime(server, files.server, now, "renew it")
     _check_pair(_read_key(files.server_key), server, folder, "server")
     subject = _parse_host(host)
-    if subject not in _list_alternatives(server):
-        names = ", ".join(str(name.value) for name in _list_alternatives(server))
+    if subject not in list_alternatives(server):
+        names = ", ".join(str(name.value) for name in list_alternatives(server))
         raise RunError(
             f"{files.server} is for {names}, expected {host}: renew it with that host", code="run.certificate_of_other_host"
         )
@@ -175,99 +173,10 @@ def check_certificate(folder: Path, host: str = "localhost", *, now: datetime | 
 
 def _write_authority(files: CertificateFiles, now: datetime) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP384R1())
-    authority = _build_authority(key, now)
+    authority = build_authority(key, now)
     _write(files.authority_key, _key_bytes(key))
     _write(files.authority, _certificate_bytes(authority))
     return authority, key
-
-
-def _is_issuer(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
-def _build_authority(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cotune authority")])
-    return (
-        _build_certificate(key.public_key(), name, name, now, now + AUTHORITY_LIFETIME)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_build_key_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA384())
-    )
-
-
-def _build_server(
-    public_key: ec.EllipticCurvePublicKey,
-    alternatives: x509.SubjectAlternativeName,
-    authority: x509.Certificate,
-    authority_key: ec.EllipticCurvePrivateKey,
-    now: datetime,
-) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cotune server")])
-    until = min(now + SERVER_LIFETIME, authority.not_valid_after_utc)
-    return (
-        _build_certificate(public_key, name, authority.subject, now, until)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_build_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(alternatives, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
-        .sign(authority_key, hashes.SHA384())
-    )
-
-
-def _build_certificate(
-    key: ec.EllipticCurvePublicKey, subject: x509.Name, issuer: x509.Name, now: datetime, until: datetime
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_TOLERANCE)
-        .not_valid_after(until)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _build_key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _build_alternatives(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
-    return x509.SubjectAlternativeName([_parse_host(host) for host in dict.fromkeys((*hosts, *LOOPBACK))])
-
-
-def _parse_host(host: str) -> x509.DNSName | x509.IPAddress:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        if len(host) > 253 or not _HOST.fullmatch(host):
-            example = "expected a name such as fed.example.org or an IP address, without a port"
-            raise RunError(f"{host[:80]!r} is no host: {example}", code="run.invalid_host") from None
-        return x509.DNSName(host.lower())
-
-
-def _list_alternatives(certificate: x509.Certificate) -> list[x509.GeneralName]:
-    try:
-        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except x509.ExtensionNotFound:
-        return []
 
 
 def _check_lifetime(certificate: x509.Certificate, path: Path, now: datetime, remedy: str) -> None:

@@ -160,7 +160,7 @@ class UpdateReceiver:
         result = spec.validate(update, name)
         if not result.is_valid:
             return _Read(Rejected(one_line(result.reason)))
-        return _Read(Accepted(size, update.steps, update.epsilon, dict(update.told)), update)
+        return _Read(Accepted(size, update.steps, update.epsilon, dict(update.disclosures)), update)
 
     def _keep(self, content: RecordDict, reply: Reply, reason: str) -> Rejected:
         """Put a message into quarantine; what cannot even be written there is described by its reason alone."""

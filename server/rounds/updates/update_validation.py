@@ -203,7 +203,7 @@ class UpdateSpec:
 
     def _check_disclosures(self, update: Update) -> str:
         """What is only shown stays in the history for ever: nothing but what was asked for, in a range that can be true."""
-        surplus = sorted(update.told.keys() - set(self.disclosures)) if self.disclosures is not None else []
+        surplus = sorted(update.disclosures.keys() - set(self.disclosures)) if self.disclosures is not None else []
         if surplus:
             return f"it tells {surplus[0][:80]!r}, which the plan does not ask for"
         stated = update.epsilon
@@ -211,7 +211,7 @@ class UpdateSpec:
             return f"it states ε = {stated:g}, which a plan without privacy does not have"
         if stated is not None and self.epsilon is not None and not 0 <= stated <= self.epsilon + _EPSILON_ROUNDING:
             return f"it states ε = {stated:g}, expected 0 to {self.epsilon:g}, which the plan allows"
-        for name, value in update.told.items():
+        for name, value in update.disclosures.items():
             if name == "loss" and not 0 <= value <= _MAX_LOSS:
                 return f"it tells a loss of {value:g}, expected 0 to {_MAX_LOSS:g}"
             if name != "loss" and not abs(value) <= self.max_disclosed:  # sums with noise may be below 0
@@ -261,8 +261,8 @@ class UpdateSpec:
         return f"it states the noise variance {stated[wrong[0]]} for {wrong[0]}, expected a finite number, {expected}"
 
     def _check_loss(self, update: Update) -> str:
-        if self.needs_loss and "loss" not in update.told:
-            return "it does not tell the loss that the strategy of the plan needs"
+        if self.needs_loss and "loss" not in update.disclosures:
+            return "it does not disclose the loss that the strategy of the plan needs"
         return ""
 
     def _check_statistics(self, found: Mapping[str, Tensor]) -> str:
@@ -302,8 +302,8 @@ def _or_infinite(value: float | None) -> float:
 
 def _allowed_disclosures(plan: Plan) -> set[str]:
     """What the plan asks to be told; each organization decides for itself whether it does."""
-    names = {f"label {label}" for label in plan.labels} if plan.tell.label_histogram else set()
-    return names | ({"correct", "records"} if plan.tell.local_metrics else set()) | ({"loss"} & set(plan.strategy.sends))
+    names = {f"label {label}" for label in plan.labels} if plan.disclosures.label_histogram else set()
+    return names | ({"correct", "records"} if plan.disclosures.local_metrics else set()) | ({"loss"} & set(plan.strategy.sends))
 
 
 def _difference(found: Mapping[str, object], expected: Mapping[str, object], what: str) -> str:

@@ -49,7 +49,7 @@ def q_fedavg(
 
 
 def _loss(update: WeightedUpdate) -> float:
-    loss = update.update.told.get("loss", math.nan)
+    loss = update.update.disclosures.get("loss", math.nan)
     if not 0 <= loss < math.inf:
         raise RunError(
             f"the update of {update.update.organization[:80]} states the loss {loss}: expected a finite number, 0 or more; let"

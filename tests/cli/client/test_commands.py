@@ -46,7 +46,7 @@ def test_the_ledger_is_exported(cotune: Cotune, site: Path, folder: Path) -> Non
     assert [e["steps"] for e in exported["collections"][0]["events"]] == [
         c.steps.count for c in Ledger(site / "ledger.sqlite").charges()
     ]
-    assert {e["kind"] for e in exported["entries"]} == {"key", "data", "reserve", "settle", "told"}
+    assert {e["kind"] for e in exported["entries"]} == {"key", "data", "reserve", "settle", "disclosure"}
 
 
 def test_an_export_is_verified(cotune: Cotune, site: Path, folder: Path) -> None:

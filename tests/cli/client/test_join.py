@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from cotune.cli.client.join import Shown
+from cotune.client.approvals import Approvals
 from cotune.client.audit_log import AuditLog
-from cotune.client.policy_check import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import get_key_fingerprint
 from cotune.models.base.lookup import find_base
@@ -185,7 +185,7 @@ def test_another_model_is_not_taken_for_the_plans(
 
 
 def test_rules_are_set_and_checked_before_they_are_written(cotune: Cotune, site: Path) -> None:
-    shown = cotune("client", "policy", site, "--set", "training.max_rounds=50", "--set", "tell.example_count=rounded")
+    shown = cotune("client", "policy", site, "--set", "training.max_rounds=50", "--set", "disclosures.example_count=rounded")
     assert shown.out == 'training.max_rounds: 200 → 50\ntell.example_count: "noised" → "rounded"\n'
     written = (site / "policy.toml").read_text()
     assert "# rounds of one plan" in written

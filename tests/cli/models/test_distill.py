@@ -37,8 +37,8 @@ def test_a_student_is_made_and_predicts(cotune: Cotune, teacher: Path, base_mode
     shown = cotune("distill", teacher, *options)
     assert (shown.code, shown.err) == (0, "")
     assert json.loads(Path("student/distillation.json").read_text())["inputs"]["license"] == "CC0-1.0"
-    [told] = json.loads(cotune("predict", "student", "great", "--json").out)
-    assert set(told["scores"]) == set(LABELS)
+    [predicted] = json.loads(cotune("predict", "student", "great", "--json").out)
+    assert set(predicted["scores"]) == set(LABELS)
 
 
 def test_labels_are_learned_from_too(cotune: Cotune, teacher: Path, base_model: Callable[[str], Path]) -> None:

@@ -63,8 +63,8 @@ def test_fused_model_predicts_by_its_rule(fused: Callable[[Method], Path], model
 
 def test_predict_and_evaluate_use_a_fused_model(cotune: Cotune, fused: Callable[[Method], Path]) -> None:
     folder = fused("weighted")
-    [told] = json.loads(cotune("predict", folder, "great happy", "--json").out)
-    assert sum(told["scores"].values()) == pytest.approx(1)
+    [predicted] = json.loads(cotune("predict", folder, "great happy", "--json").out)
+    assert sum(predicted["scores"].values()) == pytest.approx(1)
     found = json.loads(cotune("evaluate", folder, "--data", "held.csv", "--json").out)
     assert found["records"] == 60
 

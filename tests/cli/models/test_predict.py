@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.data.config import TaskName
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
@@ -46,7 +46,7 @@ def model(base_model: Callable[[str], Path], folder: Path) -> Callable[..., Path
     return make
 
 
-def test_texts_are_told(cotune: Cotune, model: Callable[..., Path]) -> None:
+def test_texts_are_predicted(cotune: Cotune, model: Callable[..., Path]) -> None:
     folder = model()
     shown = cotune("predict", folder, "great happy lovely", "awful poor sad")
     assert (shown.code, shown.err) == (0, "")
@@ -75,8 +75,8 @@ def test_a_threshold_tells_a_rare_class(cotune: Cotune, model: Callable[..., Pat
     text = "awful great"
     probabilities = json.loads(cotune("predict", made, text, "--json").out)[0]["scores"]
     rare = min(probabilities, key=probabilities.__getitem__)
-    [told] = json.loads(cotune("predict", made, text, "--json", "--threshold", f"{rare}={probabilities[rare] * 0.9}").out)
-    assert told["label"] == rare
+    [predicted] = json.loads(cotune("predict", made, text, "--json", "--threshold", f"{rare}={probabilities[rare] * 0.9}").out)
+    assert predicted["label"] == rare
 
 
 def test_an_evaluation_says_what_scikit_learn_says(cotune: Cotune, model: Callable[..., Path], folder: Path) -> None:
@@ -86,11 +86,11 @@ def test_an_evaluation_says_what_scikit_learn_says(cotune: Cotune, model: Callab
     shown = cotune("evaluate", made, "--data", "new.csv")
     assert (shown.code, shown.err) == (0, "")
     found = json.loads(cotune("evaluate", made, "--data", "new.csv", "--json").out)
-    cotune("predict", made, "--file", "new.csv", "--out", "told.csv")
-    told = [row["label"] for row in csv.DictReader((folder / "told.csv").read_text(encoding="utf-8").splitlines())]
+    cotune("predict", made, "--file", "new.csv", "--out", "predicted.csv")
+    predicted = [row["label"] for row in csv.DictReader((folder / "predicted.csv").read_text(encoding="utf-8").splitlines())]
     truth = [label for _, label in rows]
-    assert found["accuracy"] == pytest.approx(accuracy_score(truth, told))
-    assert found["macro"]["f1"] == pytest.approx(f1_score(truth, told, average="macro"))
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, predicted))
+    assert found["macro"]["f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))
     assert f"accuracy {found['accuracy']:.3f}" in shown.out
     assert found["records"] == 80
     low, high = found["accuracy_interval"]
@@ -105,8 +105,8 @@ def test_tags_and_their_entities(cotune: Cotune, model: Callable[..., Path], fol
     assert found["answers"] == sum(each["records"] for each in found["classes"])
     assert {each["type"] for each in found["entities"]["types"]} <= {"BAD", "GOOD", "SO"}
     assert found["entities"]["entities"] == 60  # two words of a kind in each sentence, each an entity of one word
-    told = json.loads(cotune("predict", made, "the great tree", "--json").out)
-    assert len(told[0]["label"]) == 3
+    predicted = json.loads(cotune("predict", made, "the great tree", "--json").out)
+    assert len(predicted[0]["label"]) == 3
     assert cotune("evaluate", made, "--data", "tags.jsonl").code == 0
 
 
@@ -115,10 +115,10 @@ def test_images(cotune: Cotune, model: Callable[..., Path], folder: Path) -> Non
     write_images(folder / "photos", 9)
     found = json.loads(cotune("evaluate", made, "--data", "photos", "--json").out)
     assert (found["records"], found["max_length"]) == (9, None)
-    told = json.loads(cotune("predict", made, "--file", "photos", "--json").out)
-    assert len(told) == 9
-    [one] = json.loads(cotune("predict", made, told[0]["input"], "--json").out)
-    assert one["scores"] == pytest.approx(told[0]["scores"], abs=1e-5)
+    predicted = json.loads(cotune("predict", made, "--file", "photos", "--json").out)
+    assert len(predicted) == 9
+    [one] = json.loads(cotune("predict", made, predicted[0]["input"], "--json").out)
+    assert one["scores"] == pytest.approx(predicted[0]["scores"], abs=1e-5)
 
 
 def test_mistakes_are_one_sentence(cotune: Cotune, model: Callable[..., Path], folder: Path) -> None:
@@ -134,14 +134,14 @@ def test_mistakes_are_one_sentence(cotune: Cotune, model: Callable[..., Path], f
         ("predict", made, "--file", "fine.csv", "--text", "comment"),
         ("predict", made, "--file", "toy.toml"),
         ("predict", made, "text", "--threshold", "good"),
-        ("predict", made, "text", "--out", "told.xyz"),
+        ("predict", made, "text", "--out", "predicted.xyz"),
         ("evaluate", made, "--data", "other.csv"),
         ("evaluate", made, "--data", "fine.csv", "--label", "text"),
         ("evaluate", made, "--data", "fine.csv", "--threshold", "superb=0.5"),
     ):
         refused = cotune(*arguments)
         assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1), (arguments, refused)
-    assert cotune("predict", made, " ").code == 1  # nothing could be told
+    assert cotune("predict", made, " ").code == 1  # nothing could be predicted
 
 
 def test_what_is_predicted_cannot_steer_a_terminal(cotune: Cotune, model: Callable[..., Path]) -> None:

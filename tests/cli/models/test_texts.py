@@ -26,15 +26,15 @@ def test_texts_are_those_of_transformers(model: str, cotune: Cotune) -> None:
     found = json.loads(cotune("predict", model, "great day", " ", "--max-new-tokens", "5", "--json").out)
     reader = AutoTokenizer.from_pretrained(model)
     ids = reader("great day\n", return_tensors="pt").input_ids
-    told = AutoModelForCausalLM.from_pretrained(model).generate(ids, max_new_tokens=5, do_sample=False)
-    expected = reader.decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    generated = AutoModelForCausalLM.from_pretrained(model).generate(ids, max_new_tokens=5, do_sample=False)
+    expected = reader.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()
     assert [each["text"] for each in found] == [expected, None]
     assert found[1]["reason"] == "blank prompt"
 
 
 def test_a_file_of_prompts_has_a_text_for_each_row(model: str, cotune: Cotune, folder: Path) -> None:
     write_dialogs(folder / "new.jsonl", 6)
-    out = folder / "told.csv"
+    out = folder / "generated.csv"
     call = ("predict", model, "--file", str(folder / "new.jsonl"), "--text", "prompt", "--max-new-tokens", "2")
     assert cotune(*call, "--out", str(out)).code == 0
     header, *rows = out.read_text(encoding="utf-8").splitlines()

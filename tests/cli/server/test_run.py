@@ -112,25 +112,25 @@ def test_in_a_pipe_no_line_is_broken_and_no_word_cut(
 def test_remaining_time_holds_when_rounds_arrive_at_once() -> None:
     console = Console(width=200, record=True, force_terminal=False, highlight=False)
     whole = {"stage": "head", "participants": ["a"], "metrics": None, "epsilon": {}, "bytes_up": 1, "bytes_down": 1}
-    with showing_remote_progress(console) as tell:
-        tell("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 5, "resumed_after": 0})
+    with showing_remote_progress(console) as notify:
+        notify("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 5, "resumed_after": 0})
         for round, seconds in ((1, 100.0), (2, 2.0), (3, 4.0)):
-            tell("round_finished", {**whole, "round": round, "seconds": seconds})
+            notify("round_finished", {**whole, "round": round, "seconds": seconds})
     left = [line.rpartition(", ")[2].replace("\u00a0", " ") for line in console.export_text().splitlines()[2:]]
     assert left == ["1 B down", "6.0 s left", "6.0 s left"]  # 3 · 2 s, and 2 · 3 s: the first round loads models
 
 
 def test_what_only_a_real_federation_has_is_said_in_lines() -> None:
     console = Console(width=200, record=True, force_terminal=False, highlight=False)
-    with showing_remote_progress(console) as tell:
-        tell("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 2, "resumed_after": 0})
-        tell("waiting", {"connected": ["a"], "needed": 2, "absent": ["b", "c"]})
-        tell("update_received", {"round": 1, "organization": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
-        tell("update_quarantined", {"round": 1, "organization": "b", "reason": "not finite"})
-        tell("messages_refused", {"organization": "c", "count": 4, "reason": "it replies to nothing"})
-        tell("client_excluded", {"organization": "b", "reason": "3 refused updates"})
-        tell("delivered", {"organization": "a"})
-        tell("run_lost", {"reason": "its process ended (failed)", "seconds": 4.0})
+    with showing_remote_progress(console) as notify:
+        notify("run_started", {"folder": "f", "plan": "p", "plan_id": "ab" * 32, "rounds": 2, "resumed_after": 0})
+        notify("waiting", {"connected": ["a"], "needed": 2, "absent": ["b", "c"]})
+        notify("update_received", {"round": 1, "organization": "a", "bytes": 1200, "steps": 3, "epsilon": 0.991})
+        notify("update_quarantined", {"round": 1, "organization": "b", "reason": "not finite"})
+        notify("messages_refused", {"organization": "c", "count": 4, "reason": "it replies to nothing"})
+        notify("client_excluded", {"organization": "b", "reason": "3 refused updates"})
+        notify("delivered", {"organization": "a"})
+        notify("run_lost", {"reason": "its process ended (failed)", "seconds": 4.0})
     told = console.export_text().replace("\u00a0", " ")
     for line in (
         "waiting for organizations: 1 connected, 2 needed; not connected: b, c",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.client.node.node import reason_to_refuse
+from cotune.client.node.bundle import reason_to_refuse
 
 
 def archive(*names: str) -> bytes:

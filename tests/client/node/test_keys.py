@@ -17,7 +17,7 @@ from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
 from cotune.client.site_setup import get_key_fingerprint, make_site, read_private_key
 from cotune.errors import RunError
-from cotune.flower.fleet_client import FleetError, NodeRejected
+from cotune.flower.fleet_errors import FleetError, NodeRejected
 from cotune.protocol.key_renewal import fingerprint, read_node_renewal
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.kills import killed_before_each_change

@@ -39,8 +39,8 @@ def shared_head(model: TrainableModel, own: OwnRecords) -> State:
 
 
 def accuracy(model: TrainableModel, head: State, of: OwnRecords) -> float:
-    told: Tensor = head_scores(model, head, of.features).argmax(dim=1)
-    return float((told == of.targets).float().mean())
+    predicted: Tensor = head_scores(model, head, of.features).argmax(dim=1)
+    return float((predicted == of.targets).float().mean())
 
 
 def test_few_skewed_records_keep_part_of_the_shared_model(model: TrainableModel) -> None:

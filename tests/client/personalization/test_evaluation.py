@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import pipeline
 
-from cotune.client.app import store_final_model
+from cotune.client.final_model import store_final_model
 from cotune.client.personalization import evaluation as own_model
 from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
@@ -75,8 +75,8 @@ def test_an_adapted_model_is_exported_and_nothing_else_changes(received: tuple[P
     opened = open_final_model(site)
     held = site.holdings(plan.labels)
     scores = head_scores(opened.model, done.adapted.head, encoded_features(held, opened.model, {}, "float32"))
-    told = pipeline("text-classification", str(done.folder), truncation=True)(held.inputs(), top_k=None)
-    for each, row in zip(told, scores.softmax(dim=1).tolist(), strict=True):
+    predicted = pipeline("text-classification", str(done.folder), truncation=True)(held.inputs(), top_k=None)
+    for each, row in zip(predicted, scores.softmax(dim=1).tolist(), strict=True):
         assert {one["label"]: one["score"] for one in each} == pytest.approx(dict(zip(plan.labels, row, strict=True)), abs=1e-4)
 
 
@@ -143,14 +143,14 @@ def test_a_comparison_is_on_records_that_nothing_was_fitted_to(
         fitted.append(own.features)
         return original(model, own, *more)
 
-    def told(model: Any, head: Any, features: Any) -> Any:
+    def predicted(model: Any, head: Any, features: Any) -> Any:
         judged.append(features)
         return tell(model, head, features)
 
     original = own_model.adapt
-    tell = own_model._told
+    tell = own_model._predicted
     monkeypatch.setattr(own_model, "adapt", adapt)
-    monkeypatch.setattr(own_model, "_told", told)
+    monkeypatch.setattr(own_model, "_predicted", predicted)
     before = contents(site.folder)
     found = evaluate_site(site)
     assert contents(site.folder) == before
@@ -212,9 +212,11 @@ def test_a_model_of_tags_is_adapted_word_by_word(
     done = adapt_site(site)
     assert done.records == 60
     tell = pipeline("token-classification", str(done.folder), ignore_labels=[])
-    told = [[each["entity"] for each in tell(" ".join(words))] for words, _ in tagged(60)]
+    predicted = [[each["entity"] for each in tell(" ".join(words))] for words, _ in tagged(60)]
     right = [
-        one == other for said, (_, truth) in zip(told, tagged(60), strict=True) for one, other in zip(said, truth, strict=True)
+        one == other
+        for said, (_, truth) in zip(predicted, tagged(60), strict=True)
+        for one, other in zip(said, truth, strict=True)
     ]
     assert sum(right) / len(right) > 0.9
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.client.training import setup as setting
+from cotune.client.training import gradient_checks
+from cotune.client.training.gradient_checks import check_gradients, check_stages
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup, check_gradients, check_stages
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_files import read_records
 from cotune.data.tasks import classes
@@ -180,8 +181,8 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, family: 
 def test_gradients_are_checked_once_for_all_that_decides_them(new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison asks for every combination and seed; whatever decides how gradients are taken is checked again."""
     checked: list[str] = []
-    check = setting.check_gradients
-    monkeypatch.setattr(setting, "check_gradients", lambda *given: (checked.append(given[2]), check(*given))[1])
+    check = gradient_checks.check_gradients
+    monkeypatch.setattr(gradient_checks, "check_gradients", lambda *given: (checked.append(given[2]), check(*given))[1])
     plan = new_plan("bert", "sequence-classification", train="head")
     model = get_plan_model(plan, "cpu")
     alike = [plan, plan.model_copy(update={"rounds": 9}), plan.model_copy(update={"test_fraction": 0.4})]

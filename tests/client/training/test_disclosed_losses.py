@@ -35,7 +35,7 @@ WEIGHTED = {"weighting": "q_fair"}
 
 
 def tells(**rules: Any) -> Policy:
-    return Policy.permissive().model_copy(update={"tell": DisclosureRules(**{"example_count": "exact", **rules})})
+    return Policy.permissive().model_copy(update={"disclosures": DisclosureRules(**{"example_count": "exact", **rules})})
 
 
 def unprotected(site: Site) -> list[str]:
@@ -58,7 +58,7 @@ def test_without_privacy_it_is_the_mean_over_the_records(
     plan = make_plan(train=train, strategy=WEIGHTED)
     site = make_site()
     state = state_for(plan)
-    told = train_round(plan, site, 1, state).told
+    told = train_round(plan, site, 1, state).disclosures
     assert told == {"loss": pytest.approx(float(losses(plan, site, state).mean()), rel=1e-5)}
     assert site.ledger().charges() == []
 
@@ -70,7 +70,7 @@ def test_under_privacy_it_has_noise_and_is_within_the_budget(
     policy = tells(local_loss="noised", noise_multiplier=10.0)
     site = make_site(policy=policy)
     state = state_for(plan)
-    told = [train_round(plan, site, round, state).told["loss"] for round in (1, 2)]
+    told = [train_round(plan, site, round, state).disclosures["loss"] for round in (1, 2)]
     assert all(0 <= loss <= 4.0 for loss in told)
     charges = site.ledger().charges()
     assert [(c.purpose, c.state) for c in charges] == [("local loss", "settled"), ("training", "settled")] * 2
@@ -128,7 +128,7 @@ def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSit
     plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED)
     site = make_site(policy=tells(local_loss="clear"))
     state = state_for(plan)
-    told = train_round(plan, site, 1, state).told["loss"]
+    told = train_round(plan, site, 1, state).disclosures["loss"]
     assert told == pytest.approx(float(losses(plan, site, state).mean()), rel=1e-5)
     assert unprotected(site) == ["local loss"]
 
@@ -136,12 +136,12 @@ def test_in_the_clear_the_ledger_says_so(make_plan: MakePlan, make_site: MakeSit
 def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE, strategy=WEIGHTED)
     site = make_site(policy=tells())
-    with fails_with("policy.tell.local_loss") as declined:
+    with fails_with("policy.disclosures.local_loss") as declined:
         train_round(plan, site, 1, state_for(plan))
-    assert declined.value.rule == "tell.local_loss"
+    assert declined.value.rule == "disclosures.local_loss"
     assert site.ledger().charges() == []
     plain = make_plan(privacy=PRIVATE)
-    assert train_round(plain, site, 1, state_for(plain)).told == {}
+    assert train_round(plain, site, 1, state_for(plain)).disclosures == {}
 
 
 def test_a_loss_that_is_not_finite_is_said(make_plan: MakePlan, make_site: MakeSite) -> None:

@@ -28,7 +28,7 @@ ASKS = {"local_metrics": True, "label_histogram": True}
 
 
 def tells(**rules: Any) -> Policy:
-    return Policy.permissive().model_copy(update={"tell": DisclosureRules(**rules)})
+    return Policy.permissive().model_copy(update={"disclosures": DisclosureRules(**rules)})
 
 
 def account(make_plan: MakePlan, make_site: MakeSite, policy: Policy, **tables: Any) -> Account:
@@ -61,7 +61,7 @@ def test_a_number_that_is_declared_must_be_given(make_plan: MakePlan, make_site:
     site = make_site(policy=tells(example_count="declared"))
     with pytest.raises(Declined) as declined:
         train_round(plan, site, 1, state_for(plan))
-    assert declined.value.rule == "tell.declared_examples"
+    assert declined.value.rule == "disclosures.declared_examples"
     assert not site.ledger_file.exists()
 
 
@@ -138,7 +138,7 @@ def test_a_total_that_is_spent_tells_no_number(make_plan: MakePlan, make_site: M
 def test_the_noise_is_what_is_charged(make_plan: MakePlan, make_site: MakeSite) -> None:
     """σ on a count; √2·σ on each of the two numbers of the metrics, which one record changes together."""
     policy = tells(local_metrics="noised", noise_multiplier=20.0)
-    plan = make_plan(privacy=PRIVATE, tell=ASKS)
+    plan = make_plan(privacy=PRIVATE, disclosures=ASKS)
     site = make_site(policy=policy)
     mine = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
     draws = np.array([[*mine.noised([100], 1.0), *mine.noised([100], math.sqrt(2))] for _ in range(4000)])
@@ -156,22 +156,22 @@ def test_nothing_is_told_that_the_plan_does_not_ask_for(make_plan: MakePlan, mak
     plan = make_plan(privacy=PRIVATE)
     site = make_site(policy=tells(example_count="exact", local_metrics="clear", label_histogram="noised"))
     update = train_round(plan, site, 1, state_for(plan))
-    assert update.told == {}
+    assert update.disclosures == {}
 
 
 def test_nothing_is_told_that_the_policy_does_not_allow(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan = make_plan(privacy=PRIVATE, tell=ASKS)
+    plan = make_plan(privacy=PRIVATE, disclosures=ASKS)
     site = make_site(policy=tells(example_count="declared", declared_examples=55))
     update = train_round(plan, site, 1, state_for(plan))
-    assert update.told == {}
+    assert update.disclosures == {}
     assert update.examples == 55
     assert [c.purpose for c in site.ledger().charges()] == ["training"]
 
 
 def test_clear_metrics_are_those_of_the_received_model(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
-    plan = make_plan(privacy="none", tell=ASKS)
+    plan = make_plan(privacy="none", disclosures=ASKS)
     site = make_site(policy=tells(example_count="exact", local_metrics="clear"))
-    told = train_round(plan, site, 1, state_for(plan)).told
+    told = train_round(plan, site, 1, state_for(plan)).disclosures
     assert told["records"] == 60
     assert 0 <= told["correct"] <= 60
     assert set(told) == {"correct", "records"}
@@ -183,10 +183,10 @@ def test_clear_metrics_are_those_of_the_received_model(make_plan: MakePlan, make
 @pytest.mark.parametrize("train", ["head", "lora"])
 def test_what_is_told_stays_within_the_budget(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, train: str) -> None:
     policy = tells(local_metrics="noised", label_histogram="noised", example_count="noised", noise_multiplier=10.0)
-    plan = make_plan(privacy=PRIVATE, tell=ASKS, train=train, rounds=2)
+    plan = make_plan(privacy=PRIVATE, disclosures=ASKS, train=train, rounds=2)
     site = make_site(policy=policy)
     state = state_for(plan)
-    told = [train_round(plan, site, round, state).told for round in (1, 2)]
+    told = [train_round(plan, site, round, state).disclosures for round in (1, 2)]
     assert set(told[0]) == {"correct", "records", "label bad", "label good", "label so"}
     assert {k: v for k, v in told[0].items() if k.startswith("label")} == {
         k: v for k, v in told[1].items() if k.startswith("label")

@@ -56,7 +56,7 @@ def test_steps_follow_from_the_public_number(
 ) -> None:
     """Epochs over 60 records, of which the number of steps would tell how many there are."""
     policy = Policy.permissive().model_copy(
-        update={"tell": DisclosureRules(example_count="declared", declared_examples=declared)}
+        update={"disclosures": DisclosureRules(example_count="declared", declared_examples=declared)}
     )
     plan = of_epochs(local={"batch_size": batch})
     site = make_site(policy=policy)

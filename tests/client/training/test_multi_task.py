@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client.site import Site
+from cotune.client.training.gradient_checks import check_gradients, check_stages
 from cotune.client.training.round import train_round
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup, check_gradients, check_stages
+from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.multi_task import keep_tasks
 from cotune.data.record_files import read_records

@@ -10,10 +10,11 @@ import torch
 
 from cotune.client.site import Site
 from cotune.client.training.context import LocalContext
+from cotune.client.training.gradient_checks import check_gradients
 from cotune.client.training.personal import PERSONAL
 from cotune.client.training.preparation import prepare_round
 from cotune.client.training.round import train_round
-from cotune.client.training.setup import check_gradients, synthetic_setup
+from cotune.client.training.setup import synthetic_setup
 from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, shared_names, trained_names

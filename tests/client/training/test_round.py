@@ -626,9 +626,9 @@ def test_noise_is_reported_only_where_needed_and_allowed(make_plan: MakePlan, ma
     plan = make_plan(privacy=PRIVATE)
     assert train_round(plan, make_site(at="one"), 1, state_for(plan)).noise_variance is None
     plan = make_plan(privacy=PRIVATE, strategy={"weighting": "noise_aware"})
-    silent = Policy.permissive().model_copy(update={"tell": DisclosureRules(example_count="exact", noise_level=False)})
+    silent = Policy.permissive().model_copy(update={"disclosures": DisclosureRules(example_count="exact", noise_level=False)})
     site = make_site(at="two", policy=silent)
-    with fails_with("policy.tell.noise_level", "tell.noise_level"):
+    with fails_with("policy.disclosures.noise_level", "disclosures.noise_level"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
 
@@ -639,8 +639,8 @@ def test_reported_noise_does_not_reveal_the_record_count(
 ) -> None:
     """It is that of an organization of the declared size: the same for any true size."""
     plan = make_plan(privacy={"epsilon": 2.0}, strategy={"weighting": "noise_aware"})
-    tell = DisclosureRules(example_count="declared", declared_examples=declared)
-    policy = Policy.permissive().model_copy(update={"tell": tell})
+    rules = DisclosureRules(example_count="declared", declared_examples=declared)
+    policy = Policy.permissive().model_copy(update={"disclosures": rules})
     found = [train_round(plan, make_site(at=f"of-{n}", rows=range(n), policy=policy), 1, state_for(plan)) for n in (40, 50, 60)]
     assert found[0].noise_variance == found[1].noise_variance == found[2].noise_variance is not None
     assert [update.examples for update in found] == [declared] * 3

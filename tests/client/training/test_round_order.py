@@ -92,7 +92,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 CHECKED = [check.__name__ for check in BEFORE_RECORDS]
-TELLING = {"tell": {"label_histogram": True, "local_metrics": True}}
+TELLING = {"disclosures": {"label_histogram": True, "local_metrics": True}}
 
 
 def test_private_round_charges_before_records_take_part(
@@ -116,7 +116,7 @@ def test_noised_record_count_is_charged_at_first_use(
 ) -> None:
     plan = make_plan(privacy=PRIVATE)
     rules = Policy.permissive()
-    noised = rules.model_copy(update={"tell": rules.tell.model_copy(update={"example_count": "noised"})})
+    noised = rules.model_copy(update={"disclosures": rules.disclosures.model_copy(update={"example_count": "noised"})})
     train_round(plan, make_site(policy=noised), 1, state_for(plan))
     first = events.index("charge: example count")
     assert events[: first - 1] == [*CHECKED, "check_public_number"]
@@ -126,9 +126,9 @@ def test_noised_record_count_is_charged_at_first_use(
 def test_plain_round_is_entered_before_records_take_part(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, events: list[str]
 ) -> None:
-    plan = make_plan(tell={"local_metrics": True})
+    plan = make_plan(disclosures={"local_metrics": True})
     rules = Policy.permissive()
-    clear = rules.model_copy(update={"tell": rules.tell.model_copy(update={"local_metrics": "clear"})})
+    clear = rules.model_copy(update={"disclosures": rules.disclosures.model_copy(update={"local_metrics": "clear"})})
     train_round(plan, make_site(policy=clear), 1, state_for(plan))
     last = ["unprotected: training", "unprotected: local metrics", "records take part"]
     assert without_repeats(events)[-4:] == ["records are encoded", *last]
@@ -177,12 +177,12 @@ CASES = {
     "check_approval": Case("policy.training.approval", policy={("training", "approval"): "each"}),
     "check_rules": Case("policy.training.max_rounds", policy={("training", "max_rounds"): 2}),
     "check_declared_number": Case(
-        "policy.tell.example_count",
-        policy={("tell", "example_count"): "declared", ("tell", "declared_examples"): 60},
+        "policy.disclosures.example_count",
+        policy={("disclosures", "example_count"): "declared", ("disclosures", "declared_examples"): 60},
         request={"declarable": (1, 10)},
     ),
     "check_values": Case("run.extreme_values", state=infinite),
-    "check_public_number": Case("policy.tell.example_count", request={"declarable": (1, 10)}),
+    "check_public_number": Case("policy.disclosures.example_count", request={"declarable": (1, 10)}),
     "check_all_rules": Case("policy.training.min_examples", later={("training", "min_examples"): 61}),
     "check_hours": Case("policy.training.max_hours", policy={("training", "max_hours"): 2.0}, hours=2.5),
     "check_batch": Case("data.too_few_records", rows=range(3)),
@@ -214,7 +214,7 @@ def refuse(
     """A case -> the code of the refusal ("": it was trained), whether records were read, and how much was charged."""
 
     def play(case: Case) -> tuple[str, bool, int]:
-        plan = make_plan(privacy=PRIVATE, tell={"local_metrics": True}, **(case.plan or {}))
+        plan = make_plan(privacy=PRIVATE, disclosures={"local_metrics": True}, **(case.plan or {}))
         policy = changed(Policy.permissive(), case.policy)
         site = make_site(rows=case.rows, policy=policy)
         state = state_for(plan)

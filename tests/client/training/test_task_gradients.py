@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cotune.client.training.gradient_checks import check_stages
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import check_stages, synthetic_setup
+from cotune.client.training.setup import synthetic_setup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan

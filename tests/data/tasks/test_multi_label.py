@@ -74,10 +74,10 @@ def test_figures_are_those_of_scikit_learn(records: int, seed: int) -> None:
     truth = (rng.random((records, 3)) < 0.5).astype(int)
     given_ = rng.random((records, 3))
     found = compute_label_set_metrics(truth.ravel().tolist(), given_.ravel().tolist(), 3)
-    told = (given_ > 0.5).astype(int)
-    assert found.micro_f1 == pytest.approx(f1_score(truth, told, average="micro", zero_division=0))
-    assert found.macro_f1 == pytest.approx(f1_score(truth, told, average="macro", zero_division=0))
-    assert found.exact == pytest.approx(np.mean([(a == b).all() for a, b in zip(truth, told, strict=True)]))
+    predicted = (given_ > 0.5).astype(int)
+    assert found.micro_f1 == pytest.approx(f1_score(truth, predicted, average="micro", zero_division=0))
+    assert found.macro_f1 == pytest.approx(f1_score(truth, predicted, average="macro", zero_division=0))
+    assert found.exact == pytest.approx(np.mean([(a == b).all() for a, b in zip(truth, predicted, strict=True)]))
 
 
 def test_average_precision_reads_the_order_alone() -> None:

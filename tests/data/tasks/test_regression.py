@@ -59,9 +59,9 @@ def test_targets_are_between_minus_one_and_one(low: float, width: float, value: 
 
 
 def test_a_prediction_that_is_no_number_has_finite_figures() -> None:
-    told = TASK.answers_from_scores(torch.tensor([[math.nan], [math.inf], [-math.inf], [0.5]]))
-    assert all(map(math.isfinite, told))
-    found = compute_number_metrics([1.0, 2.0, 3.0, 4.0], told)
+    predicted = TASK.answers_from_scores(torch.tensor([[math.nan], [math.inf], [-math.inf], [0.5]]))
+    assert all(map(math.isfinite, predicted))
+    found = compute_number_metrics([1.0, 2.0, 3.0, 4.0], predicted)
     assert all(map(math.isfinite, found.as_dict().values()))
     assert json.loads(json.dumps(found.as_dict(), allow_nan=False)) == found.as_dict()
     assert found.score == 0
@@ -70,13 +70,13 @@ def test_a_prediction_that_is_no_number_has_finite_figures() -> None:
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=20))
 def test_figures_are_those_of_scipy_and_scikit_learn(pairs: list[tuple[float, float]]) -> None:
-    truth, told = map(list, zip(*pairs, strict=True))
-    found = compute_number_metrics(truth, told)
-    assert found.mse == pytest.approx(mean_squared_error(truth, told))
-    assert found.mae == pytest.approx(mean_absolute_error(truth, told))
-    if np.std(truth) > 1e-3 and np.std(told) > 1e-3:
-        assert found.r2 == pytest.approx(r2_score(truth, told), rel=1e-6, abs=1e-9)
-        assert found.spearman == pytest.approx(spearmanr(truth, told).statistic, abs=1e-9)
+    truth, predicted = map(list, zip(*pairs, strict=True))
+    found = compute_number_metrics(truth, predicted)
+    assert found.mse == pytest.approx(mean_squared_error(truth, predicted))
+    assert found.mae == pytest.approx(mean_absolute_error(truth, predicted))
+    if np.std(truth) > 1e-3 and np.std(predicted) > 1e-3:
+        assert found.r2 == pytest.approx(r2_score(truth, predicted), rel=1e-6, abs=1e-9)
+        assert found.spearman == pytest.approx(spearmanr(truth, predicted).statistic, abs=1e-9)
 
 
 def test_the_constant_answer_is_the_mean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,12 +22,19 @@ __all__ = ["language_model"]  # fixtures
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft, about its own affairs
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_peft_and_transformers_load_what_is_exported(language_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method", "own"),
+    [("llama", "rslora", False), ("gpt2", "rslora", False), ("llama", "rslora", True), ("gpt2", "lora", True)],
+    ids=["llama", "gpt2", "llama with an own one", "gpt2 with an own one"],
+)
+def test_peft_and_transformers_load_what_is_exported(
+    language_model: Callable[..., Path], tmp_path: Path, kind: str, method: Literal["lora", "rslora"], own: bool
+) -> None:
+    """An own adapter beside the shared one is exported with it, as one of twice the rank."""
     base = language_model(kind, tied=kind == "gpt2")
-    lora = LoraConfig(rank=2, factors="ab", method="rslora", layers=1)
+    lora = LoraConfig(rank=2, factors="ab", method=method, layers=1)
     loaded = load_model(ModelConfig(base=str(base), max_length=16, precision="float32"), (), 3, "causal-lm")
-    model = TrainableModel(loaded, lora, 3, torch.device("cpu"))
+    model = TrainableModel(loaded, lora, 3, torch.device("cpu"), own_adapters=own)
     generator = torch.Generator().manual_seed(1)
     names = model.adapter_names()
     model.load({name: torch.randn(tensor.shape, generator=generator) for name, tensor in model.state(names).items()})
@@ -39,5 +47,6 @@ def test_peft_and_transformers_load_what_is_exported(language_model: Callable[..
         torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(AutoModelForCausalLM.from_pretrained(base)(ids).logits, expected, atol=1e-3)
     said = json.loads((tmp_path / "model" / ADAPTERS / "adapter_config.json").read_bytes())
+    assert said["r"] == (4 if own else 2)
     assert said["base_model_name_or_path"] == base.name, "where it is on a machine is nobody's business"
     assert said["target_modules"] == sorted(said["target_modules"])

@@ -20,7 +20,8 @@ from transformers import AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
 from cotune.models.base import folder as base_files
-from cotune.models.base.load import _make_deterministic, load_model
+from cotune.models.base.load import load_model
+from cotune.models.base.load_checks import make_deterministic
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 
@@ -518,7 +519,7 @@ def test_nothing_in_training_is_left_to_chance(layer: str) -> None:
     images = layer == "drop_path"
     kind = transformers.AutoModelForImageClassification if images else transformers.AutoModelForSequenceClassification
     module = kind.from_config(config)
-    _make_deterministic(module)
+    make_deterministic(module)
     given = {"pixel_values": torch.randn(3, 3, 16, 16)} if images else {"input_ids": torch.full((1, 4), 5)}
     answers = []
     for seed in range(8):
@@ -553,14 +554,14 @@ class _MaskingToo(_Masking):
 )
 def test_parameters_outside_layers_get_per_row_gradients(kind: Callable[..., nn.Module], stays: bool) -> None:
     module = kind(4, 2) if kind is nn.MultiheadAttention else kind()
-    _make_deterministic(module)
+    make_deterministic(module)
     assert module.training == stays
     assert not any(m.training for m in module.modules() if isinstance(m, nn.Dropout))
 
 
 def test_batch_norm_keeps_statistics_of_the_base_model() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    _make_deterministic(module)
+    make_deterministic(module)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     module(torch.randn(8, 3))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

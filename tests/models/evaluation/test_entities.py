@@ -12,8 +12,8 @@ from cotune.models.evaluation.quality import entity_quality, find_entities
 def test_the_example_of_seqeval() -> None:
     """Its README: F1 0.50 over all; MISC 0, PER 1."""
     truth = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
-    told = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
-    found = entity_quality(truth, told)
+    predicted = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
+    found = entity_quality(truth, predicted)
     assert found["micro"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert found["macro"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert [(each["type"], each["f1"], each["entities"]) for each in found["types"]] == [("MISC", 0.0, 1), ("PER", 1.0, 1)]

@@ -95,14 +95,14 @@ def test_f1_interval_contains_f1_and_shrinks_with_root_n() -> None:
 
     def drawn(count: int) -> Answers:
         truth = rng.integers(0, 3, count)
-        told = np.where(rng.random(count) < 0.7, truth, rng.integers(0, 3, count))
-        return build_answers(truth.tolist(), told.tolist(), range(count), 3)
+        predicted = np.where(rng.random(count) < 0.7, truth, rng.integers(0, 3, count))
+        return build_answers(truth.tolist(), predicted.tolist(), range(count), 3)
 
     few = drawn(200)
     many = drawn(20_000)
     for answers in (few, many):
         low, high = f1_interval(answers)
-        assert low < f1_score(answers.truth, answers.told, average="macro") < high
+        assert low < f1_score(answers.truth, answers.predicted, average="macro") < high
     widths = [high - low for low, high in (f1_interval(few), f1_interval(many))]
     assert widths[0] / widths[1] == pytest.approx(10, rel=0.25)
     assert f1_interval(few) == f1_interval(few)  # nothing is left to chance
@@ -117,8 +117,8 @@ def test_accuracy_of_single_record_units_has_wilson_interval() -> None:
 def test_the_size_of_the_test() -> None:
     """Two models that are equally good are told apart in one of twenty comparisons at most."""
     rng = np.random.default_rng(3)
-    told = 0
+    predicted = 0
     for _ in range(200):
         ours, theirs = (rng.random(150) < 0.7 for _ in range(2))
-        told += compare_paired(of(ours.astype(int).tolist()), of(theirs.astype(int).tolist())).answer != "too close to tell"
-    assert binomtest(told, 200, 0.05, alternative="greater").pvalue > 1e-3
+        predicted += compare_paired(of(ours.astype(int).tolist()), of(theirs.astype(int).tolist())).answer != "too close to tell"
+    assert binomtest(predicted, 200, 0.05, alternative="greater").pvalue > 1e-3

@@ -41,8 +41,8 @@ def test_probabilities_are_those_of_transformers(base_model: Callable[[str], Pat
     predictor = open_predictor(str(folder), "cpu")
     assert (predictor.labels, predictor.task, predictor.max_length) == (LABELS, "sequence-classification", TRAINED)
     theirs = pipeline("text-classification", str(folder), truncation=True)(list(TEXTS), top_k=None)
-    for ours, told in zip(predictor.probabilities(TEXTS), theirs, strict=True):
-        scores = {each["label"]: each["score"] for each in told}
+    for ours, predicted in zip(predictor.probabilities(TEXTS), theirs, strict=True):
+        scores = {each["label"]: each["score"] for each in predicted}
         assert ours[0].tolist() == pytest.approx([scores[label] for label in LABELS], abs=1e-5)
 
 
@@ -51,9 +51,9 @@ def test_words_have_tags_as_far_as_they_were_read(base_model: Callable[[str], Pa
     predictor = open_predictor(str(folder), "cpu")
     words = tuple(("the sad tree " * 5).split())
     [found] = predictor.probabilities([words])
-    told = pipeline("token-classification", str(folder), ignore_labels=[])(" ".join(words))
+    predicted = pipeline("token-classification", str(folder), ignore_labels=[])(" ".join(words))
     assert found.shape == (15, 2)
-    assert found[:TRAINED].max(dim=1).values.tolist() == pytest.approx([each["score"] for each in told], abs=1e-5)
+    assert found[:TRAINED].max(dim=1).values.tolist() == pytest.approx([each["score"] for each in predicted], abs=1e-5)
     assert found[TRAINED:].isnan().all()
 
 

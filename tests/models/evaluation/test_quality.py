@@ -23,12 +23,12 @@ FOUR = [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.2, 0.8]]
 
 
 def test_two_classes_by_hand() -> None:
-    """True: bad, good, good, bad. Told: bad, bad, good, good."""
+    """True: bad, good, good, bad. Predicted: bad, bad, good, good."""
     found = of([0, 1, 1, 0], FOUR)
     assert found["accuracy"] == 0.5
     assert found["confusion"] == [[1, 1, 0], [1, 1, 0]]
     bad, good = found["classes"]  # type: ignore[misc]
-    assert (bad["precision"], bad["recall"], bad["records"], bad["told"]) == (0.5, 0.5, 2, 2)
+    assert (bad["precision"], bad["recall"], bad["records"], bad["predicted"]) == (0.5, 0.5, 2, 2)
     assert good["auroc"] == 0.5  # of the pairs (0.4, 0.7) × (0.1, 0.8) two are in order
     assert good["auprc"] == pytest.approx(1 / 2 * 1 / 2 + 1 / 2 * 2 / 3)  # hits at ranks 2 and 3
     assert found["majority"] == {"label": "bad", "accuracy": 0.5}
@@ -60,7 +60,7 @@ def test_a_rare_class_is_told_from_its_threshold_on() -> None:
 def test_what_was_not_read_is_wrong_and_in_no_curve() -> None:
     unread = [np.nan, np.nan]
     found = of([0, 1, 1, 0, 1], [*FOUR, unread])
-    assert (found["not_told"], found["accuracy"]) == (1, 0.4)
+    assert (found["not_predicted"], found["accuracy"]) == (1, 0.4)
     assert found["confusion"] == [[1, 1, 0], [1, 1, 1]]
     good = found["classes"][1]  # type: ignore[index]
     assert (good["precision"], good["recall"], good["auroc"]) == (0.5, 1 / 3, 0.5)
@@ -87,8 +87,8 @@ def cases(draw: st.DrawFn) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 def test_any_records_against_definitions(case: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
     truth, probabilities = case
     found = quality(truth, probabilities, np.arange(len(truth)), LABELS)
-    told = probabilities.argmax(axis=1)
-    oracle = classification_report(truth, told, labels=[0, 1, 2], target_names=LABELS, output_dict=True, zero_division=0)
+    predicted = probabilities.argmax(axis=1)
+    oracle = classification_report(truth, predicted, labels=[0, 1, 2], target_names=LABELS, output_dict=True, zero_division=0)
     for each in found["classes"]:
         expected = oracle[each["label"]]
         assert [each[key] for key in ("precision", "recall", "f1", "records")] == pytest.approx(

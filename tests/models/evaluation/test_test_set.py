@@ -87,7 +87,7 @@ TAGS = ("B-BAD", "B-GOOD", "B-SO", "O")
 
 @pytest.mark.parametrize(("kind", "length"), crossed(["bert", "gpt2"], [16, 4]))
 def test_tags_are_judged_word_by_word(base_model: Callable[[str], Path], tmp_path: Path, kind: str, length: int) -> None:
-    """Against the plain model on each text alone; a word that the model's length cuts off is told wrong."""
+    """Against the plain model on each text alone; a word that the model's length cuts off is predicted wrongly."""
     write_manifest(
         tmp_path / "data.json",
         DataConfig(source=str(write_tagged(tmp_path / "tags.jsonl", 70))),

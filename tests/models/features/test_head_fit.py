@@ -85,9 +85,9 @@ def test_corrected_head_predicts_classes_by_their_frequency(model: TrainableMode
     shared = fit_head(model, features, targets, start=head, toward=head, pull=0.001)
     others, skewed = records(200, seed=5, mix=(8, 1, 1))
     found = correct_head(model, shared, others, skewed)
-    told = softmax(head_scores(model, found, others), dim=1).mean(dim=0)
+    predicted = softmax(head_scores(model, found, others), dim=1).mean(dim=0)
     there = one_hot(skewed).mean(dim=0)
-    assert (told - there).abs().max() < 0.02  # but for a penalty of one record of 200
+    assert (predicted - there).abs().max() < 0.02  # but for a penalty of one record of 200
     assert (softmax(head_scores(model, shared, others), dim=1).mean(dim=0) - there).abs().max() > 0.02
     new, expected = records(2000, seed=6, mix=(8, 1, 1))
     right = [float((head_scores(model, h, new).argmax(dim=1) == expected).float().mean()) for h in (found, shared)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from cotune.data.tasks.classes import logits
@@ -19,8 +20,19 @@ from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.cached import get_features
 from cotune.models.features.head import feature_head
 from cotune.models.features.precision import features_mix
-from cotune.models.features.public_map import AffineMap, _features, draw_texts, fit_map, get_public_map, pin_model
+from cotune.models.features.public_map import (
+    AffineMap,
+    FittedMap,
+    _features,
+    _get_map,
+    _order_shifts,
+    draw_texts,
+    fit_map,
+    get_public_map,
+    pin_model,
+)
 from cotune.models.independence import MAX_PADDING_ERROR, padding_error
+from cotune.models.observe import observe_models
 from cotune.models.trainable import TrainableModel
 
 LABELS = ("bad", "good", "so")
@@ -115,7 +127,8 @@ def test_the_map_is_the_formula() -> None:
     """Against NumPy, in one expression: (C + 0.01)^(-3/8) between coordinates scaled to one, to a norm of 2."""
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6)
-    found = fit_map(torch.tensor(rows))
+    found = fit_map(torch.tensor(rows)).choose(None)
+    assert found is not None
     scaled = (rows - rows.mean(0)) / rows.std(0, ddof=1)
     values, directions = np.linalg.eigh(scaled.T @ scaled / 500 + 0.01 * np.eye(6))
     told = scaled @ directions @ np.diag(values**-0.375) @ directions.T
@@ -129,26 +142,83 @@ def test_a_coordinate_that_never_moves_counts_for_nothing() -> None:
     rng = np.random.default_rng(2)
     rows = torch.tensor(rng.normal(size=(100, 4)))
     rows[:, 2] = 5.0 + 1e-15 * rows[:, 0]
-    found = fit_map(rows)
+    found = fit_map(rows).choose(None)
+    assert found is not None
     assert bool(found.matrix.isfinite().all())
     assert bool((found.matrix[:, 2] == 0).all())
 
 
 def test_rounding_hides_what_processors_differ_by(base_model: Base) -> None:
-    """With other threads, and with errors ten times those of float64, everybody has the same bits."""
-    path = base_model("bert")
-    rows = torch.cat(list(_features(path, (0, 2), True)))
-    expected = fit_map(rows).hash
+    """With other threads, and with errors ten times those of float64, everybody has the map that somebody else has pinned."""
+    folder = find_base(ModelConfig(base=str(base_model("bert"))))
+    rows = torch.cat(list(_features(folder, (0, 2), True)))
+    pinned = hash_of(fit_map(rows))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert fit_map(torch.cat(list(_features(path, (0, 2), True)))).hash == expected
+        assert hash_of(fit_map(torch.cat(list(_features(folder, (0, 2), True)))), pinned) == pinned
     finally:
         torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(1)
     noisy = rows * (1 + 1e-14 * torch.randn(rows.shape, generator=generator, dtype=torch.float64))
-    assert fit_map(noisy).hash == expected
-    assert fit_map(rows * (1 + 1e-3)).hash != expected
+    assert hash_of(fit_map(noisy), pinned) == pinned
+    assert fit_map(rows * (1 + 1e-3)).choose(pinned) is None
+
+
+def hash_of(fitted: FittedMap, expected: str | None = None) -> str:
+    found = fitted.choose(expected)
+    assert found is not None
+    return found.hash
+
+
+def test_a_number_between_two_points_of_the_grid_is_rounded_alike() -> None:
+    """Half a step plus and minus an error is apart as the grid lies by itself, and the same as it is laid."""
+    middle = torch.eye(2, dtype=torch.float64) * 0.5 / 8192
+    maps = [fitted_by_hand(middle + error) for error in (-1e-12, 1e-12)]
+    pinned = hash_of(maps[0])
+    assert [hash_of(map, pinned) for map in maps] == [pinned, pinned]
+    by_itself = [map._round(0.0).hash for map in maps]
+    assert by_itself[0] != by_itself[1]
+
+
+def test_every_way_in_which_the_grid_can_lie_is_found_by_its_hash() -> None:
+    fitted = fitted_by_hand(torch.randn(8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    hashes = {fitted._round(shift / 16).hash for shift in range(16)}
+    assert len(hashes) == 16
+    assert {hash_of(fitted, each) for each in hashes} == hashes
+    exact = fitted.matrix.numpy()
+    assert all(fitted._round(shift / 16).matrix.numpy() == pytest.approx(exact, abs=0.51 / 8192) for shift in range(16))
+
+
+def fitted_by_hand(matrix: torch.Tensor) -> FittedMap:
+    ones = torch.ones(len(matrix), dtype=torch.float64)
+    return FittedMap(0 * ones, matrix, ones, _order_shifts(matrix))
+
+
+def test_a_map_that_another_user_can_have_written_is_fitted_again(base_model: Base, tmp_path: Path) -> None:
+    folder = find_base(ModelConfig(base=str(base_model("bert"))))
+    feature = FeatureConfig.model_validate(FEATURE)
+    expected = get_public_map(folder, feature).hash
+    (file,) = (tmp_path / "cache" / "maps").glob("*.safetensors")
+    kept = load_file(file)
+    save_file({**kept, "center": kept["center"] + 1}, file)
+    _get_map.cache_clear()
+    assert get_public_map(folder, feature).hash != expected, "the file is what is read"
+    file.chmod(0o666)
+    _get_map.cache_clear()
+    assert get_public_map(folder, feature).hash == expected
+
+
+def test_fitting_is_told(base_model: Base) -> None:
+    told: list[tuple[str, int, int]] = []
+    _get_map.cache_clear()
+    with observe_models(lambda what, about: told.append((what, about["done"], about["total"]))):
+        model_of(base_model("bert"))
+        count = len(told)
+        _get_map.cache_clear()
+        model_of(base_model("bert"))
+    assert (told[0], told[-1]) == (("map", 0, 4000), ("map", 4000, 4000))
+    assert len(told) == count, "it is kept"
 
 
 def test_texts_are_random_tokens_in_the_frame_of_every_text(base_model: Base) -> None:

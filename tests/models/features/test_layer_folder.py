@@ -59,8 +59,8 @@ def test_what_is_opened_predicts_what_was_written(exported: tuple[TrainableModel
     collate = model.loaded.task.collator(model.module, model.loaded.reader, model.device)
     with torch.no_grad():
         examples = model.loaded.encode_unlabeled(TEXTS)
-        told = [model.loaded.task.scores(model.module, collate([e]))[0].double().softmax(0) for e in examples]
-    torch.testing.assert_close(torch.cat(predictor.probabilities(TEXTS)), torch.stack(told), atol=1e-5, rtol=1e-5)
+        predicted = [model.loaded.task.scores(model.module, collate([e]))[0].double().softmax(0) for e in examples]
+    torch.testing.assert_close(torch.cat(predictor.probabilities(TEXTS)), torch.stack(predicted), atol=1e-5, rtol=1e-5)
 
 
 def test_the_cards_program_predicts_the_same(exported: tuple[TrainableModel, Path]) -> None:
@@ -69,11 +69,11 @@ def test_the_cards_program_predicts_the_same(exported: tuple[TrainableModel, Pat
     program = (folder / CARD).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     program = program.replace("FOLDER", str(folder)).replace('["a text"]', json.dumps(TEXTS))
     assert "cotune" not in program.replace(str(folder), "")
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    predicted = io.StringIO()
+    with contextlib.redirect_stdout(predicted):
         exec(program, {})
     best = torch.cat(open_predictor(str(folder), "cpu").probabilities(TEXTS)).argmax(1)
-    assert told.getvalue().strip() == str([LABELS[number] for number in best])
+    assert predicted.getvalue().strip() == str([LABELS[number] for number in best])
 
 
 def test_transformers_does_not_take_it_for_its_own(exported: tuple[TrainableModel, Path]) -> None:

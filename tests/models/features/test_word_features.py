@@ -73,8 +73,8 @@ def test_a_word_that_is_cut_off_has_no_vector_and_no_answer(tagger: Callable[[st
     unread = vectors.isnan().any(dim=1).tolist()
     assert unread == [False] * 8 + [True] * 2 + [False]
     with torch.no_grad():
-        told = classes_from_scores(head_of(model)(vectors).logits)
-    assert (told == -1).tolist() == unread
+        predicted = classes_from_scores(head_of(model)(vectors).logits)
+    assert (predicted == -1).tolist() == unread
 
 
 def test_token_beyond_the_table_drops_its_record_alone(tagger: Callable[[str], TrainableModel]) -> None:

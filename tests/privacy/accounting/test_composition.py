@@ -283,6 +283,12 @@ def test_a_very_large_budget_still_gets_noise() -> None:
     assert calibrate([(0.01, 5)], epsilon=50.0, delta=DELTA) == 0.3
 
 
+@pytest.mark.parametrize("target", [3.0, 40.0])
+def test_calibrate_finds_noise_for_many_full_batches(target: float) -> None:
+    planned = [(1.0, 100)]
+    assert_smallest(calibrate(planned, epsilon=target, delta=DELTA), planned, target, DELTA)
+
+
 def test_an_unreachable_budget_is_refused() -> None:
     with fails_with("privacy.epsilon_unreachable", "0.1", "10000", "1000"):
         calibrate([(0.5, 10_000)], epsilon=0.1, delta=1e-6)

@@ -20,7 +20,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_over_runs
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.storage.database_log import entry_hash
+from cotune.storage.log_entries import entry_hash
 from tests.support.failures import fails_with
 
 ROUND = Steps(1.0, 0.05, 20)

@@ -20,7 +20,7 @@ from cotune.privacy.ledger.charges import (
 )
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.ledger.totals import Totals
-from cotune.storage.database_log import Entry
+from cotune.storage.log_entries import Entry
 
 COLLECTIONS = ("", "wards", "images")
 RULE = "budget.epsilon_total"

@@ -18,7 +18,7 @@ from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.verification import verify_export
 from cotune.privacy.policy import BudgetRules, Policy, dump_policy
 from cotune.storage.append_only_log import START_HASH
-from cotune.storage.database_log import entry_hash
+from cotune.storage.log_entries import entry_hash
 from tests.support.failures import fails_with
 
 DELTA = 1e-5
@@ -61,25 +61,25 @@ def test_a_true_export_holds(exported: dict[str, Any]) -> None:
 
 
 def lie(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
-    def tell(exported: dict[str, Any]) -> None:
+    def change(exported: dict[str, Any]) -> None:
         *folders, last = path
         place: Any = exported
         for key in folders:
             place = place[key]
         place[last] = value
 
-    return tell
+    return change
 
 
 def forget(*path: str | int) -> Callable[[dict[str, Any]], None]:
-    def tell(exported: dict[str, Any]) -> None:
+    def change(exported: dict[str, Any]) -> None:
         *folders, last = path
         place: Any = exported
         for key in folders:
             place = place[key]
         del place[last]
 
-    return tell
+    return change
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,9 @@ def test_what_leaves_is_what_the_plan_asks_for() -> None:
     private = list(list_disclosures(plan_of(privacy={"epsilon": 3.0})))
     assert "the classification head: with differential privacy for every single record, ε at most 3 " in private[0]
     assert len(private) == 2
-    open_ = list(list_disclosures(plan_of(privacy="none", train="full", tell={"local_metrics": True, "label_histogram": True})))
+    open_ = list(
+        list_disclosures(plan_of(privacy="none", train="full", disclosures={"local_metrics": True, "label_histogram": True}))
+    )
     assert "the whole model: **without differential privacy**" in open_[0]
     assert len(open_) == 4
 

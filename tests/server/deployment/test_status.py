@@ -78,15 +78,15 @@ def test_a_superlink_that_is_away_leaves_connections_unknown(federation: Federat
 def test_the_last_word_of_each_organization(federation: FederationFolder) -> None:
     run = create_run(federation)
 
-    def tell(name: str, **fields: Any) -> None:
+    def log(name: str, **fields: Any) -> None:
         run.events.write(make_event(name, **fields))
 
     assert [o.word for o in look(federation, None).organizations] == ["not asked yet"] * 3
-    tell("run_started", rounds=2)
-    tell("round_started", round=1, organizations=["a", "b", "c"])
-    tell("update_received", round=1, organization="a", bytes=600, steps=3, epsilon=1.234)
-    tell("update_quarantined", round=1, organization="b", reason="its norm is 7e9", file="b.safetensors")
-    tell("update_dropped", round=1, organization="b", reason="refused: its norm is 7e9")
+    log("run_started", rounds=2)
+    log("round_started", round=1, organizations=["a", "b", "c"])
+    log("update_received", round=1, organization="a", bytes=600, steps=3, epsilon=1.234)
+    log("update_quarantined", round=1, organization="b", reason="its norm is 7e9", file="b.safetensors")
+    log("update_dropped", round=1, organization="b", reason="refused: its norm is 7e9")
     status = look(federation, None)
     assert [o.word for o in status.organizations] == [
         "answered in round 1",
@@ -95,8 +95,8 @@ def test_the_last_word_of_each_organization(federation: FederationFolder) -> Non
     ]
     assert of(status, "a").bytes_up == 600
     finish(run, 1, participants=["a"], epsilon={"a": 1.231}, metrics=metrics(0.5))
-    tell("round_started", round=2, organizations=["a", "c"])
-    tell("update_dropped", round=2, organization="c", reason="declined: its rule privacy does not allow this plan")
+    log("round_started", round=2, organizations=["a", "c"])
+    log("update_dropped", round=2, organization="c", reason="declined: its rule privacy does not allow this plan")
     status = look(federation, None)
     assert [(o.word, o.last_round, o.epsilon) for o in status.organizations] == [
         ("asked in round 2", 1, 1.24),

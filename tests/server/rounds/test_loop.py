@@ -248,12 +248,12 @@ def record(request: Request, arrays: Mapping[str, Array] | None = None, **fields
         ("fednova", {"steps": 21}, "it states 21 steps, expected 1 to 20"),
         (
             {"weighting": {"name": "q_fair", "q": 2.0}},
-            {"told": {"loss": 1e200}},
+            {"disclosures": {"loss": 1e200}},
             "it tells a loss of 1e+200, expected 0 to 1e+06",
         ),
         (
             {"recipe": "qfedavg", "fusion": {"q": 2.0}},
-            {"told": {"loss": 1e200}},
+            {"disclosures": {"loss": 1e200}},
             "it tells a loss of 1e+200, expected 0 to 1e+06",
         ),
     ],
@@ -261,13 +261,13 @@ def record(request: Request, arrays: Mapping[str, Array] | None = None, **fields
 def test_no_number_that_an_organization_states_ends_the_run(
     new_run: NewRun, strategy: Any, harm: dict[str, Any], reason: str
 ) -> None:
-    told = {"loss": 1.0} if "told" in harm else {}  # what the strategy asks for, and nothing else
+    told = {"loss": 1.0} if "disclosures" in harm else {}  # what the strategy asks for, and nothing else
 
     def honest(request: Request) -> Update:
-        return update(request, ones(request), steps=20, told=told)
+        return update(request, ones(request), steps=20, disclosures=told)
 
     def hostile(request: Request) -> Update:
-        return update(request, ones(request), **{"steps": 20, "told": told, **harm})
+        return update(request, ones(request), **{"steps": 20, "disclosures": told, **harm})
 
     folder = new_run("org-1", "org-2", rounds=1, strategy=strategy)
     [entry] = play(folder, {"org-1": honest, "org-2": hostile}).history

@@ -414,7 +414,7 @@ def test_disclosure_not_asked_for_is_rejected_and_sanitized(new_run: NewRun) -> 
     folder = real(new_run("org-1", "org-2", "org-3", rounds=1, server={"quorum": 0.3}))
 
     def chats(request: Request) -> Any:
-        return update(request, adding(1.0)(request).delta, told={"my opinion": 1.0})  # type: ignore[union-attr]
+        return update(request, adding(1.0)(request).delta, disclosures={"my opinion": 1.0})  # type: ignore[union-attr]
 
     def paints(request: Request) -> Any:
         return update(request, {**adding(1.0)(request).delta, "\x1b[2J\nall is well": torch.zeros(1)})  # type: ignore[union-attr]
@@ -427,14 +427,14 @@ def test_disclosure_not_asked_for_is_rejected_and_sanitized(new_run: NewRun) -> 
 
 
 def test_what_the_plan_asks_for_is_taken(new_run: NewRun) -> None:
-    folder = real(new_run("org-1", rounds=1, tell={"label_histogram": True, "local_metrics": True}))
+    folder = real(new_run("org-1", rounds=1, disclosures={"label_histogram": True, "local_metrics": True}))
     words = {**{f"label {label}": 3.0 for label in folder.plan.labels}, "correct": 2.0, "records": 9.0}
 
     def tells(request: Request) -> Any:
-        return update(request, adding(1.0)(request).delta, told=words)  # type: ignore[union-attr]
+        return update(request, adding(1.0)(request).delta, disclosures=words)  # type: ignore[union-attr]
 
     [entry] = play(folder, wild(folder, {"org-1": tells})).history
-    assert entry["told"] == {"org-1": words}
+    assert entry["disclosures"] == {"org-1": words}
 
 
 @pytest.mark.parametrize(("count", "expected"), [(4, "5 to 20"), (21, "5 to 20")])

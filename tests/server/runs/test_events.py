@@ -30,7 +30,7 @@ FIELDS = {
             "stage",
             "metrics",
             "epsilon",
-            "told",
+            "disclosures",
             "client_privacy",
             "participants",
             "dropped",

@@ -323,7 +323,7 @@ def compared_with_the_rest(updates: Sequence[Update]) -> list[float]:
 
 @weighting("broken", cite="", needs=Needs(sends=("loss",)))
 def repaired(update: Update) -> float:
-    loss = update.told["loss"]
+    loss = update.disclosures["loss"]
     return loss if loss == loss else 1.0
 
 
@@ -513,8 +513,8 @@ def test_a_part_gets_what_it_asks_organizations_to_send() -> None:
 
     @weighting("spy", cite="", needs=Needs(sends=("loss",)))
     def weigh(update: Update) -> float:
-        spy.losses.append(update.told["loss"])
-        return update.told["loss"]
+        spy.losses.append(update.disclosures["loss"])
+        return update.disclosures["loss"]
 
     assert failed(weigh) == {}
     assert len(set(spy.losses)) > 5

@@ -19,12 +19,12 @@ SHAPES = {"a": (3,), "b": (2, 2), "c": ()}
 
 def running() -> Aggregator:
     """The mean, with weights that the updates bring along."""
-    weighting = infer_component("weighting", "as told", lambda update: update.told["weight"])
+    weighting = infer_component("weighting", "as told", lambda update: update.disclosures["weight"])
     return Aggregator((weighting, {}), (get_builtin_components("fusion")["mean"], {}), RoundContext())
 
 
 def update(delta: Delta, weight: float) -> Update:
-    return Update("a", 1, delta, examples=1, steps=1, told={"weight": weight})
+    return Update("a", 1, delta, examples=1, steps=1, disclosures={"weight": weight})
 
 
 def fuse(pairs: list[tuple[Delta, float]]) -> Delta:

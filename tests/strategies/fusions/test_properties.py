@@ -33,7 +33,7 @@ def deltas_of(rng: np.random.Generator, count: int = COUNT) -> list[dict[str, np
 
 
 def changes(count: int = COUNT) -> list[dict[str, Any]]:
-    return [{"organization": f"org-{k}", "steps": 1 + k % 3, "told": {"loss": 0.5 + k / 10}} for k in range(count)]
+    return [{"organization": f"org-{k}", "steps": 1 + k % 3, "disclosures": {"loss": 0.5 + k / 10}} for k in range(count)]
 
 
 def weights_of(info: ComponentInfo, rng: np.random.Generator) -> list[float]:

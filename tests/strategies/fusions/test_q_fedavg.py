@@ -13,7 +13,7 @@ from tests.support.failures import fails_with
 
 
 def told(*losses: float) -> list[dict[str, Any]]:
-    return [{"told": {"loss": loss}} for loss in losses]
+    return [{"disclosures": {"loss": loss}} for loss in losses]
 
 
 def test_by_hand(fuse: Any) -> None:

@@ -21,7 +21,7 @@ from cotune.strategies.weightings.tilted import tilted
 
 
 def told(loss: float, examples: int = 1, delta: float = 0.0) -> Update:
-    return Update("org", 1, {"w": torch.tensor([delta])}, examples, 1, told={"loss": loss})
+    return Update("org", 1, {"w": torch.tensor([delta])}, examples, 1, disclosures={"loss": loss})
 
 
 def fused(weighting: Mapping[str, Any] | str, *updates: Update, context: RoundContext | None = None) -> float:

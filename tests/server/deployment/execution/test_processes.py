@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cotune.server.deployment.execution.processes import ProcessRecord, find_session_processes, terminate_all
+from cotune.server.deployment.execution.process_record import ProcessRecord, find_session_processes, terminate_all
 
 DEAF = "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(600)"
 PARENT = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {DEAF!r}]).wait()"

@@ -19,13 +19,13 @@ from cotune.flower.control_client import RunState
 from cotune.server.deployment.execution.run_controller import (
     PollInterval,
     check_none_unfinished,
-    is_running,
     is_superlink_kept_running,
     lock_runs,
     newest,
     run_to_completion,
     submit,
 )
+from cotune.server.deployment.execution.run_process import is_running
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import create_run
 from cotune.server.runs.events import Events

@@ -133,7 +133,7 @@ def test_the_declared_count_is_held_to_its_range(declared: int, reason: str | No
 
 def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
     """It would stand in the history, with every checkpoint."""
-    update = Update(**{**vars(GOOD), "told": {"loss": 1.0, "my opinion": 2.0}})
+    update = Update(**{**vars(GOOD), "disclosures": {"loss": 1.0, "my opinion": 2.0}})
 
     def refused(told: set[str]) -> str | None:
         return reason_of(update, disclosures=told)

@@ -1,0 +1,95 @@
+"""What a base model must be before it is trained: complete, finite, free of code from elsewhere, and without chance."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cotune.errors import ModelError
+
+if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
+    pass
+
+
+def check_no_code_is_named(settings: Any) -> None:
+    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of files covers that."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            if key.endswith("_implementation") and "/" in json.dumps(value):
+                raise ModelError(
+                    f"the base model's config.json names code of the Hugging Face hub ({key} = {json.dumps(value)[:80]}), which"
+                    " is not run: expected eager or sdpa; remove that line",
+                    code="model.names_code",
+                )
+            check_no_code_is_named(value)
+
+
+def check_padding_row(config: Any) -> None:
+    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `token_limits.check_tokens`."""
+    pad = getattr(config, "pad_token_id", None)
+    rows = getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise ModelError(
+            f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
+            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()",
+            code="model.damaged_config",
+        )
+
+
+def make_deterministic(module: nn.Module) -> None:
+    """Leave nothing in training to chance, under whatever name: dropout, stochastic depth, dropped layers, masks, jitter.
+
+    All of it is done by modules in training mode. Only modules with parameters of their own stay in it, as Opacus takes gradients
+    of single rows from those alone: plain layers, and of modules with layers inside (the embeddings of vision transformers) those
+    whose code does not ask for the mode. Batch normalization uses the statistics of the base model, and does not move them.
+    """
+    module.eval()
+    for layer in module.modules():
+        own_parameters = any(True for _ in layer.parameters(recurse=False))
+        plain = not any(True for _ in layer.children())
+        if own_parameters and not isinstance(layer, _BatchNorm) and (plain or not _asks_for_mode(type(layer))):
+            layer.training = True
+
+
+def _asks_for_mode(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class reads whether it is in training; true where the code cannot be read."""
+    own = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    try:
+        return any("training" in inspect.getsource(base) for base in own)
+    except (OSError, TypeError):
+        return True
+
+
+def check_finite(module: nn.Module) -> None:
+    """Weights that are no numbers make every answer none."""
+    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
+    if broken:
+        raise ModelError(
+            f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
+            " numbers; download the folder again, or use another base model",
+            code="model.not_finite",
+        )
+
+
+def check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
+    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
+    new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if finished and new:
+        raise ModelError(
+            f"the model's safetensors lack {len(new)} of its parameters, such as {sorted(new)[0]}: expected a fine-tuned model"
+            " with its head, such as `model/` in the folder of a run",
+            code="model.incomplete_weights",
+        )
+    poolers = tuple(f"{prefix}pooler." for prefix in prefixes)
+    lacking = sorted(k for k in new if k.startswith(prefixes) and not k.startswith((*frozen, *poolers)))
+    if lacking:
+        raise ModelError(
+            f"the base model's safetensors lack {len(lacking)} parameters of its architecture, such as {lacking[0]}, or hold them"
+            " in another shape: expected config.json and weights of the same model; download the folder again",
+            code="model.incomplete_weights",
+        )

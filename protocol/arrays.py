@@ -1,0 +1,137 @@
+"""Arrays of messages: written as float32 in NumPy's format or in a codec, and salted, so that no array is an object of another.
+
+Which codec an array has is never the sender's choice: one that says another is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from cotune.errors import RunError
+from cotune.plan.wire import Codec
+from cotune.protocol.codecs import pack, unpack
+
+SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
+_SALT_BYTES = 32
+_MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
+_MAX_DIMENSIONS = 8  # of an array
+_MAX_VALUES = 2**40  # of an array, dimensions of none aside: PyTorch counts them, too
+# Of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html. NumPy's own reader evaluates the header as a Python
+# literal, which fails now and then where several threads do so at a time (CPython 3.11).
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
+    rb"\{'descr': '(?P<type>[^']{1,20})', 'fortran_order': (?P<order>True|False),"
+    rb" 'shape': \((?P<shape>[0-9, ]{0,400})\), ?\} *\n",
+    re.DOTALL,
+)
+_NUMPY = Array(np.zeros(0, np.float32)).stype  # how Flower says that an array is in NumPy's format
+
+
+def new_salt() -> bytes:
+    return secrets.token_bytes(_SALT_BYTES)
+
+
+def read_salt(record: ConfigRecord) -> bytes:
+    salt = record.get("salt")
+    if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
+        raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes", code="run.malformed_message")
+    return salt
+
+
+def derive_key(salt: bytes, *names: str) -> bytes:
+    """32 bytes for one part of a message."""
+    return hashlib.sha256(b"\0".join([salt, *(name.encode() for name in names)])).digest()
+
+
+def _mask(data: bytes, key: bytes) -> bytes:
+    """Every byte of it, as Flower cuts long arrays into objects of their own. The same again gives the data back."""
+    return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
+
+
+def encode_arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str, codec: Codec = "float32") -> ArrayRecord:
+    return ArrayRecord({name: _encode_array(tensor, derive_key(salt, record, name), codec) for name, tensor in tensors.items()})
+
+
+def _encode_array(tensor: Tensor, key: bytes, codec: Codec) -> Array:
+    if codec == "float32":
+        plain = Array(tensor.detach().cpu().contiguous().numpy())
+        return Array(plain.dtype, plain.shape, SALTED, _mask(plain.data, key))
+    return Array(codec, tuple(tensor.shape), SALTED, _mask(pack(codec, tensor), key))
+
+
+def decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "float32") -> dict[str, Tensor]:
+    record = content.get(key)
+    if not isinstance(record, ArrayRecord):
+        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
+    about = content[header]
+    assert isinstance(about, ConfigRecord), "its fields were read before"
+    salt = read_salt(about)
+    read = _decode_tensor if codec == "float32" else partial(_decode_packed, codec=codec)
+    return {name: read(name, _unmask(array, derive_key(salt, key, name))) for name, array in record.items()}
+
+
+def _unmask(array: Array, key: bytes) -> Array:
+    """An array that its sender has not salted is taken too: only its own message suffers."""
+    return Array(array.dtype, array.shape, _NUMPY, _mask(array.data, key)) if array.stype == SALTED else array
+
+
+def _decode_packed(name: str, array: Array, codec: Codec) -> Tensor:
+    """Read an array of the plan's codec; its bytes decide how much memory that takes, whatever shape it claims."""
+    if array.dtype != codec or array.stype != _NUMPY:
+        raise _other_codec(name, array, codec)
+    shape = tuple(array.shape)
+    possible = len(shape) <= _MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
+    if not possible or math.prod(max(1, size) for size in shape) > _MAX_VALUES:
+        raise RunError(
+            f"the array {name[:80]} has the shape {str(shape[:_MAX_DIMENSIONS])[:80]}: expected at most {_MAX_DIMENSIONS}"
+            " numbers, 0 or more, as a tensor has them",
+            code="run.malformed_message",
+        )
+    return unpack(codec, array.data, shape)
+
+
+def _decode_tensor(name: str, array: Array) -> Tensor:
+    if array.dtype != "float32" or array.stype != _NUMPY:
+        raise _other_codec(name, array, "float32")
+    header = _NPY_HEADER.match(array.data)
+    if header is None:
+        raise _unreadable_array(name)
+    shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())
+    if header["type"] != b"<f4" or shape != tuple(array.shape) or (header["order"] == b"True" and len(shape) > 1):
+        raise RunError(
+            f"the array {name[:80]} is not what its header says: expected float32 of shape {tuple(array.shape)}",
+            code="run.malformed_message",
+        )
+    if header.end() > _MAX_ARRAY_HEADER_BYTES:
+        raise RunError(
+            f"the array {name[:80]} has {header.end():,} bytes beside its values: expected a short header alone",
+            code="run.malformed_message",
+        )
+    if len(array.data) - header.end() != 4 * math.prod(shape):
+        raise _unreadable_array(name)
+    values = np.frombuffer(array.data, dtype="<f4", offset=header.end()).astype(np.float32)
+    return torch.from_numpy(values.reshape(shape))
+
+
+def _other_codec(name: str, array: Array, codec: Codec) -> RunError:
+    return RunError(
+        f"the array {name[:80]} has the type {array.dtype[:40]}/{array.stype[:40]}: expected {codec}, in which both sides agree"
+        " that it travels",
+        code="run.other_codec",
+    )
+
+
+def _unreadable_array(name: str) -> RunError:
+    return RunError(f"the array {name[:80]} cannot be read: expected a NumPy array of float32", code="run.malformed_message")
