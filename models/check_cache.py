@@ -52,7 +52,15 @@ def model_key(model: TrainableModel) -> tuple[object, ...]:
     loaded = model.loaded
     drawn = (model.seed, len(loaded.module.config.id2label), model.lora.model_dump_json() if model.lora else "")
     task = loaded.task
-    how = (type(task).__name__, task.pipeline, task.described, loaded.frozen, loaded.max_length, *loaded.feature)
+    how = (
+        type(task).__name__,
+        task.pipeline,
+        task.described,
+        getattr(task, "max_target", None),
+        loaded.frozen,
+        loaded.max_length,
+        *loaded.feature,
+    )
     return (loaded.folder.content_hash, *drawn, *how, _versions(), _code_digest(), kernel_key(model.device))
 
 

@@ -83,6 +83,13 @@ class ModelConfig(ConfigTable):
         " reads",
     )
     max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
+    max_target_length: int | None = Field(
+        None,
+        ge=1,
+        le=32768,
+        description="causal-lm: tokens of a target at most, its end token included; the rest is cut off. Scores over the"
+        " vocabulary, which cost most, are computed for so many positions of a record alone",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",

@@ -21,6 +21,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,11 +36,13 @@ from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.features.head import encode_vectors, feature_head
+from cotune.models.features.lower_layers import STATES
 from cotune.models.features.precision import FEATURE_SLOTS, features_mix
 from cotune.models.probes import PerSlot, bucket_lengths, example_probes, feature_probes, mixes_records, stretch_example
 from cotune.models.trainable import TrainableModel
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
+_MOST_IN_FLOAT64 = 2e9  # parameters: 16 GB
 _FEATURES_TRIED = 4
 _WEIGHTS_TRIED = 4  # under one draw, two orders of adding up 33 to 96 products gave the same sum in up to 4 of 10 cases
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
@@ -55,6 +59,7 @@ def check_independence(
     slots: int = FEATURE_SLOTS,
     lengths: Sequence[int] | None = None,
     width: int | None = None,
+    read_below: Callable[[Batch], Tensor] | None = None,
 ) -> torch.dtype:
     """Before records are trained on under privacy: none of them may reach another. Tried once per model and process.
 
@@ -69,6 +74,8 @@ def check_independence(
         lengths: Lengths of batches of examples; all that the model has, where not given. Of batches of features those of records
             that have several vectors; without them each has one.
         width: Of the features, where a head on them is trained by `per_slot`.
+        read_below: A batch -> what the first trained layer reads of it, where what is below is computed once for each record
+            (`features.lower_layers`): both parts are tried by themselves, the lower one once, as no draw changes its weights.
 
     Returns:
         The arithmetic in which no record reaches another: with "auto" it may be float32 where bfloat16 would be fast.
@@ -84,7 +91,7 @@ def check_independence(
             if on_features:
                 mixing = features_mix(model, dtype) or _head_mixes(model, per_slot, slots, width, lengths)
             else:
-                mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or bucket_lengths(model))
+                mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or bucket_lengths(model), read_below)
         except _FAILURES as raised:
             raise PrivacyError(_not_independent(model, _reason(raised)), code="privacy.records_mix") from None
         if not mixing:
@@ -115,31 +122,56 @@ def _head_mixes(
         batches = (feature_probes(shape, pool, slots, model.device, number) for shape, number in numbers)
         return any(mixes_records(per_slot, probes) for probes in batches)
 
-    return _known_mixing(model, ("features", *shapes, slots), mixing)
+    return _known_mixing(model, ("features", *shapes, slots), lambda: _mixes_in_draws(model, mixing))
 
 
 def _examples_mix(
-    model: TrainableModel, mode: TrainMode, dtype: torch.dtype, per_slot: PerSlot | None, slots: int, lengths: Sequence[int]
+    model: TrainableModel,
+    mode: TrainMode,
+    dtype: torch.dtype,
+    per_slot: PerSlot | None,
+    slots: int,
+    lengths: Sequence[int],
+    read_below: Callable[[Batch], Tensor] | None,
 ) -> bool:
     answer = _make_answer(model, dtype, per_slot)
 
-    def mixing() -> bool:
-        return any(mixes_records(answer, example_probes(model, length, slots)) for length in lengths)
+    def mixing(length: int) -> bool:
+        return _mixes_in_draws(model, lambda: mixes_records(answer, example_probes(model, length, slots)))
 
-    return _known_mixing(model, (mode, dtype, slots, tuple(lengths), per_slot is None), mixing)
+    def mixing_in_parts(length: int) -> bool:
+        assert read_below is not None
+        with model.with_random_weights(()):
+            probes = list(example_probes(model, length, slots))
+            if mixes_records(lambda batch: [read_below(batch)], probes):
+                return True
+            begun = [({**batch, STATES: read_below(batch)}, places) for batch, places in probes]
+        return _mixes_in_draws(model, lambda: mixes_records(answer, begun))
+
+    tried = mixing if read_below is None else mixing_in_parts
+    what = (mode, dtype, slots, per_slot is None, read_below is None)
+    return any(_known_mixing(model, (*what, length), partial(tried, length)) for length in lengths)
 
 
 def _known_mixing(model: TrainableModel, what: tuple[object, ...], mixing: Callable[[], bool]) -> bool:
-    """What `mixing` says of the base model with random weights, asked once for what it is about and what it is computed by."""
-    trained = tuple(name for name, p in model.parameters() if p.requires_grad)
+    """What `mixing` says, asked once for what it is about, what is trained, and what it is computed by."""
     known = _mixing.setdefault(model, {})
-    key = (*what, trained, kernel_key(model.device))
+    key = (*what, _trained(model), kernel_key(model.device))
     if key not in known:
-        kept = model.loaded.task.keeps_head
-        head = [] if kept else [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
-        drawn = list(dict.fromkeys((*trained, *head, *model.adapter_names())))
-        known[key] = any(_mixes_with(model, drawn, seed, mixing) for seed in range(_WEIGHTS_TRIED))
+        known[key] = mixing()
     return known[key]
+
+
+def _trained(model: TrainableModel) -> tuple[str, ...]:
+    return tuple(name for name, p in model.parameters() if p.requires_grad)
+
+
+def _mixes_in_draws(model: TrainableModel, mixing: Callable[[], bool]) -> bool:
+    """Whether records mix in the base model with any of several draws of random weights in what is trained."""
+    kept = model.loaded.task.keeps_head
+    head = [] if kept else [name for name, _ in model.parameters() if not name.startswith(model.prefix)]
+    drawn = list(dict.fromkeys((*_trained(model), *head, *model.adapter_names())))
+    return any(_mixes_with(model, drawn, seed, mixing) for seed in range(_WEIGHTS_TRIED))
 
 
 def _mixes_with(model: TrainableModel, drawn: Sequence[str], seed: int, mixing: Callable[[], bool]) -> bool:
@@ -186,11 +218,33 @@ def _known_padding_error(model: TrainableModel) -> float | str:
     try:
         with model.with_random_weights(()):
             error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
+            if error > MAX_PADDING_ERROR and model.parameter_count() <= _MOST_IN_FLOAT64:
+                with _in_float64(model):
+                    error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
     except _FAILURES as raised:
         return _reason(raised)
     if error <= MAX_PADDING_ERROR:
         write_check("padding", key, error)
     return error
+
+
+@contextmanager
+def _in_float64(model: TrainableModel) -> Iterator[None]:
+    """For the time of the block, weights are float64.
+
+    Deep models may turn the rounding of float32, which depends on the length of a row, into differences of 2e-5. What a model
+    reads of its padding is of the same size in any arithmetic; rounding is not.
+    """
+    held = [*model.loaded.module.parameters(), *model.loaded.module.buffers()]
+    before = [tensor.data for tensor in held]
+    try:
+        for tensor in held:
+            if tensor.dtype == torch.float32:
+                tensor.data = tensor.data.double()
+        yield
+    finally:
+        for tensor, data in zip(held, before, strict=True):
+            tensor.data = data
 
 
 def _reason(raised: BaseException) -> str:
@@ -223,34 +277,48 @@ def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int
 
 
 def _padding_error(model: TrainableModel, examples: Sequence[Example], slots: int) -> float:
+    """Examples of one length share a batch, behind the first of all."""
     loaded = model.loaded
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
     tried = [e for given in examples for e in _with_lengthened(given, loaded.max_length)]
     alone = [_outputs(model, collate([example])) for example in tried]
     sizes = [max(_root_mean_square(each[0]) for each in of_all) for of_all in zip(*alone, strict=True)]
+    lengths = [_paddings(model, example) for example in tried]
     worst = 0.0
-    for example, expected in zip(tried, alone, strict=True):
-        for length in _paddings(model, example):
-            padded = _outputs(model, collate([*examples[:1], example], length, slots))
-            for one, other, size in zip(expected, padded, sizes, strict=True):
-                worst = max(worst, _distance(one[0], other[1], size))
+    for length in sorted({length for each in lengths for length in each}):
+        numbers = [number for number, each in enumerate(lengths) if length in each]
+        for start in range(0, len(numbers), slots - 1):
+            rows = numbers[start : start + slots - 1]
+            padded = _outputs(model, collate([*examples[:1], *(tried[row] for row in rows)], length, slots))
+            for slot, row in enumerate(rows, start=1):
+                for one, other, size in zip(alone[row], padded, sizes, strict=True):
+                    worst = max(worst, _distance(one[0], other[slot], size))
     return worst
 
 
 @contextmanager
 def _loud_padding(model: TrainableModel) -> Iterator[None]:
-    """For the time of the block, the padding token's embedding is as long as those of others are together."""
+    """For the time of the block, the padding token's vector is as long as those of others are together.
+
+    Where the table of tokens is the output layer, too, only what is read changes: scores of a token with such a row would round
+    so coarsely that nothing could be compared.
+    """
     pad = getattr(model.loaded.reader, "pad_token_id", None)
-    weight = getattr(model.loaded.module.get_input_embeddings(), "weight", None) if pad is not None else None
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    table: Any = model.loaded.module.get_input_embeddings() if pad is not None else None
+    weight = getattr(table, "weight", None)
+    if pad is None or not isinstance(weight, Tensor) or weight.dim() != 2:
         yield
         return
-    before = weight[pad].clone()
-    weight[pad] = weight.abs().sum(dim=0)
+    loud = weight.abs().sum(dim=0)
+
+    def replace(_: object, args: tuple[Tensor, ...], read: Tensor) -> Tensor:
+        return torch.where(args[0].eq(int(pad))[..., None], loud, read)
+
+    hook = table.register_forward_hook(replace)
     try:
         yield
     finally:
-        weight[pad] = before
+        hook.remove()
 
 
 def _with_lengthened(example: Example, longest: int) -> list[Example]:

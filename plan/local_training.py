@@ -56,6 +56,12 @@ class LocalTraining(ConfigTable):
         " for models of a billion parameters and more)",
     )
 
+    keep_lower_layers: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="where only the last layers are trained, compute what is below them once for each record and keep it on disk"
+        " (auto: up to 16 GiB); the same result",
+    )
+
     @field_validator("batch_size", mode="before")
     @classmethod
     def _records_or_all(cls, value: Any) -> Any:

@@ -51,6 +51,8 @@ def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
         )
     if not facts.ranged and plan.model.target_range is not None:
         yield f"model.target_range is for task = regression, and this is {plan.task}: leave it out"
+    if facts.prompts != "may" and plan.model.max_target_length is not None:
+        yield f"model.max_target_length is for task = causal-lm, and this is {plan.task}: leave it out"
     if plan.generate is not None and (facts.prompts != "may" or plan.data.prompt is None):
         yield (
             f"generate is for a task that writes after prompts, and this plan has task = {plan.task} without data.prompt:"

@@ -69,7 +69,7 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """
     taken = privacy.clip_norm, privacy.clipping, plan.model.precision, plan.weights_of_classes(), kernel_key(model.device)
-    how = stage.local.physical_batch_size, stage.local.activation_checkpointing
+    how = stage.local.physical_batch_size, stage.local.activation_checkpointing, stage.local.keep_lower_layers
     key = stage.mode, stage.layers, stage.freeze_embeddings, plan.personal.parts, *how, *taken
     known = _checked.setdefault(model, set())
     if key in known:

@@ -5,7 +5,10 @@ What should move moves, and nothing else: looked at after the first step, where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +29,16 @@ from cotune.models.device import bfloat16_is_fast
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head import feature_head
+from cotune.models.features.kept_states import KeptStates, StateReader, attach_states, get_states, is_small
+from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
 from cotune.models.independence import check_independence
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch, Unit
+
+States = KeptStates | Sequence[Tensor]  # row number -> (tokens, width)
 
 
 def build_setup(
@@ -64,7 +71,14 @@ def build_setup(
         weights = _weights_of(plan, model)
         targets = [model.loaded.task.encode_target(target) for target in holdings.targets]
         return build_feature_setup(precision, model, head, features, targets, expected_batch, holdings.units, weights)
-    return _on_examples(plan, stage, model, encoded_examples(holdings, model), holdings.units)
+    rows = encoded_examples(holdings, model)
+
+    def kept(reader: StateReader) -> KeptStates:
+        return get_states(reader, holdings, state, lambda source, done, total: told(source=source, done=done, total=total))
+
+    told = partial(notify, "features", organization=name)
+    may_keep = stage.local.keep_lower_layers == "on" or is_small(model, holdings)
+    return _on_examples(plan, stage, model, rows, holdings.units, kept if may_keep else None)
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
@@ -83,7 +97,13 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
         chosen = [targets[i] for i in numbers]
         weights = _weights_of(plan, model)
         return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)
-    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units)
+    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units, partial(_exact_states, samples, numbers))
+
+
+def _exact_states(samples: Sequence[Example], numbers: Sequence[int], reader: StateReader) -> Sequence[Tensor]:
+    """Of made-up examples, in float32, as their gradients are compared with those of whole passes."""
+    states = replace(reader, low_precision=False).read(samples)
+    return [states[number] for number in numbers]
 
 
 def _target_of(example: Example) -> Target:
@@ -115,27 +135,38 @@ def _weights_of(plan: Plan, model: TrainableModel) -> Tensor | None:
 
 
 def _on_examples(
-    plan: Plan, stage: Stage, model: TrainableModel, rows: Sequence[Example], units: Sequence[Unit]
+    plan: Plan,
+    stage: Stage,
+    model: TrainableModel,
+    rows: Sequence[Example],
+    units: Sequence[Unit],
+    find_states: Callable[[StateReader], States] | None = None,
 ) -> TrainingSetup:
+    """find_states: Of the rows, where they may be kept (see `features.lower_layers`)."""
     task = model.loaded.task
-    reader = model.loaded.reader
     longest = model.loaded.max_length
-    collate = task.collator(model.module, reader, model.device)
+    collate = task.collator(model.module, model.loaded.reader, model.device)
     private = isinstance(plan.privacy, RecordPrivacy)
     slots = max(2, stage.local.physical_batch_size)
     low_precision = plan.model.precision == "bfloat16" or (
         not private and plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
     )
 
+    lower = None if find_states is None else _find_lower_layers(stage, model)
+    reader = None if lower is None else StateReader(model, lower, slots, low_precision)
+    states = None if find_states is None or reader is None else find_states(reader)
+
     def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         places = range(len(numbers))
-        if private:
+        if private or states is not None:
             for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
-                yield positions, collate([rows[numbers[p]] for p in positions], length, slots)
+                batch = collate([rows[numbers[p]] for p in positions], length, slots)
+                yield positions, batch if states is None else attach_states(batch, [states[numbers[p]] for p in positions])
             return
         for positions in sorted_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
             yield positions, collate([rows[numbers[p]] for p in positions])
 
+    skipping = nullcontext if lower is None else lower.skipped
     weights = _weights_of(plan, model)
     again = is_checkpointed(stage.local.activation_checkpointing, model.module)
 
@@ -144,16 +175,21 @@ def _on_examples(
             return exact(batch)
 
     def exact(batch: Batch) -> Tensor:
-        with AlignedRows(), checkpointing(model.module, enabled=again):
-            return task.losses(model.module, batch, weights)
+        with AlignedRows(), checkpointing(model.module, enabled=again), skipping(batch) as rest:
+            return task.losses(model.module, rest, weights)
 
     def scores(batch: Batch) -> Tensor:
-        with AlignedRows(), torch.autocast(model.device.type, enabled=False):
-            return task.scores(model.module, batch)
+        with AlignedRows(), torch.autocast(model.device.type, enabled=False), skipping(batch) as rest:
+            return task.scores(model.module, rest)
 
     def correct(batch: Batch) -> Tensor:
         """Rows, whatever the task: of tags, all words of a record must be told rightly."""
         return task.are_right(scores(batch), batch["labels"])
+
+    def samples() -> TrainingSetup:
+        made_up = task.samples(model.loaded.reader)
+        found = None if states is None else partial(_exact_states, made_up, range(len(made_up)))
+        return _on_examples(plan, stage, model, made_up, [[0], [1], [2]], found)
 
     return TrainingSetup(
         module=model.module,
@@ -164,15 +200,23 @@ def _on_examples(
         loss=loss,
         exact=exact,
         correct=correct,
-        samples=lambda: _on_examples(plan, stage, model, task.samples(reader), [[0], [1], [2]]),
+        samples=samples,
         check_independent_rows=lambda: check_independence(
             model,
             stage.mode,
             "bfloat16" if low_precision else "float32",
             build_slot_probe(model.module, loss, scores),
             slots=slots,
+            read_below=None if reader is None else reader.read_batch,
         ),
     )
+
+
+def _find_lower_layers(stage: Stage, model: TrainableModel) -> LowerLayers | None:
+    """What is below all that a stage trains, where the plan lets it be kept."""
+    if stage.local.keep_lower_layers == "off":
+        return None
+    return find_lower_layers(model, [name for name, parameter in model.parameters() if parameter.requires_grad])
 
 
 def build_optimizer(

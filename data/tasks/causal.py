@@ -30,7 +30,12 @@ _ENCODED = 2000  # records that are tokenized at once only to count their tokens
 
 
 class CausalLanguageModeling(SequenceClassification):
-    """See `tasks.Task`."""
+    """See `tasks.Task`.
+
+    Args:
+        max_target: Tokens of a target, the rest is cut off; None: as many as there is room for. Scores of so many positions of
+            a row are computed, whatever it holds.
+    """
 
     described = "language model"
     pipeline = "text-generation"
@@ -38,6 +43,14 @@ class CausalLanguageModeling(SequenceClassification):
     pools = False
     keeps_head = True
     floor = "the base model as it came"
+
+    def __init__(self, max_target: int | None = None) -> None:
+        self.max_target = max_target
+
+    def suited(
+        self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None
+    ) -> CausalLanguageModeling:
+        return self if max_target is None else CausalLanguageModeling(max_target)
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return ("text", "text") if config.prompt is None else ("prompt", "target")
@@ -80,7 +93,7 @@ class CausalLanguageModeling(SequenceClassification):
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
         def read(passages: Sequence[Any]) -> list[Example | None]:
-            return [_example(*parts, max_length) for parts in _tokens(reader, passages, max_length)]
+            return [self._example(*parts, max_length) for parts in _tokens(reader, passages, max_length)]
 
         return [found or self.blank(reader, max_length) for found in map_or_none(read, inputs)]
 
@@ -89,10 +102,12 @@ class CausalLanguageModeling(SequenceClassification):
         return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
 
     def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
-        return sum(len(prompt) + len(target) > max_length + 1 for prompt, target in _all_tokens(reader, inputs, max_length))
+        most = max_length + 1 if self.max_target is None else self.max_target
+        read = _all_tokens(reader, inputs, max_length)
+        return sum(len(target) > most or len(prompt) + len(target) > max_length + 1 for prompt, target in read)
 
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
-        found = (_example(*parts, max_length) for parts in _all_tokens(reader, inputs, max_length))
+        found = (self._example(*parts, max_length) for parts in _all_tokens(reader, inputs, max_length))
         return sum(example is None or not _has_target(example) for example in found)
 
     def samples(self, reader: Any) -> list[Example]:
@@ -100,16 +115,19 @@ class CausalLanguageModeling(SequenceClassification):
         rows = [example["input_ids"] for example in super().samples(reader)]
         rows = [ids if len(ids) > 1 else ids * 2 for ids in rows]
         halves = [len(ids) // 2 if len(ids) == max(map(len, rows)) else 1 for ids in rows]
-        found = (_example(ids[:half], ids[half:], len(ids)) for ids, half in zip(rows, halves, strict=True))
+        found = (self._example(ids[:half], ids[half:], len(ids)) for ids, half in zip(rows, halves, strict=True))
         return [example for example in found if example is not None]
 
+    def _example(self, prompt: list[int], target: list[int], max_length: int) -> Example | None:
+        return _example(prompt, target[: self.max_target], max_length)
+
     def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
-        losses, _ = token_losses(module, batch)
+        losses, _ = token_losses(module, batch, self.max_target)
         return mean_over_labels(losses, batch["labels"])
 
     def scores(self, module: nn.Module, batch: Batch) -> Tensor:
         """(b, l, 2): the loss of each target token, and by how much its score is below the highest; 0 without a target."""
-        return torch.stack(token_losses(module, batch), dim=-1)
+        return torch.stack(token_losses(module, batch, self.max_target), dim=-1)
 
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
         return ((scores[..., 1] == 0) | (labels == IGNORED)).all(dim=1)

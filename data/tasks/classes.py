@@ -31,7 +31,7 @@ class ClassTargets:
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.key, "label"
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Self:
+    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None) -> Self:
         return self
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:

@@ -33,7 +33,9 @@ class MultiLabelClassification(SequenceClassification):
     def __init__(self, labels: int = 2) -> None:
         self.labels = labels
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> MultiLabelClassification:
+    def suited(
+        self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None
+    ) -> MultiLabelClassification:
         return MultiLabelClassification(len(labels))
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:

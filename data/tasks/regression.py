@@ -44,7 +44,9 @@ class Regression(SequenceClassification):
         self.middle = low + (high - low) / 2
         self.half = (high - low) / 2
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Regression:
+    def suited(
+        self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None
+    ) -> Regression:
         return self if target_range is None else Regression(*target_range)
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ class Task(Protocol):
     floor: str  # what anyone can tell without training, as a model card calls it
     label_dtype: dtype  # of the labels of a batch
 
-    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str]) -> Task:
-        """The task for a model: with the range of a plan's numbers, and its labels."""
+    def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None) -> Task:
+        """The task for a model: with the range of a plan's numbers, its labels, and the most tokens of a target."""
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         """A name for each output of the head."""

@@ -25,19 +25,28 @@ _TOLERANCE = 1e-3  # relative, between two ways to the same scores
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def token_losses(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def token_losses(module: nn.Module, batch: Batch, most: int | None = None) -> tuple[Tensor, Tensor]:
     """Return (b, l) cross-entropies in nats, and (b, l) by how much the label's score is below the highest; 0 without a label.
 
     Args:
         module: A causal language model of transformers.
         batch: input_ids, attention_mask, and labels (b, l): the number of the token that follows, or IGNORED.
+        most: Labels of a row at most. Where a row is longer, scores are made for so many of its positions alone; labels beyond
+            count as none.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
     if not _has_frozen_output(module):
         return _losses_of_scores(cast(Any, module)(**inputs, use_cache=False).logits.float(), labels)
     hidden = _hidden_states(module, inputs)
-    return _losses_of_hidden(hidden, labels, cast(Any, module).get_output_embeddings())
+    layer = cast(Any, module).get_output_embeddings()
+    if most is None or most >= labels.shape[1]:
+        return _losses_of_hidden(hidden, labels, layer)
+    places = (labels == IGNORED).int().argsort(dim=1, stable=True)[:, :most]  # those with labels first, in their order
+    chosen = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+    losses, behind = _losses_of_hidden(chosen, labels.gather(1, places), layer)
+    nothing = losses.new_zeros(labels.shape)
+    return nothing.scatter(1, places, losses), nothing.scatter(1, places, behind)
 
 
 def _has_frozen_output(module: nn.Module) -> bool:

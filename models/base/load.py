@@ -92,7 +92,7 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config)
-    does = get_task(task).suited(config.target_range, labels)
+    does = get_task(task).suited(config.target_range, labels, config.max_target_length)
     names = does.head_names(labels)
     try:
         model_config = _configure(folder.path, names)

@@ -15,6 +15,8 @@ from cotune.data.types import Label
 from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features.head import feature_head
+from cotune.models.features.kept_states import StateReader, attach_states, get_states, is_small
+from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
 from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64
@@ -63,7 +65,9 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
     if head is None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
-            return _predict(model, test)
+            low = autocasts(precision, model.device)
+            lower = _find_lower_layers(model, state, test)
+            return _predict(model, test) if lower is None else _predict_above(StateReader(model, lower, _BATCH, low), test, state)
     scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
     return model.loaded.task.answers_from_scores(scores)
 
@@ -78,5 +82,27 @@ def _predict(model: TrainableModel, test: Dataset) -> list[Any]:
         rows = order[start : start + _BATCH]
         batch = [examples[i] for i in rows]
         for row, answer in zip(rows, task.answers(task.scores(model.module, collate(batch)), batch), strict=True):
+            predicted[row] = answer
+    return [each for answers in predicted for each in answers]
+
+
+def _find_lower_layers(model: TrainableModel, state: State, test: Dataset) -> LowerLayers | None:
+    """What is below the adapters, where the state has changed nothing there: then it is the same for every state of a run."""
+    lower = find_lower_layers(model, model.adapter_names()) if model.lora is not None and is_small(model, test) else None
+    return None if lower is None or lower.trained_below(state) else lower
+
+
+def _predict_above(reader: StateReader, test: Dataset, state: State) -> list[Any]:
+    examples = encoded_examples(test, reader.model)
+    loaded = reader.model.loaded
+    collate = loaded.task.collator(reader.model.module, loaded.reader, reader.model.device)
+    states = get_states(reader, test, state)
+    predicted: list[tuple[Any, ...]] = [()] * len(examples)
+    for rows, length in reader.rows_of_batches(examples):
+        chosen = [examples[row] for row in rows]
+        batch = attach_states(collate(chosen, length, reader.slots), [states[row] for row in rows])
+        with reader.lower.skipped(batch) as rest:
+            scores = loaded.task.scores(reader.model.module, rest)[: len(rows)]
+        for row, answer in zip(rows, loaded.task.answers(scores, chosen), strict=True):
             predicted[row] = answer
     return [each for answers in predicted for each in answers]

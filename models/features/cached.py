@@ -48,7 +48,7 @@ def get_features(
     reading = get_readout(model)
     assert reading is not None, "feature_head said that there are none"
     dtype = feature_dtype(model, precision)
-    trained = _digest_of_encoder(model, state)
+    trained = digest_of_encoder(model, state)
     if _last is None or not _last.is_of(model, inputs, trained, dtype):
         _last = None  # two large files are not held at a time
         found = _find(model, inputs, state, reading, dtype, progress)
@@ -108,10 +108,10 @@ def are_cached(model: TrainableModel, inputs: Sequence[Input], precision: str) -
 
 def _cache_file(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> Path:
     """Where the features of these inputs are kept."""
-    return cache_folder() / "features" / f"{_key(model, inputs, state, reading, dtype)}.safetensors"
+    return cache_folder() / "features" / f"{get_key(model, inputs, state, reading, dtype)}.safetensors"
 
 
-def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
+def get_key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
     """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the inputs."""
     digest = hashlib.sha256()
     loaded = model.loaded
@@ -131,12 +131,12 @@ def _key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: 
         if file.suffix in (".json", ".txt", ".model"):
             status = file.stat()
             digest.update(_digest_of_file(file, status.st_mtime_ns, status.st_size))
-    digest.update(_digest_of_encoder(model, state))
+    digest.update(digest_of_encoder(model, state))
     digest.update(_digest_of(tuple(inputs)))
     return digest.hexdigest()
 
 
-def _digest_of_encoder(model: TrainableModel, state: State) -> bytes:
+def digest_of_encoder(model: TrainableModel, state: State) -> bytes:
     """SHA-256 of what was trained in the encoder so far."""
     digest = hashlib.sha256()
     for name in sorted(n for n in state if n.startswith(model.prefix)):

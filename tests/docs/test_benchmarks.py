@@ -12,9 +12,13 @@ import torch
 from cotune.simulations.comparison.workers import import_all
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "performance"
-import_all([str(FOLDER / "harness.py"), str(FOLDER / "page.py"), str(FOLDER / "run.py"), str(FOLDER.parent / "gpu.py")])
+import_all([str(FOLDER / "harness.py"), str(FOLDER / "page.py"), str(FOLDER / "run.py")])
+GPU = FOLDER.parent / "gpu"
+PARTS = ("gpu_bench", "made_up", "gpu_steps", "gpu_gradients", "gpu_resumption", "gpu_evaluation", "gpu_memory", "gpu_run")
+import_all([str(GPU / f"{name}.py") for name in PARTS])
 
-from gpu import SECTIONS, Bench, Skipped, main, run_section  # noqa: E402
+from gpu_bench import Bench, Skipped  # noqa: E402
+from gpu_run import SECTIONS, main, run_section  # noqa: E402
 from harness import Figure, Results, Row, Sample, all_benchmarks, load_benchmark, measure  # noqa: E402
 from page import write_page  # noqa: E402
 from run import run_one, store  # noqa: E402
@@ -117,7 +121,7 @@ def test_published_page_is_that_of_the_published_json(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == (results / "performance.md").read_text(encoding="utf-8")
 
 
-# --- benchmarks/gpu.py
+# --- benchmarks/gpu
 
 
 @pytest.mark.long

@@ -24,6 +24,7 @@ from cotune.models.independence import MAX_PADDING_ERROR, check_independence, pa
 from cotune.models.probes import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
+from tests.support.language_models import write_language_model
 from tests.support.matrix import crossed
 from tests.support.tiny_models import ARCHITECTURES, VOCABULARY
 
@@ -323,3 +324,40 @@ def fixed_logits(model: TrainableModel, texts: list[str], low: bool) -> list[Ten
             given = logits(model.module, collate([examples[i] for i in rows], length, 6))
         found |= dict(zip(rows, given, strict=False))
     return [found[i] for i in range(len(texts))]
+
+
+def test_rounding_alone_is_told_from_reading_padding(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared("bert")
+    rounding = error_of(model)
+    assert rounding > 0
+    monkeypatch.setattr(independence, "MAX_PADDING_ERROR", rounding / 2)
+    independence._padding.pop(model, None)
+    independence.check_padding(model)
+    independence._padding.pop(model, None)
+
+
+def test_float64_is_for_the_block_alone(shared: Make) -> None:
+    model = shared("llama")
+    held = [*model.module.parameters(), *model.module.buffers()]
+    before = [(tensor.data_ptr(), tensor.dtype, tensor.clone()) for tensor in held]
+    with pytest.raises(ValueError, match="inside"), independence._in_float64(model):
+        assert {p.dtype for p in model.module.parameters()} == {torch.float64}
+        raise ValueError("inside")
+    for tensor, (place, dtype, value) in zip(held, before, strict=True):
+        assert (tensor.data_ptr(), tensor.dtype) == (place, dtype)
+        assert torch.equal(tensor, value)
+
+
+def test_loud_padding_leaves_a_tied_output_layer_alone(tmp_path: Path) -> None:
+    base = write_language_model(tmp_path / "tied", "llama", tied=True)
+    model = TrainableModel(load_model(ModelConfig(base=str(base)), (), 7, "causal-lm"), None, 7, torch.device("cpu"))
+    loaded = model.loaded
+    batch = loaded.task.collator(model.module, loaded.reader, model.device)(loaded.task.samples(loaded.reader)[:1])
+    padded = {**batch, "input_ids": torch.full_like(batch["input_ids"], loaded.reader.pad_token_id)}
+    table = model.loaded.module.get_input_embeddings()
+    with torch.no_grad():
+        quiet = loaded.task.scores(model.module, batch)
+        with independence._loud_padding(model):
+            assert torch.equal(loaded.task.scores(model.module, batch), quiet)
+            loud = table(padded["input_ids"])
+        assert float(loud.norm()) > 10 * float(table(padded["input_ids"]).norm())

@@ -19,6 +19,7 @@ from cotune.data.config import DataConfig
 from cotune.data.metrics.metrics import compute_text_metrics
 from cotune.data.record_files import read_records
 from cotune.data.tasks import token_losses
+from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Passage, record_identity
@@ -220,3 +221,39 @@ def test_answers_add_up_the_tokens_of_a_record(loaded: Loaded) -> None:
         assert (tokens, right) == (int(there[row].sum()), int(predicted[row]))
         assert loss / tokens == pytest.approx(float(TASK.losses(model.module, batch)[row]), rel=1e-5)
     assert TASK.are_right(scores, batch["labels"]).tolist() == (predicted == there.sum(dim=1)).tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_scores_of_targets_alone_give_the_same_losses(loaded: Loaded, kind: str) -> None:
+    model = loaded(kind)
+    batch = model.task.collator(model.module, model.reader, torch.device("cpu"))(
+        model.task.examples(model.reader, 16, [Passage(d["prompt"], d["target"]) for d in dialogs(5)], [0] * 5), 16, 8
+    )
+    found = [token_losses.token_losses(model.module, batch, most) for most in (None, 6)]
+    assert int((batch["labels"] != IGNORED).sum(dim=1).max()) <= 6
+    for whole, chosen in zip(*found, strict=True):
+        torch.testing.assert_close(chosen, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_scores_are_made_than_a_target_has_tokens(loaded: Loaded) -> None:
+    model = loaded()
+    batch = {"input_ids": torch.full((3, 16), 5), "attention_mask": torch.ones(3, 16, dtype=torch.long)}
+    batch["labels"] = torch.full((3, 16), IGNORED)
+    batch["labels"][:, 9:] = 6
+    token_losses.token_losses(model.module, batch)  # whether the layer is plain is found out once
+    seen = []
+    hook = model.module.get_output_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    losses, _ = token_losses.token_losses(model.module, batch, 4)
+    hook.remove()
+    assert sum(seen) == 4
+    assert (losses != 0).sum(dim=1).tolist() == [4, 4, 4]
+
+
+def test_targets_are_cut_at_their_most_tokens() -> None:
+    task = CausalLanguageModeling(2)
+    long = Passage("a", " ".join(["b"] * 5))
+    reader = tokenizer("llama")
+    (example,) = task.examples(reader, 16, [long], [0])
+    assert sum(label != IGNORED for label in example["labels"]) == 2
+    assert task.cut(reader, 16, [long]) == 1
+    assert task.lost(reader, 16, [long]) == 0
