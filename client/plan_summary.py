@@ -28,7 +28,7 @@ def summarize_plan(plan: Plan) -> list[str]:
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
         _privacy(plan),
-        f"strategy {' → '.join(parts)}; updates travel as {plan.wire}; asks to be told:"
+        f"strategy {' → '.join(parts)}; updates travel as {plan.wire}; asks organizations to disclose:"
         f" {', '.join(asks) or 'nothing beside the updates'}",
     ]
     private = isinstance(plan.privacy, RecordPrivacy)

@@ -2,8 +2,7 @@
 
 Trained is what the organization would train: the same module, loss, optimizer, clip norm, σ, sampling and number of steps, by the
 same `DPSGD`, round after round from its own updates. Anyone who attacks sees every delta. Nothing leaves this process and
-no
-ledger is opened: an audit releases nothing but its result, which is for the organization's own eyes.
+no ledger is opened: an audit releases nothing but its result, which is for the organization's own eyes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, MessageType, RecordDict, UserConfig
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import pipeline
 
-from cotune.client import app as finished_module
+from cotune.client import final_model as finished_module
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.final_model import store_final_model

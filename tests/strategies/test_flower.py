@@ -285,7 +285,7 @@ class Bounded(FedAvg):
 @pytest.mark.parametrize(
     ("strategy", "parameters", "words"),
     [
-        (Chatty, {}, 'tells organizations "learning-rate", and they train as the plan says'),
+        (Chatty, {}, 'sends organizations "learning-rate", and they train as the plan says'),
         (Prunes, {}, "sends organizations other arrays than the model"),
         (Calls, {}, "talks to organizations by itself"),
         (Waits, {}, "waits for more organizations to come"),

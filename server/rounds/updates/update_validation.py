@@ -301,7 +301,7 @@ def _or_infinite(value: float | None) -> float:
 
 
 def _allowed_disclosures(plan: Plan) -> set[str]:
-    """What the plan asks to be told; each organization decides for itself whether it does."""
+    """What the plan asks organizations to disclose; each decides for itself whether it does."""
     names = {f"label {label}" for label in plan.labels} if plan.disclosures.label_histogram else set()
     return names | ({"correct", "records"} if plan.disclosures.local_metrics else set()) | ({"loss"} & set(plan.strategy.sends))
 

@@ -510,7 +510,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
         raise AssertionError("nothing is to be trained")
 
     monkeypatch.setattr(training, "DPSGD", untouched)
-    monkeypatch.setattr(context, "load_site_model", untouched)
+    monkeypatch.setattr(context, "load_trained_model", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})
