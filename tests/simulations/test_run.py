@@ -111,6 +111,8 @@ def test_the_summary_has_exactly_the_documented_fields(done: Done) -> None:
             "stopped",
             "privacy",
             "client_privacy",
+            "collaboration",
+            "public",
             "model",
             "task",
             "labels",
@@ -180,7 +182,9 @@ def test_the_numbers_of_the_summary_agree_with_each_other(done: Done) -> None:
     assert summary["bytes"] == {way: sum(r[f"bytes_{way}"] for r in summary["rounds"]) for way in ("up", "down")}
     assert summary["model"]["shared_parameters"] == 3 * 16 + 3
     arrays = 3 * 4 * summary["model"]["shared_parameters"]  # of three organizations
-    assert all(arrays < r["bytes_up"] < arrays + 3000 and arrays < r["bytes_down"] < arrays + 9000 for r in summary["rounds"])
+    for r in summary["rounds"]:
+        assert arrays < r["bytes_up"] < arrays + 3000
+        assert arrays < r["bytes_down"] < arrays + 12_000, (r["bytes_down"], arrays)
     assert sum(o["examples"] for o in summary["organizations"]) + summary["test"]["examples"] == (
         240 if plan.privacy == "none" else 239
     )

@@ -54,6 +54,11 @@ STAGES = [
 ]
 
 
+def trained(mode: str) -> dict[str, Any]:
+    """Return a plan's keys for a mode: the last block where blocks are trained."""
+    return {"train": mode, "layers": 1} if mode == "blocks" else {"train": mode}
+
+
 def resident_model(plan: Plan) -> TrainableModel:
     return get_plan_model(plan, "cpu")
 
@@ -83,7 +88,7 @@ def pld_epsilon(spent: list[Steps], delta: float) -> float:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_round_is_reproducible_to_the_bit(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str) -> None:
-    plan = make_plan(train=mode)
+    plan = make_plan(**trained(mode))
     state = state_for(plan)
     first = train_round(plan, make_site(at="one"), 1, state)
     torch.manual_seed(99)
@@ -101,13 +106,13 @@ def test_a_round_is_reproducible_to_the_bit(make_plan: MakePlan, make_site: Make
 def test_a_round_moves_what_its_stage_shares_and_nothing_else(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: Any, privacy: Any
 ) -> None:
-    plan = make_plan(train=mode, privacy=privacy)
+    plan = make_plan(**trained(mode), privacy=privacy)
     state = state_for(plan)
     before = everything(plan, state)
     update = train_round(plan, make_site(), 1, state)
     model = resident_model(plan)
     after = model.state(name for name, _ in model.parameters())
-    names = model.names(mode)
+    names = model.names(mode, layers=plan.layers)
     assert list(update.delta) == names
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved <= set(names)
@@ -150,7 +155,7 @@ def test_full_batches_are_gradient_descent(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, kind: str
 ) -> None:
     local = {"batch_size": 60, "steps": 3, "learning_rate": 0.25, "physical_batch_size": 7}
-    plan = make_plan(kind, train=mode, local=local)
+    plan = make_plan(kind, **trained(mode), local=local)
     state = state_for(plan)
     site = make_site()
     got = train_round(plan, site, 1, state).delta
@@ -207,7 +212,7 @@ def test_other_optimizers_start_afresh_in_every_round(
 def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str, privacy: Any) -> None:
     """With one expected record per step, a third of the batches is empty: that none of 40 is has a probability of 1e-8."""
     told: list[dict[str, Any]] = []
-    plan = make_plan(train=mode, privacy=privacy, local={"batch_size": 1 / 60, "steps": 40, "learning_rate": 0.01})
+    plan = make_plan(**trained(mode), privacy=privacy, local={"batch_size": 1 / 60, "steps": 40, "learning_rate": 0.01})
     with observe_client(lambda what, details: told.append(details) if what == "step" else None):
         update = train_round(plan, make_site(), 1, state_for(plan))
     assert update.steps == 40
@@ -531,7 +536,7 @@ def test_bfloat16_does_not_hinder_private_training(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, mode: str
 ) -> None:
     """On hardware with bfloat16, precision = auto means it."""
-    plan = make_plan(train=mode, privacy=PRIVATE, model={"precision": "bfloat16"})
+    plan = make_plan(**trained(mode), privacy=PRIVATE, model={"precision": "bfloat16"})
     site = make_site()
     update = train_round(plan, site, 1, state_for(plan))
     assert update.steps == 4
@@ -542,7 +547,7 @@ def test_bfloat16_does_not_hinder_private_training(
 def test_every_architecture_trains_privately(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, kind: str, mode: str
 ) -> None:
-    plan = make_plan(kind, train=mode, privacy=PRIVATE)
+    plan = make_plan(kind, **trained(mode), privacy=PRIVATE)
     site = make_site()
     update = train_round(plan, site, 1, state_for(plan))
     assert all(bool(d.any()) for d in update.delta.values())
