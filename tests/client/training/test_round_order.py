@@ -116,7 +116,8 @@ def test_noised_record_count_is_charged_at_first_use(
 ) -> None:
     plan = make_plan(privacy=PRIVATE)
     rules = Policy.permissive()
-    noised = rules.model_copy(update={"disclosures": rules.disclosures.model_copy(update={"example_count": "noised"})})
+    counted = {"example_count": "noised", "noise_multiplier": 2.0}  # 30 deviations above a batch: no draw is refused
+    noised = rules.model_copy(update={"disclosures": rules.disclosures.model_copy(update=counted)})
     train_round(plan, make_site(policy=noised), 1, state_for(plan))
     first = events.index("charge: example count")
     assert events[: first - 1] == [*CHECKED, "check_public_number"]
