@@ -26,7 +26,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cotune.data.inputs.batching import LENGTHS
 from cotune.data.tasks.classes import Batch
@@ -218,8 +218,8 @@ def _known_padding_error(model: TrainableModel) -> float | str:
     try:
         with model.with_random_weights(()):
             error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
-            if error > MAX_PADDING_ERROR and model.parameter_count() <= _MOST_IN_FLOAT64:
-                with _in_float64(model):
+            if error > MAX_PADDING_ERROR and fits_in_float64(model.loaded.module):
+                with in_float64(model.loaded.module):
                     error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
     except _FAILURES as raised:
         return _reason(raised)
@@ -228,14 +228,19 @@ def _known_padding_error(model: TrainableModel) -> float | str:
     return error
 
 
+def fits_in_float64(module: nn.Module) -> bool:
+    """Whether the weights of a module may be held in float64 for a moment."""
+    return sum(parameter.numel() for parameter in module.parameters()) <= _MOST_IN_FLOAT64
+
+
 @contextmanager
-def _in_float64(model: TrainableModel) -> Iterator[None]:
-    """For the time of the block, weights are float64.
+def in_float64(module: nn.Module) -> Iterator[None]:
+    """Hold the weights of a module in float64 for the time of the block.
 
     Deep models may turn the rounding of float32, which depends on the length of a row, into differences of 2e-5. What a model
-    reads of its padding is of the same size in any arithmetic; rounding is not.
+    reads of its padding, or of other records, is of the same size in any arithmetic; rounding is not.
     """
-    held = [*model.loaded.module.parameters(), *model.loaded.module.buffers()]
+    held = [*module.parameters(), *module.buffers()]
     before = [tensor.data for tensor in held]
     try:
         for tensor in held:

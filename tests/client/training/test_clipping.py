@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,35 @@ def test_the_check_before_a_run_is_exact_and_passes(new_plan: MakePlan, family: 
     assert isinstance(plan.privacy, RecordPrivacy)
     assert check_gradients(given, plan.privacy, mode) < 1e-5
     check_stages(plan, get_plan_model(plan, "cpu"))
+
+
+def off_in_batches(given: TrainingSetup, share: float, kinds: tuple[torch.dtype, ...]) -> TrainingSetup:
+    """The setup with losses that are larger by a share of themselves beside other slots, in some kinds of arithmetic alone."""
+    made_up = given.samples()
+
+    def exact(batch: dict[str, Tensor]) -> Tensor:
+        losses = made_up.exact(batch)
+        arithmetic = next(made_up.module.parameters()).dtype
+        return losses * (1 + share) if len(losses) > 1 and arithmetic in kinds else losses
+
+    return replace(given, samples=lambda: replace(made_up, exact=exact))
+
+
+@pytest.mark.parametrize("mode", ["lora", "full", "head"])
+def test_rounding_is_told_from_a_wrong_clipped_sum(new_plan: MakePlan, mode: str) -> None:
+    """Rounding of float32 goes by the shape of a batch; what another record or a wrong rule adds is there in float64, too."""
+    plan = new_plan("bert", "sequence-classification", **MODES[mode])
+    _, _, given = prepared(plan)
+    assert isinstance(plan.privacy, RecordPrivacy)
+    before = [p.detach().clone() for p in given.module.parameters()]
+    assert check_gradients(off_in_batches(given, 1e-4, (torch.float32,)), plan.privacy, mode) < 1e-5
+    after = list(given.module.parameters())
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(after, before, strict=True))
+    anywhere = off_in_batches(given, 1e-4, (torch.float32, torch.float64))
+    too_much = off_in_batches(given, 1e-2, (torch.float32,))
+    for wrong in (anywhere, too_much):
+        with fails_with("privacy.wrong_gradients"):
+            check_gradients(wrong, plan.privacy, mode)
 
 
 def test_gradients_are_checked_once_for_all_that_decides_them(new_plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
