@@ -119,7 +119,8 @@ EVERY_RUN = (
     File(
         "model/",
         "after the last round",
-        'The fine-tuned model: `transformers.pipeline(task, "runs/X/model")` loads it, label names included ([use.md](use.md));'
+        'The fine-tuned model: `transformers.pipeline(task, "runs/X/model")` loads it, label names included,'
+        " but for a plan with `model.feature` ([use.md](use.md));"
         " adapters are merged. With personal parts there is no common model, and each organization's is in"
         " `sites/<organization>/model/`.",
     ),

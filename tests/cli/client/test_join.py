@@ -186,7 +186,7 @@ def test_another_model_is_not_taken_for_the_plans(
 
 def test_rules_are_set_and_checked_before_they_are_written(cotune: Cotune, site: Path) -> None:
     shown = cotune("client", "policy", site, "--set", "training.max_rounds=50", "--set", "disclosures.example_count=rounded")
-    assert shown.out == 'training.max_rounds: 200 → 50\ntell.example_count: "noised" → "rounded"\n'
+    assert shown.out == 'training.max_rounds: 200 → 50\ndisclosures.example_count: "noised" → "rounded"\n'
     written = (site / "policy.toml").read_text()
     assert "# rounds of one plan" in written
     for setting, said in (
