@@ -189,7 +189,15 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
     texts, labels = zip(*sentences(240), strict=True)
     for share in prepared.shares:
         site = Site(folder.path / "sites" / share.name)
-        assert site.file.model_dump() == {"organization": share.name, "simulated": True, "device": "cpu", "base": None}
+        expected = {
+            "organization": share.name,
+            "simulated": True,
+            "device": "cpu",
+            "base": None,
+            "own_base": None,
+            "public": None,
+        }
+        assert site.file.model_dump() == expected
         assert site.holdings(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
     test = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]

@@ -18,6 +18,7 @@ from cotune.data.metrics.metrics import ClassMetrics
 from cotune.errors import RunError
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.protocol.messages import Request, encode_update
+from cotune.protocol.version import PROTOCOL
 from cotune.server.app import train_rounds
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
@@ -290,7 +291,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
     "other name": (lambda r: update(r, ones(r), organization="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
-    "protocol": (lambda r: record(r, protocol=99), "protocol 99 came, expected 5"),
+    "protocol": (lambda r: record(r, protocol=99), f"protocol 99 came, expected {PROTOCOL}"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
     "noise": (lambda r: update(r, ones(r), noise_variance={"classifier.bias": 1.0}), "it states noise for 1 parameters"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),
