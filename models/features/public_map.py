@@ -5,8 +5,8 @@ makes it by itself, and the plan holds its hash. For that, the encoder and the f
 numbers of threads differ by some 1e-13, and the result is rounded to a grid of about 1e-4.
 
 Of millions of numbers, one may lie so near the middle between two points of the grid that two processors round it apart. So the
-grid can lie in sixteen ways: whoever pins a map takes the one in which the nearest number is farthest from any middle, and
-whoever is given a hash takes the one that has it.
+grid can lie in sixteen ways: the coordinator, who pins a map, takes the one in which the nearest number is farthest from any
+middle, and an organization that is given a hash takes the one that has it.
 
 Whitening is partial (covariance^(-3/8)): with the whole of it (-1/2) the smallest directions, which are mostly noise, would weigh
 as much as the largest. Measured in docs/results/tweets.md.
