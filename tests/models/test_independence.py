@@ -340,7 +340,7 @@ def test_float64_is_for_the_block_alone(shared: Make) -> None:
     model = shared("llama")
     held = [*model.module.parameters(), *model.module.buffers()]
     before = [(tensor.data_ptr(), tensor.dtype, tensor.clone()) for tensor in held]
-    with pytest.raises(ValueError, match="inside"), independence._in_float64(model):
+    with pytest.raises(ValueError, match="inside"), independence.in_float64(model.module):
         assert {p.dtype for p in model.module.parameters()} == {torch.float64}
         raise ValueError("inside")
     for tensor, (place, dtype, value) in zip(held, before, strict=True):
