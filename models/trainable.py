@@ -218,20 +218,6 @@ def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-@lru_cache(maxsize=1)
-def get_model(
-    model: ModelConfig,
-    labels: tuple[str, ...],
-    lora: LoraConfig | None,
-    seed: int,
-    device: str,
-    task: TaskName = "sequence-classification",
-    own_adapters: bool = False,
-) -> TrainableModel:
-    """The one model that a process keeps: loaded at the first call, shared by everybody in the process who takes turns."""
-    return open_model(model, labels, lora, seed, device, task, own_adapters)
-
-
 def open_model(
     model: ModelConfig,
     labels: tuple[str, ...],
@@ -245,3 +231,6 @@ def open_model(
     load = load_multi_task if is_multi_task(task) else load_model
     loaded = load(model, labels, parameter_seed(seed, "head"), task)
     return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)
+
+
+get_model = lru_cache(maxsize=1)(open_model)  # the one model that a process keeps, shared by all who take turns in it

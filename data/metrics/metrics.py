@@ -27,7 +27,15 @@ class Metrics(Protocol):
 
 
 @dataclass(frozen=True)
-class ClassMetrics:
+class _Figures:
+    """Metrics whose fields are their figures."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ClassMetrics(_Figures):
     """Of classes, each in [0, 1]; precision, recall and F1 are means over the classes (macro).
 
     Of tags, words are counted, with "O" among the classes. A word beyond the length that the model reads counts as wrong.
@@ -41,9 +49,6 @@ class ClassMetrics:
     @property
     def score(self) -> float:
         return self.accuracy
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class MultiTaskMetrics:
 
 
 @dataclass(frozen=True)
-class TextMetrics:
+class TextMetrics(_Figures):
     """Of texts that a model is to write, over all target tokens of the test set, each predicted from the true ones before it.
 
     Attributes:
@@ -97,12 +102,9 @@ class TextMetrics:
     def score(self) -> float:
         return self.accuracy
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class NumberMetrics:
+class NumberMetrics(_Figures):
     """Of numbers, in the units of the records.
 
     Attributes:
@@ -122,12 +124,9 @@ class NumberMetrics:
         """The share of the variance that is explained."""
         return max(0.0, self.r2)
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class LabelSetMetrics:
+class LabelSetMetrics(_Figures):
     """Of sets of labels, each in [0, 1]; a label is predicted where its probability is above a half.
 
     Attributes:
@@ -146,9 +145,6 @@ class LabelSetMetrics:
     @property
     def score(self) -> float:
         return self.micro_f1
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def compute_number_metrics(truth: Sequence[float], predicted: Sequence[float]) -> NumberMetrics:
@@ -199,14 +195,14 @@ def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int
     import numpy as np
 
     true = np.asarray(truth, dtype=np.int64)
-    told = np.asarray(predicted, dtype=np.int64)
-    is_right = true == told
+    given = np.asarray(predicted, dtype=np.int64)
+    is_right = true == given
     right = _count_classes(true[is_right], classes)
     each_true = _count_classes(true, classes)
-    each_told = _count_classes(told, classes)
-    precision = right / np.maximum(each_told, 1)
+    each_predicted = _count_classes(given, classes)
+    precision = right / np.maximum(each_predicted, 1)
     recall = right / np.maximum(each_true, 1)
-    f1 = 2 * right / np.maximum(each_true + each_told, 1)
+    f1 = 2 * right / np.maximum(each_true + each_predicted, 1)
     return ClassMetrics(float(is_right.mean()), float(precision.mean()), float(recall.mean()), float(f1.mean()))
 
 
@@ -223,9 +219,8 @@ def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -
     return compute_metrics(truth, [most] * len(truth), classes)
 
 
-TextAnswer = tuple[
-    float, int, int
-]  # of a record: the sum of its losses in nats, its target tokens, how many of them are predicted correctly
+# Of a record: the sum of its losses in nats, its number of target tokens, how many of them are predicted correctly.
+TextAnswer = tuple[float, int, int]
 
 
 def compute_text_metrics(answers: Sequence[TextAnswer]) -> TextMetrics:
