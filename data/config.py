@@ -32,7 +32,7 @@ class TaskFacts:
         several: Whether it is several tasks on one encoder ([[tasks]]).
         prompts: Whether its records may, or must, have a prompt and a target.
         ranged: Whether its targets are numbers of a public range.
-        features: Whether a head on layers of a frozen encoder can be had (`model.feature`).
+        features: Whether the task supports a head on layers of a frozen encoder (`model.feature`).
     """
 
     labels: bool = True

@@ -88,7 +88,7 @@ class ModelConfig(ConfigTable):
         ge=1,
         le=32768,
         description="causal-lm: tokens of a target at most, its end token included; the rest is cut off. Scores over the"
-        " vocabulary, which cost most, are computed for so many positions of a record alone",
+        " vocabulary, which cost most, are computed only at that many positions of a record",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -62,7 +62,7 @@ class Node:
     Args:
         folder: What it keeps, node/ of the site.
         sent: Where its own refusals are entered before they leave; the worker enters what it answers.
-        overdue: So many seconds beyond its deadline, training makes way for another request.
+        overdue: Seconds beyond its deadline after which training is stopped in favor of another request.
     """
 
     def __init__(

@@ -33,8 +33,8 @@ class CausalLanguageModeling(SequenceClassification):
     """See `tasks.Task`.
 
     Args:
-        max_target: Tokens of a target, the rest is cut off; None: as many as there is room for. Scores of so many positions of
-            a row are computed, whatever it holds.
+        max_target: Maximum number of tokens of a target; the rest is truncated. None: up to the length of the row. Scores are
+            computed at that many positions of every row, whatever it holds.
     """
 
     described = "language model"

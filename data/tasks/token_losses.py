@@ -31,8 +31,8 @@ def token_losses(module: nn.Module, batch: Batch, most: int | None = None) -> tu
     Args:
         module: A causal language model of transformers.
         batch: input_ids, attention_mask, and labels (b, l): the number of the token that follows, or IGNORED.
-        most: Labels of a row at most. Where a row is longer, scores are made for so many of its positions alone; labels beyond
-            count as none.
+        most: Maximum number of labels of a row. Where a row is longer, scores are computed only at that many of its positions;
+            further labels are ignored.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
