@@ -26,8 +26,8 @@ from cotune.protocol.messages import (
     received_digest,
 )
 from cotune.reporting.model_card import CARD, model_card, promised
-from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write, sync
+from cotune.storage.json_documents import parse_json
 from cotune.strategies.types import find_not_finite
 
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself

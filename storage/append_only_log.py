@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cotune.errors import RunError
-from cotune.storage.documents import parse_json
 from cotune.storage.files import exclusive_lock
+from cotune.storage.json_documents import parse_json
 
 START_HASH = "0" * 64  # the hash before the first entry
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from cotune.server.deployment.plan_checks import build_notes, check_example_boun
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, manifest_file, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cotune.errors import RunError
 from cotune.observers import Observer, Registry
 from cotune.reporting.documents.events import Event, parse_event
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 
 _observers = Registry[Observer]()
 

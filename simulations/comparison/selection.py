@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from cotune.errors import RunError
 from cotune.observers import Observer
 from cotune.privacy.accounting.selection import draw_repetitions
-from cotune.privacy.mechanisms.random import private_generator
+from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.reporting.comparison_statistics import Variation
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.measures import measures_of
@@ -44,7 +44,7 @@ from cotune.simulations.comparison.workers import (
     read_run_summary,
     run_all,
 )
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 def select(

@@ -28,10 +28,10 @@ from cotune.strategies import (
 from cotune.strategies.aggregator import Aggregator, build_aggregator
 from cotune.strategies.blocks import BLOCK, is_finite
 from cotune.strategies.conformance.samples import complete, sample
-from cotune.strategies.held import HeldUpdates
 from cotune.strategies.order_statistics import sort_rows
 from cotune.strategies.registry import get_builtin_components, infer_component
 from cotune.strategies.sums import add_weighted, divide, total
+from cotune.strategies.update_store import HeldUpdates
 
 SHAPES = {"embedding": (300, 700), "bias": (7,), "scalar": (), "nothing": (0, 3)}  # the first is longer than three blocks
 

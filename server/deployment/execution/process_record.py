@@ -15,7 +15,7 @@ import psutil
 from pydantic import BaseModel
 
 from cotune.errors import RunError
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 Identity = tuple[int, float]  # number, and when it was started
 

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.errors import RunError
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 class Submission(BaseModel):
