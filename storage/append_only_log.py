@@ -98,7 +98,7 @@ class LineLog:
                     os.close(descriptor)
             except OSError as error:
                 raise RunError(
-                    f"{self.file} cannot be written ({error.strerror}): {self._consequence}; make room, or mend its permissions",
+                    f"{self.file} cannot be written ({error.strerror}): {self._consequence}; free space, or correct its permissions",
                     code="run.not_writable",
                 ) from None
 
@@ -162,7 +162,7 @@ class LineLog:
             return []
         except OSError as error:
             raise RunError(
-                f"{self.file} cannot be read ({error.strerror}): mend its permissions", code="run.not_readable"
+                f"{self.file} cannot be read ({error.strerror}): correct its permissions", code="run.not_readable"
             ) from None
 
 

@@ -58,7 +58,8 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         folder = RunFolder.create(path, plan, file)
     except OSError as error:
         raise RunError(
-            f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access", code="run.not_writable"
+            f"the folder {path} cannot be written ({error.strerror}): free space for it, or give write access",
+            code="run.not_writable",
         ) from None
     for note in build_notes(plan, federation.members.active()):
         folder.events.write(Note(text=note))

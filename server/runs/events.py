@@ -50,7 +50,7 @@ class Events:
             except OSError as error:
                 self._begun = False  # a part of the line may be there
                 raise RunError(
-                    f"{self.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue"
+                    f"{self.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then continue"
                     " with --resume",
                     code="run.not_writable",
                 ) from None

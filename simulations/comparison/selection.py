@@ -150,7 +150,7 @@ class _Selection:
             release(found, cell.plan, runs[best] / "model", self.folder / "released")
         except OSError as error:
             raise RunError(
-                f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on",
+                f"{self.folder / 'released'} cannot be written ({error}): free space for it; the same command goes on",
                 code="run.not_writable",
             ) from None
         return found
@@ -204,7 +204,7 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
             room.saw(read_run_summary(task.folder).peak_memory_bytes or 0)
         elif not _has_failed(task.folder):
             raise RunError(
-                f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on",
+                f"a run was cut off ({reason}): correct that; nothing is released until the same command has gone on",
                 code="run.cut_off",
             )
 

@@ -52,7 +52,7 @@ def squatting(victims: list[ObjectTree]) -> ObjectTree:
 
 
 def test_flower_believes_what_is_announced() -> None:
-    """The root: fails as soon as Flower has mended it, and then much of the front can go."""
+    """The root: fails as soon as Flower has corrected it, and then much of the front can go."""
     shared = store()
     honest = get_object_tree(encode_update(Update("north", 1, ZEROS, 10, 1), "plan"))
     shared.preregister(1, squatting([honest]))

@@ -43,7 +43,7 @@ def a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("a_task_of_flower")
 def test_flower_stores_a_time_that_is_no_number_and_fails_at_it() -> None:
-    """The root: fails as soon as Flower has mended it."""
+    """The root: fails as soon as Flower has corrected it."""
     store = SqlObjectStore(":memory:")
     store.initialize()
     state = SqlLinkState(":memory:", NoOpFederationManager(), store)

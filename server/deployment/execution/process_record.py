@@ -51,7 +51,7 @@ class ProcessRecord:
             self._document.write(_Processes(boot=_get_boot_id(), processes=found))
         except OSError as error:
             if not self._failed:
-                self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")
+                self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): free space, or check its permissions")
             self._failed = True
         else:
             self._written = found

@@ -39,7 +39,7 @@ def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
         _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
-            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
+            f"{folder.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then continue with"
             " --resume",
             code="run.not_writable",
         ) from None
