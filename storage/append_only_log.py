@@ -98,7 +98,8 @@ class LineLog:
                     os.close(descriptor)
             except OSError as error:
                 raise RunError(
-                    f"{self.file} cannot be written ({error.strerror}): {self._consequence}; free space, or correct its permissions",
+                    f"{self.file} cannot be written ({error.strerror}): {self._consequence}; free space, or correct its"
+                    " permissions",
                     code="run.not_writable",
                 ) from None
 

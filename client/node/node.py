@@ -153,9 +153,8 @@ class Node:
         try:
             atomic_write(self._request_file, request.to_bytes())
         except OSError as error:
-            self._refuse(
-                request, GENERIC_REFUSAL, f"the site cannot be written ({error}): free space, or correct its permissions"
-            )
+            reason = f"the site cannot be written ({error}): free space, or correct its permissions"
+            self._refuse(request, GENERIC_REFUSAL, reason)
 
     def _begin(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""

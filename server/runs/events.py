@@ -50,8 +50,8 @@ class Events:
             except OSError as error:
                 self._begun = False  # a part of the line may be there
                 raise RunError(
-                    f"{self.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then continue"
-                    " with --resume",
+                    f"{self.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then"
+                    " continue with --resume",
                     code="run.not_writable",
                 ) from None
         if not self.silent:

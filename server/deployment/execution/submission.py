@@ -39,8 +39,8 @@ def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
         _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
-            f"{folder.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then continue with"
-            " --resume",
+            f"{folder.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then continue"
+            " with --resume",
             code="run.not_writable",
         ) from None
     return ticket
