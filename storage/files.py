@@ -84,7 +84,7 @@ def exclusive_lock(file: Path, holder: str = "", *, timeout: float = 0.0) -> Ite
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or "its file system has no locks"
         raise RunError(
-            f"{file.parent} cannot be written ({reason}): make room for it, or mend its permissions", code="run.not_writable"
+            f"{file.parent} cannot be written ({reason}): free space for it, or correct its permissions", code="run.not_writable"
         ) from None
     try:
         if isinstance(lock, SoftFileLock):  # what filelock falls back to; it would outlive a process that is killed

@@ -73,7 +73,7 @@ def load_installed(kind: Kind, name: str) -> ComponentInfo:
     except Exception as error:
         raise PlanError(
             f'the {get_kind_label(kind)} "{name}" of the package {point.dist.name if point.dist else point.module} cannot be'
-            f" loaded ({type(error).__name__}: {error}): mend or remove the package",
+            f" loaded ({type(error).__name__}: {error}): repair or remove the package",
             code="plan.unusable_component",
         ) from error
     return component_from(kind, name, value)

@@ -62,8 +62,8 @@ def predict(
     if file is not None:
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
-    from cotune.cli.models.predictions import predict_rows  # loads PyTorch
-    from cotune.cli.models.texts import write_rows, writes_texts
+    from cotune.cli.models.generated_texts import write_rows, writes_texts
+    from cotune.cli.models.record_predictions import predict_rows  # loads PyTorch
 
     column = text if text is not None else image
     inputs = given or [] if file is None else file.expanduser()

@@ -54,8 +54,8 @@ def build_setup(
     """
     if holdings.task != plan.task:
         raise DataError(
-            f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: mend its description of"
-            " holdings, or take no part in this plan",
+            f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: correct its description"
+            " of holdings, or take no part in this plan",
             code="data.wrong_task",
         )
     head = feature_head(model) if stage.mode == "head" else None

@@ -1,7 +1,7 @@
 """Does a part of a strategy do what it says of itself? Checks for any part, cotune's and others', on made-up updates.
 
->>> from cotune.strategies.registry import builtin
->>> [f for f in check_part(builtin("fusion")["mean"]) if not f.passed]
+>>> from cotune.strategies.registry import get_builtin_components
+>>> [finding for finding in check_component(get_builtin_components("fusion")["mean"]) if not finding.passed]
 []
 """
 

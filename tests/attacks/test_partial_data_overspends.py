@@ -13,7 +13,7 @@ import pytest
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
-from cotune.client.account import Account
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig

@@ -19,7 +19,7 @@ from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with
 

@@ -15,8 +15,8 @@ from dp_accounting.rdp import RdpAccountant
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.client.account import Account
 from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_steps
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import context
 from cotune.client.training import steps as training

@@ -120,7 +120,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError) as raised:
         Ledger(path)
     assert_one_sentence(raised.value)
-    assert path.read_bytes() == b"these are no charges" * 100  # left for anyone who mends it
+    assert path.read_bytes() == b"these are no charges" * 100  # left for anyone who repairs it
 
 
 def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
