@@ -87,6 +87,44 @@ def test_a_buffer_must_not_change(model: TrainableModel) -> None:
     model.module._buffers.pop("running")
 
 
+@pytest.mark.parametrize("change", ["written", "replaced"])
+def test_a_large_buffer_must_not_change(model: TrainableModel, change: str) -> None:
+    """It is watched as frozen parameters are: no checksum is taken of it in the first step."""
+    model.module.register_buffer("map", torch.zeros(2**16 + 1), persistent=False)
+    watching = guard(model, thorough=False)
+    move(model, *model.names("lora"))
+    if change == "written":
+        model.module.get_buffer("map")[1] = 1.0
+    else:
+        model.module._buffers["map"] = torch.zeros(2**16 + 1)
+    with fails_with("run.frozen_parameter_changed", "map"):
+        watching.after_step(FIRST)
+    model.module._buffers.pop("map")
+
+
+def test_a_write_past_the_counters_shows_in_a_large_buffer(model: TrainableModel) -> None:
+    model.module.register_buffer("map", torch.zeros(2**16 + 1), persistent=False)
+    watching = guard(model)
+    move(model, *model.names("lora"))
+    model.module.get_buffer("map").numpy()[1] = 1.0
+    watching.after_step(FIRST)
+    with fails_with("run.frozen_parameter_changed", "map"):
+        watching.after_round()
+    model.module._buffers.pop("map")
+
+
+def test_a_large_buffer_that_pytorch_does_not_count_is_summed(model: TrainableModel) -> None:
+    with torch.inference_mode():
+        model.module.register_buffer("map", torch.zeros(2**16 + 1), persistent=False)
+    watching = guard(model, thorough=False)
+    move(model, *model.names("lora"))
+    with torch.inference_mode():
+        model.module.get_buffer("map")[1] = 1.0
+    with fails_with("run.frozen_parameter_changed", "map"):
+        watching.after_step(FIRST)
+    model.module._buffers.pop("map")
+
+
 def test_under_noise_every_shared_parameter_moves(model: TrainableModel) -> None:
     first, *others = model.names("lora")
     watching = guard(model)
