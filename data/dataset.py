@@ -105,7 +105,7 @@ def _parse_manifest(content: bytes) -> DatasetManifest:
     return DatasetManifest.model_validate_json(content)
 
 
-_MAX_HELD = 64  # data sets that a process keeps, where they are small
+_MAX_HELD = 1024  # data sets that a process keeps
 _MAX_HELD_ROWS = 2**18  # of all of them; of a larger one it keeps no other
 _Key = tuple[bytes, tuple[bytes, ...], tuple[int, ...], tuple[str, ...], bool]
 _holding = threading.Lock()
@@ -113,10 +113,11 @@ _held: dict[_Key, Dataset] = {}  # by all that decides what they hold; a data se
 
 
 def _keep(key: _Key, held: Dataset) -> None:
-    """Keep a data set for those who ask for the same in this round, and small ones of those before."""
+    """Keep a data set, with all that follows from it, for those who ask for the same again; the oldest give way."""
     _held[key] = held
-    while len(_held) > _MAX_HELD or (len(_held) > 1 and len(held) > _MAX_HELD_ROWS // _MAX_HELD):
-        del _held[next(iter(_held))]
+    rows = sum(map(len, _held.values()))
+    while len(_held) > 1 and (len(_held) > _MAX_HELD or rows > _MAX_HELD_ROWS):
+        rows -= len(_held.pop(next(iter(_held))))
 
 
 def _read_rows(file: Path, portion: FileSlice) -> bytes:
@@ -322,10 +323,13 @@ class Dataset:
             return [[row] for row in range(len(self))]
         return sorted(group_positions(self._unit_keys), key=lambda group: self._unit_keys[group[0]])
 
+    @cached_property
+    def _unit_identities(self) -> list[bytes]:
+        return [self._unit_keys[group[0]] for group in self.units]
+
     def get_unit_identities(self) -> list[bytes]:
         """16 bytes for each of `units`, in their order, by which a ledger knows it again; those of records without a promise."""
-        keys = self._unit_keys
-        return [keys[group[0]] for group in self.units]
+        return self._unit_identities
 
     def linked_identities(self) -> list[bytes]:
         """Of units that are more than a record: their records, whether they count or not.
