@@ -16,6 +16,7 @@ from cotune.errors import RunError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms import dp_sgd
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -176,6 +177,6 @@ def test_only_an_earlier_round_can_be_the_last_admitted_one(
     site = make_site()
     state = state_for(plan)
     train_round(plan, site, 1, state)
-    with pytest.raises(RunError, match=f"names round {admitted} as the last admitted one: expected an earlier one"):
+    with fails_with("run.wrong_round", str(admitted)):
         train_round(plan, site, 2, state, admitted=admitted)
     assert kept_of(site) == ["round-00001.safetensors"]

@@ -106,7 +106,7 @@ def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> 
     assert site.recall("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
     assert site.newest("plan") == {}  # what a client term keeps is apart
     site.recall("plan", 10, PERSONAL)
-    with pytest.raises(RunError, match="cannot be read"):
+    with fails_with("run.lost_state"):
         site.recall("plan", 9, PERSONAL)
 
 
