@@ -34,10 +34,11 @@ def evaluate(
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
     from cotune.cli.models.predictions import evaluate_records  # loads PyTorch
-    from cotune.cli.models.texts import evaluate_texts, writes_texts
+    from cotune.cli.models.texts import evaluate_texts, find_writer
 
-    if writes_texts(model, threshold):
-        result = evaluate_texts(model, options.config(data), max_length=max_length, device=device)
+    task = find_writer(model, threshold)
+    if task is not None:
+        result = evaluate_texts(model, task, options.config(data), max_length=max_length, device=device)
     else:
         result = evaluate_records(model, options.config(data), threshold=threshold, max_length=max_length, device=device)
     found = {"model": model, "data": data, **result}
