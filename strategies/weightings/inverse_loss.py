@@ -18,7 +18,7 @@ _LEAST = 1e-3  # nats; smaller losses count as this one, or one organization cou
     needs=Needs(sends=("loss",)),
 )
 def inverse_loss(update: Update, *, power: Annotated[float, Field(gt=0, le=10)] = 1.0) -> float:
-    """Favor organizations whose records the received model fits: w_k = F_k^−power, F_k the mean loss there.
+    """Favor organizations whose records the received model fits: w_k = F_k^−power, F_k the mean loss on them.
 
     The server cannot verify the loss that an organization reports.
 

@@ -18,7 +18,7 @@ _LEAST = 1e-10  # nats, as in q_fedavg: if all losses, noised or not, are 0 or l
     needs=Needs(sends=("loss",)),
 )
 def q_fair(update: Update, *, q: Annotated[float, Field(ge=0, le=10)] = 1.0) -> float:
-    """Favor organizations whose records the received model fits badly: w_k = F_k^q, F_k the mean loss there.
+    """Favor organizations whose records the received model fits badly: w_k = F_k^q, F_k the mean loss on them.
 
     With equal organizations this is the direction of steepest descent on Σ F_k^(q+1); the length of the step, which the paper
     prescribes, is left to the server optimizer. The server cannot verify the loss that an organization reports.
