@@ -189,6 +189,21 @@ def test_a_data_set_is_its_records_in_any_order(ledger: Ledger) -> None:
     assert ledger.register_data_set(records(1, 2, 3, 3)) != first  # a record that is there twice is two records
 
 
+def test_a_data_set_is_never_taken_for_the_one_before(ledger: Ledger) -> None:
+    """Also where it has as many records, or the same ones in another role."""
+    sets = [
+        (records(1, 2), ()),
+        (records(1, 3), ()),
+        (records(1, 2), records(3)),
+        (records(1), records(2, 3)),
+        (records(1, 2), ()),
+    ]
+    names = [ledger.register_data_set(units, also=also) for units, also in sets]
+    assert names == [Ledger(ledger.path).register_data_set(units, also=also) for units, also in sets]
+    assert names[0] == names[4]
+    assert len(set(names)) == 3  # the third and the fourth are the same records'
+
+
 def test_links_are_kept_for_the_owner_and_decide_nothing(ledger: Ledger) -> None:
     small = ledger.register_data_set(records(1, 2, 3))
     other = ledger.register_data_set(records(7, 8))
