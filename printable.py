@@ -30,7 +30,7 @@ def printable(text: str) -> str:
     r"""One line in which every character that a terminal would obey, or would not show, is written out as in JSON.
 
     >>> print(printable("good\x1b[2K\rbad" + chr(0x202E)))
-    good\u001b[2K\u000dbad\u202e
+    good\u001b[2K\rbad\u202e
     """
     return text if _is_plain(text) else "".join(char if _is_plain(char) else _written_out(char) for char in text)
 

@@ -52,11 +52,11 @@ def compare(
         )
     options.check_files(vary or ())
     beginning(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
-    from cotune.cli import comparison  # loads PyTorch
+    from cotune.cli import comparison_output  # loads PyTorch
 
     given = [*options.overrides, *(['simulation.baselines=["alone"]'] if gain else [])]
-    grid = comparison.Grid(options.source, tuple(vary or ()), given, out, jobs, device)
+    grid = comparison_output.Grid(options.source, tuple(vary or ()), given, out, jobs, device)
     if private_selection is None:
-        comparison.compare_grid(grid, 5 if seeds is None else seeds, baseline, as_json=as_json)
+        comparison_output.compare_grid(grid, 5 if seeds is None else seeds, baseline, as_json=as_json)
     else:
-        comparison.select_privately(grid, private_selection, as_json=as_json)
+        comparison_output.select_privately(grid, private_selection, as_json=as_json)

@@ -14,7 +14,7 @@ from cotune.cli.options import AsJson
 from cotune.cli.screen import print_json, screen
 from cotune.errors import DataError
 from cotune.privacy.accounting.rounding import round_up
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 
 
 def verify(

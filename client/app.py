@@ -1,8 +1,8 @@
 """The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
 
-Every request is checked first for who approved its plan and for what it may hold (node/received.py). Every answer is checked
-once more (egress_guard.py), and entered in the organization's own log of what it has sent (audit_log.py). At the end every
-organization is given the finished model, which is stored in its site as a Hugging Face folder.
+Every request is checked first for who approved its plan and for what it may hold (node/request_limits.py). Every answer is
+checked once more (egress_guard.py), and entered in the organization's own log of what it has sent (audit_log.py). At the end
+every organization is given the finished model, which is stored in its site as a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from cotune.client.audit_log import AuditLog, record_sizes
 from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update, refusal
 from cotune.client.final_model import store_final_model
-from cotune.client.node.received import Consent, check_received, expected_shapes, read_plan
+from cotune.client.node.request_limits import Consent, check_received, expected_shapes, read_plan
 from cotune.client.node.requests import (
     SignedRequest,
     check_arrays,

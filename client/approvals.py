@@ -15,8 +15,8 @@ from cotune.errors import Declined, RunError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
-from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write, exclusive_lock
+from cotune.storage.json_documents import parse_json
 
 _MAX_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
 _MAX_CHARACTERS = 1_000_000

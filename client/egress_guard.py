@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
-from cotune.client.account import Account
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.ensembles.public_inputs import find_extreme_score

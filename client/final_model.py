@@ -26,8 +26,8 @@ from cotune.protocol.messages import (
     received_digest,
 )
 from cotune.reporting.model_card import CARD, model_card, promised
-from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write, sync
+from cotune.storage.json_documents import parse_json
 from cotune.strategies.types import find_not_finite
 
 ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
@@ -89,7 +89,7 @@ def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, A
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise RunError(
-            f"the finished model cannot be written to {folder} ({reason}): make room, or mend the permissions, and ask the"
+            f"the finished model cannot be written to {folder} ({reason}): free space, or correct the permissions, and ask the"
             " coordinator to hand it out again (`cotune server run --resume`)",
             code="run.not_writable",
         ) from None

@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import torch
 
-from cotune.client.account import Account
 from cotune.client.audit_log import AuditLog
 from cotune.client.budget import check_examples
 from cotune.client.node.requests import last_declarable_range
 from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base
 from cotune.client.training.gradient_checks import check_gradients
@@ -25,7 +25,7 @@ from cotune.client.training.own_model import load_trained_model, read_public
 from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, synthetic_setup
 from cotune.data.config import has_labels
-from cotune.data.left_out import count_cut_texts
+from cotune.data.skipped_records import count_cut_texts
 from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cotune.errors import DataError, RunError
 from cotune.privacy.policy import Policy, read_policy
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 class NodePaths:

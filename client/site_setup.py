@@ -32,8 +32,8 @@ from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
-from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
+from cotune.storage.json_documents import JsonDocument
 
 
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:

@@ -80,10 +80,7 @@ class DatasetManifest(BaseModel):
         found = [read_records(document.data, p.path, document.task, lenient=lenient, labels=labels) for p in document.portions]
         rows = [_read_rows(file, portion) for portion in document.portions]
         key = content, tuple(rows), tuple(map(id, found)), labels, lenient
-        with _holding:
-            held = _held.pop(key, None) or document._build(file, found, rows, labels, lenient)
-            _keep(key, held)
-        return held
+        return _kept.find(key, lambda: document._build(file, found, rows, labels, lenient))
 
     def _build(
         self, file: Path, found: Sequence[Records], rows: Sequence[bytes], labels: tuple[str, ...], lenient: bool
@@ -105,18 +102,42 @@ def _parse_manifest(content: bytes) -> DatasetManifest:
     return DatasetManifest.model_validate_json(content)
 
 
-_MAX_HELD = 64  # data sets that a process keeps, where they are small
+_MAX_HELD = 1024  # data sets that a process keeps
 _MAX_HELD_ROWS = 2**18  # of all of them; of a larger one it keeps no other
 _Key = tuple[bytes, tuple[bytes, ...], tuple[int, ...], tuple[str, ...], bool]
-_holding = threading.Lock()
-_held: dict[_Key, Dataset] = {}  # by all that decides what they hold; a data set keeps the records whose identity is in its key
 
 
-def _keep(key: _Key, held: Dataset) -> None:
-    """Keep a data set for those who ask for the same in this round, and small ones of those before."""
-    _held[key] = held
-    while len(_held) > _MAX_HELD or (len(_held) > 1 and len(held) > _MAX_HELD_ROWS // _MAX_HELD):
-        del _held[next(iter(_held))]
+class _KeptSets:
+    """Data sets by all that decides what they hold, the one that was used last at the end.
+
+    A data set keeps the records whose identity is in its key.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sets: dict[_Key, Dataset] = {}
+        self.rows = 0  # of all of them
+
+    def find(self, key: _Key, build: Callable[[], Dataset]) -> Dataset:
+        """Return a data set, with all that was found out about it, for those who ask for the same again; the oldest give way."""
+        with self.lock:
+            held = self.sets.pop(key, None)
+            if held is None:
+                held = build()
+                self.rows += len(held)
+            self.sets[key] = held
+            while len(self.sets) > 1 and (len(self.sets) > _MAX_HELD or self.rows > _MAX_HELD_ROWS):
+                self.rows -= len(self.sets.pop(next(iter(self.sets))))
+            return held
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self.lock:
+            self.sets.clear()
+            self.rows = 0
+
+
+_kept = _KeptSets()
 
 
 def _read_rows(file: Path, portion: FileSlice) -> bytes:
@@ -322,10 +343,13 @@ class Dataset:
             return [[row] for row in range(len(self))]
         return sorted(group_positions(self._unit_keys), key=lambda group: self._unit_keys[group[0]])
 
+    @cached_property
+    def _unit_identities(self) -> list[bytes]:
+        return [self._unit_keys[group[0]] for group in self.units]
+
     def get_unit_identities(self) -> list[bytes]:
         """16 bytes for each of `units`, in their order, by which a ledger knows it again; those of records without a promise."""
-        keys = self._unit_keys
-        return [keys[group[0]] for group in self.units]
+        return self._unit_identities
 
     def linked_identities(self) -> list[bytes]:
         """Of units that are more than a record: their records, whether they count or not.

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.left_out import UNREADABLE
 from cotune.data.readers import images as image_folders
 from cotune.data.readers.csv_reader import displayable_names
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
@@ -25,6 +24,7 @@ from cotune.data.readers.formats import READERS
 from cotune.data.readers.json_reader import JSON_SUFFIXES
 from cotune.data.readers.sources import is_lfs_pointer, missing_source_error
 from cotune.data.records import Records
+from cotune.data.skipped_records import UNREADABLE
 from cotune.data.tasks.task import Task, get_task
 from cotune.data.types import Input, Label, normalize_text
 from cotune.data.units import are_same_record, group_positions

@@ -35,8 +35,8 @@ from cotune.models.device import pick_device
 from cotune.models.evaluation.predictor import Classifier, Predictor
 from cotune.models.export import export_model
 from cotune.models.trainable import State, TrainableModel
-from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
+from cotune.storage.json_documents import JsonDocument
 
 RECORD = "distillation.json"  # what the student was made from, in its folder
 _HELD_OUT = 10  # one of so many inputs is held out to measure the student on

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
-from cotune.models.features.cached import answer_rows, get_features
+from cotune.models.features.cached import answer_rows, find_unreadable, get_features
 from cotune.models.trainable import State, TrainableModel
 
 Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
@@ -24,22 +26,75 @@ def encoded_examples(holdings: Dataset, model: TrainableModel) -> list[Example]:
     return loaded.task.examples(loaded.reader, loaded.max_length, holdings.inputs(), holdings.targets)
 
 
-def encoded_features(
-    holdings: Dataset, model: TrainableModel, state: State, precision: str, progress: Encoding | None = None
-) -> torch.Tensor:
-    """Return what the head reads of each record: (n, d); of tags, of each word of all records, as many as `truth` has.
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features of records, as rows among those of a whole file: that tensor is shared by all who hold records of the file.
 
-    All records of a file are encoded, no matter who holds them: the next one who asks finds them on disk.
+    Attributes:
+        features: Of the file, (m, d); NaN where a record, or a word, could not be read.
+        places: Which of its rows are meant, (n,).
+        unreadable: Which of those hold NaN, (n,).
+    """
+
+    features: Tensor
+    places: Tensor
+    unreadable: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureRows:
+        """Return all rows of a tensor."""
+        return cls(features, torch.arange(len(features)), features.isnan().any(dim=1))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def width(self) -> int:
+        """How many numbers a row has: d."""
+        return self.features.shape[1]
+
+    def copy(self) -> Tensor:
+        """Return the rows by themselves, (n, d)."""
+        return self.features[self.places]
+
+    def copy_into(self, target: Tensor, rows: Tensor) -> None:
+        """Copy some of the rows into the first ones of a contiguous (k, d); one that could not be read becomes 0.
+
+        rows: Their numbers, at most k, in 0 … n − 1.
+        """
+        into = target[: len(rows)]
+        torch.index_select(self.features, 0, self.places[rows], out=into)
+        unreadable = self.unreadable[rows]
+        if bool(unreadable.any()):
+            into[unreadable] = 0.0
+
+
+def find_features(
+    holdings: Dataset, model: TrainableModel, state: State, precision: str, progress: Encoding | None = None
+) -> FeatureRows:
+    """Return what the head reads of each record: one row; of tags, of each word of all records, as many as `truth` has.
+
+    All records of a file are encoded, no matter who holds them: the next one who asks finds them. Those of one file are not
+    copied; those of several files are, for this holder.
     """
     found = []
     for records, rows in holdings.parts:
         told = None if progress is None else partial(progress, records.source)
         features = get_features(model, records.inputs, state, precision, told)
-        found.append(features[_answers(records.inputs, rows)])
-    return torch.cat(found)
+        places = _answers(records.inputs, rows)
+        of_file = FeatureRows(features, places, find_unreadable(features)[places])
+        if len(holdings.parts) == 1:
+            return of_file
+        found.append(of_file.copy())
+    return FeatureRows.of(torch.cat(found))
 
 
-def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
+def encoded_features(holdings: Dataset, model: TrainableModel, state: State, precision: str) -> Tensor:
+    """Return what `find_features` finds as a tensor of its own, (n, d)."""
+    return find_features(holdings, model, state, precision).copy()
+
+
+def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
     """Where the answers of some records are among those of all."""
     if not any(isinstance(given, tuple) for given in inputs[:1]):
         return torch.as_tensor(rows)  # one answer each

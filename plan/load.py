@@ -22,7 +22,7 @@ from cotune.errors import PlanError, nearest
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PlanTables
 from cotune.storage.config_table import check_path, format_validation_error
-from cotune.storage.documents import parse_toml
+from cotune.storage.json_documents import parse_toml
 from cotune.strategies.compatibility import find_problem
 from cotune.strategies.config import COMPLETE, expand
 from cotune.strategies.own_names import check_own_names

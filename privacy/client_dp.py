@@ -24,8 +24,8 @@ from torch import Tensor
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import ClientPrivacy
-from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid
-from cotune.privacy.mechanisms.random import private_generator
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise, choose_grid
+from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.strategies.types import Delta, Update
 
 _BITS = 20  # σ_b = K/20 (Andrew et al., section 3)
@@ -117,7 +117,7 @@ def clip_update(delta: Delta, clip_norm: float) -> tuple[dict[str, Tensor], bool
 class PrivateMean:
     """The mean (Σ Q(clipped) + round(N(0, (zC)² I))) / K of a round, fed one update at a time; only the running sum is held.
 
-    Q rounds each update to the grid of `mechanisms.noise`, on which the sum is exact and the noise lies too, so that low bits
+    Q rounds each update to the grid of `grid_noise`, on which the sum is exact and the noise lies too, so that low bits
     reveal nothing. Guarantee: adding or removing one update changes the sum by C at most, whatever it holds and whatever number
     of examples it declares; `result` and `unclipped` are the noised sums over K. Every parameter of `shapes` gets
     noise, no matter who sent it.

@@ -19,7 +19,7 @@ from cotune.data.config import TaskName
 from cotune.errors import PlanError, nearest
 from cotune.privacy.config import check_delta
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.documents import parse_toml
+from cotune.storage.json_documents import parse_toml
 
 _EVERYTHING = ("*",)
 
@@ -155,6 +155,7 @@ class Policy(ConfigTable):
     disclosures: DisclosureRules = DisclosureRules()
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
         """Return the policy of a simulated organization, which allows everything.
 

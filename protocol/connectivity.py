@@ -1,4 +1,4 @@
-"""Checks whether a server can be reached, and describes in one sentence why not, for each cause that people can mend."""
+"""Checks whether a server can be reached, and describes in one sentence why not, for each cause that people can correct."""
 
 from __future__ import annotations
 

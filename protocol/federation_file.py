@@ -21,7 +21,7 @@ from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.protocol.version import PROTOCOL
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.documents import parse_toml
+from cotune.storage.json_documents import parse_toml
 
 _FORMAT = 1
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})", re.ASCII)

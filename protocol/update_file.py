@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cotune.models.trainable import strip_prefix
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 from cotune.strategies.types import Update
 
 

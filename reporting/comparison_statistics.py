@@ -204,8 +204,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def estimate(values: Sequence[float]) -> Estimate | None:
     """Mean ± t(0.975; n−1)·s/√n; None of nothing.
 
-    >>> estimate([0.8, 0.9])
-    Estimate(mean=0.85, half=0.635..., count=2)
+    >>> estimate([0.75, 0.75])
+    Estimate(mean=0.75, half=0.0, count=2)
     """
     if not values:
         return None

@@ -72,7 +72,7 @@ def _failures_reported(folder: RunFolder) -> Iterator[None]:
         raise
     except Exception as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        _report_failure(folder, f"the run cannot go on ({words}): mend that, and continue it with --resume")
+        _report_failure(folder, f"the run cannot go on ({words}): correct that, and continue it with --resume")
         raise
 
 

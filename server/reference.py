@@ -17,8 +17,8 @@ from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.documents.trail import ReplySigned, RequestSigned
 from cotune.server.deployment.execution.submission import Submission
 from cotune.server.rounds.selection import WaitingFile
-from cotune.server.runs.documents import CheckpointHeader, QuarantineHeader
 from cotune.server.runs.run_folder import RunFile, StoppedFile
+from cotune.server.runs.state_headers import CheckpointHeader, QuarantineHeader
 from cotune.storage.config_table import models_in
 
 _WRITTEN = "<!-- Written by `python -m cotune.server.reference docs`: change the models instead. -->"

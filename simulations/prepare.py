@@ -17,12 +17,12 @@ from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
-from cotune.data.left_out import ELSEWHERE
 from cotune.data.metrics.text_metrics import check_text_metrics
 from cotune.data.multi_task import check_task_labels, keep_tasks
 from cotune.data.partition import Rows
 from cotune.data.record_files import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
+from cotune.data.skipped_records import ELSEWHERE
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError
 from cotune.models.base.folder import read_base_labels
@@ -38,8 +38,8 @@ from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out, holder_notes
 from cotune.simulations.split import Share, split_records
-from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
+from cotune.storage.json_documents import JsonDocument
 
 
 @dataclass(frozen=True)

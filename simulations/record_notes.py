@@ -10,8 +10,8 @@ import numpy as np
 
 from cotune.data.class_names import find_missing_markers, group_similar_spellings, shown
 from cotune.data.dataset import Dataset
-from cotune.data.left_out import KEPT, count_cut_texts, format_left_out
 from cotune.data.records import Records
+from cotune.data.skipped_records import KEPT, count_cut_texts, format_left_out
 from cotune.models.trainable import TrainableModel
 from cotune.plan.schema import Plan
 

@@ -37,7 +37,7 @@ class Run:
     summary: RunSummary
 
 
-Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for anyone who would stop and mend them
+Notes = Callable[[Sequence[str]], None]  # what is to be known of the records, for anyone who would stop and correct them
 
 
 def simulate(

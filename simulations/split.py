@@ -21,7 +21,7 @@ from cotune.errors import DataError, PlanError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.random import seeded_generator
+from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.privacy.policy import Policy
 
 

@@ -17,10 +17,10 @@ from cotune.privacy.claim import Claim, build_claim, compute_figures, max_figure
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.privacy_statement import all_models_statement, statement
+from cotune.server.runs.generated_texts import BASE, FEDERATED, WritingTest
 from cotune.server.runs.results import describe_effort, describe_run
 from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
-from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cotune.errors import RunError
-from cotune.storage.documents import parse_json
 from cotune.storage.files import exclusive_lock
+from cotune.storage.json_documents import parse_json
 
 START_HASH = "0" * 64  # the hash before the first entry
 T = TypeVar("T")
@@ -98,7 +98,8 @@ class LineLog:
                     os.close(descriptor)
             except OSError as error:
                 raise RunError(
-                    f"{self.file} cannot be written ({error.strerror}): {self._consequence}; make room, or mend its permissions",
+                    f"{self.file} cannot be written ({error.strerror}): {self._consequence}; free space, or correct its"
+                    " permissions",
                     code="run.not_writable",
                 ) from None
 
@@ -162,7 +163,7 @@ class LineLog:
             return []
         except OSError as error:
             raise RunError(
-                f"{self.file} cannot be read ({error.strerror}): mend its permissions", code="run.not_readable"
+                f"{self.file} cannot be read ({error.strerror}): correct its permissions", code="run.not_readable"
             ) from None
 
 

@@ -27,8 +27,8 @@ from pydantic import BaseModel
 
 from cotune.errors import PrivacyError, RunError
 from cotune.storage.append_only_log import START_HASH
-from cotune.storage.documents import JsonDocument, parse_json
 from cotune.storage.files import atomic_write
+from cotune.storage.json_documents import JsonDocument, parse_json
 from cotune.storage.log_entries import Entry, Fold, NoFold, OpenLog, entry_hash
 
 VERSION = 3  # of a database's schema

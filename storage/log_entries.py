@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from cotune.storage.append_only_log import START_HASH
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 
 
 @dataclass(frozen=True)

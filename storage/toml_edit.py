@@ -18,7 +18,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         changes: Key -> value; a mapping changes keys of a table, which is added where it is missing; None removes a key.
 
     Example:
-        >>> print(edit_toml('port = 1  # public', {"port": 2, "hosts": ["a"]}))
+        >>> print(edit_toml('port = 1  # public', {"port": 2, "hosts": ["a"]}), end="")
         port = 2  # public
         hosts = ["a"]
     """

@@ -41,7 +41,7 @@ def check_own_names(strategy: Any, folder: Path) -> None:
 def find_own_name(name: str, folder: Path) -> str | None:
     """Return `my_rules.py:name` where a Python file in the folder defines what cotune does not know by that name; else None.
 
-    >>> own_name("fedavg", Path()), own_name("no such rule", Path())
+    >>> find_own_name("fedavg", Path()), find_own_name("no such rule", Path())
     (None, None)
     """
     if not name.isidentifier() or name in RECIPES:

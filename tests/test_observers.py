@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 
-from cotune import observers
 from cotune.observers import Registry
-
-
-def test_example() -> None:
-    assert doctest.testmod(observers) == (0, 5)
 
 
 def test_blocks_may_be_nested_and_fail() -> None:

@@ -23,7 +23,7 @@ from cotune.client.training import steps as client_steps
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms import dp_sgd
-from cotune.privacy.mechanisms.random import seeded_generator
+from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.server.runs.events import observe_run
 from cotune.simulations.run import resume, simulate
 
@@ -110,7 +110,7 @@ def repeatable_noise() -> Iterator[None]:
         with mock.patch.object(dp_sgd, "private_generator", drawing(context.site.organization, context.round)):
             return real(prepared)
 
-    counts = mock.patch("cotune.client.account.private_generator", drawing("counts"))
+    counts = mock.patch("cotune.client.run_account.private_generator", drawing("counts"))
     with mock.patch.object(client_steps, "_private_training", training), counts:
         yield
 

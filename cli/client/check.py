@@ -20,7 +20,7 @@ from cotune.client.policy_check import Violation
 from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
 from cotune.client.site_setup import set_base_model, set_prediction_sources, set_records
-from cotune.data.left_out import format_left_out
+from cotune.data.skipped_records import format_left_out
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
 from cotune.plan.schema import Plan
@@ -28,7 +28,7 @@ from cotune.privacy.accounting.rounding import round_up
 from cotune.protocol.federation_file import Invitation, read_invitation
 from cotune.protocol.version import PROTOCOL
 from cotune.reporting.formatting import duration, size
-from cotune.storage.documents import parse_toml
+from cotune.storage.json_documents import parse_toml
 
 
 def check_site(site: Path, federation: str, options: SiteOptions, *, offline: bool, as_json: bool) -> None:

@@ -58,7 +58,7 @@ def distill(
     check_base(student)
     check_new(out)
     beginning(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
-    from cotune.cli.models.predictions import distill_models  # loads PyTorch
+    from cotune.cli.models.record_predictions import distill_models  # loads PyTorch
 
     base = ModelConfig.model_validate({"base": student, "max_length": max_length})
     found = distill_models(

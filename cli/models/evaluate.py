@@ -33,8 +33,8 @@ def evaluate(
     """Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
-    from cotune.cli.models.predictions import evaluate_records  # loads PyTorch
-    from cotune.cli.models.texts import evaluate_texts, find_writer
+    from cotune.cli.models.generated_texts import evaluate_texts, find_writer
+    from cotune.cli.models.record_predictions import evaluate_records  # loads PyTorch
 
     task = find_writer(model, threshold)
     if task is not None:

@@ -44,7 +44,7 @@ def fuse(
     if out is not None:
         check_new(out)
     beginning(f"loading PyTorch, then {len(models)} models", quiet=as_json)
-    from cotune.cli.models.predictions import fuse_models  # loads PyTorch
+    from cotune.cli.models.record_predictions import fuse_models  # loads PyTorch
 
     target = None if out is None else out.expanduser()
     found = fuse_models(models, options.config(data), chosen, out=target, seed=seed, max_length=max_length, device=device)

@@ -68,8 +68,8 @@ def predict(
     if file is not None:
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
-    from cotune.cli.models.predictions import predict_rows  # loads PyTorch
-    from cotune.cli.models.texts import find_writer, write_rows
+    from cotune.cli.models.generated_texts import find_writer, write_rows
+    from cotune.cli.models.record_predictions import predict_rows  # loads PyTorch
 
     column = next((named[option] for option in several), None)
     chats = chat or messages is not None

@@ -133,7 +133,7 @@ def renew_key(site: Site) -> tuple[Path, str]:
             atomic_write(file, renewal.text().encode() + b"\n")
     except OSError as error:
         raise RunError(
-            f"{site.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
+            f"{site.folder} cannot be written ({error.strerror}): free space, or correct its permissions", code="run.not_writable"
         ) from None
     return file, fingerprint(following.public_key())
 

@@ -153,7 +153,8 @@ class Node:
         try:
             atomic_write(self._request_file, request.to_bytes())
         except OSError as error:
-            self._refuse(request, GENERIC_REFUSAL, f"the site cannot be written ({error}): make room, or mend its permissions")
+            reason = f"the site cannot be written ({error}): free space, or correct its permissions"
+            self._refuse(request, GENERIC_REFUSAL, reason)
 
     def _begin(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
         """Hands a request to the worker, when the run's bundle is fit for it."""
@@ -279,7 +280,7 @@ class Node:
         try:
             atomic_write(self._id_file, f"{fleet.node_id} {self._place}".encode())
         except OSError as error:
-            _log.error("the site cannot be written (%s): make room, or mend its permissions", error)
+            _log.error("the site cannot be written (%s): free space, or correct its permissions", error)
         if self._request is not None and self._request.header.metadata.dst_node_id != fleet.node_id:
             self._worker_content = _content_of(self._request) if self._is_submitted and self._reply is None else ""
             self._drop(fleet, "the server knows this node by another number now, and asks it again")

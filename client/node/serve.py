@@ -65,7 +65,7 @@ def _exclusive_node(node: NodePaths) -> Iterator[None]:
         node.folder.mkdir(exist_ok=True)
     except OSError as error:
         raise RunError(
-            f"{node.folder} cannot be written ({error.strerror}): make room, or mend its permissions", code="run.not_writable"
+            f"{node.folder} cannot be written ({error.strerror}): free space, or correct its permissions", code="run.not_writable"
         ) from None
     with exclusive_lock(node.lock, f"another node serves {node.folder.parent}: stop it first, or leave it to its work"):
         yield

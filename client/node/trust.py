@@ -22,8 +22,8 @@ from cotune.client.site_folder import SitePaths
 from cotune.errors import RunError
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.storage.documents import JsonDocument
 from cotune.storage.files import exclusive_lock
+from cotune.storage.json_documents import JsonDocument
 
 _MAX_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
 AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used

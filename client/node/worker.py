@@ -30,7 +30,7 @@ class TrainerDied(Exception):
 class TrainerProcess:
     """A process that answers one message at a time for a site.
 
-    Messages are handed over in their chunks: what they may hold is decided where the model is (received.py).
+    Messages are handed over in their chunks: what they may hold is decided where the model is (request_limits.py).
 
     Args:
         folder: Of the site.
@@ -102,7 +102,7 @@ def _work(pipe: Connection, folder: Path, server: str) -> None:
 def _answer(parcel: ChunkedMessage, folder: Path, server: str = "") -> Message:
     from cotune.client.app import app
     from cotune.client.audit_log import AuditLog
-    from cotune.client.node.received import read_message
+    from cotune.client.node.request_limits import read_message
     from cotune.client.site import Site
 
     header = parcel.header("")

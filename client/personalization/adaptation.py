@@ -28,7 +28,7 @@ from cotune.errors import DataError
 from cotune.models.features.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.tables import PersonalizeConfig
-from cotune.privacy.mechanisms.random import seeded_generator
+from cotune.privacy.mechanisms.random_generators import seeded_generator
 
 _PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
 _PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix

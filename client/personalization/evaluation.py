@@ -48,7 +48,7 @@ from cotune.plan.required_classes import require_classes
 from cotune.plan.schema import Plan
 from cotune.plan.tables import PersonalizeConfig
 from cotune.reporting.model_card import CARD, model_card
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 
 COLUMNS = ("majority", "alone", "received", "adapted")  # from the floor up
 STAYS = (

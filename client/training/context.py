@@ -9,10 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cotune.client.account import Account
 from cotune.client.approvals import Approvals
 from cotune.client.budget import check_examples
 from cotune.client.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.own_model import load_trained_model
 from cotune.ensembles.public_inputs import find_extreme_score

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from cotune.client.account import Account
+from cotune.client.run_account import Account
 from cotune.client.training.rows import TrainingSetup
 from cotune.errors import RunError
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_variance
+from cotune.privacy.mechanisms.delta_noise_variance import LocalOptimizer, delta_noise_variance
 
 
 class Disclosures:

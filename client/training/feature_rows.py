@@ -18,6 +18,7 @@ from cotune.client.training.rows import TrainingSetup, build_slot_probe
 from cotune.data.inputs.batching import bucket_of_length, fixed_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
+from cotune.models.encoding import FeatureRows
 from cotune.models.features.head import FeatureHead
 from cotune.models.independence import check_independence
 from cotune.models.probes import bucket_lengths
@@ -32,7 +33,7 @@ def build_feature_setup(
     precision: str,
     model: TrainableModel,
     head: FeatureHead,
-    features: Tensor,
+    features: FeatureRows,
     targets: Sequence[Target],
     expected_batch: float,
     units: Sequence[Unit],
@@ -42,7 +43,7 @@ def build_feature_setup(
 
     Args:
         precision: What the features were computed in (`model.precision` of a plan).
-        features: (n, d), as `Dataset.features` gives them; NaN where a record, or a word, could not be read.
+        features: Of each record, or of each word of all records.
         targets: Of each record, as `Task.encode_target` gives it.
         expected_batch: Rows of a step, a public number: it decides the shape of batches.
         units: Row numbers of each unit.
@@ -77,16 +78,12 @@ class _Given:
         check_independence(self.model, "head", self.precision, per_slot, slots=slots, width=width, lengths=lengths)
 
 
-def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
+def _on_vectors(given: _Given, features: FeatureRows, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
     task = given.model.loaded.task
     labels = torch.tensor(targets, dtype=task.label_dtype)  # of no records, too
-    made_up = task.samples(given.model.loaded.reader)
-    pool = torch.tensor([example["labels"] for example in made_up], dtype=task.label_dtype)
-    unreadable = features.isnan().any(dim=1)  # records that could not be encoded contribute nothing
-    if bool(unreadable.any()):
-        features = features.nan_to_num(nan=0.0)
-        labels[unreadable] = IGNORED
-    width = features.shape[1]
+    pool = torch.tensor([example["labels"] for example in given.model.samples], dtype=task.label_dtype)
+    labels[features.unreadable] = IGNORED  # records that could not be encoded contribute nothing
+    width = features.width
     slots = _slots_for(given.head, given.expected_batch)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -96,15 +93,16 @@ def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], unit
 
     def filled(rows: Sequence[int], size: int) -> Batch:
         index = torch.as_tensor(rows)
-        vectors = torch.zeros(size, width)
-        vectors[: len(rows)] = features[index]
+        vectors = torch.empty(size, width)
+        features.copy_into(vectors, index)
+        vectors[len(rows) :] = 0.0
         numbers = pool.new_full((size, *pool.shape[1:]), IGNORED)
         numbers[: len(rows)] = labels[index]
         return {"features": vectors.to(given.model.device), "labels": numbers.to(given.model.device)}
 
     def samples() -> TrainingSetup:
         vectors = torch.linspace(-1, 1, 3 * width).reshape(3, -1)
-        return _on_vectors(given, vectors, pool.tolist(), [[0], [1], [2]])
+        return _on_vectors(given, FeatureRows.of(vectors), pool.tolist(), [[0], [1], [2]])
 
     return TrainingSetup(
         module=given.head,
@@ -120,12 +118,12 @@ def _on_vectors(given: _Given, features: Tensor, targets: Sequence[Target], unit
     )
 
 
-def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
+def _on_words(given: _Given, features: FeatureRows, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
     """As `_on_vectors`, of records that have one vector for each word: batches are as long as a bucket of word counts."""
     labels = torch.tensor([number for target in targets for number in cast(tuple[int, ...], target)], dtype=torch.long)
     read = _read_words(features, targets)
     longest = given.model.loaded.max_length
-    width = features.shape[1]
+    width = features.width
     slots = _slots_for(given.head, given.expected_batch, entries=longest * width)
 
     def batches(rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
@@ -140,7 +138,7 @@ def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units:
         mask = torch.zeros(size, length, dtype=torch.long)
         for slot, row in enumerate(rows):
             words = read[row]
-            vectors[slot, : len(words)] = features[words]
+            features.copy_into(vectors[slot], words)
             numbers[slot, : len(words)] = labels[words]
             mask[slot, : len(words)] = 1
         batch = {"features": vectors, "labels": numbers, "attention_mask": mask}
@@ -148,7 +146,7 @@ def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units:
 
     def samples() -> TrainingSetup:
         vectors = torch.linspace(-1, 1, 6 * width).reshape(6, -1)
-        return _on_words(given, vectors, [(0, 1), (1, 0, 1), (0,)], [[0], [1], [2]])
+        return _on_words(given, FeatureRows.of(vectors), [(0, 1), (1, 0, 1), (0,)], [[0], [1], [2]])
 
     return TrainingSetup(
         module=given.head,
@@ -164,9 +162,9 @@ def _on_words(given: _Given, features: Tensor, targets: Sequence[Target], units:
     )
 
 
-def _read_words(features: Tensor, targets: Sequence[Target]) -> list[Tensor]:
+def _read_words(features: FeatureRows, targets: Sequence[Target]) -> list[Tensor]:
     """Which rows of the features are the words of each record that the model has read."""
-    readable = ~features.isnan().any(dim=1)
+    readable = ~features.unreadable
     counts = [len(cast(tuple[int, ...], target)) for target in targets]
     return [
         end - count + readable[end - count : end].nonzero()[:, 0] for count, end in zip(counts, accumulate(counts), strict=True)

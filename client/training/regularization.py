@@ -25,7 +25,7 @@ from cotune.models.checkpointing import is_checkpointed
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.random import private_generator, seeded_generator
+from cotune.privacy.mechanisms.random_generators import private_generator, seeded_generator
 
 
 class Regularization:

@@ -26,7 +26,7 @@ from cotune.errors import DataError, PlanError
 from cotune.models.architecture import AlignedRows
 from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.device import bfloat16_is_fast
-from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.encoding import FeatureRows, encoded_examples, find_features
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import KeptStates, StateReader, attach_states, get_states, is_small
@@ -54,13 +54,13 @@ def build_setup(
     """
     if holdings.task != plan.task:
         raise DataError(
-            f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: mend its description of"
-            " holdings, or take no part in this plan",
+            f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: correct its description"
+            " of holdings, or take no part in this plan",
             code="data.wrong_task",
         )
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
-        features = encoded_features(
+        features = find_features(
             holdings,
             model,
             state,
@@ -93,7 +93,7 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
         vectors = encode_batch(model, samples, plan.model.precision)
         targets = [_target_of(example) for example in samples]
         parts = torch.split(vectors, [len(example["starts"]) if "starts" in example else 1 for example in samples])
-        features = torch.cat([parts[i] for i in numbers])
+        features = FeatureRows.of(torch.cat([parts[i] for i in numbers]))
         chosen = [targets[i] for i in numbers]
         weights = _weights_of(plan, model)
         return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cotune.client.account import Account
+from cotune.client.run_account import Account
 from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.gradient_checks import check_gradients_of_state
@@ -22,7 +22,7 @@ from cotune.errors import Declined
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
-from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.protocol.messages import state_digest
 
 Take = Callable[[torch.optim.Optimizer, int, str], Iterator[StepReport]]  # (optimizer, steps, what samples are for) -> them

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.client.account import Account
+from cotune.client.run_account import Account
 from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose
 from cotune.client.training.own_model import OwnModel
@@ -33,7 +33,7 @@ from cotune.models.trainable import State
 from cotune.plan.public import SCORES
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import PateConfig, RecordPrivacy
-from cotune.privacy.mechanisms.noise import add_gaussian_noise
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.strategies.types import Delta
 
 _ROUNDING = 2.0**-17  # of the sensitivity, for each entry's step on the grid: see `Account.noised`

@@ -147,7 +147,7 @@ def _closing(template: _Template) -> str:
         if _split(reply, chat, "") is None or _ASKED[0][1] not in reply["prompt"]:
             raise ModelError(
                 "the base model's chat template does not put an answer, as it is, behind what it writes to ask for one:"
-                " expected a template that does with add_generation_prompt, as those of Llama, Qwen and Gemma; mend it, or use"
+                " expected a template that does with add_generation_prompt, as those of Llama, Qwen and Gemma; correct it, or use"
                 " data.prompt and data.target",
                 code="model.unusable_chat_template",
             )
@@ -159,12 +159,12 @@ def _error_of(refusal: _Refusal) -> ModelError:
     if kind == "limit":
         return ModelError(
             f"the base model's chat template {said} for a chat of two words: expected one that writes messages out; use another"
-            " base model, or mend its chat_template.jinja",
+            " base model, or correct its chat_template.jinja",
             code="model.chat_template_limit",
         )
     return ModelError(
         f"the base model's chat template fails for a made-up chat ({printable(said)}): expected one that a user and an"
-        " assistant can use in turn, and that reads messages alone; use another base model, or mend its chat_template.jinja",
+        " assistant can use in turn, and that reads messages alone; use another base model, or correct its chat_template.jinja",
         code="model.unusable_chat_template",
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas
 
-from cotune.data.left_out import UNREADABLE
 from cotune.data.readers.csv_dialect import (
     SEPARATORS,
     escape_stray_quotes,
@@ -23,6 +22,7 @@ from cotune.data.readers.csv_dialect import (
 )
 from cotune.data.readers.data_file import Columns, DataFile
 from cotune.data.readers.encodings import decode_text
+from cotune.data.skipped_records import UNREADABLE
 from cotune.errors import DataError, reason_of
 
 _MIN_DISTINCT_LINES = 10  # lines, in which a class may not come twice

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cotune.data.left_out import UNREADABLE
 from cotune.data.readers.data_file import Columns, DataFile
 from cotune.data.readers.encodings import decode_text
+from cotune.data.skipped_records import UNREADABLE
 from cotune.errors import DataError, reason_of
 
 _BETWEEN = re.compile(r"\s*")

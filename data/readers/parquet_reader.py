@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cotune.data.left_out import UNREADABLE
 from cotune.data.readers.data_file import Columns, DataFile
+from cotune.data.skipped_records import UNREADABLE
 from cotune.errors import DataError, reason_of
 
 

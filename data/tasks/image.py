@@ -65,7 +65,7 @@ class ImageClassification(ClassTargets):
         if shape != wanted:
             raise ModelError(
                 f"the base model reads images of {wanted[0]} × {wanted[1]} pixels, and its {CONFIG_FILE} makes them"
-                f" {shape[0]} × {shape[1]}: expected the same; mend one of the two files",
+                f" {shape[0]} × {shape[1]}: expected the same; correct one of the two files",
                 code="model.image_size",
             )
         channels = getattr(settings, "num_channels", 3)

@@ -35,7 +35,7 @@ def check_padding_row(config: Any) -> None:
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise ModelError(
             f"the base model's config.json says pad_token_id = {pad}, and its table has {rows} tokens: expected a number below"
-            " that, as its tokenizer has it; mend that line, or resize the model with resize_token_embeddings()",
+            " that, as its tokenizer has it; correct that line, or resize the model with resize_token_embeddings()",
             code="model.damaged_config",
         )
 

@@ -8,7 +8,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +66,23 @@ class _Held:
     dtype: torch.dtype
     features: Tensor
 
+    @cached_property
+    def unreadable(self) -> Tensor:
+        """Which rows are not of numbers alone, (n,)."""
+        return self.features.isnan().any(dim=1)
+
     def is_of(self, model: TrainableModel, inputs: Sequence[Input], trained: bytes, dtype: torch.dtype) -> bool:
         """Whether they are of the very inputs: to compare them would take as long as to hash them."""
         return self.inputs is inputs and self.model() is model and (self.trained, self.dtype) == (trained, dtype)
 
 
 _last: _Held | None = None
+
+
+def find_unreadable(features: Tensor) -> Tensor:
+    """Return which rows of what `get_features` gave hold NaN, (n,): looked for once while the features are kept."""
+    held = _last
+    return held.unreadable if held is not None and held.features is features else features.isnan().any(dim=1)
 
 
 def _find(

@@ -3,7 +3,7 @@
 Within one run the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et al., "Connect the Dots",
 PETS 2022) composes every step that ran. Across runs, whose plans may have been chosen after seeing earlier answers, a Rényi
 filter does (see `filters`). An answer that decides what follows within a run, as the number of records does, adds its pure ε
-(see `mechanisms.noise`). Neighboring data sets differ by adding or removing one record.
+(see `mechanisms.grid_noise`). Neighboring data sets differ by adding or removing one record.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas
-from cotune.privacy.mechanisms.noise import geometric_epsilon, randomized_response
+from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
+from cotune.privacy.mechanisms.grid_noise import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -195,7 +195,7 @@ def _of_steps(steps: Steps, width: float) -> PrivacyLossDistribution:
     """Steps without sampling are one Gaussian mechanism with less noise; of others, one is computed and composed with itself."""
     if steps.sample_rate >= 1:
         return _of_one_step(steps.noise_multiplier / math.sqrt(steps.count), 1.0, width)
-    return _of_one_step(steps.noise_multiplier, steps.sample_rate, width).self_compose(steps.count)
+    return self_compose(_of_one_step(steps.noise_multiplier, steps.sample_rate, width), steps.count)
 
 
 @lru_cache(maxsize=64)

@@ -34,8 +34,8 @@ def _is_finite(value: float) -> bool:
 def round_to_two_digits(count: int) -> int:
     """Return a count rounded down to two significant digits: what a simulated organization declares.
 
-    >>> two_digits(1237), two_digits(99), two_digits(7)
-    (1200, 99, 7)
+    >>> [round_to_two_digits(number) for number in (1237, 99, 7)]
+    [1200, 99, 7]
     """
     step: int = 10 ** max(0, len(str(count)) - 2)
     return count // step * step

@@ -83,6 +83,9 @@ def migrate_entries(log: OpenLog, entries: Sequence[Entry]) -> None:
             now[e.id] = log.append(e.kind, {**e.body, "data": ""}, e.at).id
 
 
+_Identities = tuple[tuple[bytes, ...], tuple[bytes, ...]]  # of the units of a data set, and further ones
+
+
 class Ledger:
     """The ledger in one file. Safe to use from several processes: every transaction sees all charges before it.
 
@@ -102,6 +105,7 @@ class Ledger:
         self.key_file = path.with_name("ledger.key")
         self._chain = DatabaseLog(path, _TABLES, {"charges": migrate_table}, migrate_entries, fold=Totals, durable=durable)
         self._key = self._open_key()
+        self._last: tuple[_Identities, str] = ((), ()), ""  # a data set, by all its identities, and its fingerprint
 
     def close(self) -> None:
         """Close the file; the next use opens it again, and verifies the whole log."""
@@ -142,10 +146,15 @@ class Ledger:
             also: Further identities by which the same people are recognized, such as those of a unit's records; they are not
                 counted.
         """
-        own = self._key.identities(identities)
-        further = self._key.identities(also)
+        given = tuple(identities), tuple(also)
+        known, name = self._last
+        if known == given and name in self._refreshed().data_sets:
+            return name
+        own = self._key.identities(given[0])
+        further = self._key.identities(given[1])
         blob = b"".join(sorted({*own, *further})) if further else b"".join(sorted(own))
         name = _digest(blob)
+        self._last = given, name
         if name in self._refreshed().data_sets:
             return name
         units = b"".join(sorted(own))

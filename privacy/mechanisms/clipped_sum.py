@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
+from cotune.privacy.mechanisms.grid_noise import choose_grid, grid_step, quantized_clip_norm
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts
-from cotune.privacy.mechanisms.noise import choose_grid, grid_step, quantized_clip_norm
 from cotune.privacy.mechanisms.outer_products import OuterProductSum
 from cotune.privacy.mechanisms.per_example import ClippingMode, ExactSum
 

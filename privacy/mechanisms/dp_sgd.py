@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cotune.errors import PrivacyError
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
-from cotune.privacy.mechanisms.noise import add_gaussian_noise
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.per_example import (
     MAX_HELD_ENTRIES,
     Batch,
@@ -41,7 +41,7 @@ from cotune.privacy.mechanisms.per_example import (
     per_example,
     unit_gradients,
 )
-from cotune.privacy.mechanisms.random import PoissonSampler, private_generator
+from cotune.privacy.mechanisms.random_generators import PoissonSampler, private_generator
 
 _MIN_CHECKED_NORM = 1e-4  # norm of a synthetic row's gradient below which the state says nothing about how gradients are computed
 _SHRINK_FACTOR = 0.1

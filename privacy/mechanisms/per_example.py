@@ -23,8 +23,8 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.privacy.mechanisms.grid_noise import Grid
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts, add_grad_sample, recording
-from cotune.privacy.mechanisms.noise import Grid
 
 Batch = dict[str, Tensor]
 LossPerExample = Callable[[Batch], Tensor]  # (a batch of b slots) -> (b,) losses, each of one row alone

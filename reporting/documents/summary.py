@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cotune.reporting.documents.base import Document, Number
 from cotune.reporting.documents.rounds import MetricsEntry, RoundEntry
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 
 _WHERE_REAL = "null in a real run"
 

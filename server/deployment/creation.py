@@ -26,7 +26,7 @@ from cotune.models.features.public_map import pin_model
 from cotune.plan.load import dump_plan
 from cotune.plan.schema import Plan
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
-from cotune.server.deployment.handout import write_handout
+from cotune.server.deployment.join_files import write_handout
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import create_signing_key
 from cotune.server.deployment.layout import FederationFiles

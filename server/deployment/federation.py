@@ -14,10 +14,10 @@ from cotune.plan.schema import Plan
 from cotune.protocol.federation_file import Invitation, read_invitation
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
-from cotune.server.proxy.quotas import Quotas
+from cotune.server.proxy.member_quotas import Quotas
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.documents import parse_toml
 from cotune.storage.files import atomic_write
+from cotune.storage.json_documents import parse_toml
 from cotune.storage.toml_edit import edit_toml
 
 

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from cotune.errors import PlanError, RunError
 from cotune.protocol.federation_file import check_name
 from cotune.protocol.key_renewal import NodeRenewal
-from cotune.storage.documents import JsonDocument
 from cotune.storage.files import exclusive_lock
+from cotune.storage.json_documents import JsonDocument
 
 
 class Member(BaseModel):

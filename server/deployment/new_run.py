@@ -22,7 +22,7 @@ from cotune.server.deployment.plan_checks import build_notes, check_example_boun
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, manifest_file, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
@@ -58,7 +58,8 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         folder = RunFolder.create(path, plan, file)
     except OSError as error:
         raise RunError(
-            f"the folder {path} cannot be written ({error.strerror}): make room for it, or write access", code="run.not_writable"
+            f"the folder {path} cannot be written ({error.strerror}): free space for it, or give write access",
+            code="run.not_writable",
         ) from None
     for note in build_notes(plan, federation.members.active()):
         folder.events.write(Note(text=note))

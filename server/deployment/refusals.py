@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from cotune.errors import RunError
 from cotune.reporting.documents.events import MessagesRefused
 from cotune.server.runs.events import Events, read_events
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 _MAX_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
 _REPORTING_EVENTS = ("run_started", "update_dropped", "round_finished", "delivery_started")

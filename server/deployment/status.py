@@ -17,7 +17,7 @@ from cotune.server.deployment.refusals import read_refusals, read_strangers
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import count_strikes, find_excluded
-from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
+from cotune.server.runs.organization_history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import RunFolder
 
 _PHASES = {

@@ -17,9 +17,9 @@ from email.utils import formatdate
 import h11
 import httpx
 
-from cotune.server.proxy.guard import RequestGuard
-from cotune.server.proxy.rules import Refusal, content_length, forwarded_headers, get_call
-from cotune.server.proxy.slots import Slot
+from cotune.server.proxy.allowed_calls import Refusal, content_length, forwarded_headers, get_call
+from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.shared_state import RequestGuard
 from cotune.server.proxy.upstream import SuperLink
 
 CHUNK_BYTES = 64 * 1024  # bytes read at a time

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import h11
 import httpx
 
-from cotune.server.proxy.rules import Limits, forwarded_headers
+from cotune.server.proxy.allowed_calls import Limits, forwarded_headers
 
 
 class SuperLink:

@@ -159,7 +159,7 @@ def _train(run: _Run, progress: Progress) -> Progress:
             folder.events.write(RunFailed(round=number, reason=str(error)))
             raise
         except OSError as error:
-            reason = f"round {number} cannot go on ({error}): make room, or mend the permissions, then continue with --resume"
+            reason = f"round {number} cannot go on ({error}): free space, or correct the permissions, then continue with --resume"
             folder.events.write(RunFailed(round=number, reason=reason))
             raise RunError(reason, code="run.not_writable") from None
         folder.events.write(RoundFinished(**progress.history[-1]))

@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field
 
 from cotune.errors import PlanError, RunError
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.random import keyed_generator, seeded_generator
+from cotune.privacy.mechanisms.random_generators import keyed_generator, seeded_generator
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, RunFolder
-from cotune.storage.documents import JsonDocument
 from cotune.storage.files import atomic_write
+from cotune.storage.json_documents import JsonDocument
 
 
 def select(folder: RunFolder, round: int, exclude: Collection[str] = ()) -> list[Participant]:

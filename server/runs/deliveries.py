@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 def read_deliveries(folder: RunFolder) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cotune.errors import RunError
 from cotune.observers import Observer, Registry
 from cotune.reporting.documents.events import Event, parse_event
-from cotune.storage.documents import parse_json
+from cotune.storage.json_documents import parse_json
 
 _observers = Registry[Observer]()
 
@@ -50,8 +50,8 @@ class Events:
             except OSError as error:
                 self._begun = False  # a part of the line may be there
                 raise RunError(
-                    f"{self.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue"
-                    " with --resume",
+                    f"{self.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then"
+                    " continue with --resume",
                     code="run.not_writable",
                 ) from None
         if not self.silent:

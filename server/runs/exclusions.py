@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 _MAX_REASON_LENGTH = 300  # characters of a reason, as it is signed
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from cotune.errors import RunError
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.storage.append_only_log import START_HASH
-from cotune.storage.documents import parse_json
 from cotune.storage.files import sync
+from cotune.storage.json_documents import parse_json
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from cotune.server.runs.client_privacy import compute_round_noise, open_client_a
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import find_excluded
-from cotune.server.runs.history import get_last_weight, get_received_bytes, get_reported_epsilon
+from cotune.server.runs.generated_texts import BASE, FEDERATED, WritingTest
+from cotune.server.runs.organization_history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params, load_run_model
-from cotune.server.runs.written import BASE, FEDERATED, WritingTest
 from cotune.storage.files import atomic_write
 
 _ABOUT_THE_RUN = 3  # paragraphs; a simulation's next one is about the models that it compares this one with

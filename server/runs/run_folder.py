@@ -36,11 +36,11 @@ from cotune.errors import RunError, reason_of
 from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.schema import Plan
 from cotune.reporting.documents.rounds import RoundEntry
-from cotune.server.runs.documents import CheckpointHeader
 from cotune.server.runs.events import Events
 from cotune.server.runs.history_file import HistoryFile, HistoryMark
-from cotune.storage.documents import JsonDocument, parse_json, parse_toml
+from cotune.server.runs.state_headers import CheckpointHeader
 from cotune.storage.files import atomic_write, exclusive_lock, remove_parts
+from cotune.storage.json_documents import JsonDocument, parse_json, parse_toml
 from cotune.strategies.plugins import get_content, register_file
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig
+from cotune.privacy.mechanisms.grid_noise import MAX_NOISE, grid_step
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts
-from cotune.privacy.mechanisms.noise import MAX_NOISE, grid_step
 from cotune.privacy.mechanisms.per_example import per_example
-from cotune.privacy.mechanisms.random import derive_seed, private_generator
+from cotune.privacy.mechanisms.random_generators import derive_seed, private_generator
 from cotune.simulations.auditing.released import Engine, Subject, collect_released_sums
 
 LARGEST = 1e4  # magnitude of a parameter in a state

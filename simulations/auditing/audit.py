@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from cotune.client.account import Account
 from cotune.client.budget import check_examples, get_budget, noise_multiplier
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
@@ -39,7 +39,7 @@ from cotune.privacy.auditing.lower_bounds import (
 )
 from cotune.privacy.auditing.stepwise import Separation, perfect, refutes, separation
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.random import private_generator
+from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.privacy.policy import Policy
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.auditing.adversarial import Probe

@@ -33,7 +33,7 @@ from cotune.reporting.documents.summary import OrganizationWorth, read_summary
 from cotune.reporting.measures import measures_of
 from cotune.server.runs.run_folder import RunFile
 from cotune.simulations.prepare import Prepared, prepare
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 @dataclass(frozen=True)

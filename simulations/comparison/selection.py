@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from cotune.errors import RunError
 from cotune.observers import Observer
 from cotune.privacy.accounting.selection import draw_repetitions
-from cotune.privacy.mechanisms.random import private_generator
+from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.reporting.comparison_statistics import Variation
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.measures import measures_of
@@ -44,7 +44,7 @@ from cotune.simulations.comparison.workers import (
     read_run_summary,
     run_all,
 )
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 def select(
@@ -150,7 +150,7 @@ class _Selection:
             release(found, cell.plan, runs[best] / "model", self.folder / "released")
         except OSError as error:
             raise RunError(
-                f"{self.folder / 'released'} cannot be written ({error}): make room for it; the same command goes on",
+                f"{self.folder / 'released'} cannot be written ({error}): free space for it; the same command goes on",
                 code="run.not_writable",
             ) from None
         return found
@@ -204,7 +204,7 @@ def _play(tasks: Sequence[Task], jobs: int | None, device: str, imports: Sequenc
             room.saw(read_run_summary(task.folder).peak_memory_bytes or 0)
         elif not _has_failed(task.folder):
             raise RunError(
-                f"a run was cut off ({reason}): mend that; nothing is released until the same command has gone on",
+                f"a run was cut off ({reason}): correct that; nothing is released until the same command has gone on",
                 code="run.cut_off",
             )
 

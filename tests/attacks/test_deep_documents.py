@@ -25,7 +25,7 @@ from cotune.plan.load import dump_plan, load_plan
 from cotune.privacy.policy import read_policy
 from cotune.protocol.federation_file import read_invitation
 from cotune.server.runs.events import Events, read_events
-from cotune.storage.documents import parse_json, parse_toml
+from cotune.storage.json_documents import parse_json, parse_toml
 from tests.support.console import Cotune
 from tests.support.events import make_event
 

@@ -13,11 +13,11 @@ import h11
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.guard import RequestGuard
-from cotune.server.proxy.quotas import Quotas
-from cotune.server.proxy.rules import Limits, Refusal
-from cotune.server.proxy.slots import Slot
+from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.member_quotas import Quotas
+from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import new_key, public, signed
 
 MALLORY = new_key()

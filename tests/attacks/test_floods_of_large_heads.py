@@ -15,11 +15,11 @@ import pytest
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.refusals import RefusalLog
 from cotune.server.deployment.status import look
-from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.guard import RequestGuard
-from cotune.server.proxy.quotas import Quotas
-from cotune.server.proxy.rules import Limits, Refusal
-from cotune.server.proxy.slots import Slot
+from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.member_quotas import Quotas
+from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import new_key, public, signed
 from tests.support.run_folders import NewRun
 from tests.support.unreliable_grid import real

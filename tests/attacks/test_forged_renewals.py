@@ -29,7 +29,7 @@ from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import ReplyStatement
 from cotune.server.deployment.keys.certificates import create_next_authority, read_authority_pem
 from cotune.server.deployment.members import Members
-from cotune.server.front import MemberKeys
+from cotune.server.proxy_process import MemberKeys
 from tests.support.calls import new_key, public
 from tests.support.signing import FEDERATION, SERVER_KEY, sign_request
 

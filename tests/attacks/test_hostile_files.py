@@ -26,7 +26,7 @@ from cotune.cli.screen import screen
 from cotune.client.audit_log import AuditLog
 from cotune.client.site_setup import make_site
 from cotune.printable import Clean
-from cotune.server.deployment.execution.processes import extract_reason
+from cotune.server.deployment.execution.supervised_process import extract_reason
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.new_run import create_run
 from tests.support.console import Cotune, Outcome

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import cotune.client.account as account_module
+import cotune.client.run_account as account_module
 import cotune.privacy.mechanisms.dp_sgd as dp_sgd
 from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
@@ -26,7 +26,7 @@ from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import Declined, PrivacyError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
-from cotune.privacy.mechanisms.random import seeded_generator
+from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 
 OLD = [f"the table is very {word}" for word in ("great", "sad", "awful", "happy")]

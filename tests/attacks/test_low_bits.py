@@ -28,7 +28,7 @@ from cotune.data.record_files import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
-from cotune.privacy.mechanisms.noise import grid_step
+from cotune.privacy.mechanisms.grid_noise import grid_step
 from tests.support.datasets import write_csv
 
 RATE = 2.0**60  # nothing of the parameters before the step is left beside it

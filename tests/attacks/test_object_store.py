@@ -16,9 +16,9 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 
 from cotune.protocol.messages import Recipient, encode_requests, encode_update
-from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.pushes import SentObjects, find_push_problem
-from cotune.server.proxy.rules import Limits
+from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
+from cotune.server.proxy_process import FLEET_FORMAT
 from cotune.strategies import Update
 from tests.support.calls import announcement, identifier, tree
 
@@ -52,7 +52,7 @@ def squatting(victims: list[ObjectTree]) -> ObjectTree:
 
 
 def test_flower_believes_what_is_announced() -> None:
-    """The root: fails as soon as Flower has mended it, and then much of the front can go."""
+    """The root: fails as soon as Flower has corrected it, and then much of the front can go."""
     shared = store()
     honest = get_object_tree(encode_update(Update("north", 1, ZEROS, 10, 1), "plan"))
     shared.preregister(1, squatting([honest]))

@@ -115,7 +115,9 @@ def test_a_noised_number_decides_all_that_can_be_seen(
     seen = []
     for count in (ROWS - 1, ROWS):
         shift = float(ROWS - count)  # the noise that makes N the same
-        monkeypatch.setattr("cotune.client.account.add_geometric_noise", lambda number, *_, shift=shift: int(number + shift - 7))
+        monkeypatch.setattr(
+            "cotune.client.run_account.add_geometric_noise", lambda number, *_, shift=shift: int(number + shift - 7)
+        )
         site = site_of(tmp_path / str(count), records, count, example_count="noised")
         state = clinic.state_of(plan)
         seen.append([visible(training.train_round(plan, site, round, state)) for round in (1, 2)])

@@ -15,8 +15,8 @@ import pytest
 import torch
 from dp_accounting.pld import privacy_loss_distribution
 
-from cotune.client.account import Account
 from cotune.client.budget import get_budget, noise_multiplier
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State

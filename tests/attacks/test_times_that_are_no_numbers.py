@@ -24,9 +24,9 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from cotune.flower.chunks import TooLarge
 from cotune.flower.runtime_client import RuntimeClient
-from cotune.server.front import FLEET_FORMAT
-from cotune.server.proxy.pushes import SentObjects, find_push_problem
-from cotune.server.proxy.rules import Limits
+from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
+from cotune.server.proxy_process import FLEET_FORMAT
 from cotune.server.time_limits import TimeLimits
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
@@ -43,7 +43,7 @@ def a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("a_task_of_flower")
 def test_flower_stores_a_time_that_is_no_number_and_fails_at_it() -> None:
-    """The root: fails as soon as Flower has mended it."""
+    """The root: fails as soon as Flower has corrected it."""
     store = SqlObjectStore(":memory:")
     store.initialize()
     state = SqlLinkState(":memory:", NoOpFederationManager(), store)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 from starlette.datastructures import Headers
 
-from cotune.server.front import FLEET_FORMAT
+from cotune.server.proxy.allowed_calls import Refusal
 from cotune.server.proxy.authentication import authenticate
-from cotune.server.proxy.rules import Refusal
+from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import new_key, public, signed
 
 ONE = new_key()

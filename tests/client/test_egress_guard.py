@@ -13,9 +13,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.client.account import Account
 from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update
-from cotune.client.node.received import check_received, expected_shapes
+from cotune.client.node.request_limits import check_received, expected_shapes
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined, RunError

@@ -192,7 +192,7 @@ def test_model_is_whole_after_a_full_disk(
     entry = AuditLog(site.folder).last()
     assert entry["what"] == "refusal"
     assert str(folder) in entry["reason"]
-    assert "make room" in entry["reason"]
+    assert "free space" in entry["reason"]
     assert "\n" not in entry["reason"]
     assert "Traceback" not in caplog.text
     assert list((site.folder / "models").iterdir()) == []  # nothing that anybody could take for a model

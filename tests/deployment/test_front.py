@@ -120,7 +120,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         *("--ssl-ca-certfile", str(certificates / "ca.crt")),
         *("--ssl-certfile", str(certificates / "server.crt"), "--ssl-keyfile", str(certificates / "server.key")),
     ]
-    front = (sys.executable, "-m", "cotune.server.front", "front.toml")
+    front = (sys.executable, "-m", "cotune.server.proxy_process", "front.toml")
     with (
         process(folder / "superlink.log", environment, str(BINARIES / "flower-superlink"), *superlink),
         process(folder / "front.log", environment, *front) as running,
@@ -193,7 +193,7 @@ def test_plain_http_ends_a_supernode_without_retries(federation: Federation) -> 
 
 
 def test_a_second_front_on_the_port_ends_with_a_sentence(federation: Federation) -> None:
-    command = [sys.executable, "-m", "cotune.server.front", "front.toml"]
+    command = [sys.executable, "-m", "cotune.server.proxy_process", "front.toml"]
     second = subprocess.run(
         command, env=federation.environment, cwd=federation.folder, capture_output=True, text=True, timeout=PATIENCE
     )

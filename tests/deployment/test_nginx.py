@@ -50,7 +50,7 @@ def _start_front(inside: Federation, port: int) -> None:
         f'certificates = "certificates"\nmembers = "members.json"\nsuperlink_port = {inside.port}\n'
         f'host = "127.0.0.1"\nport = {port}\nproxied = true\n'
     )
-    inside.start("front", sys.executable, "-m", "cotune.server.front", inside.folder / "front.toml")
+    inside.start("front", sys.executable, "-m", "cotune.server.proxy_process", inside.folder / "front.toml")
     until(replace(inside, port=port).listens, 30.0)
 
 

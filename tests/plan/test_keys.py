@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import doctest
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.errors import PlanError
-from cotune.plan import reference as keys
 from cotune.plan.load import parse_plan
 from cotune.plan.reference import explain_key, list_keys
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
-from cotune.storage import config_table as table
 
 
 def names_in(value: object, path: str = "") -> set[str]:
@@ -65,8 +61,3 @@ def test_a_table_is_explained_with_its_keys() -> None:
 def test_a_key_that_does_not_exist(name: str, meant: str) -> None:
     with pytest.raises(PlanError, match=meant):
         explain_key(name, Plan)
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(keys) == (0, 3)
-    assert doctest.testmod(table) == (0, 6)

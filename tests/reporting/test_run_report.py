@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from jinja2 import UndefinedError
 
 from cotune.reporting import charts
-from cotune.reporting import formatting as figures
 from cotune.reporting.run_report import render_report, write_report
 from cotune.reporting.verdict import conclude_verdict
 from tests.support.html import LOADS, Page
@@ -388,10 +386,6 @@ def test_a_write_that_fails_keeps_the_old_page(summary: Summary, tmp_path: Path)
     with pytest.raises(OSError, match=r"report\.html"):
         write_report(summary, path)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(figures).failed == 0
 
 
 # --- client-level privacy

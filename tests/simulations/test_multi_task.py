@@ -226,7 +226,7 @@ def test_a_column_that_is_missing_is_refused(multi_plan: NewPlan) -> None:
 
 def test_a_plan_is_the_same_when_it_is_read_again(multi_plan: NewPlan) -> None:
     from cotune.plan.load import dump_plan, parse_plan
-    from cotune.storage.documents import parse_toml
+    from cotune.storage.json_documents import parse_toml
 
     resolved = prepare(multi_plan(tasks=[{"name": "mood"}, {"name": "length"}])).plan
     assert parse_plan(parse_toml(dump_plan(resolved))) == resolved

@@ -11,7 +11,7 @@ import pytest
 
 from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
-from cotune.data.left_out import ELSEWHERE
+from cotune.data.skipped_records import ELSEWHERE
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.rounding import round_to_two_digits

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from cotune.cli.models.predictions import evaluate_records, predict_rows
+from cotune.cli.models.record_predictions import evaluate_records, predict_rows
 from cotune.client.site import Site
 from cotune.data.config import DataConfig
 from cotune.ensembles.predictor import open_model, require_classifiers

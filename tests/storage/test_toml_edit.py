@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from cotune.storage.documents import parse_toml
+from cotune.storage.json_documents import parse_toml
 from cotune.storage.toml_edit import edit_toml
 
 BEFORE = """\

@@ -20,18 +20,18 @@ from cotune.strategies import (
     Update,
     WeightedUpdate,
     apply_delta,
-    held,
     norm,
+    update_store,
     weighted,
     weighted_mean,
 )
 from cotune.strategies.aggregator import Aggregator, build_aggregator
 from cotune.strategies.blocks import BLOCK, is_finite
 from cotune.strategies.conformance.samples import complete, sample
-from cotune.strategies.held import HeldUpdates
 from cotune.strategies.order_statistics import sort_rows
 from cotune.strategies.registry import get_builtin_components, infer_component
 from cotune.strategies.sums import add_weighted, divide, total
+from cotune.strategies.update_store import HeldUpdates
 
 SHAPES = {"embedding": (300, 700), "bias": (7,), "scalar": (), "nothing": (0, 3)}  # the first is longer than three blocks
 
@@ -111,7 +111,7 @@ WHOLE: dict[str, Callable[[Sequence[Update], str], Tensor]] = {
 def test_fusions_by_blocks_are_those_of_whole_tensors_to_the_bit(
     fusion: str, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held, "_IN_MEMORY", 0)
+    monkeypatch.setattr(update_store, "_IN_MEMORY", 0)
     for count in (5, 8):
         sent = updates(count)
         found = play(fusion, sent, tmp_path if on_disk else None)
@@ -129,7 +129,7 @@ def test_fusions_of_many_updates_are_those_of_whole_tensors(fusion: str) -> None
 
 @pytest.mark.parametrize("fusion", [name for name, info in get_builtin_components("fusion").items() if not info.needs.adapters])
 def test_held_on_disk_or_in_memory_is_the_same_to_the_bit(fusion: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "_IN_MEMORY", 0)
+    monkeypatch.setattr(update_store, "_IN_MEMORY", 0)
     info = get_builtin_components("fusion")[fusion]
     parameters = info.check(complete(info))
     case = sample(info, parameters)

@@ -172,7 +172,7 @@ class Deployment:
             return psutil.Process(self.processes[what].pid)
         if what.startswith("trainer:"):
             return _below(self.processes[what.removeprefix("trainer:")].pid, "spawn_main")
-        words = {"superlink": "flower-superlink", "superexec": "flower-superexec", "front": "cotune.server.front"}
+        words = {"superlink": "flower-superlink", "superexec": "flower-superexec", "front": "cotune.server.proxy_process"}
         words["serverapp"] = "flwr-serverapp"
         return _below(self.processes["server"].pid, words[what])
 

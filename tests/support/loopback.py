@@ -35,7 +35,7 @@ _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", 
 NODE = """
 import logging, sys
 from pathlib import Path
-from cotune.client.node.node import run_node
+from cotune.client.node.serve import run_node
 logging.basicConfig(format="%(asctime)s %(name)s %(message)s")
 logging.getLogger("cotune").setLevel(logging.INFO)
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members
-from cotune.server.front import FrontConfig, setup
-from cotune.server.proxy.quotas import Quotas
-from cotune.server.proxy.rules import Limits
+from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.server import TlsProxy
+from cotune.server.proxy_process import FrontConfig, setup
 from tests.support.calls import new_key, signed
 
 CALL = "/v1/fleet/push-object"

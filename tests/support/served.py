@@ -22,7 +22,7 @@ from cotune.flower.control_client import open_control
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.runs.run_folder import RunFolder
 
-PROGRAMS = {"SuperLink": "flower-superlink", "front": "cotune.server.front", "executor": "flower-superexec"}
+PROGRAMS = {"SuperLink": "flower-superlink", "front": "cotune.server.proxy_process", "executor": "flower-superexec"}
 
 
 def until(condition: Callable[[], bool], log: Path, seconds: float = 600) -> None:

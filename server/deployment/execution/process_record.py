@@ -15,7 +15,7 @@ import psutil
 from pydantic import BaseModel
 
 from cotune.errors import RunError
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 Identity = tuple[int, float]  # number, and when it was started
 
@@ -51,7 +51,7 @@ class ProcessRecord:
             self._document.write(_Processes(boot=_get_boot_id(), processes=found))
         except OSError as error:
             if not self._failed:
-                self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): make room, or check its permissions")
+                self._say(f"WARNING: {self._file} cannot be written ({error.strerror}): free space, or check its permissions")
             self._failed = True
         else:
             self._written = found

@@ -101,7 +101,7 @@ def lock_runs(federation: FederationFolder) -> Iterator[None]:
         federation.files.runs.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise RunError(
-            f"{federation.path} cannot be written ({error.strerror}): mend its permissions", code="run.not_writable"
+            f"{federation.path} cannot be written ({error.strerror}): correct its permissions", code="run.not_writable"
         ) from None
     with lock_folder(federation.files.runs):
         yield

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cotune.errors import RunError
 from cotune.server.runs.run_folder import RunFolder
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 
 
 class Submission(BaseModel):
@@ -39,8 +39,8 @@ def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
         _submission_file(folder).write(ticket)
     except OSError as error:
         raise RunError(
-            f"{folder.path} cannot be written ({error.strerror}): make room for it, or mend its permissions, then continue with"
-            " --resume",
+            f"{folder.path} cannot be written ({error.strerror}): free space for it, or correct its permissions, then continue"
+            " with --resume",
             code="run.not_writable",
         ) from None
     return ticket

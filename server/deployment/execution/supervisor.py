@@ -21,7 +21,7 @@ import tomli_w
 from cotune.errors import RunError
 from cotune.flower.control_client import FEDERATION_VARIABLE, open_control
 from cotune.server.deployment.execution.process_record import ProcessRecord, terminate_all
-from cotune.server.deployment.execution.processes import SupervisedProcess, running, stop
+from cotune.server.deployment.execution.supervised_process import SupervisedProcess, running, stop
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.node_registration import NodeRegistration
@@ -121,7 +121,7 @@ def _build_processes(folder: FederationFolder, say: Report) -> list[SupervisedPr
         *("--enable-supernode-auth", "--isolation", "process", "--disable-runtime-dependency-installation"),
         *(("--database", str(folder.files.superlink.database)) if folder.config.database else ()),
     ]
-    front = [sys.executable, "-m", "cotune.server.front", str(folder.files.superlink.front_config)]
+    front = [sys.executable, "-m", "cotune.server.proxy_process", str(folder.files.superlink.front_config)]
     executor = [
         *(_find_program("flower-superexec", environment), "--runtime-api-address", folder.superlink_address),
         *("--root-certificates", str(shown.authority)),

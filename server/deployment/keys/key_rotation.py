@@ -16,7 +16,7 @@ from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal, read_server_renewals
 from cotune.protocol.signatures import ReplyStatement
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.handout import write_handout
+from cotune.server.deployment.join_files import write_handout
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import create_signing_key, read_signing_key, replace_signing_key
 from cotune.server.deployment.layout import CertificateFiles

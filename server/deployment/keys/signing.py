@@ -114,7 +114,7 @@ def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
             atomic_write(file, str(serial).encode())
         except OSError as error:
             raise RunError(
-                f"{file} cannot be written ({error.strerror}): make room, or mend the permissions", code="run.not_writable"
+                f"{file} cannot be written ({error.strerror}): free space, or correct the permissions", code="run.not_writable"
             ) from None
         except ValueError:
             raise RunError(

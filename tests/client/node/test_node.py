@@ -462,7 +462,7 @@ def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
 def test_a_site_that_cannot_be_written(tmp_path: Path, key: Path) -> None:
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
     (tmp_path / "node").write_text("a file in the way")
-    with pytest.raises(RunError, match=r"node cannot be written \(File exists\): make room, or mend its permissions"):
+    with pytest.raises(RunError, match=r"node cannot be written \(File exists\): free space, or correct its permissions"):
         run_node(tmp_path, "127.0.0.1:1", key=key)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.account import Account
 from cotune.client.budget import planned_disclosures
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import disclosures
 from cotune.client.training.disclosures import Disclosures

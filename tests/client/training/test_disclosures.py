@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.client.account import Account
 from cotune.client.budget import planned_disclosures
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import Declined

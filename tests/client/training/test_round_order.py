@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.account import Account
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import context as context_module
 from cotune.client.training import preparation, steps

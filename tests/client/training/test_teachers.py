@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from cotune.client.account import Account
 from cotune.client.budget import planned_steps
+from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.client.training.teachers import deal, release

@@ -287,7 +287,7 @@ def test_a_damaged_file_is_computed_again(
     assert set(calls) == {FEATURE_SLOTS}
     with counting(model) as calls:
         features_from_disk(model, texts)
-    assert calls == []  # and mended
+    assert calls == []  # and corrected
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cotune.privacy.mechanisms.noise import choose_grid
+from cotune.privacy.mechanisms.grid_noise import choose_grid
 from cotune.privacy.mechanisms.per_example import ClippingMode, ExactSum, clip_factors
 
 SHAPES = ((7, 5), (5,), (1, 3))

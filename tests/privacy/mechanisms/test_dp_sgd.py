@@ -25,9 +25,9 @@ from cotune.models.features.head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, check_clipping
-from cotune.privacy.mechanisms.noise import add_gaussian_noise
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.per_example import Batch, LossPerExample, per_example, unit_gradients
-from cotune.privacy.mechanisms.random import PoissonSampler
+from cotune.privacy.mechanisms.random_generators import PoissonSampler
 from tests.support.batches import in_batches, stack
 from tests.support.failures import fails_with
 from tests.support.matrix import crossed

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cotune.errors import PrivacyError
-from cotune.privacy.mechanisms.noise import add_gaussian_noise, choose_grid, grid_step, quantized_clip_norm
-from cotune.privacy.mechanisms.random import private_generator
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise, choose_grid, grid_step, quantized_clip_norm
+from cotune.privacy.mechanisms.random_generators import private_generator
 
 clips = st.sampled_from([1e-3, 0.1, 1.0, 7.3, 100.0])
 noises = st.floats(0.3, 1000.0)

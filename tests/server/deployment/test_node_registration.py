@@ -94,7 +94,7 @@ def test_superlink_not_there_yet_is_awaited_silently() -> None:
     assert said == []
 
 
-def test_damaged_list_is_reported_once_and_followed_once_mended() -> None:
+def test_damaged_list_is_reported_once_and_followed_once_repaired() -> None:
     superlink = SuperLink()
     said = list[str]()
     damaged = [False]

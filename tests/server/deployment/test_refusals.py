@@ -9,7 +9,7 @@ import pytest
 
 from cotune.server.deployment.refusals import RefusalLog, RefusalWatch, read_refusals, read_strangers
 from cotune.server.runs.events import Events, observe_run, read_events
-from cotune.storage import documents
+from cotune.storage import json_documents
 from cotune.storage.files import atomic_write
 from tests.support.events import make_event
 
@@ -58,7 +58,7 @@ def test_first_refusal_is_written_at_once_and_a_storm_seldom(file: Path, monkeyp
         writes.append(content)
         atomic_write(path, content, **how)
 
-    monkeypatch.setattr(documents, "atomic_write", counted)
+    monkeypatch.setattr(json_documents, "atomic_write", counted)
     front = RefusalLog(file, write_interval=2.0)
     for member in ("south", "north"):
         front.record_member(member, "no")
@@ -75,7 +75,7 @@ def test_a_full_disk_keeps_nobody_from_being_refused(file: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     front = RefusalLog(file, SOON)
-    monkeypatch.setattr(documents, "atomic_write", full)
+    monkeypatch.setattr(json_documents, "atomic_write", full)
     front.record_member("south", "no")
     assert not read_refusals(file)
 

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.server import proxy
-from cotune.server.front import FLEET_FORMAT
+from cotune.server.proxy.allowed_calls import Limits, Refusal
 from cotune.server.proxy.authentication import authenticate
 from cotune.server.proxy.connection import ClientConnection
-from cotune.server.proxy.guard import RequestGuard
-from cotune.server.proxy.quotas import Quotas
-from cotune.server.proxy.rules import Limits, Refusal
-from cotune.server.proxy.slots import Slot
+from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.member_quotas import Quotas
+from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import announcement, new_key, public, signed
 
 NORTH = new_key()

@@ -21,9 +21,9 @@ from cotune.errors import RunError
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalWatch, read_refusals
-from cotune.server.front import FrontConfig, MemberKeys, read_config, setup
-from cotune.server.proxy.quotas import Quotas
+from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.server import TlsProxy
+from cotune.server.proxy_process import FrontConfig, MemberKeys, read_config, setup
 from cotune.server.runs.events import Events, read_events
 from tests.support.calls import announcement, identifier, new_key, public, signed, tree
 from tests.support.failures import fails_with

@@ -580,7 +580,7 @@ def test_full_disk_ends_the_run_in_a_sentence_and_it_resumes(new_run: NewRun, mo
     expected = play(whole, wild(whole, answers))
     grid = wild(folder, answers)
     grid.delay = {"org-1": 0.05}
-    with full_disk(most), pytest.raises(RunError, match=r"(cannot be written|cannot go on) .*make room.*--resume"):
+    with full_disk(most), pytest.raises(RunError, match=r"(cannot be written|cannot go on) .*free space.*--resume"):
         play(folder, grid)
     again = RunFolder(folder.path)
     progress = play(again, wild(again, answers))

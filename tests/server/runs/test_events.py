@@ -100,7 +100,7 @@ def test_a_last_line_that_a_crash_cut_short_is_ended_and_skipped(path: Path) -> 
 def test_line_cut_short_by_a_full_disk_leaves_the_next_whole(path: Path) -> None:
     events = Events(path)
     events.write(make_event("first"))
-    with full_disk(path.stat().st_size + 20), pytest.raises(RunError, match=r"events\.jsonl cannot be written \(.*make room"):
+    with full_disk(path.stat().st_size + 20), pytest.raises(RunError, match=r"events\.jsonl cannot be written \(.*free space"):
         events.write(make_event("second"))
     assert path.read_bytes()[-20:].startswith(b'{"at"')
     events.write(make_event("third"))

@@ -37,7 +37,7 @@ from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
-from cotune.privacy.mechanisms.random import PoissonSampler, seeded_generator
+from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit
 from cotune.simulations.prepare import make_run, prepare

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from cotune.errors import RunError
-from cotune.server.deployment.execution import processes as module
-from cotune.server.deployment.execution.processes import SupervisedProcess, running, stop
+from cotune.server.deployment.execution import supervised_process as module
+from cotune.server.deployment.execution.supervised_process import SupervisedProcess, running, stop
 
 NewChild = Callable[..., SupervisedProcess]
 

@@ -274,7 +274,7 @@ def test_dead_process_is_noticed_before_the_superlink_does(
 
 def test_a_full_disk_is_said_before_anything_is_handed_over(run: RunFolder) -> None:
     superlink = FakeSuperLink([[going]])
-    with full_disk(10), pytest.raises(RunError, match="cannot be written .*make room for it.*--resume"):
+    with full_disk(10), pytest.raises(RunError, match="cannot be written .*free space for it.*--resume"):
         submit(run, superlink, PACE)
     assert superlink.started == []
 

@@ -17,7 +17,7 @@ from cotune.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.execution import supervisor
-from cotune.server.deployment.execution.processes import SupervisedProcess, running
+from cotune.server.deployment.execution.supervised_process import SupervisedProcess, running
 from cotune.server.deployment.execution.supervisor import supervise
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.keys import certificates

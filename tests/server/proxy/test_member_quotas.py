@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.server.proxy.quotas import DAY, HOUR, Allowance, Quotas, Usage
-from cotune.server.proxy.rules import Limits, Refusal
+from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.member_quotas import DAY, HOUR, Allowance, Quotas, Usage
 
 MIB = 2**20
 CHUNK = 5 * MIB

@@ -1,4 +1,4 @@
-"""The front as a process: `python -m cotune.server.front front.toml`, which ends on SIGTERM or SIGINT.
+"""The front as a process: `python -m cotune.server.proxy_process front.toml`, which ends on SIGTERM or SIGINT.
 
 It gives `server/proxy` what that needs of the rest: certificates, the list of members, and a place where refusals are kept.
 """
@@ -20,13 +20,13 @@ from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.server.deployment.members import Members
 from cotune.server.deployment.refusals import RefusalLog
+from cotune.server.proxy.allowed_calls import Limits
 from cotune.server.proxy.fleet_format import FleetFormat
-from cotune.server.proxy.guard import ignore_refusal
-from cotune.server.proxy.quotas import Quotas
-from cotune.server.proxy.rules import Limits
+from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.server import ProxySetup, serve
+from cotune.server.proxy.shared_state import ignore_refusal
 from cotune.storage.config_table import ConfigTable, format_validation_error
-from cotune.storage.documents import parse_toml
+from cotune.storage.json_documents import parse_toml
 
 log = logging.getLogger("cotune.front")
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if len(arguments) != 1:
-        print("usage: python -m cotune.server.front front.toml", file=sys.stderr)
+        print("usage: python -m cotune.server.proxy_process front.toml", file=sys.stderr)
         return 2
     try:
         serve(setup(read_config(Path(arguments[0]))))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cotune.server.proxy.rules import Refusal
+from cotune.server.proxy.allowed_calls import Refusal
 
 # seconds
 HOUR = 3600.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from randomgen import ChaCha
 from scipy import stats
 
-from cotune.privacy.mechanisms.random import PoissonSampler, derive_seed, private_generator, seeded_generator
+from cotune.privacy.mechanisms.random_generators import PoissonSampler, derive_seed, private_generator, seeded_generator
 
 
 def presence(examples: int, rate: float, steps: int, seed: int = 0) -> np.ndarray:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.privacy.mechanisms.delta_noise_variance import LocalOptimizer, delta_noise_variance
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.per_example import Batch
-from cotune.privacy.mechanisms.update_noise import LocalOptimizer, delta_noise_variance
 from tests.support.batches import in_batches
 
 torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def test_adam_does_not_see_the_size_of_the_noise(kind: Any) -> None:
 
 
 def test_the_simulated_optimizer_gives_the_same_every_time() -> None:
-    from cotune.privacy.mechanisms.update_noise import _simulated
+    from cotune.privacy.mechanisms.delta_noise_variance import _simulated
 
     first = variance(LocalOptimizer("adam", 0.02), 7)
     _simulated.cache_clear()

@@ -154,7 +154,7 @@ class SupervisedProcess:
 def extract_reason(text: str) -> str:
     """Return the line of a log that says why a process has ended: the last exception or error, otherwise the last with words.
 
-    >>> meaningful_line("Traceback:\\n  File x\\nValueError: no room\\nFor more information check: https://x")
+    >>> extract_reason("Traceback:\\n  File x\\nValueError: no room\\nFor more information check: https://x")
     'ValueError: no room'
     """
     lines = [shown for line in text.splitlines() if (shown := _clean_line(line))]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.connection_slots import Slot, Slots, get_address_group
 from cotune.server.proxy.rate_limited_log import LINES, SECONDS, RateLimitedLog
-from cotune.server.proxy.rules import Limits
-from cotune.server.proxy.slots import Slot, Slots, get_address_group
 
 
 def enter(slots: Slots, address: str | None, cut: list[str | None]) -> Slot | None:

@@ -17,8 +17,8 @@ from typing import Any
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_over_runs
-from cotune.storage.documents import parse_json
 from cotune.storage.files import atomic_write, exclusive_lock
+from cotune.storage.json_documents import parse_json
 
 
 @dataclass(frozen=True)

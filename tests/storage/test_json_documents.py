@@ -9,7 +9,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from cotune.errors import RunError
-from cotune.storage.documents import JsonDocument
+from cotune.storage.json_documents import JsonDocument
 from tests.support.failures import fails_with
 
 
