@@ -80,10 +80,7 @@ class DatasetManifest(BaseModel):
         found = [read_records(document.data, p.path, document.task, lenient=lenient, labels=labels) for p in document.portions]
         rows = [_read_rows(file, portion) for portion in document.portions]
         key = content, tuple(rows), tuple(map(id, found)), labels, lenient
-        with _holding:
-            held = _held.pop(key, None) or document._build(file, found, rows, labels, lenient)
-            _keep(key, held)
-        return held
+        return _kept.find(key, lambda: document._build(file, found, rows, labels, lenient))
 
     def _build(
         self, file: Path, found: Sequence[Records], rows: Sequence[bytes], labels: tuple[str, ...], lenient: bool
@@ -108,16 +105,39 @@ def _parse_manifest(content: bytes) -> DatasetManifest:
 _MAX_HELD = 1024  # data sets that a process keeps
 _MAX_HELD_ROWS = 2**18  # of all of them; of a larger one it keeps no other
 _Key = tuple[bytes, tuple[bytes, ...], tuple[int, ...], tuple[str, ...], bool]
-_holding = threading.Lock()
-_held: dict[_Key, Dataset] = {}  # by all that decides what they hold; a data set keeps the records whose identity is in its key
 
 
-def _keep(key: _Key, held: Dataset) -> None:
-    """Keep a data set, with all that follows from it, for those who ask for the same again; the oldest give way."""
-    _held[key] = held
-    rows = sum(map(len, _held.values()))
-    while len(_held) > 1 and (len(_held) > _MAX_HELD or rows > _MAX_HELD_ROWS):
-        rows -= len(_held.pop(next(iter(_held))))
+class _KeptSets:
+    """Data sets by all that decides what they hold, the one that was used last at the end.
+
+    A data set keeps the records whose identity is in its key.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.sets: dict[_Key, Dataset] = {}
+        self.rows = 0  # of all of them
+
+    def find(self, key: _Key, build: Callable[[], Dataset]) -> Dataset:
+        """Return a data set, with all that was found out about it, for those who ask for the same again; the oldest give way."""
+        with self.lock:
+            held = self.sets.pop(key, None)
+            if held is None:
+                held = build()
+                self.rows += len(held)
+            self.sets[key] = held
+            while len(self.sets) > 1 and (len(self.sets) > _MAX_HELD or self.rows > _MAX_HELD_ROWS):
+                self.rows -= len(self.sets.pop(next(iter(self.sets))))
+            return held
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self.lock:
+            self.sets.clear()
+            self.rows = 0
+
+
+_kept = _KeptSets()
 
 
 def _read_rows(file: Path, portion: FileSlice) -> bytes:

@@ -8,15 +8,16 @@ model, everybody has the same model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from cotune.data.config import TaskName
 from cotune.data.multi_task import is_multi_task
+from cotune.data.tasks.text import Example
 from cotune.errors import ModelError
 from cotune.models.adapters.adapter import Adapter, parameter_seed
 from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
@@ -27,6 +28,7 @@ from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.multi_head import load_multi_task
 
+_KEPT_NAMES = 64  # answers of `names`; with factors of adapters in turns, each round has its own
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
 
@@ -55,6 +57,12 @@ class TrainableModel:
         self._own = {name.replace(".base_layer.", "."): parameter for name, parameter in named}  # walking a module is slow
         self.layers = tuple(self.module.named_modules())
         self._initial: State = {}
+        self._names: dict[tuple[object, ...], list[str]] = {}  # what `names` has found
+
+    @cached_property
+    def samples(self) -> Sequence[Example]:
+        """The made-up records of the task, as the model reads them; nobody may change them."""
+        return tuple(self.loaded.task.samples(self.loaded.reader))
 
     def names(self, mode: TrainMode, *, freeze_embeddings: bool = True, round: int = 1, layers: int | None = None) -> list[str]:
         """Return the parameters that a stage trains and shares, in the model's order.
@@ -69,6 +77,14 @@ class TrainableModel:
             ModelError: When there are none, or fewer blocks.
             ValueError: For blocks without a number of them.
         """
+        question = mode, freeze_embeddings, round, layers
+        if question not in self._names:
+            if len(self._names) >= _KEPT_NAMES:
+                self._names.clear()
+            self._names[question] = self._find_names(mode, freeze_embeddings, round, layers)
+        return list(self._names[question])
+
+    def _find_names(self, mode: TrainMode, freeze_embeddings: bool, round: int, layers: int | None) -> list[str]:
         blocks = self._last_blocks(layers) if mode == "blocks" else frozenset[str]()
         chosen = [n for n, _ in self.parameters() if n in blocks or self._belongs(n, mode, freeze_embeddings, round)]
         if not chosen:

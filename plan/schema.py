@@ -208,7 +208,7 @@ class Plan(PlanTables):
             found = tuple(weight * of_task[task_of(label)] for weight, label in zip(found, self.labels, strict=True))
         return None if set(found) <= {1.0} else found
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         if isinstance(self.train, tuple):
             return self.train
@@ -216,6 +216,18 @@ class Plan(PlanTables):
 
     def get_stage(self, round: int) -> Stage:
         """Return the stage that a round (from 1) belongs to, its local training with the learning rates of that round."""
+        number, stage = self._last_stage
+        if number != round:
+            stage = self._find_stage(round)
+            self.__dict__["_last_stage"] = round, stage
+        return stage
+
+    @cached_property
+    def _last_stage(self) -> tuple[int, Stage]:
+        """The round that was asked for last, and its stage: everybody asks for the same one many times."""
+        return 1, self._find_stage(1)
+
+    def _find_stage(self, round: int) -> Stage:
         last = 0
         for stage in self.stages:
             done = round - 1 - last
@@ -306,8 +318,8 @@ class Plan(PlanTables):
         return hashlib.sha256(self._text.encode()).hexdigest()
 
     def __copy__(self) -> Self:
-        """Return a copy that finds its own canonical form: it is made to be changed (`model_copy`)."""
+        """Return a copy that finds what follows from it by itself: it is made to be changed (`model_copy`)."""
         copied = super().__copy__()
-        for name in ("_text", "_hash"):
+        for name in ("_text", "_hash", "_last_stage", "stages"):
             copied.__dict__.pop(name, None)
         return copied

@@ -155,6 +155,7 @@ class Policy(ConfigTable):
     disclosures: DisclosureRules = DisclosureRules()
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def permissive(cls, epsilon: float | None = None, rank: int | None = None, examples: int | None = None) -> Policy:
         """Return the policy of a simulated organization, which allows everything.
 

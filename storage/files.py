@@ -6,8 +6,9 @@ The operating system releases a lock when its process ends, however that ends: n
 from __future__ import annotations
 
 import glob
+import itertools
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from cotune.errors import RunError
+
+_DRAWN = secrets.token_hex(4)  # no name of a temporary file is one that an earlier process of this number has left behind
+_numbers = itertools.count()
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link, and is inherited by no process
 
 
 def atomic_write(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -26,8 +31,12 @@ def atomic_write(path: Path, content: bytes, *, durable: bool = True) -> None:
     Raises:
         OSError: The file cannot be written; a former one is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = f"{path.parent}/.{path.name}.{os.getpid()}-{_DRAWN}-{next(_numbers)}.part"
+    try:
+        descriptor = os.open(part, _NEW_FILE, 0o600)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(part, _NEW_FILE, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)

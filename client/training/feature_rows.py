@@ -81,8 +81,7 @@ class _Given:
 def _on_vectors(given: _Given, features: FeatureRows, targets: Sequence[Target], units: Sequence[Unit]) -> TrainingSetup:
     task = given.model.loaded.task
     labels = torch.tensor(targets, dtype=task.label_dtype)  # of no records, too
-    made_up = task.samples(given.model.loaded.reader)
-    pool = torch.tensor([example["labels"] for example in made_up], dtype=task.label_dtype)
+    pool = torch.tensor([example["labels"] for example in given.model.samples], dtype=task.label_dtype)
     labels[features.unreadable] = IGNORED  # records that could not be encoded contribute nothing
     width = features.width
     slots = _slots_for(given.head, given.expected_batch)

@@ -79,6 +79,16 @@ def test_the_head_is_what_lies_outside_the_encoder(shared: Make, kind: str) -> N
     assert shared(kind, lora=LoraConfig(rank=2)).names("head") == HEADS[kind]
 
 
+def test_names_that_were_asked_for_cannot_be_changed(shared: Make) -> None:
+    model = shared("bert")
+    expected = model.names("head")
+    model.names("head").clear()
+    assert model.names("head") == expected
+    assert model.names("full", freeze_embeddings=False) != model.names("full")
+    for number in range(2 * 64):  # more than are kept
+        assert model.names("head", round=number) == expected
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_lora_shares_b_and_the_head(shared: Make, kind: str) -> None:
     names = shared(kind, lora=LoraConfig(rank=2)).names("lora")

@@ -165,6 +165,16 @@ def test_stage_of() -> None:
     assert one.stages[0].local == one.local
 
 
+def test_a_changed_copy_has_its_own_stages() -> None:
+    falling = plan(train="head", rounds=4, local={**COMMON, "learning_rate": 4.0, "schedule": "linear"})
+    assert [falling.get_stage(round).local.learning_rate for round in (3, 1, 3, 3)] == [2.0, 4.0, 2.0, 2.0]
+    changed = falling.model_copy(update={"train": "lora", "rounds": 8})
+    assert [stage.mode for stage in changed.stages] == ["lora"]
+    assert changed.get_stage(3).local.learning_rate == 3.0
+    assert falling.get_stage(3).mode == "head"
+    assert falling == plan(train="head", rounds=4, local={**COMMON, "learning_rate": 4.0, "schedule": "linear"})
+
+
 def test_rates_fall_over_the_rounds_of_each_stage() -> None:
     """Linear: 1 − t/S of the full rate after t of a stage's S rounds; each stage starts at its own full rate."""
     local = {"learning_rate": 4.0, "head_learning_rate": 8.0, "schedule": "linear"}

@@ -32,7 +32,7 @@ def own_models(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {file.parts[-3]: load_file(file) for file in sorted((folder / "sites").glob("*/model/model.safetensors"))}
 
 
-@pytest.fixture(scope="module", params=[["head"], ["norm", "head"]], ids=["head", "norm and head"])
+@pytest.fixture(scope="module", params=[pytest.param(["head"], marks=pytest.mark.long), ["norm", "head"]], ids="+".join)
 def finished(request: pytest.FixtureRequest, toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
     plan = plan_of(toy_plan, request.param, privacy={"epsilon": 8.0}, simulation={"baselines": ["plain"]})
     return simulate(plan, tmp_path_factory.mktemp("parts") / "run", device="cpu")
@@ -121,8 +121,8 @@ MOMENTS = (
         pytest.param(["norm"], marks=pytest.mark.long),
         "ditto",
         pytest.param(["adapter"], marks=pytest.mark.long),
-        {"method": "pfedme", "inner_steps": 2},
-        {"parts": ["head"], "order": "own_first"},
+        pytest.param({"method": "pfedme", "inner_steps": 2}, marks=pytest.mark.long),
+        pytest.param({"parts": ["head"], "order": "own_first"}, marks=pytest.mark.long),
     ],
     ids=["head", "norm", "ditto", "adapter", "pfedme", "own first"],
 )

@@ -67,7 +67,7 @@ MANY = (
 @pytest.mark.crash
 @pytest.mark.parametrize(
     ("moments", "codec"),
-    [(FEW, "float32"), (FEW, "int4"), pytest.param(MANY, "int4", marks=pytest.mark.long)],
+    [pytest.param(FEW, "float32", marks=pytest.mark.long), (FEW, "int4"), pytest.param(MANY, "int4", marks=pytest.mark.long)],
     ids=["few", "few-int4", "many-int4"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
@@ -96,6 +96,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
 
 
 @pytest.mark.crash
+@pytest.mark.long
 def test_the_console_script_goes_on_where_training_was_killed(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = slow(toy_plan, simulation={"baselines": []})
     run = tmp_path / "run"

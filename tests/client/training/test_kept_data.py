@@ -41,7 +41,7 @@ def test_rounds_with_and_without_kept_data_are_the_same(
     monkeypatch.setattr(setup, "find_features", copied)
     site = make_site(at="fresh", rows=rows)
     for number, before in zip((1, 2), kept, strict=True):
-        dataset._held.clear()
+        dataset._kept.clear()
         fresh = train_round(plan, site, number, state)
         assert fresh.delta.keys() == before.delta.keys()
         assert all(torch.equal(fresh.delta[name], tensor) for name, tensor in before.delta.items())
@@ -72,19 +72,20 @@ def test_changed_records_are_charged_as_other_data(
 
 def test_kept_data_sets_are_bounded(make_plan: MakePlan, make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan()
-    dataset._held.clear()
+    dataset._kept.clear()
     monkeypatch.setattr(dataset, "_MAX_HELD_ROWS", 100)
     monkeypatch.setattr(dataset, "_MAX_HELD", 4)
     sites = [make_site(f"clinic-{number}", rows=range(number, number + 30)) for number in range(4)]
     for site in sites:
         site.holdings(plan.labels)
-    assert sorted(map(len, dataset._held.values())) == [30, 30, 30]
+    assert sorted(map(len, dataset._kept.sets.values())) == [30, 30, 30]
     small = [make_site(f"small-{number}", rows=range(number, number + 2)) for number in range(6)]
     for site in small:
         site.holdings(plan.labels)
-    assert sorted(map(len, dataset._held.values())) == [2, 2, 2, 2]
+    assert sorted(map(len, dataset._kept.sets.values())) == [2, 2, 2, 2]
     everything = make_site("all", rows=range(60)).holdings(plan.labels)
     monkeypatch.setattr(dataset, "_MAX_HELD_ROWS", 10)
     make_site("none", rows=range(1)).holdings(plan.labels)
     assert len(everything) == 60
-    assert sorted(map(len, dataset._held.values())) == [1]
+    assert dataset._kept.rows == 1
+    assert sorted(map(len, dataset._kept.sets.values())) == [1]

@@ -22,6 +22,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with
+from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -126,8 +127,7 @@ def test_where_everything_is_shared_nothing_is_kept(make_plan: MakePlan, make_si
     assert not (site.folder / "kept").exists()
 
 
-@pytest.mark.parametrize("parts", [["head"], ["norm"], ["head", "norm"]], ids="+".join)
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize(("parts", "mode"), crossed([["head"], ["norm"], ["head", "norm"]], ["lora", "full"]))
 def test_named_parts_stay_and_the_rest_travels(make_plan: MakePlan, make_site: MakeSite, parts: list[str], mode: str) -> None:
     plan = make_plan(train=mode, personal=parts, privacy=PRIVATE)
     site = make_site()
@@ -155,8 +155,7 @@ def test_what_is_shared_follows_from_the_own_part(make_plan: MakePlan, make_site
     assert any(not torch.equal(with_own[name], tensor) for name, tensor in afresh.items())
 
 
-@pytest.mark.parametrize("wrong", ["foreign", "shape", "not finite"])
-def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_site: MakeSite, wrong: str) -> None:
+def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
     """Nothing in it takes the place of a shared parameter, and no record was charged for."""
     plan = make_plan(train="lora", personal=["head"], privacy=PRIVATE)
     site = make_site()
@@ -169,11 +168,12 @@ def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_s
         "shape": {**kept, "classifier.bias": torch.zeros(7)},
         "not finite": {**kept, "classifier.bias": kept["classifier.bias"] + float("nan")},
     }
-    site.remember(plan.plan_id, 1, broken[wrong], PERSONAL)
-    with pytest.raises(RunError) as refused:
-        train_round(plan, site, 2, state, admitted=1)
-    assert refused.value.code == "run.lost_state"
-    assert len(site.ledger().charges()) == charges
+    for content in broken.values():
+        site.remember(plan.plan_id, 1, content, PERSONAL)
+        with pytest.raises(RunError) as refused:
+            train_round(plan, site, 2, state, admitted=1)
+        assert refused.value.code == "run.lost_state"
+        assert len(site.ledger().charges()) == charges
 
 
 # --- an own adapter beside the shared one
