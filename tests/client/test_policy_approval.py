@@ -33,7 +33,7 @@ def test_nothing_is_touched_for_a_plan_that_nobody_has_approved(
         raise AssertionError("no record is read")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Site, "holdings", untouched)
+        patched.setattr(Site, "dataset", untouched)
         with fails_with("policy.training.approval", str(site.folder), plan.plan_id[:12]) as declined:
             train_round(plan, site, 1, state)
     assert declined.value.public == "declined: its rule training.approval does not allow this plan"

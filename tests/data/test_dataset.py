@@ -38,18 +38,18 @@ def config(source: Path) -> DataConfig:
 
 
 @pytest.fixture
-def holdings(tmp_path: Path, first: Path, second: Path) -> Dataset:
+def dataset(tmp_path: Path, first: Path, second: Path) -> Dataset:
     """Three of the four records of one file, in another order, and one of the other file."""
     document = tmp_path / "site" / "data.json"
     write_manifest(document, config(first), [(None, [3, 0, 1]), (second, [1])])
     return DatasetManifest.read(document, LABELS)
 
 
-def test_rows_of_several_files(holdings: Dataset) -> None:
-    assert len(holdings) == 4
-    assert holdings.inputs() == ["the road", "great day", "awful", "happy"]
-    assert holdings.targets == [2, 0, 1, 0]
-    assert holdings.label_counts() == {"good": 2, "bad": 1, "so": 1}
+def test_rows_of_several_files(dataset: Dataset) -> None:
+    assert len(dataset) == 4
+    assert dataset.inputs() == ["the road", "great day", "awful", "happy"]
+    assert dataset.targets == [2, 0, 1, 0]
+    assert dataset.label_counts() == {"good": 2, "bad": 1, "so": 1}
 
 
 def test_a_document_without_row_numbers_means_all_records(tmp_path: Path, first: Path) -> None:
@@ -66,16 +66,16 @@ def test_no_records(tmp_path: Path, first: Path, shared: Callable[..., Trainable
     assert encoded_features(nothing, shared("bert"), {}, "float32").shape == (0, 16)
 
 
-def test_examples_are_tokens_and_classes(holdings: Dataset, shared: Callable[..., TrainableModel]) -> None:
+def test_examples_are_tokens_and_classes(dataset: Dataset, shared: Callable[..., TrainableModel]) -> None:
     model = shared("bert")
     ids = encode(model.loaded.reader, ["the road", "great day", "awful", "happy"], 32)
-    assert encoded_examples(holdings, model) == [
+    assert encoded_examples(dataset, model) == [
         {"input_ids": row, "labels": target} for row, target in zip(ids, [2, 0, 1, 0], strict=True)
     ]
 
 
 def test_features_are_computed_once_per_file(
-    holdings: Dataset,
+    dataset: Dataset,
     first: Path,
     second: Path,
     tmp_path: Path,
@@ -84,7 +84,7 @@ def test_features_are_computed_once_per_file(
 ) -> None:
     monkeypatch.setenv("COTUNE_CACHE", str(tmp_path / "cache"))
     model = shared("bert")
-    got = encoded_features(holdings, model, {}, "float32")
+    got = encoded_features(dataset, model, {}, "float32")
     one = get_features(model, ["great day", "awful", "a tree", "the road"], {}, "float32")
     other = get_features(model, ["very sad", "happy"], {}, "float32")
     assert torch.equal(got, torch.stack([one[3], one[0], one[1], other[1]]))

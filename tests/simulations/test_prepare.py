@@ -198,7 +198,7 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
             "public": None,
         }
         assert site.file.model_dump() == expected
-        assert site.holdings(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
+        assert site.dataset(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
     test = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]
 

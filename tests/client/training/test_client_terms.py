@@ -117,7 +117,7 @@ def test_crash_before_the_outbox_keeps_both_sides_in_step(
     assert kept_of(site) == ["round-00001.safetensors"]
     update = train_round(plan, site, 1, state)
     again = train_round(plan, site, 1, state)
-    kept = site.recall(plan.plan_id, 1)
+    kept = site.load_state(plan.plan_id, 1)
     for name, d in update.delta.items():
         torch.testing.assert_close(kept[name], -alpha * d.double(), rtol=1e-12, atol=0)
         assert torch.equal(again.delta[name], d)

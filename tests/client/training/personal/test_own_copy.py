@@ -11,8 +11,8 @@ import torch
 from cotune.client.policy_check import find_violations
 from cotune.client.site import Site
 from cotune.client.training import own_copy
-from cotune.client.training.own_copy import open_personal
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.own_copy import open_personal
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import PlanError
 from cotune.models.trainable import State
@@ -35,7 +35,7 @@ def base_state(plan: Plan) -> State:
 
 
 def copy_of(plan: Plan, site: Site, round: int) -> State:
-    return site.recall(plan.plan_id, round, PERSONAL)
+    return site.load_state(plan.plan_id, round, PERSONAL)
 
 
 @pytest.mark.parametrize("mode", ["head", "lora"])
