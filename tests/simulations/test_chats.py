@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotune.data.left_out import count_cut_texts
 from cotune.data.record_files import read_records
+from cotune.data.skipped_records import count_cut_texts
 from cotune.errors import ModelError, PlanError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
