@@ -78,8 +78,8 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
     with _own_message():
         update = decode_update(content, plan.plan_id, codec=plan.wire)
     policy = site.policy()
-    holdings = site.counted(plan)
-    account = Account(plan, policy, site, holdings, round=request.round)
+    dataset = site.counted_dataset(plan)
+    account = Account(plan, policy, site, dataset, round=request.round)
     for problem in _problems(content, update, request, account, load_site_model(plan, site)):
         raise EgressBlocked(problem)
     return update, account
@@ -115,7 +115,7 @@ def check_reason(reason: str) -> None:
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
     plan = account.plan
     site = account.site
-    names = held_names(plan, shared_names(plan, model, request.round), account.holdings.tasks)
+    names = held_names(plan, shared_names(plan, model, request.round), account.dataset.tasks)
     if not _is_written_once(content, update, plan, site):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organization, update.round) != (site.organization, request.round):

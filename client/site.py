@@ -27,13 +27,13 @@ _MAX_OPEN = 64  # ledgers that a process keeps open, each with up to three files
 class Site(SiteFolder):
     """A site with its records, its ledger, and the tensors that are kept."""
 
-    def holdings(self, labels: tuple[str, ...]) -> Dataset:
+    def dataset(self, labels: tuple[str, ...]) -> Dataset:
         """Read the organization's own records. Raises DataError."""
         return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
 
-    def counted(self, plan: Plan) -> Dataset:
+    def counted_dataset(self, plan: Plan) -> Dataset:
         """Read the records that count under the plan's promise: of no other collection, and no more of a unit than it allows."""
-        held = self.holdings(plan.labels)
+        held = self.dataset(plan.labels)
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
@@ -50,13 +50,13 @@ class Site(SiteFolder):
         with _opening:
             return _open_ledger(self.ledger_file, not self.file.simulated)
 
-    def keep(self, update: Update, plan_id: str) -> None:
+    def store_update(self, update: Update, plan_id: str) -> None:
         """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
         atomic_write(self.outbox, content, durable=not self.file.simulated)
 
-    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
+    def store_state(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
         """Keep a run's tensors after a round, as durably as the ledger (see `ledger`).
 
         Args:
@@ -67,7 +67,7 @@ class Site(SiteFolder):
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
-    def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
+    def load_state(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
         """Return what was kept after a round, and remove what it does not go on from.
 
         A server that has lost its last checkpoint asks for the round before once more, but for no older one.
@@ -82,7 +82,7 @@ class Site(SiteFolder):
                 older.unlink(missing_ok=True)
         return found
 
-    def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
+    def load_newest_state(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
         """Return what was kept last, whether its round was admitted or not; empty where nothing was."""
         files = sorted(self.kept_folder(plan_id, what).glob("round-*.safetensors"))
         return _load_kept(files[-1])[0] if files else {}

@@ -1,8 +1,7 @@
-"""How updates become one step of the shared model: weighting → fusion → server optimizer, client terms; and how they travel.
+"""Combine the updates of a round into one step of the shared model: weighting → fusion → server optimizer, and client terms.
 
-`__all__` is what a rule of one's own needs (docs/strategies.md). Names are imported when they are first used: anyone who only
-reads
-the tables of a plan need not wait for PyTorch.
+`__all__` lists what a custom component needs (docs/strategies.md). Names are imported on first use, so that a process that only
+reads the tables of a plan does not load PyTorch.
 """
 
 from typing import TYPE_CHECKING

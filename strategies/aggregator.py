@@ -1,12 +1,11 @@
-"""Weighting and fusion as one, fed by the round loop: updates in, one at a time, and the fused delta out.
+"""Aggregate the updates of one round: the round loop adds them one at a time and takes the fused delta at the end.
 
-How much memory a round takes is decided here: a weighting that looks at one update at a time and a fusion that needs one sum
-keep the running sums only, 8 bytes per shared parameter. Where updates are compared, every delta of the round is held, 4 bytes
-per shared parameter and organization: on disk, where the caller names a folder (see `held`), else in memory.
+The components decide how much memory a round takes. A weighting that looks at one update at a time with a fusion that needs one
+sum keeps running sums only, 8 bytes per shared parameter. Components that compare updates need every delta of the round, 4 bytes
+per shared parameter and organization: on disk if the caller names a folder (see `update_store`), else in memory.
 
-The parts of a strategy, built from its table: what one round and one run need of it.
-
-Apart from the table itself (`strategy`), as parts compute with PyTorch and a table is data alone.
+This module also builds the components of a strategy from its table. It is separate from the table itself (`config`), which is
+pure data and does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -35,17 +34,25 @@ from cotune.strategies.update_store import HeldUpdates
 
 
 class Combination(Protocol):
-    """Takes the admitted updates of a round, then gives what moves the model."""
+    """Combines the accepted updates of a round into what moves the model."""
 
-    def add(self, update: Update) -> None: ...
+    def add(self, update: Update) -> None:
+        """Add one accepted update."""
 
-    def result(self) -> Delta | Aggregate: ...
+    def result(self) -> Delta | Aggregate:
+        """Return the combination of all updates that were added."""
 
 
 @dataclass(frozen=True)
 class UpdateSummary:
-    """share: of the round's weight. norm: of the update as it came. distance, cosine: to the middle of the updates (the median of
-    every coordinate); None where the server has not held them, or where two cannot have a middle.
+    """One organization's update in figures, for the run's report.
+
+    Attributes:
+        share: Its fraction of the round's total weight.
+        norm: L2 norm of the delta as received.
+        distance: L2 distance to the coordinate-wise median of the updates; None if the server did not store the updates, or if
+            there were fewer than three.
+        cosine: Cosine similarity to that median; None in the same cases.
     """
 
     share: float
@@ -55,7 +62,10 @@ class UpdateSummary:
 
 
 def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
-    """Organization -> (distance, cosine) of its delta to the (lower) median of every coordinate, over what all sent."""
+    """Return organization -> (distance, cosine) between its delta and the coordinate-wise (lower) median.
+
+    Only parameters that every organization sent, in the same shape, count. Empty for fewer than three updates.
+    """
     if len(held) < 3:
         return {}
     deltas = [update.delta for update in held]
@@ -77,7 +87,7 @@ def _apart(held: Sequence[Update]) -> dict[str, tuple[float, float]]:
 
 
 class Aggregator:
-    """One round of a weighting and a fusion, each with its parameters."""
+    """One round of a weighting and a fusion."""
 
     def __init__(
         self,
@@ -86,7 +96,14 @@ class Aggregator:
         context: RoundContext,
         folder: Path | None = None,
     ) -> None:
-        """folder: for deltas that are compared, where they are large; None: they are held in memory."""
+        """Create an aggregator without updates.
+
+        Args:
+            weighting: The component and its parameters.
+            fusion: The component and its parameters.
+            context: What the components may know of the round.
+            folder: Where large deltas are stored if the components compare updates; None keeps them in memory.
+        """
         self._weighting = weighting
         self._fusion = fusion
         self._context = context
@@ -95,7 +112,7 @@ class Aggregator:
         self._in_sums = inspect.isgeneratorfunction(fusion[0].build)
         self._streams = self._in_sums and fusion[0].needs.visibility == Visibility.SUM and not weighting[0].sees_all
         self._held = HeldUpdates(folder)
-        self._lengths: list[float] = []  # norms of what is held
+        self._lengths: list[float] = []  # norms of the stored updates
         self._sums: dict[str, Tensor] = {}
         self._passes = self._fuse() if self._in_sums else None
         self._contribute: Contribution | None = next(self._passes) if self._passes is not None else None
@@ -107,10 +124,17 @@ class Aggregator:
         self._places: Mapping[str, tuple[float, float]] = {}
 
     def add(self, update: Update, staleness: int = 0) -> None:
-        """Takes an update; one that is late by s rounds counts (1 + s)^(-½) times as much: Xie et al. 2019,
+        """Add an update to the round.
+
+        The weight of an update that is s rounds late is multiplied by (1 + s)^(-½): Xie et al., 2019,
         https://arxiv.org/abs/1903.03934, section 5.2; Nguyen et al., AISTATS 2022, https://arxiv.org/abs/2106.06639, section 5.
 
-        Raises RunError for an update with values that are not finite. A rule that compares updates takes none that are late.
+        Args:
+            update: Its delta may lie in memory or on disk.
+            staleness: s, in rounds; 0 for an update of this round.
+
+        Raises:
+            RunError: If the delta or the weight is not finite, or if a late update meets components that compare updates.
         """
         if self._streams:
             self._count += 1
@@ -127,7 +151,7 @@ class Aggregator:
             self._lengths.append(length)
 
     def _stream(self, update: Update, weight: Any) -> None:
-        """Add an update to the sum; where that is the plain weighted one, in the same pass as all that is asked of it."""
+        """Add an update to the running sums; a plain weighted sum is added, measured and checked in one pass."""
         self._check_weight(update, weight)
         weighed = WeightedUpdate(update, weight, self._context.state)
         if self._contribute is weighted:
@@ -155,7 +179,7 @@ class Aggregator:
             )
 
     def _note(self, weighed: WeightedUpdate, length: float) -> None:
-        """Remember what an update looked like."""
+        """Record the weight and the norm of an update for the summary."""
         values = list(weighed.weight.values()) if isinstance(weighed.weight, Mapping) else [weighed.weight]
         mean = sum(values) / max(1, len(values))
         self._seen[weighed.update.organization] = (mean, length)
@@ -170,9 +194,14 @@ class Aggregator:
             total(self._sums, self._contribute(weighed))
 
     def result(self) -> Aggregate:
-        """Raises RunError where the updates do not suffice for the rule, or its result is not a delta of the model."""
+        """Return the fused delta and its statistics; an empty aggregate if the round has no updates.
+
+        Raises:
+            RunError: If the fusion needs more updates than there are, if all weights are 0, or if the fusion's result does not
+                fit the model or is not finite.
+        """
         if not self._count:
-            return Aggregate({}, 0)  # nobody was asked in this round
+            return Aggregate({}, 0)  # no organization was asked in this round
         info, parameters = self._fusion
         least = info.min_updates(**parameters)
         if self._count < least:
@@ -196,7 +225,7 @@ class Aggregator:
         return Aggregate(fused.delta, self._count, self._squares / self._weights, fused.memory)
 
     def summarize_updates(self) -> dict[str, UpdateSummary]:
-        """Organization -> what its update looked like; after `result`."""
+        """Return organization -> summary of its update; call it after `result`."""
         total_weight = sum(weight for weight, _ in self._seen.values())
         shares = self._given or {name: weight / total_weight for name, (weight, _) in self._seen.items() if total_weight > 0}
         return {
@@ -217,11 +246,11 @@ class Aggregator:
         return [WeightedUpdate(update, weight, state) for update, weight in zip(self._held.updates, weights, strict=True)]
 
     def _passed(self, weights: Sequence[Any]) -> Delta | Aggregate:
-        """The passes of a generator over the updates; where they were streamed, its one sum is there already."""
+        """Run the passes of a generator rule over the updates; for streamed updates the single sum is already complete."""
         assert self._passes is not None
         try:
             while True:
-                for number, weight in enumerate(weights):  # made again: what a rule computes of an update is then let go of
+                for number, weight in enumerate(weights):  # new objects each pass, which frees what the rule cached in them
                     self._add_up(WeightedUpdate(self._held.updates[number], weight, self._context.state))
                 sums = self._sums
                 self._sums = {}
@@ -267,20 +296,29 @@ def _check(name: str, delta: Delta, state: Mapping[str, Tensor]) -> None:
 
 
 def build_aggregator(strategy: StrategyConfig, context: RoundContext, folder: Path | None = None) -> Aggregator:
-    """Return weighting and fusion for one round. folder: see `Aggregator`."""
+    """Build the aggregator of one round.
+
+    Args:
+        strategy: Its components in files are executed.
+        context: What the components may know of the round.
+        folder: See `Aggregator`.
+
+    Raises:
+        PlanError: If a component cannot be loaded.
+    """
     weighting = (strategy.weighting.info("weighting"), strategy.weighting.parameters)
     return Aggregator(weighting, (strategy.fusion.info("fusion"), strategy.fusion.parameters), context, folder)
 
 
 def build_server_optimizer(strategy: StrategyConfig) -> ServerOptimizer:
-    """Return what moves the shared model by a fused delta."""
+    """Build the server optimizer that the strategy names."""
     part = strategy.server_optimizer
     built: ServerOptimizer = part.info("server_optimizer").build(**part.parameters)
     return built
 
 
 def build_client_term(strategy: StrategyConfig) -> ClientTerm:
-    """Return what organizations add to their gradients; the base class, which adds nothing, where the strategy has no term."""
+    """Build the strategy's client term; without one, the base class, which adds nothing to gradients."""
     part = strategy.client_term
     built: ClientTerm = ClientTerm() if part is None else part.info("client_term").build(**part.parameters)
     return built

@@ -1,8 +1,9 @@
-"""Arithmetic on tensors by blocks of entries, in float64: one pass over the memory, and beside it the memory of a block.
+"""Arithmetic on tensors in float64, block by block: one pass over the data with one block of extra memory.
 
-A whole-tensor formula in float64 makes copies of twice the model for every operation. The same formula on 64k entries at a time
-works in the processor's cache, and gives the same numbers: what is done to an entry is the same, and sums over all entries add
-up blocks of a fixed size in their order, so that they depend neither on the number of threads nor on where the tensors are kept.
+A formula on whole tensors in float64 makes copies of twice the model's size for every operation. The same formula on 64k entries
+at a time stays in the processor's cache and gives the same numbers: each entry goes through the same operations, and sums over
+all entries add blocks of a fixed size in a fixed order, so that they depend neither on the number of threads nor on whether the
+tensors are in memory or on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Entries = NDArray[Any]  # one-dimensional, of floats
 
 
 class BlockTensors(Mapping[str, Tensor]):
-    """Tensors that need not be in memory as a whole: those on disk, or those that are computed when they are looked at."""
+    """Tensors that need not be in memory as a whole: they are on disk, or computed on access."""
 
     @abstractmethod
     def shape_of(self, name: str) -> tuple[int, ...]:
@@ -34,42 +35,57 @@ class BlockTensors(Mapping[str, Tensor]):
 
     @abstractmethod
     def dtype_of(self, name: str) -> np.dtype[Any]:
-        """Return the type of its entries."""
+        """Return the type of a tensor's entries."""
 
     @abstractmethod
     def read(self, name: str, start: int, out: Entries) -> None:
-        """Write the entries from `start` on into `out`, as many as it has."""
+        """Read entries of a tensor.
+
+        Args:
+            name: Of the tensor.
+            start: Index of the first entry in the flattened tensor.
+            out: (n,) Receives the entries start … start + n − 1, converted to its type.
+        """
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """Return the shape of one of the tensors, without reading it."""
+    """Return the shape of a tensor without reading it."""
     return tensors.shape_of(name) if isinstance(tensors, BlockTensors) else tuple(tensors[name].shape)
 
 
 def dtype_of(tensors: Mapping[str, Tensor], name: str) -> np.dtype[Any]:
-    """Return NumPy's type for the entries of one of the tensors, without reading it; float64 for what NumPy has not."""
+    """Return NumPy's type for the entries of a tensor without reading it; float64 for types that NumPy lacks (bfloat16)."""
     if isinstance(tensors, BlockTensors):
         return tensors.dtype_of(name)
     return np.dtype(_PLAIN.get(tensors[name].dtype, np.float64))
 
 
 def flatten(tensor: Tensor) -> Entries:
-    """Return the entries of a tensor of floats in their order; its own memory, where they are contiguous."""
+    """Return the entries of a float tensor as a one-dimensional array; a view if the tensor is contiguous."""
     plain = tensor.detach() if tensor.dtype in _PLAIN else tensor.detach().to(torch.float64)
     entries: Entries = plain.reshape(-1).numpy()
     return entries
 
 
 def empty(shape: Sequence[int]) -> Tensor:
-    """Return a tensor in float64 that holds anything.
+    """Return an uninitialized float64 tensor.
 
-    PyTorch's memory: NumPy asks for huge pages, which took seven times as long to fill on the machines where it was tried.
+    PyTorch allocates it: NumPy requests huge pages, which took seven times as long to fill where it was measured.
     """
     return torch.empty(tuple(shape), dtype=torch.float64)
 
 
 def read_blocks(tensors: Mapping[str, Tensor], name: str, size: int = BLOCK) -> Iterator[tuple[slice, Entries]]:
-    """Yield (where, entries) of a tensor, block by block, in float64. The entries are the caller's until the next block."""
+    """Iterate over a tensor block by block, in float64.
+
+    Args:
+        tensors: In memory or on disk.
+        name: Of the tensor.
+        size: Entries per block.
+
+    Yields:
+        (slice of the flattened tensor, entries). The entries are overwritten by the next block.
+    """
     count = math.prod(shape_of(tensors, name))
     buffer = np.empty(min(size, count))
     source = None if isinstance(tensors, BlockTensors) else flatten(tensors[name])
@@ -85,12 +101,15 @@ def read_blocks(tensors: Mapping[str, Tensor], name: str, size: int = BLOCK) -> 
 
 
 def read_stacks(deltas: Sequence[Mapping[str, Tensor]], name: str, dtype: Any = None) -> Iterator[tuple[slice, Entries]]:
-    """Yield (where, (n, m) entries) of a parameter that all n deltas hold, block by block.
+    """Iterate block by block over one parameter of n deltas side by side.
 
     Args:
-        deltas: At least one; all have the same shape.
+        deltas: n ≥ 1, all of which contain the parameter in the same shape.
         name: Of the parameter.
-        dtype: Of the entries; None: as they came, most often float32. They are the caller's until the next block.
+        dtype: Of the entries; None keeps the deltas' own type, usually float32.
+
+    Yields:
+        (slice of the flattened parameter, entries (n, m)). The entries are overwritten by the next block.
     """
     count = math.prod(shape_of(deltas[0], name))
     width = max(1, min(count, _STACKED // len(deltas)))
@@ -109,14 +128,14 @@ def read_stacks(deltas: Sequence[Mapping[str, Tensor]], name: str, dtype: Any = 
 
 
 def sum_squares(block: Entries) -> float:
-    """Return Σ x² of a block in float64. It is finite where all entries are, unless they are beyond 10¹⁵⁰."""
+    """Return Σ x² of a block in float64. It is finite if all entries are, unless their magnitude exceeds about 10¹⁵⁰."""
     return sum(float(np.dot(part, part)) for part in (block[i : i + _DOT] for i in range(0, len(block), _DOT)))
 
 
 def measure(tensors: Mapping[str, Tensor]) -> float:
-    """Return Σ x² over all entries of all tensors; the same whatever the order of the tensors.
+    """Return Σ x² over all entries of all tensors, independent of the order of the tensors.
 
-    Float32 entries are all finite exactly where it is: their squares do not overflow in float64.
+    For float32 entries the sum is finite exactly if all entries are, as their squares do not overflow in float64.
     """
     with np.errstate(all="ignore"):
         return add_exactly(add_exactly(sum_squares(block) for _, block in read_blocks(tensors, name)) for name in tensors)
@@ -129,12 +148,12 @@ def is_finite(tensors: Mapping[str, Tensor], name: str) -> bool:
 
 
 def max_abs(tensors: Mapping[str, Tensor], name: str) -> float:
-    """Return the largest absolute value of a tensor's entries; NaN where one is no number, 0 where there is none."""
+    """Return the largest absolute value in a tensor; NaN if an entry is NaN, 0 for an empty tensor."""
     return float(np.max([0.0, *(np.abs(block).max() for _, block in read_blocks(tensors, name))]))
 
 
 def add_exactly(values: Iterable[float]) -> float:
-    """Return the sum of values ≥ 0, rounded once, so that their order does not matter; what is not finite stays so."""
+    """Return the sum of values ≥ 0, rounded once, so that it does not depend on their order; infinity and NaN propagate."""
     found = list(values)
     try:
         return math.fsum(found)

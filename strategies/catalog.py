@@ -1,4 +1,4 @@
-"""What there is to choose from, as plain data in words: parts and recipes, for the command line and the documentation."""
+"""Describe all components and recipes as plain data, for the command line and the documentation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHAIN: tuple[Kind, ...] = ("weighting", "fusion", "server_optimizer")
 
 
 def list_components(*, installed: bool = True) -> list[dict[str, Any]]:
-    """Every part of cotune, and of installed packages if wanted, by kind and name."""
+    """Describe every component of cotune, and those of installed packages if `installed`, by kind and name."""
     return [
         describe_component(info)
         for kind in FOLDERS
@@ -31,12 +31,16 @@ def list_components(*, installed: bool = True) -> list[dict[str, Any]]:
 
 
 def list_recipes() -> list[dict[str, Any]]:
-    """Every recipe, by name."""
+    """Describe every recipe, by name."""
     return [describe_recipe(name) for name in sorted(RECIPES)]
 
 
 def search(name: str) -> list[dict[str, Any]]:
-    """The recipe of that name, and the parts. Raises PlanError for an unknown name."""
+    """Describe the recipe and all components of that name.
+
+    Raises:
+        PlanError: If there is neither.
+    """
     recipe = [describe_recipe(name)] if name in RECIPES else []
     found = recipe + [describe_component(get_components(kind)[name]) for kind in FOLDERS if name in get_components(kind)]
     if not found:
@@ -48,7 +52,7 @@ def search(name: str) -> list[dict[str, Any]]:
 
 
 def describe_component(info: ComponentInfo) -> dict[str, Any]:
-    """A part in words: what it does, its parameters, and what it means for everybody."""
+    """Describe a component: what it does, its parameters, what the server sees, what organizations send, and privacy."""
     return {
         "kind": info.kind,
         "name": info.name,
@@ -67,7 +71,7 @@ def describe_component(info: ComponentInfo) -> dict[str, Any]:
 
 
 def describe_recipe(name: str) -> dict[str, Any]:
-    """A recipe in words: its parts, and what they mean together."""
+    """Describe a recipe: its components, and what they mean together for visibility, disclosures and privacy."""
     given = get_recipe_components(name)
     strategy = StrategyConfig.model_validate(given)
     infos = [info for _, _, info in strategy.known_components()]
@@ -89,7 +93,10 @@ def describe_recipe(name: str) -> dict[str, Any]:
 
 
 def _sources(name: str, strategy: StrategyConfig) -> list[str]:
-    """The recipe's own, or those of the parts that make it what it is: equal weights do so only where nothing else is named."""
+    """Return the recipe's own source, or the sources of the components it names.
+
+    The weighting's source counts only if the recipe names nothing else.
+    """
     own = RECIPES[name].get("cite")
     given = get_recipe_components(name)
     telling = [kind for kind in given if kind != "weighting" or len(given) == 1] or ["fusion"]
@@ -98,7 +105,7 @@ def _sources(name: str, strategy: StrategyConfig) -> list[str]:
 
 
 def _recipe_client_privacy(infos: Sequence[ComponentInfo], weighs: bool) -> str:
-    """A recipe that leaves the weighting open can have the one that client-level privacy wants."""
+    """Describe client-level privacy with a recipe; one that names no weighting can use the one that this privacy needs."""
     worst = max((_client_privacy(info) for info in infos if weighs or info.kind != "weighting"), key=_severity)
     if not worst.startswith("yes") or all(find_privacy_problem(info, PlanFacts(client_privacy=True)) is None for info in infos):
         return worst.partition(":")[0] if worst.startswith("yes") else worst
@@ -194,6 +201,6 @@ def _bounds(about: Mapping[str, Any]) -> str:
 
 
 def _call(part: Component, given: Any) -> str:
-    """The part's name, with the parameters that the recipe gives."""
+    """Return the component's name with the parameters that the recipe gives."""
     named = [f"{name} = {value}" for name, value in part.parameters.items() if isinstance(given, Mapping) and name in given]
     return f"{part.name} ({', '.join(named)})" if named else part.name

@@ -1,4 +1,4 @@
-"""Which strategies a run can have: an impossible combination is refused before anything starts, with the reason and a way out."""
+"""Refuse combinations of plan and strategy that cannot work, before a run starts, with the reason and an alternative."""
 
 from __future__ import annotations
 
@@ -14,13 +14,27 @@ _STATISTICS = {"fisher", "gram"}
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What a plan says beside its strategy. sums_only: the server may see sums alone. participation: the fraction of the
-    organizations that each round asks. organizations: that it asks in a round, at least; None where that is not known before the
-    run. factors: lora.factors where adapters are trained, else None. one_rate: every parameter has the same learning rate.
-    personal: organizations keep some of what they train to themselves. same_steps: every organization takes as many steps in a
-    round. public_inputs: the plan names some. folds_late: updates of earlier rounds are folded into later ones. several_tasks: an
-    organization sends the heads of those tasks alone that it holds. plain_steps: what is sent are steps of the optimizer on
-    gradients with their noise, and nothing else.
+    """What the rest of a plan demands of its strategy.
+
+    Attributes:
+        record_privacy: Whether the plan promises record-level privacy.
+        client_privacy: Whether it promises client-level privacy.
+        sums_only: Whether the server may see only sums of updates.
+        participation: Fraction of the organizations that each round asks, in (0, 1].
+        organizations: The fewest that a round asks; None if that is not known before the run.
+        optimizers: The local optimizers of all stages.
+        momentum: Whether local optimizers have momentum.
+        one_rate: Whether all parameters have the same learning rate.
+        same_steps: Whether all organizations take the same number of steps per round.
+        modes: The `train` modes of all stages.
+        factors: lora.factors if adapters are trained, else None.
+        mixed_ranks: Whether organizations may train adapters of smaller ranks.
+        personal: Whether organizations keep some of the parameters they train to themselves.
+        server_data: Whether the server has validation records.
+        public_inputs: Whether the plan names public inputs.
+        folds_late: Whether late updates are folded into later rounds.
+        several_tasks: Whether an organization sends only the heads of the tasks it has.
+        plain_steps: Whether a delta is the sum of optimizer steps on (noised) gradients and nothing else.
     """
 
     record_privacy: bool = False
@@ -47,19 +61,28 @@ Found = Mapping[Kind, tuple[Component, ComponentInfo]]
 
 
 def find_problem(strategy: StrategyConfig, facts: PlanFacts, infos: Mapping[Kind, ComponentInfo] | None = None) -> str | None:
-    """Why the strategy is not supported, in words; None where it is. infos: of parts that are code, where it has been run."""
+    """Return why a plan cannot use a strategy.
+
+    Args:
+        strategy: Its components in files are not executed.
+        facts: About the rest of the plan.
+        infos: What is known of components in files, if they have been executed.
+
+    Returns:
+        The first problem in words; None if there is none.
+    """
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_components()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.components() if kind in (infos or {})}
     return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
 
 
 def find_privacy_problem(info: ComponentInfo, facts: PlanFacts) -> str | None:
-    """Why a part is not supported with the privacy that a plan promises, in words; None where it is."""
+    """Return why a component does not support the privacy that a plan promises; None if it does."""
     return next(_privacy(info, facts), None)
 
 
 def _sending(strategy: StrategyConfig, facts: PlanFacts) -> Iterator[str]:
-    """What the plan itself says that organizations send: it need not be what its parts want."""
+    """Check what the plan itself asks organizations to send, which may be more than its components need."""
     statistics = sorted(_STATISTICS & set(strategy.sends))
     if facts.record_privacy and statistics:
         yield (
@@ -136,7 +159,7 @@ def _counts_on_the_mean(info: ComponentInfo) -> bool:
 
 
 def is_plain(optimizer: Component) -> bool:
-    """Whether a server optimizer takes the fused delta as it is."""
+    """Return whether a server optimizer adds the fused delta unchanged (sgd with lr 1 and nothing else)."""
     plain = {"lr": 1.0, "momentum": 0.0, "nesterov": False, "schedule": "constant", "warmup": 0}
     return optimizer.name == "sgd" and optimizer.parameters == plain
 
@@ -233,7 +256,7 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
 
 
 def _heads(info: ComponentInfo) -> Iterator[str]:
-    """A head is averaged over those who have it; rules that look at updates as wholes would compare unlike ones."""
+    """Check for several tasks: a head is averaged over those that have it; rules on whole updates would compare unlike ones."""
     needs = info.needs
     fits = {
         "fusion": info.is_mean and needs.visibility == Visibility.SUM,
@@ -249,7 +272,7 @@ def _heads(info: ComponentInfo) -> Iterator[str]:
 
 
 def _lateness(info: ComponentInfo) -> Iterator[str]:
-    """Late updates are added to a running sum of weighted ones; nothing else is known to be right for them."""
+    """Check for late updates: they are added to a running weighted sum; no other rule is known to handle them correctly."""
     needs = info.needs
     adds_up = {
         "fusion": info.is_mean and needs.visibility == Visibility.SUM,

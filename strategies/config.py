@@ -1,9 +1,8 @@
-"""The strategy of a plan as data: names and parameters of its parts, and the recipes of the literature.
+"""The strategy of a plan as data: names and parameters of its components, and named recipes.
 
-Named recipes: what the literature calls a strategy, as parts. `strategy = "fedadam"` in a plan stands for its line here.
-
-A part that a recipe does not name keeps its default (weighting examples, fusion mean, server optimizer sgd, no client term).
-`lora` goes to the plan's table of that name; `cite` is the source of a recipe that is no part's.
+A recipe is what the literature calls a strategy, as components: `strategy = "fedadam"` in a plan stands for its line in
+`RECIPES`. A component that a recipe does not name keeps its default (weighting examples, fusion mean, server optimizer sgd, no
+client term). `lora` is merged into the plan's table of that name; `cite` is the source of a recipe if no component has it.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from cotune.errors import nearest
 from cotune.strategies.plugins import CLIENT_TERM_ADVICE, get_component, is_code, is_file, load_code
 from cotune.strategies.registry import FOLDERS, ComponentInfo, Kind, Payload, get_builtin_components, get_kind_label
 
-COMPLETE = {"complete": True}  # validation context: the strategy was dumped from a valid plan, and its parts are not imported
+COMPLETE = {"complete": True}  # validation context: the strategy was dumped from a valid plan; do not import its components
 
 
 def is_complete(info: ValidationInfo) -> bool:
-    """Return whether a plan is read that was dumped from a valid one."""
+    """Return whether the plan being read was dumped from a valid one."""
     return bool(info.context and info.context.get("complete"))
 
 
@@ -37,10 +36,16 @@ class Component(BaseModel):
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """The component's parameters: all keys but its name and hash."""
         return dict(self.model_extra or {})
 
     def info(self, kind: Kind) -> ComponentInfo:
-        """What the part says of itself. Runs the code that it names. Raises PlanError for a file that is not the plan's."""
+        """Return the component's declaration; executes its code if the name is `file.py:function`.
+
+        Raises:
+            PlanError: If the file's content is not what the plan pins, or the code cannot be used.
+            ValueError: If no component has the name.
+        """
         return load_code(kind, self.name, self.sha256 or "") if is_code(self.name) else get_component(kind, self.name)
 
 
@@ -52,7 +57,7 @@ _DEFAULT_COMPONENTS: dict[Kind, Component] = {
 
 
 def _complete(kind: Kind, part: Any) -> Any:
-    """A part with all its parameters, so that a plan says everything. Code is not opened: see `plugins`."""
+    """Fill in all parameters of a component, so that a plan states everything. Files are not opened: see `plugins`."""
     table = {"name": part} if isinstance(part, str) else dict(part) if isinstance(part, Mapping) else part
     if isinstance(table, Component):
         table = table.model_dump()
@@ -96,7 +101,7 @@ class StrategyConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _weights_that_are_used(cls, table: Any) -> Any:
-        """Who names a fusion that uses no weights need not name the uniform weighting beside it."""
+        """Default to the uniform weighting if the fusion uses no weights."""
         if isinstance(table, Mapping) and "weighting" not in table and "fusion" in table:
             fusion = table["fusion"]
             name = fusion.get("name") if isinstance(fusion, Mapping) else fusion
@@ -106,9 +111,10 @@ class StrategyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _sends(self, info: ValidationInfo) -> Self:
-        """Those of known parts; those of code are in the plan, which was made where the code could be run.
+        """Add what known components ask organizations to send.
 
-        The default parts send nothing; to skip them spares a process that only reads tables the import of all parts.
+        What components in files ask for is in the plan already: it was made where their code could be executed. The default
+        components ask for nothing, and skipping them spares a process that only reads tables the import of all components.
         """
         if is_complete(info):
             return self
@@ -120,7 +126,7 @@ class StrategyConfig(BaseModel):
         return self
 
     def components(self) -> list[tuple[Kind, Component]]:
-        """The parts that the strategy has."""
+        """Return the components of the strategy with their kinds; no client term if there is none."""
         found: list[tuple[Kind, Component | None]] = [
             ("weighting", self.weighting),
             ("fusion", self.fusion),
@@ -130,22 +136,22 @@ class StrategyConfig(BaseModel):
         return [(kind, part) for kind, part in found if part is not None]
 
     def known_components(self) -> list[tuple[Kind, Component, ComponentInfo]]:
-        """Without those that are code, which must be run to be known."""
+        """Return the components with their declarations, without those in files, which would have to be executed."""
         return [(kind, part, part.info(kind)) for kind, part in self.components() if not is_code(part.name)]
 
     @property
     def files(self) -> dict[str, str]:
-        """Parts in files: `file.py:function` -> SHA-256 of the file."""
+        """Components in files: `file.py:function` -> SHA-256 of the file."""
         return {part.name: part.sha256 or "" for _, part in self.components() if is_file(part.name)}
 
     @property
     def compares_noise(self) -> bool:
-        """Whether the weights depend on the noise that updates state."""
+        """Whether weights depend on the noise variance that organizations report."""
         return "noise" in self.sends
 
     @property
     def keeps_state(self) -> bool:
-        """Whether organizations keep tensors from round to round."""
+        """Whether organizations store tensors between rounds."""
         return self.client_term is not None and self.client_term.info("client_term").needs.client_state
 
 
@@ -153,7 +159,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # averaging
     "fedavg": {},
     "fedavgm": {"server_optimizer": {"name": "sgd", "momentum": 0.9}},
-    # averaging that corrects for local steps, or for who is worse off
+    # averaging that corrects for different numbers of local steps, or favors organizations with a high loss
     "fednova": {"fusion": "fednova"},
     "qfedavg": {"weighting": "uniform", "fusion": "q_fedavg"},
     "tilted": {"weighting": "tilted"},
@@ -206,14 +212,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def get_recipe_components(name: str) -> dict[str, Any]:
-    """The parts that a recipe names, as a plan would have them."""
+    """Return the components that a recipe names, as a plan's `strategy` table would."""
     return {key: value for key, value in RECIPES[name].items() if key not in ("lora", "cite")}
 
 
 def expand(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan with its recipe written out; what the plan gives beside it wins. Raises ValueError for an unknown recipe.
+    """Return a plan's table with its recipe replaced by components.
 
-    Code in a recipe's place, `file.py:function` or `flwr.serverapp.strategy:Krum`, is the fusion.
+    Keys that the plan gives beside the recipe take precedence. Code in place of a recipe, `file.py:function` or
+    `flwr.serverapp.strategy:Krum`, becomes the fusion.
+
+    Raises:
+        ValueError: If no recipe has the name, or the plan contradicts it.
     """
     given = table.get("strategy")
     given = {"recipe": given} if isinstance(given, str) else given
@@ -232,14 +242,18 @@ def expand(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_name(recipe: Any, given: Any) -> Any:
-    """Parameters alone are those of the recipe's part."""
+    """Complete a table of parameters without a name with the name of the recipe's component."""
     if not isinstance(given, Mapping) or "name" in given or recipe is None:
         return given
     return {**({"name": recipe} if isinstance(recipe, str) else recipe), **given}
 
 
 def _lora(name: str, wanted: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
-    """The plan's table `lora` with what the recipe wants of adapters. Where none are trained, the recipe would do nothing."""
+    """Return the plan's `lora` table with the recipe's values.
+
+    Raises:
+        ValueError: If the plan trains no adapters, so that the recipe would do nothing, or has other values.
+    """
     given = table.get("lora", {})
     train = table.get("train", "head")
     modes = [each.get("mode") if isinstance(each, Mapping) else each for each in (train if isinstance(train, list) else [train])]

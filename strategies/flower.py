@@ -1,9 +1,8 @@
-"""Flower's own strategies as fusions: `strategy = "flwr.serverapp.strategy:Krum"`, or a class of one's own derived from one.
+"""Use Flower's strategies as fusions: `strategy = "flwr.serverapp.strategy:Krum"`, or a class derived from one.
 
-Flower's strategies work on whole weights and keep their state in themselves. In every round the strategy is built, gets back
-the arrays and numbers that it held after the round before, is asked to configure the round, and aggregates θ + Δ_k as if
-organizations had answered with them; what it gives, less θ, is the delta. Organizations train as the plan says, so that a
-strategy which wants something else of them is refused.
+Flower's strategies work on whole weights and keep their state in attributes. Each round, a new instance gets the arrays and
+numbers that its predecessor held, configures the round, and aggregates θ + Δ_k as if organizations had sent those; its result
+minus θ is the delta. Organizations train as the plan says, so a strategy that needs them to do something else is refused.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from cotune.strategies.flower_state import equal, list_state, name_digest, resto
 from cotune.strategies.registry import ComponentInfo, Needs, Visibility
 from cotune.strategies.types import Aggregate, RoundContext, WeightedUpdate
 
-_OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # whom to ask is the plan's
+_OURS: dict[str, Any] = {"fraction_train": 1.0, "min_train_nodes": 1, "min_available_nodes": 1}  # the plan decides whom to ask
 _UNUSED = {"fraction_train", "fraction_evaluate", "min_evaluate_nodes", "arrayrecord_key", "configrecord_key", "weighted_by_key"}
 _PLAIN = {bool, int, float, str, type(None)}
-_PATIENCE = 5  # how often a strategy may count the organizations of a round; Flower's own do it twice, or every second for ever
-_NAMES = "parameters"  # in the memory: a digest of the names that the round shared
-_CHANNEL = "server-round"  # all that a strategy may send organizations beside the model: they ignore it
+_PATIENCE = 5  # how often a strategy may list the organizations per round; Flower's own do it twice, or every second forever
+_NAMES = "parameters"  # key in the memory: digest of the names of the round's shared parameters
+_CHANNEL = "server-round"  # the only thing a strategy may send beside the model; organizations ignore it
 _INSTEAD = {
     "FedProx": 'the strategy "fedprox", whose term organizations do add to their gradients',
     "QFedAvg": 'the strategy "qfedavg", for which organizations send their loss if their policy allows it',
@@ -49,12 +48,16 @@ _INSTEAD = {
 
 
 def is_flower_class(value: Any) -> TypeGuard[type[Strategy]]:
-    """Whether it is a class derived from Flower's base of all strategies."""
+    """Return whether the value is a class derived from Flower's `Strategy`."""
     return inspect.isclass(value) and issubclass(value, Strategy)
 
 
 def load_flower_strategy(name: str) -> ComponentInfo:
-    """The fusion for `flwr.module:Class`. Imports the module. Raises PlanError for what is not there or is not supported."""
+    """Import `flwr.module:Class` and wrap it as a fusion.
+
+    Raises:
+        PlanError: If the class does not exist, is not a strategy, or is not supported.
+    """
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -71,7 +74,11 @@ def load_flower_strategy(name: str) -> ComponentInfo:
 
 
 def build_flower_component(name: str, build: type[Strategy]) -> ComponentInfo:
-    """A strategy's class as a fusion; its constructor's plain parameters are those of the part. Raises PlanError."""
+    """Wrap a strategy class as a fusion, whose parameters are the plain ones (numbers, texts) of its constructor.
+
+    Raises:
+        PlanError: If the strategy needs organizations to do what they do not do for Flower's strategies.
+    """
     for refused, instead in _INSTEAD.items():
         if issubclass(build, getattr(flower, refused)):
             raise PlanError(
@@ -91,7 +98,7 @@ def build_flower_component(name: str, build: type[Strategy]) -> ComponentInfo:
 
 
 class FlowerFusion:
-    """A fusion by a strategy of Flower's. Weights travel as "num-examples", which is what they are by default."""
+    """A fusion by one of Flower's strategies. It gets the weights as "num-examples", by which Flower weights by default."""
 
     def __init__(self, name: str, build: type[Strategy]) -> None:
         self.name = name
@@ -105,14 +112,14 @@ class FlowerFusion:
         self.__doc__ = inspect.getdoc(build)
 
     def __call__(self, updates: Sequence[WeightedUpdate], context: RoundContext, **parameters: Any) -> Aggregate:
-        names = sorted(updates[0].delta)  # always in one order: some strategies keep lists
+        names = sorted(updates[0].delta)  # a fixed order, as some strategies keep lists
         if any(sorted(u.delta) != names for u in updates):
             self._refuse("works on updates of the same parameters alone", "a rule of cotune's, such as median")
         arrays = {name: context.state[name].to(torch.float64).numpy() for name in names}
         strategy = self.build(parameters)
         fresh = dict(list_state(strategy))
         digest = name_digest(names)
-        if torch.equal(context.memory.get(_NAMES, digest), digest):  # a stage that shares others begins with a new strategy
+        if torch.equal(context.memory.get(_NAMES, digest), digest):  # a stage with other parameters starts without state
             restore_state(strategy, {name: tensor for name, tensor in context.memory.items() if name != _NAMES})
         with _as_server(), self._failing(context.round):
             messages = self._configured(strategy, arrays, len(updates), context.round)
@@ -125,7 +132,11 @@ class FlowerFusion:
         return Aggregate(delta, memory={**memory, _NAMES: digest} if memory else {})
 
     def build(self, parameters: Mapping[str, Any]) -> Strategy:
-        """The strategy, before any round. Raises PlanError where its constructor does not take the parameters."""
+        """Create the strategy without any state of earlier rounds.
+
+        Raises:
+            PlanError: If its constructor does not accept the parameters.
+        """
         try:
             with _as_server():
                 strategy = self.strategy(**parameters)
@@ -140,7 +151,11 @@ class FlowerFusion:
         return strategy
 
     def rehearse(self, parameters: Mapping[str, Any]) -> None:
-        """One round's configuration without a round, so that what is not supported is known before. Raises PlanError."""
+        """Configure a round without running it, so that an unsupported strategy is refused before the run starts.
+
+        Raises:
+            PlanError: If the strategy cannot be built, or sends what organizations do not support.
+        """
         try:
             with _as_server(), self._failing(1):
                 self._configured(self.build(parameters), {"x": np.zeros(1)}, 1, 1)
@@ -159,7 +174,7 @@ class FlowerFusion:
             ) from error
 
     def _configured(self, strategy: Strategy, arrays: Mapping[str, Any], count: int, round: int) -> list[Message]:
-        """What it would send to organizations, looked through, and a message of ours to each instead."""
+        """Check what the strategy would send to organizations, and return an empty message for each of them instead."""
         record = _record(arrays)
         for message in strategy.configure_train(round, record, ConfigRecord(), _Roll(count)):
             keys = {key for config in message.content.config_records.values() for key in config} - {_CHANNEL}
@@ -170,7 +185,7 @@ class FlowerFusion:
         return [Message(RecordDict(), i + 1, "train") for i in range(count)]
 
     def _memory(self, strategy: Strategy, fresh: Mapping[str, Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
-        """What has changed in the strategy since it was built."""
+        """Return the attributes that changed since the strategy was built, as tensors."""
         memory: dict[str, Tensor] = {}
         for name, held in list_state(strategy):
             before = fresh.get(name, {})
@@ -187,7 +202,7 @@ class FlowerFusion:
 
 
 def _constructor(build: type) -> dict[str, inspect.Parameter]:
-    """The keyword parameters of the constructor, those that go to its bases through **kwargs included, with their types."""
+    """Return the constructor's keyword parameters with their types, including those passed to base classes by **kwargs."""
     found: dict[str, inspect.Parameter] = {}
     for base in build.__mro__:
         if "__init__" not in vars(base):
@@ -212,7 +227,7 @@ def _constructor(build: type) -> dict[str, inspect.Parameter]:
 def _hints(function: Any) -> dict[str, Any]:
     try:
         return get_type_hints(function)
-    except (NameError, TypeError):  # names that exist for type checkers alone
+    except (NameError, TypeError):  # names that exist only for type checkers
         return {}
 
 
@@ -224,7 +239,7 @@ def _is_plain(parameter: inspect.Parameter) -> bool:
 
 @contextmanager
 def _as_server() -> Iterator[None]:
-    """What Flower wants of a process that makes messages; and no lines in its log about nodes that nobody samples."""
+    """Set what Flower expects of a process that creates messages, and silence its log of sampled nodes."""
     log = logging.getLogger("flwr")
     task = (TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id)
     before = log.disabled
@@ -238,7 +253,7 @@ def _as_server() -> Iterator[None]:
 
 
 class _Roll(Grid):
-    """The organizations that have answered, numbered from 1. A strategy may count them, wait for no more, and talk to none."""
+    """A grid of the organizations that replied, numbered from 1; a strategy may list them, but not send to them or wait."""
 
     def __init__(self, count: int) -> None:
         self._count = count

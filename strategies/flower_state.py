@@ -1,4 +1,7 @@
-"""What a strategy of Flower keeps from round to round, as tensors: its attributes, and what stands in them."""
+"""Store and restore the state of Flower's strategies between rounds: their attributes as tensors, for checkpoints.
+
+Each tensor's name is JSON: the path to the value from the attribute on, and the value's type.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from torch import Tensor
 
 
 def name_digest(names: Sequence[str]) -> Tensor:
+    """Return the SHA-256 of parameter names, as a tensor of 32 bytes."""
     return torch.tensor(list(hashlib.sha256("\n".join(names).encode()).digest()), dtype=torch.uint8)
 
 
 def list_state(strategy: Strategy) -> Iterator[tuple[str, dict[str, Tensor] | None]]:
-    """Every attribute as tensors; None for one that cannot be."""
+    """Yield each attribute's name with its value as tensors; None for a value that cannot be stored."""
     for name, value in vars(strategy).items():
         try:
             yield name, {json.dumps(path): tensor for path, tensor in _leaves([name], value)}
@@ -34,7 +38,7 @@ def _leaves(path: list[Any], value: Any) -> Iterator[tuple[list[Any], Tensor]]:
         for i, (key, item) in enumerate(value.items()):
             if not isinstance(key, str | int):
                 raise TypeError
-            yield from _leaves([*path, [i, key]], item)  # with its place, which a checkpoint does not keep
+            yield from _leaves([*path, [i, key]], item)  # with its position, which a checkpoint does not preserve
     elif isinstance(value, list | tuple):
         yield [*path, "list" if isinstance(value, list) else "tuple"], torch.zeros(0)
         for i, item in enumerate(value):
@@ -52,11 +56,12 @@ def _leaves(path: list[Any], value: Any) -> Iterator[tuple[list[Any], Tensor]]:
 
 
 def equal(held: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> bool:
+    """Return whether two stored values are the same; False if there is no earlier one."""
     return before is not None and held.keys() == before.keys() and all(torch.equal(held[n], before[n]) for n in held)
 
 
 def restore_state(strategy: Strategy, memory: Mapping[str, Tensor]) -> None:
-    """The inverse of `list_state`, whatever the order in which a checkpoint gives the tensors back."""
+    """Set the strategy's attributes from what `list_state` yielded; the order of the tensors does not matter."""
     found = [(json.loads(path), tensor) for path, tensor in memory.items()]
     for name in {path[0] for path, _ in found}:
         setattr(strategy, name, _value([(path[1:], tensor) for path, tensor in found if path[0] == name]))

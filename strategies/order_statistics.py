@@ -1,4 +1,4 @@
-"""Rules that treat every coordinate by itself: the deltas of all updates side by side, a block of coordinates at a time."""
+"""Coordinate-wise rules on the deltas of all updates, and order statistics of stacked rows, a block of coordinates at a time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor
 
 from cotune.strategies.blocks import Entries, empty, flatten, read_stacks, shape_of
 
-_MAX_NETWORK = 24  # rows; from there on NumPy's sort of every column is as fast
+_MAX_NETWORK = 24  # rows; for more, NumPy's sort of every column is as fast
 
 Rule = Callable[[Entries, Sequence[int]], Entries]
-"""((n, m) entries, the numbers of the n deltas that they are of) -> (m,) in float64. The entries are the rule's to overwrite."""
+"""(entries (n, m), the numbers of their n deltas) -> (m,) in float64. The rule may overwrite the entries."""
 
 
 def fuse_coordinates(deltas: Sequence[Mapping[str, Tensor]], rule: Rule) -> dict[str, Tensor]:
-    """Return D_j = rule(Δ_1j … Δ_nj) for every coordinate j, over the deltas that hold it, in float64.
+    """Return D_j = rule(Δ_1j … Δ_nj) for every coordinate j, over the deltas that contain it, in float64.
 
-    The memory beside the result is that of a block, however many deltas there are.
+    The extra memory is that of one block, however many deltas there are.
+
+    Raises:
+        ValueError: If deltas of a parameter differ in shape.
     """
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for delta in deltas for name in delta):
@@ -50,14 +53,14 @@ def mean_rows(rows: Entries) -> Entries:
 
 
 def median_rows(rows: Entries) -> Entries:
-    """Return the median over the first dimension in float64; of an even number the mean of the middle two. Sorts the rows."""
+    """Return the median over the first dimension in float64, the mean of the middle two for an even number. Sorts in place."""
     ordered = sort_rows(rows)
     found: Entries = (ordered[(len(rows) - 1) // 2].astype(np.float64) + ordered[len(rows) // 2]) / 2
     return found
 
 
 def sort_rows(rows: Entries) -> Entries:
-    """Sort every column in place, the smallest first; there is no NaN.
+    """Sort every column in place, in ascending order; there must be no NaN.
 
     Few rows are sorted by a network of comparisons (Batcher's merge exchange: Knuth, The Art of Computer Programming, volume 3,
     algorithm 5.2.2M), each of whole rows at a time, which is 4 to 20 times as fast as a sort of column after column.
@@ -75,7 +78,7 @@ def sort_rows(rows: Entries) -> Entries:
 
 @functools.cache
 def _comparisons(count: int) -> tuple[tuple[int, int], ...]:
-    """Pairs of rows to compare and exchange, one after the other, that sort so many."""
+    """Return the pairs of rows to compare and exchange, one after the other, to sort `count` rows."""
     found = []
     top = 1 << max(0, (count - 1).bit_length() - 1)
     size = top

@@ -1,9 +1,9 @@
-"""Parts that come from elsewhere: a researcher's own file, an installed package's entry point, or a strategy of Flower's.
+"""Load components from elsewhere: a researcher's own file, an installed package's entry point, or one of Flower's strategies.
 
-`my_rules.py:my_fusion` is a file beside the plan. It is code: it runs on the coordinator's own machine alone, and only while its
-content is what the plan says (SHA-256); the folder of a run keeps a copy beside the plan. So it is with
-`flwr.serverapp.strategy:Krum`, a class of the installed Flower. Clients read a plan without ever opening either. Client terms
-run at the organizations: they come from cotune or from a package that is installed there, never from a file that a plan names.
+`my_rules.py:my_fusion` names a file beside the plan. It is code: it runs only on the coordinator's machine, and only if its
+content is what the plan pins (SHA-256); a run's folder keeps a copy beside the plan. `flwr.serverapp.strategy:Krum`, a class of
+the installed Flower, runs only there, too. Clients read a plan without ever opening either. Client terms run at organizations:
+they come from cotune or from a package that is installed there, never from a file that a plan names.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _read: dict[str, tuple[Path, bytes]] = {}  # by SHA-256: the files that this pro
 
 
 def is_file(name: str) -> bool:
-    """Whether a name means a part in a file: `path/to/file.py:function`."""
+    """Return whether a name means a component in a file: `path/to/file.py:function`."""
     return _FILE.fullmatch(name) is not None
 
 
 def is_code(name: str) -> bool:
-    """Whether a name means code that the coordinator alone opens: a part in a file, or a strategy of Flower's."""
+    """Return whether a name means code that only the coordinator loads: a component in a file, or one of Flower's strategies."""
     return is_file(name) or _FLOWER.fullmatch(name) is not None
 
 
@@ -43,14 +43,19 @@ def is_code(name: str) -> bool:
 
 
 def get_components(kind: Kind) -> Mapping[str, ComponentInfo]:
-    """The parts that can be named: those of cotune, and those of installed packages (entry points `cotune.fusions` …)."""
+    """Return the components that plans can name: cotune's and those of installed packages (entry points `cotune.fusions` …)."""
     return dict(
         sorted({**{name: load_installed(kind, name) for name in _entry_points(kind)}, **get_builtin_components(kind)}.items())
     )
 
 
 def get_component(kind: Kind, name: str) -> ComponentInfo:
-    """A part of cotune or of an installed package, which alone is imported. Raises ValueError for an unknown name."""
+    """Return a component of cotune or of an installed package, importing only that package.
+
+    Raises:
+        ValueError: If the name is unknown.
+        PlanError: If the package cannot be loaded.
+    """
     if name in get_builtin_components(kind):
         return get_builtin_components(kind)[name]
     if name not in _entry_points(kind):
@@ -66,7 +71,11 @@ def _entry_points(kind: Kind) -> dict[str, EntryPoint]:
 
 @cache
 def load_installed(kind: Kind, name: str) -> ComponentInfo:
-    """The part that an entry point means. Imports its package. Raises PlanError where that fails."""
+    """Import the component of an entry point.
+
+    Raises:
+        PlanError: If its package cannot be imported, or the object is not such a component.
+    """
     point = _entry_points(kind)[name]
     try:
         value = point.load()
@@ -83,9 +92,17 @@ def load_installed(kind: Kind, name: str) -> ComponentInfo:
 
 
 def register_file(name: str, folder: Path) -> str:
-    """SHA-256 of the file in `file.py:function`, relative to `folder`; from then on the process knows its content. Runs nothing.
+    """Read the file in `file.py:function` into this process's registry, without executing it.
 
-    Raises PlanError where it cannot be read.
+    Args:
+        name: The path may be relative to `folder`.
+        folder: Of the plan.
+
+    Returns:
+        The SHA-256 of the file, by which the other functions here find it.
+
+    Raises:
+        PlanError: If the file cannot be read.
     """
     path = (folder / name.rpartition(":")[0]).resolve()
     try:
@@ -100,17 +117,21 @@ def register_file(name: str, folder: Path) -> str:
 
 
 def get_content(name: str, sha256: str) -> bytes:
-    """The file of that content, which this process has read. Raises PlanError."""
+    """Return the content of a registered file; raises PlanError if no file with that hash is registered."""
     return _content(name, sha256)[1]
 
 
 def get_source(name: str, sha256: str) -> str:
-    """`file.py:function` with the whole path of the file, so that another process can read it. Raises PlanError."""
+    """Return `file.py:function` with the file's absolute path, for another process; raises PlanError as `get_content` does."""
     return f"{_content(name, sha256)[0]}:{name.rpartition(':')[2]}"
 
 
 def load_object(name: str, sha256: str) -> Any:
-    """What `file.py:function` means, in the file of that content. Runs the file. Raises PlanError."""
+    """Execute a registered file and return the function or class that `file.py:function` names.
+
+    Raises:
+        PlanError: If the file is not registered, cannot be executed, or does not define the name.
+    """
     path, _ = _content(name, sha256)
     module = _run(sha256)
     wanted = name.rpartition(":")[2]
@@ -132,13 +153,15 @@ def _content(name: str, sha256: str) -> tuple[Path, bytes]:
 
 @cache
 def _run(sha256: str) -> Any:
-    """The module, run once wherever copies of the file lie."""
+    """Return the module; it is executed once per content, however many copies of the file there are."""
     path, content = _read[sha256]
     spec = importlib.util.spec_from_file_location(f"cotune_plugin_{sha256[:16]}", path)
     assert spec is not None, "the name ends in .py"
     module = importlib.util.module_from_spec(spec)
     try:
-        exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))  # what was hashed, not what is there by now
+        exec(
+            compile(content, str(path), "exec", dont_inherit=True), vars(module)
+        )  # the content that was hashed, whatever the file contains now
     except Exception as error:
         raise PlanError(
             f"{path} cannot be run ({type(error).__name__}: {error}): expected a Python file that can be", code="plan.code_failed"
@@ -150,7 +173,16 @@ def _run(sha256: str) -> Any:
 
 
 def load_code(kind: Kind, name: str, sha256: str) -> ComponentInfo:
-    """The part that a name of code means (see `is_code`). Runs it. Raises PlanError."""
+    """Execute the code that a name means (see `is_code`) and return its component.
+
+    Args:
+        kind: What the plan uses it as.
+        name: `file.py:function`, or a class of Flower's.
+        sha256: Of the file, which must be registered; ignored for Flower's classes.
+
+    Raises:
+        PlanError: If it is a client term, or the code cannot be used as that kind of component.
+    """
     if kind == "client_term":
         raise PlanError(f'client_term = "{name}" names code: {CLIENT_TERM_ADVICE}', code="plan.client_term_is_code")
     if is_file(name):
@@ -166,7 +198,16 @@ def load_code(kind: Kind, name: str, sha256: str) -> ComponentInfo:
 
 
 def component_from(kind: Kind, name: str, value: Any) -> ComponentInfo:
-    """What a function or class says of itself; one that says nothing needs to see each update. Raises PlanError."""
+    """Return the declaration of a function or class.
+
+    Args:
+        kind: What the plan uses it as.
+        name: What the plan calls it.
+        value: One without a decorator gets the declaration of `infer_component`.
+
+    Raises:
+        PlanError: If the value cannot be a component of that kind.
+    """
     info = getattr(value, "component", None)
     if isinstance(info, ComponentInfo):
         if info.kind != kind:
@@ -191,10 +232,20 @@ def component_from(kind: Kind, name: str, value: Any) -> ComponentInfo:
 
 
 def pin_code(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, ComponentInfo]]:
-    """The `strategy` table of a plan with every part that is code completed, and these parts. Runs them.
+    """Complete the components of a plan that are code, by executing them: their hashes, parameters, and what they need.
 
-    folder: of the plan. A file is named without its folder: that is nobody else's business, and a run keeps the file beside
-    its plan. Raises PlanError or ValueError.
+    Files are named without their folder: the path is private to the coordinator, and a run keeps the file beside its plan.
+
+    Args:
+        strategy: The plan's `strategy` table; other values are returned unchanged.
+        folder: Of the plan.
+
+    Returns:
+        (the completed table, kind -> component that is code).
+
+    Raises:
+        PlanError: If code cannot be read, executed or used, or differs from the hash in the plan.
+        ValueError: If parameters are invalid.
     """
     if not isinstance(strategy, Mapping):
         return strategy, {}
@@ -213,7 +264,7 @@ def pin_code(strategy: Any, folder: Path) -> tuple[Any, dict[Kind, ComponentInfo
 
 
 def _check_names(parts: Sequence[Mapping[str, Any]]) -> None:
-    """A run keeps the files side by side."""
+    """Refuse two files of the same name with different content, as a run keeps all files in one folder."""
     digests: dict[str, str] = {}
     for part in parts:
         file = part["name"].rpartition(":")[0]

@@ -1,8 +1,8 @@
-"""The parts of a strategy as data: what a part is called, where it comes from, what it needs, and which parameters it takes.
+"""Declare the components of a strategy: name, source, needs, and parameters.
 
-A part is a function or a frozen dataclass with one of the four decorators on it; its signature is the schema of the plan.
-Built-in parts are found in the folders weightings/, fusions/, server_optimizers/ and client_terms/: a new one is a new file,
-nothing else.
+A component is a function or a frozen dataclass with one of the four decorators; its signature is the schema of its table in a
+plan. Built-in components are found in the folders weightings/, fusions/, server_optimizers/ and client_terms/: adding one takes a
+new file and nothing else.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FOLDERS: dict[Kind, str] = {
     "server_optimizer": "server_optimizers",
     "client_term": "client_terms",
 }
-_INJECTED = ("update", "updates", "context")  # arguments that the round fills in; all others are the plan's
+_INJECTED = ("update", "updates", "context")  # arguments that the round supplies; all others come from the plan
 _Build = TypeVar("_Build", bound=Callable[..., Any])
 
 
 def get_kind_label(kind: str) -> str:
-    """Return the kind of a part in words, such as "server optimizer"."""
+    """Return the kind of a component in words, such as "server optimizer"."""
     return kind.replace("_", " ")
 
 
@@ -52,20 +52,20 @@ class Needs:
     Attributes:
         visibility: What the server must see of the updates.
         sends: What organizations must send beside their deltas.
-        receives: Whether it broadcasts tensors to organizations beside the model.
+        receives: Whether organizations receive tensors beside the model.
         client_state: Whether organizations keep tensors between rounds.
         participation: The smallest fraction of the organizations that each round must ask.
         optimizers: The local optimizers that it assumes; empty: any.
         momentum: Whether local optimizers may have momentum.
         weights: Whether it uses the weights of the weighting.
-        by_parameter: Whether it treats every entry by itself, so that weights may differ between parameters.
-        adapters: The values of lora.factors that it is for; empty: it need not know of adapters.
+        by_parameter: Whether it treats each entry separately, so that weights may differ between parameters.
+        adapters: The values of lora.factors that it supports; empty: it does not depend on adapters.
         mixed_ranks: Whether organizations may train adapters of smaller ranks.
         rewrites: What it changes of adapters, trained or not.
-        sets_state: Whether its result is a new state rather than a direction, which a server optimizer must not bend.
-        mean: Whether it counts on a fusion that is the weighted mean, as terms that keep or receive tensors do anyway.
-        server_data: Whether it judges updates by validation records of the server.
-        public_inputs: Whether it looks at what models predict on the plan's public inputs.
+        sets_state: Whether its result is a new state rather than a direction; the server optimizer must apply it unchanged.
+        mean: Whether it requires the weighted mean as fusion, as client terms that keep or receive tensors always do.
+        server_data: Whether it evaluates updates on the server's validation records.
+        public_inputs: Whether it uses predictions on the plan's public inputs.
         client_privacy: Why client-level privacy is not supported with it; empty: it is.
     """
 
@@ -90,15 +90,15 @@ class Needs:
 
 @dataclass(frozen=True)
 class ComponentInfo:
-    """What a component of a strategy says of itself.
+    """The declaration of a component.
 
     Attributes:
         kind: weighting, fusion, server optimizer or client term.
         name: What a plan calls it.
         build: A function (weighting, fusion) or a dataclass (server optimizer, client term).
-        cite: Its source.
+        cite: Its source, such as a paper.
         needs: What it asks of a run.
-        min_updates: Parameters -> how many updates a round must have at least.
+        min_updates: Its parameters -> the fewest updates that a round must have.
         homogeneous: Whether a fusion of c·Δ_k for all k gives c·D.
         idempotent: Whether a fusion of identical deltas gives that delta.
     """
@@ -119,7 +119,7 @@ class ComponentInfo:
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """Those that a plan may give."""
+        """The parameters that a plan may give."""
         return {name: p for name, p in inspect.signature(self.build).parameters.items() if name not in _INJECTED}
 
     @property
@@ -134,11 +134,20 @@ class ComponentInfo:
 
     @property
     def needs_context(self) -> bool:
+        """Whether it takes the `RoundContext`."""
         return "context" in inspect.signature(self.build).parameters
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All parameters with their values, defaults filled in. Raises ValueError, in words, for what the signature does not
-        allow.
+        """Validate parameters, and fill in defaults.
+
+        Args:
+            given: Parameter -> value, as in a plan.
+
+        Returns:
+            All parameters with their values.
+
+        Raises:
+            ValueError: If a parameter is unknown, missing, or outside the type or bounds in the signature.
         """
         known = self.parameters
         words = get_kind_label(self.kind)
@@ -184,8 +193,14 @@ def _decorator(
 
 
 def weighting(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
-    """Marks `f(update, …) -> w_k`, or `f(updates, …) -> [w_1, …]` where they are compared; a weight may be one for each
-    parameter.
+    """Register `f(update, …) -> w_k`, or `f(updates, …) -> [w_1, …]` if it compares them, as a weighting.
+
+    A weight is a number, or parameter -> number.
+
+    Args:
+        name: What plans call it.
+        cite: Its source.
+        needs: What it asks of a run.
     """
     return _decorator("weighting", name, cite, None, True, True, needs)
 
@@ -199,29 +214,56 @@ def fusion(
     homogeneous: bool = True,
     idempotent: bool = True,
 ) -> Callable[[_Build], _Build]:
-    """Marks `f(updates, …) -> Delta`, or a generator of contributions (see `sums`), which never sees a single update."""
+    """Register `f(updates, …) -> Delta | Aggregate`, or a generator of contributions (see `sums`), as a fusion.
+
+    Args:
+        name: What plans call it.
+        cite: Its source.
+        needs: What it asks of a run.
+        min_updates: Its parameters -> the fewest updates that a round must have; None: 1.
+        homogeneous: Whether deltas c·Δ_k for all k give c·D.
+        idempotent: Whether identical deltas give that delta.
+    """
     return _decorator("fusion", name, cite, min_updates, homogeneous, idempotent, needs)
 
 
 def server_optimizer(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
-    """Marks a frozen dataclass with the methods of `server_optimizer.ServerOptimizer`."""
+    """Register a frozen dataclass derived from `ServerOptimizer`.
+
+    Args:
+        name: What plans call it.
+        cite: Its source.
+        needs: What it asks of a run.
+    """
     return _decorator("server_optimizer", name, cite, None, True, True, needs)
 
 
 def client_term(name: str, *, cite: str, needs: Needs = Needs()) -> Callable[[_Build], _Build]:
-    """Marks a frozen dataclass derived from `client_term.ClientTerm`."""
+    """Register a frozen dataclass derived from `ClientTerm`.
+
+    Args:
+        name: What plans call it.
+        cite: Its source.
+        needs: What it asks of a run.
+    """
     return _decorator("client_term", name, cite, None, True, True, needs)
 
 
 def infer_component(kind: Kind, name: str, build: Callable[..., Any]) -> ComponentInfo:
-    """A part that says nothing about itself: a generator sees sums, any other function each update."""
+    """Declare a component without a decorator: a generator sees sums, any other fusion each update.
+
+    Args:
+        kind: What the plan uses it as.
+        name: What the plan calls it.
+        build: The function or class.
+    """
     visibility = Visibility.SUM if kind != "fusion" or inspect.isgeneratorfunction(build) else Visibility.PER_CLIENT
     return ComponentInfo(kind, name, build, "", Needs(visibility=visibility))
 
 
 @functools.cache
 def get_builtin_components(kind: Kind) -> Mapping[str, ComponentInfo]:
-    """The parts that come with cotune, by name."""
+    """Return cotune's own components of a kind, by name."""
     found: dict[str, ComponentInfo] = {}
     folder = importlib.import_module(f"cotune.strategies.{FOLDERS[kind]}")
     for module_info in pkgutil.walk_packages(folder.__path__, f"{folder.__name__}."):

@@ -1,8 +1,8 @@
-"""Fusions that need sums alone: written as generators, they see no single update.
+"""Fusions that need only sums: written as generators, they never see a single update.
 
-Such a rule yields a *contribution*, a function that each organization could apply to its own update by itself, and is sent back
-the sum over all of them; a rule of several passes yields again, and what it has learnt so far is in the closure of the next
-contribution, as if it had been broadcast:
+Such a rule yields a *contribution*, a function that each organization could apply to its own update, and receives the sum over
+all of them. A rule of several passes yields again; what it knows so far is in the closure of the next contribution, as if it had
+been broadcast:
 
 >>> def mean():
 ...     sums = yield lambda update: {"w": torch.tensor(update.scalar), "d": update.scalar * update.delta["x"]}
@@ -28,9 +28,11 @@ _WEIGHT = "weight of "
 
 
 def weighted(update: WeightedUpdate, delta: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """w_k Δ_k and w_k of every parameter: the sums of both give the weighted mean over those that sent it.
+    """Return w_k Δ_k and w_k of every parameter, whose sums give the weighted mean over those that sent it.
 
-    delta: what has become of the update's own, which is the default.
+    Args:
+        update: For its weight.
+        delta: A transformed delta; None: the update's own.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in (update.delta if delta is None else delta).items():
@@ -41,13 +43,13 @@ def weighted(update: WeightedUpdate, delta: Mapping[str, Tensor] | None = None) 
 
 
 def weighted_mean(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Σ w_k Δ_k / Σ w_k of every parameter, from sums of what `weighted` gives; 0 where nobody holds the entry."""
+    """Return Σ w_k Δ_k / Σ w_k of every parameter, from sums of `weighted`; 0 for entries whose weights are all 0."""
     names = [name for name in sums if _WEIGHT + name in sums]
     return {name: torch.where(sums[_WEIGHT + name] > 0, sums[name] / sums[_WEIGHT + name], 0.0) for name in names}
 
 
 def average(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return Σ w_i y_i / Σ w_i, by the sums that parameters are averaged with; 0 where no weight is.
+    """Return Σ w_i y_i / Σ w_i, with the same sums as for parameters; 0 for entries whose weights are all 0.
 
     Args:
         values: y_i, of one shape.
@@ -60,7 +62,7 @@ def average(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def divide(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `weighted_mean` gives, in the memory of the sums, which are used up."""
+    """Compute `weighted_mean` in place; the sums are consumed."""
     found: dict[str, Tensor] = {}
     for name in [name for name in sums if _WEIGHT + name in sums]:
         weight = sums.pop(_WEIGHT + name)
@@ -72,25 +74,26 @@ def divide(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def norm(delta: Delta) -> float:
-    """‖Δ‖₂ over all parameters, in float64; the same whatever their order, which a file or a sender may change."""
+    """Return ‖Δ‖₂ over all parameters in float64, independent of their order, which a file or a sender may change."""
     return math.sqrt(measure(delta))
 
 
 def total(sums: dict[str, Tensor], contribution: Mapping[str, Tensor]) -> None:
-    """Adds a contribution to the running sums, in place; one number for a parameter stands for all of its entries."""
+    """Add a contribution to the running sums in place; shapes may broadcast, as one weight stands for all entries."""
     for name, tensor in contribution.items():
         if name in sums and sums[name].shape == tensor.shape:
             sums[name] += tensor
-        elif name in sums:  # the weight of a whole tensor beside that of a part of one
+        elif name in sums:  # one weight for the whole tensor, and weights by entry, of an update that has only a part of it
             sums[name] = sums[name] + tensor
         else:
             sums[name] = tensor.to(torch.float64, copy=True)
 
 
 def add_weighted(sums: dict[str, Tensor], update: WeightedUpdate) -> float:
-    """Adds what `weighted` gives to the running sums, to the bit, in one pass and without making it; returns ‖Δ_k‖².
+    """Add `weighted(update)` to the running sums, bit for bit, in one pass and without creating it.
 
-    It is not finite where an entry is not; then the sums are not, either.
+    Returns:
+        ‖Δ_k‖². If an entry is not finite, neither is this nor the sums.
     """
     squares = []
     for name in update.update.delta:
@@ -106,18 +109,18 @@ def add_weighted(sums: dict[str, Tensor], update: WeightedUpdate) -> float:
 
 
 def _fits(running: Tensor | None, shape: tuple[int, ...]) -> bool:
-    """Whether entries of that shape can be added in place."""
+    """Return whether entries of that shape can be added in place."""
     return running is None or (running.shape == shape and running.is_contiguous())
 
 
 def _add_scaled(sums: dict[str, Tensor], name: str, delta: Delta, weight: float) -> float:
-    """The sum of a parameter += w_k Δ_k; Σ of the squares of Δ_k."""
+    """Add w_k Δ_k to the sum of a parameter, and return Σ of the squares of Δ_k."""
     is_first = name not in sums
     if is_first:
         sums[name] = empty(shape_of(delta, name))
     running = flatten(sums[name])
     squares = []
-    with np.errstate(all="ignore"):  # what is not finite is told by the result
+    with np.errstate(all="ignore"):  # the result shows whether all entries are finite
         for where, block in read_blocks(delta, name):
             squares.append(sum_squares(block))
             np.multiply(block, weight, out=running[where] if is_first else block)

@@ -1,7 +1,4 @@
-"""Deltas and updates, and what the parts of a strategy see of a round: weighed updates, the context, and the fused delta.
-
-What the parts of a strategy see of a round: weighed updates, the context, and the fused delta.
-"""
+"""Deltas and updates, and what the components of a strategy see of a round: weighted updates, context, and aggregate."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ from torch import Tensor
 from cotune.models.adapters.adapter import Adapter
 from cotune.strategies.blocks import empty, flatten, is_finite, max_abs, read_blocks, shape_of
 
-# of a parameter: those of usable models are below 100, extreme ones are how rounding errors are made large, and sites refuse them
+# The largest magnitude of a parameter. Those of usable models are below 100; an attacker could use extreme ones to amplify
+# rounding errors, so sites refuse them.
 MAX_VALUE = 1e4
 
 Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
@@ -26,12 +24,17 @@ Delta = Mapping[str, Tensor]  # parameter name -> Δθ of that parameter
 class Update:
     """One organization's contribution to a round.
 
-    delta: float32 tensors of the parameters that the stage shares. examples: the number of records it declares, its weight.
-    steps: local steps taken. epsilon: ε it has spent in this run so far, as it states itself; None without privacy. disclosures:
-    what else plan and policy let it say, by name: numbers about its records, with or without noise as its policy has it.
-    noise_variance: of the privacy noise on every coordinate of a parameter's delta, by parameter; None where it states none.
-    statistics: arrays that a fusion asks for beside the delta, as "fisher/<parameter>" or "gram/<parameter>" (float32).
-    received: SHA-256 of what it was trained from (wire.state_digest of the state, and of what was sent beside it).
+    Attributes:
+        organization: Its name.
+        round: The round it was trained for.
+        delta: float32 tensors of the parameters that the stage shares.
+        examples: The number of records that it declares.
+        steps: Local steps taken.
+        epsilon: ε spent in this run so far, as the organization states it; None without privacy.
+        disclosures: Name -> number about its records, noised or not, as far as plan and policy allow.
+        noise_variance: Parameter -> variance of the privacy noise on each coordinate of its delta; None if it states none.
+        statistics: Arrays (float32) that a fusion asks for, as "fisher/<parameter>" or "gram/<parameter>".
+        received: SHA-256 of what it was trained from: the state, and what was sent beside it.
     """
 
     organization: str
@@ -47,17 +50,17 @@ class Update:
 
 
 def difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Delta:
-    """Δθ = θ_new − θ_old for every parameter of `new`."""
+    """Return Δθ = θ_new − θ_old for every parameter of `new`."""
     return {name: tensor - old[name] for name, tensor in new.items()}
 
 
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is infinite or not a number; None where there is none."""
+    """Return the name of the first tensor with a value that is infinite or NaN; None if there is none."""
     return next((name for name in tensors if not is_finite(tensors, name)), None)
 
 
 def find_extreme(tensors: Mapping[str, Tensor], limit: float = MAX_VALUE) -> tuple[str, float] | None:
-    """The name and the largest entry of the first tensor that has one beyond ±limit, or no number; None where there is none."""
+    """Return name and largest magnitude of the first tensor with an entry beyond ±limit or NaN; None if there is none."""
     for name in tensors:
         largest = max_abs(tensors, name)
         if not largest <= limit:
@@ -66,12 +69,18 @@ def find_extreme(tensors: Mapping[str, Tensor], limit: float = MAX_VALUE) -> tup
 
 
 def apply_delta(state: Mapping[str, Tensor], delta: Delta, rate: float = 1.0) -> dict[str, Tensor]:
-    """θ + rate·Δθ, computed in float64 and kept in the parameter's dtype; parameters without a delta stay as they are."""
+    """Return θ + rate·Δθ, computed in float64 and rounded to each parameter's type.
+
+    Args:
+        state: θ.
+        delta: Δθ; parameters that it lacks stay as they are.
+        rate: Factor of the delta.
+    """
     return {**state, **{name: _moved(state[name], delta, name, rate) for name in delta}}
 
 
 def _moved(parameter: Tensor, delta: Delta, name: str, rate: float) -> Tensor:
-    """One parameter after the step, by blocks where both are as large."""
+    """Return one parameter after the step, computed by blocks if parameter and delta have the same shape."""
     if parameter.dtype not in (torch.float32, torch.float64) or shape_of(delta, name) != parameter.shape:
         return (parameter.to(torch.float64) + delta[name].to(torch.float64) * rate).to(parameter.dtype)
     moved = parameter.detach().clone(memory_format=torch.contiguous_format)
@@ -86,7 +95,10 @@ def _moved(parameter: Tensor, delta: Delta, name: str, rate: float) -> Tensor:
 class LocalSteps:
     """How every organization trains in the round.
 
-    learning_rate: η of the first parameter group. steps: K, or no real limit where the plan gives epochs.
+    Attributes:
+        learning_rate: η of the first parameter group.
+        momentum: Of local SGD.
+        steps: K; a very large number if the plan gives epochs instead.
     """
 
     learning_rate: float = 1.0
@@ -95,36 +107,43 @@ class LocalSteps:
 
 
 class PublicInputs(Protocol):
-    """The plan's public inputs, as the models of a round answer them: a class for each, or for each word of each."""
+    """The plan's public inputs, on which a round's models predict a class for each input, or for each word of each input."""
 
     def predict(self, delta: Delta) -> Tensor:
-        """Return the scores (answers, classes) of θ + delta, in float64; rows of NaN for what was not read."""
+        """Return the scores (answers, classes) of θ + delta in float64; rows of NaN for answers that the model cannot give."""
         ...
 
     def distill(
         self, delta: Delta, taught: Tensor, *, temperature: float, learning_rate: float, epochs: int, batch_size: int
     ) -> Delta:
-        """Train θ + delta to predict what was taught, and return what it then is apart from θ, in float64.
+        """Train θ + delta to predict target probabilities, and return the trained model's difference from θ, in float64.
 
         Args:
-            delta: The start.
-            taught: (answers, classes) probabilities; rows of NaN are left out.
-            temperature: Of both sides in the loss T² · KL.
-            learning_rate: Of Adam at first; it falls to 0 over all steps.
+            delta: Where training starts.
+            taught: Target probabilities (answers, classes); rows of NaN are left out.
+            temperature: T, of both distributions in the loss T² · KL.
+            learning_rate: Initial rate of Adam; it falls to 0 over all steps.
             epochs: Passes over the inputs.
-            batch_size: Inputs of a step.
+            batch_size: Inputs per step.
         """
         ...
 
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What a part may know of the round beside the updates; a part that wants it has a parameter named `context`.
+    """What a component may know of the round besides the updates, if it has a parameter named `context`.
 
-    round: from 1 to rounds. seed: the plan's. organizations: of the run, asked or not. state: θ, as everybody received it.
-    adapters: of the stage, where it trains LoRA factors. memory: what this part remembered of the round before; empty in the
-    first. score: the accuracy of θ + delta on the server's own validation records; None where it holds none. public: the plan's
-    public inputs; None where it names none.
+    Attributes:
+        round: From 1 to `rounds`.
+        rounds: Of the plan.
+        seed: Of the plan.
+        organizations: Number of organizations in the run, asked in this round or not.
+        state: θ, as all organizations received it.
+        local: How organizations train.
+        adapters: LoRA adapters of the stage, if it trains any.
+        memory: What this component returned as memory in the previous round; empty in the first.
+        score: Delta -> accuracy of θ + delta on the server's validation records; None if it has none.
+        public: The plan's public inputs; None if it names none.
     """
 
     round: int = 1
@@ -141,9 +160,12 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """An update with its weight w_k, 0 or more and not normalized; a weighting may weigh every parameter by itself.
+    """An update with its weight.
 
-    state: θ as received, for the shapes: an organization with a smaller rank sends smaller LoRA factors.
+    Attributes:
+        update: As received.
+        weight: w_k ≥ 0, not normalized; or parameter -> weight.
+        state: θ as received, for its shapes: an organization with a smaller rank sends smaller LoRA factors.
     """
 
     update: Update
@@ -157,13 +179,13 @@ class WeightedUpdate:
 
     @property
     def entries(self) -> Delta:
-        """The delta as it came, most often in float32, to be read by blocks; as `delta` where factors are of a smaller rank."""
+        """The delta as received, usually in float32, to be read by blocks; `delta` if factors have a smaller rank."""
         sent = self.update.delta
         is_whole = all(name not in self.state or self.state[name].shape == shape_of(sent, name) for name in sent)
         return sent if is_whole else self.delta
 
     def padded(self, name: str) -> Tensor:
-        """One parameter of `delta`, which is kept by nobody."""
+        """Return one parameter of `delta` without caching it."""
         sent = self.update.delta
         whole = empty(shape_of(sent, name))
         entries = flatten(whole)
@@ -172,7 +194,7 @@ class WeightedUpdate:
         return self._padded(name, whole)
 
     def weight_of(self, name: str) -> float | Tensor:
-        """w_k of a parameter; a mask times w_k where the organization holds a part of it only."""
+        """Return w_k of a parameter; w_k times a mask if the organization has only a part of it."""
         weight = self.weight if isinstance(self.weight, int | float) else self.weight[name]
         sent = self.update.delta[name]
         if name not in self.state or self.state[name].shape == sent.shape:
@@ -181,7 +203,7 @@ class WeightedUpdate:
 
     @property
     def scalar(self) -> float:
-        """The one weight of the update. Raises TypeError where every parameter has its own."""
+        """The update's single weight; raises TypeError if every parameter has its own."""
         if not isinstance(self.weight, int | float):
             raise TypeError("expected one weight for the update, got one for each parameter")
         return float(self.weight)
@@ -197,9 +219,14 @@ class WeightedUpdate:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What a round's updates have become: D, how many there were, Σ p_k ‖Δ_k‖², and what the fusion remembers.
+    """The result of a round's fusion.
 
-    weights: organization -> the share p_k that a fusion has given its update, where that is not its weight's.
+    Attributes:
+        delta: D.
+        participants: Number of updates.
+        mean_squared_norm: Σ p_k ‖Δ_k‖².
+        memory: What the fusion passes to its next round.
+        weights: Organization -> p_k, if the fusion changed the shares that follow from the weights.
     """
 
     delta: Delta

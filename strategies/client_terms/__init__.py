@@ -1,3 +1,1 @@
-"""Client terms: what is added to an organization's own gradients, and what the server does for it. One a file, found by
-itself.
-"""
+"""Client terms: what organizations add to their gradients, and the server's part of it. One per file, found automatically."""

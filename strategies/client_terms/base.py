@@ -1,7 +1,7 @@
-"""What a client term is: something added to an organization's gradients, its durable state, and the server's half of it.
+"""The interface of client terms: a correction of an organization's gradients, its durable state, and the server's part.
 
-Under DP-SGD the term is added after clipping and noising, to the privatized gradient: it depends on released values alone (the
-model, former deltas of the organization itself), so that it is post-processing and takes nothing of the clip norm.
+Under DP-SGD the correction is added to the gradient after clipping and noising. It depends only on released values (the model
+and the organization's own former deltas), so it is post-processing and uses up none of the clip norm.
 """
 
 from __future__ import annotations
@@ -14,28 +14,56 @@ from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext
 
 
 class ClientTerm:
-    """The base of all: frozen dataclasses, whose fields are the plan's parameters. A term overrides what it needs.
+    """Base class: subclasses are frozen dataclasses, whose fields are the plan's parameters, and override what they need.
 
-    Names of tensors are those of the parameters, in what is kept, sent and remembered; a tensor that is not there yet is 0.
+    All three kinds of state are keyed by parameter name, and a missing tensor means 0: `kept` is stored by the organization,
+    `sent` is broadcast with the model, and `memory` is stored by the server.
     """
 
     def correction(
         self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None
     ) -> Tensor | None:
-        """What is added to the gradient of a parameter in every step; None: nothing.
+        """Return what to add to the gradient of a parameter in each local step.
 
-        received: its value at the start of the round. kept: the organization's own tensor. sent: the server's, of this round.
+        Args:
+            name: Of the parameter.
+            parameter: Its current value θ_k.
+            received: Its value θ at the start of the round.
+            kept: The organization's stored tensor; None before its first round.
+            sent: The tensor that the server sent for this round; None if it sent none.
+
+        Returns:
+            A tensor of the parameter's shape, type and device; None to add nothing.
         """
         return None
 
     def keep(self, kept: Mapping[str, Tensor], delta: Delta, sent: Mapping[str, Tensor], local: LocalSteps) -> dict[str, Tensor]:
-        """What the organization keeps after its round, durably; from released values only."""
+        """Return what the organization stores durably after a round, computed from released values only.
+
+        Args:
+            kept: What it stored after its previous round.
+            delta: Δ_k as it leaves the organization, clipped and noised.
+            sent: What the server sent for this round.
+            local: Learning rate and number of steps of the round.
+
+        Returns:
+            The tensors that replace `kept`.
+        """
         return {}
 
     def send(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What travels to the organizations beside the model."""
+        """Return what the server sends to organizations beside the model, computed from its `memory`."""
         return {}
 
     def fold(self, fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
-        """The server's half: (D, own memory) -> (D, own memory), between the fusion and the server optimizer."""
+        """Apply the server's part, between the fusion and the server optimizer.
+
+        Args:
+            fused: The fused delta D and the number of participants.
+            memory: What the term returned as memory after the previous round.
+            context: Of the round.
+
+        Returns:
+            (the delta for the server optimizer, new memory).
+        """
         return fused.delta, {}

@@ -1,4 +1,4 @@
-"""Dynamic regularization: every organization's optimum is moved until all agree on one."""
+"""FedDyn: dynamic regularization, which aligns the optima of the organizations' objectives with the global one."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext
 )
 @dataclass(frozen=True)
 class FedDyn(ClientTerm):
-    """Gradient − λ_k + α(θ_k − θ), with λ_k ← λ_k − αΔ_k; the server keeps h ← h − αfD and moves by D − h/α.
+    """Train with gradient − λ_k + α(θ_k − θ) and λ_k ← λ_k − αΔ_k; the server keeps h ← h − αfD and moves by D − h/α.
 
-    f: the fraction of the organizations that took part, so that h is the mean of all λ_k: under full participation with any
-    fixed weights, else with equal ones. alpha: α, per step; local.learning_rate · alpha must stay below 2. The smaller it is, the
-    larger are the steps h/α of the server.
+    f is the fraction of the organizations that took part, so that h is the mean of all λ_k: for any fixed weights under full
+    participation, for equal weights otherwise.
+
+    Args:
+        alpha: α, per step; local.learning_rate · alpha must stay below 2. The smaller it is, the larger are the server's steps
+            h/α.
     """
 
     alpha: Annotated[float, Field(gt=0, le=1e3)] = 0.1
@@ -39,13 +42,16 @@ class FedDyn(ClientTerm):
     def correction(
         self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None
     ) -> Tensor | None:
+        """Return α(θ_k − θ) − λ_k."""
         pull = self.alpha * (parameter - received)
         return pull if kept is None else pull - kept
 
     def keep(self, kept: Mapping[str, Tensor], delta: Delta, sent: Mapping[str, Tensor], local: LocalSteps) -> dict[str, Tensor]:
+        """Return λ_k ← λ_k − αΔ_k, in float64."""
         return {name: self._moved(kept.get(name), d, 1.0) for name, d in delta.items()}
 
     def fold(self, fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
+        """Return (D − h/α, h) with h ← h − αfD, in float64."""
         fraction = fused.participants / context.organizations
         h = {name: self._moved(memory.get(name), d, fraction) for name, d in fused.delta.items()}
         return {name: d.to(torch.float64) - h[name] / self.alpha for name, d in fused.delta.items()}, {**memory, **h}

@@ -1,4 +1,4 @@
-"""Control variates: every organization's steps are corrected by how its gradients differ from everybody's."""
+"""SCAFFOLD: control variates that correct each organization's steps for how its gradients differ from the average."""
 
 from __future__ import annotations
 
@@ -27,29 +27,33 @@ from cotune.strategies.types import Aggregate, Delta, LocalSteps, RoundContext
 )
 @dataclass(frozen=True)
 class Scaffold(ClientTerm):
-    """Gradient − c_k + c, with c_k⁺ = c_k − c − Δ_k/(Kη): the variates of the organization and of everybody.
+    """Train with gradient − c_k + c and c_k⁺ = c_k − c − Δ_k/(Kη), with control variates c_k of the organization and c of all.
 
-    As c_k⁺ − c_k = −c − Δ_k/(Kη), the server finds c ← (1 − f)c − f·D/(Kη) from D alone, f being the fraction of the
-    organizations that took part: nothing travels back but Δ_k. So c is the mean of all c_k: under full participation with any
-    fixed weights, else with equal ones. torch adds weight decay to the corrected gradient, which for SGD is the same in any
-    order: the variates are gradients of the loss with its decay.
+    As c_k⁺ − c_k = −c − Δ_k/(Kη), the server computes c ← (1 − f)c − f·D/(Kη) from D alone, where f is the fraction of the
+    organizations that took part; organizations send nothing but Δ_k. So c is the mean of all c_k: for any fixed weights under
+    full participation, for equal weights otherwise. torch adds weight decay to the corrected gradient; for SGD the order does not
+    matter, and the variates are gradients of the loss with its decay.
     """
 
     def correction(
         self, name: str, parameter: Tensor, received: Tensor, kept: Tensor | None, sent: Tensor | None
     ) -> Tensor | None:
+        """Return c − c_k."""
         if kept is None:
             return sent
         return -kept if sent is None else sent - kept
 
     def keep(self, kept: Mapping[str, Tensor], delta: Delta, sent: Mapping[str, Tensor], local: LocalSteps) -> dict[str, Tensor]:
+        """Return c_k ← c_k − c − Δ_k/(Kη), in float64."""
         scale = 1 / (local.steps * local.learning_rate)
         return {name: _of(kept, name) - _of(sent, name) - d.to(torch.float64) * scale for name, d in delta.items()}
 
     def send(self, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return c in float32."""
         return {name: c.to(torch.float32) for name, c in memory.items()}
 
     def fold(self, fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext) -> tuple[Delta, dict[str, Tensor]]:
+        """Return (D, c) with c ← (1 − f)c − f·D/(Kη), in float64."""
         fraction = fused.participants / context.organizations
         scale = fraction / (context.local.steps * context.local.learning_rate)
         moved = {name: (1 - fraction) * _of(memory, name) - d.to(torch.float64) * scale for name, d in fused.delta.items()}
@@ -57,5 +61,5 @@ class Scaffold(ClientTerm):
 
 
 def _of(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """In float64; one that is not there yet is 0."""
+    """Return a tensor in float64; 0 if it is missing."""
     return tensors[name].to(torch.float64) if name in tensors else torch.zeros((), dtype=torch.float64)

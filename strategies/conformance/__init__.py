@@ -1,4 +1,4 @@
-"""Does a part of a strategy do what it says of itself? Checks for any part, cotune's and others', on made-up updates.
+"""Check that a component of a strategy does what it declares, built-in or not, on synthetic updates.
 
 >>> from cotune.strategies.registry import get_builtin_components
 >>> [finding for finding in check_component(get_builtin_components("fusion")["mean"]) if not finding.passed]
@@ -27,11 +27,18 @@ _CHECKS = {
 def check_component(
     info: ComponentInfo, parameters: Mapping[str, Any] | None = None, context: RoundContext | None = None
 ) -> list[Finding]:
-    """One finding for each check that the part's own statements ask for, in a fixed order.
+    """Run every check that applies to what the component declares.
 
-    parameters: of the part, as a plan gives them; one that is required and not given gets a value that its type allows.
-    context: θ, adapters and what else a part may know of a round; made up where it is not given.
-    Raises ValueError for parameters that the part does not take.
+    Args:
+        info: The component's declaration.
+        parameters: As a plan gives them. Missing required parameters get a value that their type allows.
+        context: θ, adapters and what else a component may know of a round; None: a synthetic one.
+
+    Returns:
+        One finding per check, in a fixed order.
+
+    Raises:
+        ValueError: If the component does not take the parameters.
     """
     case = sample(info, info.check({**complete(info), **(parameters or {})}), context)
     return [run(check, case) for check in _CHECKS[info.kind] if check.applies(info)]

@@ -1,4 +1,4 @@
-"""What a check is: a named function that yields what is wrong with a part, in words; and what is asked of tensors everywhere."""
+"""The type of a check, a named function that yields what is wrong with a component in words, and checks of tensors they share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _SINGLE = 1e-6  # relative: rounding in float32
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a check. detail: what is wrong, in words; empty where nothing is."""
+    """The result of a check.
+
+    Attributes:
+        name: Of the check.
+        passed: Whether nothing is wrong.
+        detail: What is wrong, in words; empty if passed.
+    """
 
     name: str
     passed: bool
@@ -29,7 +35,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """find: yields what is wrong. applies: whether what a part says of itself asks for the check."""
+    """A named check.
+
+    Attributes:
+        name: What a component that passes does.
+        find: Yields the problems of a case, in words.
+        applies: Whether the check applies to what a component declares.
+    """
 
     name: str
     find: Callable[[Case], Problems]
@@ -37,7 +49,7 @@ class Check:
 
 
 def run(check: Check, case: Case) -> Finding:
-    """The first thing that is wrong. A part that fails to run has not passed."""
+    """Run a check and report its first problem; an exception counts as a problem."""
     try:
         problem = next(check.find(case.fresh()), None)
     except CotuneError as error:
@@ -48,7 +60,16 @@ def run(check: Check, case: Case) -> Finding:
 
 
 def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, exact: bool = False) -> str | None:
-    """Where two sets of tensors differ, in words; None where they do not."""
+    """Return where two sets of tensors differ, in words.
+
+    Args:
+        found: Name -> tensor.
+        expected: Name -> tensor; shapes and types must agree, too.
+        exact: Compare bit for bit, rather than to 1e-9 of the largest entry.
+
+    Returns:
+        The first difference; None if there is none.
+    """
     if found.keys() != expected.keys():
         return f"{sorted(found)} instead of {sorted(expected)}"
     for name, tensor in expected.items():
@@ -66,7 +87,7 @@ def differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, ex
 
 
 def wrong_shapes(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Problems:
-    """Tensors that are none, not finite, or have another shape than the parameter of their name."""
+    """Yield entries that are no float tensors, are not finite, or differ in shape from the parameter of the same name."""
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor):
             yield f"{name} is a {type(tensor).__name__}, expected a tensor"
@@ -79,6 +100,13 @@ def wrong_shapes(found: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Pr
 
 
 def wrong_names(found: Mapping[str, Tensor], least: set[str], most: set[str]) -> Problems:
+    """Yield problems with the names of tensors.
+
+    Args:
+        found: Name -> tensor.
+        least: Names that must be present.
+        most: Names that may be present.
+    """
     if least - set(found):
         yield f"{min(least - set(found))} is missing"
     if set(found) - most:
@@ -86,13 +114,13 @@ def wrong_names(found: Mapping[str, Tensor], least: set[str], most: set[str]) ->
 
 
 def checkpointed(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The memory as it comes back from a checkpoint. Raises what safetensors raises for anything but tensors."""
+    """Return the memory after a round trip through safetensors, which raises for anything but tensors."""
     found: dict[str, Tensor] = load(save({name: tensor.contiguous() for name, tensor in memory.items()}))
     return found
 
 
 def refusal(call: Callable[[], object]) -> bool:
-    """Whether the call is refused in words."""
+    """Return whether the call raises one of cotune's own errors."""
     try:
         call()
     except CotuneError:

@@ -1,4 +1,4 @@
-"""Checks of client terms: the organization's half and the server's."""
+"""Checks of client terms: the organization's part and the server's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _kept(case: Case, sent: Tensors | None = None) -> Tensors:
 
 
 def _harmless(case: Case) -> Problems:
-    """In an organization's first step of all, nothing is known that could correct it."""
+    """In the very first step of an organization there is no state, so that nothing is corrected."""
     for name, parameter in case.context.state.items():
         more = case.build().correction(name, parameter.clone(), parameter.clone(), None, None)
         if more is not None and bool(more.any()):
@@ -50,7 +50,7 @@ def _corrections(case: Case, parameter: Tensor) -> list[Tensor | None]:
 
 
 def _formed(case: Case) -> Problems:
-    """On any device: the meta device has no values, and refuses tensors of another."""
+    """A correction follows its parameter to any device: operations with tensors of another one fail on the meta device."""
     for device, dtype in (("cpu", torch.float32), ("cpu", torch.bfloat16), ("meta", torch.float32)):
         parameter = torch.ones(3, 2, device=device, dtype=dtype)
         for more in _corrections(case, parameter):
@@ -75,7 +75,7 @@ def _unchanged(case: Case) -> Problems:
 
 
 def _states(case: Case) -> Problems:
-    """What is kept, sent and remembered has the names and shapes of parameters; and the part says that it is."""
+    """State has the names and shapes of parameters, and is declared."""
     delta, memory = _folded(case)
     yield from wrong_shapes(delta, case.context.state)
     yield from wrong_names(delta, case.sent, case.sent)
@@ -107,7 +107,7 @@ def _memory(case: Case) -> Problems:
 
 
 def _new_parameters(case: Case) -> Problems:
-    """A later stage trains what no earlier one did."""
+    """A later stage may train parameters that no earlier stage trained."""
     one = min(case.sent)
     fused = _fused(case)
     rest = replace(fused, delta={name: d for name, d in fused.delta.items() if name != one})

@@ -102,7 +102,7 @@ def _by_parameter(case: Case) -> Problems:
 
 
 def _other_keys(case: Case) -> Problems:
-    """An organization without the head: it is fused over those that have one, or the round is refused in words."""
+    """An organization sends no head: the head is fused over the others, or the round fails with an error of cotune's own."""
     lacking = _without(case.updates[-1], "head.weight" if "head.weight" in case.sent else sorted(case.sent)[-1])
     given = [*case.updates[:-1], lacking]
     if not refusal(lambda: case.fuse(given)):
@@ -120,7 +120,7 @@ def _least(case: Case) -> Problems:
 
 
 def _not_finite(case: Case) -> Problems:
-    """A diverged organization is never repaired in silence, whatever it sends."""
+    """Values that are not finite are refused, never repaired silently."""
     for name, broken in _broken(case.updates[0]).items():
         if not refusal(partial(case.fuse, [broken, *case.updates[1:]])):
             yield f"{name} of an update is not a number, and the round goes on: expected it to be refused"

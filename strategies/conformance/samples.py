@@ -1,4 +1,4 @@
-"""Made-up rounds to try a part on: a small model, updates of organizations that differ, and whatever the part says it needs."""
+"""Synthetic rounds to check a component with: a small model, updates of unlike organizations, and what the component needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ _STEPS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A part with its parameters, and a round for it. weights: of each organization, where the fusion uses them."""
+    """A component with its parameters, and a round for it.
+
+    Attributes:
+        info: The component's declaration.
+        parameters: All of them, with their values.
+        context: Of the round.
+        updates: At least as many as the component needs.
+        weights: Organization -> weight; 1 for all if the fusion uses none.
+    """
 
     info: ComponentInfo
     parameters: Mapping[str, Any]
@@ -42,7 +50,7 @@ class Case:
         return set(self.updates[0].delta)
 
     def build(self) -> Any:
-        """A server optimizer or a client term."""
+        """Build the component, if it is a server optimizer or a client term."""
         return self.info.build(**self.parameters)
 
     def fuse(
@@ -51,7 +59,13 @@ class Case:
         context: RoundContext | None = None,
         weights: Mapping[str, Any] | None = None,
     ) -> Aggregate:
-        """The round through the driver, with the weights of the case."""
+        """Fuse updates with the real aggregator.
+
+        Args:
+            updates: None: those of the case.
+            context: None: that of the case.
+            weights: Organization -> weight, or parameter -> weight; None: those of the case. 1 for organizations it lacks.
+        """
         given = self.weights if weights is None else weights
         weigh = ComponentInfo(
             "weighting", "given", lambda update: given.get(update.organization, 1.0), "", Needs(by_parameter=True)
@@ -62,13 +76,13 @@ class Case:
         return driver.result()
 
     def fresh(self) -> Case:
-        """The same with tensors of its own, for a part that might change them."""
+        """Return a deep copy, for components that might change tensors in place."""
         state = copy.deepcopy(dict(self.context.state))
         return replace(self, context=replace(self.context, state=state), updates=copy.deepcopy(list(self.updates)))
 
 
 def complete(info: ComponentInfo) -> dict[str, Any]:
-    """Values for the parameters that the part requires: within their bounds, the first of their choices."""
+    """Return values for the parameters that the component requires: within their bounds, or the first choice."""
     schema = info.schema
     return {name: _value(schema["properties"][name]) for name in schema.get("required", ())}
 
@@ -85,7 +99,13 @@ def _value(about: Mapping[str, Any]) -> Any:
 
 
 def sample(info: ComponentInfo, parameters: Mapping[str, Any], context: RoundContext | None = None) -> Case:
-    """A case for a part: as many updates as it needs, with all that it asks organizations to send."""
+    """Build a case with as many updates as the component needs and everything it asks organizations to send.
+
+    Args:
+        info: The component's declaration.
+        parameters: All of them, with their values.
+        context: None: a synthetic one. Random numbers are seeded, so that the same arguments give the same case.
+    """
     generator = torch.Generator().manual_seed(1)
     context = context or _context(info, generator)
     count = max(_ORGANIZATIONS, info.min_updates(**parameters))
@@ -113,7 +133,7 @@ def _context(info: ComponentInfo, generator: torch.Generator) -> RoundContext:
 
 
 class LinearInputs:
-    """Public inputs of a model that is its head alone: a softmax regression (see `types.PublicInputs`)."""
+    """Public inputs for a model that consists of a head only: softmax regression (see `types.PublicInputs`)."""
 
     def __init__(self, state: Mapping[str, Tensor], inputs: Tensor) -> None:
         """inputs: (n, d) for `head.weight` (classes, d) and `head.bias` (classes,) in the state."""
@@ -129,7 +149,7 @@ class LinearInputs:
     def distill(
         self, delta: Delta, taught: Tensor, *, temperature: float, learning_rate: float, epochs: int, batch_size: int
     ) -> Delta:
-        """Take one step of gradient descent on all inputs in each pass."""
+        """Take one step of gradient descent on all inputs in each epoch; for the arguments see `types.PublicInputs`."""
         found = {name: tensor.double().clone() for name, tensor in delta.items()}
         for _ in range(epochs):
             apart = functional.softmax(self.predict(found) / temperature, dim=1) - taught
@@ -139,7 +159,7 @@ class LinearInputs:
 
 
 def _sent(info: ComponentInfo, context: RoundContext) -> list[str]:
-    """What organizations train: all factors where the part may meet them, else B alone; and what belongs to no adapter."""
+    """Return what organizations train: both factors if the component supports it, else B only; and all other parameters."""
     both = not info.needs.adapters or "ab" in info.needs.adapters
     hidden = {a.weight for a in context.adapters} | (set() if both else {a.a for a in context.adapters})
     return [name for name in context.state if name not in hidden]
@@ -150,7 +170,7 @@ def _like(state: Mapping[str, Tensor], names: Sequence[str], generator: torch.Ge
 
 
 def _update(i: int, common: Delta, context: RoundContext, info: ComponentInfo, generator: torch.Generator) -> Update:
-    """What all have in common, and as much again of its own."""
+    """Return an update that is a common delta plus one of the same size of its own."""
     own = _like(context.state, list(common), generator)
     needs = info.needs
     return Update(

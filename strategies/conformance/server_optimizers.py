@@ -18,7 +18,7 @@ State = Mapping[str, Tensor]
 
 
 def _fused(case: Case, scale: float = 1.0) -> Aggregate:
-    """The mean of the case's deltas; they are a few times longer than their mean."""
+    """Return the mean of the case's deltas, scaled; their norms are a few times that of the mean."""
     count = len(case.updates)
     deltas = [{name: scale * tensor.to(torch.float64) for name, tensor in u.delta.items()} for u in case.updates]
     mean = {name: sum((d[name] for d in deltas), torch.zeros(())) / count for name in deltas[0]}
@@ -52,7 +52,7 @@ def _still(case: Case) -> Problems:
 
 
 def _forward(case: Case) -> Problems:
-    """Along D and not against it: D is the negative of a gradient already."""
+    """The first step goes along D, not against it: D already points along the negative gradient."""
     fused = _fused(case)
     moved, _ = _step(case, fused)
     gain = sum(float(((moved[n] - case.context.state[n]).double() * d).sum()) for n, d in fused.delta.items())
@@ -61,7 +61,7 @@ def _forward(case: Case) -> Problems:
 
 
 def _untouched(case: Case) -> Problems:
-    """A stage may train some parameters only, and others later."""
+    """Parameters without a delta stay as they are; they may get one in a later stage."""
     fused = _fused(case)
     one = min(case.sent)
     rest = replace(fused, delta={name: d for name, d in fused.delta.items() if name != one})

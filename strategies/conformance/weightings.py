@@ -18,7 +18,7 @@ Weight = float | Mapping[str, float]
 
 
 def _weigh(case: Case, updates: Sequence[Update] | None = None) -> list[Weight]:
-    """The weights, in the order of the updates."""
+    """Return the weights in the order of the updates."""
     given = list(case.updates if updates is None else updates)
     context: dict[str, Any] = {"context": case.context} if case.info.needs_context else {}
     if case.info.sees_all:
@@ -74,7 +74,7 @@ def _unchanged(case: Case) -> Problems:
 
 
 def _single(case: Case) -> Problems:
-    """The round may have one update; it has a say then."""
+    """A round's only update gets a weight above 0."""
     weights = _weigh(case, case.updates[:1])
     if not all(v > 0 for weight in weights for v in _values(weight)):
         yield f"the only update of a round gets the weight {weights[0]!r:.40}, expected one above 0"
@@ -90,7 +90,7 @@ def _not_finite(case: Case) -> Problems:
 
 
 def _round(case: Case, updates: Sequence[Update]) -> None:
-    """The driver's own check of weights, with the plain mean behind."""
+    """Run a round with the real aggregator and its check of weights, and the mean as fusion."""
     driver = Aggregator((case.info, case.parameters), (get_builtin_components("fusion")["mean"], {}), case.context)
     for update in updates:
         driver.add(update)

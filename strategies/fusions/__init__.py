@@ -1,1 +1,1 @@
-"""Fusions: how the deltas of a round become one. One rule a file, found by itself."""
+"""Fusions: how the deltas of a round become one. One rule per file, found automatically."""

@@ -1,1 +1,1 @@
-"""Server optimizers: how the fused delta moves the shared model. One rule a file, found by itself."""
+"""Server optimizers: how the fused delta moves the shared model. One rule per file, found automatically."""

@@ -19,9 +19,15 @@ from cotune.strategies.types import Aggregate, RoundContext
 @server_optimizer("adam", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedAdam)")
 @dataclass(frozen=True)
 class ServerAdam(ServerOptimizer):
-    """v = β2·v + (1 − β2)·D², θ += lr·m / (√v + τ) with m = β1·m + (1 − β1)·D, without bias correction.
+    """Step θ += lr·m / (√v + τ) with m = β1·m + (1 − β1)·D and v = β2·v + (1 − β2)·D², without bias correction.
 
-    lr: η, about how far a coordinate moves in a round. tau: τ; a coordinate whose D is smaller moves less.
+    Args:
+        lr: η, about how far a coordinate moves in a round.
+        beta1: β1 of the first moment.
+        beta2: β2 of the second moment.
+        tau: τ; a coordinate whose |D| is smaller moves less.
+        schedule: How the rate changes over the rounds.
+        warmup: Rounds in which the rate grows to lr.
     """
 
     lr: Annotated[float, Field(gt=0, le=1e3)] = 0.01
@@ -34,6 +40,7 @@ class ServerAdam(ServerOptimizer):
     def step(
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take an adaptive step with v = β2·v + (1 − β2)·D²."""
         rate = compute_rate(self.lr, self.schedule, self.warmup, context)
 
         def second(v: Tensor, square: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What the adaptive server optimizers have in common: a step that every coordinate takes at its own rate.
+"""The step that the adaptive server optimizers share, in which every coordinate has its own rate.
 
-Reddi et al., ICLR 2021, algorithm 2; it corrects no bias, and v starts at τ². They differ in how v goes on.
+Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2: no bias correction, and v starts at τ². The optimizers
+differ in how they update v.
 """
 
 from __future__ import annotations
@@ -27,9 +28,19 @@ def adaptive_step(
     tau: float,
     second_moment: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """m = β1·m + (1 − β1)·D and θ += rate·m / (√v + τ), in float64; (θ, memory) after it.
+    """Take the step m = β1·m + (1 − β1)·D, θ += rate·m / (√v + τ), in float64.
 
-    second_moment: (v, D²) -> v. A parameter without a delta keeps its moments.
+    Args:
+        state: θ.
+        delta: D; parameters without a delta stay as they are and keep their moments.
+        memory: The moments m and v by parameter; a missing m is 0, a missing v is τ².
+        rate: Learning rate of the round.
+        beta1: β1.
+        tau: τ.
+        second_moment: (v, D²) -> v.
+
+    Returns:
+        (θ, memory) after the step.
     """
     steps = dict[str, Tensor]()
     moments = dict[str, Tensor]()

@@ -1,4 +1,4 @@
-"""A server step whose length follows from how much the organizations agree."""
+"""FedExP: a server step whose length depends on how much the updates differ."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 )
 @dataclass(frozen=True)
 class FedExP(ServerOptimizer):
-    """θ += η_g·D with η_g = max(1, Σ p_k ‖Δ_k‖² / (2(‖D‖² + ε))): far where the updates are many and disagree.
+    """Step θ += η_g·D with η_g = max(1, Σ p_k ‖Δ_k‖² / (2(‖D‖² + ε))), which is longer the more the updates differ.
 
-    Judged and handed out is the mean of the last two θ, as η_g makes them swing. Under record-level privacy the noise of the
-    updates is in ‖Δ_k‖² whole and in ‖D‖² averaged, so that noise alone pushes η_g towards half the number of organizations.
-    epsilon: ε, in the squared unit of the parameters; it bounds η_g where the updates cancel out.
+    The mean of the last two θ is evaluated and sent, as θ oscillates under η_g. Under record-level privacy, ‖Δ_k‖² contains an
+    update's full noise and ‖D‖² only the averaged noise, so that noise alone pushes η_g towards half the number of organizations.
+
+    Args:
+        epsilon: ε, in the squared unit of the parameters; it bounds η_g if the updates cancel out.
     """
 
     epsilon: Annotated[float, Field(gt=0)] = 1e-3
@@ -35,11 +37,12 @@ class FedExP(ServerOptimizer):
     def step(
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take the step; the memory is the θ before it, of the parameters that moved."""
         rate = max(1.0, fused.mean_squared_norm / (2 * (norm(fused.delta) ** 2 + self.epsilon)))
         moved = apply_delta(state, fused.delta, rate)
         return moved, {name: state[name] for name in fused.delta}
 
     def serve(self, state: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(θ + the θ before it) / 2 of what the last round moved; the memory is the θ before."""
+        """Return the mean of the last two θ, for the parameters that the last round moved."""
         halves = {name: (before.to(torch.float64) - state[name].to(torch.float64)) / 2 for name, before in memory.items()}
         return apply_delta(state, halves)

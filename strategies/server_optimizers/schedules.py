@@ -1,4 +1,4 @@
-"""How a learning rate goes with the rounds: a server optimizer's, and that of local training."""
+"""Schedules of the learning rate over the rounds, for server optimizers and for local training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ Warmup = Annotated[int, Field(ge=0)]  # rounds in which the rate grows to its fu
 
 
 def compute_rate(lr: float, schedule: Schedule, warmup: int, context: RoundContext) -> float:
-    """The rate of a round: lr·t/warmup in the rounds t ≤ warmup, then, with s = t − warmup − 1 of S = rounds − warmup, lr times
-    `decay(schedule, s, S)`. It is above 0 in every round.
+    """Return the learning rate of a round, which is above 0.
+
+    In round t ≤ warmup it is lr · t / warmup, then lr · decay(schedule, t − warmup − 1, rounds − warmup).
+
+    Args:
+        lr: The full rate.
+        schedule: How the rate changes after the warm-up.
+        warmup: Rounds in which the rate grows to lr.
+        context: For the round's number and the number of rounds.
     """
     if context.round <= warmup:
         return lr * context.round / warmup
@@ -26,9 +33,14 @@ def compute_rate(lr: float, schedule: Schedule, warmup: int, context: RoundConte
 
 
 def decay(schedule: Schedule, done: int, rounds: int) -> float:
-    """Return the fraction of its full value that a rate has after `done` of `rounds` rounds, above 0 for done < rounds.
+    """Return the factor of a learning rate after some of its rounds.
 
-    1 (constant), 1 − done/rounds (linear), (1 + cos(π·done/rounds))/2 (cosine) or 1/√(done + 1) (inverse_sqrt).
+    It is 1 (constant), 1 − done/rounds (linear), (1 + cos(π·done/rounds))/2 (cosine) or 1/√(done + 1) (inverse_sqrt).
+
+    Args:
+        schedule: Name of the formula.
+        done: Rounds that are over.
+        rounds: Their total number; the factor is above 0 for done < rounds.
     """
     match schedule:
         case "linear":

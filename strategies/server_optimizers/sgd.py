@@ -19,10 +19,15 @@ from cotune.strategies.types import Aggregate, RoundContext, apply_delta
 @server_optimizer("sgd", cite="Hsu et al., 2019, https://arxiv.org/abs/1909.06335")
 @dataclass(frozen=True)
 class ServerSGD(ServerOptimizer):
-    """θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 FedAvgM.
+    """Step θ += lr·v with v = momentum·v + D; lr 1 and momentum 0 is FedAvg, momentum above 0 is FedAvgM.
 
-    nesterov: θ += lr·(D + momentum·v), as in torch (Sutskever et al., ICML 2013), which is the same where momentum is 0; the
-    outer step of DiLoCo (Douillard et al., 2023, algorithm 1), whose workers take hundreds of AdamW steps between two rounds.
+    Args:
+        lr: Learning rate.
+        momentum: Factor of the previous rounds' steps.
+        nesterov: Step θ += lr·(D + momentum·v) as in torch (Sutskever et al., ICML 2013). It is the outer step of DiLoCo
+            (Douillard et al., 2023, algorithm 1), whose workers take hundreds of AdamW steps between two rounds.
+        schedule: How the rate changes over the rounds.
+        warmup: Rounds in which the rate grows to lr.
     """
 
     lr: Annotated[float, Field(gt=0, le=1e3)] = 1.0
@@ -34,6 +39,7 @@ class ServerSGD(ServerOptimizer):
     def step(
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take a momentum step; the memory is the velocity v."""
         rate = compute_rate(self.lr, self.schedule, self.warmup, context)
         if not self.momentum:
             return apply_delta(state, fused.delta, rate), {}

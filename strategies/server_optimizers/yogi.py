@@ -20,9 +20,15 @@ from cotune.strategies.types import Aggregate, RoundContext
 @server_optimizer("yogi", cite="Reddi et al., ICLR 2021, https://arxiv.org/abs/2003.00295, algorithm 2 (FedYogi)")
 @dataclass(frozen=True)
 class ServerYogi(ServerOptimizer):
-    """As adam, but v = v − (1 − β2)·D²·sign(v − D²): v falls slowly where D becomes small.
+    """Step as `adam` does, but with v = v − (1 − β2)·D²·sign(v − D²), so that v falls slowly when D becomes small.
 
-    lr: η, about how far a coordinate moves in a round. tau: τ; a coordinate whose D is smaller moves less.
+    Args:
+        lr: η, about how far a coordinate moves in a round.
+        beta1: β1 of the first moment.
+        beta2: β2 of the second moment.
+        tau: τ; a coordinate whose |D| is smaller moves less.
+        schedule: How the rate changes over the rounds.
+        warmup: Rounds in which the rate grows to lr.
     """
 
     lr: Annotated[float, Field(gt=0, le=1e3)] = 0.01
@@ -35,6 +41,7 @@ class ServerYogi(ServerOptimizer):
     def step(
         self, state: Mapping[str, Tensor], fused: Aggregate, memory: Mapping[str, Tensor], context: RoundContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take an adaptive step with v = v − (1 − β2)·D²·sign(v − D²)."""
         rate = compute_rate(self.lr, self.schedule, self.warmup, context)
 
         def second(v: Tensor, square: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Weightings: how much each update counts, before normalization. One rule a file, found by itself."""
+"""Weightings: how much each update counts, before normalization. One rule per file, found automatically."""

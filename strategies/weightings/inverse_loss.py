@@ -1,4 +1,4 @@
-"""Who fits the received model counts more."""
+"""Weights that fall with the loss of the received model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from cotune.strategies.registry import Needs, weighting
 from cotune.strategies.types import Update
 
-_LEAST = 1e-3  # nats; who claims less counts for no more, or one organization could take over the model
+_LEAST = 1e-3  # nats; smaller losses count as this one, or one organization could take over the model
 
 
 @weighting(
@@ -18,8 +18,11 @@ _LEAST = 1e-3  # nats; who claims less counts for no more, or one organization c
     needs=Needs(sends=("loss",)),
 )
 def inverse_loss(update: Update, *, power: Annotated[float, Field(gt=0, le=10)] = 1.0) -> float:
-    """w_k = F_k^−power, F_k being the mean loss of the received model on the organization's records.
+    """Favor organizations whose records the received model fits: w_k = F_k^−power, F_k the mean loss on them.
 
-    power: the larger, the less an organization whose records the model does not fit has to say. A loss is believed as it is told.
+    The server cannot verify the loss that an organization reports.
+
+    Args:
+        power: The larger, the less organizations with a high loss count.
     """
     return float(max(update.disclosures["loss"], _LEAST) ** -power)

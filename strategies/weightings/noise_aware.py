@@ -1,8 +1,8 @@
-"""Random-effects weights: an organization whose delta carries more privacy noise counts less, by as much as is known.
+"""Random-effects weights: the more privacy noise an organization's delta contains, the less it counts.
 
-Under DP-SGD the variance v_k that noise put on each coordinate of a delta is known, not estimated. The deltas are seen as
-Δ_k = Δ + (what is particular to organization k, variance τ²) + (its privacy noise, variance v_k); the mean with the least
-variance weighs each by 1 / (v_k + τ²) (DerSimonian & Laird, Controlled Clinical Trials 1986). τ² comes from the deltas by their
+Under DP-SGD the variance v_k of the noise on each coordinate of a delta is known rather than estimated. The model is
+Δ_k = Δ + (effect of organization k, variance τ²) + (its privacy noise, variance v_k); the mean of the smallest variance weights
+each delta by 1 / (v_k + τ²) (DerSimonian & Laird, Controlled Clinical Trials 1986). τ² is estimated from the deltas by their
 method of moments, over all coordinates that share the same v. Malekmohammadi, Yu & Cao, ICML 2024, estimate the noise instead.
 The number of records counts only through v_k, as in the literature: more records, less noise.
 """
@@ -21,13 +21,18 @@ from cotune.strategies.registry import Needs, weighting
 from cotune.strategies.types import Update
 
 _MIN_RELATIVE_VARIANCE = (
-    1e-3  # of the median variance: who states less is believed no more, or one partner could take over the model
+    1e-3  # of the median variance; smaller stated variances count as this one, or one organization could take over the model
 )
 
 
 @dataclass(frozen=True)
 class RandomEffects:
-    """between: τ², variance between organizations per coordinate. weights: of each update, the largest being 1."""
+    """The estimate for one group of parameters.
+
+    Attributes:
+        between: τ², the variance between organizations per coordinate.
+        weights: One per update, in their order; the largest is 1.
+    """
 
     between: float
     weights: tuple[float, ...]
@@ -39,10 +44,16 @@ class RandomEffects:
     needs=Needs(sends=("noise",), by_parameter=True),
 )
 def noise_aware(updates: Sequence[Update]) -> list[dict[str, float]]:
-    """w_k = 1 / (v_k + τ²), v_k being the variance of the privacy noise in Δ_k, τ² that between organizations.
+    """Weight by 1 / (v_k + τ²), the variance of the privacy noise in Δ_k plus the variance between organizations.
 
-    For each parameter by itself, in the order of the updates; they all hold the same parameters. An update that states no
-    noise (no privacy) has v = 0. If all have, the weights are equal: the plain mean.
+    Each parameter has its own weights. An update that states no noise (no privacy) has v_k = 0. If that holds for all, the
+    weights are equal: the plain mean.
+
+    Args:
+        updates: All contain the same parameters.
+
+    Returns:
+        For each update: parameter name -> weight.
     """
     weights: list[dict[str, float]] = [{} for _ in updates]
     for variances, names in _groups(updates).items():
@@ -52,7 +63,7 @@ def noise_aware(updates: Sequence[Update]) -> list[dict[str, float]]:
 
 
 def _groups(updates: Sequence[Update]) -> Mapping[tuple[float, ...], list[str]]:
-    """Parameters by the variances (v_1 … v_K) of their noise: the head may be trained at another rate than the encoder."""
+    """Group parameters by the variances (v_1 … v_K) of their noise: the head may have another learning rate than the encoder."""
     groups: dict[tuple[float, ...], list[str]] = defaultdict(list)
     for name in updates[0].delta if updates else ():
         groups[tuple((u.noise_variance or {}).get(name, 0.0) for u in updates)].append(name)
@@ -60,11 +71,16 @@ def _groups(updates: Sequence[Update]) -> Mapping[tuple[float, ...], list[str]]:
 
 
 def random_effects(updates: Sequence[Update], names: Sequence[str], variances: Sequence[float]) -> RandomEffects:
-    """τ² and weights over the parameters `names`, whose noise has the variance v_k in update k.
+    """Estimate τ² and compute the weights by the method of moments.
 
-    With Q = Σ a_k ‖Δ_k − Δ̄_a‖² over d coordinates, E[Q] = d (Σ a_k v_k − Σ a_k² v_k / Σ a) + d τ² (Σ a − Σ a² / Σ a), solved for
-    τ² and cut off at 0. a_k = 1/v_k gives DerSimonian & Laird's estimate, τ² = (Q − d(K−1)) / (d(Σ a − Σ a² / Σ a)); where some
-    v_k is 0, a_k = 1 (Hedges & Olkin, 1985).
+    With Q = Σ a_k ‖Δ_k − Δ̄_a‖² over d coordinates, E[Q] = d (Σ a_k v_k − Σ a_k² v_k / Σ a) + d τ² (Σ a − Σ a² / Σ a), which is
+    solved for τ², and negative results become 0. a_k = 1/v_k gives DerSimonian & Laird's estimate,
+    τ² = (Q − d(K−1)) / (d(Σ a − Σ a² / Σ a)); if some v_k is 0, a_k = 1 (Hedges & Olkin, 1985).
+
+    Args:
+        updates: K of them.
+        names: Parameters whose noise has the same variances.
+        variances: v_1 … v_K.
     """
     floor = _MIN_RELATIVE_VARIANCE * (statistics.median(variances) or max(variances))
     variances = [max(v, floor) for v in variances]
@@ -82,7 +98,7 @@ def random_effects(updates: Sequence[Update], names: Sequence[str], variances: S
 
 
 def _scatter(updates: Sequence[Update], names: Sequence[str], a: Sequence[float]) -> float:
-    """Q / d, in float64, a block of coordinates at a time."""
+    """Return Q / d in float64, computed a block of coordinates at a time."""
     weights = np.array(a)
     scatter: list[float] = []
     size = 0

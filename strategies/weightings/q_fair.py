@@ -1,4 +1,4 @@
-"""Who is served badly counts more."""
+"""Weights that grow with the loss of the received model (q-fair federated learning)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 from cotune.strategies.registry import Needs, weighting
 from cotune.strategies.types import Update
 
-_LEAST = 1e-10  # nats, as in q_fedavg: where nobody has any loss left, noised or not, everybody counts alike
+_LEAST = 1e-10  # nats, as in q_fedavg: if all losses, noised or not, are 0 or less, all organizations count the same
 
 
 @weighting(
@@ -18,9 +18,12 @@ _LEAST = 1e-10  # nats, as in q_fedavg: where nobody has any loss left, noised o
     needs=Needs(sends=("loss",)),
 )
 def q_fair(update: Update, *, q: Annotated[float, Field(ge=0, le=10)] = 1.0) -> float:
-    """w_k = F_k^q, F_k being the mean loss of the received model on the organization's records.
+    """Favor organizations whose records the received model fits badly: w_k = F_k^q, F_k the mean loss on them.
 
-    The direction of steepest descent on Σ F_k^(q+1), every organization being one of equals; the length of the paper's step is
-    left to the server optimizer. q: 0 counts everybody alike, large q the worst served alone. A loss is believed as it is told.
+    With equal organizations this is the direction of steepest descent on Σ F_k^(q+1); the length of the step, which the paper
+    prescribes, is left to the server optimizer. The server cannot verify the loss that an organization reports.
+
+    Args:
+        q: 0 weights all organizations equally; a large q counts almost only those with the highest loss.
     """
     return float(max(update.disclosures["loss"], _LEAST) ** q)

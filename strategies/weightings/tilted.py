@@ -1,4 +1,4 @@
-"""Exponentially tilted weights: between everybody's mean and the worst served."""
+"""Exponentially tilted weights: between the mean over all records and the organization with the highest loss."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from cotune.strategies.types import Update
     needs=Needs(sends=("loss",)),
 )
 def tilted(updates: Sequence[Update], *, t: Annotated[float, Field(ge=-100, le=100)] = 1.0) -> list[float]:
-    """w_k ∝ n_k e^(t·F_k), F_k being the mean loss of the received model on the organization's records.
+    """Tilt the weights by the loss: w_k ∝ n_k e^(t·F_k), F_k the mean loss of the received model on the organization's records.
 
-    t: per nat; above 0, who is served badly counts more; below 0, less; 0 counts by records. The largest exponent is subtracted
-    from all, so that none overflows. A loss is believed as it is told.
+    The largest exponent is subtracted from all, so that none overflows. The server cannot verify the loss that an organization
+    reports.
+
+    Args:
+        t: Per nat. Above 0, a high loss counts more; below 0, less; 0 weights by number of records.
     """
     exponents = [t * update.disclosures["loss"] for update in updates]
     largest = max(exponents, default=0.0)

@@ -1,4 +1,4 @@
-"""Everybody alike."""
+"""Equal weights."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from cotune.strategies.types import Update
 
 @weighting("uniform", cite="Li et al., ICLR 2020, https://arxiv.org/abs/1907.02189, scheme II")
 def uniform(update: Update) -> float:
-    """w_k = 1: every organization counts the same."""
+    """Weight all organizations equally: w_k = 1."""
     return 1.0

@@ -1,4 +1,4 @@
-"""By what each update does for records that the server holds."""
+"""Weights by the accuracy that each update gives on the server's validation records."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from cotune.strategies.types import RoundContext, Update
     needs=Needs(visibility=Visibility.PER_CLIENT, server_data=True),
 )
 def validation(update: Update, *, context: RoundContext, power: Annotated[float, Field(gt=0, le=100)] = 1.0) -> float:
-    """w_k = a_k^power, a_k being the accuracy of θ + Δ_k on the server's validation records.
+    """Weight by accuracy on the server's validation records: w_k = a_k^power, a_k the accuracy of θ + Δ_k.
 
-    power: the larger, the more the best updates decide. One pass over the validation records for each update.
+    Takes one pass over the validation records for each update.
+
+    Args:
+        update: Δ_k.
+        context: Its `score` is required.
+        power: The larger, the more the best updates dominate.
     """
     assert context.score is not None, "a plan without validation records is refused"
     return float(context.score(update.delta) ** power)

@@ -1,4 +1,4 @@
-"""FedIT, with what it gets wrong added to the frozen weights."""
+"""FedEx-LoRA: FedIT, with its error added to the frozen weights."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     homogeneous=False,
 )
 def fedex(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
-    """Weighted means of A and of B, and W += s(Σ p_k B_k A_k − B̄·Ā): exact, the rest goes into the weights.
+    """Average A and B, and add the error of doing so to the frozen weights: W += s(Σ p_k B_k A_k − B̄·Ā), which is exact.
 
-    The weights that are adapted travel to the organizations too. Under record-level privacy the noise on both factors multiplies;
-    there FFA-LoRA and `fedsvd` are the choice.
+    The adapted weights are sent to organizations, too. Under record-level privacy the noise on the two factors multiplies: use
+    FFA-LoRA or `fedsvd` instead.
     """
     delta = average_deltas(updates)
     for adapter in context.adapters:

@@ -1,4 +1,4 @@
-"""The mean of A and the mean of B: the naive way with adapters."""
+"""FedIT: the mean of A and the mean of B, the naive way to average adapters."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cotune.strategies.sums import Sums
     needs=Needs(by_parameter=True, adapters=("ab",)),
 )
 def fedit() -> Sums:
-    """Weighted means of A and of B, each by itself: biased, as B̄·Ā is not the mean of the products B_k·A_k.
+    """Average A and B separately, by weight: biased, as B̄·Ā is not the mean of the products B_k·A_k.
 
-    A baseline to compare with. Under record-level privacy the noise on both factors multiplies; there FFA-LoRA and `fedsvd`,
-    with noise on B alone, are the choice.
+    A baseline for comparisons. Under record-level privacy the noise on the two factors multiplies: use FFA-LoRA or `fedsvd`
+    instead, with noise on B only.
     """
     return (yield from mean())

@@ -1,4 +1,4 @@
-"""The mean of B under a shared A, written again in the directions that matter."""
+"""FedSVD: the mean of B under a shared A, refactored by SVD."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cotune.strategies.types import RoundContext
     idempotent=False,
 )
 def fedsvd(*, context: RoundContext) -> Sums:
-    """Weighted mean of B; then UΣVᵀ = B̄·A, B = UΣ and A = Vᵀ: the same product, and A follows what was learnt.
+    """Average B by weight and refactor the product: UΣVᵀ = B̄·A, B = UΣ, A = Vᵀ, so that A follows what was learned.
 
-    Exact: all organizations train B under one A, so that the mean of the products is B̄·A, which nothing is cut off from. Noise is
-    on one factor only, and what is done to the mean is post-processing: with FFA-LoRA the choice under record-level privacy. The
+    Exact: all organizations train B under the same A, so the mean of the products is B̄·A, and its rank is not reduced. Noise is
+    on one factor only, and the refactoring is post-processing: with FFA-LoRA, this is the choice under record-level privacy. The
     orthonormal rows of A bound the gradients of B.
     """
     sums = yield weighted

@@ -1,4 +1,4 @@
-"""The mean of the products, cut to the rank of the adapters again."""
+"""FlexLoRA: the mean of the products, truncated to the rank of the adapters."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     idempotent=False,
 )
 def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks: bool = False) -> dict[str, Tensor]:
-    """The best B·A of rank r for Σ p_k B_k A_k, by SVD: B = U_r Σ_r, A = V_rᵀ.
+    """Approximate Σ p_k B_k A_k by the best product of rank r, by SVD: B = U_r Σ_r, A = V_rᵀ.
 
-    blocks: weigh each of the r products of a column of B_k and a row of A_k among those organizations that hold it (raFLoRA).
-    Otherwise, where ranks differ, what only a few hold shrinks from round to round, until the smallest rank is all there is.
-    Under record-level privacy the noise on two trained factors multiplies; with lora.factors = "b" it is on B alone.
+    Under record-level privacy the noise on two trained factors multiplies; with lora.factors = "b" it is on B only.
+
+    Args:
+        blocks: Average each of the r products of a column of B_k and a row of A_k over the organizations whose rank includes it
+            (raFLoRA). Without it, if ranks differ, directions that only a few organizations train shrink from round to round,
+            until only the smallest rank is left.
     """
     delta = average_deltas(updates)
     for adapter in context.adapters:
@@ -45,7 +48,7 @@ def flexlora(updates: Sequence[WeightedUpdate], *, context: RoundContext, blocks
 
 
 def _by_column(factors: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) -> list[Tensor]:
-    """q_k (r_k): p_k over the sum of p of those that hold the column; 0 where none of them counts."""
+    """Return q_k (r_k,) for each k: p_k divided by the sum of p over those that have the column; 0 if that sum is 0."""
     ranks = [a.shape[0] for _, a in factors]
     held = torch.zeros(max(ranks), dtype=torch.float64)
     for rank, share in zip(ranks, shares, strict=True):

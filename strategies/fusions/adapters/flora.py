@@ -1,4 +1,4 @@
-"""The sum of all products goes into the frozen weights, and adapters start afresh."""
+"""FLoRA: the weighted sum of the products is merged into the frozen weights, and the adapters are initialized again."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     idempotent=False,
 )
 def flora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
-    """W += s Σ p_k B_k A_k, the product of the stacked factors; then B = 0, and A is redrawn from seed and round.
+    """Merge the stacked factors into the weights, W += s Σ p_k B_k A_k; then set B = 0 and redraw A from seed and round.
 
-    Exact for any ranks, and the sum of the rounds may have full rank. The weights that are adapted travel to the organizations
-    instead of the stack, which would grow with their number. Under record-level privacy the noise on two trained factors
-    multiplies; with lora.factors = "b" it is on B alone.
+    Exact for any ranks, and the sum over rounds may have full rank. The server sends the adapted weights rather than the stacked
+    factors, which would grow with the number of organizations. Under record-level privacy the noise on two trained factors
+    multiplies; with lora.factors = "b" it is on B only.
     """
     delta = average_deltas(updates)
     for adapter in context.adapters:

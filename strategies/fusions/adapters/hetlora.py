@@ -1,4 +1,4 @@
-"""Means of zero-padded factors, weighted by how much each organization's adapter does."""
+"""HetLoRA: means of zero-padded factors, weighted by the norm of each organization's product."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     homogeneous=False,
 )
 def hetlora(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> dict[str, Tensor]:
-    """Means of zero-padded A and of B with p_k ∝ w_k ‖B_k A_k‖_F in each adapter, so that padding weakens the mean less.
+    """Average zero-padded A and B with p_k ∝ w_k ‖B_k A_k‖_F per adapter, so that padding weakens the mean less.
 
-    The paper has w_k = 1 (the recipe `hetlora`), and lets organizations lower their ranks as they go; here a rank is theirs to
-    choose. Biased, as `fedit` is. Under record-level privacy the noise on both factors multiplies, and decides the norms.
+    The paper has w_k = 1 (the recipe `hetlora`) and prunes ranks during training; here each organization chooses its rank. Biased
+    as `fedit` is. Under record-level privacy the noise on the two factors multiplies, and dominates the norms.
     """
     delta = average_deltas(updates)
     for adapter in context.adapters:

@@ -1,4 +1,4 @@
-"""The mean of updates that are counted per local step."""
+"""FedNova: the mean of updates, normalized by the number of local steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
 
 _STEPS = "steps of "
 _WEIGHT = "weight in steps of "
-_TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
+_TINY = 1e-300  # makes the mean 0 if all that sent a parameter have the weight 0
 
 
 @fusion(
@@ -24,10 +24,12 @@ _TINY = 1e-300  # where every holder of a parameter weighs 0, its mean is 0
     idempotent=False,
 )
 def fednova(*, context: RoundContext) -> Sums:
-    """D = (Σ p_k τ_k) · Σ p_k Δ_k / τ_k: who takes more local steps has no more say.
+    """Average updates per local step, D = (Σ p_k τ_k) · Σ p_k Δ_k / τ_k, so that more local steps give no more influence.
 
-    τ_k = ‖a_k‖₁: how much the gradients of local SGD with momentum count together in Δ_k = −η Σ a_ki g_i. Raises RunError for an
-    update of no step, or of more than the plan's.
+    τ_k = ‖a_k‖₁ is the total weight of the gradients of local SGD with momentum in Δ_k = −η Σ a_ki g_i.
+
+    Raises:
+        RunError: If an update states no step, or more than the plan has.
     """
 
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
@@ -41,12 +43,17 @@ def fednova(*, context: RoundContext) -> Sums:
 
 
 def effective_steps(steps: int, momentum: float) -> float:
-    """τ = Σ_i (1 − μ^(K − i)) / (1 − μ), i = 0 … K − 1: gradient i is in the velocity of all K − i steps from its own on."""
+    """Return τ = Σ_i (1 − μ^(K − i)) / (1 − μ), i = 0 … K − 1: gradient i is in the velocity of the K − i steps from its own on.
+
+    Args:
+        steps: K.
+        momentum: μ, in [0, 1).
+    """
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
 def _steps(update: WeightedUpdate, most: int) -> int:
-    """Who states more steps than the plan has would move the model further."""
+    """Return the update's number of steps; one above the plan's would move the model further, and is refused."""
     steps = update.update.steps
     organization = update.update.organization[:80]
     if not 1 <= steps <= most:

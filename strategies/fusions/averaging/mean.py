@@ -12,6 +12,6 @@ from cotune.strategies.sums import Sums, divide, weighted
     needs=Needs(by_parameter=True, mixed_ranks=True),
 )
 def mean() -> Sums:
-    """D = Σ w_k Δ_k / Σ w_k, for every entry over the organizations that sent it."""
+    """Average the deltas by weight, D = Σ w_k Δ_k / Σ w_k, each entry over the organizations that sent it."""
     sums = yield weighted
     return divide(dict(sums))

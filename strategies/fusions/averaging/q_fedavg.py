@@ -1,4 +1,4 @@
-"""The mean that leans to organizations for which the model is still bad."""
+"""q-FedAvg: a mean that favors organizations with a high loss."""
 
 from __future__ import annotations
 
@@ -29,12 +29,17 @@ _LEAST_LOSS = 1e-10  # added, as in the authors' code: F^(q − 1) of a perfect 
 def q_fedavg(
     *, q: Annotated[float, Field(ge=0)] = 1.0, lipschitz: Annotated[float, Field(ge=0)] = 0.0, context: RoundContext
 ) -> Sums:
-    """D = Σ F_k^q Δ_k / Σ (F_k^q + q F_k^(q−1) L ‖Δ_k‖²), F_k being the loss of the received model at organization k.
+    """Favor organizations with a high loss F_k of the received model: D = Σ F_k^q Δ_k / Σ (F_k^q + q F_k^(q−1) L ‖Δ_k‖²).
 
-    The paper's w − Σ F_k^q L(w − w̄_k) / Σ h_k, with both sums divided by L. Raises RunError for an update that states no loss.
+    This is the paper's w − Σ F_k^q L(w − w̄_k) / Σ h_k, with both sums divided by L.
 
-    q: 0 is the plain mean; the larger, the more the worst-off count. lipschitz: L; 0: 1/η, η being the local learning rate
-    of gradient descent (that of Adam is no such thing).
+    Args:
+        q: 0 gives the plain mean; the larger, the more the organizations with the highest losses count.
+        lipschitz: L, the Lipschitz constant of the losses' gradients; 0: 1/η, where η is the local learning rate of gradient
+            descent (Adam's learning rate is not comparable).
+
+    Raises:
+        RunError: If an update states no loss.
     """
     smoothness = lipschitz or 1 / context.local.learning_rate
 

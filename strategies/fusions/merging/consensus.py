@@ -1,4 +1,4 @@
-"""The mean where several updates matter; where one alone does, or none, the model stays as it is."""
+"""Consensus merging: the mean of entries that matter to several updates; all other entries stay as they are."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ _PLAIN = "plain sum of "
     idempotent=False,
 )
 def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Annotated[int, Field(ge=1)] = 2) -> Sums:
-    """D_j = Σ p_k Δ_kj where at least so many updates matter, else 0 (TALL masks).
+    """Average the entries that matter to several updates (TALL masks): D_j = Σ p_k Δ_kj there, 0 elsewhere.
 
-    Update k matters at j where |Δ_kj| > λ |Σ Δ_j − Δ_kj|: its own entry, against the sum of all others.
+    Entry j matters to update k if |Δ_kj| > λ |Σ Δ_j − Δ_kj|: its own entry, compared with the sum of all others.
 
-    threshold: λ; the smaller, the more updates matter. agreement: how many must.
+    Args:
+        threshold: λ; the smaller it is, the more entries matter.
+        agreement: To how many updates an entry must matter.
     """
 
     def both(update: WeightedUpdate) -> Mapping[str, Tensor]:
@@ -45,5 +47,5 @@ def consensus(*, threshold: Annotated[float, Field(gt=0)] = 0.4, agreement: Anno
 
 
 def _counts(update: WeightedUpdate) -> float:
-    """1; an update of weight 0 has no say in what matters either."""
+    """Return 1, or 0 for an update of weight 0, which has no influence on the masks either."""
     return float(update.scalar > 0)

@@ -1,4 +1,4 @@
-"""The weighted mean of updates that have lost entries by chance."""
+"""DARE: the weighted mean of updates with randomly dropped and rescaled entries."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from cotune.strategies.types import RoundContext, WeightedUpdate
     idempotent=False,
 )
 def dare(*, drop: Annotated[float, Field(ge=0, lt=1)] = 0.5, context: RoundContext) -> Sums:
-    """D = Σ p_k m_k ⊙ Δ_k / (1 − p): entries are dropped at random and the others grow, so that E[D] is the weighted mean.
+    """Drop random entries and rescale the rest, D = Σ p_k m_k ⊙ Δ_k / (1 − p), so that E[D] is the weighted mean.
 
-    The masks m_k follow from the plan's seed, the round and the organization's name.
+    The masks m_k are drawn from the plan's seed, the round and the organization's name.
 
-    drop: p, the probability that an entry is dropped.
+    Args:
+        drop: p, the probability that an entry is dropped.
     """
 
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
@@ -42,6 +43,6 @@ def _thinned(tensor: Tensor, drop: float, generator: torch.Generator) -> Tensor:
 
 
 def _seed(context: RoundContext, organization: str) -> int:
-    """torch keeps 32 bits of it."""
+    """Return a seed of 32 bits, which is what torch's generator uses."""
     text = f"dare\x1f{context.seed}\x1f{context.round}\x1f{organization}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,4 +1,4 @@
-"""The mean that trusts every organization where its records say most."""
+"""Fisher merging: a mean that weights each entry by the Fisher information of the organization's records."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ _TRUST = "trust in "
     needs=Needs(sends=("fisher",), by_parameter=True),
 )
 def fisher(*, floor: Annotated[float, Field(gt=0)] = 1e-6) -> Sums:
-    """D = Σ w_k F_k Δ_k / Σ w_k F_k, entry by entry, with the diagonal Fisher information F_k of each trained model.
+    """Average each entry by the diagonal Fisher information F_k of the trained models: D = Σ w_k F_k Δ_k / Σ w_k F_k.
 
-    F_k is the mean squared gradient of the organization's own records, for the labels that they have. floor: added to every F_k;
-    where nobody's records say anything, it makes D the weighted mean.
+    F_k is the mean squared gradient on the organization's own records with their true labels (the empirical Fisher information).
+
+    Args:
+        floor: Added to every F_k, so that D is the weighted mean where all F_k are 0.
     """
 
     def trusted(update: WeightedUpdate) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The mean of those updates that do the server's own records good."""
+"""Greedy soup: the mean of those updates that do not lower the accuracy on the server's validation records."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cotune.strategies.types import Delta, RoundContext, WeightedUpdate
     homogeneous=False,
 )
 def greedy_soup(updates: Sequence[WeightedUpdate], *, context: RoundContext) -> Delta:
-    """D = the mean of the best update and of every next best that does not make the mean worse.
+    """Average the best update with each next best one that does not make the mean worse.
 
-    Judged by the accuracy of θ + D on the server's validation records, 2n − 1 times.
+    An update or mean is judged by the accuracy of θ + D on the server's validation records: 2n − 1 evaluations.
     """
     score = context.score
     assert score is not None, "needs.server_data"

@@ -1,4 +1,4 @@
-"""What fusions of the model-merging literature share."""
+"""Trimming of deltas, which several fusions of the model-merging literature share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cotune.strategies.blocks import dtype_of, read_blocks, shape_of
 
 
 def smallest_kept(delta: Mapping[str, Tensor], density: float) -> float:
-    """Return the magnitude of the smallest entry that is kept, where so many of the largest are, over all parameters together.
+    """Return the smallest magnitude among the entries to keep, which are the largest over all parameters together.
 
     Args:
         delta: Parameter name -> Δ.
@@ -33,9 +33,9 @@ def smallest_kept(delta: Mapping[str, Tensor], density: float) -> float:
 
 
 def trim_to_density(delta: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """Set all but the entries of the largest magnitudes to 0, over all parameters together.
+    """Set all entries but those of the largest magnitudes, over all parameters together, to 0.
 
-    Entries as large as the smallest one that is kept are kept too. For `delta` and `density` see `smallest_kept`.
+    Entries that tie with the smallest one to keep are kept, too. For the arguments see `smallest_kept`.
     """
     smallest = smallest_kept(delta, density)
     return {name: torch.where(tensor.abs() >= smallest, tensor, 0.0) for name, tensor in delta.items()}

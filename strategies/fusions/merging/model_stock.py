@@ -1,4 +1,4 @@
-"""The mean, drawn back to the model as far as the updates disagree."""
+"""Model Stock: the mean, scaled down by how much the updates disagree."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _ONE = torch.ones((), dtype=torch.float64)
     min_updates=lambda **_: 2,
 )
 def model_stock(*, per: Literal["model", "parameter"] = "model") -> Sums:
-    """D = t · mean Δ_k with t = Nc / (1 + (N − 1)c), c being the mean cosine between two updates.
+    """Scale the mean by the updates' agreement: D = t · mean Δ_k, t = Nc / (1 + (N − 1)c), c the mean cosine of two updates.
 
-    With u_k = Δ_k / ‖Δ_k‖, c = (‖Σ u_k‖² − N) / (N(N − 1)): one sum tells it. Where updates point against one another, c ≤ 0,
-    the paper's geometry does not hold, and t is 0: the model stays as it is.
+    With u_k = Δ_k / ‖Δ_k‖, c = (‖Σ u_k‖² − N) / (N(N − 1)), so that one sum suffices. If c ≤ 0, the updates oppose one another
+    and the paper's geometry does not hold: t is 0, and the model stays as it is.
 
-    per: what an angle is measured on, the whole delta, or every parameter by itself, which is nearest to the paper's layers.
+    Args:
+        per: What the cosine is measured on: the whole delta, or each parameter separately, closest to the paper's layers.
     """
 
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:
@@ -48,10 +49,10 @@ def model_stock(*, per: Literal["model", "parameter"] = "model") -> Sums:
 
 
 def _ratio(sums: Mapping[str, Tensor], names: list[str]) -> float:
-    """t of the parameters together."""
+    """Return t for some parameters together."""
     count = max(float(sums[_COUNT + name]) for name in names)
     if count < 2:
-        return 1.0  # one organization alone has the parameter
+        return 1.0  # only one organization has the parameter
     square = norm({name: sums[_DIRECTION + name] for name in names}) ** 2
     cosine = max(0.0, (square - count) / (count * (count - 1)))
     return count * cosine / (1 + (count - 1) * cosine)

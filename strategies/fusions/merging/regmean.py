@@ -1,4 +1,4 @@
-"""The linear layers that come closest to what every organization's own layer does with its own inputs."""
+"""RegMean: fuse linear layers by least squares on their outputs for each organization's own inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cotune.strategies.types import WeightedUpdate
 
 _GRAM = "gram of "
 _OUT = "output of "
-_NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding, as the Gram matrices come in float32
+_NOTHING = 1e-6  # of the largest eigenvalue; smaller ones are rounding errors, as Gram matrices are sent in float32
 
 
 @fusion(
@@ -25,11 +25,14 @@ _NOTHING = 1e-6  # of the largest eigenvalue: inputs that vary less are rounding
     needs=Needs(sends=("gram",), by_parameter=True),
 )
 def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
-    """D = (Σ w_k Δ_k G_k)(Σ w_k G_k)⁻¹ for every linear layer, G_k = X_kᵀX_k of its inputs; the weighted mean for all else.
+    """Fuse linear layers by least squares, D = (Σ w_k Δ_k G_k)(Σ w_k G_k)⁻¹, G_k = X_kᵀX_k; average all other parameters.
 
-    That is least squares: of Σ w_k ‖X_k D − X_k Δ_k‖². A bias is a column of Δ_k, its input 1. Where no organization's inputs
-    vary, D is the weighted mean. off_diagonal: α, the factor of all entries of G_k but its diagonal; below 1 the layers of
-    models that have drifted apart are fused more cautiously.
+    For α = 1, D minimizes Σ w_k ‖X_k Dᵀ − X_k Δ_kᵀ‖², where the rows of X_k are the layer's inputs at organization k. A bias is a
+    column of Δ_k whose input is 1. In directions in which no organization's inputs vary, D is the weighted mean.
+
+    Args:
+        off_diagonal: α, the factor of the entries of G_k off its diagonal. Below 1, it fuses layers of models that have drifted
+            apart more cautiously.
     """
 
     def summed(update: WeightedUpdate) -> dict[str, Tensor]:
@@ -54,7 +57,7 @@ def regmean(*, off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9) -> Sums:
 
 
 def _grams(statistics: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """In float64. Raises RunError for one that is not finite: it has no inverse."""
+    """Yield (parameter, Gram matrix in float64); raises RunError for one that is not finite, as it has no inverse."""
     for key, tensor in statistics.items():
         if key.startswith("gram/"):
             if not bool(tensor.isfinite().all()):
@@ -63,7 +66,7 @@ def _grams(statistics: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _with_bias(name: str, delta: Mapping[str, Tensor], gram: Tensor) -> Tensor:
-    """(out, in), or (out, in + 1) where the Gram matrix has a row for the bias."""
+    """Return the layer's delta, (out, in), or (out, in + 1) if the Gram matrix has a row for the bias."""
     weight = delta[name]
     return weight if len(gram) == weight.shape[1] else torch.cat([weight, delta[_bias(name)][:, None]], dim=1)
 

@@ -1,4 +1,4 @@
-"""The sum of the updates."""
+"""Task arithmetic: the scaled sum of the updates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from cotune.strategies.sums import Sums
     idempotent=False,
 )
 def task_arithmetic(*, scale: Annotated[float, Field(gt=0)] = 0.4) -> Sums:
-    """D = λ Σ Δ_k: what organizations have learnt is added up, not averaged.
+    """Add the deltas rather than averaging them: D = λ Σ Δ_k.
 
-    scale: λ; 1 / n gives the plain mean of n updates.
+    Args:
+        scale: λ; 1 / n gives the plain mean of n updates.
     """
     sums = yield lambda update: update.delta
     return {name: scale * tensor for name, tensor in sums.items()}

@@ -1,4 +1,4 @@
-"""Trim, elect a sign, merge what agrees: each update is seen."""
+"""TIES: trim, elect signs, and merge the entries that agree; sees each update."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ def ties(
     density: Annotated[float, Field(gt=0, le=1)] = 0.2,
     scale: Annotated[float, Field(gt=0)] = 1.0,
 ) -> Delta:
-    """Of each update the largest entries; D = λ times the mean of those that have the sign of their sum.
+    """Trim each delta to its largest entries, elect a sign per entry, and average the entries that agree with it.
 
     Δ̃_k is Δ_k with its smaller entries set to 0, γ = sgn(Σ w_k Δ̃_k), A_j = {k : sgn(Δ̃_kj) = γ_j ≠ 0} and
-    D_j = λ Σ_{A_j} w_k Δ̃_kj / Σ_{A_j} w_k. The paper has equal weights; where nothing agrees, D_j = 0.
+    D_j = λ Σ_{A_j} w_k Δ̃_kj / Σ_{A_j} w_k; D_j = 0 if A_j is empty. The paper has equal weights.
 
-    density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
+    Args:
+        updates: Each with one weight w_k.
+        density: Fraction of entries to keep of each delta, over all its parameters together.
+        scale: λ.
     """
     deltas = [update.entries for update in updates]
     smallest = [smallest_kept(delta, density) for delta in deltas]

@@ -1,4 +1,4 @@
-"""Trim, elect a sign, merge what agrees: from two sums."""
+"""TIES from two sums over the updates, without seeing any of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _WEIGHT = "weight of "
     idempotent=False,
 )
 def ties_sums(*, density: Annotated[float, Field(gt=0, le=1)] = 0.2, scale: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
-    """The rule of `ties`, and its result, without seeing an update: first the signs are elected, then the merge is summed.
+    """Compute the result of `ties` from sums only: one pass to elect the signs, one to sum the entries that agree.
 
-    density: the fraction of entries to keep of each update, over all its parameters together. scale: λ.
+    Args:
+        density: Fraction of entries to keep of each delta, over all its parameters together.
+        scale: λ.
     """
 
     def votes_of(update: WeightedUpdate) -> Mapping[str, Tensor]:

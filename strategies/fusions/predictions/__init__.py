@@ -1,1 +1,1 @@
-"""Fusions of what the models predict, rather than of their parameters."""
+"""Fusions of the models' predictions rather than their parameters."""

@@ -1,4 +1,4 @@
-"""Ensemble distillation: the fused model learns to predict what the organizations' models predict together."""
+"""Ensemble distillation: the fused model learns the combined predictions of the organizations' models."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ def ensemble_distillation(
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 64,
     context: RoundContext,
 ) -> Delta:
-    """D = the weighted mean, trained on public inputs to predict what the models θ + Δ_k predict together.
+    """Train the weighted mean on public inputs to predict the combined predictions of the models θ + Δ_k.
 
-    Together they predict the softmax of the weighted mean of their scores; with `combine = "vote"`, the weighted share of the
-    models that predict each class; with `combine = "median"`, the softmax of the median of each score, without weights, and the
-    start is the median of every coordinate, too: neither moves far by a few hostile updates.
+    Args:
+        updates: Each with one weight w_k.
+        combine: How predictions are combined. "mean": the softmax of the weighted mean of the scores. "vote": the weighted share
+            of the models that predict each class. "median": the softmax of the median of each score, without weights, starting
+            from the coordinate-wise median of the deltas; a few hostile updates move neither far.
+        temperature: T of the distillation loss T² · KL.
+        learning_rate: Initial learning rate of Adam.
+        epochs: Passes over the public inputs.
+        batch_size: Public inputs per step.
+        context: Its public inputs are required.
     """
     public = context.public
     assert public is not None, "needs.public_inputs"
@@ -57,7 +64,7 @@ def ensemble_distillation(
 
 
 def combine_scores(scores: Tensor, weights: Tensor, combine: Combine) -> Tensor:
-    """Return the probabilities (answers, classes) that several models give together.
+    """Return the combined probabilities (answers, classes) of several models.
 
     Args:
         scores: (models, answers, classes), in float64; NaN where a model could not read an input.

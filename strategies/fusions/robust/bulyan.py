@@ -1,4 +1,4 @@
-"""Krum against who is far away, then the middle of every coordinate against who hides in a few."""
+"""Bulyan: selection by Krum against distant updates, then a trimmed mean against updates that deviate in few coordinates."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ from cotune.strategies.types import Delta, WeightedUpdate
     min_updates=lambda malicious: 4 * malicious + 3,
 )
 def bulyan(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
-    """D_j = the mean of the n − 4f values nearest to the median, among n − 2f updates that Krum chooses one by one.
+    """Select n − 2f updates by Krum, one by one; then average the n − 4f values nearest to the median of each coordinate.
 
-    Whom Krum has chosen is no neighbor any more of those that are left.
+    Once selected, an update no longer counts as a neighbor of the remaining ones.
 
-    malicious: f, how many of the n updates may be; n ≥ 4f + 3.
+    Args:
+        updates: Their weights are not used.
+        malicious: f, how many of the n updates may be malicious; n ≥ 4f + 3.
     """
     chosen = _chosen(compute_squared_distances(updates), malicious)
     return fuse_coordinates([updates[k].entries for k in chosen], lambda rows, _: _around_middle(rows, 2 * malicious))
 
 
 def _chosen(distances: Tensor, malicious: int) -> list[int]:
-    """The n − 2f updates that Krum takes, one after the other."""
+    """Return the numbers of the n − 2f updates that Krum selects one after the other."""
     left = list(range(len(distances)))
     chosen = list[int]()
     while len(chosen) < len(distances) - 2 * malicious:
@@ -43,8 +45,8 @@ def _chosen(distances: Tensor, malicious: int) -> list[int]:
 
 
 def _around_middle(rows: Entries, without: int) -> Entries:
-    """The mean over the first dimension of all but the `without` values that are farthest from the median."""
-    ordered = sort_rows(rows).astype(np.float64)  # of two that are as far, the smaller stays
+    """Return the mean over the first dimension without the `without` values farthest from the median."""
+    ordered = sort_rows(rows).astype(np.float64)  # on ties, the smaller value is kept
     middle = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
     nearest = np.abs(ordered - middle).argsort(axis=0, kind="stable")[: len(rows) - without]
     return mean_rows(np.take_along_axis(ordered, nearest, axis=0))

@@ -1,4 +1,4 @@
-"""The mean of updates that are clipped around what the round before gave."""
+"""Centered clipping: the mean of updates that are clipped around the previous round's result."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ _NOTHING = torch.zeros((), dtype=torch.float64)
 def centered_clipping(
     *, norm: Annotated[float, Field(gt=0)] = 1.0, passes: Annotated[int, Field(ge=1, le=1000)] = 1, context: RoundContext
 ) -> Sums:
-    """v += Σ p_k (Δ_k − v) min(1, τ / ‖Δ_k − v‖), from the v of the round before on, which is 0 in the first; D = v.
+    """Clip updates around the previous result v (at first 0): v += Σ p_k (Δ_k − v) min(1, τ / ‖Δ_k − v‖); D = v.
 
-    norm: τ, how far from v an update still counts in full. passes: over the updates in a round.
+    Args:
+        norm: τ, the distance from v up to which an update counts in full.
+        passes: Iterations over the updates in each round.
+        context: Its memory is the v of the previous round.
     """
     center = dict(context.memory)
     for _ in range(passes):

@@ -1,4 +1,4 @@
-"""The point with the least distance to all updates (RFA)."""
+"""RFA: the geometric median, the point with the smallest sum of distances to the updates."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from cotune.strategies.sums import Sums
 def geometric_median(
     *, passes: Annotated[int, Field(ge=1, le=1000)] = MAX_PASSES, smoothing: Annotated[float, Field(gt=0)] = SMOOTHING
 ) -> Sums:
-    """D = argmin_z Σ p_k ‖Δ_k − z‖, by smoothed Weiszfeld: from the weighted mean on, z = Σ β_k Δ_k / Σ β_k, until it stays.
+    """Compute the geometric median D = argmin_z Σ p_k ‖Δ_k − z‖ by the smoothed Weiszfeld algorithm.
 
-    β_k = p_k / max(ν, ‖Δ_k − z‖), so that who is far away pulls no more than who is near.
+    From the weighted mean on, z = Σ β_k Δ_k / Σ β_k with β_k = p_k / max(ν, ‖Δ_k − z‖), until z converges: a distant update pulls
+    no harder than a near one.
 
-    passes: over the updates, after the one for the mean, at most; each divides the pull of one update that is very far away by
-    about the number of the others. smoothing: ν, a length of deltas.
+    Args:
+        passes: The most passes over the updates after the first one, for the mean. Each divides the pull of a single very distant
+            update by about the number of the others.
+        smoothing: ν, in the unit of the deltas' norm.
     """
     return (yield from weiszfeld(passes, smoothing))

@@ -1,4 +1,4 @@
-"""The update in the densest place."""
+"""Krum: the single update that is closest to its neighbors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from cotune.strategies.types import Delta, WeightedUpdate
     min_updates=lambda malicious: 2 * malicious + 3,
 )
 def krum(updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1) -> Delta:
-    """D = Δ_i of the least Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbors j: one update, as it is.
+    """Select the one update with the smallest Σ ‖Δ_i − Δ_j‖² over its n − f − 2 nearest neighbors j.
 
-    malicious: f, how many of the n updates may be; n ≥ 2f + 3.
+    Args:
+        updates: Their weights are not used.
+        malicious: f, how many of the n updates may be malicious; n ≥ 2f + 3.
     """
     return dict(updates[rank_by_krum_score(compute_squared_distances(updates), malicious)[0]].delta)

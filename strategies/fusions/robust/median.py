@@ -1,4 +1,4 @@
-"""The median of every coordinate."""
+"""The coordinate-wise median."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ from cotune.strategies.types import Delta, WeightedUpdate
     needs=Needs(visibility=Visibility.PER_CLIENT, weights=False),
 )
 def median(updates: Sequence[WeightedUpdate]) -> Delta:
-    """D_j = the median of Δ_1j … Δ_nj, for every coordinate j; the mean of the middle two where n is even."""
+    """Take the median of Δ_1j … Δ_nj in every coordinate j; the mean of the middle two if n is even."""
     return fuse_coordinates([update.entries for update in updates], lambda rows, _: median_rows(rows))

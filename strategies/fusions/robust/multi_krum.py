@@ -1,4 +1,4 @@
-"""The mean of the updates in the densest place."""
+"""Multi-Krum: the mean of the updates that are closest to their neighbors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from cotune.strategies.types import Delta, WeightedUpdate
 def multi_krum(
     updates: Sequence[WeightedUpdate], *, malicious: Annotated[int, Field(ge=0)] = 1, keep: Annotated[int, Field(ge=0)] = 0
 ) -> Delta:
-    """D = the mean of the m updates with the best scores of Krum.
+    """Average the m updates with the best Krum scores (see `krum`).
 
-    malicious: f, how many of the n updates may be; n ≥ 2f + 3. keep: m; 0: n − f.
+    Args:
+        updates: Their weights are not used.
+        malicious: f, how many of the n updates may be malicious; n ≥ 2f + 3.
+        keep: m; 0: n − f.
     """
     best = rank_by_krum_score(compute_squared_distances(updates), malicious)[: keep or len(updates) - malicious]
     return unweighted_mean([updates[k] for k in best])

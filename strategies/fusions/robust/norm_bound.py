@@ -1,4 +1,4 @@
-"""The weighted mean of clipped updates."""
+"""Norm bounding: the weighted mean of clipped updates."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from cotune.strategies.types import WeightedUpdate
     idempotent=False,
 )
 def norm_bound(*, norm: Annotated[float, Field(gt=0)] = 1.0) -> Sums:
-    """D = Σ p_k Δ_k min(1, τ / ‖Δ_k‖): nobody moves the model by more than p_k τ.
+    """Average clipped deltas, D = Σ p_k Δ_k min(1, τ / ‖Δ_k‖), so that no organization moves the model by more than p_k τ.
 
-    norm: τ, of a whole delta.
+    Args:
+        norm: τ, the largest L2 norm of a delta over all its parameters.
     """
 
     def contribution(update: WeightedUpdate) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a federation uses where nobody has chosen: one member of four or more can neither take the model over nor stop it."""
+"""The default fusion of a federation: one of four or more members can neither take over the model nor stop its training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, norm, total
 from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
 
-FEWEST = 4  # updates, from which on the one that lies can be told from the others
-_MAX_SHARE_OF_FEW = 1.5  # times an equal share: what an update counts at most where there are fewer
+FEWEST = 4  # updates, the fewest among which a hostile one stands out from the others
+_MAX_SHARE_OF_FEW = 1.5  # times an equal share: the largest share of an update if there are fewer
 
 
 @fusion(
@@ -29,15 +29,18 @@ def robust(
     share: Annotated[float, Field(gt=0, lt=0.5)] = 0.4,
     ratio: Annotated[float, Field(ge=1, le=1000)] = 3.0,
 ) -> Aggregate:
-    """D = argmin_z Σ p_k ‖Δ_k − z‖ of four or more updates, none longer than a few times their median norm, p_k ≤ share.
+    """Take the geometric median of four or more updates with bounded shares and norms; the bounded mean of fewer.
 
-    Of fewer it is their weighted mean: two or three organizations cannot tell who lies. Then p_k is at most 1.5 times an equal
-    share, and of three updates none is longer than ratio times the middle one.
+    D = argmin_z Σ p_k ‖Δ_k − z‖, with p_k ≤ share and no update longer than a few times the median norm. Two or three updates do
+    not show which one is hostile, so they are averaged by weight; p_k is then at most 1.5 times an equal share, and of three
+    updates none is longer than `ratio` times the middle one.
 
-    share: of the weight that one update has at most. The geometric median withstands anyone who holds less than a half, so that
-    an
-    organization with most of the records, or one that states a huge number, does not decide alone. ratio: to the median norm; a
-    longer update is shortened to it.
+    Args:
+        updates: Those of weight 0 are left out.
+        share: Largest fraction of the total weight that one update can have. The geometric median withstands any update with less
+            than half the weight, so that an organization with most of the records, or one that states a huge number, does not
+            decide alone.
+        ratio: Longest norm of an update, in multiples of the median norm; a longer one is scaled down.
     """
     counted = [update for update in updates if update.scalar > 0]
     shares = bounded_shares([update.scalar for update in counted], max(share, _MAX_SHARE_OF_FEW / len(counted)))
@@ -52,14 +55,14 @@ def robust(
 
 
 def bounded_shares(weights: Sequence[float], most: float) -> list[float]:
-    """Shares of the sum, p_k = min(w_k, c) / Σ_j min(w_j, c), with the largest c for which none is above `most`.
+    """Return the shares p_k = min(w_k, c) / Σ_j min(w_j, c), with the largest c for which no share is above `most`.
 
     Args:
-        weights: Above 0.
-        most: 1 / n or more.
+        weights: w_k, n of them, all above 0.
+        most: The largest share, at least 1 / n.
     """
     falling = sorted(weights, reverse=True)
-    cut = falling[-1]  # all alike, where not even the smallest is left as it is
+    cut = falling[-1]  # equal shares, if even the smallest weight is cut
     for count, largest in enumerate(falling):  # the `count` largest are cut to c = most · Σ min(w_j, c)
         found = most * sum(falling[count:]) / (1 - count * most) if count * most < 1 else 0.0
         if largest <= found:
@@ -70,17 +73,17 @@ def bounded_shares(weights: Sequence[float], most: float) -> list[float]:
 
 
 def compute_max_norm(norms: Sequence[float], ratio: float) -> float:
-    """How long an update may be: ratio times the (lower) median norm; of one or two updates without end."""
+    """Return the longest norm of an update: `ratio` times the (lower) median norm; infinity for one or two updates."""
     return ratio * sorted(norms)[(len(norms) - 1) // 2] if len(norms) > 2 else float("inf")
 
 
 def _bounded(update: WeightedUpdate, share: float, longest: float) -> WeightedUpdate:
-    whole = WeightedUpdate(update.update, share, update.state)  # a new one, as an update keeps its delta in float64
+    whole = WeightedUpdate(update.update, share, update.state)  # a new object, as each one caches its delta in float64
     return WeightedUpdate(replace(update.update, delta=clip_to_norm(whole.delta, longest)), share, update.state)
 
 
 def _played(passes: Sums, weighed: Callable[[], Iterable[WeightedUpdate]]) -> Delta:
-    """A rule of sums, on updates that are all at hand and made again for each pass, so that one at a time is in memory."""
+    """Run a rule of sums on stored updates, which are created again for each pass, so that only one is in memory at a time."""
     contribute = next(passes)
     sums = dict[str, Tensor]()
     while True:

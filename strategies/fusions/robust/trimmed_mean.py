@@ -1,4 +1,4 @@
-"""The mean of every coordinate without its extremes."""
+"""The coordinate-wise trimmed mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cotune.strategies.order_statistics import fuse_coordinates, mean_rows, sort
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 
-_ROUNDING = 1e-9  # of β·n: a tenth of ten is one
+_ROUNDING = 1e-9  # added to β·n before it is rounded down, as 0.1 · 10 should give 1
 
 
 @fusion(
@@ -23,9 +23,11 @@ _ROUNDING = 1e-9  # of β·n: a tenth of ten is one
     min_updates=lambda fraction: math.ceil(1 / fraction - _ROUNDING),
 )
 def trimmed_mean(updates: Sequence[WeightedUpdate], *, fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.2) -> Delta:
-    """D_j = the mean of Δ_1j … Δ_nj without the ⌊βn⌋ largest and the ⌊βn⌋ smallest, for every coordinate j.
+    """Average Δ_1j … Δ_nj in every coordinate j without the ⌊βn⌋ largest and the ⌊βn⌋ smallest values.
 
-    fraction: β, cut off at either end. A round of fewer than 1/β updates is refused, as nothing would be.
+    Args:
+        updates: Their weights are not used.
+        fraction: β, trimmed at either end. A round needs at least 1/β updates, as nothing would be trimmed of fewer.
     """
 
     def trimmed(rows: Entries, _: Sequence[int]) -> Entries:
