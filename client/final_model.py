@@ -14,13 +14,13 @@ from cotune.client.approvals import Approvals
 from cotune.client.policy_check import check_base_model
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.personal.own_copy import open_personal
-from cotune.client.training.personal.own_model import export_own_model
-from cotune.client.training.personal.parts import PERSONAL, UNNOISED
+from cotune.client.training.personal.ditto_pfedme import open_personal
+from cotune.client.training.personal.parameters import PERSONAL, UNNOISED
+from cotune.client.training.personal.prediction_model import export_own_model
 from cotune.errors import RunError
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import (
     Request,
     received_digest,
@@ -39,7 +39,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     The same model again changes nothing.
 
     Raises:
-        Declined: Nobody here has approved the plan, or its base model is not allowed.
+        PolicyError: Nobody here has approved the plan, or its base model is not allowed.
         ModelError: The parameters are not the plan's.
         RunError: The plan does not have the round, or the model cannot be written.
     """

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.device import limit_memory
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.policy import Policy
 
@@ -44,10 +44,10 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
         hours: Of training that the plan has taken so far.
 
     Raises:
-        Declined: For the first rule that the plan breaks.
+        PolicyError: For the first rule that the plan breaks.
     """
     for broken in find_violations(plan, policy, examples, hours):
-        raise Declined(broken.rule, broken.problem)
+        raise PolicyError(broken.rule, broken.problem)
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:
@@ -56,17 +56,17 @@ def check_plan(plan: Plan, policy: Policy) -> None:
     They are checked before records are read, as even a failure to read them may reveal something of one.
 
     Raises:
-        Declined: For the first rule that the plan breaks.
+        PolicyError: For the first rule that the plan breaks.
     """
     for broken in _of_plan(plan, policy, hours=0.0):
-        raise Declined(broken.rule, broken.problem)
+        raise PolicyError(broken.rule, broken.problem)
 
 
 def check_base_model(plan: Plan, policy: Policy) -> None:
-    """Check that the policy names the plan's base model. Raises Declined."""
+    """Check that the policy names the plan's base model. Raises PolicyError."""
     for broken in _not_allowed(plan, policy):
         if broken.rule == "training.base_models":
-            raise Declined(broken.rule, broken.problem)
+            raise PolicyError(broken.rule, broken.problem)
 
 
 def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> None:
@@ -77,10 +77,10 @@ def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[in
         declarable: The smallest and the largest that the coordinator has signed for; None: whatever the plan takes.
 
     Raises:
-        Declined: The coordinator would refuse it.
+        PolicyError: The coordinator would refuse it.
     """
     for broken in find_number_violations(plan, policy, examples, declarable):
-        raise Declined(broken.rule, broken.problem)
+        raise PolicyError(broken.rule, broken.problem)
 
 
 def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Violation]:

@@ -22,13 +22,13 @@ from cotune.errors import CotuneError, RunError
 from cotune.flower.chunks import ChunkedMessage
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import scores_shape, state_shapes, student_shapes
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
-from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request, decode_header
 from cotune.protocol.signatures import SIGNED
 
-Consent = Callable[[Plan, Policy], None]  # raises Declined
+Consent = Callable[[Plan, Policy], None]  # raises PolicyError
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ARRAY_HEAD = 1024  # bytes of an array before its values, and some to spare
@@ -71,7 +71,7 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finis
     No record is read, and no model is loaded before the plan is approved and the policy allows it.
 
     Raises:
-        Declined: The plan is not approved, or not allowed.
+        PolicyError: The plan is not approved, or not allowed.
         ModelError: The base model is not found here.
         RunError: The plan does not have the round.
     """
