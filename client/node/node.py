@@ -50,10 +50,15 @@ Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # a
 
 
 class Worker(Protocol):
-    """What answers messages: see `TrainerProcess`."""
+    """Answers messages; see `TrainerProcess`."""
 
-    def submit(self, parcel: ChunkedMessage) -> None: ...
-    def poll(self, seconds: float) -> Message | None: ...
+    def submit(self, parcel: ChunkedMessage) -> None:
+        """Start work on a message."""
+        ...
+
+    def poll(self, seconds: float) -> Message | None:
+        """Return the reply; None if there is none within so many seconds."""
+        ...
 
 
 class Node:
@@ -232,10 +237,10 @@ class Node:
                 self._accept(fleet, newer)
 
     def _handle_death(self, request: AnnouncedRequest, error: TrainerDied) -> None:
-        """Restart a worker that died, or refuse a request at which it died repeatedly.
+        """Retry a request once after its worker died, then refuse it.
 
-        A worker that was killed costs time and, with privacy, the charges it had reserved; one that crashes at its work would
-        crash again.
+        A worker that was killed costs time and, with privacy, the charges that it had reserved. One that crashes because of its
+        work would crash again.
         """
         _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
         if self._is_retry:

@@ -91,9 +91,9 @@ class TrainerProcess:
 
 
 def _work(pipe: Connection, folder: Path, server: str) -> None:
-    """What the process does until the node ends."""
+    """Answer messages until the node ends; the main function of the process."""
     clean_output()
-    os.umask(0o077)  # what it keeps is the organization's own
+    os.umask(0o077)  # its files are private to the organization
     import cotune.client.app  # noqa: F401  # not above: the process watches its parent before it imports torch
 
     for parcel in receive_all(pipe):
