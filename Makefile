@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/cotune simulate
 
+# bytecode is kept: without it, every process compiles cotune and its tests again
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-faults: install
 	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -m "crash or long"

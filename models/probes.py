@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cotune.data.inputs.batching import LENGTHS
 from cotune.data.tasks.classes import IGNORED, Batch
@@ -70,9 +69,17 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        tensors = (leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor))
-        self.seen.append((str(func), tuple(tensor.shape for tensor in tensors)))
+        self.seen.append((str(func), tuple(_shapes_in((*args, *(kwargs or {}).values(), found)))))
         return found
+
+
+def _shapes_in(values: Iterable[Any]) -> Iterator[torch.Size]:
+    """The shapes of tensors among what an operation was given or returned, and in its lists: it has no other containers."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.shape
+        elif isinstance(value, list | tuple):
+            yield from _shapes_in(value)
 
 
 def feature_probes(

@@ -12,6 +12,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,7 @@ class Raised:
     message: str
 
 
+@lru_cache(maxsize=2)
 def sources(root: Path = ROOT) -> dict[str, ast.Module]:
     """Return the parsed modules of the package by their paths."""
     files = [root / "errors.py", root / "printable.py", *(file for room in ROOMS for file in sorted((root / room).rglob("*.py")))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import cotune
@@ -34,10 +35,11 @@ def _imports_within_functions(file: Path) -> Iterator[str]:
                     yield inner.module
 
 
-def _late_imports() -> Iterator[tuple[str, str]]:
+@cache
+def _late_imports() -> tuple[tuple[str, str], ...]:
     """(file, module) of every import within a function of the package."""
-    for file in sorted(file for room in ROOMS for file in room.rglob("*.py")):
-        yield from ((file.relative_to(ROOT).as_posix(), module) for module in _imports_within_functions(file))
+    files = sorted(file for room in ROOMS for file in room.rglob("*.py"))
+    return tuple((file.relative_to(ROOT).as_posix(), module) for file in files for module in _imports_within_functions(file))
 
 
 def test_functions_import_heavy_packages_alone() -> None:

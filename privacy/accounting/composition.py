@@ -22,7 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas
+from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
 from cotune.privacy.mechanisms.grid_noise import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
@@ -195,7 +195,7 @@ def _of_steps(steps: Steps, width: float) -> PrivacyLossDistribution:
     """Steps without sampling are one Gaussian mechanism with less noise; of others, one is computed and composed with itself."""
     if steps.sample_rate >= 1:
         return _of_one_step(steps.noise_multiplier / math.sqrt(steps.count), 1.0, width)
-    return _of_one_step(steps.noise_multiplier, steps.sample_rate, width).self_compose(steps.count)
+    return self_compose(_of_one_step(steps.noise_multiplier, steps.sample_rate, width), steps.count)
 
 
 @lru_cache(maxsize=64)

@@ -107,6 +107,7 @@ class Session:
         read_members: Reads who may take part now, with the agreed bounds of their numbers of records (None: not agreed).
         trail: Signs requests, and verifies signatures of replies.
         limits: Intervals and timeouts of the server that are not in the plan.
+        in_process: Whether organizations are simulated in this process, so that no message leaves it.
     """
 
     folder: RunFolder
@@ -114,6 +115,7 @@ class Session:
     read_members: Callable[[], Mapping[str, ExampleBounds | None]]
     trail: Trail
     limits: TimeLimits = TIME_LIMITS
+    in_process: bool = False
 
     @property
     def is_real(self) -> bool:

@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from dp_accounting.pld import PLDAccountant
 
 from cotune.client.site import Site
 from cotune.privacy.accounting.composition import Steps, epsilon
@@ -19,26 +17,20 @@ from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
 from cotune.simulations.released_models import compose_epsilon
 from cotune.simulations.run import simulate
+from tests.support.oracle_epsilon import oracle_epsilon
 from tests.support.simulations import NewPlan, plan_file, toy_data, toy_plan
 
 __all__ = ["plan_file", "toy_data", "toy_plan"]  # fixtures
 
 
-def composed(steps: list[Steps], delta: float) -> float:
-    accountant = PLDAccountant(value_discretization_interval=2e-4)
-    for each, count in Counter(steps).items():
-        accountant.compose(each.event(), count)
-    return float(accountant.get_epsilon(delta))
-
-
 def test_a_simulation_states_the_epsilon_of_all_its_models(toy_plan: NewPlan, tmp_path: Path) -> None:
-    plan = toy_plan(privacy={"epsilon": 8.0}, rounds=2)
+    plan = toy_plan(privacy={"epsilon": 8.0}, rounds=2, simulation={"baselines": ["alone"]})
     summary = simulate(plan, tmp_path / "run", device="cpu").summary
     for each in summary["organizations"]:
         sites = (f"sites/{each['name']}", f"baselines/alone/{each['name']}/site")
         steps = [s for site in sites for s in Site(tmp_path / "run" / site).ledger().spent()]
         assert each["epsilon_spent"] <= 8.0 < each["epsilon_all_models"]
-        assert each["epsilon_all_models"] == pytest.approx(composed(steps, each["delta"]), abs=0.02)
+        assert each["epsilon_all_models"] == pytest.approx(oracle_epsilon(steps, each["delta"]), abs=0.02)
     claim = summary["privacy"]["claim"]
     assert summary["privacy"]["epsilon_all_models"] == max(each["epsilon_all_models"] for each in summary["organizations"])
     assert claim["figures"]["epsilon"] == max(each["epsilon_spent"] for each in summary["organizations"])

@@ -64,7 +64,7 @@ def test_a_broken_claim_is_exit_code_1(cotune: Cotune, monkeypatch: pytest.Monke
         return DPSGD(replace(config, noise_multiplier=0.0))
 
     monkeypatch.setattr(audited_training, "DPSGD", without_noise)
-    options = ("--set", "privacy={epsilon=1}", "--set", "rounds=1", "--canaries", "2000")
+    options = ("--set", "privacy={epsilon=1}", "--set", "rounds=1", "--canaries", "500")
     shown = cotune("audit", "toy.toml", *options)
     assert (shown.code, shown.err) == (1, "")
     said = " ".join(shown.out.split())

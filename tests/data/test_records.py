@@ -126,7 +126,7 @@ def test_csv_labels_stay_words(tmp_path: Path, content: str, labels: tuple[str, 
 
 
 def test_csv_labels_stay_text_when_parsed_in_chunks(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "text,label\n" + "a,02\n" * 300_000)
+    path = write(tmp_path / "a.csv", "text,label\n" + "a,02\n" * 100_000)
     assert set(read(path).labels) == {"02"}
 
 
@@ -709,7 +709,7 @@ def test_organization_files(tmp_path: Path) -> None:
 
 def test_folders_without_usable_files(tmp_path: Path) -> None:
     write(tmp_path / ".north.csv", "")
-    with pytest.raises(DataError, match=r"holds no data file: .*\.csv, .*\.tsv"):
+    with fails_with("data.no_files"):
         organization_files(tmp_path)
     write(tmp_path / "north.csv", "")
     write(tmp_path / "north.jsonl", "")

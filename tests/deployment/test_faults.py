@@ -1,8 +1,10 @@
 """Whatever is killed: the same command again goes on, and the model is the same, bit by bit. Real processes, TLS and keys.
 
-The short form is one run in which processes are killed while the database is locked and the port flooded, and one in which a
-member attacks. The long form (`make test-faults`) kills every process once in one run, and test_fault_matrix.py each in runs of
+The short form is one run in which processes are killed while the database is locked and the port flooded. The long form
+(`make test-faults`) kills every process once in one run, and lets a member attack; test_fault_matrix.py kills each in runs of
 their own, at several moments, with and without the SuperLink's database; it cuts the network, and writes docs/results/faults.md.
+That who sends bombs is left out, and what the proxy lets nobody do in another's place, is shown without processes in
+tests/server/rounds and tests/server/proxy.
 """
 
 from __future__ import annotations
@@ -94,6 +96,7 @@ def test_the_database_is_locked_and_the_port_flooded(fed: Deployment) -> None:
     assert all(opened[address] > IDLE for address in ADDRESSES)
 
 
+@pytest.mark.long
 def test_a_member_that_attacks_is_named_and_left_out(fed: Deployment) -> None:
     """It disturbs the object store, and sends bombs, in south's place."""
 

@@ -17,7 +17,7 @@ from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.prepare import Prepared, make_run, make_site, prepare
-from tests.support.simulations import NewPlan, same
+from tests.support.simulations import COMPARED, NewPlan, same
 
 
 def made(plan: Plan, path: Path) -> tuple[RunFolder, Prepared]:
@@ -88,7 +88,7 @@ def test_pooled_baseline_trains_on_all_data_without_privacy(toy_plan: NewPlan, t
     assert baseline.plan.privacy == "none"
     assert {(s.local.optimizer, s.local.batch_size, s.local.steps) for s in baseline.plan.stages} == {("adam", 64, 7)}
     site = Site(folder.path / "baselines" / "pooled" / "site")
-    held = sorted(site.holdings(plan.labels or prepared.plan.labels).inputs())
+    held = sorted(site.dataset(plan.labels or prepared.plan.labels).inputs())
     texts = prepared.records[None].inputs
     assert held == sorted(texts[i] for share in prepared.shares for i in share.rows)
     assert site.ledger().charges() == []  # nothing private, and entered as such
@@ -100,7 +100,7 @@ def test_pooled_baseline_trains_on_all_data_without_privacy(toy_plan: NewPlan, t
 
 
 def test_a_finished_baseline_is_not_trained_again(toy_plan: NewPlan, tmp_path: Path) -> None:
-    folder, prepared = made(toy_plan(), tmp_path / "run")
+    folder, prepared = made(toy_plan(simulation=COMPARED), tmp_path / "run")
     first = run_baselines(folder, prepared)
     heard = list[str]()
     with observe_run(lambda event, fields: heard.append(event)):
@@ -126,7 +126,8 @@ def test_a_baseline_that_was_cut_short_goes_on_where_it_was(toy_plan: NewPlan, t
 
 
 def test_baselines_leave_the_run_and_its_organizations_alone(toy_plan: NewPlan, tmp_path: Path) -> None:
-    folder, prepared = made(toy_plan(privacy={"epsilon": 2.0}, local={"learning_rate": 1.0}, rounds=1), tmp_path / "run")
+    plan = toy_plan(privacy={"epsilon": 2.0}, local={"learning_rate": 1.0}, rounds=1, simulation=COMPARED)
+    folder, prepared = made(plan, tmp_path / "run")
     sites = folder.path / "sites"
     before = {path: path.stat().st_mtime_ns for path in sites.rglob("*")}
     run_baselines(folder, prepared)
@@ -138,7 +139,7 @@ def test_baselines_leave_the_run_and_its_organizations_alone(toy_plan: NewPlan, 
 
 def test_the_shared_model_is_what_the_judge_says_afterwards(toy_plan: NewPlan, tmp_path: Path) -> None:
     """A baseline takes turns with the run on one resident model and must not leave anything of itself in it."""
-    folder, prepared = made(toy_plan(rounds=1), tmp_path / "run")
+    folder, prepared = made(toy_plan(rounds=1, simulation=COMPARED), tmp_path / "run")
     plan = folder.plan
     model = get_model(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
     model.load({})

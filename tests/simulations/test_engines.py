@@ -57,6 +57,7 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @ray
+@pytest.mark.long
 def test_ray_trains_the_same_model(toy_plan: NewPlan, tmp_path: Path) -> None:
     """On Ray's worker processes."""
     plan = staged(toy_plan)
@@ -92,19 +93,29 @@ def test_a_failure_on_ray_is_a_failure_of_the_command(toy_plan: NewPlan, tmp_pat
     assert "Traceback" not in failed.stderr
 
 
+def without_ray(server: ServerApp, client: ClientApp, num_supernodes: int, **_: Any) -> None:
+    """Flower's runtime, which wraps a failure in one of its own, for the short forms of the tests above."""
+    context = Context(1, 1, UserConfig(), RecordDict(), UserConfig())
+    try:
+        server(InProcessGrid(client, num_supernodes), context)
+    except Exception:
+        raise RuntimeError("An error was encountered. Ending simulation.") from None
+
+
+@ray
+def test_flower_runtime_trains_the_same_model(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flwr.simulation.run_simulation", without_ray)
+    whole = simulate(staged(toy_plan), tmp_path / "in-process", device="cpu")
+    run = simulate(staged(toy_plan), tmp_path / "runtime", engine="ray", device="cpu")
+    assert same(final_model(run.folder), final_model(whole.folder))
+    assert (run.summary["engine"], whole.summary["engine"]) == ("ray", "in-process")
+    assert run.summary["test"] == whole.summary["test"]
+
+
 @ray
 def test_failure_in_flower_runtime_is_reported_as_the_servers(
     toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The short form of the test above: Flower's runtime, which wraps a failure in one of its own, without Ray."""
-
-    def runtime(server: ServerApp, client: ClientApp, num_supernodes: int, **_: Any) -> None:
-        context = Context(1, 1, UserConfig(), RecordDict(), UserConfig())
-        try:
-            server(InProcessGrid(client, num_supernodes), context)
-        except Exception:
-            raise RuntimeError("An error was encountered. Ending simulation.") from None
-
-    monkeypatch.setattr("flwr.simulation.run_simulation", runtime)
+    monkeypatch.setattr("flwr.simulation.run_simulation", without_ray)
     with fails_with("run.damaged_checkpoint", "round-00001.safetensors"):
         resume(damaged(toy_plan, tmp_path / "run"))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.errors import CotuneError, RunError
+from cotune.errors import CotuneError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.ledger import Ledger
@@ -67,7 +67,7 @@ MANY = (
 @pytest.mark.crash
 @pytest.mark.parametrize(
     ("moments", "codec"),
-    [(FEW, "float32"), (FEW, "int4"), pytest.param(MANY, "int4", marks=pytest.mark.long)],
+    [pytest.param(FEW, "float32", marks=pytest.mark.long), (FEW, "int4"), pytest.param(MANY, "int4", marks=pytest.mark.long)],
     ids=["few", "few-int4", "many-int4"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
@@ -96,6 +96,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
 
 
 @pytest.mark.crash
+@pytest.mark.long
 def test_the_console_script_goes_on_where_training_was_killed(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = slow(toy_plan, simulation={"baselines": []})
     run = tmp_path / "run"
@@ -274,7 +275,7 @@ def test_a_base_model_that_has_changed_is_noticed(stopped: Path, tmp_path: Path)
 def test_a_damaged_checkpoint_is_not_passed_over(stopped: Path) -> None:
     checkpoint = stopped / "checkpoints" / "round-00001.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_checkpoint"):
         resume(stopped)
     checkpoint.unlink()
     assert [r["round"] for r in resume(stopped).summary["rounds"]] == [1, 2, 3]

@@ -25,6 +25,7 @@ from tests.support.datasets import sentences, tagged, write_images
 from tests.support.engines import Steps, engine, take_steps
 from tests.support.failures import fails_with
 
+CANARIES = 400
 PRIVATE = {"epsilon": 8.0, "unit": "patient_id", "max_records": 5}
 PEOPLE = 60
 MOST = 20
@@ -96,7 +97,7 @@ def test_a_person_is_in_one_place(plan: Callable[..., Plan], tmp_path: Path, tas
     for share in found.shares:
         held = (
             Site(tmp_path / "run" / "sites" / share.name)
-            .holdings(found.plan.labels)
+            .dataset(found.plan.labels)
             .bound_contributions(found.plan.privacy, found.plan.seed)
         )
         assert len(held.units) == share.units == len(persons(found, share.rows)) <= len(held) <= len(share.rows)
@@ -162,15 +163,15 @@ def test_canaries_of_an_audit_are_persons_too(plan: Callable[..., Plan], monkeyp
     def audited(steps: Steps) -> AuditResult:
         monkeypatch.setattr(audited_training, "DPSGD", engine(steps))
         few = plan(rounds=1, privacy={**PRIVATE, "epsilon": 2.0})
-        return audit(few, canaries=1000, tight=True, confidence=1 - 1e-7, device="cpu")
+        return audit(few, canaries=CANARIES, tight=True, confidence=1 - 1e-7, device="cpu")
 
     honest = audited(watched)
     assert not honest.broken
     assert max(probe.contribution for probe in honest.states) > 0.5
     units = planted[-1]
-    assert len(units) == honest.examples + 1000
-    assert max(map(len, units[:-1000])) == 5
-    assert {len(unit) for unit in units[-1000:]} == {5}
+    assert len(units) == honest.examples + CANARIES
+    assert max(map(len, units[:-CANARIES])) == 5
+    assert {len(unit) for unit in units[-CANARIES:]} == {5}
     rows = [row for unit in units for row in unit]
     assert len(rows) == len(set(rows))
     accused = audited(of_rows)

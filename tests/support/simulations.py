@@ -26,12 +26,16 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_csv(tmp_path_factory.mktemp("data") / "reviews.csv", sentences(240))
 
 
+COMPARED = {"baselines": ["alone", "pooled"]}  # a table [simulation]
 TOY_MODEL = {"max_length": 16, "precision": "float32"}  # processors with fast bfloat16 round off what a tiny model has learned
 
 
 @pytest.fixture(scope="session")
 def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
-    """Changes of top-level keys -> a plan; tables are merged one level deep. Without changes it learns well within seconds."""
+    """Changes of top-level keys -> a plan; tables are merged one level deep. Without changes it learns well within seconds.
+
+    It has no baselines, as each costs as much as the run: a test about them says `simulation=COMPARED`, or which.
+    """
 
     def make(kind: str = "bert", **changes: Any) -> Plan:
         table: dict[str, Any] = {
@@ -42,7 +46,7 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
             "data": {"source": str(toy_data)},
             "local": {"learning_rate": 5.0, "momentum": 0.9, "batch_size": 0.5, "steps": 5},
             "personalize": {"folds": 2},  # each fits a dozen heads
-            "simulation": {"clients": 2, "partition": "iid"},
+            "simulation": {"clients": 2, "partition": "iid", "baselines": []},
         }
         return parse_plan(merged(table, changes))
 

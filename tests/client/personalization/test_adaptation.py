@@ -68,16 +68,16 @@ def test_a_shared_model_that_knows_nothing_is_not_kept(model: TrainableModel) ->
 def test_only_the_methods_of_the_plan_are_kept(model: TrainableModel) -> None:
     wrong = {name: -tensor for name, tensor in shared_head(model, records(500, seed=4)).items()}
     for methods in ((), ("prior",), ("head", "mix")):
-        found = adapt(model, records(100, seed=3), wrong, PersonalizeConfig(methods=methods), seed=1)
+        found = adapt(model, records(100, seed=3), wrong, PersonalizeConfig(methods=methods, folds=2), seed=1)
         assert found.method in ("federated", *methods)
         assert set(found.tried) == {"federated", *methods}
-    none = adapt(model, records(100, seed=3), wrong, PersonalizeConfig(methods=()), seed=1)
+    none = adapt(model, records(100, seed=3), wrong, PersonalizeConfig(methods=(), folds=2), seed=1)
     assert all(torch.equal(none.head[name], wrong[name]) for name in wrong)
 
 
 def test_the_same_records_give_the_same_head(model: TrainableModel) -> None:
     shared = shared_head(model, records(500, seed=4))
-    one, other = (adapt(model, records(60, seed=3), shared, PersonalizeConfig(), seed=1) for _ in range(2))
+    one, other = (adapt(model, records(60, seed=3), shared, PersonalizeConfig(folds=2), seed=1) for _ in range(2))
     assert one.described == other.described
     assert all(torch.equal(one.head[name], other.head[name]) for name in one.head)
 

@@ -94,8 +94,7 @@ def test_it_is_the_training_of_a_model_that_has_the_smaller_rank(make_plan: Make
         torch.testing.assert_close(delta[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("factors", ["b", "ab"])
-@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize(("factors", "clipping"), crossed(["b", "ab"], ["flat", "per_layer"]))
 def test_clipping_sees_the_slices_that_are_held_alone(
     make_plan: MakePlan, make_site: MakeSite, factors: str, clipping: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

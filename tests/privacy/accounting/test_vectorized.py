@@ -6,7 +6,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas
+from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
 
 EPSILONS = [-3.0, -0.1, 0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 8.0, 30.0]
 DELTAS = [1e-10, 1e-8, 1e-5, 1e-3]
@@ -32,6 +32,26 @@ def test_every_digit_is_that_of_dp_accounting(sigma: float, rate: float, width: 
 
 @settings(max_examples=12, deadline=None)
 @given(
+    sigma=st.floats(0.7, 1000.0),
+    rate=st.one_of(st.just(1.0), st.floats(1e-4, 1.0)),
+    count=st.one_of(st.integers(1, 3), st.integers(1, 20_000)),
+    width=st.sampled_from([5e-4, 2e-3, 0.5]),
+)
+def test_equal_steps_compose_as_in_dp_accounting(sigma: float, rate: float, count: int, width: float) -> None:
+    """A width of 0.5 leaves few points, for which dp-accounting has another way."""
+    one = discretize_gaussian(sigma, rate, width)
+    own = self_compose(one, count)
+    theirs = one.self_compose(count)
+    for mine, other in ((own._pmf_remove, theirs._pmf_remove), (own._pmf_add, theirs._pmf_add)):
+        dense = mine.to_dense_pmf()
+        expected = other.to_dense_pmf()
+        assert dense._lower_loss == expected._lower_loss
+        assert dense._infinity_mass == expected._infinity_mass
+        np.testing.assert_array_equal(dense._probs, expected._probs)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
     sigma=st.floats(0.5, 100.0),
     rate=st.one_of(st.just(1.0), st.floats(1e-3, 1.0)),
     count=st.integers(1, 100),
@@ -46,7 +66,7 @@ def test_a_curve_is_that_of_dp_accounting(sigma: float, rate: float, count: int,
 
 @pytest.mark.parametrize("rate", [0.001, 0.3, 1.0])
 def test_composed_steps_have_the_same_epsilon(rate: float) -> None:
-    own = discretize_gaussian(1.1, rate, 5e-4).self_compose(30)
+    own = self_compose(discretize_gaussian(1.1, rate, 5e-4), 30)
     theirs = from_gaussian_mechanism(1.1, value_discretization_interval=5e-4, sampling_prob=rate).self_compose(30)
     assert [own.get_epsilon_for_delta(delta) for delta in DELTAS] == [theirs.get_epsilon_for_delta(delta) for delta in DELTAS]
 

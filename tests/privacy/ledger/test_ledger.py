@@ -4,10 +4,10 @@ import hashlib
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -22,17 +22,13 @@ from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.storage.log_entries import entry_hash
 from tests.support.failures import fails_with
+from tests.support.ledger_processes import reserve_and_settle, reserve_and_wait, reserve_to_the_limit
+from tests.support.processes import forked, preloaded
+
+__all__ = ["forked"]  # fixtures
 
 ROUND = Steps(1.0, 0.05, 20)
-PROCESS = """
-import sys
-from pathlib import Path
-from cotune.privacy.accounting.composition import Steps
-from cotune.privacy.ledger.ledger import Ledger
-ledger = Ledger(Path(sys.argv[1]))
-print("open", flush=True)
-sys.stdin.readline()
-"""
+Forked = Callable[..., BaseProcess]
 
 
 @pytest.fixture
@@ -40,19 +36,13 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "site" / "ledger.sqlite")
 
 
-def start(ledger: Ledger, code: str, *arguments: str) -> subprocess.Popen[str]:
-    """Another process with the ledger open, which waits for a line before it runs `code`."""
-    command = [sys.executable, "-c", PROCESS + code, str(ledger.path), *arguments]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline() == "open\n"
-    return process
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin
-    process.stdin.write("\n")
-    process.stdin.flush()
+def together(forked: Forked, ledger: Ledger, function: Callable[..., None], *arguments: object) -> None:
+    """Two processes, of the plans "a" and "b", do something with a ledger at the same time."""
+    start = preloaded().Barrier(2)
+    processes = [forked(function, ledger.path, start, plan, *arguments) for plan in ("a", "b")]
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_a_new_ledger_is_empty(ledger: Ledger) -> None:
@@ -149,26 +139,22 @@ def test_a_ledger_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.crash
-def test_a_killed_process_leaves_its_reservation(ledger: Ledger) -> None:
+def test_a_killed_process_leaves_its_reservation(ledger: Ledger, forked: Forked) -> None:
     ledger.settle(ledger.reserve("plan", 1, ROUND), 20)
-    code = "charge = ledger.reserve('plan', 2, Steps(1.0, 0.05, 20)); print(charge, flush=True)\nsys.stdin.read()"
-    with start(ledger, code) as process:
-        go(process)
-        assert process.stdout
-        charge = int(process.stdout.readline())
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    told, tells = preloaded().Pipe(duplex=False)
+    process = forked(reserve_and_wait, ledger.path, tells, ROUND)
+    charge = told.recv()
+    process.kill()
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
     assert Ledger(ledger.path).spent() == [ROUND, ROUND]
     assert Ledger(ledger.path).rounds("plan") == [1, 2]
     Ledger(ledger.path).settle(charge, 20)  # the file is not locked by the dead
 
 
-def test_processes_that_reserve_together_lose_nothing(ledger: Ledger) -> None:
-    code = "for n in range(40): ledger.settle(ledger.reserve(sys.argv[2], n, Steps(1.0, 0.1, 9)), 5 if n % 2 else 9)"
-    with start(ledger, code, "a") as first, start(ledger, code, "b") as second:
-        go(first)
-        go(second)
-    assert (first.returncode, second.returncode) == (0, 0)
+def test_processes_that_reserve_together_lose_nothing(ledger: Ledger, forked: Forked) -> None:
+    settled = [9, 5] * 20
+    together(forked, ledger, reserve_and_settle, Steps(1.0, 0.1, 9), settled)
     for name in ("a", "b"):
         assert ledger.spent(name) == [Steps(1.0, 0.1, 9), Steps(1.0, 0.1, 5)] * 20
         assert ledger.rounds(name) == list(range(40))
@@ -302,20 +288,8 @@ def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
     )  # another run has a budget of its own
 
 
-def test_processes_together_do_not_exceed_a_limit(ledger: Ledger) -> None:
-    code = """
-from cotune.errors import Declined
-from cotune.privacy.ledger.ledger import Limit
-try:
-    for n in range(12):
-        ledger.reserve(sys.argv[2], n, Steps(1.0, 0.05, 20), limits=[Limit("total", 3.0, 1e-5)])
-except Declined:
-    pass
-"""
-    with start(ledger, code, "a") as first, start(ledger, code, "b") as second:
-        go(first)
-        go(second)
-    assert (first.returncode, second.returncode) == (0, 0)
+def test_processes_together_do_not_exceed_a_limit(ledger: Ledger, forked: Forked) -> None:
+    together(forked, ledger, reserve_to_the_limit, ROUND, Limit("total", 3.0, 1e-5))
     runs = {name: ledger.spent(name) for name in ("a", "b")}
     reached = [epsilon_over_runs({**runs, name: [*runs[name], *more]}, 3.0, 1e-5) for name in runs for more in ([], [ROUND])]
     assert max(reached[0], reached[2]) <= 3.0 < min(reached[1], reached[3])

@@ -11,7 +11,7 @@ import torch
 from cotune.client.site import Site
 from cotune.client.training.context import LocalContext
 from cotune.client.training.gradient_checks import check_gradients
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.client.training.preparation import prepare_round
 from cotune.client.training.round import train_round
 from cotune.client.training.setup import synthetic_setup
@@ -22,6 +22,7 @@ from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with
+from tests.support.matrix import crossed
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -47,7 +48,7 @@ def test_a_travels_and_the_rest_stays(make_plan: MakePlan, make_site: MakeSite, 
     model = get_plan_model(plan, "cpu")
     assert update.delta
     assert all(".lora_A." in name for name in update.delta)
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     assert kept.keys() | update.delta.keys() == set(trained_names(plan, model, 1))
     assert {"classifier.weight", "classifier.bias"} <= kept.keys()
     after = model.state(kept)
@@ -63,7 +64,7 @@ def test_alone_it_makes_no_difference_what_is_shared(make_plan: MakePlan, make_s
         state = base_state(plan)
         for round in (1, 2, 3):
             state = apply_delta(state, train_round(plan, site, round, state, admitted=round - 1).delta)
-        own = site.recall(plan.plan_id, 3, PERSONAL) if keep == "b" else {}
+        own = site.load_state(plan.plan_id, 3, PERSONAL) if keep == "b" else {}
         models.append({**state, **own})
     assert models[0].keys() == models[1].keys()
     for name, tensor in models[0].items():
@@ -99,15 +100,15 @@ def test_another_organizations_part_is_never_used(make_plan: MakePlan, make_site
 def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> None:
     """A simulation looks after a round whose update may not have been admitted."""
     site = make_site()
-    assert site.newest("plan", PERSONAL) == {}
+    assert site.load_newest_state("plan", PERSONAL) == {}
     for round in (9, 10):
-        site.remember("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL, since=round)
-    assert site.newest("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
-    assert site.recall("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
-    assert site.newest("plan") == {}  # what a client term keeps is apart
-    site.recall("plan", 10, PERSONAL)
-    with pytest.raises(RunError, match="cannot be read"):
-        site.recall("plan", 9, PERSONAL)
+        site.store_state("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL, since=round)
+    assert site.load_newest_state("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
+    assert site.load_state("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
+    assert site.load_newest_state("plan") == {}  # what a client term keeps is apart
+    site.load_state("plan", 10, PERSONAL)
+    with fails_with("run.lost_state"):
+        site.load_state("plan", 9, PERSONAL)
 
 
 def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
@@ -126,14 +127,13 @@ def test_where_everything_is_shared_nothing_is_kept(make_plan: MakePlan, make_si
     assert not (site.folder / "kept").exists()
 
 
-@pytest.mark.parametrize("parts", [["head"], ["norm"], ["head", "norm"]], ids="+".join)
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize(("parts", "mode"), crossed([["head"], ["norm"], ["head", "norm"]], ["lora", "full"]))
 def test_named_parts_stay_and_the_rest_travels(make_plan: MakePlan, make_site: MakeSite, parts: list[str], mode: str) -> None:
     plan = make_plan(train=mode, personal=parts, privacy=PRIVATE)
     site = make_site()
     update = train_round(plan, site, 1, base_state(plan))
     model = get_plan_model(plan, "cpu")
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     trained = set(trained_names(plan, model, 1))
     assert kept.keys() | update.delta.keys() == trained
     assert not kept.keys() & update.delta.keys()
@@ -155,25 +155,25 @@ def test_what_is_shared_follows_from_the_own_part(make_plan: MakePlan, make_site
     assert any(not torch.equal(with_own[name], tensor) for name, tensor in afresh.items())
 
 
-@pytest.mark.parametrize("wrong", ["foreign", "shape", "not finite"])
-def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_site: MakeSite, wrong: str) -> None:
+def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
     """Nothing in it takes the place of a shared parameter, and no record was charged for."""
     plan = make_plan(train="lora", personal=["head"], privacy=PRIVATE)
     site = make_site()
     state = base_state(plan)
     train_round(plan, site, 1, state)
     charges = len(site.ledger().charges())
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     broken = {
         "foreign": {**kept, next(iter(state)): torch.zeros(next(iter(state.values())).shape)},
         "shape": {**kept, "classifier.bias": torch.zeros(7)},
         "not finite": {**kept, "classifier.bias": kept["classifier.bias"] + float("nan")},
     }
-    site.remember(plan.plan_id, 1, broken[wrong], PERSONAL)
-    with pytest.raises(RunError) as refused:
-        train_round(plan, site, 2, state, admitted=1)
-    assert refused.value.code == "run.lost_state"
-    assert len(site.ledger().charges()) == charges
+    for content in broken.values():
+        site.store_state(plan.plan_id, 1, content, PERSONAL)
+        with pytest.raises(RunError) as refused:
+            train_round(plan, site, 2, state, admitted=1)
+        assert refused.value.code == "run.lost_state"
+        assert len(site.ledger().charges()) == charges
 
 
 # --- an own adapter beside the shared one
@@ -188,7 +188,7 @@ def test_own_adapter_stays_and_the_shared_one_travels(make_plan: MakePlan, make_
     plan = adapter_plan(make_plan, privacy=privacy)
     site = make_site()
     update = train_round(plan, site, 1, base_state(plan))
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     assert kept.keys() == {n.replace(".default.", ".own.") for n in update.delta if ".lora_" in n}
     assert all(bool(tensor.any()) for name, tensor in kept.items() if ".lora_B." in name)
     assert {"classifier.weight", "classifier.bias"} <= update.delta.keys()
@@ -249,7 +249,7 @@ def test_own_part_is_trained_first_and_then_held(make_plan: MakePlan, make_site:
     state = base_state(plan)
     update = train_round(plan, site, 1, state)
     assert update.steps == 3
-    head = site.recall(plan.plan_id, 1, PERSONAL)
+    head = site.load_state(plan.plan_id, 1, PERSONAL)
     model = get_plan_model(plan, "cpu")
     model.load({**state, **head})
     setup_plan = make_plan(train="lora", local=local)
