@@ -162,27 +162,18 @@ _written: set[tuple[str, ...]] = set()  # (plan, parameters of an update) that s
 def _is_written_once(content: RecordDict, update: Update, plan: Plan, site: Site) -> bool:
     """Return whether encoding the same update again gives the same bytes.
 
-<<<<<<< HEAD
     For simulated organizations, whose data does not leave the machine, this is checked once per plan and set of parameters, as
-    the same code encodes all of their updates.
-=======
-    Simulated organizations, of which nothing leaves the machine, are asked once for a plan and the parameters of an update: what
-    writes it is the same for all of them. Where their message is not written at all, it is once, and has to be read as it was.
->>>>>>> main
+    the same code encodes all of their updates. A message that is not encoded at all is encoded once here, and must decode to
+    the same update.
     """
     question = plan.plan_id, *update.delta
     if site.file.simulated and question in _written:
         return True
     try:
-<<<<<<< HEAD
-        same = _same(content, encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire))
-    except RunError:  # the bytes decode to values that the codec encodes differently, or not at all
-=======
         again = encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire)
         same = _same(write_out(content), again)
         same &= not stays_here(content) or _is_read_as(again, update, plan, payload_bytes(content))
-    except RunError:  # bytes that stand for values which the codec writes otherwise, or not at all
->>>>>>> main
+    except RunError:  # the bytes decode to values that the codec encodes differently, or not at all
         return False
     if same and site.file.simulated:
         _written.add(question)

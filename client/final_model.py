@@ -117,12 +117,7 @@ def _read(file: Path) -> object:
 
 
 def _store_own_model(plan: Plan, site: Site, folder: Path) -> None:
-<<<<<<< HEAD
     """Store the organization's own model beside the student of all predictions; nothing if it has not trained."""
-    state = site.newest(plan.plan_id, PERSONAL)
-=======
-    """The organization's own model beside the one that learned from everybody's predictions; nothing where it has not trained."""
     state = site.load_newest_state(plan.plan_id, PERSONAL)
->>>>>>> main
     if state:
         export_own_model(plan, site, state, folder.with_name(f"{folder.name}-own"))

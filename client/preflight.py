@@ -227,13 +227,8 @@ def _noise(account: Account) -> float | None:
 
 
 def _warnings(account: Account) -> Iterator[str]:
-<<<<<<< HEAD
     """Yield warnings about what does not prevent a run but reduces its benefit."""
-    holdings = account.holdings
-=======
-    """What does not stop a run, and makes it worth less than it could be."""
     dataset = account.dataset
->>>>>>> main
     plan = account.plan
     if not len(dataset):
         yield "no record is usable: rounds would be answered with noise alone; look at the file, or name another one with --data"

@@ -33,14 +33,10 @@ class Account:
     """What a run has spent and may spend.
 
     Args:
-<<<<<<< HEAD
         plan: The plan.
         policy: Of the organization.
         site: Of the organization.
-        holdings: The records that count under the plan's promise.
-=======
         dataset: The records that count under the plan's promise.
->>>>>>> main
         round: The round that charges are entered for.
         draws: Whether anything may be charged. If not, the result is only for the organization itself: a number of records that
             is yet to be noised or declared is then estimated from the true one.
@@ -68,13 +64,8 @@ class Account:
 
     @property
     def true_examples(self) -> int:
-<<<<<<< HEAD
         """Return n, the number of privacy units. Nothing that others can see depends on it; see `public_examples`."""
-        return len(self.holdings.units)
-=======
-        """n, in units of privacy. It decides nothing that anyone else can see: see `public_examples`."""
         return len(self.dataset.units)
->>>>>>> main
 
     @cached_property
     def public_examples(self) -> int:
@@ -150,24 +141,14 @@ class Account:
 
     @cached_property
     def data(self) -> str:
-<<<<<<< HEAD
         """The fingerprint of the data set, which is entered in the ledger on first access."""
-        held = self.holdings
-=======
-        """The fingerprint of the data set, which is entered in the ledger when it is first asked for."""
         held = self.dataset
->>>>>>> main
         return self.ledger.register_data_set(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:
-<<<<<<< HEAD
         """The collection that the run is charged to, according to the site's data.json; "": all."""
-        return self.holdings.collection
-=======
-        """The collection that the run's charges count in, as the site's description of its records says; "": all."""
         return self.dataset.collection
->>>>>>> main
 
     def hours(self) -> float:
         """Return the hours of training that this run has taken, over finished and charged rounds."""

@@ -27,23 +27,13 @@ _MAX_OPEN = 64  # ledgers that a process keeps open, each with up to three files
 class Site(SiteFolder):
     """A site with its records, its ledger, and stored tensors."""
 
-<<<<<<< HEAD
-    def holdings(self, labels: tuple[str, ...]) -> Dataset:
+    def dataset(self, labels: tuple[str, ...]) -> Dataset:
         """Read the organization's records; raises DataError if they cannot be read."""
         return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
 
-    def counted(self, plan: Plan) -> Dataset:
-        """Read the records that the plan's promise covers: of the right collection, and no more per unit than allowed."""
-        held = self.holdings(plan.labels)
-=======
-    def dataset(self, labels: tuple[str, ...]) -> Dataset:
-        """Read the organization's own records. Raises DataError."""
-        return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
-
     def counted_dataset(self, plan: Plan) -> Dataset:
-        """Read the records that count under the plan's promise: of no other collection, and no more of a unit than it allows."""
+        """Read the records that the plan's promise covers: of the right collection, and no more per unit than allowed."""
         held = self.dataset(plan.labels)
->>>>>>> main
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
@@ -60,24 +50,14 @@ class Site(SiteFolder):
         with _opening:
             return _open_ledger(self.ledger_file, not self.file.simulated)
 
-<<<<<<< HEAD
-    def keep(self, update: Update, plan_id: str) -> None:
-        """Store a finished update in the outbox, replacing the previous one, as durably as the ledger (see `ledger`)."""
-=======
     def store_update(self, update: Update, plan_id: str) -> None:
-        """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
->>>>>>> main
+        """Store a finished update in the outbox, replacing the previous one, as durably as the ledger (see `ledger`)."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
         atomic_write(self.outbox, content, durable=not self.file.simulated)
 
-<<<<<<< HEAD
-    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Store a run's tensors after a round, as durably as the ledger (see `ledger`).
-=======
     def store_state(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Keep a run's tensors after a round, as durably as the ledger (see `ledger`).
->>>>>>> main
+        """Store a run's tensors after a round, as durably as the ledger (see `ledger`).
 
         Args:
             plan_id: Of the run.
@@ -92,13 +72,8 @@ class Site(SiteFolder):
         }  # safetensors refuses tensors that share memory
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
-<<<<<<< HEAD
-    def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
-        """Return the tensors that were stored after a round, and remove those of rounds on which it is not based.
-=======
     def load_state(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
-        """Return what was kept after a round, and remove what it does not go on from.
->>>>>>> main
+        """Return the tensors that were stored after a round, and remove those of rounds on which it is not based.
 
         A server that has lost its last checkpoint requests the previous round again, but no older one.
 
@@ -117,13 +92,8 @@ class Site(SiteFolder):
                 older.unlink(missing_ok=True)
         return found
 
-<<<<<<< HEAD
-    def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
-        """Return the tensors that were stored last, whether or not their round was accepted; empty if there are none."""
-=======
     def load_newest_state(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
-        """Return what was kept last, whether its round was admitted or not; empty where nothing was."""
->>>>>>> main
+        """Return the tensors that were stored last, whether or not their round was accepted; empty if there are none."""
         files = sorted(self.kept_folder(plan_id, what).glob("round-*.safetensors"))
         return _load_kept(files[-1])[0] if files else {}
 

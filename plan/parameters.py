@@ -26,15 +26,11 @@ from cotune.strategies.plugins import is_code
 def get_plan_model(plan: Plan, device: str) -> TrainableModel:
     """Return the plan's base model with its head, and with adapters if a stage trains them.
 
-<<<<<<< HEAD
     There is one per process, which all callers share.
 
     Raises:
-        ModelError: If it cannot be loaded.
+        ModelError: If it cannot be loaded, or cannot write the plan's chats.
         PrivacyError: If it mixes records of a batch, which record-level privacy rules out.
-=======
-    Raises ModelError when it cannot be loaded, or cannot write the plan's chats, PrivacyError when it mixes records.
->>>>>>> main
     """
     lora = plan.lora if plan.uses_lora else None
     model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, "adapter" in plan.personal.parts)

@@ -37,7 +37,6 @@ _MAX_REPORTED_VALUES = 10_000  # disclosed values of an update: a number per cla
 class Request:
     """The server's request to one organization to train in one round.
 
-<<<<<<< HEAD
     Attributes:
         plan: The plan's canonical JSON.
         round: Number of the round.
@@ -46,11 +45,7 @@ class Request:
         admitted: The last round whose model contains an update of this organization; 0: none.
         sent: What the plan's client term sends beside the state.
         site: In simulations only, the folder of the simulated organization.
-=======
-    admitted: the last round whose update of this organization is in the model; 0: none. sent: what the plan's client term sends
-    beside the state. site: only in simulations, the folder of the simulated organization. stays: whether it was made for this
-    process alone, as its answer may be; nothing that was sent says so.
->>>>>>> main
+        stays: Whether the request was created for this process only, as its answer may be; never part of a message that is sent.
     """
 
     plan: str
@@ -81,7 +76,6 @@ def encode_requests(
     *,
     stays: bool = False,
 ) -> list[RecordDict]:
-<<<<<<< HEAD
     """Encode one request per recipient; they share one copy of the arrays, and the arrays' salt.
 
     Args:
@@ -90,11 +84,7 @@ def encode_requests(
         state: Parameter -> value to train from.
         recipients: Organizations to ask.
         sent: What the plan's client term sends beside the state.
-=======
-    """One request per recipient; they share one copy of the arrays, and their salt.
-
-    stays: Whether they stay in this process. Their tensors are then not written (see `arrays.HeldArrays`).
->>>>>>> main
+        stays: Whether the requests stay in this process; their tensors are then not encoded (see `arrays.HeldArrays`).
     """
     salt = new_salt()
     shared = {"state": _arrays(state, salt, "state", stays=stays)}
@@ -165,27 +155,17 @@ def decode_header(content: RecordDict) -> Request:
     return Request(**fields, state={})
 
 
-<<<<<<< HEAD
-def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, codec: Codec = "float32") -> RecordDict:
-    """Encode an update, whose delta must have been rounded to the codec.
-=======
 def encode_update(
     update: Update, plan_id: str, salt: bytes | None = None, *, codec: Codec = "float32", stays: bool = False
 ) -> RecordDict:
-    """Return the message of an update, whose delta has been rounded to the codec.
->>>>>>> main
+    """Encode an update, whose delta must have been rounded to the codec.
 
     Args:
         update: The update.
         plan_id: Of its plan.
-<<<<<<< HEAD
         salt: Of a message that is encoded again; None: draw a new one.
         codec: Of the plan.
-=======
-        salt: Of a message that is encoded again; otherwise a new one.
-        codec: The plan's.
-        stays: As of a request.
->>>>>>> main
+        stays: Whether the update stays in this process (see `encode_requests`).
 
     Raises:
         RunError: If the codec cannot write a value of the delta.
