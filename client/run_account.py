@@ -21,7 +21,8 @@ from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise, add_geometric_noise
+from cotune.privacy.mechanisms.geometric import add_geometric_noise
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.privacy.policy import Policy
 
@@ -93,7 +94,7 @@ class Account:
     def _draw_count(self) -> list[float]:
         """Charged before δ is known, which follows from it: against the total, at a δ that is public without it.
 
-        All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.grid_noise`).
+        All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.geometric`).
         """
         total = self.policy.budget.epsilon_total
         sigma = self.policy.disclosures.noise_multiplier
