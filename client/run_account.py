@@ -21,7 +21,8 @@ from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise, add_geometric_noise
+from cotune.privacy.mechanisms.geometric import add_geometric_noise
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.privacy.policy import Policy
 
@@ -96,7 +97,7 @@ class Account:
     def _draw_count(self) -> list[float]:
         """Charge and draw N. As δ follows from N, the charge is checked against the total at a fixed, public δ.
 
-        Everything else depends on N, so the draw has its own ε (see `privacy.mechanisms.grid_noise`).
+        Everything else depends on N, so the draw has its own ε (see `privacy.mechanisms.geometric`).
         """
         total = self.policy.budget.epsilon_total
         sigma = self.policy.disclosures.noise_multiplier

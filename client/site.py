@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,19 +10,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cotune.client.site_folder import SiteFolder
+from cotune.client.site_ledger import SiteWithLedger
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
-from cotune.privacy.ledger.ledger import Ledger
 from cotune.protocol.update_file import read_update, round_of, update_bytes
 from cotune.storage.files import atomic_write, remove_parts
 from cotune.strategies.types import Update
 
-_MAX_OPEN = 64  # ledgers that a process keeps open, each with up to three files
 
-
-class Site(SiteFolder):
+class Site(SiteWithLedger):
     """A site with its records, its ledger, and stored tensors."""
 
     def dataset(self, labels: tuple[str, ...]) -> Dataset:
@@ -37,18 +32,6 @@ class Site(SiteFolder):
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
-
-    def ledger(self) -> Ledger:
-        """Return the ledger, which is created if it is missing, and stays open in this process.
-
-        The ledger of a simulated organization survives the end of the process, but not a power failure: it accounts for no real
-        records, and starts with its run.
-
-        Raises:
-            PrivacyError: If it is damaged.
-        """
-        with _opening:
-            return _open_ledger(self.ledger_file, not self.file.simulated)
 
     def store_update(self, update: Update, plan_id: str) -> None:
         """Store a finished update in the outbox, replacing the previous one, as durably as the ledger (see `ledger`)."""
@@ -122,43 +105,6 @@ class Site(SiteFolder):
             return round_of(self.outbox, plan_id)
         except ValueError as error:
             raise _damaged(self.outbox, error) from None
-
-
-_LedgerKey = tuple[Path, bool, tuple[int, ...], tuple[int, ...]]
-_opening = threading.Lock()
-_open_ledgers: OrderedDict[_LedgerKey, Ledger] = (
-    OrderedDict()
-)  # opening verifies the log; every use checks whether others have written to it
-
-
-def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
-    """Return what identifies an open ledger: its path, the identity of the file, and identity and last change of its key.
-
-    A file that replaces another one is another ledger, even if it gets the same inode number.
-    """
-    return file.absolute(), durable, _identity(file)[:2], _identity(file.with_name("ledger.key"))
-
-
-def _open_ledger(file: Path, durable: bool) -> Ledger:
-    key = _ledger_key(file, durable)
-    found = _open_ledgers.get(key)
-    if found is None:
-        found = Ledger(file, durable=durable)
-        key = _ledger_key(file, durable)  # which its files, now that they are there, decide
-        while len(_open_ledgers) >= _MAX_OPEN:
-            _open_ledgers.popitem(last=False)
-        _open_ledgers[key] = found
-    _open_ledgers.move_to_end(key)
-    return found
-
-
-def _identity(file: Path) -> tuple[int, ...]:
-    """Return a file's device, inode number and time of last change; empty if it is missing."""
-    try:
-        found = file.stat()
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:
