@@ -532,8 +532,8 @@ def play_tweets(folder: Path, count: int, **changes: Any) -> dict[str, Any]:
 
 @demo
 def test_real_encoder_is_trained_within_the_budget(tmp_path: Path) -> None:
-    few = {"clients": 2, "min_examples": 20, "baselines": []}
-    summary = play_tweets(tmp_path, 120, rounds=1, model={"max_length": 16}, simulation=few)
+    few = {"clients": 2, "partition": "iid", "min_examples": 20, "baselines": []}
+    summary = play_tweets(tmp_path, 80, rounds=1, model={"max_length": 8}, simulation=few)
     assert [(r["round"], r["dropped"]) for r in summary["rounds"]] == [(1, [])]
 
 
