@@ -61,6 +61,7 @@ class RecordOptions:
     label: Annotated[str | None, typer.Option(help='Column with the class, or with the words\' tags; default: "label".')] = None
     prompt: Annotated[str | None, typer.Option(help="Column with the prompt, for a language model; with --target.")] = None
     target: Annotated[str | None, typer.Option(help="Column with what a language model is to write.")] = None
+    messages: Annotated[str | None, typer.Option(help="Column with a chat, for a language model, in place of these two.")] = None
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None

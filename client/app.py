@@ -174,7 +174,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
         sent=request.sent,
         declarable=signed.statement.declarable if signed else None,
     )
-    content = encode_update(trained, plan.plan_id, codec=plan.wire)
+    content = encode_update(trained, plan.plan_id, codec=plan.wire, stays=request.stays and site.file.simulated)
     update, account = check_update(content, request, plan, site)
     about: dict[str, Any] = {
         "declared": update.examples,

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 
 from cotune.client.run_account import Account
@@ -33,7 +35,10 @@ from cotune.protocol.messages import (
     encode_receipt,
     encode_update,
     get_salt,
+    payload_bytes,
     received_digest,
+    stays_here,
+    write_out,
 )
 from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, find_not_finite
@@ -73,8 +78,8 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
     with _own_message():
         update = decode_update(content, plan.plan_id, codec=plan.wire)
     policy = site.policy()
-    holdings = site.counted(plan)
-    account = Account(plan, policy, site, holdings, round=request.round)
+    dataset = site.counted_dataset(plan)
+    account = Account(plan, policy, site, dataset, round=request.round)
     for problem in _problems(content, update, request, account, load_site_model(plan, site)):
         raise EgressBlocked(problem)
     return update, account
@@ -110,7 +115,7 @@ def check_reason(reason: str) -> None:
 def _problems(content: RecordDict, update: Update, request: Request, account: Account, model: TrainableModel) -> Iterator[str]:
     plan = account.plan
     site = account.site
-    names = held_names(plan, shared_names(plan, model, request.round), account.holdings.tasks)
+    names = held_names(plan, shared_names(plan, model, request.round), account.dataset.tasks)
     if not _is_written_once(content, update, plan, site):
         yield "the message holds more than an update, or holds it in another form"
     if (update.organization, update.round) != (site.organization, request.round):
@@ -135,18 +140,29 @@ def _is_written_once(content: RecordDict, update: Update, plan: Plan, site: Site
     """Whether the same update, written again, gives the same bytes.
 
     Simulated organizations, of which nothing leaves the machine, are asked once for a plan and the parameters of an update: what
-    writes it is the same for all of them.
+    writes it is the same for all of them. Where their message is not written at all, it is once, and has to be read as it was.
     """
     question = plan.plan_id, *update.delta
     if site.file.simulated and question in _written:
         return True
     try:
-        same = _same(content, encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire))
+        again = encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire)
+        same = _same(write_out(content), again)
+        same &= not stays_here(content) or _is_read_as(again, update, plan, payload_bytes(content))
     except RunError:  # bytes that stand for values which the codec writes otherwise, or not at all
         return False
     if same and site.file.simulated:
         _written.add(question)
     return same
+
+
+def _is_read_as(written: RecordDict, update: Update, plan: Plan, size: int) -> bool:
+    """Whether a written update has that size, and is read as the same to the bit."""
+    read = decode_update(written, plan.plan_id, codec=plan.wire)
+    pairs = ((read.delta, update.delta), (read.statistics, update.statistics))
+    equal = all(found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own) for found, own in pairs)
+    rest = replace(read, delta={}, statistics={}) == replace(update, delta={}, statistics={})
+    return equal and rest and payload_bytes(written) == size
 
 
 def _wrong_delta(update: Update, request: Request, account: Account, model: TrainableModel, names: list[str]) -> Iterator[str]:

@@ -14,9 +14,9 @@ from cotune.client.approvals import Approvals
 from cotune.client.policy_check import check_base_model
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.own_copy import open_personal
-from cotune.client.training.own_model import export_own_model
-from cotune.client.training.personal import PERSONAL, UNNOISED
+from cotune.client.training.personal.own_copy import open_personal
+from cotune.client.training.personal.own_model import export_own_model
+from cotune.client.training.personal.parts import PERSONAL, UNNOISED
 from cotune.errors import RunError
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel
@@ -110,6 +110,6 @@ def _read(file: Path) -> object:
 
 def _store_own_model(plan: Plan, site: Site, folder: Path) -> None:
     """The organization's own model beside the one that learned from everybody's predictions; nothing where it has not trained."""
-    state = site.newest(plan.plan_id, PERSONAL)
+    state = site.load_newest_state(plan.plan_id, PERSONAL)
     if state:
         export_own_model(plan, site, state, folder.with_name(f"{folder.name}-own"))

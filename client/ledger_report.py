@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from cotune.client.site import Site
+from cotune.client.site_ledger import SiteWithLedger
 from cotune.privacy.accounting.filters import describe_composition, epsilon_over_runs, epsilon_spent, true_positive_rate_over_runs
 from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
 from cotune.privacy.config import compute_delta
@@ -23,7 +23,7 @@ from cotune.privacy.policy import BudgetRules
 from cotune.storage.log_entries import Entry
 
 
-def summarize_ledger(site: Site) -> dict[str, Any]:
+def summarize_ledger(site: SiteWithLedger) -> dict[str, Any]:
     """Return the ledger as plain values, one table for each collection ("" where there is none).
 
     ε is recomputed from the charges that count there, at the smallest δ that was in force: `composition` is "pld" for one run,
@@ -37,7 +37,7 @@ def summarize_ledger(site: Site) -> dict[str, Any]:
     return _books(site, events=False)[0]
 
 
-def export_ledger(site: Site) -> dict[str, Any]:
+def export_ledger(site: SiteWithLedger) -> dict[str, Any]:
     """Return the summary with every event that counts in each collection, and the log itself: all that an auditor needs.
 
     ε follows from the events with dp-accounting alone, and the hashes of the log from SHA-256 alone (see docs/ledger.md).
@@ -46,7 +46,7 @@ def export_ledger(site: Site) -> dict[str, Any]:
     return {"format": FORMAT, **found, "entries": [asdict(entry) for entry in entries]}
 
 
-def _books(site: Site, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
+def _books(site: SiteWithLedger, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
     entries = site.ledger().entries() if site.ledger_file.exists() else []
     known = list(list_data_sets(entries).values())
     rules = site.policy().budget

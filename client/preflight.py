@@ -21,7 +21,7 @@ from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base
 from cotune.client.training.gradient_checks import check_gradients
-from cotune.client.training.own_model import load_trained_model, read_public
+from cotune.client.training.personal.own_model import load_trained_model, read_public
 from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, synthetic_setup
 from cotune.data.config import has_labels
@@ -112,18 +112,18 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
             code="plan.no_labels",
         )
     policy = site.policy()
-    holdings = site.counted(plan)
-    account = Account(plan, policy, site, holdings, draws=False)
+    dataset = site.counted_dataset(plan)
+    account = Account(plan, policy, site, dataset, draws=False)
     checked = PreflightReport(
         site.organization,
-        len(holdings.units),
+        len(dataset.units),
         site.file.device,
         None,
         warnings=tuple(_warnings(account)),
-        left_out=holdings.left_out(),
+        left_out=dataset.left_out(),
     )
     broken, problems = _judged(account, _declarable(plan, site))
-    if holdings.unknown and holdings.lenient and not any(number >= 0 for number in holdings.truth):
+    if dataset.unknown and dataset.lenient and not any(number >= 0 for number in dataset.truth):
         problems.append(
             f"not one record can be learned from, as none has a class that the plan lists ({', '.join(plan.labels)}): rounds"
             " would spend ε and be answered with noise alone; rename the classes, or name another column with --label"
@@ -189,7 +189,7 @@ def _tried(checked: PreflightReport, account: Account) -> PreflightReport:
             raise
         return replace(checked, warnings=(*checked.warnings, str(error)))
     limit_gpu_memory(account.policy, model.device)
-    left_out = {**checked.left_out, **count_cut_texts(model, account.holdings.inputs())}
+    left_out = {**checked.left_out, **count_cut_texts(model, account.dataset.inputs())}
     checked = replace(checked, device=str(model.device), left_out=left_out)
     if checked.epsilon is None or any(stage.local.sample_rate(examples) * examples < 1 for stage in plan.stages):
         return checked
@@ -224,18 +224,18 @@ def _noise(account: Account) -> float | None:
 
 def _warnings(account: Account) -> Iterator[str]:
     """What does not stop a run, and makes it worth less than it could be."""
-    holdings = account.holdings
+    dataset = account.dataset
     plan = account.plan
-    if not len(holdings):
+    if not len(dataset):
         yield "no record is usable: rounds would be answered with noise alone; look at the file, or name another one with --data"
-    if holdings.unknown:
+    if dataset.unknown:
         yield (
-            f"{len(holdings.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
+            f"{len(dataset.unknown)} classes of the records are not among the plan's ({', '.join(plan.labels)}): their records"
             " would be trained without a label"
         )
     if plan.tasks:
         yield (
-            f"updates will have the heads of {', '.join(holdings.tasks)}, which tells the coordinator what labels there are"
+            f"updates will have the heads of {', '.join(dataset.tasks)}, which tells the coordinator what labels there are"
             " here; a head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
         )
     declared = account.public_examples

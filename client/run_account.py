@@ -21,7 +21,8 @@ from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
-from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise, add_geometric_noise
+from cotune.privacy.mechanisms.geometric import add_geometric_noise
+from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.privacy.policy import Policy
 
@@ -33,7 +34,7 @@ class Account:
     """What a run has spent and may spend.
 
     Args:
-        holdings: The records that count under the plan's promise.
+        dataset: The records that count under the plan's promise.
         round: The round that charges are entered for.
         draws: Whether anything may be charged. False for the organization's own eyes: a number of records that is yet to be
             noised or declared is then guessed from the true one.
@@ -45,7 +46,7 @@ class Account:
         plan: Plan,
         policy: Policy,
         site: Site,
-        holdings: Dataset,
+        dataset: Dataset,
         *,
         round: int = 1,
         draws: bool = True,
@@ -54,7 +55,7 @@ class Account:
         self.plan = plan
         self.policy = policy
         self.site = site
-        self.holdings = holdings
+        self.dataset = dataset
         self.round = round
         self.draws = draws
         self._generator = generator
@@ -62,7 +63,7 @@ class Account:
     @property
     def true_examples(self) -> int:
         """n, in units of privacy. It decides nothing that anyone else can see: see `public_examples`."""
-        return len(self.holdings.units)
+        return len(self.dataset.units)
 
     @cached_property
     def public_examples(self) -> int:
@@ -93,7 +94,7 @@ class Account:
     def _draw_count(self) -> list[float]:
         """Charged before δ is known, which follows from it: against the total, at a δ that is public without it.
 
-        All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.grid_noise`).
+        All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.geometric`).
         """
         total = self.policy.budget.epsilon_total
         sigma = self.policy.disclosures.noise_multiplier
@@ -139,13 +140,13 @@ class Account:
     @cached_property
     def data(self) -> str:
         """The fingerprint of the data set, which is entered in the ledger when it is first asked for."""
-        held = self.holdings
+        held = self.dataset
         return self.ledger.register_data_set(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:
         """The collection that the run's charges count in, as the site's description of its records says; "": all."""
-        return self.holdings.collection
+        return self.dataset.collection
 
     def hours(self) -> float:
         """Return the hours of training that this run has taken, as far as its rounds were finished and charged."""

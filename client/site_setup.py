@@ -173,7 +173,7 @@ def set_records(
     if data is None and collection is not None:
         raise DataError(f"--collection {collection} says where the records of --data count: expected both", code="data.no_source")
     if data is None and document.exists():
-        held = site.holdings(plan.labels)
+        held = site.dataset(plan.labels)
         if held.task != plan.task:
             raise DataError(
                 f"the site describes its records as for {held.task}, expected {plan.task} as in the plan: name others with"

@@ -31,6 +31,7 @@ class TaskFacts:
         keeps_head: Whether a model has the head of its base model, so that none can be trained by itself.
         several: Whether it is several tasks on one encoder ([[tasks]]).
         prompts: Whether its records may, or must, have a prompt and a target.
+        chats: Whether its records may be chats (`data.messages`).
         ranged: Whether its targets are numbers of a public range.
         features: Whether the task supports a head on layers of a frozen encoder (`model.feature`).
     """
@@ -40,6 +41,7 @@ class TaskFacts:
     keeps_head: bool = False
     several: bool = False
     prompts: Literal["none", "may", "must"] = "none"
+    chats: bool = False
     ranged: bool = False
     features: bool = False
 
@@ -50,7 +52,7 @@ TASK_FACTS: Mapping[str, TaskFacts] = {
     "image-classification": TaskFacts(),
     "multi-label": TaskFacts(classes=False),
     "regression": TaskFacts(labels=False, classes=False, ranged=True),
-    "causal-lm": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="may"),
+    "causal-lm": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="may", chats=True),
     "seq2seq": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="must"),
     "multi-task": TaskFacts(several=True),
     "multi-task-images": TaskFacts(several=True),
@@ -67,6 +69,10 @@ def has_classes(task: str) -> bool:
     return TASK_FACTS[task].classes
 
 
+_TEXT = "text"
+_SEPARATOR = "\n"
+
+
 class DataConfig(BaseModel):
     """Where an organization's records are, and which of their columns are used."""
 
@@ -76,7 +82,7 @@ class DataConfig(BaseModel):
         min_length=1,
         description="a file, a folder with one file per organization, or package:NAME for data in a Python package",
     )
-    text: str = Field(default="text", min_length=1, description="the column that holds the text, or the words of one")
+    text: str = Field(default=_TEXT, min_length=1, description="the column that holds the text, or the words of one")
     image: str = Field(default="image", min_length=1, description="the column that holds an image: its path, or (Parquet) bytes")
     label: str = Field(
         default="label",
@@ -100,7 +106,13 @@ class DataConfig(BaseModel):
     target: str | None = Field(
         default=None, min_length=1, description="causal-lm, seq2seq: the column that holds what it is to write"
     )
-    separator: str = Field(default="\n", max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
+    messages: str | None = Field(
+        default=None,
+        min_length=1,
+        description="causal-lm: the column that holds a chat, a list of {role, content} (in CSV as JSON), which the tokenizer's"
+        " chat template writes out; the last message of the role assistant is the target, and what stands before it the prompt",
+    )
+    separator: str = Field(default=_SEPARATOR, max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
     tasks: tuple[tuple[str, str], ...] = Field(
         default=(),
         description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from"
@@ -134,6 +146,19 @@ class DataConfig(BaseModel):
         if (self.prompt is None) != (self.target is None):
             lacking = "target" if self.target is None else "prompt"
             raise ValueError(f"{lacking} is not given: expected the columns of both, prompt and target, or of text alone")
+        return self
+
+    @model_validator(mode="after")
+    def _chats_hold_all(self) -> DataConfig:
+        if self.messages is None:
+            return self
+        if self.prompt is not None or self.text != _TEXT:
+            other = "prompt and target" if self.prompt is not None else "text"
+            raise ValueError(f"messages and {other} are both given: expected one of them, as a chat holds prompt and target")
+        if self.separator != _SEPARATOR:
+            raise ValueError("separator is what stands behind a prompt, which in a chat its template says: leave it out")
+        if self.messages == self.unit:
+            raise ValueError(f"messages and unit are both {self.unit!r}: expected two different columns")
         return self
 
     @model_validator(mode="after")

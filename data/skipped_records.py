@@ -16,11 +16,20 @@ KEPT = "duplicate that is trained on"  # where nothing leaves out copies: no pro
 ELSEWHERE = "held out, and trained on elsewhere"  # a person, or a text, that is in the files of several organizations
 _CUT = "cut at "
 _LOST = "target cut off"
+_REFUSED = "refused by the chat template"
 _NAMED = {  # reason: (of one record, of several)
     "blank text": ("blank text", "blank texts"),
     "blank prompt": ("blank prompt", "blank prompts"),
     "blank target": ("blank target", "blank targets"),
     _LOST: ("text that loses all of its target, and contributes nothing", "texts that lose all of it, and contribute nothing"),
+    _REFUSED: (
+        "chat that its template cannot write, and that contributes nothing",
+        "chats that their template cannot write, and that contribute nothing",
+    ),
+    "blank chat": ("blank chat", "blank chats"),
+    "unreadable chat": ("chat that is no list of roles and contents", "chats that are no lists of roles and contents"),
+    "chat with more than roles and contents": ("chat with other keys, too", "chats with other keys, too"),
+    "chat without an answer": ("chat without a message of the assistant", "chats without a message of the assistant"),
     "blank word": ("text with a blank word", "texts with blank words"),
     "blank image": ("blank image", "blank images"),
     "missing label": ("missing label", "missing labels"),
@@ -50,12 +59,13 @@ def cut_reason(tokens: int) -> str:
 
 
 def count_cut_texts(model: TrainableModel, inputs: Sequence[Input]) -> dict[str, int]:
-    """Return how many of the inputs are longer than the model reads, and how many of these lose all that is to be learned."""
+    """Return how many of the inputs are not read as they are: cut, without all that is to be learned, or not at all."""
     loaded = model.loaded
     task = loaded.task
     found = {
         cut_reason(loaded.max_length): task.cut(loaded.reader, loaded.max_length, inputs),
         _LOST: task.lost(loaded.reader, loaded.max_length, inputs),
+        _REFUSED: task.refused(loaded.reader, inputs),
     }
     return {reason: count for reason, count in found.items() if count}
 

@@ -1,7 +1,7 @@
 """What a record is made of, whatever the task: its input, its label, and how a ledger and a cache know it again.
 
-An input is a text, the words of one, an image, or a prompt with what is to follow it; a label is one class, one tag for each
-word, the names of several labels, a number, or nothing where the input holds all.
+An input is a text, the words of one, an image, a prompt with what is to follow it, or a chat; a label is one class, one tag for
+each word, the names of several labels, a number, or nothing where the input holds all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,31 @@ class Passage:
     target: str
 
 
-Input = str | tuple[str, ...] | Image | Passage
+@dataclass(frozen=True)
+class Chat:
+    """What was said in turn. A model is to write the last message where that is the assistant's, and is given those before.
+
+    Attributes:
+        messages: (role, content) of each.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+
+    @property
+    def answer(self) -> str | None:
+        """What a model is to write; None where it is not known."""
+        role, content = self.messages[-1]
+        return content if role == ASSISTANT else None
+
+    @property
+    def asked(self) -> tuple[tuple[str, str], ...]:
+        """The messages that a model is given."""
+        return self.messages if self.answer is None else self.messages[:-1]
+
+
+Input = str | tuple[str, ...] | Image | Passage | Chat
 Label = str | tuple[str, ...] | float
+ASSISTANT = "assistant"  # the role of what a model writes
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
 
 
@@ -40,6 +63,8 @@ def content_bytes(value: Input | Label) -> bytes:
         return value.digest
     if isinstance(value, Passage):
         value = (value.prompt, value.target)
+    if isinstance(value, Chat):
+        return json.dumps(value.messages).encode()
     text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "surrogatepass")
 
@@ -49,14 +74,17 @@ def record_identity(given: Input) -> bytes:
 
     SHA-256 over the plain form of a text (see `normalize_text`), whether it is kept as one or as its words; over the decoded
     pixels and the size of an image. A corrected label is still the same record; a prompt with another target is another one, as
-    many records may have one prompt. Anyone who can guess a text can recognize its identity: what is stored or exported is keyed
-    first (see `privacy.ledger`).
+    many records may have one prompt, and so is a chat with another message. A chat of a prompt and its answer is the record that
+    they are in two columns. Anyone who can guess a text can recognize its identity: what is stored or exported is keyed first
+    (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]
     if isinstance(given, Passage):
         parts = [normalize_text(part) for part in (given.prompt, given.target) if part]
         return _hashed("\0".join(parts))
+    if isinstance(given, Chat):
+        return _hashed("\0".join(normalize_text(content) for _, content in given.messages if content))
     return _hashed(normalize_text(given if isinstance(given, str) else " ".join(given)))
 
 

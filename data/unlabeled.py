@@ -16,8 +16,10 @@ from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES
 from cotune.data.tasks.task import get_task
-from cotune.data.types import Input, content_bytes
+from cotune.data.types import Chat, Input, content_bytes
 from cotune.errors import DataError, nearest, reason_of
+
+_CHATS = "messages"  # the entry of [data] that names their column
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Row:
     reason: str = ""
 
 
-def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, encoding: str = "utf-8") -> list[Row]:
+def read_unlabeled(
+    path: Path, task: TaskName, *, column: str | None = None, encoding: str = "utf-8", chats: bool = False
+) -> list[Row]:
     """Return the rows of a file, in its order; or the images of a folder and of the folders in it, by name.
 
     Args:
@@ -43,11 +47,12 @@ def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, enc
         task: Of the model.
         column: That holds the inputs; None: "text", or "image".
         encoding: Of a CSV, TSV or JSON file.
+        chats: Whether the column holds chats, which a model is to answer.
 
     Raises:
         DataError: For a file that cannot be read, or has no such column.
     """
-    key = get_task(task).key
+    key = _CHATS if chats else get_task(task).key
     if path.is_dir() and key == "image":
         return _make_rows(_file(path, b"", key, key), task, list(_images(path)))
     wanted = column or key
@@ -64,8 +69,11 @@ def read_unlabeled(path: Path, task: TaskName, *, column: str | None = None, enc
     return _make_rows(file, task, values[wanted])
 
 
-def read_typed(given: Sequence[str], task: TaskName) -> list[Row]:
-    """Return texts as they were typed; for an image model, paths of images."""
+def read_typed(given: Sequence[str], task: TaskName, *, chats: bool = False) -> list[Row]:
+    """Return texts as they were typed; for an image model, paths of images; of chats each text is what a user says."""
+    if chats:
+        said = [[{"role": "user", "content": each}] if each.strip() else None for each in given]
+        return _make_rows(_file(Path("typed"), b"", _CHATS, _CHATS), task, said)
     key = get_task(task).key
     return _make_rows(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
 
@@ -93,6 +101,8 @@ def _row(file: DataFile, task: TaskName, number: int, value: object) -> Row:
     given = found[0]
     if isinstance(given, tuple):
         return Row(" ".join(given), given)
+    if isinstance(given, Chat):
+        return Row(given.asked[-1][1], given)
     return Row(given if isinstance(given, str) else shown, given)
 
 
@@ -105,7 +115,7 @@ def _file(path: Path, raw: bytes, key: str, column: str, encoding: str = "utf-8"
             f"the column {column!r} or the encoding {encoding!r} is unknown: expected existing names",
             code="data.unknown_encoding",
         ) from None
-    return DataFile(str(path), path, raw, config, key)
+    return DataFile(str(path), path, raw, config, key, target=_CHATS if key == _CHATS else "label")
 
 
 def _content(path: Path) -> bytes:

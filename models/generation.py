@@ -1,4 +1,4 @@
-"""What a language model writes after prompts: greedily, so that the same model writes the same text again.
+"""What a language model writes after prompts, or in a chat: greedily, so that the same model writes the same text again.
 
 Prompts of one length share a forward pass, and none is padded: a text does not depend on the prompts beside it.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from cotune.data.tasks.causal import prompt_tokens
-from cotune.data.tasks.text import map_or_none
+from cotune.data.tasks.causal import CausalLanguageModeling
+from cotune.data.types import Chat, Passage
 from cotune.models.device import autocasts
 from cotune.models.trainable import TrainableModel
 
@@ -22,7 +22,9 @@ _BATCH = 16
 
 
 @torch.no_grad()
-def write_texts(model: TrainableModel, prompts: Sequence[str], max_new_tokens: int, precision: str) -> list[str | None]:
+def write_texts(
+    model: TrainableModel, prompts: Sequence[Passage | Chat], max_new_tokens: int, precision: str
+) -> list[str | None]:
     """Return what a language model writes after each prompt, until it ends the text itself or at the largest length.
 
     The most probable token is taken every time. A `generation_config.json` in the model's folder, which may ask for chance or
@@ -30,7 +32,7 @@ def write_texts(model: TrainableModel, prompts: Sequence[str], max_new_tokens: i
 
     Args:
         model: In the state that writes.
-        prompts: As they are tokenized in training.
+        prompts: Tokenized as in training; targets and last answers in them are not read. All are chats, or none.
         max_new_tokens: Most tokens of a text; fewer where the model has no more positions.
         precision: "float32", "bfloat16" or "auto".
 
@@ -38,14 +40,17 @@ def write_texts(model: TrainableModel, prompts: Sequence[str], max_new_tokens: i
         The texts, without special tokens; None for a prompt that is longer than the model reads, or that cannot be read.
     """
     loaded = model.loaded
-    rows = map_or_none(lambda part: list(prompt_tokens(loaded.reader, part, loaded.max_length)), prompts)
-    usable = sorted((len(row), number) for number, row in enumerate(rows) if row and len(row) <= loaded.max_length)
-    positions = loaded.task.longest(loaded.reader, loaded.module, loaded.max_length + max_new_tokens)
+    task = loaded.task
+    assert isinstance(task, CausalLanguageModeling), "a task that writes"
+    rows = task.prompts(loaded.reader, loaded.max_length, prompts)
+    usable = sorted((len(row), number) for number, row in enumerate(rows) if row is not None)
+    positions = task.longest(loaded.reader, loaded.module, loaded.max_length + max_new_tokens)
     texts: dict[int, str] = {}
     low = autocasts(precision, model.device)
-    with _greedy(model) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
+    ends = task.ends(loaded.reader, prompts)
+    with _greedy(model, ends) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
         for length, group in groupby(usable, key=lambda each: each[0]):
-            config.max_new_tokens = min(max_new_tokens, positions - length)
+            config.max_new_tokens = min(max_new_tokens, positions - task.prompt_positions(length))
             numbers = [number for _, number in group]
             for start in range(0, len(numbers), _BATCH):
                 chosen = numbers[start : start + _BATCH]
@@ -55,12 +60,21 @@ def write_texts(model: TrainableModel, prompts: Sequence[str], max_new_tokens: i
 
 
 @contextmanager
-def _greedy(model: TrainableModel) -> Iterator[GenerationConfig]:
-    """Settings of greedy decoding. They stand in for the model's own, which transformers would fill gaps with."""
+def _greedy(model: TrainableModel, ends: list[int]) -> Iterator[GenerationConfig]:
+    """Settings of greedy decoding, up to one of the tokens `ends`.
+
+    They stand in for the model's own, which transformers would fill gaps with.
+    """
     module: Any = model.loaded.module
     reader = model.loaded.reader
     before = module.generation_config
-    config = GenerationConfig(do_sample=False, num_beams=1, pad_token_id=reader.pad_token_id, eos_token_id=reader.eos_token_id)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=reader.pad_token_id,
+        eos_token_id=ends or None,
+        decoder_start_token_id=getattr(module.config, "decoder_start_token_id", None),
+    )
     module.generation_config = config
     try:
         yield config
@@ -74,5 +88,6 @@ def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Seq
     module: Any = model.loaded.module
     ids = torch.tensor(rows, device=model.device)
     generated = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    found: list[str] = model.loaded.reader.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+    begins = 1 if getattr(module.config, "is_encoder_decoder", False) else ids.shape[1]
+    found: list[str] = model.loaded.reader.batch_decode(generated[:, begins:], skip_special_tokens=True)
     return [text.strip() for text in found]

@@ -11,6 +11,7 @@ from functools import lru_cache
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cotune.data.inputs.chat_template import check_chat_template
 from cotune.errors import PrivacyError
 from cotune.models.config import ModelConfig
 from cotune.models.multi_head import head_prefix
@@ -25,10 +26,12 @@ from cotune.strategies.plugins import is_code
 def get_plan_model(plan: Plan, device: str) -> TrainableModel:
     """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.
 
-    Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
+    Raises ModelError when it cannot be loaded, or cannot write the plan's chats, PrivacyError when it mixes records.
     """
     lora = plan.lora if plan.uses_lora else None
     model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, "adapter" in plan.personal.parts)
+    if plan.data.messages is not None:
+        check_chat_template(model.loaded.reader)
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model

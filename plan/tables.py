@@ -153,7 +153,7 @@ class PlanTables(ConfigTable):
     personal: PersonalConfig = PersonalConfig()
     personalize: PersonalizeConfig = PersonalizeConfig()
     generate: GenerateConfig | None = Field(
-        None, description="absent: nothing is written; needs data.prompt, and at the coordinator a test set"
+        None, description="absent: nothing is written; needs data.prompt or data.messages, and at the coordinator a test set"
     )
     simulation: SimulationConfig = SimulationConfig()
 

@@ -44,6 +44,8 @@ def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
     """Prompts, numbers, and what is written at the end."""
     if facts.prompts == "must" and plan.data.prompt is None:
         yield f"task = {plan.task} reads a text and writes another one: expected data.prompt and data.target"
+    if plan.data.messages is not None and not facts.chats:
+        yield f"data.messages is for task = causal-lm, and this is {plan.task}: leave it out"
     if facts.ranged and plan.model.target_range is None:
         yield (
             f"task = {plan.task} needs the least and the largest number, which no records may decide: expected"
@@ -53,10 +55,12 @@ def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
         yield f"model.target_range is for task = regression, and this is {plan.task}: leave it out"
     if facts.prompts != "may" and plan.model.max_target_length is not None:
         yield f"model.max_target_length is for task = causal-lm, and this is {plan.task}: leave it out"
-    if plan.generate is not None and (facts.prompts != "may" or plan.data.prompt is None):
+    writes = facts.prompts != "none" and (plan.data.prompt is not None or plan.data.messages is not None)
+    if plan.generate is not None and not writes:
         yield (
             f"generate is for a task that writes after prompts, and this plan has task = {plan.task} without data.prompt:"
-            " expected task = causal-lm with data.prompt and data.target, or leave the table out"
+            " expected task = causal-lm or seq2seq with data.prompt and data.target, or causal-lm with data.messages, or leave"
+            " the table out"
         )
 
 

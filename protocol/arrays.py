@@ -10,7 +10,8 @@ import math
 import re
 import secrets
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.plan.wire import Codec
-from cotune.protocol.codecs import pack, unpack
+from cotune.protocol.codecs import pack, packed_bytes, unpack
 
 SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
 _SALT_BYTES = 32
@@ -71,8 +72,51 @@ def _encode_array(tensor: Tensor, key: bytes, codec: Codec) -> Array:
     return Array(codec, tuple(tensor.shape), SALTED, _mask(pack(codec, tensor), key))
 
 
+class HeldArrays(ArrayRecord):
+    """Tensors in the place of what would be written of them, in a message that stays in its process.
+
+    No message from elsewhere holds them: what Flower reads is an `ArrayRecord`. Like one that was written, a message gives
+    everybody tensors of their own.
+
+    Attributes:
+        held: The tensors, in float32; nobody may change them.
+        codec: How they would be written.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], codec: Codec = "float32") -> None:
+        super().__init__()
+        self.held = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.codec: Codec = codec
+
+    def copies(self) -> dict[str, Tensor]:
+        """Return the tensors as `decode_tensors` reads them."""
+        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.held.items()}
+
+    def count_payload(self) -> int:
+        """Return how many bytes names and arrays would have."""
+        return sum(len(name.encode()) + _written_bytes(self.codec, tuple(tensor.shape)) for name, tensor in self.held.items())
+
+
+@lru_cache(maxsize=1024)
+def _written_bytes(codec: Codec, shape: tuple[int, ...]) -> int:
+    """Of an array."""
+    count = math.prod(shape)
+    if codec != "float32":
+        return packed_bytes(codec, count)
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return len(header.getvalue()) + 4 * count
+
+
+def hold_arrays(tensors: Mapping[str, Tensor], codec: Codec = "float32") -> HeldArrays | None:
+    """Return tensors as a message holds them that stays here; None where they are not in float32, and are to be refused."""
+    return HeldArrays(tensors, codec) if all(tensor.dtype == torch.float32 for tensor in tensors.values()) else None
+
+
 def decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "float32") -> dict[str, Tensor]:
     record = content.get(key)
+    if isinstance(record, HeldArrays) and record.codec == codec:
+        return record.copies()
     if not isinstance(record, ArrayRecord):
         raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
     about = content[header]

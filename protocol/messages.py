@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.plan.wire import Codec
-from cotune.protocol.arrays import decode_tensors, derive_key, encode_arrays, new_salt, read_salt
+from cotune.protocol.arrays import HeldArrays, decode_tensors, derive_key, encode_arrays, hold_arrays, new_salt, read_salt
 from cotune.protocol.version import PROTOCOL
 from cotune.strategies.types import Update
 
@@ -38,7 +38,8 @@ class Request:
     """The server's request to train: one round of a plan, from a state, by one organization.
 
     admitted: the last round whose update of this organization is in the model; 0: none. sent: what the plan's client term sends
-    beside the state. site: only in simulations, the folder of the simulated organization.
+    beside the state. site: only in simulations, the folder of the simulated organization. stays: whether it was made for this
+    process alone, as its answer may be; nothing that was sent says so.
     """
 
     plan: str
@@ -48,6 +49,7 @@ class Request:
     admitted: int = 0
     sent: Mapping[str, Tensor] = field(default_factory=dict)
     site: str = ""
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,43 @@ def encode_requests(
     state: Mapping[str, Tensor],
     recipients: Sequence[Recipient],
     sent: Mapping[str, Tensor] | None = None,
+    *,
+    stays: bool = False,
 ) -> list[RecordDict]:
-    """One request per recipient; they share one copy of the arrays, and their salt."""
+    """One request per recipient; they share one copy of the arrays, and their salt.
+
+    stays: Whether they stay in this process. Their tensors are then not written (see `arrays.HeldArrays`).
+    """
     salt = new_salt()
-    shared = {"state": encode_arrays(state, salt, "state")}
+    shared = {"state": _arrays(state, salt, "state", stays=stays)}
     if sent:
-        shared["sent"] = encode_arrays(sent, salt, "sent")
+        shared["sent"] = _arrays(sent, salt, "sent", stays=stays)
     return [RecordDict({**shared, "request": _encode_header(plan, round, who, salt)}) for who in recipients]
+
+
+def _arrays(
+    tensors: Mapping[str, Tensor], salt: bytes, record: str, codec: Codec = "float32", *, stays: bool = False
+) -> ArrayRecord:
+    """Written, or held where the message stays in this process."""
+    held = hold_arrays(tensors, codec) if stays else None
+    return encode_arrays(tensors, salt, record, codec) if held is None else held
+
+
+def stays_here(content: RecordDict) -> bool:
+    """Return whether a message was made for this process alone, so that its arrays are not written."""
+    return any(isinstance(record, HeldArrays) for record in content.values())
+
+
+def write_out(content: RecordDict) -> RecordDict:
+    """Return an update as it would travel, its arrays written, where it stays in this process."""
+    if not stays_here(content):
+        return content
+    salt = get_salt(content)
+    written = {
+        key: encode_arrays(record.held, salt, key, record.codec) if isinstance(record, HeldArrays) else record
+        for key, record in content.items()
+    }
+    return RecordDict(written)
 
 
 def _encode_header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
@@ -94,7 +126,7 @@ def decode_request(content: RecordDict) -> Request:
     header = decode_header(content)
     _check_records(content, ("request", "state", "sent"))
     sent = decode_tensors(content, "sent", "request") if "sent" in content else {}
-    return replace(header, state=decode_tensors(content, "state", "request"), sent=sent)
+    return replace(header, state=decode_tensors(content, "state", "request"), sent=sent, stays=stays_here(content))
 
 
 def decode_header(content: RecordDict) -> Request:
@@ -103,7 +135,9 @@ def decode_header(content: RecordDict) -> Request:
     return Request(**fields, state={})
 
 
-def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, codec: Codec = "float32") -> RecordDict:
+def encode_update(
+    update: Update, plan_id: str, salt: bytes | None = None, *, codec: Codec = "float32", stays: bool = False
+) -> RecordDict:
     """Return the message of an update, whose delta has been rounded to the codec.
 
     Args:
@@ -111,6 +145,7 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, co
         plan_id: Of its plan.
         salt: Of a message that is encoded again; otherwise a new one.
         codec: The plan's.
+        stays: As of a request.
 
     Raises:
         RunError: The delta holds values that the codec cannot write.
@@ -127,12 +162,12 @@ def encode_update(update: Update, plan_id: str, salt: bytes | None = None, *, co
         "received": update.received,
         "salt": salt,
     }
-    content = RecordDict({"delta": encode_arrays(update.delta, salt, "delta", codec), "update": ConfigRecord(record)})
+    content = RecordDict({"delta": _arrays(update.delta, salt, "delta", codec, stays=stays), "update": ConfigRecord(record)})
     if update.disclosures:
         disclosed = {name: float(value) for name, value in update.disclosures.items()}
         content["disclosures"] = ConfigRecord({**disclosed, _SALT: derive_key(salt, "disclosures")})
     if update.statistics:
-        content["statistics"] = encode_arrays(update.statistics, salt, "statistics")
+        content["statistics"] = _arrays(update.statistics, salt, "statistics", stays=stays)
     if update.noise_variance is not None:
         noise = {name: float(v) for name, v in update.noise_variance.items()}
         content["noise_variance"] = MetricRecord({**noise, _SALT: list(derive_key(salt, "noise_variance"))})
@@ -267,6 +302,8 @@ def payload_bytes(content: RecordDict) -> int:
 
 
 def _count_record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(record, HeldArrays):
+        return record.count_payload()
     if isinstance(record, ArrayRecord):
         return sum(len(name.encode()) + len(array.data) for name, array in record.items())
     return sum(len(name.encode()) + _count_value_bytes(value) for name, value in record.items())

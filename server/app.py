@@ -14,6 +14,7 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs
 from cotune.errors import CotuneError
 from cotune.flower.control_client import find_run_folder
+from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.flower.runtime_client import open_runtime_client
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, TrainableModel
@@ -141,6 +142,7 @@ def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS
             read_members=lambda: dict.fromkeys(names),
             trail=NoTrail(),
             limits=limits,
+            in_process=isinstance(grid, InProcessGrid),
         )
     members = FederationFolder(Path(folder.file.federation)).members
     return Session(

@@ -33,11 +33,12 @@ def evaluate(
     """Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent."""
     check_source(data)
     beginning(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
-    from cotune.cli.models.generated_texts import evaluate_texts, writes_texts
+    from cotune.cli.models.generated_texts import evaluate_texts, find_writer
     from cotune.cli.models.record_predictions import evaluate_records  # loads PyTorch
 
-    if writes_texts(model, threshold):
-        result = evaluate_texts(model, options.config(data), max_length=max_length, device=device)
+    task = find_writer(model, threshold)
+    if task is not None:
+        result = evaluate_texts(model, task, options.config(data), max_length=max_length, device=device)
     else:
         result = evaluate_records(model, options.config(data), threshold=threshold, max_length=max_length, device=device)
     found = {"model": model, "data": data, **result}

@@ -7,31 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from cotune.cli.plans.plan_options import own_options
-from cotune.data.config import DataConfig
+from cotune.data.config import TASK_FACTS, DataConfig, TaskName
 from cotune.data.record_files import read_records
-from cotune.data.types import Passage
+from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_typed, read_unlabeled
-from cotune.errors import ModelError
-from cotune.models.evaluation.language_model import TASK, evaluate_language_model, is_language_model, open_language_model
+from cotune.errors import DataError, ModelError
+from cotune.models.evaluation.language_model import evaluate_language_model, open_language_model, writing_task
 from cotune.models.generation import write_texts
 
-_TOO_LONG = "longer than the model reads"
+_UNREAD = "longer than the model reads, or unreadable for it"
 
 
-def writes_texts(model: str, threshold: str | None) -> bool:
-    """Return whether a model is a language model. Raises ModelError for one with a threshold, which is for classes."""
-    if not is_language_model(model):
-        return False
-    if threshold is not None:
+def find_writer(model: str, threshold: str | None) -> TaskName | None:
+    """Return the task of a language model; None for another model. Raises ModelError for a threshold, which is for classes."""
+    task = writing_task(model)
+    if task is not None and threshold is not None:
         raise ModelError(f"{model} writes texts, and --threshold is for classes: leave it out", code="model.no_classifier")
-    return True
+    return task
 
 
 def write_rows(
     model: str,
+    task: TaskName,
     inputs: Path | Sequence[str],
     *,
     column: str | None,
+    chats: bool,
     encoding: str,
     max_new_tokens: int,
     separator: str,
@@ -42,39 +43,64 @@ def write_rows(
 
     Args:
         model: A folder of a model or a run, or a hub id.
+        task: Of the model.
         inputs: A file, or the prompts themselves.
         column: That holds the prompts in a file; None: "text".
+        chats: Whether the prompts are chats, or what a user says in one.
         encoding: Of a file of text.
         max_new_tokens: Most tokens of a text.
-        separator: What stands behind a prompt.
+        separator: What stands behind a prompt that is no chat.
         max_length: Tokens that are read of a prompt; None: as in training.
         device: What computes.
     """
-    opened = open_language_model(model, device, max_length)
+    _check_chats(task, chats)
+    opened = open_language_model(model, task, device, max_length, chats=chats)
     with own_options():
         if isinstance(inputs, Path):
-            rows = read_unlabeled(inputs, TASK, column=column, encoding=encoding)
+            rows = read_unlabeled(inputs, task, column=column, encoding=encoding, chats=chats)
         else:
-            rows = read_typed(list(inputs), TASK)
-    prompts = [row.given.prompt + separator for row in rows if isinstance(row.given, Passage)]
+            rows = read_typed(list(inputs), task, chats=chats)
+    prompts = [
+        row.given if isinstance(row.given, Chat) else Passage(row.given.prompt + separator, "")
+        for row in rows
+        if isinstance(row.given, Passage | Chat)
+    ]
     texts = iter(write_texts(opened, prompts, max_new_tokens, "auto"))
     generated = [None if row.given is None else next(texts) for row in rows]
     return [
-        {"row": number, "input": row.shown, "text": text, "reason": row.reason or ("" if text is not None else _TOO_LONG)}
+        {"row": number, "input": row.shown, "text": text, "reason": row.reason or ("" if text is not None else _UNREAD)}
         for number, (row, text) in enumerate(zip(rows, generated, strict=True), 1)
     ]
 
 
-def evaluate_texts(model: str, data: DataConfig, *, max_length: int | None, device: str) -> dict[str, Any]:
+def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: int | None, device: str) -> dict[str, Any]:
     """Return how good a language model is on records.
 
     Args:
         model: A folder of a model or a run, or a hub id.
+        task: Of the model.
         data: The records and how they are read.
         max_length: Tokens that are read of a record; None: as in training.
         device: What computes.
     """
-    opened = open_language_model(model, device, max_length)
+    chats = data.messages is not None
+    _check_chats(task, chats)
+    if TASK_FACTS[task].prompts == "must" and data.prompt is None:
+        raise DataError(
+            f"{model} reads a text and writes another one: expected --prompt and --target, the columns of both",
+            code="data.invalid_description",
+        )
+    opened = open_language_model(model, task, device, max_length, chats=chats)
     with own_options():
-        records = read_records(data, None, TASK)
-    return evaluate_language_model(opened, records)
+        records = read_records(data, None, task)
+    return evaluate_language_model(opened, records, task)
+
+
+def _check_chats(task: TaskName, chats: bool) -> None:
+    """Raises ModelError for a model that reads none."""
+    if chats and not TASK_FACTS[task].chats:
+        raise ModelError(
+            f"chats are for models that go on with a text (causal-lm), and this one is for {task}: expected texts, or prompts"
+            " with targets",
+            code="model.no_chat_template",
+        )

@@ -17,7 +17,7 @@ from rich.table import Table
 from cotune.cli.options import Device
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_file
-from cotune.errors import DataError
+from cotune.errors import DataError, ModelError
 from cotune.storage.files import atomic_write
 
 _WIDE = 60  # characters of a text that a table shows
@@ -43,6 +43,8 @@ def predict(
     ] = None,
     text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None,
     image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None,
+    messages: Annotated[str | None, typer.Option(help="Column with chats, which a language model answers.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Each text is what a user says in a chat with the model.")] = False,
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
     threshold: ThresholdOption = None,
     max_length: Length = None,
@@ -55,21 +57,33 @@ def predict(
     """Predict classes, labels or numbers, or write texts, with a fine-tuned model. Nothing is sent."""
     if bool(given) == (file is not None):
         raise typer.BadParameter('expected texts after the model, or --file FILE: cotune predict MODEL "a text"')
-    if text is not None and image is not None:
-        raise typer.BadParameter("--text and --image both name the column of the inputs: expected one of them")
+    named = {"--text": text, "--image": image, "--messages": messages}
+    several = [option for option, value in named.items() if value is not None]
+    if len(several) > 1:
+        raise typer.BadParameter(f"{' and '.join(several)} all name the column of the inputs: expected one of them")
+    if chat and file is not None:
+        raise typer.BadParameter("--chat is for texts after the model: expected --messages COLUMN for the chats of a file")
     if out is not None and out.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"--out {out} is of no known format: expected a name ending in .csv, .json or .jsonl")
     if file is not None:
         check_file(file)
     beginning(f"loading PyTorch, then {model}", quiet=as_json)
-    from cotune.cli.models.generated_texts import write_rows, writes_texts
+    from cotune.cli.models.generated_texts import find_writer, write_rows
     from cotune.cli.models.record_predictions import predict_rows  # loads PyTorch
 
-    column = text if text is not None else image
+    column = next((named[option] for option in several), None)
+    chats = chat or messages is not None
     inputs = given or [] if file is None else file.expanduser()
     given_so: dict[str, Any] = {"column": column, "encoding": encoding, "max_length": max_length, "device": device}
-    if writes_texts(model, threshold):
-        found = write_rows(model, inputs, max_new_tokens=max_new_tokens, separator=separator, **given_so)
+    task = find_writer(model, threshold)
+    if task is not None:
+        given_so |= {"chats": chats, "max_new_tokens": max_new_tokens, "separator": separator}
+        found = write_rows(model, task, inputs, **given_so)
+    elif chats:
+        raise ModelError(
+            f"{model} is no language model, and --chat and --messages are for those: leave them out",
+            code="model.no_chat_template",
+        )
     else:
         found = predict_rows(model, inputs, threshold=threshold, **given_so)
     if out is not None:

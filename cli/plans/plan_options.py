@@ -39,6 +39,7 @@ _KEYS = {
     "text": "data.text",
     "prompt": "data.prompt",
     "target": "data.target",
+    "messages": "data.messages",
     "label": "data.label",
     "model": "model.base",
     "clients": "simulation.clients",
@@ -67,6 +68,7 @@ class PlanOptions:
     text: Annotated[str | None, typer.Option(help="Column with the text, or with its words.")] = None
     prompt: Annotated[str | None, typer.Option(help="causal-lm, seq2seq: column with what the model is given.")] = None
     target: Annotated[str | None, typer.Option(help="causal-lm, seq2seq: column with what it is to write.")] = None
+    messages: Annotated[str | None, typer.Option(help="causal-lm: column with a chat, a list of {role, content}.")] = None
     label: Annotated[str | None, typer.Option(help="Column with the class, the words' tags, the labels or the number.")] = None
     model: Annotated[str | None, typer.Option(help="Base model: a folder, a Hugging Face hub id or package:NAME.")] = None
     clients: Annotated[int | None, typer.Option(help="How many organizations the file is split over.")] = None

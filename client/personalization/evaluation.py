@@ -169,7 +169,7 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
         RunError, ModelError: As `open_final_model`.
     """
     received = open_final_model(site, wanted)
-    own = _own(received, site.holdings(received.plan.labels))
+    own = _own(received, site.dataset(received.plan.labels))
     adapted = adapt(received.model, own, received.head, received.plan.personalize, received.plan.seed)
     received.model.load(adapted.head)
     folder = (out or site.adapted_models / received.folder.name).expanduser()
@@ -215,7 +215,7 @@ def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> d
     """
     received = open_final_model(site, wanted)
     plan = received.plan
-    own = _own(received, site.holdings(received.plan.labels))
+    own = _own(received, site.dataset(received.plan.labels))
     train, judge = next(split_folds(own, _FOLDS, plan.seed)) if new is None else (own, _own(received, new))
     adapted = adapt(received.model, train, received.head, plan.personalize, plan.seed)
     predicted = {
@@ -260,7 +260,7 @@ def _alone(
         return _predicted(received.model, adapted.alone, judge.features)
     base = load_site_model(plan, site)
     base.load({})
-    own = _fitted_to(base, plan, site.holdings(plan.labels))
+    own = _fitted_to(base, plan, site.dataset(plan.labels))
     if new is None:
         train, judge = next(split_folds(own, _FOLDS, plan.seed))
     else:

@@ -1,6 +1,7 @@
 """Causal language modeling: a model goes on with a text; the targets are the tokens of what it is to write.
 
-A record is a prompt and what is to follow, or a text alone, all of which is to follow. The loss of a record is the mean over its
+A record is a prompt and what is to follow, a text alone, all of which is to follow, or a chat, of which the last answer is to
+follow the messages before it. The loss of a record is the mean over its
 own target tokens, so that a long record moves the model no more than a short one. Records are never packed into one row, where
 one would be read by another.
 
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from cotune.data.config import DataConfig
+from cotune.data.inputs.chat_template import end_tokens, write_chats
+from cotune.data.inputs.chats import read_asked, read_chat
 from cotune.data.metrics.metrics import TextAnswer, TextMetrics, compute_text_metrics
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch, mean_over_labels
 from cotune.data.tasks.text import Example, SequenceClassification, map_or_none
 from cotune.data.tasks.token_losses import token_losses
-from cotune.data.types import Input, Label, Passage
+from cotune.data.types import Chat, Input, Label, Passage
 from cotune.errors import ModelError
 
 NO_CLASS = ""  # the label of a record that has none
@@ -53,12 +56,17 @@ class CausalLanguageModeling(SequenceClassification):
         return self if max_target is None else CausalLanguageModeling(max_target)
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
+        if config.messages is not None:
+            return "messages", "messages"
         return ("text", "text") if config.prompt is None else ("prompt", "target")
 
     def model_class(self) -> Any:
         return AutoModelForCausalLM
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+        if file.config.messages is not None:
+            chat = read_chat(given)
+            return chat if isinstance(chat, str) else (chat, NO_CLASS)
         input_column, target_column = file.wanted
         prompt = "" if file.target == "text" else format_value(file, input_column, number, given)
         target = format_value(file, target_column, number, label)
@@ -75,7 +83,10 @@ class CausalLanguageModeling(SequenceClassification):
         return [0] * len(held)
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
-        """A prompt without a target, and without the separator."""
+        """A prompt without a target, and without the separator; or the messages that are to be answered."""
+        if file.config.messages is not None:
+            chat = read_asked(given)
+            return chat if isinstance(chat, str) else (chat, NO_CLASS)
         prompt = format_value(file, file.wanted[0], number, given)
         if not prompt.strip():
             return "blank prompt"
@@ -109,6 +120,24 @@ class CausalLanguageModeling(SequenceClassification):
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
         found = (self._example(*parts, max_length) for parts in _all_tokens(reader, inputs, max_length))
         return sum(example is None or not _has_target(example) for example in found)
+
+    def refused(self, reader: Any, inputs: Sequence[Any]) -> int:
+        return sum(written is None for written in write_chats(reader, inputs)) if _are_chats(inputs) else 0
+
+    def prompts(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> list[list[int] | None]:
+        """The tokens after which a model writes, for each input; None for one that is too long or cannot be read."""
+        found = map_or_none(lambda part: [prompt for prompt, _ in _tokens(reader, part, max_length)], inputs)
+        return [row if row and len(row) <= max_length else None for row in found]
+
+    def prompt_positions(self, length: int) -> int:
+        """How many of the positions in which a model writes are taken by a prompt of so many tokens."""
+        return length
+
+    def ends(self, reader: Any, inputs: Sequence[Any]) -> list[int]:
+        """The tokens with which a model ends what it writes for such inputs."""
+        if _are_chats(inputs):
+            return end_tokens(reader)
+        return [] if reader.eos_token_id is None else [reader.eos_token_id]
 
     def samples(self, reader: Any) -> list[Example]:
         """Of the longest the first half is a prompt."""
@@ -157,13 +186,37 @@ def _has_target(example: Example) -> bool:
 
 
 def _tokens(reader: Any, passages: Sequence[Any], most: int) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens of prompts and of targets, of each a few more than `most` at most; an end token stands behind every target."""
+    """The tokens of prompts and of targets, of each a few more than `most` at most; an end token stands behind every target.
+
+    Raises:
+        ValueError: For a chat that the template cannot write.
+    """
+    if _are_chats(passages):
+        yield from _chat_tokens(reader, passages, most)
+        return
     end = [] if reader.eos_token_id is None else [reader.eos_token_id]
     cut = {"truncation": True, "max_length": most + 2, "padding": False}
     prompts = prompt_tokens(reader, [passage.prompt for passage in passages], most)
     targets = reader([passage.target for passage in passages], add_special_tokens=False, **cut)["input_ids"]
     for prompt, target in zip(prompts, targets, strict=True):
         yield prompt, [*target, *end]
+
+
+def _chat_tokens(reader: Any, chats: Sequence[Chat], most: int) -> Iterator[tuple[list[int], list[int]]]:
+    """The template has written special tokens out: the tokenizer adds none."""
+    written = [each for each in write_chats(reader, chats) if each is not None]
+    if len(written) < len(chats):
+        raise ValueError("a chat cannot be written")
+    cut = {"truncation": True, "max_length": most + 2, "padding": False, "add_special_tokens": False}
+    prompts = reader([each.prompt for each in written], **cut)["input_ids"]
+    targets = reader([each.target for each in written], **cut)["input_ids"]
+    for prompt, target in zip(prompts, targets, strict=True):
+        yield list(prompt), list(target)
+
+
+def _are_chats(inputs: Sequence[Any]) -> bool:
+    """Whether the inputs of a data set are chats: all are, or none."""
+    return bool(inputs) and isinstance(inputs[0], Chat)
 
 
 def prompt_tokens(reader: Any, prompts: Sequence[str], most: int) -> Iterator[list[int]]:
@@ -186,6 +239,8 @@ def _example(prompt: list[int], target: list[int], max_length: int) -> Example |
 
 def _all_tokens(reader: Any, inputs: Sequence[Any], most: int) -> Iterator[tuple[list[int], list[int]]]:
     """The tokens of all records that can be read."""
+    if _are_chats(inputs):
+        inputs = [chat for chat, written in zip(inputs, write_chats(reader, inputs), strict=True) if written is not None]
     for start in range(0, len(inputs), _ENCODED):
         for found in map_or_none(lambda part: list(_tokens(reader, part, most)), inputs[start : start + _ENCODED]):
             if found is not None:

@@ -61,6 +61,9 @@ class ClassTargets:
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
         return 0
 
+    def refused(self, reader: Any, inputs: Sequence[Any]) -> int:
+        return 0
+
     def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
         return example_losses(module, batch, weights)
 

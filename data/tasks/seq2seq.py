@@ -64,6 +64,14 @@ class SequenceToSequence(CausalLanguageModeling):
         """Targets are cut by themselves: something is left of each."""
         return 0
 
+    def prompts(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> list[list[int] | None]:
+        found = map_or_none(lambda part: encode(reader, [passage.prompt for passage in part], max_length + 1), inputs)
+        return [row if row and len(row) <= max_length else None for row in found]
+
+    def prompt_positions(self, length: int) -> int:
+        """The token with which the decoder begins."""
+        return 1
+
     def samples(self, reader: Any) -> list[Example]:
         """A long prompt has a short target."""
         rows = synthetic_rows(reader)

@@ -99,6 +99,9 @@ class Task(Protocol):
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
         """How many of them have a target of which nothing is seen, so that they contribute nothing."""
 
+    def refused(self, reader: Any, inputs: Sequence[Any]) -> int:
+        """How many of them are chats that the chat template cannot write, so that they contribute nothing."""
+
     def samples(self, reader: Any) -> list[Example]:
         """Three made-up examples, of unlike lengths where there are lengths; their classes are 0 and 1."""
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from cotune.data.config import TaskName
 from cotune.data.dataset import Dataset
+from cotune.data.inputs.chat_template import check_chat_template
 from cotune.data.records import Records
 from cotune.errors import ModelError
 from cotune.models.base.folder import read_settings
@@ -24,11 +28,14 @@ from cotune.models.evaluation.predictor import folder_of, length_of, unit_number
 from cotune.models.evaluation.test_set import predict
 from cotune.models.trainable import TrainableModel
 
-TASK: TaskName = "causal-lm"
+_ARCHITECTURES: dict[TaskName, frozenset[str]] = {
+    "causal-lm": frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()),
+    "seq2seq": frozenset(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()),
+}
 
 
-def is_language_model(source: str) -> bool:
-    """Return whether a model's configuration names the architecture of a language model; what is no model is none.
+def writing_task(source: str) -> TaskName | None:
+    """Return the task of a model whose configuration names the architecture of a language model; None for any other, or none.
 
     Args:
         source: Its folder, the folder of a run with `model/` in it, or a Hugging Face hub id.
@@ -36,17 +43,22 @@ def is_language_model(source: str) -> bool:
     try:
         named = read_settings(find_base(ModelConfig(base=folder_of(source))).path).get("architectures")
     except ModelError:
-        return False
-    return isinstance(named, list) and any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in named)
+        return None
+    known = {str(name) for name in named} if isinstance(named, list) else set[str]()
+    return next((task for task, names in _ARCHITECTURES.items() if known & names), None)
 
 
-def open_language_model(source: str, device: str = "auto", max_length: int | None = None) -> TrainableModel:
+def open_language_model(
+    source: str, task: TaskName = "causal-lm", device: str = "auto", max_length: int | None = None, *, chats: bool = False
+) -> TrainableModel:
     """Open a model.
 
     Args:
-        source: As of `is_language_model`.
+        source: As of `writing_task`.
+        task: What that says.
         device: auto, cpu, cuda or cuda:N.
         max_length: Tokens to read of a prompt with its target; None: as many as in training, as far as the folder says so.
+        chats: Whether it is to read chats, for which its tokenizer needs a chat template.
 
     Raises:
         ModelError: When it cannot be used.
@@ -56,22 +68,30 @@ def open_language_model(source: str, device: str = "auto", max_length: int | Non
     base = folder_of(source)
     try:
         config = ModelConfig(base=base, max_length=max_length or length_of(find_base(ModelConfig(base=base)).path))
-        return TrainableModel(load_model(config, (), 0, TASK, finished=True), None, 0, to)
+        loaded = load_model(config, (), 0, task, finished=True)
+        if chats:
+            check_chat_template(loaded.reader)
+        return TrainableModel(loaded, None, 0, to)
     except ModelError as error:
         raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
 
 
-def evaluate_language_model(model: TrainableModel, records: Records) -> dict[str, Any]:
+def evaluate_language_model(model: TrainableModel, records: Records, task: TaskName = "causal-lm") -> dict[str, Any]:
     """Return loss, perplexity and token accuracy on records, with their intervals, as plain values.
+
+    Args:
+        model: In the state that is judged.
+        records: Read as those of the task.
+        task: Of the model.
 
     Raises:
         DataError: Where no record has a target that the model reads.
     """
-    held = Dataset(((records, np.arange(len(records))),), (), TASK)
+    held = Dataset(((records, np.arange(len(records))),), (), task)
     losses, tokens, right = (np.asarray(column) for column in zip(*predict(model, {}, held, "auto"), strict=True))
     answers = TextAnswers(losses, tokens, right, unit_numbers(records))
     return {
-        "task": TASK,
+        "task": task,
         "labels": [],
         "max_length": model.loaded.max_length,
         "records": len(records),

@@ -237,7 +237,9 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     before = start.before
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
-    contents = dict(zip(asked, encode_requests(run.plan.canonical(), start.number, start.state, recipients, sent), strict=True))
+    stays = run.session.in_process
+    encoded = encode_requests(run.plan.canonical(), start.number, start.state, recipients, sent, stays=stays)
+    contents = dict(zip(asked, encoded, strict=True))
     cohort = build_cohort(folder, before.history, asked)
     fates = read_strike_records(folder, before.history)
     run.session.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)

@@ -100,6 +100,7 @@ class Session:
         read_members: Reads who may take part now, with the agreed bounds of their numbers of records (None: none are agreed).
         trail: Signs requests, and checks signatures of replies.
         limits: How often the server looks, and how long it waits, beside what the plan says.
+        in_process: Whether the organizations are simulated in this very process, so that no message leaves it.
     """
 
     folder: RunFolder
@@ -107,6 +108,7 @@ class Session:
     read_members: Callable[[], Mapping[str, ExampleBounds | None]]
     trail: Trail
     limits: TimeLimits = TIME_LIMITS
+    in_process: bool = False
 
     @property
     def is_real(self) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cotune.data.dataset import Dataset
 from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts
-from cotune.data.types import Passage
+from cotune.data.types import Chat, Passage
 from cotune.models.generation import write_texts
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.schema import Plan
@@ -30,12 +30,12 @@ class WritingTest:
     Attributes:
         plan: Says how many records, and how long texts may become.
         model: Of the plan.
-        passages: Prompts with the targets that should be written.
+        records: Prompts with the targets that should be written, or chats with their last answer.
     """
 
     plan: Plan
     model: TrainableModel
-    passages: tuple[Passage, ...]
+    records: tuple[Passage | Chat, ...]
 
     @classmethod
     def of(cls, plan: Plan, model: TrainableModel, test: Dataset) -> Self | None:
@@ -49,7 +49,7 @@ class WritingTest:
         check_text_metrics()
         given = test.inputs()
         chosen = np.random.default_rng(plan.seed).permutation(len(given))[: plan.generate.examples]
-        return cls(plan, model, tuple(each for row in sorted(chosen.tolist()) if isinstance(each := given[row], Passage)))
+        return cls(plan, model, tuple(each for row in sorted(chosen.tolist()) if isinstance(each := given[row], Passage | Chat)))
 
     def describe(self, states: Mapping[str, Sequence[State]]) -> dict[str, Any]:
         """Return `written` of summary.json.
@@ -62,7 +62,7 @@ class WritingTest:
         usable = [i for i, text in enumerate(next(iter(told.values()))[0]) if text is not None]
         if not usable:
             return {**self._about(0), "figures": {}, "shown": []}
-        lead: list[list[str | None]] = [[first_sentence(passage.prompt) for passage in self.passages]]
+        lead: list[list[str | None]] = [[first_sentence(_last_prompt(each)) for each in self.records]]
         texts: dict[str, list[list[str | None]]] = {FIRST_SENTENCE: lead, **told}
         return {
             **self._about(len(usable)),
@@ -73,25 +73,39 @@ class WritingTest:
     def _about(self, used: int) -> dict[str, Any]:
         assert self.plan.generate is not None
         most = self.plan.generate.max_new_tokens
-        return {"examples": used, "left_out": len(self.passages) - used, "max_new_tokens": most}
+        return {"examples": used, "left_out": len(self.records) - used, "max_new_tokens": most}
 
     def _write(self, state: State) -> list[str | None]:
         assert self.plan.generate is not None
         self.model.load(state)
-        prompts = [passage.prompt for passage in self.passages]
-        return write_texts(self.model, prompts, self.plan.generate.max_new_tokens, self.plan.model.precision)
+        return write_texts(self.model, self.records, self.plan.generate.max_new_tokens, self.plan.model.precision)
 
     def _figures(self, texts: Sequence[Sequence[str | None]], usable: Sequence[int]) -> dict[str, float]:
         """The mean over the models of a column."""
-        references = [self.passages[row].target.strip() for row in usable]
+        references = [_target(self.records[row]).strip() for row in usable]
         each = [compare_texts(references, [text[row] or "" for row in usable]).as_dict() for text in texts]
         return {key: sum(table[key] for table in each) / len(each) for key in each[0]}
 
     def _shown(self, row: int, texts: Mapping[str, Sequence[Sequence[str | None]]]) -> dict[str, str]:
-        passage = self.passages[row]
+        record = self.records[row]
         columns = {name: texts[name][0][row] or "" for name in (BASE, FEDERATED) if name in texts}
-        cells = {"prompt": passage.prompt, "target": passage.target, **columns}
+        cells = {"prompt": _prompt(record), "target": _target(record), **columns}
         return {name: _cut(text.strip()) for name, text in cells.items()}
+
+
+def _prompt(record: Passage | Chat) -> str:
+    """As people read it: of a chat a line for each message."""
+    if isinstance(record, Passage):
+        return record.prompt
+    return "\n".join(f"{role}: {content}" for role, content in record.asked)
+
+
+def _last_prompt(record: Passage | Chat) -> str:
+    return record.prompt if isinstance(record, Passage) else record.asked[-1][1]
+
+
+def _target(record: Passage | Chat) -> str:
+    return record.target if isinstance(record, Passage) else record.answer or ""
 
 
 def first_sentence(text: str) -> str:

@@ -23,6 +23,7 @@ from cotune.plan.parameters import get_plan_model
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
 from tests.support import clinic
+from tests.support.chats import word_tokenizer, write_chat_model, write_chats
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.datasets import sentences, write_csv, write_images, write_tagged
 from tests.support.exported_models import export_random
@@ -161,9 +162,20 @@ def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path])
     write_csv(folder / "labeled.csv", sentences(40))
 
 
+def for_chat(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
+    """Chats, a tiny model that answers in the place of the plan's, and the plan in a file."""
+    write_chat_model(folder / "base-of-chats", reader=word_tokenizer())
+    write_chats(folder / "chats.jsonl", 120)
+    write_chats(folder / "labeled.jsonl", 10, seed=1)
+    write_chats(folder / "new.jsonl", 3, seed=2)
+    plan = next(block.text for block in blocks_of("docs/chat.md") if block.language == "toml")
+    (folder / "chat.toml").write_text(plan.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base-of-chats"), encoding="utf-8")
+
+
 PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
     "README.md": for_readme,
     "docs/audit.md": for_compare,
+    "docs/chat.md": for_chat,
     "docs/simulate.md": for_readme,
     "docs/site.md": for_readme,
     "docs/compare.md": for_compare,

@@ -10,21 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from cotune.data.config import TaskName
 from cotune.data.tasks.causal import prompt_tokens
+from cotune.data.types import Passage
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.generation import write_texts
 from cotune.models.trainable import TrainableModel
 from tests.support.language_models import dialogs, language_model
+from tests.support.paired_models import PAIRED, paired_model
 
-__all__ = ["language_model"]  # fixtures
+__all__ = ["language_model", "paired_model"]  # fixtures
 CPU = torch.device("cpu")
-PROMPTS = [record["prompt"] + "\n" for record in dialogs(24)]
+PROMPTS = [Passage(record["prompt"] + "\n", "") for record in dialogs(24)]
 
 
-def open_model(folder: Path, max_length: int = 16) -> TrainableModel:
+def open_model(folder: Path, max_length: int = 16, task: TaskName = "causal-lm") -> TrainableModel:
     config = ModelConfig(base=str(folder), max_length=max_length, precision="float32")
-    model = TrainableModel(load_model(config, (), 3, "causal-lm"), None, 3, CPU)
+    model = TrainableModel(load_model(config, (), 3, task), None, 3, CPU)
     with torch.no_grad():  # louder, so that texts differ from prompt to prompt
         for name, parameter in model.parameters():
             if "norm" not in name:
@@ -33,9 +36,9 @@ def open_model(folder: Path, max_length: int = 16) -> TrainableModel:
 
 
 @torch.no_grad()
-def written_by_hand(model: TrainableModel, prompt: str, most: int) -> str:
+def written_by_hand(model: TrainableModel, prompt: Passage, most: int) -> str:
     reader = model.loaded.reader
-    [ids] = prompt_tokens(reader, [prompt], model.loaded.max_length)
+    [ids] = prompt_tokens(reader, [prompt.prompt], model.loaded.max_length)
     begun = len(ids)
     while len(ids) < begun + most:
         best = int(model.module(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
@@ -51,6 +54,38 @@ def test_texts_are_the_most_probable_tokens_in_turn(language_model: Callable[...
     written = write_texts(model, PROMPTS, 6, "float32")
     assert written == [written_by_hand(model, prompt, 6) for prompt in PROMPTS]
     assert len(set(written)) > 3, "else nothing was tried"
+
+
+@torch.no_grad()
+def decoded_by_hand(model: TrainableModel, prompt: Passage, most: int) -> str:
+    """Of an encoder and a decoder."""
+    reader = model.loaded.reader
+    module = model.module
+    given = torch.tensor([reader(prompt.prompt)["input_ids"]])
+    ids = [int(module.config.decoder_start_token_id)]  # type: ignore[union-attr, arg-type]
+    while len(ids) <= most:
+        scores = module(input_ids=given, decoder_input_ids=torch.tensor([ids]), use_cache=False).logits
+        best = int(scores[0, -1].argmax())
+        if best == reader.eos_token_id:
+            break
+        ids = [*ids, best]
+    return str(reader.decode(ids[1:], skip_special_tokens=True)).strip()
+
+
+@pytest.mark.parametrize("kind", PAIRED)
+def test_decoder_writes_the_most_probable_tokens_in_turn(paired_model: Callable[[str], Path], kind: str) -> None:
+    model = open_model(paired_model(kind), task="seq2seq")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # what the decoder reads of a prompt outweighs what it has written
+        for name, parameter in model.parameters():
+            if "norm" not in name:
+                parameter.normal_(std=2.0 if "encoder_attn" in name else 0.3, generator=generator)
+    generated = write_texts(model, PROMPTS, 6, "float32")
+    assert generated == [decoded_by_hand(model, prompt, 6) for prompt in PROMPTS]
+    assert len(set(generated)) > 3, "else nothing was tried"
+    long = Passage("great " * 40, "")
+    assert write_texts(model, [PROMPTS[0], long], 6, "float32") == [generated[0], None]
+    assert write_texts(model, PROMPTS[:1], 100_000, "float32")[0] is not None, "up to the decoder's last position"
 
 
 def test_a_text_does_not_depend_on_other_prompts(language_model: Callable[..., Path]) -> None:
@@ -72,7 +107,7 @@ def test_chance_in_a_models_folder_is_not_followed(language_model: Callable[...,
 
 def test_a_prompt_beyond_the_length_has_no_text(language_model: Callable[..., Path]) -> None:
     model = open_model(language_model(), max_length=4)
-    found = write_texts(model, ["great\n", " ".join(["great"] * 40), ""], 3, "float32")
+    found = write_texts(model, [Passage(text, "") for text in ("great\n", " ".join(["great"] * 40), "")], 3, "float32")
     assert found[0] is not None
     assert found[1] is None
 
@@ -81,7 +116,7 @@ def test_texts_end_where_the_model_has_no_more_positions(language_model: Callabl
     model = open_model(language_model("gpt2"), max_length=10_000)
     positions = int(model.loaded.module.config.max_position_embeddings)
     assert model.loaded.max_length == positions
-    [text] = write_texts(model, ["great "], 100_000, "float32")
+    [text] = write_texts(model, [Passage("great ", "")], 100_000, "float32")
     assert text is not None
 
 

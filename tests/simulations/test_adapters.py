@@ -128,7 +128,7 @@ def test_a_frozen_a_makes_the_mean_exact_slice_by_slice(toy_plan: NewPlan, tmp_p
     folder = RunFolder(simulate(plan, tmp_path / "run", device="cpu").folder)
     small = sent_last(folder.path, "org-1")
     whole = sent_last(folder.path, "org-2")
-    counts = [Site(folder.path / "sites" / f"org-{i}").holdings(folder.plan.labels).label_counts().values() for i in (1, 2)]
+    counts = [Site(folder.path / "sites" / f"org-{i}").dataset(folder.plan.labels).label_counts().values() for i in (1, 2)]
     share = sum(counts[0]) / (sum(counts[0]) + sum(counts[1]))
     state = folder.load().state
     for adapter in get_plan_model(folder.plan, "cpu").adapters():

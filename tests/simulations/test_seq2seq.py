@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from cotune.client.site import Site
-from cotune.errors import ModelError, PlanError
-from cotune.models.evaluation.predictor import open_predictor
+from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.plan.schema import Plan
 from cotune.simulations.run import Run, simulate
-from tests.support.language_models import write_dialogs
+from tests.support.console import Cotune as CommandLine
+from tests.support.console import _logging_as_it_was, folder
+from tests.support.console import cotune as command_line
+from tests.support.language_models import dialogs, write_dialogs
 from tests.support.paired_models import paired_model, pairs_table
 from tests.support.processes import Cotune, play_whole_and_killed
 from tests.support.simulations import final_model, merged, same, tensors_of
 
-__all__ = ["paired_model"]  # fixtures
+__all__ = ["_logging_as_it_was", "command_line", "folder", "paired_model"]  # fixtures
 NewPlan = Callable[..., Plan]
 
 
@@ -39,7 +42,8 @@ def new_plan(paired_model: Callable[[str], Path], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def private(new_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    plan = new_plan(simulation={"baselines": ["alone"]})
+    writing = {"generate": {"examples": 6, "max_new_tokens": 4}} if find_spec("sacrebleu") and find_spec("rouge_score") else {}
+    plan = new_plan(simulation={"baselines": ["alone"]}, **writing)
     return simulate(plan, tmp_path_factory.mktemp("private") / "run", device="cpu")
 
 
@@ -76,10 +80,57 @@ def test_plain_transformers_and_peft_load_what_comes_out(private: Run, new_plan:
     assert "text2text-generation" in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_predicting_refuses_it_in_one_sentence(private: Run) -> None:
-    with pytest.raises(ModelError) as raised:
-        open_predictor(str(private.folder), "cpu")
-    assert raised.value.code == "model.no_classifier"
+def test_report_shows_what_the_models_write(private: Run) -> None:
+    pytest.importorskip("sacrebleu")
+    pytest.importorskip("rouge_score")
+    written = private.summary.test.written
+    assert written
+    assert (written.examples, written.left_out) == (6, 0)
+    assert {"first_sentence", "base", "federated", "alone"} <= set(written.figures)
+    model = AutoModelForSeq2SeqLM.from_pretrained(private.folder / "model")
+    reader = AutoTokenizer.from_pretrained(private.folder / "model")
+    for each in written.shown:
+        ids = reader(each["prompt"] + "\n", return_tensors="pt").input_ids
+        generated = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert reader.decode(generated[0, 1:], skip_special_tokens=True).strip() == each["federated"]
+
+
+def test_commands_write_with_it_and_judge_it(private: Run, command_line: CommandLine, folder: Path) -> None:
+    model = str(private.folder)
+    found = json.loads(command_line("predict", model, "great day", " ", "--max-new-tokens", "4", "--json").out)
+    whole = AutoModelForSeq2SeqLM.from_pretrained(private.folder / "model")
+    reader = AutoTokenizer.from_pretrained(private.folder / "model")
+    generated = whole.generate(reader("great day\n", return_tensors="pt").input_ids, max_new_tokens=4, do_sample=False)
+    expected = reader.decode(generated[0, 1:], skip_special_tokens=True).strip()
+    assert [(each["text"], each["reason"]) for each in found] == [(expected, ""), (None, "blank prompt")]
+    data = str(write_dialogs(folder / "labeled.jsonl", 20))
+    call = ("evaluate", model, "--data", data, "--prompt", "prompt", "--target", "target", "--json")
+    figures = json.loads(command_line(*call).out)["figures"]
+    losses, tokens = 0.0, 0
+    for record in dialogs(20):
+        labels = reader(record["target"], return_tensors="pt").input_ids
+        with torch.no_grad():
+            loss = whole(input_ids=reader(record["prompt"] + "\n", return_tensors="pt").input_ids, labels=labels).loss
+        losses += float(loss) * labels.shape[1]
+        tokens += labels.shape[1]
+    assert figures["loss"] == pytest.approx(losses / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("predict", "MODEL", "--chat", "hello"), "model.no_chat_template"),
+        (("evaluate", "MODEL", "--data", "x.jsonl"), "data.missing_file"),
+        (("evaluate", "MODEL", "--data", "labeled.jsonl"), "data.invalid_description"),
+        (("evaluate", "MODEL", "--data", "labeled.jsonl", "--messages", "prompt"), "model.no_chat_template"),
+    ],
+)
+def test_commands_that_do_not_fit_are_refused(
+    private: Run, command_line: CommandLine, folder: Path, words: tuple[str, ...], code: str
+) -> None:
+    write_dialogs(folder / "labeled.jsonl", 3)
+    found = command_line(*(str(private.folder) if word == "MODEL" else word for word in words), "--json")
+    assert json.loads(found.out)["error"]["code"] == code
 
 
 @pytest.mark.crash

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 
 from cotune.errors import CotuneError, RunError
-from cotune.protocol.messages import decode_update, payload_bytes
+from cotune.protocol.messages import decode_update, payload_bytes, write_out
 from cotune.protocol.signatures import UPDATE
 from cotune.server.outcomes import Accepted, Declined, Outcome, Rejected
 from cotune.server.rounds.session import Session, Trail
@@ -165,7 +165,7 @@ class UpdateReceiver:
     def _keep(self, content: RecordDict, reply: Reply, reason: str) -> Rejected:
         """Put a message into quarantine; what cannot even be written there is described by its reason alone."""
         try:
-            file = self._store.quarantine.keep(content, reply.organization, reply.round, reason)
+            file = self._store.quarantine.keep(write_out(content), reply.organization, reply.round, reason)
         except (OSError, MemoryError):
             raise
         except Exception as error:
