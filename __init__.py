@@ -30,7 +30,7 @@ _MODULES = {
     "DeviceError": "errors",
     "Ledger": "privacy.ledger.ledger",
     "ModelError": "errors",
-    "Plan": "plan.schema",
+    "Plan": "plan.plan",
     "PlanError": "errors",
     "Policy": "privacy.policy",
     "PrivacyError": "errors",
