@@ -1,4 +1,4 @@
-"""What `cotune predict`, `evaluate`, `fuse` and `distill` compute: models predict the records that were read."""
+"""Predict records with models, for `cotune predict`, `evaluate`, `fuse` and `distill`."""
 
 from __future__ import annotations
 
