@@ -1,9 +1,7 @@
-"""An organization's site, opened: its records, its ledger, and the tensors that it keeps from round to round."""
+"""Open an organization's site: its records, its ledger, and the tensors that it stores between rounds."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,68 +10,63 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cotune.client.site_folder import SiteFolder
+from cotune.client.site_ledger import SiteWithLedger
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import RunError
 from cotune.plan.schema import Plan
-from cotune.privacy.ledger.ledger import Ledger
 from cotune.protocol.update_file import read_update, round_of, update_bytes
 from cotune.storage.files import atomic_write, remove_parts
 from cotune.strategies.types import Update
 
-_MAX_OPEN = 64  # ledgers that a process keeps open, each with up to three files
 
+class Site(SiteWithLedger):
+    """A site with its records, its ledger, and stored tensors."""
 
-class Site(SiteFolder):
-    """A site with its records, its ledger, and the tensors that are kept."""
-
-    def holdings(self, labels: tuple[str, ...]) -> Dataset:
-        """Read the organization's own records. Raises DataError."""
+    def dataset(self, labels: tuple[str, ...]) -> Dataset:
+        """Read the organization's records; raises DataError if they cannot be read."""
         return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
 
-    def counted(self, plan: Plan) -> Dataset:
-        """Read the records that count under the plan's promise: of no other collection, and no more of a unit than it allows."""
-        held = self.holdings(plan.labels)
+    def counted_dataset(self, plan: Plan) -> Dataset:
+        """Read the records that the plan's promise covers: of the right collection, and no more per unit than allowed."""
+        held = self.dataset(plan.labels)
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
 
-    def ledger(self) -> Ledger:
-        """Return the ledger, which is created where it is missing, and stays open in this process.
-
-        What is entered in that of a simulated organization survives the end of the process, and no power cut: it is an account
-        of nobody's records, and begins with its run.
-
-        Raises:
-            PrivacyError: It is damaged.
-        """
-        with _opening:
-            return _open_ledger(self.ledger_file, not self.file.simulated)
-
-    def keep(self, update: Update, plan_id: str) -> None:
-        """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
+    def store_update(self, update: Update, plan_id: str) -> None:
+        """Store a finished update in the outbox, replacing the previous one, as durably as the ledger (see `ledger`)."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
         atomic_write(self.outbox, content, durable=not self.file.simulated)
 
-    def remember(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Keep a run's tensors after a round, as durably as the ledger (see `ledger`).
+    def store_state(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
+        """Store a run's tensors after a round, as durably as the ledger (see `ledger`).
 
         Args:
-            what: The folder that they are kept in; see `SitePaths.kept_folder`.
-            since: The round whose tensors they go on from.
+            plan_id: Of the run.
+            round: The round that they belong to.
+            tensors: Name -> tensor.
+            what: Their folder; see `SitePaths.kept_folder`.
+            since: The round on whose tensors they are based.
         """
         folder = self.kept_folder(plan_id, what)
-        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
+        copies = {
+            n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
+        }  # safetensors refuses tensors that share memory
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
-    def recall(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
-        """Return what was kept after a round, and remove what it does not go on from.
+    def load_state(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
+        """Return the tensors that were stored after a round, and remove those of rounds on which it is not based.
 
-        A server that has lost its last checkpoint asks for the round before once more, but for no older one.
+        A server that has lost its last checkpoint requests the previous round again, but no older one.
+
+        Args:
+            plan_id: Of the run.
+            round: The round.
+            what: Their folder; see `SitePaths.kept_folder`.
 
         Raises:
-            RunError: What was kept cannot be read (`run.lost_state`).
+            RunError: If they cannot be read (`run.lost_state`).
         """
         folder = self.kept_folder(plan_id, what)
         found, since = _load_kept(folder / _file_of(round))
@@ -82,19 +75,21 @@ class Site(SiteFolder):
                 older.unlink(missing_ok=True)
         return found
 
-    def newest(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
-        """Return what was kept last, whether its round was admitted or not; empty where nothing was."""
+    def load_newest_state(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
+        """Return the tensors that were stored last, whether or not their round was accepted; empty if there are none."""
         files = sorted(self.kept_folder(plan_id, what).glob("round-*.safetensors"))
         return _load_kept(files[-1])[0] if files else {}
 
     def finished_update(self, plan_id: str, round: int, received: str) -> Update | None:
-        """Return the update that answers exactly this request, if it was finished before.
+        """Return the update that answers exactly this request, if it was finished before; else None.
 
         Args:
-            received: The digest of what the request holds.
+            plan_id: Of the request.
+            round: Of the request.
+            received: Digest of the request's arrays.
 
         Raises:
-            RunError: The outbox is damaged.
+            RunError: If the outbox is damaged.
         """
         file = self.outbox
         try:
@@ -105,46 +100,11 @@ class Site(SiteFolder):
             raise _damaged(file, error) from None
 
     def last_finished_round(self, plan_id: str) -> int | None:
-        """Return the round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
+        """Return the round of the update in the outbox, None if it belongs to another plan; raises RunError if it is damaged."""
         try:
             return round_of(self.outbox, plan_id)
         except ValueError as error:
             raise _damaged(self.outbox, error) from None
-
-
-_LedgerKey = tuple[Path, bool, tuple[int, ...], tuple[int, ...]]
-_opening = threading.Lock()
-_open_ledgers: OrderedDict[_LedgerKey, Ledger] = OrderedDict()  # opening verifies a log, every use whether others have written it
-
-
-def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
-    """Return what a ledger is known by: its file, the identity of that, and the identity and last change of its key.
-
-    Another file that is put in its place is another ledger, and may get the number of the one that was removed.
-    """
-    return file.absolute(), durable, _identity(file)[:2], _identity(file.with_name("ledger.key"))
-
-
-def _open_ledger(file: Path, durable: bool) -> Ledger:
-    key = _ledger_key(file, durable)
-    found = _open_ledgers.get(key)
-    if found is None:
-        found = Ledger(file, durable=durable)
-        key = _ledger_key(file, durable)  # which its files, now that they are there, decide
-        while len(_open_ledgers) >= _MAX_OPEN:
-            _open_ledgers.popitem(last=False)
-        _open_ledgers[key] = found
-    _open_ledgers.move_to_end(key)
-    return found
-
-
-def _identity(file: Path) -> tuple[int, ...]:
-    """Return a file's device, number and time of its last change; nothing where it is missing."""
-    try:
-        found = file.stat()
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _damaged(file: Path, error: ValueError) -> RunError:
@@ -158,7 +118,7 @@ def _file_of(round: int) -> str:
 
 
 def _load_kept(file: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors, and the round that they go on from."""
+    """Return (the tensors, the round on whose tensors they are based)."""
     try:
         with safe_open(file, framework="pt") as kept:
             return {name: kept.get_tensor(name) for name in kept.keys()}, int(kept.metadata()["since"])  # noqa: SIM118

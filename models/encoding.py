@@ -20,10 +20,10 @@ from cotune.models.trainable import State, TrainableModel
 Encoding = Callable[[str, int, int], None]  # (the file, its records that are encoded, its distinct records)
 
 
-def encoded_examples(holdings: Dataset, model: TrainableModel) -> list[Example]:
+def encoded_examples(dataset: Dataset, model: TrainableModel) -> list[Example]:
     """Return what the task's collator takes, for each record."""
     loaded = model.loaded
-    return loaded.task.examples(loaded.reader, loaded.max_length, holdings.inputs(), holdings.targets)
+    return loaded.task.examples(loaded.reader, loaded.max_length, dataset.inputs(), dataset.targets)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FeatureRows:
 
 
 def find_features(
-    holdings: Dataset, model: TrainableModel, state: State, precision: str, progress: Encoding | None = None
+    dataset: Dataset, model: TrainableModel, state: State, precision: str, progress: Encoding | None = None
 ) -> FeatureRows:
     """Return what the head reads of each record: one row; of tags, of each word of all records, as many as `truth` has.
 
@@ -78,20 +78,20 @@ def find_features(
     copied; those of several files are, for this holder.
     """
     found = []
-    for records, rows in holdings.parts:
+    for records, rows in dataset.parts:
         told = None if progress is None else partial(progress, records.source)
         features = get_features(model, records.inputs, state, precision, told)
         places = _answers(records.inputs, rows)
         of_file = FeatureRows(features, places, find_unreadable(features)[places])
-        if len(holdings.parts) == 1:
+        if len(dataset.parts) == 1:
             return of_file
         found.append(of_file.copy())
     return FeatureRows.of(torch.cat(found))
 
 
-def encoded_features(holdings: Dataset, model: TrainableModel, state: State, precision: str) -> Tensor:
+def encoded_features(dataset: Dataset, model: TrainableModel, state: State, precision: str) -> Tensor:
     """Return what `find_features` finds as a tensor of its own, (n, d)."""
-    return find_features(holdings, model, state, precision).copy()
+    return find_features(dataset, model, state, precision).copy()
 
 
 def _answers(inputs: Sequence[Input], rows: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:

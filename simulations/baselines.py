@@ -27,8 +27,8 @@ from torch import Tensor
 from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
-from cotune.client.training.own_model import export_own_model
-from cotune.client.training.personal import PERSONAL, UNNOISED
+from cotune.client.training.personal.own_model import export_own_model
+from cotune.client.training.personal.parts import PERSONAL, UNNOISED
 from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.data.metrics.metrics import Metrics
@@ -229,7 +229,7 @@ def export_own_models(folder: RunFolder) -> None:
     """Writes the model that each organization has of its own, where predictions alone are shared, to `model/` in its site."""
     for who in folder.file.participants:
         site = Site(folder.path / who.site)
-        if state := site.newest(folder.plan.plan_id, PERSONAL):
+        if state := site.load_newest_state(folder.plan.plan_id, PERSONAL):
             export_own_model(folder.plan, site, state, site.folder / "model")
 
 
@@ -244,7 +244,10 @@ def mean_values(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def personal_states(folder: RunFolder, state: State) -> dict[str, State]:
     """Organization -> the shared state with its own part."""
-    own = {who.name: Site(folder.path / who.site).newest(folder.plan.plan_id, PERSONAL) for who in folder.file.participants}
+    own = {
+        who.name: Site(folder.path / who.site).load_newest_state(folder.plan.plan_id, PERSONAL)
+        for who in folder.file.participants
+    }
     return {name: {**state, **part} for name, part in own.items() if part}
 
 

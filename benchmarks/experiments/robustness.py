@@ -95,13 +95,13 @@ def read(seed: int) -> Data:
     records = prepared.records[None]
     model = get_plan_model(plan, "cpu")
     model.load({})
-    holdings = Dataset(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
-    vectors = encoded_features(holdings, model, {}, plan.model.precision).numpy()
+    dataset = Dataset(((records, np.arange(len(records.labels))),), plan.labels, plan.task)
+    vectors = encoded_features(dataset, model, {}, plan.model.precision).numpy()
     rows = np.random.default_rng(seed).permutation(np.concatenate([np.asarray(share.rows) for share in prepared.shares]))
     ends = np.cumsum([0, *SIZES]) * len(rows)
     parts = tuple(rows[int(a) : int(b)] for a, b in itertools.pairwise(ends))
     features = np.hstack([vectors, np.ones((len(vectors), 1), np.float32)])
-    return Data(plan, features, np.array(holdings.targets), parts, np.asarray(prepared.test[0][1]))
+    return Data(plan, features, np.array(dataset.targets), parts, np.asarray(prepared.test[0][1]))
 
 
 def trained(

@@ -24,8 +24,8 @@ import torch
 from results_page import NARROW, cell, publish
 
 from cotune.client.site import Site
-from cotune.client.training.own_model import load_trained_model
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.own_model import load_trained_model
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.data.dataset import DatasetManifest
 from cotune.data.record_files import PACKAGED
 from cotune.ensembles.fusion import weighted_mean
@@ -139,7 +139,7 @@ def test_ensemble(folder: RunFolder) -> float:
     told = []
     for who in folder.file.participants:
         site = Site(folder.path / who.site)
-        state = site.newest(plan.plan_id, PERSONAL)
+        state = site.load_newest_state(plan.plan_id, PERSONAL)
         predictions = PublicPredictions(load_trained_model(plan, site), test.inputs(), plan.model.precision, plan.seed)
         told.append(predictions.predict(state, list(state)).softmax(dim=1).numpy())
     mean = weighted_mean(np.stack(told), np.full(len(told), 1 / len(told)))

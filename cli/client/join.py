@@ -83,8 +83,8 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
     for line in summarize_plan(plan):
         console.print(escape(line))
     policy = site.policy()
-    holdings = site.counted(plan)
-    account = Account(plan, policy, site, holdings, draws=False)
+    dataset = site.counted_dataset(plan)
+    account = Account(plan, policy, site, dataset, draws=False)
     broken = tuple(find_violations(plan, policy, account.public_examples, account.hours()))
     if broken:
         show_broken(console, site, broken)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cotune.cli.screen import print_json, screen
 from cotune.client import ledger_report
-from cotune.client.site import Site
+from cotune.client.site_ledger import SiteWithLedger
 from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, describe_attack
 from cotune.storage.files import atomic_write
@@ -27,7 +27,7 @@ def show_ledger(site: Path, export: Path | None, *, as_json: bool) -> None:
         export: A file to write what an auditor needs to; None: none.
         as_json: Whether a program reads the output.
     """
-    opened = Site(site.expanduser())
+    opened = SiteWithLedger(site.expanduser())
     if export is not None:
         atomic_write(export.expanduser(), json.dumps(ledger_report.export_ledger(opened), indent=1).encode())
     found = ledger_report.summarize_ledger(opened)

@@ -14,7 +14,7 @@ from cotune.client.budget import check_examples
 from cotune.client.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.run_account import Account
 from cotune.client.site import Site
-from cotune.client.training.own_model import load_trained_model
+from cotune.client.training.personal.own_model import load_trained_model
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
@@ -61,7 +61,7 @@ class LocalContext:
     @cached_property
     def account(self) -> Account:
         """The run's account. Reads which records there are."""
-        return Account(self.plan, self.policy, self.site, self.site.counted(self.plan), round=self.round)
+        return Account(self.plan, self.policy, self.site, self.site.counted_dataset(self.plan), round=self.round)
 
     @property
     def examples(self) -> int:

@@ -146,7 +146,7 @@ def disclose(account: Account, round: int, setup: TrainingSetup) -> dict[str, fl
     """
     disclosures = Disclosures(account)
     return {
-        **disclosures.histogram(lambda: list(account.holdings.label_counts().values())),
+        **disclosures.histogram(lambda: list(account.dataset.label_counts().values())),
         **disclosures.metrics(lambda: count_correct(setup), round),
         **disclosures.loss(lambda ceiling: total_loss(setup, ceiling), account.true_examples, round),
     }

@@ -73,7 +73,7 @@ class ClientTermState:
         self.sent = sent
         self.term = build_client_term(plan.strategy)
         keeps = plan.strategy.keeps_state
-        self.kept = site.recall(plan.plan_id, admitted) if keeps and admitted else {}
+        self.kept = site.load_state(plan.plan_id, admitted) if keeps and admitted else {}
 
     @contextmanager
     def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
@@ -96,7 +96,7 @@ class ClientTermState:
             assert stage.local.steps is not None, "a plan whose term keeps state gives steps"
             local = LocalSteps(stage.local.learning_rate, stage.local.momentum, stage.local.steps)
             kept = {**self.kept, **self.term.keep(self.kept, delta, self.sent, local)}
-            self.site.remember(self.plan.plan_id, round, kept, since=self.admitted)
+            self.site.store_state(self.plan.plan_id, round, kept, since=self.admitted)
 
 
 def _on(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

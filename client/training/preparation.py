@@ -11,9 +11,9 @@ from torch import nn
 
 from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
-from cotune.client.training.own_copy import open_personal
-from cotune.client.training.own_model import OwnModel
-from cotune.client.training.personal import PersonalParameters
+from cotune.client.training.personal.own_copy import open_personal
+from cotune.client.training.personal.own_model import OwnModel
+from cotune.client.training.personal.parts import PersonalParameters
 from cotune.client.training.regularization import Regularization
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
@@ -76,7 +76,7 @@ def prepare_round(context: LocalContext) -> PreparedRound:
     correction = ClientTermState(plan, site, context.admitted, context.sent)
     own_rank = RankMask(plan, context.stage, context.policy, model)
     received = own_rank.mask_state(model, personal.join(context.state))
-    tasks = context.account.holdings.tasks
+    tasks = context.account.dataset.tasks
     personal.shared = held_names(plan, personal.shared, tasks)
     names = held_names(plan, trained_names(plan, model, context.round), tasks)
     parameters = model.train_only(names)
@@ -84,7 +84,7 @@ def prepare_round(context: LocalContext) -> PreparedRound:
         plan,
         context.stage,
         model,
-        context.account.holdings,
+        context.account.dataset,
         received if plan.shares_predictions else context.state,
         site.organization,
         expected_batch=context.expected_batch,

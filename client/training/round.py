@@ -14,7 +14,7 @@ from cotune.client.training.context import (
     LocalContext,
     run_checks,
 )
-from cotune.client.training.own_model import OwnModel
+from cotune.client.training.personal.own_model import OwnModel
 from cotune.client.training.preparation import PreparedRound, prepare_round
 from cotune.client.training.statistics import statistics_of
 from cotune.client.training.steps import TrainedRound, train_with_privacy, train_without_privacy
@@ -143,6 +143,6 @@ def _keep(prepared: PreparedRound, update: Update) -> None:
     context = prepared.context
     prepared.correction.keep(context.round, context.stage, update.delta)
     prepared.personal.keep()
-    context.site.keep(update, context.plan.plan_id)
+    context.site.store_update(update, context.plan.plan_id)
     if context.account.budget is not None:
         context.account.answered(context.round)

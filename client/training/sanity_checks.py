@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cotune.client.training.context import LocalContext
 from cotune.errors import RunError
@@ -14,6 +14,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 
 _MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
+_LARGE = 2**16  # entries of a buffer
 _Writes = tuple[int, int]  # where a tensor lies, and how often it was written
 _summed: WeakKeyDictionary[TrainableModel, dict[str, tuple[_Writes, int]]] = WeakKeyDictionary()  # as a round has left it
 
@@ -21,14 +22,14 @@ _summed: WeakKeyDictionary[TrainableModel, dict[str, tuple[_Writes, int]]] = Wea
 class SanityChecks:
     """Sanity checks of one round: exactly the trainable parameters change.
 
-    A model that is wired wrongly costs one step, and no more. Frozen parameters are watched by the counters that PyTorch raises
-    with every write, and buffers by checksums. What writes past the counters, such as a kernel of somebody else, shows in the
-    checksums of all parameters at the end, where these are asked for. Nothing is watched before `begin`.
+    A model that is wired wrongly costs one step, and no more. Frozen parameters and large buffers are watched by the counters
+    that PyTorch raises with every write, and other buffers by checksums. What writes past the counters, such as a kernel of
+    somebody else, shows in the checksums of all of them at the end, where these are asked for. Nothing is watched before `begin`.
 
     Args:
         before: The trained parameters as they were received.
         noise: Whether every step adds noise.
-        thorough: Whether every frozen parameter is compared by a checksum at the end of the round, too.
+        thorough: Whether all that is watched by counters is compared by a checksum at the end of the round, too.
         summed_at_once: Entries that a checksum takes at once; the default takes 32 MiB as integers.
     """
 
@@ -80,7 +81,7 @@ class SanityChecks:
                 code="run.nothing_trained",
             )
         if self._sums:
-            found = self._sum_parameters()
+            found = self._sum_frozen()
             _check_same(self._sums, found)
             _summed[self.model] = {name: (writes, found[name]) for name, writes in self._count_writes().items()}
 
@@ -92,32 +93,37 @@ class SanityChecks:
         value = self.before[name]
         return value.numel() == 0 or float(value.abs().max()) < _MAX_USUAL_VALUE
 
-    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.model.parameters() if name not in self.before)
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """What is watched by counters: the frozen parameters and the large buffers."""
+        yield from ((name, parameter) for name, parameter in self.model.parameters() if name not in self.before)
+        yield from ((name, buffer) for name, buffer in self.model.buffers() if _is_counted(buffer))
 
     def _count_writes(self) -> dict[str, _Writes]:
-        """Where each frozen parameter lies, and how often it was written."""
-        return {name: _count_writes(parameter) for name, parameter in self._frozen()}
+        """Where each of them lies, and how often it was written."""
+        return {name: _count_writes(tensor) for name, tensor in self._frozen()}
 
     def _sum_buffers(self) -> dict[str, int]:
-        return {name: _checksum(buffer, self.summed_at_once) for name, buffer in self.model.buffers()}
+        return {name: _checksum(buffer, self.summed_at_once) for name, buffer in self.model.buffers() if not _is_counted(buffer)}
 
     def _recall_sums(self) -> dict[str, int]:
-        """As `_sum_parameters`; of those that were not written since, as they were at the end of the round before."""
+        """As `_sum_frozen`; of those that were not written since, as they were at the end of the round before."""
         known = _summed.get(self.model, {})
         now = self._count_writes()
         same = {name: total for name, (writes, total) in known.items() if now.get(name) == writes}
-        return {
-            name: same[name] if name in same else _checksum(parameter, self.summed_at_once) for name, parameter in self._frozen()
-        }
+        return {name: same[name] if name in same else _checksum(tensor, self.summed_at_once) for name, tensor in self._frozen()}
 
-    def _sum_parameters(self) -> dict[str, int]:
-        """The sum of the bits of every frozen parameter."""
-        return {name: _checksum(parameter, self.summed_at_once) for name, parameter in self._frozen()}
+    def _sum_frozen(self) -> dict[str, int]:
+        """The sum of the bits of each of them."""
+        return {name: _checksum(tensor, self.summed_at_once) for name, tensor in self._frozen()}
 
 
-def _count_writes(parameter: nn.Parameter) -> _Writes:
-    return parameter.data_ptr(), parameter._version
+def _count_writes(tensor: Tensor) -> _Writes:
+    return tensor.data_ptr(), tensor._version
+
+
+def _is_counted(buffer: Tensor) -> bool:
+    """Whether a buffer is so large that it is watched as parameters are, such as the map of features; PyTorch has to count."""
+    return buffer.numel() > _LARGE and not buffer.is_inference()
 
 
 def _check_same(before: Mapping[str, object], now: Mapping[str, object]) -> None:

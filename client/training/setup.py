@@ -42,7 +42,7 @@ States = KeptStates | Sequence[Tensor]  # row number -> (tokens, width)
 
 
 def build_setup(
-    plan: Plan, stage: Stage, model: TrainableModel, holdings: Dataset, state: State, name: str, *, expected_batch: float
+    plan: Plan, stage: Stage, model: TrainableModel, dataset: Dataset, state: State, name: str, *, expected_batch: float
 ) -> TrainingSetup:
     """Build the stage's training setup on the records of the organization `name`; the model must be set to `state`.
 
@@ -52,16 +52,16 @@ def build_setup(
     Raises:
         DataError: For records that are described as those of another task.
     """
-    if holdings.task != plan.task:
+    if dataset.task != plan.task:
         raise DataError(
-            f"{name} describes its records as for {holdings.task}, expected {plan.task} as in the plan: correct its description"
-            " of holdings, or take no part in this plan",
+            f"{name} describes its records as for {dataset.task}, expected {plan.task} as in the plan: correct its description"
+            " of its records, or take no part in this plan",
             code="data.wrong_task",
         )
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
         features = find_features(
-            holdings,
+            dataset,
             model,
             state,
             plan.model.precision,
@@ -69,16 +69,16 @@ def build_setup(
         )
         precision = plan.model.precision
         weights = _weights_of(plan, model)
-        targets = [model.loaded.task.encode_target(target) for target in holdings.targets]
-        return build_feature_setup(precision, model, head, features, targets, expected_batch, holdings.units, weights)
-    rows = encoded_examples(holdings, model)
+        targets = [model.loaded.task.encode_target(target) for target in dataset.targets]
+        return build_feature_setup(precision, model, head, features, targets, expected_batch, dataset.units, weights)
+    rows = encoded_examples(dataset, model)
 
     def kept(reader: StateReader) -> KeptStates:
-        return get_states(reader, holdings, state, lambda source, done, total: told(source=source, done=done, total=total))
+        return get_states(reader, dataset, state, lambda source, done, total: told(source=source, done=done, total=total))
 
     told = partial(notify, "features", organization=name)
-    may_keep = stage.local.keep_lower_layers == "on" or is_small(model, holdings)
-    return _on_examples(plan, stage, model, rows, holdings.units, kept if may_keep else None)
+    may_keep = stage.local.keep_lower_layers == "on" or is_small(model, dataset)
+    return _on_examples(plan, stage, model, rows, dataset.units, kept if may_keep else None)
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:

@@ -13,7 +13,7 @@ from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.gradient_checks import check_gradients_of_state
 from cotune.client.training.observe import notify
-from cotune.client.training.own_copy import OwnCopy
+from cotune.client.training.personal.own_copy import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks

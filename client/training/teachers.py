@@ -25,7 +25,7 @@ from torch.nn import functional
 from cotune.client.run_account import Account
 from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose
-from cotune.client.training.own_model import OwnModel
+from cotune.client.training.personal.own_model import OwnModel
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.setup import build_optimizer
 from cotune.client.training.steps import TrainedRound
@@ -105,7 +105,7 @@ def _count_votes(prepared: PreparedRound, personal: OwnModel, teachers: int) -> 
     context = prepared.context
     shape = context.state[SCORES].shape
     counts = torch.zeros(shape, dtype=torch.float64)
-    for units in deal(context.account.holdings.get_unit_identities(), teachers, context.plan.seed):
+    for units in deal(context.account.dataset.get_unit_identities(), teachers, context.plan.seed):
         state = _train_teacher(prepared, units)
         scores = personal.public.predict({**prepared.received, **state}, list(prepared.parameters))
         votes = functional.one_hot(scores.nan_to_num().argmax(dim=1), shape[1]).double()

@@ -118,23 +118,23 @@ def attach_states(batch: Batch, states: Sequence[Tensor]) -> Batch:
     return {**batch, STATES: whole.to(batch["input_ids"].device)}
 
 
-def is_small(model: TrainableModel, holdings: Dataset) -> bool:
+def is_small(model: TrainableModel, dataset: Dataset) -> bool:
     """Whether the states of the files of an organization, or of a test set, can be kept without asking."""
     width = int(getattr(model.loaded.module.config, "hidden_size", 0))
-    records = sum(len(records.inputs) for records, _ in holdings.parts)
+    records = sum(len(records.inputs) for records, _ in dataset.parts)
     return 0 < records * model.loaded.max_length * width * 4 <= _MOST_BYTES
 
 
 _held: WeakKeyDictionary[TrainableModel, dict[tuple[object, ...], _File]] = WeakKeyDictionary()
 
 
-def get_states(reader: StateReader, holdings: Dataset, state: State, progress: Encoding | None = None) -> KeptStates:
+def get_states(reader: StateReader, dataset: Dataset, state: State, progress: Encoding | None = None) -> KeptStates:
     """Return the states of an organization's records.
 
     All records of a file are computed, no matter who holds them: the next one who asks finds them, in memory or on disk.
     """
     places: list[tuple[_File, int]] = []
-    for records, own in holdings.parts:
+    for records, own in dataset.parts:
         told = None if progress is None else partial(progress, records.source)
         file = _get_file(reader, records.inputs, state, told)
         places += [(file, int(record)) for record in own]

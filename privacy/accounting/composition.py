@@ -3,7 +3,7 @@
 Within one run the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et al., "Connect the Dots",
 PETS 2022) composes every step that ran. Across runs, whose plans may have been chosen after seeing earlier answers, a Rényi
 filter does (see `filters`). An answer that decides what follows within a run, as the number of records does, adds its pure ε
-(see `mechanisms.grid_noise`). Neighboring data sets differ by adding or removing one record.
+(see `mechanisms.geometric`). Neighboring data sets differ by adding or removing one record.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
-from cotune.privacy.mechanisms.grid_noise import geometric_epsilon, randomized_response
+from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 

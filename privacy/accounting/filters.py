@@ -1,7 +1,7 @@
 """The privacy loss of several runs on the same records, where later plans may have been chosen after seeing earlier answers.
 
 Within one run all parameters are fixed before the first answer, except for what the noised number of records decides
-(`mechanisms.grid_noise`), and the PLD accountant is exact: every round has its planned σ, is answered once, and none is answered
+(`mechanisms.geometric`), and the PLD accountant is exact: every round has its planned σ, is answered once, and none is answered
 after a later one (`client.run_account.Account.check_unanswered`). A round that is skipped, or that has more noise than planned
 because an attempt was interrupted, reveals less than the planned one, whatever caused it; interrupted attempts are charged
 although nothing of them leaves. A second plan may depend on what the first run revealed. Stopping by the PLD of what has run so
@@ -32,7 +32,7 @@ from scipy.optimize import brentq, minimize_scalar
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, add_counts, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.tradeoff import true_positive_rate
-from cotune.privacy.mechanisms.grid_noise import geometric_epsilon, geometric_renyi
+from cotune.privacy.mechanisms.geometric import geometric_epsilon, geometric_renyi
 
 # ε; a limit above the first limits nothing, and takes the order of the second
 _MAX_LIMIT = 100.0

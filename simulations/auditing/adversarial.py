@@ -72,7 +72,7 @@ def probe_states(
     model: TrainableModel,
     names: Sequence[str],
     state: State,
-    holdings: Dataset,
+    dataset: Dataset,
     mechanism: DPSGDConfig,
 ) -> tuple[Probe, ...]:
     """Try adversarial states of the parameters that a stage trains. Leaves the model set to `state`.
@@ -81,7 +81,7 @@ def probe_states(
         names: The trained parameters.
         state: What the stage begins with.
     """
-    few = _unlike(holdings, model)
+    few = _unlike(dataset, model)
     model.load(state)
     rounding = _rounding(build_setup(plan, stage, model, few, state, "audit", expected_batch=mechanism.expected_batch), mechanism)
     probes = []
@@ -91,24 +91,24 @@ def probe_states(
     return tuple(probes)
 
 
-def _unlike(holdings: Dataset, model: TrainableModel) -> Dataset:
+def _unlike(dataset: Dataset, model: TrainableModel) -> Dataset:
     """The rows of a few units: of the longest, the shortest and those between."""
     loaded = model.loaded
-    examples = encoded_examples(holdings, model)
-    units = sorted(holdings.units, key=lambda unit: max(loaded.task.order(examples[row]) for row in unit))
+    examples = encoded_examples(dataset, model)
+    units = sorted(dataset.units, key=lambda unit: max(loaded.task.order(examples[row]) for row in unit))
     picked = np.unique(np.linspace(0, len(units) - 1, min(_UNITS, len(units))).round().astype(int))
-    return _only(holdings, [row for i in picked for row in units[i]])
+    return _only(dataset, [row for i in picked for row in units[i]])
 
 
-def _only(holdings: Dataset, rows: Sequence[int]) -> Dataset:
+def _only(dataset: Dataset, rows: Sequence[int]) -> Dataset:
     """Dataset of these rows and nothing else: no other record is left in their files."""
     parts = []
     first = 0
-    for records, own in holdings.parts:
+    for records, own in dataset.parts:
         chosen = [int(own[row - first]) for row in sorted(rows) if first <= row < first + len(own)]
         parts.append((records.select(chosen), np.arange(len(chosen))))
         first += len(own)
-    return replace(holdings, parts=tuple(part for part in parts if len(part[1])))
+    return replace(dataset, parts=tuple(part for part in parts if len(part[1])))
 
 
 def _states(

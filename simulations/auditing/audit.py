@@ -176,7 +176,7 @@ class _Audited:
     plan: Plan
     policy: Policy
     examples: int
-    holdings: Dataset
+    dataset: Dataset
     name: str
     device: str
 
@@ -188,9 +188,9 @@ def _of_plan(plan: Plan, organization: str | None, device: str) -> _Audited:
     share = next(share for share in prepared.shares if share.name == name)
     resolved = prepared.plan
     tasks = share.tasks or tuple(task.name for task in resolved.tasks)
-    holdings = Dataset(((prepared.held(share), share.rows),), resolved.labels, resolved.task, tasks=tasks)
-    holdings = holdings.bound_contributions(resolved.privacy, resolved.seed)
-    return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), holdings, name, device)
+    dataset = Dataset(((prepared.held(share), share.rows),), resolved.labels, resolved.task, tasks=tasks)
+    dataset = dataset.bound_contributions(resolved.privacy, resolved.seed)
+    return _Audited(resolved, share.policy(resolved), share.public_examples(resolved), dataset, name, device)
 
 
 def _of_run(path: Path, organization: str | None) -> _Audited:
@@ -198,12 +198,12 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
     _check(folder.plan)
     name = _chosen(organization, [who.name for who in folder.file.participants])
     site = next(who.site for who in folder.file.participants if who.name == name)
-    holdings = DatasetManifest.read(SitePaths(folder.path / site).records, folder.plan.labels)
-    holdings = holdings.bound_contributions(folder.plan.privacy, folder.plan.seed)
+    dataset = DatasetManifest.read(SitePaths(folder.path / site).records, folder.plan.labels)
+    dataset = dataset.bound_contributions(folder.plan.privacy, folder.plan.seed)
     at = Site(folder.path / site)
     policy = at.policy()
-    examples = Account(folder.plan, policy, at, holdings, draws=False).public_examples
-    return _Audited(folder.plan, policy, examples, holdings, name, folder.file.device)
+    examples = Account(folder.plan, policy, at, dataset, draws=False).public_examples
+    return _Audited(folder.plan, policy, examples, dataset, name, folder.file.device)
 
 
 def _check(plan: Plan) -> None:
@@ -242,13 +242,13 @@ def tightened(plan: Plan, examples: int) -> Plan:
 def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, confidence: float, device: str) -> AuditResult:
     began = time.monotonic()
     plan = source.plan
-    holdings = source.holdings
+    dataset = source.dataset
     name = source.name
     examples = source.examples
     assert isinstance(plan.privacy, RecordPrivacy)
     audited = tightened(plan, examples) if tight else plan
     planned = audited.rounds
-    held = len(holdings.units)
+    held = len(dataset.units)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(
             f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}", code="plan.audited_rounds"
@@ -263,7 +263,7 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     delta = budget.delta
     error = (1 - confidence) / _TESTS
     training = AuditedTraining(
-        audited, plan.privacy, holdings, name, targets, sigma, get_plan_model(plan, device), error, examples
+        audited, plan.privacy, dataset, name, targets, sigma, get_plan_model(plan, device), error, examples
     )
     for round in range(1, (rounds or planned) + 1):
         training.play(round)

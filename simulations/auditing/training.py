@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.own_copy import followed, pulled
+from cotune.client.training.personal.own_copy import followed, pulled
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.data.dataset import Dataset
@@ -63,7 +63,7 @@ class AuditedTraining:
         self,
         plan: Plan,
         privacy: RecordPrivacy,
-        holdings: Dataset,
+        dataset: Dataset,
         organization: str,
         targets: Targets,
         sigma: float,
@@ -73,7 +73,7 @@ class AuditedTraining:
     ) -> None:
         self.plan = plan
         self.privacy = privacy
-        self.holdings = holdings
+        self.dataset = dataset
         self.organization = organization
         self.targets = targets
         self.sigma = sigma
@@ -99,10 +99,10 @@ class AuditedTraining:
         stage = self.plan.get_stage(round)
         model = self.model
         model.load(self.state)
-        names = held_names(self.plan, trained_names(self.plan, model, round), self.holdings.tasks)
+        names = held_names(self.plan, trained_names(self.plan, model, round), self.dataset.tasks)
         model.train_only(names)
         batch = stage.local.sample_rate(self.examples) * self.examples
-        setting = build_setup(self.plan, stage, model, self.holdings, self.state, self.organization, expected_batch=batch)
+        setting = build_setup(self.plan, stage, model, self.dataset, self.state, self.organization, expected_batch=batch)
         before = model.state(names)
         if stage != self._looked_at:
             self._look_inside(stage, setting, names)
@@ -176,7 +176,7 @@ class AuditedTraining:
         planted = self._planted(setting, idle, np.zeros(_IDLE, dtype=bool))
         subject = Subject(DPSGD, planted.module, planted.loss, setting.units, planted.batches)
         self.noise.append(draw_noise(subject, mechanism, self.error))
-        self.probes += probe_states(DPSGD, self.plan, stage, self.model, names, self.state, self.holdings, mechanism)
+        self.probes += probe_states(DPSGD, self.plan, stage, self.model, names, self.state, self.dataset, mechanism)
 
     def _train(self, stage: Stage, setting: TrainingSetup, names: list[str], count: int, attach: Attach) -> None:
         parameters = self.model.train_only(names)

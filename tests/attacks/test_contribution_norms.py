@@ -92,10 +92,10 @@ def prepared(plan: Plan) -> tuple[TrainableModel, Dataset, State]:
     return model, Dataset(((records, np.arange(len(records))),), plan.labels, plan.task), model.state(names)
 
 
-def setting_at(plan: Plan, model: TrainableModel, holdings: Dataset, state: State) -> TrainingSetup:
+def setting_at(plan: Plan, model: TrainableModel, dataset: Dataset, state: State) -> TrainingSetup:
     """The setting as a client makes it at a state, without the checks that refuse some of these: the engine alone must bound."""
     model.load(state)
-    return build_setup(plan, plan.get_stage(1), model, holdings, state, "clinic", expected_batch=float(OTHERS))
+    return build_setup(plan, plan.get_stage(1), model, dataset, state, "clinic", expected_batch=float(OTHERS))
 
 
 def clipped_sum(setting: TrainingSetup, rows: range, clip: float) -> list[Tensor]:
@@ -111,30 +111,30 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().pow(2).sum()) for t in tensors))
 
 
-def sensitivity(plan: Plan, model: TrainableModel, holdings: Dataset, state: State, clip: float) -> float:
+def sensitivity(plan: Plan, model: TrainableModel, dataset: Dataset, state: State, clip: float) -> float:
     """‖sum(D) − sum(D∖i)‖ / C, where i is the last record; in the second world nothing was computed with it."""
-    setting = setting_at(plan, model, holdings, state)
+    setting = setting_at(plan, model, dataset, state)
     whole = clipped_sum(setting, range(setting.rows), clip)
-    without = setting_at(plan, model, shortened(holdings), state)
+    without = setting_at(plan, model, shortened(dataset), state)
     rest = clipped_sum(without, range(without.rows), clip)
     assert without.rows == setting.rows - 1
     return norm([w - r for w, r in zip(whole, rest, strict=True)]) / clip
 
 
-def shortened(holdings: Dataset) -> Dataset:
+def shortened(dataset: Dataset) -> Dataset:
     """The same, from a file that lacks the last record."""
-    records = holdings.parts[0][0]
+    records = dataset.parts[0][0]
     fewer = replace(records, inputs=records.inputs[:-1], labels=records.labels[:-1])
-    return Dataset(((fewer, np.arange(len(fewer))),), holdings.labels, holdings.task)
+    return Dataset(((fewer, np.arange(len(fewer))),), dataset.labels, dataset.task)
 
 
-def amplified(model: TrainableModel, holdings: Dataset, state: State) -> State:
+def amplified(model: TrainableModel, dataset: Dataset, state: State) -> State:
     """A head that shows how company moves the features of others, as the audit's did.
 
     For each record i with feature f_i alone, and f'_i in a bfloat16 batch padded to the longest: one row w of the head's last
     layer with w·f_i = 0 and w·(f'_i − f_i) = 10³, by least squares; where nothing moves, a row of noise.
     """
-    examples = encoded_examples(holdings, model)
+    examples = encoded_examples(dataset, model)
     collate = model.loaded.task.collator(model.module, model.loaded.reader, model.device)
     together = encode_vectors(model, collate(examples), torch.bfloat16)[:-1].double()
     alone = torch.cat([encode_vectors(model, collate([e]), torch.bfloat16) for e in examples[:-1]]).double()
@@ -171,9 +171,9 @@ def test_a_record_contributes_the_clip_norm_at_most(
     source = write_images(tmp_path / "images", OTHERS + 1) if images else one_long_record(tmp_path)
     task = "image-classification" if images else "sequence-classification"
     plan = plan_of(long_model(kind), source, task, mode, precision, tuple(COLORS) if images else CLASSES)
-    model, holdings, honest = prepared(plan)
-    for state in (honest, amplified(model, holdings, honest), steep(honest, 1e4)):
-        assert sensitivity(plan, model, holdings, state, 1.0) <= 1 + 1e-6
+    model, dataset, honest = prepared(plan)
+    for state in (honest, amplified(model, dataset, honest), steep(honest, 1e4)):
+        assert sensitivity(plan, model, dataset, state, 1.0) <= 1 + 1e-6
 
 
 @pytest.mark.parametrize(("steepness", "mode", "precision"), crossed([1e4, 1e7, 1e12], ["lora", "full"], ["float32", "bfloat16"]))
@@ -187,9 +187,9 @@ def test_record_of_canceling_positions_contributes_clip_norm(
     source = tmp_path / "tags.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     plan = plan_of(long_model("bert"), source, "token-classification", mode, precision, ("O", "X"))
-    model, holdings, honest = prepared(plan)
+    model, dataset, honest = prepared(plan)
     state = alike(steep(honest, steepness))
-    assert sensitivity(plan, model, holdings, state, 1.0) <= 1 + 1e-6
+    assert sensitivity(plan, model, dataset, state, 1.0) <= 1 + 1e-6
 
 
 def alike(state: State) -> State:

@@ -22,9 +22,9 @@ CLIP = 0.5
 
 def sum_of(file: Path, deduplicate: bool) -> Tensor:
     records = read_records(DataConfig(source=str(file), deduplicate=deduplicate))
-    holdings = Dataset(((records, np.arange(len(records))),), ("x", "y")).bound_contributions(RecordPrivacy(), 7)
-    features = torch.tensor([[0.0, 9.0] if "victim" in str(text).lower() else [9.0, 0.0] for text in holdings.inputs()])
-    return movement(features, holdings.targets, holdings.units, CLIP)
+    dataset = Dataset(((records, np.arange(len(records))),), ("x", "y")).bound_contributions(RecordPrivacy(), 7)
+    features = torch.tensor([[0.0, 9.0] if "victim" in str(text).lower() else [9.0, 0.0] for text in dataset.inputs()])
+    return movement(features, dataset.targets, dataset.units, CLIP)
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])

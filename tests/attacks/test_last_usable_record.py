@@ -67,7 +67,7 @@ def make(tmp_path: Path) -> Callable[..., Site]:
 
 @pytest.mark.parametrize(("name", "content"), EMPTY.values(), ids=EMPTY)
 def test_a_file_without_a_usable_record_can_be_read(make: Callable[..., Site], name: str, content: bytes) -> None:
-    held = make(name, content).holdings(LABELS)
+    held = make(name, content).dataset(LABELS)
     assert len(held) == 0
     assert sum(held.left_out().values()) == int(content not in (HEADER, b"", b"\n", b"[]")) * (2 if b"O" in content else 1)
 
@@ -122,8 +122,8 @@ def test_one_bad_record_leaves_the_others_as_they_are(
     make: Callable[..., Site], name: str, good: list[bytes], bad: bytes, first: bool
 ) -> None:
     head, rows = (good[:1], good[1:]) if name == CSV else ([], good)
-    without = make(name, b"\n".join([*head, *rows]), "without").holdings(LABELS)
-    with_it = make(name, b"\n".join([*head, *([bad, *rows] if first else [*rows, bad])]), "with").holdings(LABELS)
+    without = make(name, b"\n".join([*head, *rows]), "without").dataset(LABELS)
+    with_it = make(name, b"\n".join([*head, *([bad, *rows] if first else [*rows, bad])]), "with").dataset(LABELS)
     assert with_it.inputs() == without.inputs() == ["a", "b"]
     assert with_it.targets == without.targets
     assert sum(with_it.left_out().values()) == 1

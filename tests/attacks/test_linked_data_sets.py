@@ -176,7 +176,7 @@ def test_in_another_collection_a_record_changes_no_bit(
         hold(site.folder, texts, "images")
         state = state_for(second, 1)
         update = train_round(second, site, 1, state)
-        assert site.counted(second).left_out() == ({"in another collection": 1} if world == "shared" else {})
+        assert site.counted_dataset(second).left_out() == ({"in another collection": 1} if world == "shared" else {})
         deltas = {name: tensor.tolist() for name, tensor in update.delta.items()}
         found.append((deltas, update.examples, update.steps, update.epsilon, update.noise_variance))
         assert {c.collection for c in site.ledger().charges()} == {"wards", "images"}
@@ -190,4 +190,4 @@ def test_a_record_is_charged_in_one_collection(new_site: Callable[..., Site], ma
     for plan, texts, collection in zip(plans, (NEW, [*OLD, NEW[0]], [*NEW, OLD[0]]), ("a", "b", "a"), strict=True):
         hold(site.folder, texts, collection)
         assert answer(plan, site, 1, state_for(plan, 1))[0] == "update"
-        assert site.counted(plan).inputs() == [text for text in texts if text in (NEW if collection == "a" else OLD)]
+        assert site.counted_dataset(plan).inputs() == [text for text in texts if text in (NEW if collection == "a" else OLD)]

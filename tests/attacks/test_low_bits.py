@@ -58,8 +58,8 @@ def victim(base_model: Callable[[str], Path], tmp_path: Path) -> tuple[TrainingS
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings)
     parameters = model.train_only(names)
     records = read_records(plan.data, task=plan.task)
-    holdings = Dataset(((records, np.arange(1)),), plan.labels, plan.task)
-    setting = build_setup(plan, stage, model, holdings, model.state(names), "clinic", expected_batch=BATCH)
+    dataset = Dataset(((records, np.arange(1)),), plan.labels, plan.task)
+    setting = build_setup(plan, stage, model, dataset, model.state(names), "clinic", expected_batch=BATCH)
     return setting, parameters
 
 

@@ -30,9 +30,9 @@ def held(rows: list[Row], privacy: RecordPrivacy, seed: int = 7) -> Dataset:
 
 def sum_of(rows: list[Row], privacy: RecordPrivacy) -> Tensor:
     """Texts of the attacked person all look the same to the model: their gradients add up without canceling."""
-    holdings = held(rows, privacy)
-    features = torch.tensor([[0.0, 9.0] if text.startswith("own") else [9.0, 0.0] for text in map(str, holdings.inputs())])
-    return movement(features, holdings.targets, holdings.units, CLIP)
+    dataset = held(rows, privacy)
+    features = torch.tensor([[0.0, 9.0] if text.startswith("own") else [9.0, 0.0] for text in map(str, dataset.inputs())])
+    return movement(features, dataset.targets, dataset.units, CLIP)
 
 
 @pytest.mark.parametrize("records", [1, 2, 5, 10, 20])
@@ -62,8 +62,8 @@ def test_copies_of_a_text_are_one_record(copies: int) -> None:
 def test_the_number_of_people_is_what_counts() -> None:
     privacy = RecordPrivacy(unit="patient_id", max_records=3)
     rows = [(f"patient {i}", f"text {i} {j}", "x") for i in range(20) for j in range(i + 1)]
-    holdings = held(rows, privacy)
-    assert len(holdings.units) == 20
-    assert len(holdings) == 1 + 2 + 3 * 18
-    assert sum(holdings.weights) == pytest.approx(20)
-    assert sum(holdings.label_counts().values()) == pytest.approx(20)
+    dataset = held(rows, privacy)
+    assert len(dataset.units) == 20
+    assert len(dataset) == 1 + 2 + 3 * 18
+    assert sum(dataset.weights) == pytest.approx(20)
+    assert sum(dataset.label_counts().values()) == pytest.approx(20)

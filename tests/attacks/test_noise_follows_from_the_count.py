@@ -17,7 +17,7 @@ from cotune.client.budget import get_budget, noise_multiplier, planned_disclosur
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, deltas
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.grid_noise import geometric_epsilon
+from cotune.privacy.mechanisms.geometric import geometric_epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
 
 EPSILON = 1.0

@@ -86,7 +86,7 @@ def test_a_part_at_a_real_site_is_declined(tmp_path: Path) -> None:
         (folder / "policy.toml").write_text(dump_policy(allowed.model_copy(update={"budget": type(allowed.budget)(**rules)})))
         site = Site(folder)
         plan = make_plan(source, seed)
-        return Account(plan, site.policy(), site, site.holdings(plan.labels))
+        return Account(plan, site.policy(), site, site.dataset(plan.labels))
 
     first = account(range(400), 1)
     first.reserve(1, Steps(first.plan_noise(1), 0.2, 8))

@@ -45,7 +45,7 @@ def counted(folder: Path, rows: list[Row], collection: str) -> Dataset:
     )
     (folder / "data.json").write_text(described.model_dump_json())
     (folder / "site.json").write_text(SiteFile(organization="clinic", device="cpu").model_dump_json())
-    return Site(folder).counted(PLAN)
+    return Site(folder).counted_dataset(PLAN)
 
 
 def charge(folder: Path, held: Dataset) -> None:

@@ -95,8 +95,8 @@ def test_an_honest_update_may_leave(case: Case) -> None:
 
 def test_it_may_leave_again_after_an_attempt_at_a_later_round(case: Case) -> None:
     """A server that lost the answer asks for it again; the ε of the attempt after it was charged meanwhile."""
-    account = Account(case.plan, case.site.policy(), case.site, case.site.counted(case.plan), round=2)
-    stated = Account(case.plan, account.policy, case.site, account.holdings, round=1).reported_epsilon()
+    account = Account(case.plan, case.site.policy(), case.site, case.site.counted_dataset(case.plan), round=2)
+    stated = Account(case.plan, account.policy, case.site, account.dataset, round=1).reported_epsilon()
     account.reserve(2, Steps(account.plan_noise(2), 0.2, 2))
     assert account.reported_epsilon() > stated
     case.check()

@@ -131,3 +131,9 @@ def test_what_left_without_privacy_is_not_passed_over(site: Site) -> None:
     for table in (*summarize_ledger(site)["collections"], *export_ledger(site)["collections"]):
         [left] = table["unprotected"]
         assert (left["plan"], left["round"], left["what"]) == ("plain", 4, "training")
+
+
+def test_the_command_loads_nothing_that_trains() -> None:
+    code = "import cotune.cli.client.ledger, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "opacus", "flwr", "pandas"} & set(done.stdout.split())

@@ -10,7 +10,7 @@ from cotune.client.approvals import Approvals
 from cotune.client.plan_summary import diff_plans, summarize_plan
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.errors import Declined, RunError
+from cotune.errors import Declined
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
@@ -33,8 +33,8 @@ def test_nothing_is_touched_for_a_plan_that_nobody_has_approved(
         raise AssertionError("no record is read")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Site, "holdings", untouched)
-        with pytest.raises(Declined, match=f"cotune client approve {site.folder} {plan.plan_id[:12]}") as declined:
+        patched.setattr(Site, "dataset", untouched)
+        with fails_with("policy.training.approval", str(site.folder), plan.plan_id[:12]) as declined:
             train_round(plan, site, 1, state)
     assert declined.value.public == "declined: its rule training.approval does not allow this plan"
     assert not site.ledger_file.exists()
@@ -79,14 +79,14 @@ def test_a_server_cannot_fill_the_disk_with_plans(make_plan: MakePlan, make_site
 
 def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make_site: MakeSite) -> None:
     approvals = Approvals(make_site(policy=EACH))
-    with pytest.raises(RunError, match="no plan waits for approval: one does once it was asked for"):
+    with fails_with("run.no_such_plan"):
         approvals.find()
     plans = [make_plan(seed=seed) for seed in range(2)]
     for plan in plans:
         with pytest.raises(Declined):
             approvals.check(plan, EACH)
     assert approvals.find(plans[0].plan_id[:12]) == plans[0]
-    with pytest.raises(RunError, match=f"2 plans wait for approval: .* waiting: .*{plans[1].plan_id[:12]}"):
+    with fails_with("run.no_such_plan", plans[1].plan_id[:12]):
         approvals.find()
     for prefix in ("zz", "../x", "*"):
         with fails_with("run.no_such_plan", "0"):

@@ -33,7 +33,7 @@ def test_a_site_says_who_it_is(make_site: MakeSite) -> None:
     assert site.organization == "clinic"
     assert site.file.simulated
     assert site.file.device == "cpu"
-    assert len(site.holdings(("bad", "good", "so"))) == 60
+    assert len(site.dataset(("bad", "good", "so"))) == 60
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}", '{"organization": "a", "simulatd": true}', '{"organization": 3}'])
@@ -53,7 +53,7 @@ def test_a_site_is_not_simulated_unless_it_says_so(tmp_path: Path) -> None:
 def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) -> None:
     site = make_site()
     sent = update(epsilon=epsilon)
-    site.keep(sent, "plan")
+    site.store_update(sent, "plan")
     got = Site(site.folder).finished_update("plan", 4, "state")  # by another process
     assert got is not None
     assert (got.organization, got.round, got.examples, got.steps, got.epsilon) == ("clinic", 4, 60, 7, epsilon)
@@ -66,7 +66,7 @@ def test_a_kept_update_comes_back(make_site: MakeSite, epsilon: float | None) ->
 def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
     site = make_site()
     tensor = torch.arange(6.0).reshape(2, 3).T
-    site.keep(update(delta={"w": tensor}), "plan")
+    site.store_update(update(delta={"w": tensor}), "plan")
     got = site.finished_update("plan", 4, "state")
     assert got is not None
     assert torch.equal(got.delta["w"], tensor)
@@ -76,15 +76,15 @@ def test_a_transposed_tensor_is_kept_as_it_is(make_site: MakeSite) -> None:
 def test_another_request_gets_nothing(make_site: MakeSite, request_: tuple[str, int, str]) -> None:
     site = make_site()
     assert site.finished_update("plan", 4, "state") is None
-    site.keep(update(), "plan")
+    site.store_update(update(), "plan")
     assert site.finished_update(*request_) is None
     assert site.finished_update("plan", 4, "state") is not None
 
 
 def test_only_the_last_update_is_kept(make_site: MakeSite) -> None:
     site = make_site()
-    site.keep(update(), "plan")
-    site.keep(update(round=5), "plan")
+    site.store_update(update(), "plan")
+    site.store_update(update(round=5), "plan")
     assert site.finished_update("plan", 4, "state") is None
     assert site.finished_update("plan", 5, "state") is not None
     assert [file.name for file in outbox(site).parent.iterdir()] == ["update.safetensors"]
@@ -117,7 +117,7 @@ def described_in_riddles(file: Path) -> None:
 @pytest.mark.parametrize("damage", [truncated, garbage, emptied, without_description, half_described, described_in_riddles])
 def test_a_damaged_outbox_is_not_trained_over(make_site: MakeSite, damage: Callable[[Path], None]) -> None:
     site = make_site()
-    site.keep(update(), "plan")
+    site.store_update(update(), "plan")
     damage(outbox(site))
     with fails_with("run.damaged_document", "update.safetensors"):
         site.finished_update("plan", 4, "state")

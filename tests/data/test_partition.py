@@ -131,10 +131,10 @@ def test_shards_give_each_client_k_classes(count: int, clients: int, each: int, 
     labels = balanced(count, 30)
     config: dict[str, Any] = {"scheme": f"shards:{each}", "clients": clients, "min_examples": 1}
     if each > count:
-        with pytest.raises(DataError, match=f"needs {each} classes, and the data has {count}"):
+        with fails_with("data.too_few_classes", str(each), str(count)):
             split(labels, seed, **config)
     elif each * clients < count:
-        with pytest.raises(DataError, match=f"{clients} clients hold {each * clients} of {count}"):
+        with fails_with("data.too_few_clients", str(clients), str(each * clients), str(count)):
             split(labels, seed, **config)
     else:
         parts = split(labels, seed, **config)

@@ -709,7 +709,7 @@ def test_organization_files(tmp_path: Path) -> None:
 
 def test_folders_without_usable_files(tmp_path: Path) -> None:
     write(tmp_path / ".north.csv", "")
-    with pytest.raises(DataError, match=r"holds no data file: .*\.csv, .*\.tsv"):
+    with fails_with("data.no_files"):
         organization_files(tmp_path)
     write(tmp_path / "north.csv", "")
     write(tmp_path / "north.jsonl", "")

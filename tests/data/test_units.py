@@ -23,7 +23,7 @@ PEOPLE = RecordPrivacy(unit="patient_id", max_records=3)
 Row = tuple[str, str, str]  # text, label, whose
 
 
-def holdings(*files: list[Row]) -> Dataset:
+def dataset(*files: list[Row]) -> Dataset:
     parts = []
     for rows in files:
         texts, labels, whose = zip(*rows, strict=True) if rows else ((), (), ())
@@ -44,8 +44,8 @@ def test_a_unit_has_no_influence_on_another(table: list[Row], seed: int, most: i
     """With and without the records of a person, the others' that count are the same."""
     privacy = RecordPrivacy(unit="patient_id", max_records=most)
     of_others = [row for row in table if row[2] != "1"]
-    whole = holdings(table).bound_contributions(privacy, seed)
-    without = holdings(of_others).bound_contributions(privacy, seed)
+    whole = dataset(table).bound_contributions(privacy, seed)
+    without = dataset(of_others).bound_contributions(privacy, seed)
     own = sum(row[2] == "1" for row in table)
     assert len(whole) - len(without) == min(own, most)
     by_person = dict(zip(whole.get_unit_identities(), whole.units, strict=True))
@@ -61,8 +61,8 @@ def kept_row(held: Dataset, row: int) -> tuple[str, int]:
 @given(rows, st.permutations(range(25)), st.integers(0, 3))
 def test_the_order_of_a_file_is_no_matter(table: list[Row], order: list[int], seed: int) -> None:
     shuffled = [table[i] for i in order if i < len(table)]
-    one = holdings(table).bound_contributions(PEOPLE, seed)
-    other = holdings(shuffled[:9], shuffled[9:]).bound_contributions(PEOPLE, seed)
+    one = dataset(table).bound_contributions(PEOPLE, seed)
+    other = dataset(shuffled[:9], shuffled[9:]).bound_contributions(PEOPLE, seed)
     assert kept(one) == kept(other)
     assert one.get_unit_identities() == other.get_unit_identities()
     assert [len(group) for group in one.units] == [len(group) for group in other.units]
@@ -70,7 +70,7 @@ def test_the_order_of_a_file_is_no_matter(table: list[Row], order: list[int], se
 
 @given(rows)
 def test_every_record_that_counts_belongs_to_one_unit(table: list[Row]) -> None:
-    held = holdings(table).bound_contributions(PEOPLE, seed=7)
+    held = dataset(table).bound_contributions(PEOPLE, seed=7)
     assert sorted(row for group in held.units for row in group) == list(range(len(held)))
     assert all(1 <= len(group) <= 3 for group in held.units)
     assert len(set(held.get_unit_identities())) == len(held.units) == len({row[2] for row in table})
@@ -80,7 +80,7 @@ def test_every_record_that_counts_belongs_to_one_unit(table: list[Row]) -> None:
 @given(rows, st.tuples(st.sampled_from("abcdef"), st.sampled_from("xy"), st.just("9")))
 def test_one_row_changes_the_records_that_count_by_one(table: list[Row], more: Row) -> None:
     """A text with two labels counts in neither: with the first one kept, a row could put another label in its place."""
-    before, after = (holdings(rows).bound_contributions(RecordPrivacy(), seed=7) for rows in (table, [*table, more]))
+    before, after = (dataset(rows).bound_contributions(RecordPrivacy(), seed=7) for rows in (table, [*table, more]))
     assert len(set(kept(before)) ^ set(kept(after))) <= 1
     assert all(len(group) == 1 for group in after.units)
 
@@ -88,17 +88,17 @@ def test_one_row_changes_the_records_that_count_by_one(table: list[Row], more: R
 def test_another_spelling_is_no_other_record() -> None:
     """Of a text that is written in two ways, or has two labels, no record counts; of plain copies one."""
     table = [("a b", "x", ""), ("a  b", "x", ""), ("c", "x", ""), ("c", "x", ""), ("d", "x", ""), ("d", "y", "")]
-    assert kept(holdings(table).bound_contributions(RecordPrivacy(), 7)) == [("c", 0)]
+    assert kept(dataset(table).bound_contributions(RecordPrivacy(), 7)) == [("c", 0)]
 
 
 def test_seeds_choose_differently() -> None:
     table = [(f"text {i}", "x", "p") for i in range(40)]
-    held = holdings(table)
+    held = dataset(table)
     assert len({tuple(held.bound_contributions(PEOPLE, seed).inputs()) for seed in range(20)}) > 10
 
 
 def test_without_a_promise_every_row_is_by_itself() -> None:
-    held = holdings([("a", "x", "1"), ("a", "x", "1")])
+    held = dataset([("a", "x", "1"), ("a", "x", "1")])
     assert held.bound_contributions("none", 7) is held
     assert held.units == [[0], [1]]
 
@@ -112,7 +112,7 @@ def test_spellings_of_one_person() -> None:
 def test_a_person_and_a_text_are_never_the_same() -> None:
     """A patient called 17, and the text 17."""
     table = [("17", "x", "17")]
-    of_records, of_people = (holdings(table).bound_contributions(privacy, 7) for privacy in (RecordPrivacy(), PEOPLE))
+    of_records, of_people = (dataset(table).bound_contributions(privacy, 7) for privacy in (RecordPrivacy(), PEOPLE))
     assert of_records.get_unit_identities() == of_records.identities()
     assert not set(of_people.get_unit_identities()) & set(of_records.get_unit_identities())
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cotune.client.personalization.evaluation import evaluate_site
 from cotune.client.site import Site
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.models.evaluation.predictor import load_finished
 from cotune.plan.load import load_plan
 from tests.support.deployment import bring_back, deployment
@@ -51,7 +51,7 @@ def test_real_run_leaves_each_organization_its_own_model(tmp_path: Path, persona
         site = Site(fed.site(name))
         [model] = (file.parent for file in site.models.glob("*/cotune.json"))
         plan_id = json.loads((model / "cotune.json").read_text(encoding="utf-8"))["plan_id"]
-        kept = site.newest(plan_id, PERSONAL)
+        kept = site.load_newest_state(plan_id, PERSONAL)
         assert kept
         assert agreed.personal.keeps_copy or not kept.keys() & progress.state.keys()
         models[name] = load_file(model / "model.safetensors")

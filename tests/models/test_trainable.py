@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cotune.data.tasks.classes import Batch, example_losses, logits
 from cotune.data.tasks.text import collator, encode
-from cotune.errors import ModelError
 from cotune.models.adapters.lora import merge_adapters
 from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.models.trainable import State, TrainableModel, get_model, strip_prefix
@@ -295,7 +294,7 @@ def test_a_state_is_a_copy(shared: Make) -> None:
 def test_a_state_of_another_model_is_refused(shared: Make, name: str, shape: tuple[int, ...]) -> None:
     model = shared("bert")
     before = everything(model)
-    with pytest.raises(ModelError, match="another plan or model"):
+    with fails_with("model.foreign_state"):
         model.load({"classifier.bias": torch.ones(3), name: torch.ones(shape)})
     assert not changed(before, everything(model))  # nor is half of it taken over
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,6 +34,8 @@ from cotune.protocol.messages import (
     payload_bytes,
     received_digest,
     state_digest,
+    stays_here,
+    write_out,
 )
 from cotune.protocol.version import PROTOCOL
 from cotune.strategies import Update
@@ -528,3 +531,68 @@ def test_what_is_no_receipt(content: RecordDict, sentence: str) -> None:
 def test_texts_bytes_and_lists_count_with_all_that_is_in_them() -> None:
     record = ConfigRecord({"a": "é", "b": b"123", "c": [1, 2], "d": ["xy", "z"], "e": 1.5, "f": b""})
     assert payload_bytes(RecordDict({"r": record})) == 6 + 2 + 3 + 16 + 3 + 8 + 0
+
+
+# --- messages that stay in their process
+
+
+@given(states(), st.sampled_from(get_args(Codec)))
+def test_an_update_that_stays_is_read_as_a_written_one(state: dict[str, Tensor], codec: Codec) -> None:
+    rng = np.random.default_rng(0)
+    assume(all(bool(tensor.isfinite().all()) for tensor in state.values()) or codec == "float32")
+    rounded = {name: round_to(codec, tensor, rng) for name, tensor in state.items()}
+    sent = replace(UPDATE, delta=rounded, statistics=state, disclosures={"loss": 0.5}, noise_variance={"w": 0.25})
+    written = encode_update(sent, "plan", codec=codec)
+    stays = encode_update(sent, "plan", get_salt(written), codec=codec, stays=True)
+    assert stays_here(stays)
+    assert not stays_here(written)
+    assert write_out(stays) == written
+    assert write_out(written) is written
+    assert payload_bytes(stays) == payload_bytes(written)
+    read = decode_update(stays, "plan", codec=codec)
+    expected = decode_update(written, "plan", codec=codec)
+    assert same(dict(read.delta), dict(expected.delta))
+    assert same(dict(read.statistics), dict(expected.statistics))
+    assert replace(read, delta={}, statistics={}) == replace(expected, delta={}, statistics={})
+
+
+@given(states())
+def test_a_request_that_stays_is_read_as_a_written_one(state: dict[str, Tensor]) -> None:
+    recipients = [Recipient("north", 2, "sites/north"), Recipient("south")]
+    for stays, written in zip(
+        encode_requests("{}", 3, state, recipients, state, stays=True),
+        encode_requests("{}", 3, state, recipients, state),
+        strict=True,
+    ):
+        read = decode_request(stays)
+        expected = decode_request(written)
+        assert (read.stays, expected.stays) == (True, False)
+        assert same(dict(read.state), dict(expected.state))
+        assert same(dict(read.sent), dict(expected.sent))
+        assert replace(read, state={}, sent={}, stays=False) == replace(expected, state={}, sent={})
+        assert payload_bytes(stays) == payload_bytes(written)
+
+
+def test_everybody_reads_tensors_of_their_own() -> None:
+    own = {"w": torch.ones(2, 3).t()}
+    (content,) = encode_requests("{}", 1, own, [Recipient("north")], stays=True)
+    first = decode_request(content).state["w"]
+    assert first.is_contiguous()
+    first.zero_()
+    assert torch.equal(decode_request(content).state["w"], torch.ones(3, 2))
+    assert torch.equal(own["w"], torch.ones(3, 2))
+
+
+def test_nothing_that_has_traveled_stays() -> None:
+    """What is not written does not travel: a message that was made to stay is empty elsewhere."""
+    arrived = traveled(encode_update(UPDATE, "plan", stays=True))
+    assert not stays_here(arrived)
+    assert decode_update(arrived, "plan").delta == {}
+
+
+def test_held_tensors_of_another_kind_are_refused_as_written() -> None:
+    for stays in (False, True):
+        with fails_with("run.other_codec"):
+            decode_update(encode_update(replace(UPDATE, delta={"w": torch.ones(2).double()}), "plan", stays=stays), "plan")
+    with fails_with("run.other_codec"):
+        decode_update(encode_update(UPDATE, "plan", stays=True), "plan", codec="int8")

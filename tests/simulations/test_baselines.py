@@ -88,7 +88,7 @@ def test_pooled_baseline_trains_on_all_data_without_privacy(toy_plan: NewPlan, t
     assert baseline.plan.privacy == "none"
     assert {(s.local.optimizer, s.local.batch_size, s.local.steps) for s in baseline.plan.stages} == {("adam", 64, 7)}
     site = Site(folder.path / "baselines" / "pooled" / "site")
-    held = sorted(site.holdings(plan.labels or prepared.plan.labels).inputs())
+    held = sorted(site.dataset(plan.labels or prepared.plan.labels).inputs())
     texts = prepared.records[None].inputs
     assert held == sorted(texts[i] for share in prepared.shares for i in share.rows)
     assert site.ledger().charges() == []  # nothing private, and entered as such

@@ -10,7 +10,7 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 
 from cotune.client.site import Site
-from cotune.privacy.mechanisms.grid_noise import geometric_epsilon
+from cotune.privacy.mechanisms.geometric import geometric_epsilon
 from cotune.simulations.run import simulate
 from tests.support.simulations import NewPlan
 

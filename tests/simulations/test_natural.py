@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.errors import DataError, PlanError
+from cotune.errors import DataError
 from cotune.simulations.prepare import prepare
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
@@ -75,5 +75,5 @@ def test_files_and_a_column_are_two_answers_to_one_question(toy_plan: NewPlan, t
     (tmp_path / "orgs").mkdir()
     for name in ("a", "b"):
         write_csv(tmp_path / "orgs" / f"{name}.csv", sentences(60))
-    with pytest.raises(PlanError, match="one file per organization"):
+    with fails_with("plan.partition"):
         prepare(toy_plan(data={"source": str(tmp_path / "orgs")}, simulation=COLUMN), "cpu")

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from cotune.cli.simulate import show
 from cotune.client.site import Site
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.errors import PlanError
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
@@ -59,7 +59,7 @@ def test_an_exported_model_is_the_common_a_with_the_own_b(finished: Run) -> None
     model.load({})
     base = {name: p.detach().clone() for name, p in model.parameters()}
     for name, exported in own_models(finished).items():
-        own = Site(finished.folder / "sites" / name).recall(folder.plan.plan_id, 3, PERSONAL)
+        own = Site(finished.folder / "sites" / name).load_state(folder.plan.plan_id, 3, PERSONAL)
         for adapter in model.adapters():
             expected = base[adapter.weight] + adapter.scale * own[adapter.b] @ state[adapter.a]
             torch.testing.assert_close(exported[adapter.weight], expected)

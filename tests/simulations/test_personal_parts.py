@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cotune.client.site import Site
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.errors import PlanError
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.schema import Plan
@@ -49,7 +49,7 @@ def test_exported_models_are_the_shared_part_with_the_own(finished: Run) -> None
     exported = own_models(finished.folder)
     assert not torch.equal(exported["org-1"]["classifier.weight"], exported["org-2"]["classifier.weight"])
     for name, tensors in exported.items():
-        own = Site(finished.folder / "sites" / name).recall(folder.plan.plan_id, 3, PERSONAL)
+        own = Site(finished.folder / "sites" / name).load_state(folder.plan.plan_id, 3, PERSONAL)
         assert own.keys() == kept
         assert all(torch.equal(tensors[part], own[part]) for part in kept)
 
@@ -91,7 +91,7 @@ def test_copies_stand_beside_the_common_model(toy_plan: NewPlan, tmp_path: Path,
     folder = RunFolder(result.folder)
     common = load_file(result.folder / "model" / "model.safetensors")
     for name, tensors in own_models(result.folder).items():
-        own = Site(result.folder / "sites" / name).recall(folder.plan.plan_id, 3, PERSONAL)
+        own = Site(result.folder / "sites" / name).load_state(folder.plan.plan_id, 3, PERSONAL)
         assert all(torch.equal(tensors[part], tensor) for part, tensor in own.items())
         assert not torch.equal(tensors["classifier.weight"], common["classifier.weight"])
         card = (result.folder / "sites" / name / "model" / "README.md").read_text(encoding="utf-8")

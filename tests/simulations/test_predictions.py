@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from cotune.client.site import Site
-from cotune.client.training.own_model import load_trained_model
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.own_model import load_trained_model
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs, to_shared, to_taught
 from cotune.errors import CotuneError
 from cotune.plan.parameters import get_plan_model
@@ -49,7 +49,7 @@ def own_scores(folder: RunFolder, name: str) -> torch.Tensor:
     plan = folder.plan
     site = Site(folder.path / "sites" / name)
     model = load_trained_model(plan, site)
-    state = site.newest(plan.plan_id, PERSONAL)
+    state = site.load_newest_state(plan.plan_id, PERSONAL)
     predictions = PublicPredictions(model, read_public_inputs(plan, Path()), plan.model.precision, plan.seed)
     return to_shared(predictions.predict(state, list(state)), plan.public)
 
@@ -138,7 +138,6 @@ def test_noisy_votes_of_teachers_teach_a_student(toy_plan: NewPlan, public: Path
     changes = {
         "public": {"share": "votes", "epochs": 60},
         "strategy": {"weighting": "uniform"},
-        "simulation": {"baselines": ["alone"]},
     }
     plan = plan_of(toy_plan, public, rounds=1, privacy={"epsilon": 100.0, "delta": 1e-3, "pate": pate}, **changes)
     run = simulate(plan, tmp_path / "run", device="cpu")

@@ -198,7 +198,7 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
             "public": None,
         }
         assert site.file.model_dump() == expected
-        assert site.holdings(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
+        assert site.dataset(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
     test = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]
 
@@ -237,7 +237,7 @@ def test_a_rule_that_chance_may_leave_too_few_updates_is_refused(toy_plan: NewPl
         with_(sample_rate=0.5)
     with_(sample_rate=0.999)
     with_(sample_size=2)
-    with pytest.raises(PlanError, match="needs 2 updates in a round, and the plan asks 1 organizations: expected more"):
+    with fails_with("plan.invalid", "2", "1"):
         with_(sample_size=1)
 
 

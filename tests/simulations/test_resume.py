@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.errors import CotuneError, RunError
+from cotune.errors import CotuneError
 from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.ledger import Ledger
@@ -275,7 +275,7 @@ def test_a_base_model_that_has_changed_is_noticed(stopped: Path, tmp_path: Path)
 def test_a_damaged_checkpoint_is_not_passed_over(stopped: Path) -> None:
     checkpoint = stopped / "checkpoints" / "round-00001.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_checkpoint"):
         resume(stopped)
     checkpoint.unlink()
     assert [r["round"] for r in resume(stopped).summary["rounds"]] == [1, 2, 3]

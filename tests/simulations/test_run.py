@@ -8,6 +8,7 @@ import sqlite3
 import statistics
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.run_folder import pick_run_folder
 from cotune.simulations.run import Run, simulate
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.matrix import crossed
 from tests.support.oracle_epsilon import oracle_epsilon
 from tests.support.simulations import COMPARED, NewPlan, final_model, merged, same
@@ -390,9 +392,15 @@ def test_head_then_lora_then_full(toy_plan: NewPlan, tmp_path: Path, kind: str, 
         assert same(final_model(simulate(again, tmp_path / "again", device="cpu").folder), final_model(result.folder))
 
 
-@pytest.mark.parametrize(("kind", "privacy"), crossed(["distilbert", "gpt2", "llama", "qwen2"], PRIVACY))
+@pytest.mark.parametrize(
+    ("kind", "privacy"),
+    [
+        *(("distilbert", "with"), ("llama", "without")),
+        *(pytest.param(*others, marks=pytest.mark.long) for others in product(["gpt2", "qwen2"], PRIVACY)),
+    ],
+)
 def test_full_from_the_start(toy_plan: NewPlan, tmp_path: Path, kind: str, privacy: str) -> None:
-    """Without adapters around the layers."""
+    """Without adapters around the layers. The last stage of the test above trains every architecture in full."""
     local = {**SMALL["local"], "learning_rate": 0.05, "optimizer": "adamw"}
     plan = toy_plan(kind, train="full", rounds=1, privacy=PRIVACY[privacy], local=local, simulation={"baselines": []})
     assert_moved_in_every_stage(simulate(plan, tmp_path / "run", device="cpu"), plan, privacy == "with")
@@ -469,7 +477,7 @@ def test_a_baseline_that_cannot_be_trained_does_not_cost_the_run(toy_plan: NewPl
 
 def test_a_run_that_diverges_ends_with_the_reason(toy_plan: NewPlan, tmp_path: Path) -> None:
     plan = toy_plan(train="full", local={"learning_rate": 1e3, "momentum": 0.99, "steps": 40}, rounds=2)
-    with pytest.raises(RunError, match=r"round [12] got 0 of 2 updates.*(not finite|norm is|expected)"):
+    with fails_with("run.no_quorum"):
         simulate(plan, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -532,8 +540,8 @@ def play_tweets(folder: Path, count: int, **changes: Any) -> dict[str, Any]:
 
 @demo
 def test_real_encoder_is_trained_within_the_budget(tmp_path: Path) -> None:
-    few = {"clients": 2, "min_examples": 20, "baselines": []}
-    summary = play_tweets(tmp_path, 120, rounds=1, model={"max_length": 16}, simulation=few)
+    few = {"clients": 2, "partition": "iid", "min_examples": 20, "baselines": []}
+    summary = play_tweets(tmp_path, 80, rounds=1, model={"max_length": 8}, simulation=few)
     assert [(r["round"], r["dropped"]) for r in summary["rounds"]] == [(1, [])]
 
 

@@ -126,7 +126,7 @@ def test_organizations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_p
     plan = new_plan("image-classification", data={"source": str(tmp_path / "orgs")}, rounds=1)
     result = simulate(plan, tmp_path / "run", device="cpu")
     assert {o["name"] for o in result.summary["organizations"]} == {"east.wing", "west"}
-    site = Site(result.folder / "sites" / "west").holdings(tuple(sorted(COLORS)))
+    site = Site(result.folder / "sites" / "west").dataset(tuple(sorted(COLORS)))
     assert site.task == "image-classification"
     assert len(set(site.identities())) == len(site)
     assert resume(result.folder).summary["test"]["federated"] == result.summary["test"]["federated"]

@@ -97,7 +97,7 @@ def test_a_person_is_in_one_place(plan: Callable[..., Plan], tmp_path: Path, tas
     for share in found.shares:
         held = (
             Site(tmp_path / "run" / "sites" / share.name)
-            .holdings(found.plan.labels)
+            .dataset(found.plan.labels)
             .bound_contributions(found.plan.privacy, found.plan.seed)
         )
         assert len(held.units) == share.units == len(persons(found, share.rows)) <= len(held) <= len(share.rows)

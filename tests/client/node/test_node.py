@@ -29,7 +29,6 @@ from cotune.client.node.node import Node
 from cotune.client.node.serve import run_node
 from cotune.client.node.worker import TrainerDied
 from cotune.client.training.observe import observe_client
-from cotune.errors import DataError, RunError
 from cotune.flower.chunks import Aborted
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, _restore_ttl
 from cotune.flower.fleet_errors import FleetError, NodeRejected, RequestExpired
@@ -462,7 +461,7 @@ def test_two_nodes_for_one_site(tmp_path: Path, key: Path) -> None:
 def test_a_site_that_cannot_be_written(tmp_path: Path, key: Path) -> None:
     (tmp_path / "site.json").write_text("{}", encoding="utf-8")
     (tmp_path / "node").write_text("a file in the way")
-    with pytest.raises(RunError, match=r"node cannot be written \(File exists\): free space, or correct its permissions"):
+    with fails_with("run.not_writable", "node"):
         run_node(tmp_path, "127.0.0.1:1", key=key)
 
 
@@ -474,7 +473,7 @@ def test_an_address_that_is_none(tmp_path: Path, key: Path, address: str) -> Non
 
 
 def test_a_folder_that_is_no_site(tmp_path: Path, key: Path) -> None:
-    with pytest.raises(DataError, match="is not a site: expected a folder with a site.json"):
+    with fails_with("data.not_a_site", "site.json"):
         run_node(tmp_path, "127.0.0.1:1", key=key)
 
 

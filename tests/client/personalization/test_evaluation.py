@@ -73,7 +73,7 @@ def test_an_adapted_model_is_exported_and_nothing_else_changes(received: tuple[P
     card = (done.folder / "README.md").read_text(encoding="utf-8")
     assert "No ε bounds" in card
     opened = open_final_model(site)
-    held = site.holdings(plan.labels)
+    held = site.dataset(plan.labels)
     scores = head_scores(opened.model, done.adapted.head, encoded_features(held, opened.model, {}, "float32"))
     predicted = pipeline("text-classification", str(done.folder), truncation=True)(held.inputs(), top_k=None)
     for each, row in zip(predicted, scores.softmax(dim=1).tolist(), strict=True):

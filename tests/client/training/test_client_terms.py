@@ -16,6 +16,7 @@ from cotune.errors import RunError
 from cotune.models.trainable import State
 from cotune.plan.schema import Plan
 from cotune.privacy.mechanisms import dp_sgd
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -116,7 +117,7 @@ def test_crash_before_the_outbox_keeps_both_sides_in_step(
     assert kept_of(site) == ["round-00001.safetensors"]
     update = train_round(plan, site, 1, state)
     again = train_round(plan, site, 1, state)
-    kept = site.recall(plan.plan_id, 1)
+    kept = site.load_state(plan.plan_id, 1)
     for name, d in update.delta.items():
         torch.testing.assert_close(kept[name], -alpha * d.double(), rtol=1e-12, atol=0)
         assert torch.equal(again.delta[name], d)
@@ -176,6 +177,6 @@ def test_only_an_earlier_round_can_be_the_last_admitted_one(
     site = make_site()
     state = state_for(plan)
     train_round(plan, site, 1, state)
-    with pytest.raises(RunError, match=f"names round {admitted} as the last admitted one: expected an earlier one"):
+    with fails_with("run.wrong_round", str(admitted)):
         train_round(plan, site, 2, state, admitted=admitted)
     assert kept_of(site) == ["round-00001.safetensors"]

@@ -46,7 +46,7 @@ def losses(plan: Plan, site: Site, state: State) -> torch.Tensor:
     """Of every record under the received model, from the whole model at once."""
     model = get_plan_model(plan, "cpu")
     model.load(state)
-    batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.holdings(plan.labels), model))
+    batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.dataset(plan.labels), model))
     with torch.no_grad():
         return example_losses(model.module, batch)
 
@@ -99,7 +99,7 @@ def test_the_noise_is_for_one_records_ceiling(make_plan: MakePlan, make_site: Ma
     policy = tells(local_loss="noised", loss_ceiling=2.0, noise_multiplier=2.0)
     plan = make_plan(privacy={**PRIVATE, "epsilon": 50.0}, strategy=WEIGHTED, rounds=1)
     site = make_site(policy=policy)
-    account = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
+    account = Account(plan, policy, site, site.dataset(plan.labels), generator=np.random.default_rng(0))
     account.reserve = lambda *_: 0  # type: ignore[method-assign]
     account.ledger.settle = lambda *_: None  # type: ignore[method-assign, assignment]
     teller = Disclosures(account)
@@ -117,7 +117,7 @@ def test_clipped_loss_sum_changes_by_the_ceiling_at_most(make_plan: MakePlan, ma
     model = get_plan_model(plan, "cpu")
     state = state_for(plan)
     model.load(state)
-    setting = build_setup(plan, plan.stages[0], model, site.holdings(plan.labels), state, "clinic", expected_batch=8)
+    setting = build_setup(plan, plan.stages[0], model, site.dataset(plan.labels), state, "clinic", expected_batch=8)
     strange = torch.cat([torch.tensor([math.nan, math.inf, 7.0, 0.5]), torch.zeros(56)])
     object.__setattr__(setting, "batches", lambda rows: [(rows, strange)])
     object.__setattr__(setting, "loss", lambda batch: batch)
@@ -147,6 +147,6 @@ def test_a_policy_that_says_none_declines(make_plan: MakePlan, make_site: MakeSi
 def test_a_loss_that_is_not_finite_is_said(make_plan: MakePlan, make_site: MakeSite) -> None:
     plan = make_plan(strategy=WEIGHTED)
     site = make_site()
-    teller = Disclosures(Account(plan, Policy.permissive(), site, site.holdings(plan.labels)))
+    teller = Disclosures(Account(plan, Policy.permissive(), site, site.dataset(plan.labels)))
     with fails_with("run.loss_not_finite"):
         teller.loss(lambda c: c, 60, 1)

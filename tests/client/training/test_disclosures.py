@@ -34,7 +34,7 @@ def tells(**rules: Any) -> Policy:
 def account(make_plan: MakePlan, make_site: MakeSite, policy: Policy, **tables: Any) -> Account:
     plan = make_plan(**{"privacy": PRIVATE, **tables})
     site = make_site(policy=policy)
-    return Account(plan, policy, site, site.holdings(plan.labels))
+    return Account(plan, policy, site, site.dataset(plan.labels))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_public_number(make_plan: MakePlan, make_site: MakeSite, rules: dict
     policy = tells(**rules)
     plan = make_plan(privacy=PRIVATE)
     site = make_site(policy=policy, rows=range(held))
-    mine = Account(plan, policy, site, site.holdings(plan.labels))
+    mine = Account(plan, policy, site, site.dataset(plan.labels))
     assert (mine.public_examples, mine.true_examples) == (told, held)
     assert mine.ledger.charges() == []
 
@@ -88,7 +88,7 @@ def test_a_crash_before_the_number_is_told_counts_as_spent(make_plan: MakePlan, 
     policy = tells(example_count="noised")
     plan = make_plan(privacy=PRIVATE)
     site = make_site(policy=policy)
-    broken = Account(plan, policy, site, site.holdings(plan.labels), generator=Crash(np.random.PCG64()))
+    broken = Account(plan, policy, site, site.dataset(plan.labels), generator=Crash(np.random.PCG64()))
     with pytest.raises(KeyboardInterrupt):
         _ = broken.public_examples
     again = account(make_plan, make_site, policy)
@@ -101,7 +101,7 @@ def test_reported_epsilon_includes_a_number_drawn_later(make_plan: MakePlan, mak
     policy = tells(example_count="noised", noise_multiplier=5.0)
     plan = make_plan(privacy=PRIVATE, rounds=3)
     site = make_site(policy=policy)
-    assert Account(plan, policy, site, site.holdings(plan.labels), round=3).public_examples >= 1
+    assert Account(plan, policy, site, site.dataset(plan.labels), round=3).public_examples >= 1
     stated = train_round(plan, site, 1, state_for(plan)).epsilon
     assert stated is not None
     assert stated >= epsilon(site.ledger().spent(plan.plan_id), 1e-3)
@@ -111,11 +111,11 @@ def test_what_nobody_sees_draws_nothing(make_plan: MakePlan, make_site: MakeSite
     policy = tells(example_count="noised")
     plan = make_plan(privacy=PRIVATE)
     site = make_site(policy=policy)
-    shown = Account(plan, policy, site, site.holdings(plan.labels), draws=False)
+    shown = Account(plan, policy, site, site.dataset(plan.labels), draws=False)
     assert shown.public_examples == 60
     assert not site.ledger_file.exists()
     drawn = account(make_plan, make_site, policy).public_examples
-    assert Account(plan, policy, site, site.holdings(plan.labels), draws=False).public_examples == drawn
+    assert Account(plan, policy, site, site.dataset(plan.labels), draws=False).public_examples == drawn
 
 
 def test_a_total_that_is_spent_tells_no_number(make_plan: MakePlan, make_site: MakeSite) -> None:
@@ -125,7 +125,7 @@ def test_a_total_that_is_spent_tells_no_number(make_plan: MakePlan, make_site: M
 
     def draw(seed: int) -> None:
         plan = make_plan(privacy=PRIVATE, seed=seed)
-        _ = Account(plan, policy, site, site.holdings(plan.labels)).public_examples
+        _ = Account(plan, policy, site, site.dataset(plan.labels)).public_examples
 
     site = make_site(policy=policy)
     draw(0)
@@ -140,7 +140,7 @@ def test_the_noise_is_what_is_charged(make_plan: MakePlan, make_site: MakeSite) 
     policy = tells(local_metrics="noised", noise_multiplier=20.0)
     plan = make_plan(privacy=PRIVATE, disclosures=ASKS)
     site = make_site(policy=policy)
-    mine = Account(plan, policy, site, site.holdings(plan.labels), generator=np.random.default_rng(0))
+    mine = Account(plan, policy, site, site.dataset(plan.labels), generator=np.random.default_rng(0))
     draws = np.array([[*mine.noised([100], 1.0), *mine.noised([100], math.sqrt(2))] for _ in range(4000)])
     assert draws.mean(axis=0) == pytest.approx([100, 100], abs=2.5)
     assert draws.std(axis=0) == pytest.approx([20, 20 * math.sqrt(2)], rel=0.05)

@@ -33,7 +33,7 @@ def test_rounds_with_and_without_kept_data_are_the_same(
     rows = list(reversed(range(40)))
     site = make_site(at="kept", rows=rows)
     kept = [train_round(plan, site, number, state) for number in (1, 2)]
-    assert site.counted(plan) is site.counted(plan)
+    assert site.counted_dataset(plan) is site.counted_dataset(plan)
 
     def copied(*given: Any) -> FeatureRows:
         return FeatureRows.of(find_features(*given).copy())
@@ -56,7 +56,7 @@ def test_changed_records_are_charged_as_other_data(
     state = state_for(plan)
     site = make_site(simulated=simulated)
     train_round(plan, site, 1, state)
-    before = site.counted(plan)
+    before = site.counted_dataset(plan)
     lines = records.read_text(encoding="utf-8").splitlines()
     word = next(word for word in ("the", "is", "very", "it") if f" {word} " in f" {lines[1]} ")
     lines[1] = f" {lines[1]}".replace(f" {word} ", f" {word[::-1]} ", 1)[1:]
@@ -65,7 +65,7 @@ def test_changed_records_are_charged_as_other_data(
     os.utime(records, ns=(time, time))
     train_round(plan, site, 2, state)
     first, second = site.ledger().data_sets()
-    assert len(site.counted(plan)) == len(before)
+    assert len(site.counted_dataset(plan)) == len(before)
     assert second.shares == {first.fingerprint: first.records - 1}
     assert site.ledger().charges()[-1].data == second.fingerprint
 
@@ -77,15 +77,15 @@ def test_kept_data_sets_are_bounded(make_plan: MakePlan, make_site: MakeSite, mo
     monkeypatch.setattr(dataset, "_MAX_HELD", 4)
     sites = [make_site(f"clinic-{number}", rows=range(number, number + 30)) for number in range(4)]
     for site in sites:
-        site.holdings(plan.labels)
+        site.dataset(plan.labels)
     assert sorted(map(len, dataset._kept.sets.values())) == [30, 30, 30]
     small = [make_site(f"small-{number}", rows=range(number, number + 2)) for number in range(6)]
     for site in small:
-        site.holdings(plan.labels)
+        site.dataset(plan.labels)
     assert sorted(map(len, dataset._kept.sets.values())) == [2, 2, 2, 2]
-    everything = make_site("all", rows=range(60)).holdings(plan.labels)
+    everything = make_site("all", rows=range(60)).dataset(plan.labels)
     monkeypatch.setattr(dataset, "_MAX_HELD_ROWS", 10)
-    make_site("none", rows=range(1)).holdings(plan.labels)
+    make_site("none", rows=range(1)).dataset(plan.labels)
     assert len(everything) == 60
     assert dataset._kept.rows == 1
     assert sorted(map(len, dataset._kept.sets.values())) == [1]

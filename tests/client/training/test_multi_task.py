@@ -153,7 +153,7 @@ def test_an_organization_sends_the_heads_that_it_says_it_holds(multi_plan: NewPl
     model = get_plan_model(plan, "cpu")
     model.load({})
     site = Site(tmp_path / "site")
-    assert {label.split("/")[0] for held in site.holdings(plan.labels).held_labels for label in held} == {"length"}
+    assert {label.split("/")[0] for held in site.dataset(plan.labels).held_labels for label in held} == {"length"}
     update = train_round(plan, site, 1, model.state(shared_names(plan, model, 1)))
     assert {name.split(".")[0] for name in update.delta if name.startswith("head_")} == {"head_length"}
     assert any(".lora_B." in name for name in update.delta)

@@ -127,7 +127,7 @@ def gradient_descent(plan: Plan, site: Site, state: State, rates: Callable[[str]
     model = resident_model(plan)
     model.load(state)
     parameters = dict(model.parameters())
-    batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.holdings(plan.labels), model))
+    batch = collator(model.module, model.loaded.reader, model.device)(encoded_examples(site.dataset(plan.labels), model))
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     names = list(state)
@@ -485,9 +485,9 @@ def test_shuffled_and_newly_exported_records_are_the_same_data(
     again = make_site(rows=list(reversed(range(50))))
     run(other, again, state_for(other), range(1, 2))
     assert [d.records for d in again.ledger().data_sets()] == [50]
-    known = len(set(again.holdings(plan.labels).identities()))
+    known = len(set(again.dataset(plan.labels).identities()))
     grown = make_site(rows=range(60))
-    account = Account(other, grown.policy(), grown, grown.holdings(other.labels))
+    account = Account(other, grown.policy(), grown, grown.dataset(other.labels))
     assert account.data != grown.ledger().data_sets()[0].fingerprint
     assert grown.ledger().data_sets()[1].shares == {grown.ledger().data_sets()[0].fingerprint: known}
 
@@ -579,9 +579,9 @@ def test_observers_are_told_of_every_step(
     with observe_client(lambda what, details: told.append((what, details))):
         site = make_site()
         update = train_round(plan, site, 1, state_for(plan))
-    distinct = len(set(site.holdings(plan.labels).inputs()))
+    distinct = len(set(site.dataset(plan.labels).inputs()))
     read = [details for what, details in told if what == "features"]
-    assert {each.pop("source") for each in read} == {records.source for records, _ in site.holdings(plan.labels).parts}
+    assert {each.pop("source") for each in read} == {records.source for records, _ in site.dataset(plan.labels).parts}
     assert {"organization": "clinic", "done": distinct, "total": distinct} in read
     steps = [details for what, details in told if what == "step"]
     assert [(s["organization"], s["round"], s["step"], s["steps"]) for s in steps] == [("clinic", 1, i, 4) for i in range(1, 5)]

@@ -91,7 +91,7 @@ def test_what_a_client_term_keeps_is_of_what_was_sent(make_plan: MakePlan, make_
     update = train_round(plan, site, 1, state, sent=zeros)
     local = plan.stages[0].local
     assert local.steps is not None
-    kept = site.recall(plan.plan_id, 1)
+    kept = site.load_state(plan.plan_id, 1)
     for name, tensor in update.delta.items():
         torch.testing.assert_close(kept[name], -tensor.double() / (local.steps * local.learning_rate))
 

@@ -49,7 +49,7 @@ def test_a_frozen_parameter_must_not_move(model: TrainableModel, thorough: bool)
     watching = guard(model, thorough=thorough)
     frozen = next(name for name, _ in model.parameters() if ".lora_A." in name)
     move(model, frozen, *model.names("lora"))
-    with pytest.raises(RunError, match=frozen) as raised:
+    with fails_with("run.frozen_parameter_changed", frozen) as raised:
         watching.after_step(FIRST)
     assert raised.value.code == "run.frozen_parameter_changed"
 
@@ -72,7 +72,7 @@ def test_a_change_past_the_counters_shows_at_the_end(model: TrainableModel, at_o
     flat = parameter.detach().numpy().reshape(-1)
     flat[-1] = np.nextafter(flat[-1], np.float32(np.inf))
     watching.after_step(FIRST)
-    with pytest.raises(RunError, match=name):
+    with fails_with("run.frozen_parameter_changed", name):
         watching.after_round()
     flat[-1] = np.nextafter(flat[-1], np.float32(-np.inf))
 
@@ -87,11 +87,49 @@ def test_a_buffer_must_not_change(model: TrainableModel) -> None:
     model.module._buffers.pop("running")
 
 
+@pytest.mark.parametrize("change", ["written", "replaced"])
+def test_a_large_buffer_must_not_change(model: TrainableModel, change: str) -> None:
+    """It is watched as frozen parameters are: no checksum is taken of it in the first step."""
+    model.module.register_buffer("map", torch.zeros(2**16 + 1), persistent=False)
+    watching = guard(model, thorough=False)
+    move(model, *model.names("lora"))
+    if change == "written":
+        model.module.get_buffer("map")[1] = 1.0
+    else:
+        model.module._buffers["map"] = torch.zeros(2**16 + 1)
+    with fails_with("run.frozen_parameter_changed", "map"):
+        watching.after_step(FIRST)
+    model.module._buffers.pop("map")
+
+
+def test_a_write_past_the_counters_shows_in_a_large_buffer(model: TrainableModel) -> None:
+    model.module.register_buffer("map", torch.zeros(2**16 + 1), persistent=False)
+    watching = guard(model)
+    move(model, *model.names("lora"))
+    model.module.get_buffer("map").numpy()[1] = 1.0
+    watching.after_step(FIRST)
+    with fails_with("run.frozen_parameter_changed", "map"):
+        watching.after_round()
+    model.module._buffers.pop("map")
+
+
+def test_a_large_buffer_that_pytorch_does_not_count_is_summed(model: TrainableModel) -> None:
+    with torch.inference_mode():
+        model.module.register_buffer("map", torch.zeros(2**16 + 1), persistent=False)
+    watching = guard(model, thorough=False)
+    move(model, *model.names("lora"))
+    with torch.inference_mode():
+        model.module.get_buffer("map")[1] = 1.0
+    with fails_with("run.frozen_parameter_changed", "map"):
+        watching.after_step(FIRST)
+    model.module._buffers.pop("map")
+
+
 def test_under_noise_every_shared_parameter_moves(model: TrainableModel) -> None:
     first, *others = model.names("lora")
     watching = guard(model)
     move(model, *others)
-    with pytest.raises(RunError, match=f"the first step did not move {first}"):
+    with fails_with("run.parameter_not_trained", str(first)):
         watching.after_step(FIRST)
 
 

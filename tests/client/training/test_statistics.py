@@ -35,7 +35,7 @@ def trained(plan: Plan, site: Site, state: State) -> tuple[Update, TrainableMode
     model = get_plan_model(plan, "cpu")
     model.load(apply_delta(state, update.delta))
     collate = collator(model.module, model.loaded.reader, model.device)
-    return update, model, [collate([example]) for example in encoded_examples(site.holdings(plan.labels), model)]
+    return update, model, [collate([example]) for example in encoded_examples(site.dataset(plan.labels), model)]
 
 
 @pytest.mark.parametrize("train", ["head", "lora", "full"])

@@ -24,6 +24,7 @@ from cotune.models.base.load import load_model
 from cotune.models.base.load_checks import make_deterministic
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
+from tests.support.failures import fails_with
 
 LABELS = ("bad", "good", "so")
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -458,7 +459,7 @@ def test_an_adapter_in_place_of_a_model(folder: Path, content: str, named: str) 
 
 
 def test_mean_pooling_is_not_for_token_classification(folder: Path) -> None:
-    with pytest.raises(ModelError, match="model.pooling = mean is not for a token classifier"):
+    with fails_with("model.no_mean_pooling", "model.pooling", "mean", "token"):
         load_model(ModelConfig(base=str(folder), pooling="mean"), LABELS, 1, "token-classification")
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
 from cotune.privacy.auditing.lower_bounds import (
@@ -63,14 +62,14 @@ def test_equal_scores_are_no_evidence() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(PrivacyError, match="a score of the audit is not finite"):
+    with fails_with("privacy.audit_not_finite"):
         evidence(np.array([bad] * 40), np.arange(40) % 2 == 0, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("targets", "share"), [(40, 0.0), (40, 1.0), (10, 0.5)])
 def test_coins_that_show_nothing_are_refused(targets: int, share: float) -> None:
     present = np.arange(targets) < share * targets
-    with pytest.raises(PrivacyError, match=f"an audit of {targets} targets, {present.sum()} of them in, shows nothing"):
+    with fails_with("privacy.audit_too_small", str(targets), str(present.sum())):
         evidence(np.arange(float(targets)), present, np.random.default_rng(0))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cotune.privacy.accounting.composition import Steps, calibrate, deltas, epsilon
 from cotune.privacy.accounting.filters import check_accountants, epsilon_over_runs, renyi
 from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
-from cotune.privacy.mechanisms.grid_noise import add_geometric_noise, geometric_epsilon, geometric_renyi
+from cotune.privacy.mechanisms.geometric import add_geometric_noise, geometric_epsilon, geometric_renyi
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 
 NUMBER = Steps(20.0, 1.0, 1, "geometric")

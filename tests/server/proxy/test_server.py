@@ -482,7 +482,7 @@ def test_a_port_that_is_taken_is_one_sentence(folder: Path, front: Running) -> N
     config = FrontConfig(
         certificates=folder, members=folder.parent / "members.json", superlink_port=1, host="127.0.0.1", port=front.port
     )
-    with pytest.raises(RunError, match=f"port {front.port} of 127.0.0.1 is taken: .* choose another port"):
+    with fails_with("run.port_in_use", str(front.port)):
         enter(config)
 
 

@@ -7,12 +7,14 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from safetensors import safe_open
 
 from cotune.data.metrics.metrics import ClassMetrics
 from cotune.errors import RunError
@@ -240,6 +242,23 @@ def record(request: Request, arrays: Mapping[str, Array] | None = None, **fields
     if arrays is not None:
         content["delta"] = ArrayRecord({**good.array_records["delta"], **arrays})
     return content
+
+
+def test_a_refused_message_that_was_not_written_is_kept_as_one_that_was(new_run: NewRun) -> None:
+    """In process, where tensors stand in the place of arrays."""
+
+    def hostile(request: Request, *, stays: bool) -> RecordDict:
+        return encode_update(update(request, ones(request), examples=0), folder.plan.plan_id, stays=stays)
+
+    found = []
+    for stays in (True, False):
+        folder = new_run("org-1", "org-2", rounds=1)
+        play(folder, {"org-1": lambda request: update(request, ones(request)), "org-2": partial(hostile, stays=stays)})
+        with safe_open(folder.path / "quarantine" / "round-00001-org-2.safetensors", framework="np") as kept:
+            about = json.loads(kept.metadata()["quarantine"])
+            found.append([about["arrays"], about["bytes"], *(len(kept.get_tensor(name)) for name in kept.keys())])  # noqa: SIM118
+    assert found[0] == found[1]
+    assert found[0][1] > 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from cotune.errors import CotuneError
 from cotune.server.deployment.new_run import create_run
 from cotune.server.runs.run_folder import pick_run_folder
 from tests.support.datasets import sentences, write_csv
+from tests.support.failures import fails_with
 from tests.support.federations import founded
 
 Base = Callable[[str], Path]
@@ -79,7 +80,7 @@ def test_what_cannot_be_run_is_refused_before_there_is_a_folder(
 def test_test_records_of_a_class_that_the_plan_lacks_are_refused(tmp_path: Path, base_model: Base) -> None:
     records = write_csv(tmp_path / "test.csv", sentences(37))
     federation = founded(tmp_path / "fed", base_model("bert"), "a", test=records)
-    with pytest.raises(CotuneError, match="holds classes that the plan does not list"):
+    with fails_with("data.unknown_class"):
         create_run(federation, ['labels=["bad", "good"]'])
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from cotune.errors import CotuneError, RunError
+from cotune.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
@@ -99,7 +99,7 @@ def test_a_plan_that_is_not_valid_any_more_is_named(new_run: NewRun) -> None:
     folder = new_run().path
     with (folder / "plan.toml").open("a") as stream:
         stream.write("\n[privat]\nepsilon = 1\n")
-    with pytest.raises(CotuneError, match="privat"):
+    with fails_with("plan.invalid", "privat"):
         RunFolder(folder)
 
 
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_plan_is_refused(new_run: NewRun) -> None:
     (folder.path / "checkpoints").mkdir()
     name = "checkpoints/round-00001.safetensors"
     (folder.path / name).write_bytes((other.path / name).read_bytes())
-    with pytest.raises(RunError, match=f"belongs to another plan: expected {folder.plan.plan_id[:12]}"):
+    with fails_with("run.foreign_checkpoint", folder.plan.plan_id[:12]):
         folder.load()
 
 

@@ -156,13 +156,13 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
     plan = prepared.plan
     share = prepared.shares[0]
-    holdings = Dataset(((prepared.records[None], share.rows),), plan.labels)
+    dataset = Dataset(((prepared.records[None], share.rows),), plan.labels)
     model = get_plan_model(plan, "cpu")
     stage = plan.stages[0]
     model.load({})
     names = model.names(stage.mode)
     parameters = model.train_only(names)
-    setting = audited_training.build_setup(plan, stage, model, holdings, {}, share.name, expected_batch=8)
+    setting = audited_training.build_setup(plan, stage, model, dataset, {}, share.name, expected_batch=8)
     before = model.state(names)
     generator = torch.Generator().manual_seed(0)
     delta = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in before.items()}
@@ -173,7 +173,7 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     assert plan.privacy != "none"
     targets = audited_training.Targets(np.zeros(0, bool), np.array([0, 3, 7]), np.ones(3, bool))
     training = audited_training.AuditedTraining(
-        plan, plan.privacy, holdings, share.name, targets, 1.0, model, 0.01, len(holdings.units)
+        plan, plan.privacy, dataset, share.name, targets, 1.0, model, 0.01, len(dataset.units)
     )
     found = training._alignment(setting, dict(zip(names, parameters, strict=True)), before, delta)
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)

@@ -296,7 +296,7 @@ def test_plans_among_which_nothing_can_be_chosen_privately(
 
 def test_plans_on_other_records_are_refused(private_plan: Path, tmp_path: Path) -> None:
     files = [str(write_csv(tmp_path / f"{seed}.csv", sentences(240, seed=seed))) for seed in (1, 2)]
-    with pytest.raises(PlanError, match="are tested on different records"):
+    with fails_with("plan.not_selectable"):
         selected(private_plan, tmp_path / "out", Variation("data", tuple(files)))
 
 

@@ -13,6 +13,7 @@ import pytest
 from cotune.errors import RunError
 from cotune.server.deployment.execution import supervised_process as module
 from cotune.server.deployment.execution.supervised_process import SupervisedProcess, running, stop
+from tests.support.failures import fails_with
 
 NewChild = Callable[..., SupervisedProcess]
 
@@ -187,5 +188,5 @@ def test_a_long_log_starts_again(new_child: NewChild, tmp_path: Path, monkeypatc
 
 
 def test_what_cannot_be_started_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"^the worker cannot be started \(.*nowhere.*\): check the permissions"):
+    with fails_with("run.process_not_started", "worker", "nowhere"):
         SupervisedProcess("worker", ["/nowhere"], tmp_path / "worker.log", {}, print).poll()

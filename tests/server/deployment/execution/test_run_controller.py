@@ -347,5 +347,5 @@ def test_one_process_at_a_time_follows_a_federation(federation: FederationFolder
 
 def test_a_damaged_ticket_is_said(run: RunFolder) -> None:
     (run.path / "superlink.json").write_text("{")
-    with pytest.raises(RunError, match=r"superlink.json is damaged .* remove it"):
+    with fails_with("run.damaged_document", "superlink.json"):
         submit(run, FakeSuperLink(), PACE)

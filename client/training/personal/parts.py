@@ -46,7 +46,7 @@ class PersonalParameters:
         self.admitted = admitted
         self.shared = shared_names(plan, model, round)
         self.names = personal_names(plan, model, round)
-        self.kept = site.recall(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}
+        self.kept = site.load_state(plan.plan_id, admitted, PERSONAL) if self.names and admitted else {}
         self._check_kept()
 
     def join(self, state: State) -> State:
@@ -77,7 +77,7 @@ class PersonalParameters:
         """Keep the personal parameters after training, before the update is finished."""
         if self.names:
             own = {**self.kept, **self.model.state(self._trained())}
-            self.site.remember(self.plan.plan_id, self.round, own, PERSONAL, since=self.admitted)
+            self.site.store_state(self.plan.plan_id, self.round, own, PERSONAL, since=self.admitted)
 
     def _trained(self) -> list[str]:
         """Those that this round trains: others are kept as they are."""

@@ -15,7 +15,7 @@ from cotune.client.egress_guard import EgressBlocked, check_update
 from cotune.client.policy_check import check_plan
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.client.training.own_model import OwnModel, load_trained_model
+from cotune.client.training.personal.own_model import OwnModel, load_trained_model
 from cotune.client.training.round import train_round
 from cotune.ensembles.public_inputs import pin_public, to_taught
 from cotune.errors import CotuneError, Declined
@@ -118,7 +118,7 @@ def test_own_model_goes_on_from_the_admitted_round(plan: Plan, site: Site) -> No
     model.load({})
     kept = OwnModel(plan, site, model, 3, 1).kept
     assert kept
-    assert all(torch.equal(kept[name], tensor) for name, tensor in site.recall(plan.plan_id, 1, "personal").items())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in site.load_state(plan.plan_id, 1, "personal").items())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.personal import PersonalParameters
+from cotune.client.training.personal.parts import PersonalParameters
 from cotune.data.config import TaskName
 from cotune.data.types import Input
 from cotune.ensembles.public_inputs import PublicPredictions, learning_config, read_inputs, to_shared, to_taught

@@ -11,7 +11,7 @@ import torch
 from cotune.client.site import Site
 from cotune.client.training.context import LocalContext
 from cotune.client.training.gradient_checks import check_gradients
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.client.training.preparation import prepare_round
 from cotune.client.training.round import train_round
 from cotune.client.training.setup import synthetic_setup
@@ -48,7 +48,7 @@ def test_a_travels_and_the_rest_stays(make_plan: MakePlan, make_site: MakeSite, 
     model = get_plan_model(plan, "cpu")
     assert update.delta
     assert all(".lora_A." in name for name in update.delta)
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     assert kept.keys() | update.delta.keys() == set(trained_names(plan, model, 1))
     assert {"classifier.weight", "classifier.bias"} <= kept.keys()
     after = model.state(kept)
@@ -64,7 +64,7 @@ def test_alone_it_makes_no_difference_what_is_shared(make_plan: MakePlan, make_s
         state = base_state(plan)
         for round in (1, 2, 3):
             state = apply_delta(state, train_round(plan, site, round, state, admitted=round - 1).delta)
-        own = site.recall(plan.plan_id, 3, PERSONAL) if keep == "b" else {}
+        own = site.load_state(plan.plan_id, 3, PERSONAL) if keep == "b" else {}
         models.append({**state, **own})
     assert models[0].keys() == models[1].keys()
     for name, tensor in models[0].items():
@@ -100,15 +100,15 @@ def test_another_organizations_part_is_never_used(make_plan: MakePlan, make_site
 def test_looking_at_the_newest_part_leaves_those_before(make_site: MakeSite) -> None:
     """A simulation looks after a round whose update may not have been admitted."""
     site = make_site()
-    assert site.newest("plan", PERSONAL) == {}
+    assert site.load_newest_state("plan", PERSONAL) == {}
     for round in (9, 10):
-        site.remember("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL, since=round)
-    assert site.newest("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
-    assert site.recall("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
-    assert site.newest("plan") == {}  # what a client term keeps is apart
-    site.recall("plan", 10, PERSONAL)
-    with pytest.raises(RunError, match="cannot be read"):
-        site.recall("plan", 9, PERSONAL)
+        site.store_state("plan", round, {"b": torch.full((2,), float(round))}, PERSONAL, since=round)
+    assert site.load_newest_state("plan", PERSONAL)["b"].tolist() == [10.0, 10.0]
+    assert site.load_state("plan", 9, PERSONAL)["b"].tolist() == [9.0, 9.0]
+    assert site.load_newest_state("plan") == {}  # what a client term keeps is apart
+    site.load_state("plan", 10, PERSONAL)
+    with fails_with("run.lost_state"):
+        site.load_state("plan", 9, PERSONAL)
 
 
 def test_a_lost_part_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
@@ -133,7 +133,7 @@ def test_named_parts_stay_and_the_rest_travels(make_plan: MakePlan, make_site: M
     site = make_site()
     update = train_round(plan, site, 1, base_state(plan))
     model = get_plan_model(plan, "cpu")
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     trained = set(trained_names(plan, model, 1))
     assert kept.keys() | update.delta.keys() == trained
     assert not kept.keys() & update.delta.keys()
@@ -162,14 +162,14 @@ def test_another_content_of_the_kept_file_is_refused(make_plan: MakePlan, make_s
     state = base_state(plan)
     train_round(plan, site, 1, state)
     charges = len(site.ledger().charges())
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     broken = {
         "foreign": {**kept, next(iter(state)): torch.zeros(next(iter(state.values())).shape)},
         "shape": {**kept, "classifier.bias": torch.zeros(7)},
         "not finite": {**kept, "classifier.bias": kept["classifier.bias"] + float("nan")},
     }
     for content in broken.values():
-        site.remember(plan.plan_id, 1, content, PERSONAL)
+        site.store_state(plan.plan_id, 1, content, PERSONAL)
         with pytest.raises(RunError) as refused:
             train_round(plan, site, 2, state, admitted=1)
         assert refused.value.code == "run.lost_state"
@@ -188,7 +188,7 @@ def test_own_adapter_stays_and_the_shared_one_travels(make_plan: MakePlan, make_
     plan = adapter_plan(make_plan, privacy=privacy)
     site = make_site()
     update = train_round(plan, site, 1, base_state(plan))
-    kept = site.recall(plan.plan_id, 1, PERSONAL)
+    kept = site.load_state(plan.plan_id, 1, PERSONAL)
     assert kept.keys() == {n.replace(".default.", ".own.") for n in update.delta if ".lora_" in n}
     assert all(bool(tensor.any()) for name, tensor in kept.items() if ".lora_B." in name)
     assert {"classifier.weight", "classifier.bias"} <= update.delta.keys()
@@ -249,7 +249,7 @@ def test_own_part_is_trained_first_and_then_held(make_plan: MakePlan, make_site:
     state = base_state(plan)
     update = train_round(plan, site, 1, state)
     assert update.steps == 3
-    head = site.recall(plan.plan_id, 1, PERSONAL)
+    head = site.load_state(plan.plan_id, 1, PERSONAL)
     model = get_plan_model(plan, "cpu")
     model.load({**state, **head})
     setup_plan = make_plan(train="lora", local=local)

@@ -11,8 +11,8 @@ import torch
 from cotune.client.policy_check import find_violations
 from cotune.client.site import Site
 from cotune.client.training import own_copy
-from cotune.client.training.own_copy import open_personal
-from cotune.client.training.personal import PERSONAL
+from cotune.client.training.personal.own_copy import open_personal
+from cotune.client.training.personal.parts import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import PlanError
 from cotune.models.trainable import State
@@ -20,6 +20,7 @@ from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.strategies.types import apply_delta
+from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
@@ -34,7 +35,7 @@ def base_state(plan: Plan) -> State:
 
 
 def copy_of(plan: Plan, site: Site, round: int) -> State:
-    return site.recall(plan.plan_id, round, PERSONAL)
+    return site.load_state(plan.plan_id, round, PERSONAL)
 
 
 @pytest.mark.parametrize("mode", ["head", "lora"])
@@ -137,7 +138,7 @@ def test_policy_allows_a_copy_without_noise_or_declines_it(make_plan: MakePlan) 
 )
 def test_parameters_read_by_shared_gradients_need_noise(make_plan: MakePlan, personal: dict[str, Any]) -> None:
     """See tests/privacy/mechanisms/test_personal_leak.py for what would leak."""
-    with pytest.raises(PlanError, match=r"personal\.noise = false") as refused:
+    with fails_with("plan.invalid", "personal.noise") as refused:
         make_plan(train="lora", personal=personal, privacy=PRIVATE)
     assert refused.value.code == "plan.invalid"
     make_plan(train="lora", personal=personal)  # without privacy there is nothing to keep

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cotune.client.site import Site
 from cotune.client.training.extensions import adding_to_gradients
-from cotune.client.training.personal import PERSONAL, PersonalParameters
+from cotune.client.training.personal.parts import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names
 from cotune.plan.personal import PersonalConfig
@@ -69,7 +69,7 @@ class OwnCopy(PersonalParameters):
 
     def keep(self) -> None:
         """Keep the copy after training, before the update is finished."""
-        self.site.remember(self.plan.plan_id, self.round, self.kept, PERSONAL, since=self.admitted)
+        self.site.store_state(self.plan.plan_id, self.round, self.kept, PERSONAL, since=self.admitted)
 
 
 class FollowedCopy(OwnCopy):
