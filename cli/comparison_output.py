@@ -54,6 +54,7 @@ class Grid:
 
     @property
     def variations(self) -> list[Variation]:
+        """The parsed values of --vary."""
         return [parse_variation(each) for each in self.vary]
 
     @property
@@ -180,7 +181,13 @@ def _spent(row: Combination) -> str:
 
 
 def show_selected(console: Console, found: Selected, folder: Path) -> None:
-    """The table at the end, and what it promises."""
+    """Print the selected plan with its test metrics and ε, and what that promises.
+
+    Args:
+        console: To print to.
+        found: The result of the selection.
+        folder: Of the selection.
+    """
 
     table = Table(header_style="bold", pad_edge=False, box=None)
     for key in found.settings:

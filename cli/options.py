@@ -83,7 +83,16 @@ class RecordOptions:
 
 
 def parse_choice(option: str, value: str, known: Sequence[Choice]) -> Choice:
-    """Return the known value that an option names. Raises BadParameter."""
+    """Return the known value that an option names.
+
+    Args:
+        option: Such as "--engine", for the error.
+        value: As given.
+        known: Valid values.
+
+    Raises:
+        BadParameter: If the value is not among them.
+    """
     for each in known:
         if each == value:
             return each

@@ -256,10 +256,15 @@ _NO_TAG = "O"
 
 
 def evaluate_classifier(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
-    """Return how good a model is on records, as plain values.
+    """Evaluate a model on labeled records, and return the metrics as plain values.
+
+    Args:
+        predictor: The model.
+        records: Labeled records.
+        threshold: Of one class; None: predict the most probable class.
 
     Raises:
-        DataError: For classes that the model does not have.
+        DataError: If the records have classes that the model does not have.
     """
     truth = class_numbers(records.labels, predictor.labels, records.source)
     rows = predictor.probabilities(records.inputs)
@@ -282,7 +287,16 @@ def evaluate_classifier(predictor: Classifier, records: Records, threshold: Thre
 
 
 def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) -> list[NDArray[np.int64]]:
-    """Return the class number of each record, or those of its tags. Raises DataError for a class that is not known."""
+    """Return the class number of each record, or those of its tags.
+
+    Args:
+        labels: Of each record.
+        known: The model's classes.
+        source: Of the records, for the error.
+
+    Raises:
+        DataError: If a class is not known.
+    """
     number = {label: i for i, label in enumerate(known)}
     strange = sorted({name for label in labels for name in class_names_in(label)} - number.keys())
     if strange:

@@ -78,10 +78,15 @@ def import_auditing() -> ModuleType:
 
 
 def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> Evidence:
-    """Turn scores into guesses: the upper half "in", the lower half "out", the surer the farther from the middle.
+    """Turn scores into guesses: "in" for the upper half, "out" for the lower half, surer the farther from the middle.
 
-    scores: (m,), larger for targets that seem to have been in; present: (m,), the coins. Equal scores are ordered at random.
-    Raises PrivacyError for scores that are not finite, and for coins that all fell alike.
+    Args:
+        scores: (m,), larger for targets that are more likely to have been in.
+        present: (m,), whether each target was in.
+        generator: Orders equal scores at random.
+
+    Raises:
+        PrivacyError: If a score is not finite, or all targets were in, or all out.
     """
     if not np.isfinite(scores).all():
         raise PrivacyError(
@@ -116,9 +121,12 @@ def _numbers(targets: int) -> list[int]:
 
 
 def lower_bound_any(found: Evidence, delta: float, error: float) -> float:
-    """The largest ε for which (ε, δ)-DP is refuted, whatever the mechanism; at least 0.
+    """Return the largest ε for which (ε, δ)-DP is refuted, whatever the mechanism; at least 0.
 
-    error: the probability, at most, with which the bound is above the true ε.
+    Args:
+        found: The guesses.
+        delta: δ.
+        error: Largest probability with which the bound may exceed the true ε.
     """
     auditing = import_auditing()
     each = error / len(found.guesses)
@@ -138,10 +146,16 @@ def lower_bound_any(found: Evidence, delta: float, error: float) -> float:
 
 
 def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> float:
-    """ε at δ of these steps with the least noise that is refuted: the claim's own trade-off curves; at least 0.
+    """Return ε at δ of these steps with the smallest noise whose trade-off curve is refuted; at least 0.
 
-    Above the claim exactly when the claimed curve itself is refuted. error: as in `lower_bound_any`. A run with hardly any noise
-    is answered with the ε of σ = 0.3, or of the claimed σ where that is less: the accountant does not go below.
+    It exceeds the claimed ε exactly if the claimed curve itself is refuted. For a run with hardly any noise, the result is ε for
+    σ = 0.3, or for the claimed σ if that is smaller, as the accountant does not support less.
+
+    Args:
+        found: The guesses.
+        steps: As claimed.
+        delta: δ.
+        error: Largest probability with which the bound may exceed the true ε.
     """
     each = error / len(found.guesses)
 
