@@ -78,6 +78,7 @@ class Declined(PrivacyError):
 
     @property
     def public(self) -> str:
+        """The sentence for others, which names only the rule."""
         return f"declined: its rule {self.rule} does not allow this plan"
 
 

@@ -1,8 +1,8 @@
-"""The Flower ClientApp: answers a request to train with an update, or says why not. It runs only what is installed here.
+"""The Flower ClientApp: it answers a request to train with an update or a refusal, and runs only code that is installed here.
 
-Every request is checked first for who approved its plan and for what it may hold (node/request_limits.py). Every answer is
-checked once more (egress_guard.py), and entered in the organization's own log of what it has sent (audit_log.py). At the end
-every organization is given the finished model, which is stored in its site as a Hugging Face folder.
+For every request, the approval of its plan and its content are checked first (node/request_limits.py). Every answer is checked
+again before it leaves (egress_guard.py), and entered in the organization's audit log (audit_log.py). At the end, every
+organization receives the final model, which is stored in its site as a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, conten
 
 _log = logging.getLogger(__name__)
 _CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}
-_MAX_NAMES = 50  # of what was disclosed, in a line of the log
+_MAX_NAMES = 50  # of disclosures, in a line of the log
 
 app = ClientApp()
 
@@ -62,7 +62,7 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Store the finished model. The answer is a receipt, and no figure."""
+    """Store the final model. The answer is a receipt without any metrics."""
     return _handle(message, context, FINISHED, _receipt)
 
 
@@ -71,8 +71,12 @@ class _Exchange:
     """What is known of a request so far.
 
     Attributes:
-        server: Who asks, as the log names it.
-        signed: The signed request; None at a simulated organization, which is asked without signatures.
+        server: The server's name in the log.
+        request: The request, once it is decoded.
+        plan: Its plan, once it is read.
+        site: The organization's site.
+        log: The site's audit log; None at a simulated organization.
+        signed: The signed request; None at a simulated organization, whose requests are not signed.
     """
 
     server: str
@@ -80,15 +84,15 @@ class _Exchange:
     plan: Plan | None = None
     site: Site | None = None
     log: AuditLog | None = None
-    signed: SignedRequest | None = None  # by a real server; a simulated organization is exchange without
+    signed: SignedRequest | None = None  # None in simulations
 
 
-_Answer = tuple[str, RecordDict, dict[str, Any]]  # what it is, its content, and what the log says about it
+_Answer = tuple[str, RecordDict, dict[str, Any]]  # (kind, content, fields of its log entry)
 _Work = Callable[[Request, Plan, Site, SignedRequest | None], _Answer]
 
 
 def _handle(message: Message, context: Context, kind: str, work: _Work) -> Message:
-    """Handle a request. A failure is answered, not raised: the text of an exception may hold data, and would go to the server."""
+    """Handle a request. A failure is answered, not raised: an exception's text may contain data, and would reach the server."""
     exchange = _Exchange(str(context.node_config.get("server") or ""))
     try:
         exchange.log = _log_of(context)
@@ -118,7 +122,7 @@ def _handle(message: Message, context: Context, kind: str, work: _Work) -> Messa
 
 
 def _check_signed(exchange: _Exchange, kind: str) -> None:
-    """Whether the header is the one that was signed, before an array is read. Raises RunError."""
+    """Check before any array is read that the header is the signed one; raises RunError if it is not."""
     if exchange.signed is not None and exchange.log is not None:
         assert exchange.request is not None
         assert exchange.plan is not None
@@ -126,7 +130,7 @@ def _check_signed(exchange: _Exchange, kind: str) -> None:
 
 
 def _accept(exchange: _Exchange) -> None:
-    """Enters a request whose arrays are those that were signed, and that the site's limits allow. Raises RunError, Declined."""
+    """Check the arrays against the signature and the site's limits, and log the request; raises RunError or Declined."""
     if exchange.signed is None or exchange.log is None:
         return
     assert exchange.request is not None
@@ -143,7 +147,7 @@ def _accept(exchange: _Exchange) -> None:
 
 
 def _report_strikes(statement: RequestStatement, plan: Plan | None) -> None:
-    """What the server says of earlier updates, in the organization's own log: or only the coordinator would know."""
+    """Log what the server states about earlier updates, which only the coordinator would know otherwise."""
     if not statement.strikes:
         return
     most = plan.server.strikes if plan is not None else 0
@@ -157,7 +161,7 @@ def _report_strikes(statement: RequestStatement, plan: Plan | None) -> None:
 
 
 def _countersigned(exchange: _Exchange, what: str, content: RecordDict) -> dict[str, Any]:
-    """Signs an answer, and returns what the log says of that; a simulated organization signs nothing."""
+    """Sign an answer, and return the fields of its log entry; a simulated organization signs nothing."""
     digest = content_digest(content) if exchange.log is not None else ""
     if exchange.signed is None or exchange.site is None:
         return {"sha256": digest}
@@ -195,7 +199,7 @@ def _receipt(request: Request, plan: Plan, site: Site, signed: SignedRequest | N
 
 
 def _site(request: Request, context: Context) -> Site:
-    """The organization's own folder: given by its node; only under Flower's simulation engines by the request."""
+    """Return the organization's site: the node names it; the request does so only under Flower's simulation engines."""
     given = context.node_config.get("site")
     simulated = "partition-id" in context.node_config
     if given is None and not (simulated and request.site):
@@ -215,7 +219,7 @@ def _site(request: Request, context: Context) -> Site:
 
 
 def _log_of(context: Context) -> AuditLog | None:
-    """Of the node's own site, whatever the request says; a simulated organization keeps none."""
+    """Return the audit log of the node's own site, whatever the request names; None at a simulated organization."""
     given = context.node_config.get("site")
     site = None if given is None else Site(Path(str(given)))
     return None if site is None or site.file.simulated else AuditLog(site.folder)
@@ -236,7 +240,7 @@ def _refusal(message: Message, exchange: _Exchange, error: Exception, detail: st
 
 
 def _signed_refusal(said: str, exchange: _Exchange) -> tuple[str, dict[str, str]]:
-    """What is sent, and what the log says of the signature; without one where the request is nobody's, or for another."""
+    """Return (the text to send, fields of its log entry); not signed if the request is unsigned or for another organization."""
     if exchange.signed is None or exchange.site is None or exchange.signed.statement.recipient != exchange.site.organization:
         return said, {}
     try:
@@ -256,7 +260,7 @@ def _public_message(error: Exception) -> str:
 
 
 def _log_entry(exchange: _Exchange, what: str, **about: Any) -> None:
-    """In the log of what was sent."""
+    """Add an entry to the audit log, if there is one."""
     if exchange.log is None:
         return
     if exchange.plan is not None:

@@ -1,7 +1,7 @@
-"""The plans that a site has approved, and those that wait for a person to approve them.
+"""The plans that a site has approved, and those that await the approval of a person.
 
-A plan is kept as canonical JSON, plans/<plan id>.json in the site; approved.jsonl says which were approved, when, and by which
-command.
+A plan is stored as canonical JSON, plans/<plan id>.json in the site; approved.jsonl records which were approved, when, and by
+which command.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cotune.privacy.policy import Policy
 from cotune.storage.files import atomic_write, exclusive_lock
 from cotune.storage.json_documents import parse_json
 
-_MAX_PENDING = 20  # plans that nobody here has asked for: a server must not fill the disk with them
+_MAX_PENDING = 20  # pending plans, so that a server cannot fill the disk with them
 _MAX_CHARACTERS = 1_000_000
 
 
 class Approvals:
-    """The plans that a site has approved, and those that wait for it.
+    """The plans that a site has approved, and those that await approval.
 
-    They are read again by every call: one process approves, and another one asks.
+    Every call reads the files, as one process approves plans and another one checks them.
     """
 
     def __init__(self, site: Site) -> None:
@@ -34,12 +34,12 @@ class Approvals:
         self._approved = site.approved_plans
 
     def check(self, plan: Plan, policy: Policy) -> None:
-        """Check that somebody here has approved the plan; keep it to be looked at if not.
+        """Check that a person has approved the plan; if not, store it for inspection.
 
-        A simulated organization has nobody to ask: those who simulate it have chosen the plan.
+        A simulated organization needs no approval: whoever simulates it has chosen the plan.
 
         Raises:
-            Declined: Nobody has approved it.
+            Declined: If the plan is not approved.
         """
         if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
             return
@@ -48,10 +48,11 @@ class Approvals:
         raise Declined("training.approval", f"nobody has approved the plan {plan.name}; look at it and approve it by `{command}`")
 
     def approve(self, plan: Plan, how: str) -> None:
-        """Approve a plan, durably; one that is approved already stays as it is.
+        """Approve a plan durably; approving it again changes nothing.
 
         Args:
-            how: The command that approves it.
+            plan: The plan.
+            how: The command that approves it, for the record.
         """
         with exclusive_lock(self.site.approval_lock):
             if plan.plan_id in self.ids():
@@ -62,7 +63,7 @@ class Approvals:
             atomic_write(self._approved, before + json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def ids(self) -> list[str]:
-        """Return the ids of the approved plans, in the order of their approval. Raises RunError for a damaged file."""
+        """Return the ids of the approved plans in the order of their approval; raises RunError if the file is damaged."""
         try:
             lines = self._approved.read_text(encoding="utf-8").splitlines()
             return [str(parse_json(line)["plan_id"]) for line in lines]
@@ -76,20 +77,20 @@ class Approvals:
             ) from None
 
     def pending(self) -> list[Plan]:
-        """Return the plans that came and were not approved, in the order of their ids."""
+        """Return the plans that await approval, in the order of their ids."""
         approved = set(self.ids())
         return [self._read(file) for file in sorted(self._plans.glob("*.json")) if file.stem not in approved]
 
     def last(self) -> Plan | None:
-        """Return the plan that was approved last, if it is still here."""
+        """Return the plan that was approved last; None if there is none, or its file was removed."""
         ids = self.ids()
         return self._read(self._file(ids[-1])) if ids and self._file(ids[-1]).exists() else None
 
     def find(self, prefix: str = "") -> Plan:
-        """Return the plan whose id begins with a prefix; without one, the only pending plan.
+        """Return the plan whose id begins with a prefix; without a prefix, the only pending plan.
 
         Raises:
-            RunError: There is none, or several.
+            RunError: If there is none, or more than one.
         """
         approved = set(self.ids())
         wanted = [

@@ -1,7 +1,7 @@
-"""What an organization was asked for and what it has sent, entry by entry, on its own disk before it leaves: site/audit.jsonl.
+"""The log of an organization's requests and replies, written to its own disk before a reply leaves: site/audit.jsonl.
 
-A request is entered as it was signed, before anything is done for it: it proves what the server has asked for. The log may hold
-more than arrived: what was handed over may have been lost on its way.
+A request is entered with its signature before it is processed, which proves what the server has asked for. The log may contain
+replies that never arrived, as they may have been lost in transfer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cotune.client.site_folder import SitePaths
 from cotune.protocol.messages import payload_bytes
 from cotune.storage.append_only_log import LineLog
 
-# characters of a value, and of one in a list: a server may choose much of it
+# characters of a value, and of one in a list, as a server chooses many of them
 _MAX_TEXT_LENGTH = 1000
 _MAX_ITEM_LENGTH = 100
-_SIGNED = ("statement", "refused")  # truncated, they would prove nothing, and none is longer than Statement.parse allows
+_SIGNED = ("statement", "refused")  # never truncated, as they would prove nothing; Statement.parse bounds their length
 
 
 class AuditLog(LineLog):
@@ -29,20 +29,20 @@ class AuditLog(LineLog):
 
     @classmethod
     def at(cls, file: Path) -> AuditLog:
-        """Open a copy of a log, wherever it is."""
+        """Open a log at any path, such as a copy."""
         log = cls(file.parent)
         log.file = file
         return log
 
     def append(self, what: str, **fields: Any) -> None:
-        """Append an entry with its texts truncated; when this returns, it survives a power cut.
+        """Append an entry durably, with long texts truncated.
 
         Args:
             what: "request", "update", "refusal", "receipt", "blocked" or "keys".
-            fields: Plain values.
+            **fields: Plain values.
 
         Raises:
-            RunError: The log cannot be written, or the entry is too long even so.
+            RunError: If the log cannot be written, or the entry is still too long.
         """
         super().append(what, **{name: value if name in _SIGNED else _truncated(value) for name, value in fields.items()})
 
@@ -54,5 +54,5 @@ def _truncated(value: Any, length: int = _MAX_TEXT_LENGTH) -> Any:
 
 
 def record_sizes(content: RecordDict) -> dict[str, int]:
-    """Return how many bytes the names and values of each record have, before Flower's own framing."""
+    """Return record -> size of its names and values in bytes, before Flower's framing."""
     return {name: payload_bytes(RecordDict({name: record})) for name, record in content.items()}

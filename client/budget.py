@@ -1,4 +1,4 @@
-"""How much noise an organization adds, so that all rounds of a plan stay within its budget, and all plans within its total."""
+"""Choose the noise such that all rounds of a plan stay within an organization's budget, and all plans within its total."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _TOLERANCE = 1e-3  # relative, of a noise multiplier
 
 @dataclass(frozen=True)
 class Total:
-    """The limit of a run and all others that count with it.
+    """The limit of a run together with all other runs on the same collections.
 
     Attributes:
         plan_id: Of the run.
-        epsilon: What all may spend, at `delta`.
-        histories: Of every collection that the run's charges concern, with the charges so far; empty: nothing was ever charged.
+        epsilon: Limit of the total ε, at `delta`.
+        delta: δ of the total.
+        histories: Charges so far of each collection that the run's charges concern; empty: nothing was charged yet.
     """
 
     plan_id: str
@@ -40,22 +41,22 @@ class Total:
         return any(name != self.plan_id for history in self.histories for name in history.runs)
 
     def after(self, steps: Sequence[Steps]) -> float:
-        """Return the ε that further steps of the run would bring the most burdened of these collections to."""
+        """Return the largest total ε of these collections after further steps of the run."""
         return max(
             history.compute_epsilon(self.epsilon, min(self.delta, history.delta), self.plan_id, steps)
             for history in self.histories or [History("", {})]
         )
 
     def is_within(self, planned: Sequence[Steps], spent: Sequence[Steps], to_come: Sequence[Steps]) -> bool:
-        """Return whether all rounds go as planned, and the plan as a whole fits into the total.
+        """Return whether the run has kept to its plan so far, and the plan as a whole fits into the total.
 
-        Then ε needs no composition for the round, whose steps to come are others every time: a part of the planned steps has no
-        larger ε than all of them, for which σ was calibrated.
+        If so, ε need not be composed again in each round: a part of the planned steps has no larger ε than all of them, for which
+        σ was calibrated.
 
         Args:
             planned: All steps of the run, whose ε is within its budget.
-            spent: Those that were charged.
-            to_come: Those from this round on.
+            spent: Steps that were charged.
+            to_come: Steps from this round on.
         """
         if self.others or not _is_part([*spent, *to_come], planned):
             return False
@@ -67,7 +68,7 @@ class Total:
         return True
 
     def spent(self) -> float:
-        """Return ε so far, as it counts for this run: by the filter where there was another run before."""
+        """Return the total ε so far as it counts for this run; by the filter if there was another run before."""
         return max((self._spent(history) for history in self.histories), default=0.0)
 
     def _spent(self, history: History) -> float:
@@ -77,13 +78,15 @@ class Total:
         return epsilon_filter(history.all_steps(), self.epsilon, delta / 2)
 
     def smallest_noise(self, steps_at: Callable[[float], Sequence[Steps]], low: float, high: float) -> float:
-        """Return the smallest σ in [low, high] with which the steps fit into the total, to one part in a thousand.
+        """Return the smallest σ in [low, high] with which the steps fit into the total.
 
         Args:
             steps_at: σ -> the steps.
+            low: Lower end of the search.
+            high: Upper end of the search.
 
         Returns:
-            Infinity where none fits.
+            σ with a relative error of 1e-3; infinity if none fits.
         """
         if self.after(steps_at(high)) > self.epsilon:
             return math.inf
@@ -104,7 +107,7 @@ _MAX_NOISE_RATIO = 4.0  # times the calibrated σ; an update with more is nearly
 
 @dataclass(frozen=True)
 class Budget:
-    """What an organization allows: ε at δ for one run, and in total over all runs."""
+    """What an organization allows to be spent: ε at δ for one run, and in total over all runs."""
 
     epsilon: float
     delta: float
@@ -112,7 +115,7 @@ class Budget:
     total_delta: float
 
     def limits(self, plan_id: str) -> list[Limit]:
-        """Return the limits of a charge, as the ledger holds it against them."""
+        """Return the limits against which the ledger checks a charge."""
         return [
             Limit("budget.epsilon_per_run", self.epsilon, self.delta, plan_id),
             Limit("budget.epsilon_total", self.total_epsilon, self.total_delta),
@@ -120,10 +123,15 @@ class Budget:
 
 
 def get_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
-    """Return the budget of a run: the plan's ε or the organization's own, whichever is smaller.
+    """Return the budget of a run: the plan's ε or the policy's, whichever is smaller.
+
+    Args:
+        privacy: Of the plan.
+        policy: Of the organization.
+        examples: The public number of records, on which δ depends.
 
     Raises:
-        PrivacyError: δ of the total is so large that it promises nothing.
+        PrivacyError: If δ of the total is so large that it promises nothing.
     """
     rules = policy.budget
     return Budget(
@@ -132,7 +140,7 @@ def get_budget(privacy: RecordPrivacy, policy: Policy, examples: int) -> Budget:
 
 
 def total_delta(policy: Policy, examples: int) -> float:
-    """Return δ of the policy's total. Raises PrivacyError where it is so large that its ε would limit nothing."""
+    """Return δ of the policy's total; raises PrivacyError if it is so large that its ε would limit nothing."""
     delta = compute_delta(policy.budget.delta_total, examples)
     most = policy.budget.largest_delta(examples)
     if delta > most:
@@ -145,7 +153,16 @@ def total_delta(policy: Policy, examples: int) -> float:
 
 
 def check_examples(examples: int, local: LocalTraining, organization: str) -> None:
-    """Check that the records fill a batch. Raises DataError."""
+    """Check that the records fill a batch.
+
+    Args:
+        examples: Number of records.
+        local: Training of the plan.
+        organization: For the error.
+
+    Raises:
+        DataError: If there are too few.
+    """
     needed = local.fewest_records()
     if examples < needed:
         raise DataError(
@@ -156,7 +173,16 @@ def check_examples(examples: int, local: LocalTraining, organization: str) -> No
 
 
 def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple[float, int]]:
-    """Return (sample rate, steps) of every stage from a round on, for the public number of records."""
+    """Return the charged steps of the stages of a plan.
+
+    Args:
+        plan: The plan.
+        examples: The public number of records.
+        first_round: The round from which on steps count.
+
+    Returns:
+        (sample rate, number of steps) of each stage.
+    """
     planned = []
     last = 0
     for stage in plan.stages:
@@ -168,15 +194,21 @@ def planned_steps(plan: Plan, examples: int, first_round: int = 1) -> list[tuple
 
 
 def planned_disclosures(plan: Plan, policy: Policy, first_round: int = 1, *, counted: bool = False) -> list[Steps]:
-    """Return what is to be disclosed with noise from a round on, as it will be charged.
+    """Return the charges of noised disclosures from a round on.
 
-    Each is a Gaussian mechanism on one or two sums, charged like training; the number of records is disclosed by a geometric one.
+    Each disclosure is a Gaussian mechanism on one or two sums, charged like training; the number of records is disclosed by a
+    geometric mechanism.
 
     Args:
-        counted: Whether the number of records is disclosed already.
+        plan: The plan.
+        policy: Of the organization.
+        first_round: The round from which on disclosures count.
+        counted: Whether the number of records was disclosed already.
     """
     rounds = plan.rounds - first_round + 1
-    number = policy.disclosures.example_count == "noised" and not counted  # drawn before the first round, whichever that is
+    number = (
+        policy.disclosures.example_count == "noised" and not counted
+    )  # drawn before the first round in which the organization takes part
     histogram = first_round == 1 and plan.disclosures.label_histogram and policy.disclosures.label_histogram == "noised"
     metrics = plan.disclosures.local_metrics and policy.disclosures.local_metrics == "noised"
     loss = "loss" in plan.strategy.sends and policy.disclosures.local_loss == "noised"
@@ -187,7 +219,14 @@ def planned_disclosures(plan: Plan, policy: Policy, first_round: int = 1, *, cou
 
 
 def planned_charges(plan: Plan, policy: Policy, sigma: float, examples: int) -> list[Steps]:
-    """Return all that a run will be charged: what it discloses with noise, and every step at σ."""
+    """Return all charges of a run: noised disclosures, and every step of training.
+
+    Args:
+        plan: The plan.
+        policy: Of the organization.
+        sigma: σ of the steps of training.
+        examples: The public number of records.
+    """
     return [*planned_disclosures(plan, policy), *(Steps(sigma, rate, count) for rate, count in planned_steps(plan, examples))]
 
 
@@ -204,18 +243,22 @@ def noise_multiplier(
 ) -> float:
     """Return σ for the rounds from `round` on: calibrated once for all steps of all rounds, and kept as long as it suffices.
 
-    More than planned may have been spent, as a crash in the middle of a round counts. Then the rest of the budget is spread over
-    the remaining steps.
+    More than planned may have been spent, as the steps of a round that crashed are charged, too. Then the rest of the budget is
+    distributed over the remaining steps.
 
     Args:
+        plan: The plan.
+        policy: Of the organization.
+        budget: Of the run.
         examples: The public number of records.
+        round: The next round.
         spent: Charges of this run.
-        histories: Of every collection that its charges concern, this run's included.
-        counted: Whether the draw of the number of records is among what is spent.
+        histories: Of each collection that its charges concern, including this run's.
+        counted: Whether `spent` includes the draw of the number of records.
 
     Raises:
-        Declined: The run does not fit into what is left of the total.
-        PrivacyError: The rest of the run's budget is so small that the update would be mere noise.
+        Declined: If the run does not fit into what is left of the total.
+        PrivacyError: If the rest of the run's budget is so small that the update would be almost pure noise.
     """
     sigma = calibrate(
         planned_steps(plan, examples), epsilon=budget.epsilon, delta=budget.delta, spent=planned_disclosures(plan, policy)
@@ -250,7 +293,7 @@ def noise_multiplier(
 def _too_much_in_total(
     plan: Plan, budget: Budget, examples: int, sigma: float, total: Total, telling: Sequence[Steps]
 ) -> Declined:
-    """The refusal of a run that does not fit: what was asked, what is left, and how many rounds would fit."""
+    """Return the refusal of a run that does not fit: what it needs, what is left, and how many rounds would fit."""
     spent = total.spent()
     return Declined(
         "budget.epsilon_total",
@@ -262,7 +305,7 @@ def _too_much_in_total(
 
 
 def _fitting(plan: Plan, examples: int, sigma: float, total: Total, telling: Sequence[Steps]) -> int:
-    """The largest number of first rounds of the plan that fit into the total at σ; by bisection, ε grows with the rounds."""
+    """Return how many of the plan's first rounds fit into the total at σ; by bisection, as ε grows with the rounds."""
     every = [
         (plan.charged_rate(stage, examples), plan.charged_steps(stage, examples))
         for stage in plan.stages

@@ -44,15 +44,15 @@ from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, find_not_finite
 
 GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
-_REFUSED = 1001  # error code of a reply in which an organization says why it did not train
+_REFUSED = 1001  # error code of a reply with the reason why an organization did not train
 
 
 def refusal(message: Message, reason: str) -> Message:
-    """Return the reply that says, instead of an update, why the organization did not train."""
+    """Return the reply that states, instead of an update, why the organization did not train."""
     return Message(Error(_REFUSED, reason), reply_to=message)
 
 
-_OF_RECORDS = {  # rules that the number of records decides: plan after plan, their names would tell it
+_OF_RECORDS = {  # rules that depend on the number of records, which their names would reveal over several plans
     ("budget", "delta_per_run"),
     ("budget", "delta_times_records"),
     ("training", "min_examples"),
@@ -63,7 +63,7 @@ _DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow 
 
 
 class EgressBlocked(RunError):
-    """Something was about to leave that was not agreed on."""
+    """Something was about to leave that plan and policy do not allow."""
 
     code = "run.egress_blocked"
 
@@ -74,7 +74,20 @@ class EgressBlocked(RunError):
 
 
 def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) -> tuple[Update, Account]:
-    """Check an encoded update, and return it with the account that it was compared with. Raises EgressBlocked."""
+    """Check an encoded update before it leaves.
+
+    Args:
+        content: The message.
+        request: Which it answers.
+        plan: Of the request.
+        site: Of the organization.
+
+    Returns:
+        (the decoded update, the account that it was checked against).
+
+    Raises:
+        EgressBlocked: If anything in it is not as request, plan, policy, records and ledger require.
+    """
     with _own_message():
         update = decode_update(content, plan.plan_id, codec=plan.wire)
     policy = site.policy()
@@ -86,7 +99,17 @@ def check_update(content: RecordDict, request: Request, plan: Plan, site: Site) 
 
 
 def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site) -> None:
-    """Check that an encoded receipt is that of this request and nothing else. Raises EgressBlocked."""
+    """Check that an encoded receipt confirms this request and contains nothing else.
+
+    Args:
+        content: The message.
+        request: Which it answers.
+        plan: Of the request.
+        site: Of the organization.
+
+    Raises:
+        EgressBlocked: If it does not.
+    """
     expected = Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent))
     with _own_message():
         found = decode_receipt(content)
@@ -96,7 +119,7 @@ def check_receipt(content: RecordDict, request: Request, plan: Plan, site: Site)
 
 @contextmanager
 def _own_message() -> Iterator[None]:
-    """What this machine has made and nobody could read is not for a server either."""
+    """Block a message that this machine has created and cannot decode."""
     try:
         yield
     except RunError as error:
@@ -104,7 +127,7 @@ def _own_message() -> Iterator[None]:
 
 
 def check_reason(reason: str) -> None:
-    """Check that the words of a refusal are among those that say nothing of the records. Raises EgressBlocked."""
+    """Raise EgressBlocked unless the text of a refusal is one of those that reveal nothing about the records."""
     declined = _DECLINED.fullmatch(reason)
     rules = Policy().model_dump()
     known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
@@ -133,14 +156,15 @@ def _problems(content: RecordDict, update: Update, request: Request, account: Ac
         yield "its statistics are not finite"
 
 
-_written: set[tuple[str, ...]] = set()  # plan, and the parameters of an update, that simulated organizations have sent
+_written: set[tuple[str, ...]] = set()  # (plan, parameters of an update) that simulated organizations have sent
 
 
 def _is_written_once(content: RecordDict, update: Update, plan: Plan, site: Site) -> bool:
-    """Whether the same update, written again, gives the same bytes.
+    """Return whether encoding the same update again gives the same bytes.
 
-    Simulated organizations, of which nothing leaves the machine, are asked once for a plan and the parameters of an update: what
-    writes it is the same for all of them. Where their message is not written at all, it is once, and has to be read as it was.
+    For simulated organizations, whose data does not leave the machine, this is checked once per plan and set of parameters, as
+    the same code encodes all of their updates. A message that is not encoded at all is encoded once here, and must decode to
+    the same update.
     """
     question = plan.plan_id, *update.delta
     if site.file.simulated and question in _written:
@@ -149,7 +173,7 @@ def _is_written_once(content: RecordDict, update: Update, plan: Plan, site: Site
         again = encode_update(update, plan.plan_id, get_salt(content), codec=plan.wire)
         same = _same(write_out(content), again)
         same &= not stays_here(content) or _is_read_as(again, update, plan, payload_bytes(content))
-    except RunError:  # bytes that stand for values which the codec writes otherwise, or not at all
+    except RunError:  # the bytes decode to values that the codec encodes differently, or not at all
         return False
     if same and site.file.simulated:
         _written.add(question)
@@ -166,7 +190,7 @@ def _is_read_as(written: RecordDict, update: Update, plan: Plan, size: int) -> b
 
 
 def _wrong_delta(update: Update, request: Request, account: Account, model: TrainableModel, names: list[str]) -> Iterator[str]:
-    """Only what travels, in the shapes that came (or of the own smaller rank), finite, and no longer than the plan allows."""
+    """Yield problems of the delta: names, shapes (or the own smaller rank), finite values, and the plan's bound on its norm."""
     surplus = sorted(update.delta.keys() - set(names))
     lacking = sorted(set(names) - update.delta.keys())
     if surplus or lacking:
@@ -204,7 +228,7 @@ def _own_shapes(
 
 
 def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
-    """What is said beside the delta: count, steps, ε, noise, and whatever else is told."""
+    """Yield problems of everything beside the delta: number of records, steps, ε, noise, and disclosures."""
     plan = account.plan
     policy = account.policy
     count = account.public_examples
@@ -237,7 +261,7 @@ def _allowed_disclosures(plan: Plan, policy: Policy) -> set[str]:
 
 
 def _same(content: RecordDict, expected: RecordDict) -> bool:
-    """Record by record, field by field, byte by byte: nothing hides behind an array's own end or in its header."""
+    """Compare messages byte by byte, so that nothing is hidden after an array's end or in its header."""
     if content.keys() != expected.keys():
         return False
     for name, record in content.items():

@@ -1,4 +1,4 @@
-"""The finished model, stored in the site as a Hugging Face folder."""
+"""Store the final model in the site as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -30,23 +30,31 @@ from cotune.storage.files import atomic_write, sync
 from cotune.storage.json_documents import parse_json
 from cotune.strategies.types import find_not_finite
 
-ABOUT = "cotune.json"  # in the folder: which plan, the digest of what came, and the plan itself
+ABOUT = "cotune.json"  # file in the folder: the plan's id, the digest of what was received, and the plan
 
 
 def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
-    """Store the finished model, joined with the parameters that stay here, and return its folder. No record is read.
+    """Store the final model, completed with the site's personal parameters. No record is read.
 
-    The same model again changes nothing.
+    Storing the same model again changes nothing.
+
+    Args:
+        request: Contains the model.
+        plan: Of the request.
+        site: Of the organization.
+
+    Returns:
+        The folder of the model.
 
     Raises:
-        Declined: Nobody here has approved the plan, or its base model is not allowed.
-        ModelError: The parameters are not the plan's.
-        RunError: The plan does not have the round, or the model cannot be written.
+        Declined: If the plan is not approved, or its base model is not allowed.
+        ModelError: If the parameters are not those of the plan.
+        RunError: If the plan does not have the round, the model is not finite, or it cannot be written.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
     check_base_model(plan, policy)
-    if not 1 <= request.round <= plan.rounds:  # a run may end before its last round, with what it has
+    if not 1 <= request.round <= plan.rounds:  # a run may end before its last round
         raise RunError(
             f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds",
             code="run.wrong_round",
@@ -79,7 +87,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
 
 
 def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, Any]) -> None:
-    """Complete and on the disk before it says so: whatever ends it earlier, the next time starts again. Raises RunError."""
+    """Write the model durably, its description last, so that an interrupted write is repeated; raises RunError if it fails."""
     try:
         _remove_unfinished(folder.parent)
         export_model(model, folder, {CARD: card})
@@ -96,7 +104,7 @@ def _write(model: TrainableModel, folder: Path, card: str, about: Mapping[str, A
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """What a process that was killed has left: one writes models into a site at a time."""
+    """Remove what a killed process has left; only one process writes models into a site at a time."""
     for part in folder.glob(".model.*"):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -109,7 +117,7 @@ def _read(file: Path) -> object:
 
 
 def _store_own_model(plan: Plan, site: Site, folder: Path) -> None:
-    """The organization's own model beside the one that learned from everybody's predictions; nothing where it has not trained."""
+    """Store the organization's own model beside the student of all predictions; nothing if it has not trained."""
     state = site.load_newest_state(plan.plan_id, PERSONAL)
     if state:
         export_own_model(plan, site, state, folder.with_name(f"{folder.name}-own"))

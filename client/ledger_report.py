@@ -24,23 +24,24 @@ from cotune.storage.log_entries import Entry
 
 
 def summarize_ledger(site: SiteWithLedger) -> dict[str, Any]:
-    """Return the ledger as plain values, one table for each collection ("" where there is none).
+    """Return the ledger as plain values, one table per collection ("" for records without one).
 
-    ε is recomputed from the charges that count there, at the smallest δ that was in force: `composition` is "pld" for one run,
-    "renyi filter, order α" over several, whose plans may depend on earlier answers (see `privacy.accounting.filters`).
-    `epsilon` is that of what was noised; `unprotected` lists what left without any privacy, which no ε bounds. No ledger is
-    created where there is none.
+    ε is recomputed from the collection's charges, at the smallest δ that was in force: `composition` is "pld" for one run, and
+    "renyi filter, order α" for several, whose plans may depend on earlier answers (see `privacy.accounting.filters`). `epsilon`
+    covers what was noised; `unprotected` lists what left without any privacy, for which no ε holds. A missing ledger is not
+    created.
 
     Raises:
-        PrivacyError: The ledger is damaged.
+        PrivacyError: If the ledger is damaged.
     """
     return _books(site, events=False)[0]
 
 
 def export_ledger(site: SiteWithLedger) -> dict[str, Any]:
-    """Return the summary with every event that counts in each collection, and the log itself: all that an auditor needs.
+    """Return the summary with every charge of each collection, and the log itself: everything that an auditor needs.
 
-    ε follows from the events with dp-accounting alone, and the hashes of the log from SHA-256 alone (see docs/ledger.md).
+    An auditor needs only dp-accounting to recompute ε from the events, and only SHA-256 to verify the hashes of the log (see
+    docs/ledger.md).
     """
     found, entries = _books(site, events=True)
     return {"format": FORMAT, **found, "entries": [asdict(entry) for entry in entries]}
@@ -82,7 +83,7 @@ def _collection(rules: BudgetRules, entries: list[Entry], name: str, known: list
 
 
 def _delta(rules: BudgetRules, held: list[DataSet]) -> float:
-    """δ of the largest data set, where no charge names one; that of every statement, where no data set is known."""
+    """Return δ of the largest data set if no charge names a δ; without a known data set, that of every statement."""
     return min((compute_delta(rules.delta_total, max(1, data.records)) for data in held), default=SMALL_DELTA)
 
 
@@ -97,7 +98,7 @@ def _data_set(data: DataSet) -> dict[str, Any]:
 
 
 def _left(entry: Entry) -> dict[str, Any]:
-    """What left without any privacy: no ε bounds it."""
+    """Describe what left without any privacy, for which no ε holds."""
     return {"at": entry.at, **{key: entry.body[key] for key in ("plan_id", "plan", "round", "what")}}
 
 
@@ -117,7 +118,7 @@ def _run(plan_id: str, counted: list[Charge], delta: float) -> dict[str, Any]:
 
 
 def _event(charge: Charge) -> dict[str, Any]:
-    """A charge as an accounting event: `steps` times a mechanism of σ, a Gaussian one perhaps on Poisson samples of rate q."""
+    """Return a charge as an accounting event: `steps` times a mechanism with σ, for Gaussian ones with the sample rate q."""
     table = asdict(charge)
     steps = charge.steps
     parameters = {"noise_multiplier": steps.noise_multiplier, "sample_rate": steps.sample_rate, "steps": steps.count}

@@ -1,4 +1,4 @@
-"""A plan summarized for people, and compared with another."""
+"""Summarize a plan for people, and compare it with another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 
-_MANY_RECORDS = 10_000  # records, where epochs and a batch in records make the steps depend on them
+_MANY_RECORDS = 10_000  # assumed records, if the number of steps depends on it (epochs, or a batch size in records)
 
 
 def summarize_plan(plan: Plan) -> list[str]:
@@ -61,7 +61,7 @@ def _amount(local: Any) -> str:
 
 
 def _rates(plan: Plan) -> str:
-    """What decides how far a record can move the model, beside its privacy."""
+    """Describe what determines how far a record can move the model, besides privacy."""
     stages = [_rate(stage.local) for stage in plan.stages]
     return f"learning rate {', '.join(dict.fromkeys(stages))}; {_longest(plan)}"
 
@@ -118,5 +118,5 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_nested(value: Any) -> bool:
-    """Whether a list holds tables: one of plain values is shown as a whole."""
+    """Return whether a value is a list of tables; a list of plain values is shown as a whole."""
     return isinstance(value, list) and any(isinstance(inner, dict) for inner in value)

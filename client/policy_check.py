@@ -1,8 +1,7 @@
-"""Whether an organization allows a plan: by the rules of its policy, and by the approval of a person.
+"""Check whether an organization's policy allows a plan.
 
-The policy overrules the plan; what is not allowed is not trained. No record is read for a plan that nobody has approved, unless
-the policy says `training.approval = "none"`. The plans that came are kept as canonical JSON, plans/<plan id>.json in the site;
-approved.jsonl says which were approved, when, and by which command.
+The policy overrules the plan: what is not allowed is not trained. No record is read for a plan that nobody has approved (see
+`approvals`), unless the policy says `training.approval = "none"`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ class Violation:
 
     Attributes:
         rule: Its full key in policy.toml, such as "training.max_rounds".
-        problem: What was got, and what was expected.
-        suggested_value: A value of the rule that would allow the plan; None where none is worth having.
+        problem: What was found, and what was expected.
+        suggested_value: A value of the rule that would allow the plan; None if none can be recommended.
     """
 
     rule: str
@@ -40,8 +39,10 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
     """Check all rules of the policy.
 
     Args:
+        plan: The plan.
+        policy: Of the organization.
         examples: The public number of records.
-        hours: Of training that the plan has taken so far.
+        hours: Hours of training that the plan has taken so far.
 
     Raises:
         Declined: For the first rule that the plan breaks.
@@ -51,9 +52,9 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:
-    """Check the rules that ask nothing of the records.
+    """Check the rules that do not depend on the records.
 
-    They are checked before records are read, as even a failure to read them may reveal something of one.
+    They are checked before records are read, as even a failure to read them may reveal something about one.
 
     Raises:
         Declined: For the first rule that the plan breaks.
@@ -63,28 +64,37 @@ def check_plan(plan: Plan, policy: Policy) -> None:
 
 
 def check_base_model(plan: Plan, policy: Policy) -> None:
-    """Check that the policy names the plan's base model. Raises Declined."""
+    """Raise Declined unless the policy allows the plan's base model."""
     for broken in _not_allowed(plan, policy):
         if broken.rule == "training.base_models":
             raise Declined(broken.rule, broken.problem)
 
 
 def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> None:
-    """Check that the coordinator would take the public number of records, so that nothing is trained in vain.
+    """Check that the coordinator would accept the public number of records, so that no training is wasted.
 
     Args:
-        examples: The public number.
-        declarable: The smallest and the largest that the coordinator has signed for; None: whatever the plan takes.
+        plan: The plan.
+        policy: Of the organization.
+        examples: The public number of records.
+        declarable: The smallest and largest number in the coordinator's signed request; None: whatever the plan allows.
 
     Raises:
-        Declined: The coordinator would refuse it.
+        Declined: If the coordinator would refuse it.
     """
     for broken in find_number_violations(plan, policy, examples, declarable):
         raise Declined(broken.rule, broken.problem)
 
 
 def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Violation]:
-    """Find the rule that gives a public number of records which the coordinator does not take; see `check_number`."""
+    """Yield the rule that leads to a public number of records which the coordinator does not accept.
+
+    Args:
+        plan: The plan.
+        policy: Of the organization.
+        examples: The public number of records.
+        declarable: See `check_number`.
+    """
     least, most = declarable or (1, plan.server.max_examples)
     most = min(most, plan.server.max_examples)
     if not least <= examples <= most:
@@ -97,9 +107,15 @@ def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable
 
 
 def find_violations(plan: Plan, policy: Policy, examples: int, hours: float = 0.0) -> Iterator[Violation]:
-    """Find all rules that the plan breaks; see `check_consent`.
+    """Yield all rules that the plan breaks.
 
-    Those that depend on the number of records come last: that an earlier one declines says nothing about the number.
+    Rules that depend on the number of records come last: if an earlier one declines, that reveals nothing about the number.
+
+    Args:
+        plan: The plan.
+        policy: Of the organization.
+        examples: The public number of records.
+        hours: Hours of training that the plan has taken so far.
     """
     yield from _of_plan(plan, policy, hours)
     if isinstance(plan.privacy, RecordPrivacy):
@@ -180,7 +196,7 @@ def _not_allowed(plan: Plan, policy: Policy) -> Iterator[Violation]:
 
 
 def _promised(unit: str, known: str) -> str:
-    """Why a plan must not promise its privacy to this unit."""
+    """Return why a plan must not promise its privacy to this unit."""
     problem = f"the plan promises its privacy to each {unit}, expected to each one of: {known}"
     if unit != "record":
         return f"{problem}; add it to the rule where it stands for a person"
@@ -208,7 +224,7 @@ def _too_long(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 
 def missing_number_message() -> str:
-    """Return what is wrong with a policy that declares a number of records and does not say which."""
+    """Return what is wrong with a policy that wants to declare a number of records but does not give it."""
     return "the policy declares a number of records and gives none, expected disclosures.declared_examples near the true number"
 
 
@@ -255,6 +271,6 @@ def _over_budget(privacy: RecordPrivacy, policy: Policy) -> Iterator[Violation]:
 
 
 def limit_gpu_memory(policy: Policy, device: torch.device) -> None:
-    """Limit the GPU memory of this process to what the policy allows: torch raises its out-of-memory error beyond it."""
+    """Limit the GPU memory of this process to what the policy allows; beyond it, torch raises its out-of-memory error."""
     if policy.training.max_gpu_memory_gib is not None and device.type == "cuda":
         limit_memory(device, policy.training.max_gpu_memory_gib)

@@ -1,6 +1,7 @@
-"""What a plan would mean for an organization, before it joins: the policy's verdict, the noise, one real step on its hardware.
+"""Check before joining what a plan means for an organization: the policy's verdict, the noise, and a step on its hardware.
 
-The steps are taken on made-up records as long as the plan allows; no record is trained on, nothing is charged, nothing is sent.
+The steps are taken on synthetic records of the greatest length that the plan allows. No record is trained on, nothing is charged,
+and nothing is sent.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StageCheck:
-    """One stage, tried.
+    """The result of trying one stage.
 
     Attributes:
         mode: What it trains.
-        rounds: How many it has.
-        steps: Of one round.
-        batch: Records that a step is expected to have.
-        gradient_error: Relative, of the clipped sum against gradients of single records.
-        seconds: Of one step.
-        peak_memory_bytes: The most that was held, on the GPU where one is used, else by the whole process so far.
+        rounds: Number of its rounds.
+        steps: Steps per round.
+        batch: Expected number of records in a step.
+        gradient_error: Relative error of the clipped sum, compared with gradients of single records.
+        seconds: Duration of one step.
+        peak_memory_bytes: Peak memory on the GPU if one is used, else of the whole process so far.
     """
 
     mode: str
@@ -63,22 +64,23 @@ class StageCheck:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What a plan would mean, for the organization's own eyes.
+    """What a plan would mean for the organization. It may reveal facts about its records, and is only for its own people.
 
     Attributes:
         organization: Its name.
-        examples: Units of privacy that it holds.
-        device: What it would train on.
-        declined: Why not, a rule first; None: it would train. Figures are given as far as they are known even then.
+        examples: Number of its privacy units.
+        device: On which it would train.
+        declined: Why it would not train, a rule first; None: it would. Figures are given as far as they are known even then.
         broken: Every rule that does not allow the plan.
-        problems: What keeps it from training that is no rule.
-        warnings: What does not, and makes the run worth less.
-        left_out: How many rows of the files contribute nothing, by reason.
+        problems: What else would prevent training.
+        warnings: What would not prevent training but reduce its benefit.
+        left_out: Reason -> number of rows of the files that are not used.
         noise_multiplier: σ of the first round.
         epsilon: ε of the run, at `delta`.
-        epsilon_spent: Of all runs that count with this one.
-        epsilon_total: What all may spend.
-        stages: As they were tried.
+        delta: δ of the run.
+        epsilon_spent: Spent ε of all runs that count together with this one.
+        epsilon_total: Limit of the total ε.
+        stages: Results of trying each stage.
     """
 
     organization: str
@@ -101,9 +103,9 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
     """Check a plan against policy, records and budget and, with privacy, try one step of each stage.
 
     Raises:
-        PlanError: The plan lists no labels.
-        DataError: The records cannot be read.
-        ModelError: The base model cannot be read, and the policy would allow it.
+        PlanError: If the plan lists no labels.
+        DataError: If the records cannot be read.
+        ModelError: If the base model cannot be read although the policy allows it.
     """
     if has_labels(plan.task) and not plan.labels:
         raise PlanError(
@@ -154,27 +156,29 @@ def _check_stages(account: Account) -> None:
 
 
 def _judged(account: Account, declarable: tuple[int, int] | None) -> tuple[tuple[Violation, ...], list[str]]:
-    """The rules that do not allow the plan, and what makes it impossible to judge the others."""
+    """Return (the rules that do not allow the plan, problems that prevent checking the others)."""
     plan = account.plan
     policy = account.policy
     examples = account.public_examples
     found = list[Violation](find_number_violations(plan, policy, examples, declarable))
     problems = list[str]()
-    _kept(problems, lambda: found.extend(find_violations(plan, policy, examples, account.hours())))  # as far as they can be
+    _kept(
+        problems, lambda: found.extend(find_violations(plan, policy, examples, account.hours()))
+    )  # as far as they can be checked
     return tuple(found), problems
 
 
 def _kept(problems: list[str], ask: Callable[[], T]) -> T | None:
-    """What is asked for; None, with the reason among the problems, where it cannot be given."""
+    """Return the result of a function; if it fails, add the reason to the problems and return None."""
     try:
         return ask()
-    except (PrivacyError, DataError) as problem:  # a rule says no, the budget is used up, or there are too few records
+    except (PrivacyError, DataError) as problem:  # a rule declines, the budget is used up, or there are too few records
         problems.append(str(problem))
         return None
 
 
 def _tried(checked: PreflightReport, account: Account) -> PreflightReport:
-    """With the times of each stage. For a declined plan no base model is fetched, and one that is not here is no error."""
+    """Add the result of trying each stage. For a declined plan, no base model is downloaded, and a missing one is no error."""
     plan = account.plan
     site = account.site
     examples = account.public_examples
@@ -193,23 +197,23 @@ def _tried(checked: PreflightReport, account: Account) -> PreflightReport:
     checked = replace(checked, device=str(model.device), left_out=left_out)
     if checked.epsilon is None or any(stage.local.sample_rate(examples) * examples < 1 for stage in plan.stages):
         return checked
-    sigma = checked.noise_multiplier or 1.0  # a step takes as long with any
+    sigma = checked.noise_multiplier or 1.0  # the duration of a step does not depend on σ
     return replace(checked, stages=tuple(_try(plan, stage, model, examples, sigma) for stage in plan.stages))
 
 
 def _is_here(plan: Plan, site: Site) -> bool:
-    """Whether the base model is found without asking anybody."""
+    """Return whether the base model is on this machine."""
     base = plan.model.base
     return site.file.base is not None or base.startswith("package:") or Path(base).expanduser().exists()
 
 
 def _declarable(plan: Plan, site: Site) -> tuple[int, int] | None:
-    """Which numbers of records the coordinator takes from here, where it has asked for a round already; None: unknown."""
+    """Return the numbers of records that the coordinator accepts, if it has requested a round already; None: unknown."""
     return None if site.file.simulated else last_declarable_range(AuditLog(site.folder), plan.plan_id)
 
 
 def _noise(account: Account) -> float | None:
-    """σ of the plan's first round; None without privacy. Raises Declined for a plan that has run here."""
+    """Return σ of the plan's first round; None without privacy. Raises Declined for a plan that has already run here."""
     if account.budget is None:
         return None
     played = account.ledger.rounds(account.plan.plan_id)
@@ -223,7 +227,7 @@ def _noise(account: Account) -> float | None:
 
 
 def _warnings(account: Account) -> Iterator[str]:
-    """What does not stop a run, and makes it worth less than it could be."""
+    """Yield warnings about what does not prevent a run but reduces its benefit."""
     dataset = account.dataset
     plan = account.plan
     if not len(dataset):
@@ -248,7 +252,7 @@ def _warnings(account: Account) -> Iterator[str]:
 
 
 def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: float) -> StageCheck:
-    """One step of DP-SGD on as many made-up records as a batch is expected to have."""
+    """Take one step of DP-SGD on as many synthetic records as a batch is expected to have."""
     assert isinstance(plan.privacy, RecordPrivacy)
     batch = stage.local.sample_rate(examples) * examples
     model.load({})

@@ -1,4 +1,4 @@
-"""One run's account at an organization: its ledger for one plan and one data set, and the public number of its records."""
+"""A run's account at an organization: charges for one plan and one data set, and the public number of records."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.privacy.policy import Policy
 
 _COUNT = "example count"
-_DELTA = 1e-10  # at which the draw of N is held against the total: below that of any data set, whose δ follows from N
+_DELTA = 1e-10  # δ at which the draw of N is checked against the total: below that of any data set, whose δ follows from N
 
 
 class Account:
     """What a run has spent and may spend.
 
     Args:
+        plan: The plan.
+        policy: Of the organization.
+        site: Of the organization.
         dataset: The records that count under the plan's promise.
         round: The round that charges are entered for.
-        draws: Whether anything may be charged. False for the organization's own eyes: a number of records that is yet to be
-            noised or declared is then guessed from the true one.
-        generator: Of the noise; only tests give one.
+        draws: Whether anything may be charged. If not, the result is only for the organization itself: a number of records that
+            is yet to be noised or declared is then estimated from the true one.
+        generator: Of the noise; only tests pass one.
     """
 
     def __init__(
@@ -62,17 +65,17 @@ class Account:
 
     @property
     def true_examples(self) -> int:
-        """n, in units of privacy. It decides nothing that anyone else can see: see `public_examples`."""
+        """Return n, the number of privacy units. Nothing that others can see depends on it; see `public_examples`."""
         return len(self.dataset.units)
 
     @cached_property
     def public_examples(self) -> int:
-        """N, at least 1: the number of records that may be public. Sample rate, batch, noise, steps and δ follow from it.
+        """Return N ≥ 1, the public number of records, which determines sample rate, batch, noise, steps and δ.
 
-        A noised one is charged, then drawn, then kept for the rest of the plan.
+        A noised one is charged, then drawn, then stored for the rest of the plan.
 
         Raises:
-            Declined: The policy declares a number and does not say which, or too little is left to draw one.
+            Declined: If the policy wants to declare a number but does not give it, or too little budget is left to draw one.
         """
         rules = self.policy.disclosures
         count = self.true_examples
@@ -92,9 +95,9 @@ class Account:
         return (known or self._draw_count())[0]
 
     def _draw_count(self) -> list[float]:
-        """Charged before δ is known, which follows from it: against the total, at a δ that is public without it.
+        """Charge and draw N. As δ follows from N, the charge is checked against the total at a fixed, public δ.
 
-        All that follows depends on the answer, so that it has an ε of its own (see `privacy.mechanisms.geometric`).
+        Everything else depends on N, so the draw has its own ε (see `privacy.mechanisms.geometric`).
         """
         total = self.policy.budget.epsilon_total
         sigma = self.policy.disclosures.noise_multiplier
@@ -119,10 +122,10 @@ class Account:
 
     @cached_property
     def budget(self) -> Budget | None:
-        """What a run may spend; None without record-level privacy, where training is not charged.
+        """The run's budget; None without record-level privacy, as training is then not charged.
 
         Raises:
-            PrivacyError: δ is so large that it promises nothing.
+            PrivacyError: If δ is so large that it promises nothing.
         """
         privacy = self.plan.privacy
         return get_budget(privacy, self.policy, self.public_examples) if isinstance(privacy, RecordPrivacy) else None
@@ -134,35 +137,35 @@ class Account:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The site's ledger, which is created where it is missing."""
+        """The site's ledger, which is created if it is missing."""
         return self.site.ledger()
 
     @cached_property
     def data(self) -> str:
-        """The fingerprint of the data set, which is entered in the ledger when it is first asked for."""
+        """The fingerprint of the data set, which is entered in the ledger on first access."""
         held = self.dataset
         return self.ledger.register_data_set(held.get_unit_identities(), unit=held.unit or RECORD, also=held.linked_identities())
 
     @property
     def collection(self) -> str:
-        """The collection that the run's charges count in, as the site's description of its records says; "": all."""
+        """The collection that the run is charged to, according to the site's data.json; "": all."""
         return self.dataset.collection
 
     def hours(self) -> float:
-        """Return the hours of training that this run has taken, as far as its rounds were finished and charged."""
+        """Return the hours of training that this run has taken, over finished and charged rounds."""
         if not self.site.ledger_file.exists():
             return 0.0
         return self.ledger.seconds(self.plan.plan_id) / 3600
 
     def check_unanswered(self, round: int) -> None:
-        """Check that a round may be trained: each is answered once, and none after a later one.
+        """Check that a round may be trained: each round is answered once, and none after a later one.
 
         ε of a run is composed under the assumption that all its parameters are fixed before the first answer (see
-        `privacy.accounting.filters`). A server that could have a round again on another state, or go back, would choose by the
-        answers what comes next.
+        `privacy.accounting.filters`). A server that could repeat a round on another state, or go back, would choose queries
+        adaptively.
 
         Raises:
-            PrivacyError: The round, or a later one, was answered (`privacy.answered_round`).
+            PrivacyError: If the round, or a later one, was answered (`privacy.answered_round`).
         """
         last = self.ledger.last_answered_round(self.plan.plan_id)
         kept = self.site.last_finished_round(self.plan.plan_id) or 0
@@ -178,14 +181,14 @@ class Account:
             )
 
     def answered(self, round: int) -> None:
-        """Enter in the ledger that a round's update is complete and may leave."""
+        """Record in the ledger that a round's update is complete and may leave."""
         self.ledger.record_answer(self.plan.plan_id, round, data=self.data)
 
     def plan_noise(self, round: int) -> float:
-        """Return σ for a round and those after it (see `budget.noise_multiplier`); no training is charged.
+        """Return σ for a round and those after it (see `budget.noise_multiplier`), without charging training.
 
         Raises:
-            Declined, PrivacyError: The budget does not suffice.
+            Declined, PrivacyError: If the budget does not suffice.
         """
         assert self.budget is not None, "without privacy there is no noise"
         self.ledger.check_unit(self.data)
@@ -201,28 +204,34 @@ class Account:
         )
 
     def spent_in_total(self) -> float:
-        """Return ε of all runs that count with this one, as it counts against the total if this run begins."""
+        """Return ε of all runs that count together with this one, as it counts against the total if this run starts."""
         assert self.budget is not None, "without privacy nothing is spent"
         histories = self.ledger.histories(self.collection, "budget.epsilon_total")
         return Total(self.plan.plan_id, self.budget.total_epsilon, self.budget.total_delta, histories).spent()
 
     def reserve(self, round: int, steps: Steps, purpose: str = "training") -> int:
-        """Charge steps before they run, durably.
+        """Charge steps durably, before they run.
+
+        Args:
+            round: The round of the charge.
+            steps: To be charged.
+            purpose: Of the charge, for the ledger.
 
         Returns:
-            The number of the charge, to settle it.
+            The number of the charge, with which it is settled.
 
         Raises:
-            Declined: They would exceed what the policy allows; nothing is charged.
+            Declined: If they would exceed what the policy allows; nothing is charged then.
         """
         return self._reserve(round, steps, purpose, self._limits())
 
     def once(self, what: str, compute: Callable[[], Sequence[float]]) -> list[float]:
-        """Return sums with noise, drawn once per run: charged, then computed and drawn, then remembered, and only then told.
+        """Return noised sums, drawn once per run: they are charged, then computed and noised, then stored, and only then
+        returned.
 
         Args:
-            what: What the sums are, such as "label histogram".
-            compute: Computes them. One unit of privacy changes them by one at most, in L2.
+            what: Name of the sums, such as "label histogram".
+            compute: Computes them; one privacy unit must change them by at most 1 in L2 norm.
         """
         known = self._disclosed(what)
         if known is not None:
@@ -238,19 +247,19 @@ class Account:
         return drawn
 
     def noised(self, values: Sequence[float], sensitivity: float) -> list[float]:
-        """Return sums with Gaussian noise, both on a grid, so that no low bit reveals a sum (see `mechanisms.grid_noise`).
+        """Return sums with Gaussian noise, both on a grid, so that low bits do not reveal a sum (see `mechanisms.grid_noise`).
 
         Args:
             values: The sums.
-            sensitivity: How much one unit of privacy changes them at most, in L2. Rounding to the grid may add one step for each
-                entry, at most 2⁻¹⁸ of the sensitivity, for which the noise is enlarged.
+            sensitivity: The most by which one privacy unit changes them, in L2 norm. Rounding to the grid may add one step for
+                each entry, at most 2⁻¹⁸ of the sensitivity, for which the noise is increased.
         """
         enlarged = sensitivity * (1 + 2.0**-17 * math.sqrt(len(values)))
         total = torch.tensor(list(values), dtype=torch.float64)
         return list(add_gaussian_noise(total, enlarged, self.policy.disclosures.noise_multiplier, self.generator).tolist())
 
     def record_unprotected(self, round: int, what: str) -> None:
-        """Enter what is about to leave without any privacy: from then on no ε bounds what is known of the data set."""
+        """Record what is about to leave without any privacy; from then on, no ε holds for the data set."""
         plan = self.plan
         self.ledger.record_unprotected(plan.plan_id, round, what, data=self.data, collection=self.collection, plan=plan.name)
 
@@ -260,10 +269,10 @@ class Account:
         return epsilon(self.ledger.spent(self.plan.plan_id, self.collection), self.budget.delta)
 
     def reported_epsilon(self) -> float:
-        """Return ε for the server, rounded up to two digits.
+        """Return ε for the server, rounded up to two decimals.
 
-        It follows from N and from charges whose σ every update shows anyway. An answer that is asked for again reports the same:
-        not what attempts at later rounds were charged since.
+        It follows from N and from charges whose σ every update reveals anyway. A repeated answer reports the same ε, without what
+        attempts at later rounds were charged since.
         """
         assert self.budget is not None, "without privacy nothing is spent"
         charged = self.ledger.spent(self.plan.plan_id, self.collection, answered=self.round)

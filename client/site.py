@@ -1,4 +1,4 @@
-"""An organization's site, opened: its records, its ledger, and the tensors that it keeps from round to round."""
+"""Open an organization's site: its records, its ledger, and the tensors that it stores between rounds."""
 
 from __future__ import annotations
 
@@ -20,43 +20,53 @@ from cotune.strategies.types import Update
 
 
 class Site(SiteWithLedger):
-    """A site with its records, its ledger, and the tensors that are kept."""
+    """A site with its records, its ledger, and stored tensors."""
 
     def dataset(self, labels: tuple[str, ...]) -> Dataset:
-        """Read the organization's own records. Raises DataError."""
+        """Read the organization's records; raises DataError if they cannot be read."""
         return DatasetManifest.read(self.records, labels, lenient=not self.file.simulated)
 
     def counted_dataset(self, plan: Plan) -> Dataset:
-        """Read the records that count under the plan's promise: of no other collection, and no more of a unit than it allows."""
+        """Read the records that the plan's promise covers: of the right collection, and no more per unit than allowed."""
         held = self.dataset(plan.labels)
         if held.collection and self.ledger_file.exists():
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
 
     def store_update(self, update: Update, plan_id: str) -> None:
-        """Put a finished update into the outbox in place of the one before, as durably as the ledger (see `ledger`)."""
+        """Store a finished update in the outbox, replacing the previous one, as durably as the ledger (see `ledger`)."""
         content = update_bytes(update, plan_id=plan_id)
         remove_parts(self.outbox)
         atomic_write(self.outbox, content, durable=not self.file.simulated)
 
     def store_state(self, plan_id: str, round: int, tensors: Mapping[str, Tensor], what: str = "", *, since: int = 0) -> None:
-        """Keep a run's tensors after a round, as durably as the ledger (see `ledger`).
+        """Store a run's tensors after a round, as durably as the ledger (see `ledger`).
 
         Args:
-            what: The folder that they are kept in; see `SitePaths.kept_folder`.
-            since: The round whose tensors they go on from.
+            plan_id: Of the run.
+            round: The round that they belong to.
+            tensors: Name -> tensor.
+            what: Their folder; see `SitePaths.kept_folder`.
+            since: The round on whose tensors they are based.
         """
         folder = self.kept_folder(plan_id, what)
-        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none may share its memory
+        copies = {
+            n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
+        }  # safetensors refuses tensors that share memory
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
     def load_state(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:
-        """Return what was kept after a round, and remove what it does not go on from.
+        """Return the tensors that were stored after a round, and remove those of rounds on which it is not based.
 
-        A server that has lost its last checkpoint asks for the round before once more, but for no older one.
+        A server that has lost its last checkpoint requests the previous round again, but no older one.
+
+        Args:
+            plan_id: Of the run.
+            round: The round.
+            what: Their folder; see `SitePaths.kept_folder`.
 
         Raises:
-            RunError: What was kept cannot be read (`run.lost_state`).
+            RunError: If they cannot be read (`run.lost_state`).
         """
         folder = self.kept_folder(plan_id, what)
         found, since = _load_kept(folder / _file_of(round))
@@ -66,18 +76,20 @@ class Site(SiteWithLedger):
         return found
 
     def load_newest_state(self, plan_id: str, what: str = "") -> dict[str, Tensor]:
-        """Return what was kept last, whether its round was admitted or not; empty where nothing was."""
+        """Return the tensors that were stored last, whether or not their round was accepted; empty if there are none."""
         files = sorted(self.kept_folder(plan_id, what).glob("round-*.safetensors"))
         return _load_kept(files[-1])[0] if files else {}
 
     def finished_update(self, plan_id: str, round: int, received: str) -> Update | None:
-        """Return the update that answers exactly this request, if it was finished before.
+        """Return the update that answers exactly this request, if it was finished before; else None.
 
         Args:
-            received: The digest of what the request holds.
+            plan_id: Of the request.
+            round: Of the request.
+            received: Digest of the request's arrays.
 
         Raises:
-            RunError: The outbox is damaged.
+            RunError: If the outbox is damaged.
         """
         file = self.outbox
         try:
@@ -88,7 +100,7 @@ class Site(SiteWithLedger):
             raise _damaged(file, error) from None
 
     def last_finished_round(self, plan_id: str) -> int | None:
-        """Return the round of the update in the outbox, where it is of this plan. Raises RunError where it is damaged."""
+        """Return the round of the update in the outbox, None if it belongs to another plan; raises RunError if it is damaged."""
         try:
             return round_of(self.outbox, plan_id)
         except ValueError as error:
@@ -106,7 +118,7 @@ def _file_of(round: int) -> str:
 
 
 def _load_kept(file: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors, and the round that they go on from."""
+    """Return (the tensors, the round on whose tensors they are based)."""
     try:
         with safe_open(file, framework="pt") as kept:
             return {name: kept.get_tensor(name) for name in kept.keys()}, int(kept.metadata()["since"])  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""An organization's site: one folder with its description, its ledger, and the last update it sent.
+"""The folder of an organization's site, with its description, ledger, and last update.
 
-The names of its files and folders are here and nowhere else.
+Only this module spells the names of its files and folders.
 """
 
 from __future__ import annotations
@@ -15,57 +15,65 @@ from cotune.storage.json_documents import JsonDocument
 
 
 class NodePaths:
-    """What a site's node keeps while it works (see `client.node`): the folder node/ of a site."""
+    """The files of a site's node (see `client.node`): the folder node/ of a site."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock = folder / "lock"  # held by the process that serves the site
         self.id = folder / "id"  # the node's number at the server, while it is connected
         self.request = folder / "request.pb"  # the request that is being answered
-        self.trust = folder / "trust.json"  # whom the site takes requests from
+        self.trust = folder / "trust.json"  # whose requests the site accepts
         self.certificates = folder / "ca.crt"  # the authorities of its server, as it joined
-        self.next_key = folder / "next.key"  # the private key that is to follow
-        self.former_keys = folder / "former.pub"  # the public keys that were replaced, one a line
+        self.next_key = folder / "next.key"  # the next private key
+        self.former_keys = folder / "former.pub"  # the public keys that were replaced, one per line
 
     def create(self) -> None:
-        """Create the folder, for its owner alone, where it is missing."""
+        """Create the folder, accessible only to its owner, if it is missing."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
 
     @property
     def trust_lock(self) -> Path:
+        """The lock for changes of trust.json."""
         return self.folder / ".trust.lock"
 
     @property
     def keys_lock(self) -> Path:
+        """The lock for changes of keys."""
         return self.folder / ".keys.lock"
 
 
 class SitePaths:
-    """Where everything of a site is. Nothing is read."""
+    """The paths of a site's files. Nothing is read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.description = folder / "site.json"  # name, device, where its copy of the base model is
-        self.records = folder / "data.json"  # which records it holds (see data/dataset.py)
-        self.policy_file = folder / "policy.toml"  # what it allows; without one, the strict defaults
-        self.private_key = folder / "node.key"  # by which a server knows it
+        self.description = folder / "site.json"  # name, device, path of the base model
+        self.records = folder / "data.json"  # description of its records (see data/dataset.py)
+        self.policy_file = folder / "policy.toml"  # the policy; if missing, the strict defaults apply
+        self.private_key = folder / "node.key"  # by which servers identify it
         self.public_key = folder / "node.pub"
-        self.key_renewal = folder / "node-renewal.json"  # the statement by which a coordinator learns of a new key
-        self.plans = folder / "plans"  # the plans that came
-        self.approved_plans = folder / "approved.jsonl"  # those that it has approved
-        self.ledger_file = folder / "ledger.sqlite"  # the privacy it has spent; beside it the secret by which it knows records
-        self.audit_log = folder / "audit.jsonl"  # what it was asked for and has sent
-        self.outbox = folder / "outbox" / "update.safetensors"  # the last finished update: a crash after training costs nothing
-        self.models = folder / "models"  # finished models, a Hugging Face folder each
+        self.key_renewal = folder / "node-renewal.json"  # the statement of a new key, for the coordinator
+        self.plans = folder / "plans"  # the plans that were received
+        self.approved_plans = folder / "approved.jsonl"  # the approvals of plans
+        self.ledger_file = folder / "ledger.sqlite"  # spent privacy; beside it the secret key for fingerprints of records
+        self.audit_log = folder / "audit.jsonl"  # requests and replies
+        self.outbox = folder / "outbox" / "update.safetensors"  # the last finished update, sent again after a crash
+        self.models = folder / "models"  # final models, one Hugging Face folder each
         self.adapted_models = folder / "adapted"  # the same, adapted to its own records
         self.node = NodePaths(folder / "node")
 
     @property
     def approval_lock(self) -> Path:
+        """The lock for changes of approvals."""
         return self.folder / ".approved.lock"
 
     def kept_folder(self, plan_id: str, what: str = "") -> Path:
-        """Return the folder of what is kept from round to round: "": of a client term; "personal": what is not shared."""
+        """Return the folder of tensors that are stored between rounds.
+
+        Args:
+            plan_id: Of the run.
+            what: "": state of the client term; "personal": parameters that are not shared.
+        """
         return self.folder / "kept" / plan_id[:32] / what
 
 
@@ -76,16 +84,16 @@ class SiteFile(BaseModel):
     organization: str
     simulated: bool = False
     device: str = "auto"
-    base: Path | None = None  # a folder with the base model, where a plan names one that is not to be found here
+    base: Path | None = None  # folder of the base model, if this machine does not find it by the plan's name
     own_base: str | None = None  # the base model to train where only predictions are shared; None: the plan's
-    public: Path | None = None  # the plan's public inputs, where predictions for them are shared
+    public: Path | None = None  # the plan's public inputs, if predictions for them are shared
 
 
 class SiteFolder(SitePaths):
-    """A site, opened: with its description and its policy.
+    """An open site with its description and its policy.
 
     Raises:
-        DataError: The folder is not a site (`data.not_a_site`).
+        DataError: If the folder is not a site (`data.not_a_site`).
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ledger of a site, opened once in a process. Whoever asks for the ledger alone loads no records, and nothing that trains."""
+"""Open the ledger of a site once per process, without loading records or anything that trains."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class SiteWithLedger(SiteFolder):
     """A site with its ledger."""
 
     def ledger(self) -> Ledger:
-        """Return the ledger, which is created where it is missing, and stays open in this process.
+        """Return the ledger, which is created if it is missing, and stays open in this process.
 
-        What is entered in that of a simulated organization survives the end of the process, and no power cut: it is an account
-        of nobody's records, and begins with its run.
+        The ledger of a simulated organization survives the end of the process, but not a power failure: it accounts for no real
+        records, and starts with its run.
 
         Raises:
-            PrivacyError: It is damaged.
+            PrivacyError: If it is damaged.
         """
         with _opening:
             return _open_ledger(self.ledger_file, not self.file.simulated)
@@ -30,13 +30,13 @@ class SiteWithLedger(SiteFolder):
 
 _LedgerKey = tuple[Path, bool, tuple[int, ...], tuple[int, ...]]
 _opening = threading.Lock()
-_open_ledgers: OrderedDict[_LedgerKey, Ledger] = OrderedDict()  # opening verifies a log, every use whether others have written it
+_open_ledgers: OrderedDict[_LedgerKey, Ledger] = OrderedDict()  # opening verifies the log; every use checks for writes of others
 
 
 def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
-    """Return what a ledger is known by: its file, the identity of that, and the identity and last change of its key.
+    """Return what identifies an open ledger: its path, the identity of the file, and identity and last change of its key.
 
-    Another file that is put in its place is another ledger, and may get the number of the one that was removed.
+    A file that replaces another one is another ledger, even if it gets the same inode number.
     """
     return file.absolute(), durable, _identity(file)[:2], _identity(file.with_name("ledger.key"))
 
@@ -55,7 +55,7 @@ def _open_ledger(file: Path, durable: bool) -> Ledger:
 
 
 def _identity(file: Path) -> tuple[int, ...]:
-    """Return a file's device, number and time of its last change; nothing where it is missing."""
+    """Return a file's device, inode number and time of last change; empty if it is missing."""
     try:
         found = file.stat()
     except OSError:

@@ -1,7 +1,7 @@
 """Set up an organization's site: its folder with key pair, strict policy and ledger, its records, and its base model.
 
-The base model of a plan is found under the plan's name for it, or in the folder that the organization has named; its hash decides
-in both cases whether it is the right one.
+The base model of a plan is looked up by the plan's name for it, or in the folder that the organization has given; in both cases,
+its hash must match the plan.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cotune.storage.json_documents import JsonDocument
 
 
 def read_private_key(file: Path) -> EllipticCurvePrivateKey:
-    """Read a node's private key. Raises RunError, also where other users may read the file."""
+    """Read a node's private key; raises RunError if it cannot be read, or if other users can read the file."""
     try:
         key = load_ssh_private_key(file.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
@@ -56,7 +56,7 @@ def read_private_key(file: Path) -> EllipticCurvePrivateKey:
 
 
 def read_certificates(file: Path | None) -> bytes | None:
-    """Read certificates in PEM; None where no file is given. Raises RunError."""
+    """Read certificates in PEM; return None if no file is given. Raises RunError if the file cannot be read."""
     if file is None:
         return None
     try:
@@ -70,12 +70,12 @@ def read_certificates(file: Path | None) -> bytes | None:
 
 
 def load_site_model(plan: Plan, site: Site) -> TrainableModel:
-    """Return the plan's model on the site's device; see `plan.parameters.get_plan_model`. Raises ModelError."""
+    """Return the plan's model on the site's device, and raise errors, as `plan.parameters.get_plan_model` does."""
     return get_plan_model(_with_own_base(plan, site.file), site.file.device)
 
 
 def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
-    """Find the plan's base model on this machine. Raises ModelError, which says how another folder is named."""
+    """Find the plan's base model on this machine; raises ModelError, with advice on giving its folder, if it is missing."""
     try:
         return find_base(_with_own_base(plan, file).model)
     except ModelError as error:
@@ -83,24 +83,27 @@ def find_site_base(plan: Plan, file: SiteFile) -> BaseModelFolder:
 
 
 def _with_own_base(plan: Plan, file: SiteFile) -> Plan:
-    """For loading alone: what identifies a plan is the plan as it came."""
+    """Return the plan with the site's own base model, only for loading; the plan's id is still that of the original."""
     if file.base is None:
         return plan
     return plan.model_copy(update={"model": plan.model.model_copy(update={"base": str(file.base)})})
 
 
 def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None = None) -> Site:
-    """Create a site, readable by its owner alone.
+    """Create a site that only its owner can read.
 
-    site.json is written last: what a crash leaves is no site, and can be created again with the key that is there.
+    site.json is written last: after a crash the folder is not a site, and can be created again with the key that exists.
 
     Args:
-        key: A private key as ssh-keygen makes it, which is copied; None: a new one (ECDSA, P-384).
+        folder: Of the site.
+        name: Of the organization.
+        device: auto, cpu, cuda or cuda:N.
+        key: A private key from ssh-keygen, which is copied; None: create one (ECDSA, P-384).
 
     Raises:
-        PlanError: The name is not one.
-        DeviceError: The device is not here.
-        RunError: There is a site or a key already, or the folder cannot be written.
+        PlanError: If the name is not valid.
+        DeviceError: If the device does not exist.
+        RunError: If there is a site or a key already, or the folder cannot be written.
     """
     check_name(name)
     pick_device(device)
@@ -128,7 +131,7 @@ def make_site(folder: Path, name: str, *, device: str = "auto", key: Path | None
 
 
 def _write_keys(paths: SitePaths, name: str, own: ec.EllipticCurvePrivateKey | None) -> None:
-    """The private key first: a public one without it would be of no use."""
+    """Write the private key first, as a public key without it would be useless."""
     file = paths.private_key
     key = own or (read_private_key(file) if file.exists() else ec.generate_private_key(ec.SECP384R1()))
     atomic_write(file, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))  # with mode 0600
@@ -137,7 +140,11 @@ def _write_keys(paths: SitePaths, name: str, own: ec.EllipticCurvePrivateKey | N
 
 
 def get_key_fingerprint(site: Site) -> str:
-    """Return the SHA-256 (hex) of the public key (PEM, SubjectPublicKeyInfo), as the coordinator sees it. Raises RunError."""
+    """Return the SHA-256 (hex) of the public key (PEM, SubjectPublicKeyInfo), which the coordinator sees, too.
+
+    Raises:
+        RunError: If the key cannot be read.
+    """
     public = read_private_key(site.private_key).public_key()
     return hashlib.sha256(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
@@ -153,19 +160,23 @@ def set_records(
     unit: str | None = None,
     collection: str | None = None,
 ) -> int:
-    """Describe the site's records in data.json, once they could be read, and return how many there are.
+    """Read the site's records, describe them in data.json, and return their number.
 
-    Columns that are not given are the plan's. Other than in a round, records of which none is usable are refused: somebody is
-    here to read what is wrong.
+    Columns that are not given are those of the plan. Unlike in a round, it is an error if none of the records is usable.
 
     Args:
-        data: A file, a folder of images, or package:NAME; None: what data.json says already.
-        tasks: Of several tasks those that are held, such as "topic,language=COLUMN"; None: all, in the plan's columns.
-        collection: The collection that they are in (see docs/ledger.md); None: none.
+        site: Of the organization.
+        plan: The plan.
+        data: A file, a folder of images, or package:NAME; None: the source in data.json.
+        text: Column of the texts.
+        label: Column of the labels.
+        tasks: Of several tasks, those with records, such as "topic,language=COLUMN"; None: all, in the plan's columns.
+        unit: Column of the privacy units.
+        collection: The collection of the records (see docs/ledger.md); None: none.
 
     Raises:
-        DataError: Also when data.json says nothing, or is about another task.
-        PlanError: For a collection's name that is none.
+        DataError: If the records cannot be read, or data.json gives no source, or describes another task.
+        PlanError: If the name of the collection is not valid.
     """
     if collection is not None:
         check_name(collection)
@@ -201,7 +212,7 @@ def set_records(
 
 
 def _check_one_label(plan: Plan, label: str | None, tasks: str | None) -> None:
-    """--label is for plans of one task, --tasks for those of several. Raises DataError."""
+    """Raise DataError unless --label is used with one task, and --tasks with several."""
     if plan.tasks and label is not None:
         raise DataError(
             f"--label {label} names one column, and the plan has several tasks: expected --tasks, such as"
@@ -213,7 +224,7 @@ def _check_one_label(plan: Plan, label: str | None, tasks: str | None) -> None:
 
 
 def _parse_tasks(plan: Plan, text: str) -> tuple[tuple[str, str], ...]:
-    """(task, column) of "topic,language=COLUMN", in the plan's order. Raises DataError for tasks that the plan does not have."""
+    """Parse "topic,language=COLUMN" as (task, column) in the plan's order; raises DataError for unknown tasks."""
     named = {name.strip(): column.strip() for name, _, column in (part.partition("=") for part in text.split(","))}
     known = {task.name: task.label or task.name for task in plan.tasks}
     unknown = sorted(set(named) - set(known))
@@ -227,13 +238,13 @@ def _parse_tasks(plan: Plan, text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> int:
-    """A description that does not fit leaves the one before as it was."""
+    """Write the description if the records can be read with it; else the previous one stays."""
     draft = document.with_name("data.json.draft")
     try:
         JsonDocument(draft, DatasetManifest).write(described)
         count = len(DatasetManifest.read(draft, plan.labels, lenient=True))
         if not count:
-            DatasetManifest.read(draft, plan.labels)  # read strictly, it says why
+            DatasetManifest.read(draft, plan.labels)  # strict reading raises the reason
             raise DataError("none of the records is usable: expected some; look at the file", code="data.no_usable_record")
         os.replace(draft, document)
     except DataError as error:
@@ -244,7 +255,19 @@ def _write_once_read(document: Path, described: DatasetManifest, plan: Plan) -> 
 
 
 def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
-    """Write to site.json where the base model is, once it was found to be the plan's. Raises ModelError."""
+    """Write the base model's folder to site.json, if it is the plan's.
+
+    Args:
+        site: Of the organization.
+        plan: The plan.
+        folder: Of the base model.
+
+    Returns:
+        The site, opened again.
+
+    Raises:
+        ModelError: If the folder does not contain the plan's base model.
+    """
     file = site.file.model_copy(update={"base": folder.expanduser().resolve()})
     find_site_base(plan, file)
     JsonDocument(site.description, SiteFile).write(file)
@@ -252,12 +275,21 @@ def set_base_model(site: Site, plan: Plan, folder: Path) -> Site:
 
 
 def set_prediction_sources(site: Site, plan: Plan, public: Path | None, own_base: str | None) -> Site:
-    """Write to site.json where the plan's public inputs are, and which base model is trained here in place of the plan's.
+    """Write the path of the plan's public inputs, and the organization's own base model, to site.json.
+
+    Args:
+        site: Of the organization.
+        plan: The plan, which must share predictions.
+        public: File of the public inputs; None: unchanged.
+        own_base: Base model to train instead of the plan's; None: unchanged.
+
+    Returns:
+        The site, opened again.
 
     Raises:
-        PlanError: The plan shares no predictions.
-        DataError: These are not the plan's public inputs.
-        ModelError: There is no such base model.
+        PlanError: If the plan does not share predictions.
+        DataError: If these are not the plan's public inputs.
+        ModelError: If there is no such base model.
     """
     if not plan.shares_predictions:
         raise PlanError(

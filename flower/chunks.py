@@ -1,8 +1,8 @@
-"""Messages in pieces, as Flower sends them: each piece is an object of its own, and is announced before all are there.
+"""Download and assemble messages in pieces, as Flower sends them: each piece is an object, announced before all are uploaded.
 
-Flower's own download waits a second before it asks again for a piece that is not there yet, and for hours for one that never
-comes. A message is measured before it is put together: arrays list their chunks by index and may repeat one, as an array of zeros
-honestly does, so that a few kilobytes may stand for gigabytes.
+Flower's own download waits a second before it asks again for a piece that is not uploaded yet, and hours for one that never
+arrives. The size of a message is computed before it is assembled: arrays list their chunks by index and may repeat one, as an
+array of zeros legitimately does, so that a few kilobytes may expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_objects,
 )
 
-_MAX_HEAD_BYTES = 4 * 2**20  # of all that is no chunk of an array: parsed, it takes many times as much memory
+_MAX_HEAD_BYTES = 4 * 2**20  # of everything but chunks of arrays; parsed, it takes many times as much memory
 
 
 class TooLarge(Exception):
-    """The message is larger than was expected."""
+    """The message is larger than allowed."""
 
 
 class Malformed(Exception):
-    """What has arrived is no message."""
+    """The pieces do not form a message."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class ChunkedMessage:
     pieces: dict[str, bytes]
 
     def message(self, max_bytes: int) -> Message:
-        """Put the message together. Once only: the pieces are used up, so that they are not held twice.
+        """Assemble the message. The pieces are consumed, so that they are not in memory twice; call it only once.
 
         Args:
-            max_bytes: Of its arrays, in all.
+            max_bytes: Limit of the total size of its arrays.
 
         Raises:
-            TooLarge: If its arrays would have more bytes; none is made then.
-            Malformed: If it cannot be put together.
+            TooLarge: If its arrays would be larger; nothing is assembled then.
+            Malformed: If it cannot be assembled.
         """
         size = count_inflated_bytes(self.number, self.pieces)
         if size > max_bytes:
@@ -73,7 +73,15 @@ class ChunkedMessage:
         return _with_message_id(message, self.number)
 
     def header(self, *records: str) -> Message:
-        """Return the message with some of its records of plain values, and without arrays. Raises TooLarge or Malformed."""
+        """Return the message without arrays.
+
+        Args:
+            *records: Names of the records of plain values to include.
+
+        Raises:
+            TooLarge: If its headers are larger than the limit.
+            Malformed: If it cannot be assembled.
+        """
         count_inflated_bytes(self.number, self.pieces)
         try:
             _, children, _ = _read_object(self.pieces, self.number, "Message")
@@ -99,11 +107,15 @@ def _with_message_id(message: object, number: str) -> Message:
 
 
 def count_inflated_bytes(number: str, pieces: Mapping[str, bytes]) -> int:
-    """Return the bytes that the arrays of a message have once it is put together.
+    """Return the size in bytes of a message's arrays once it is assembled.
+
+    Args:
+        number: Object id of the message.
+        pieces: Object id -> content.
 
     Raises:
-        TooLarge: If all else is larger than the limit.
-        Malformed: If the pieces are not nested as those of a message.
+        TooLarge: If everything but the arrays is larger than the limit.
+        Malformed: If the pieces are not nested like those of a message.
     """
     heads = sum(len(content) for content in pieces.values() if not content.startswith(b"ArrayChunk "))
     if heads > _MAX_HEAD_BYTES:
@@ -155,13 +167,13 @@ def _parse_body(body: memoryview) -> Any:
 
 def _count_chunk_bytes(pieces: Mapping[str, bytes], number: str) -> int:
     _, children, body = _read_object(pieces, number, "ArrayChunk")
-    if children:  # they would be put together first
+    if children:  # Flower would assemble them first
         raise Malformed("a chunk of it holds other parts")
     return len(body)
 
 
 def _read_names(pieces: Mapping[str, bytes], number: str, kind: str) -> dict[str, str]:
-    """What a record holds, as name -> object id. All that its head lists is put together, so all of it must have a name."""
+    """Return a record's content as name -> object id. Flower assembles all listed children, so each must have a name."""
     _, children, body = _read_object(pieces, number, kind)
     named = _parse_body(body)
     if not isinstance(named, dict) or set(named.values()) != set(children):
@@ -170,7 +182,7 @@ def _read_names(pieces: Mapping[str, bytes], number: str, kind: str) -> dict[str
 
 
 def _read_object(pieces: Mapping[str, bytes], number: str, expected: str = "") -> tuple[str, list[str], memoryview]:
-    """Kind, children and body of a piece."""
+    """Return kind, children and body of a piece."""
     content = pieces[number]
     kind, children, _ = get_object_head_values_from_object_content(content)
     if expected and kind != expected:
@@ -178,19 +190,19 @@ def _read_object(pieces: Mapping[str, bytes], number: str, expected: str = "") -
     return kind, children, memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
 
 
-Pending = ObjectUnavailableError  # to be raised for a piece that may yet come
+Pending = ObjectUnavailableError  # raised for a piece that is not uploaded yet
 
-_MAX_CHUNKS = 100_000  # Flower cuts arrays into pieces of 5 MiB
+_MAX_CHUNKS = 100_000  # Flower splits arrays into pieces of 5 MiB
 
 
 @dataclass(frozen=True)
 class PullLimits:
-    """All in seconds. The defaults are those of every download; tests pass shorter ones.
+    """Times in seconds. The defaults apply to every download; tests pass shorter ones.
 
     Attributes:
-        retry_backoff: Before a piece that is not there is asked for again; doubled each time.
-        max_retry_backoff: The same, at most.
-        slow_call: A call under way for longer brings a piece: that there is none yet is said at once.
+        retry_backoff: Time before a missing piece is requested again; doubled each time.
+        max_retry_backoff: Upper limit of `retry_backoff`.
+        slow_call: A call that takes longer is transferring a piece, as a missing piece is reported at once.
     """
 
     retry_backoff: float = 0.02
@@ -202,17 +214,25 @@ _PULL_LIMITS = PullLimits()
 
 
 class Aborted(Exception):
-    """The rest of the message is gone, or does not arrive."""
+    """The rest of the message was deleted, or does not arrive."""
 
 
 def download(
     tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float, limits: PullLimits = _PULL_LIMITS
 ) -> Message:
-    """Download a message and put it together; see `download_chunks`.
+    """Download a message and assemble it.
+
+    Args:
+        tree: See `download_chunks`, as for all arguments.
+        pull: Downloads a piece by its id.
+        max_bytes: Limit of the size of all pieces, and of the assembled arrays.
+        silence: Seconds without a piece after which the download is given up.
+        limits: Intervals of retries.
 
     Raises:
-        TooLarge: Also if it would be larger than `max_bytes` once it is put together.
-        Malformed: If it cannot be put together.
+        TooLarge: If the pieces or the assembled arrays are larger than `max_bytes`.
+        Aborted: If the rest was deleted or does not arrive.
+        Malformed: If it cannot be assembled.
     """
     return download_chunks(tree, pull, max_bytes, silence, limits).message(max_bytes)
 
@@ -220,18 +240,18 @@ def download(
 def download_chunks(
     tree: ObjectTree, pull: Callable[[str], bytes], max_bytes: int, silence: float, limits: PullLimits = _PULL_LIMITS
 ) -> ChunkedMessage:
-    """Download all pieces of a message; never more than `max_bytes` and one piece.
+    """Download all pieces of a message, never more than `max_bytes` and one piece.
 
     Args:
         tree: The ids of its pieces.
-        pull: Downloads a piece by its id, from several threads. Raises Pending for one that may yet come.
-        max_bytes: Of all pieces.
-        silence: Seconds without a piece after which the rest is given up.
-        limits: How long calls may take, and when they are made again.
+        pull: Downloads a piece by its id, from several threads; raises Pending if the piece is not uploaded yet.
+        max_bytes: Limit of the total size.
+        silence: Seconds without a piece after which the download is given up.
+        limits: Intervals of retries.
 
     Raises:
         TooLarge: If it is larger.
-        Aborted: If the rest is gone or does not arrive.
+        Aborted: If the rest was deleted or does not arrive.
     """
     if sum(1 for _ in islice(iterate_object_tree(tree), _MAX_CHUNKS + 1)) > _MAX_CHUNKS:
         raise TooLarge(f"it has more than {_MAX_CHUNKS:,} parts, the most that were expected")
@@ -250,7 +270,7 @@ def download_chunks(
 
 
 class _Bounded:
-    """Pulls pieces up to so many bytes, and so many seconds without one."""
+    """Pulls pieces up to a number of bytes, and up to a number of seconds without a piece."""
 
     def __init__(self, pull: Callable[[str], bytes], max_bytes: int, silence: float, slow_call: float) -> None:
         self._pull = pull
@@ -280,7 +300,7 @@ class _Bounded:
         return content
 
     def _is_idle(self) -> bool:
-        """Whether nothing arrives any more. On a slow line a call under way may take longer than that."""
+        """Return whether nothing has arrived for too long. On a slow line, a call in progress may take longer than that."""
         now = time.monotonic()
         ours = threading.get_ident()
         slow = any(now - began > self._slow_call for thread, began in list(self._calls.items()) if thread != ours)
@@ -288,7 +308,7 @@ class _Bounded:
 
 
 def pull_reply(grid: Grid, number: str) -> Message | None:
-    """Return the reply to a message; None where it is not there yet."""
+    """Return the reply to a message; None if there is none yet."""
     for reply in grid.pull_messages([number]):
         return reply
     return None

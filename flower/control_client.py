@@ -1,10 +1,10 @@
 """A client of Flower's Control API, by which the coordinator registers nodes and starts runs.
 
-The API authenticates nobody, so it must be reached on loopback alone. Runs are started with a bundle of configuration; both sides
-run the cotune that is installed on their machines.
+The API requires no authentication, so it must be reachable only on loopback. Runs are started with a bundle that contains only
+configuration; both sides run the cotune that is installed on their machines.
 
-Every member can ask the SuperLink for a run's configuration, so that it names the run and no folder. The processes of runs learn
-the federation's folder by their environment, which does not leave this machine.
+Every member can ask the SuperLink for a run's configuration, so it contains the run's name and no path. The processes of runs get
+the federation's folder from their environment, which does not leave this machine.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from cotune.errors import RunError
 from cotune.flower.nodes import RegisteredNode
 
-FEDERATION_VARIABLE = "COTUNE_FEDERATION"  # the federation's folder, in the environment of what `cotune server start` has started
+FEDERATION_VARIABLE = (
+    "COTUNE_FEDERATION"  # environment variable with the federation's folder, for processes of `cotune server start`
+)
 
 
 def get_run_name(run: Path) -> str:
-    """Return the name by which the SuperLink knows the folder of a run."""
+    """Return the name of a run's folder in the SuperLink's configuration of the run."""
     return run.name
 
 
@@ -49,11 +51,11 @@ def find_run_folder(name: str, environment: Mapping[str, str] = os.environ) -> P
     """Return the folder of the run that a run configuration names.
 
     Args:
-        name: The name of a run of the federation; in a simulation, which has none, the folder itself.
-        environment: Of this process; it names the federation's folder.
+        name: The name of a run of the federation; in a simulation, the folder itself.
+        environment: Of this process; it contains the federation's folder.
 
     Raises:
-        RunError: If it is neither.
+        RunError: If there is no such run.
     """
     if not name:
         raise RunError('the run configuration has no "run": expected the folder of a run', code="run.no_run_named")
@@ -103,7 +105,7 @@ class RunState:
 class ControlClient:
     """Calls of the Control API, one after the other.
 
-    Each raises SuperLinkUnreachable where nobody answers, and RunError where the SuperLink refuses.
+    Each raises SuperLinkUnreachable if the SuperLink does not answer, and RunError if it refuses.
     """
 
     def __init__(self, client: ControlHttpClient) -> None:
@@ -115,15 +117,15 @@ class ControlClient:
         return tuple(RegisteredNode.from_info(node) for node in found if node.status != "unregistered")
 
     def register(self, key: bytes, name: str) -> int:
-        """Let the node with this public key (PEM) in. Returns its id."""
+        """Register a node's public key (PEM) under a name, and return the node's id."""
         return int(_call(self._client.RegisterNode, RegisterNodeRequest(public_key=key, name=name)).node_id)
 
     def unregister(self, node: int) -> None:
-        """Shut a node out: its requests are refused from then on."""
+        """Remove a node, whose calls are refused from then on."""
         _call(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node))
 
     def start(self, run: Path) -> int:
-        """Submit the folder of a run to the executor. Returns the run's id. Members can read what is sent here."""
+        """Submit the folder of a run to the executor, and return the run's id. Members can read what is sent here."""
         content, _ = build_fab_from_files({"pyproject.toml": APP})
         bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
         config = user_config_to_proto(UserConfig({"run": get_run_name(run)}))
@@ -135,11 +137,11 @@ class ControlClient:
         return int(answer.run_id)
 
     def stop(self, run_id: int) -> None:
-        """End a run; what it has finished is in its folder."""
+        """Stop a run; its finished rounds stay in its folder."""
         _call(self._client.StopRun, StopRunRequest(run_id=run_id))
 
     def state(self, run_id: int) -> RunState | None:
-        """Return the state of a run; None where the SuperLink does not know it, as after a restart without a database."""
+        """Return the state of a run; None if the SuperLink does not know it, as after a restart without a database."""
         try:
             found = _call(self._client.ListRuns, ListRunsRequest(run_id=run_id)).run_dict.get(run_id)
         except _Refused as error:
@@ -155,7 +157,7 @@ class ControlClient:
 
 
 class SuperLinkUnreachable(RunError):
-    """Nobody answers at the SuperLink's port."""
+    """The SuperLink's port does not answer."""
 
     code = "run.superlink_unreachable"
 

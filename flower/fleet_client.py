@@ -1,8 +1,8 @@
 """A client of Flower's Fleet API, by which a node receives requests and sends replies.
 
 Flower's own connection (flwr.supernode.fleet_http_connection) ends the whole process when a server restarts or does not know a
-key, and waits without end where TLS is wrong. Here these are exceptions, so that a node can stay; the calls and their order are
-the same.
+key, and waits forever if the TLS handshake fails. Here these cases are exceptions, so that a node can continue; the calls and
+their order are the same.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from cotune.flower.chunks import ChunkedMessage, download_chunks
 from cotune.flower.fleet_errors import Answer, FleetError, NodeRejected, call
 from cotune.flower.http_limits import harden_http_client
 
-_MAX_REQUEST_BYTES = 4 * 2**30  # of a request: more than any plan's
+_MAX_REQUEST_BYTES = 4 * 2**30  # of a request; no plan has larger ones
 _IDLE_TIMEOUT = 10.0  # for the rest of a request that the server is uploading
 
 
 @dataclass(frozen=True)
 class AnnouncedRequest:
-    """A request as the server announces it: everything but its content.
+    """A request as the server announces it, without its content.
 
     Attributes:
         header: The message without content.
@@ -65,30 +65,33 @@ class AnnouncedRequest:
 
     @property
     def run(self) -> int:
+        """Flower's id of the run."""
         return self.header.metadata.run_id
 
     @property
     def round(self) -> str:
+        """The round, as text."""
         return self.header.metadata.group_id
 
     @property
     def seconds(self) -> float:
-        """The seconds for which the server still waits for a reply to a request that was announced just now.
+        """The seconds for which the server still waits for a reply, if the request was announced just now.
 
-        By this machine's clock, unless that is far off: what the server announces has time left.
+        They follow from this machine's clock unless it is far off: an announced request has time left.
         """
         about = self.header.metadata
         left = about.created_at + about.ttl - time.time()
         return left if 0 < left <= about.ttl else about.ttl
 
     def to_bytes(self) -> bytes:
+        """Return the announcement in Flower's format, to be stored."""
         both = PullMessagesResponse(messages_list=[message_to_proto(self.header)], message_object_trees=[self.tree])
         content: bytes = both.SerializeToString()
         return content
 
     @classmethod
     def from_bytes(cls, content: bytes) -> AnnouncedRequest:
-        """Parse what `to_bytes` has given. Raises ValueError for anything else."""
+        """Parse the result of `to_bytes`; raises ValueError for anything else."""
         try:
             return cls._first_of(PullMessagesResponse.FromString(content))
         except Exception as error:
@@ -111,13 +114,13 @@ class FleetClient:
         self._heartbeat_lock = threading.Lock()
 
     def receive(self) -> AnnouncedRequest | None:
-        """Return the next request; None where there is none. The server announces each only once."""
+        """Return the next request; None if there is none. The server announces each request only once."""
         self.check_known()
         response = call(self._client.PullMessages, PullMessagesRequest(node=self._node))
         return AnnouncedRequest._first_of(response) if response.messages_list else None
 
     def check_known(self) -> None:
-        """Raise NodeRejected where a heartbeat was refused, as that of a key which was replaced or revoked."""
+        """Raise NodeRejected if a heartbeat was refused, as happens after the key was replaced or revoked."""
         if self._rejected.is_set():
             raise NodeRejected("the server does not know this node any more")
 
@@ -126,12 +129,12 @@ class FleetClient:
 
         Raises:
             Aborted: If the rest of it does not arrive.
-            TooLarge: If it is too large; no more than the limit is ever taken.
-            Malformed: If it is no message.
+            TooLarge: If it is larger than the limit; the rest is not downloaded.
+            Malformed: If it is not a message.
         """
         pull = make_pull_object_fn_protobuf(self._calling(self._client.PullObject), self._node, request.run)
         parcel = download_chunks(request.tree, pull, _MAX_REQUEST_BYTES, _IDLE_TIMEOUT)
-        parcel.header("")  # anyone who is given it can answer it
+        parcel.header("")  # fails now if the header, which a reply needs, is malformed
         return parcel
 
     def bundle(self, run: int) -> bytes:
@@ -146,7 +149,7 @@ class FleetClient:
 
         Args:
             reply: The reply.
-            seconds: How long it took; the server shows it.
+            seconds: How long the node worked on it; the server shows it.
 
         Raises:
             FleetError: If it cannot be sent.
@@ -170,14 +173,14 @@ class FleetClient:
                 raise FleetError(str(error)) from None
 
     def confirm(self, request: AnnouncedRequest) -> None:
-        """Let the server forget the content of a request that was downloaded; it would fail to upload the rest before."""
+        """Let the server delete the content of a downloaded request; before the download is complete, that would break it."""
         confirmation = ConfirmMessageReceivedRequest(
             node=self._node, run_id=request.run, message_object_id=request.tree.object_id
         )
         call(self._client.ConfirmMessageReceived, confirmation)
 
     def leave(self) -> None:
-        """Tell the server that this node goes offline. A heartbeat after that would keep it online for another minute."""
+        """Notify the server that this node goes offline. A later heartbeat would keep it online for another minute."""
         with self._heartbeat_lock:
             self._left = True
             call(self._client.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
@@ -200,7 +203,7 @@ class FleetClient:
 
 
 def _restore_ttl(reply: Message) -> None:
-    """Flower gives a reply the time that is left of its request, by this machine's clock; one that is far off leaves nothing."""
+    """Restore a reply's lifetime, which Flower computes by this machine's clock; if that is far off, nothing would be left."""
     about = reply.metadata
     if about.ttl <= 0:
         end = about.created_at + about.ttl

@@ -42,6 +42,7 @@ class RequestExpired(FleetError):
 
 
 def call(method: Callable[[Any], Answer], request: Any) -> Answer:
+    """Make a call to a server; raises FleetError with the cause in one sentence if it fails."""
     try:
         return method(request)
     except httpx.HTTPStatusError as error:

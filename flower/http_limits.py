@@ -1,4 +1,4 @@
-"""Limits of what a node takes from a server: no redirects, no compressed answers, and no answer larger than it can hold."""
+"""Limit what a node accepts from a server: no redirects, no compressed answers, and no answer above a size."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import httpx
 
-_MAX_RESPONSE_BYTES = 64 * 2**20  # of one answer: a piece of an array, a bundle, or the names of all objects of a message
+_MAX_RESPONSE_BYTES = 64 * 2**20  # of one answer: a chunk of an array, a bundle, or the ids of all objects of a message
 
 
 def harden_http_client(calls: httpx.Client) -> None:
-    """Protect a client of a server that is not trusted.
+    """Protect an HTTP client against an untrusted server.
 
-    The server may not redirect calls to another place, such as one inside the organization's network, nor fill the memory.
-    Compressed answers are refused: a small one may be endless.
+    The server can neither redirect calls, for example into the organization's own network, nor exhaust the memory. Compressed
+    answers are refused, as a small one may expand without limit.
     """
     calls.follow_redirects = False
     calls.headers["accept-encoding"] = "identity"
@@ -21,7 +21,7 @@ def harden_http_client(calls: httpx.Client) -> None:
 
 
 def _limit_response(response: httpx.Response) -> None:
-    """Limit an answer, of which only the head was read."""
+    """Limit an answer whose content is not read yet."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise httpx.RemoteProtocolError("its answer is compressed: expected a server that does as it is asked")
     assert isinstance(response.stream, httpx.SyncByteStream)
@@ -43,4 +43,5 @@ class _LimitedStream(httpx.SyncByteStream):
             yield piece
 
     def close(self) -> None:
+        """Close the underlying stream."""
         self._stream.close()

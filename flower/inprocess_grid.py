@@ -1,6 +1,6 @@
-"""The embedded engine: a Flower Grid whose nodes are ClientApp calls in this process. No Ray, no ports, one base model.
+"""The in-process engine: a Flower Grid whose nodes are calls of a ClientApp in this process. No Ray, no ports, one base model.
 
-A message is answered when its reply is pulled, so that one organization trains at a time and one reply is held at a time.
+A message is answered when its reply is pulled, so that one organization trains at a time and one reply is in memory at a time.
 """
 
 from __future__ import annotations
@@ -46,21 +46,26 @@ class InProcessGrid(Grid):
         TaskIdentity.node_id = _SERVER_NODE
 
     def set_run(self, run: Run) -> None:
+        """Set the run that `run` returns."""
         self._run = run
 
     @property
     def run(self) -> Run:
+        """The run that was set."""
         return self._run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
+        """Create a message to a node; for the arguments see Flower's `Grid`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
+        """Return the numbers of all nodes."""
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Store messages until their replies are pulled, and return their ids."""
         ids = []
         for message in messages:
             number = str(next(self._numbers))
@@ -70,12 +75,14 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Call the app for each message, and yield the replies."""
         for number in message_ids:
             message = self._pending.pop(number, None)
             if message is not None:
                 yield self._answer(message)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Call the app for each message, and return all replies; there is no timeout."""
         return list(self.pull_messages(self.push_messages(messages)))
 
     def _answer(self, message: Message) -> Message:

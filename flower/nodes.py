@@ -13,11 +13,11 @@ class RegisteredNode:
     """A node whose key is registered at the SuperLink.
 
     Attributes:
-        id: Its number, which messages are addressed to.
+        id: Its number, to which messages are addressed.
         key: Its public key (PEM).
         online: Whether its heartbeats arrive.
-        last_online: When it last connected, as the SuperLink says it.
-        until: When it is, or was, offline without another heartbeat, in seconds since 1970.
+        last_online: When it last connected, as the SuperLink reports it.
+        until: When it goes, or went, offline without another heartbeat, in seconds since 1970.
     """
 
     id: int
@@ -28,5 +28,5 @@ class RegisteredNode:
 
     @classmethod
     def from_info(cls, info: NodeInfo) -> Self:
-        """Convert Flower's message. A grid without states of nodes has those alone that are online."""
+        """Convert Flower's message. A grid that does not report the states of nodes lists only those that are online."""
         return cls(info.node_id, info.public_key, info.status in ("", "online"), info.last_activated_at, info.online_until)

@@ -1,8 +1,7 @@
 """A client of Flower's Runtime API, by which the server sends requests and receives replies.
 
-Flower's own grid silently repeats a call that failed, so that nobody learns what was lost with the first; it waits a second for a
-piece that is not there yet, and takes a reply however large it is. Here a call that fails raises; the calls and their order are
-the same.
+Flower's own grid silently repeats a failed call, which hides what was lost with the first one; it waits a second for a missing
+piece, and accepts a reply of any size. Here a failed call raises an exception; the calls and their order are the same.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from cotune.flower.chunks import Pending, download, pull_reply
 from cotune.flower.nodes import RegisteredNode
 
-_IDLE_TIMEOUT = 200.0  # for the rest of an answer: after 180 the SuperLink gives up who sends it
+_IDLE_TIMEOUT = 200.0  # seconds for the rest of an answer; after 180 s the SuperLink gives up the node that sends it
 
 RunStopped = RunNotRunningException  # raised by every call once the run was stopped
 
@@ -42,17 +41,23 @@ _Answer = TypeVar("_Answer")
 
 
 class RuntimeClient(Protocol):
-    """Every call raises what goes wrong with it, RunStopped where the run was stopped; several threads make them."""
+    """Calls of the Runtime API, made by several threads. A call that fails raises; RunStopped if the run was stopped."""
 
-    def get_nodes(self) -> tuple[RegisteredNode, ...]: ...
+    def get_nodes(self) -> tuple[RegisteredNode, ...]:
+        """Return the registered nodes."""
+        ...
 
     def push(self, message: Message) -> str:
-        """Send a request. Returns its id; "" where the SuperLink did not take it."""
+        """Send a request, and return its id; "" if the SuperLink did not accept it."""
         ...
 
     def list_replies(self, numbers: Sequence[str]) -> Mapping[str, Any]:
-        """List the requests whose replies can be fetched now. A reply is listed once: where this call or `fetch` fails, it may be
-        gone.
+        """List the requests whose replies can be fetched now.
+
+        A reply is listed only once: if this call or `fetch` fails, it may be lost.
+
+        Args:
+            numbers: Ids of requests.
 
         Returns:
             Id of the request -> what `fetch` needs to know of the reply.
@@ -60,33 +65,34 @@ class RuntimeClient(Protocol):
         ...
 
     def fetch(self, answer: Any, max_bytes: int, came: Callable[[], None]) -> Message | None:
-        """Return a reply; None where it is not there yet.
+        """Return a reply; None if it is not uploaded yet.
 
         Args:
-            answer: As `list_replies` gives it.
-            max_bytes: Of its arrays.
-            came: Called for every piece of it, by several threads.
+            answer: From `list_replies`.
+            max_bytes: Limit of the size of its arrays.
+            came: Called for every piece that arrives, by several threads.
 
         Raises:
             TooLarge: If it is larger.
             Aborted: If the rest of it does not arrive.
-            Malformed: If it is no message.
+            Malformed: If it is not a message.
         """
         ...
 
 
 def open_runtime_client(grid: Grid) -> RuntimeClient:
-    """Return a client of the SuperLink that the grid is of; for any other grid, one that calls the grid."""
+    """Return a client of the SuperLink to which the grid is connected; for any other grid, one that calls the grid."""
     return _SuperLinkClient(grid) if isinstance(grid, HttpGrid) else _GridClient(grid)
 
 
 class _GridClient:
-    """Calls what every grid offers."""
+    """Uses only the public methods of a grid."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
 
     def get_nodes(self) -> tuple[RegisteredNode, ...]:
+        """Return the registered nodes."""
         return tuple(RegisteredNode.from_info(node) for node in self._grid.get_nodes())
 
     def push(self, message: Message) -> str:
@@ -101,12 +107,12 @@ class _GridClient:
 
 
 class _SuperLinkClient:
-    """Calls the SuperLink as the grid of a process that its executor has started does, over connections of its own."""
+    """Calls the SuperLink as the grid of a process that its executor started does, over its own connections."""
 
     def __init__(self, grid: HttpGrid) -> None:
         self._run = grid.run.run_id
         self._node = Node(node_id=SUPERLINK_NODE_ID)
-        self._end_lock = threading.Lock()  # held once the process was told to end
+        self._end_lock = threading.Lock()  # taken once the process is being ended
         self._client = RuntimeHttpClient.from_server_address(
             grid._addr,
             grid._insecure,
@@ -118,6 +124,7 @@ class _SuperLinkClient:
         )
 
     def get_nodes(self) -> tuple[RegisteredNode, ...]:
+        """Return the registered nodes."""
         nodes = self._call(self._client.GetNodes, GetNodesRequest()).nodes
         return tuple(RegisteredNode.from_info(node) for node in nodes)
 
@@ -144,7 +151,7 @@ class _SuperLinkClient:
         pull = make_pull_object_fn_protobuf(self._as_call(self._client.PullObject), self._node, self._run)
         message = download(answer, _retry_later(pull, came), max_bytes, _IDLE_TIMEOUT)
         received = ConfirmMessageReceivedRequest(node=self._node, run_id=self._run, message_object_id=answer.object_id)
-        with suppress(httpx.HTTPError):  # it keeps what nobody needs
+        with suppress(httpx.HTTPError):  # the SuperLink then keeps what is no longer needed
             self._call(self._client.ConfirmMessageReceived, received)
         return message
 
@@ -157,18 +164,18 @@ class _SuperLinkClient:
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.FORBIDDEN:
                 raise RunStopped from None
-            if error.response.status_code == httpx.codes.UNAUTHORIZED:  # it has restarted, without its memory
+            if error.response.status_code == httpx.codes.UNAUTHORIZED:  # the SuperLink has restarted and lost its state
                 self._end_process()
             raise
 
     def _end_process(self) -> None:
-        """End this process, as Flower's own client does: another is started. Once: a second signal would cut that short."""
+        """End this process, once, as Flower's own client does; another is started. A second signal would interrupt that."""
         if self._end_lock.acquire(blocking=False):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def _retry_later(pull: Callable[[str], bytes], came: Callable[[], None]) -> Callable[[str], bytes]:
-    """Report a piece as pending while the SuperLink is away or busy."""
+    """Report a piece as pending while the SuperLink is unreachable or busy."""
 
     def patient(number: str) -> bytes:
         try:

@@ -1,8 +1,6 @@
-"""Reading a plan: a preset or a TOML file, with overrides; every mistake is one sentence that names the nearest known key.
+"""Read a plan from a preset or a TOML file, with overrides. Every mistake is one sentence that names the nearest known key.
 
-Nothing here imports torch, so that a plan or a file that is not there is named before anybody waits for it.
-
-Reading a plan: a preset or a TOML file, with overrides; every mistake is one sentence that names the nearest known key.
+Nothing here imports torch, so that a missing plan or file is reported at once.
 """
 
 from __future__ import annotations
@@ -30,20 +28,20 @@ from cotune.strategies.plugins import pin_code
 
 
 def preset_names() -> list[str]:
-    """The plans that come with cotune."""
+    """Return the names of the plans that ship with cotune."""
     folder = resources.files("cotune.plan") / "presets"
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
 def preset_summary(name: str) -> str:
-    """What a preset is for: the first sentence of its comment. Raises PlanError for an unknown name."""
+    """Return the purpose of a preset, the first sentence of its comment; raises PlanError for an unknown name."""
     lines = preset_text(name).splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in itertools.takewhile(lambda each: each.startswith("#"), lines))
     return re.split(r"[.:] ", comment, maxsplit=1)[0].rstrip(".")
 
 
 def preset_text(name: str) -> str:
-    """A preset as TOML, comments included. Raises PlanError for an unknown name."""
+    """Return a preset as TOML with its comments; raises PlanError for an unknown name."""
     if name not in preset_names():
         raise PlanError(
             f'there is neither a preset nor a file "{name}"{nearest(name, preset_names())}', code="plan.unknown_preset"
@@ -52,7 +50,15 @@ def preset_text(name: str) -> str:
 
 
 def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the tables of a TOML file or a preset, with `key=value` overrides such as "privacy.epsilon=3". Raises PlanError."""
+    """Return the tables of a TOML file or a preset with overrides applied.
+
+    Args:
+        source: A file ending in .toml, or the name of a preset.
+        overrides: KEY=VALUE, such as "privacy.epsilon=3".
+
+    Raises:
+        PlanError: If the source cannot be read, or an override is malformed.
+    """
     path = Path(source)
     if path.suffix == ".toml" or path.exists():
         text = _read(path)
@@ -74,7 +80,7 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the tables that hold what overrides say, and nothing else. Raises PlanError for one that is not understood."""
+    """Return tables with only the keys that the overrides set; raises PlanError if one is malformed."""
     table: dict[str, Any] = {}
     for override in overrides:
         _override(table, override)
@@ -82,14 +88,14 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def get_plan_folder(source: str | Path) -> Path:
-    """Return what paths of a plan's own code are relative to."""
+    """Return the folder that paths of a plan's own code are relative to."""
     path = Path(source)
     return path.parent if path.suffix == ".toml" else Path()
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # as editors on Windows write it
+        return path.read_text(encoding="utf-8-sig")  # with the byte order mark of editors on Windows
     except FileNotFoundError:
         raise PlanError(
             f"the plan {path} does not exist: expected a TOML file; `cotune plan new tweets > my.toml` makes one",
@@ -136,7 +142,7 @@ def _item(items: list[Any], part: str, text: str) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """A TOML value where it reads as one, else the text itself."""
+    """Parse a text as a TOML value; if that fails, return the text itself."""
     try:
         return parse_toml(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
@@ -149,11 +155,11 @@ def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, o
     Args:
         source: A file ending in .toml, or the name of a preset.
         overrides: KEY=VALUE, such as "privacy.epsilon=3".
-        own_code: Whether a part of the strategy that is code (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be
-            run to learn what it needs; without, such a plan must have been completed by its author.
+        own_code: Whether components in files (`fusion = "my_rules.py:my_fusion"`, relative to the plan) may be executed to find
+            out what they need. If not, such a plan must have been completed by its author.
 
     Raises:
-        PlanError: For a plan that is not valid.
+        PlanError: If the plan is not valid.
     """
     table = read_document(source, overrides)
     check_tables(table)
@@ -163,14 +169,14 @@ def load_plan(source: str | Path = "tweets", overrides: Sequence[str] = (), *, o
 
 
 def check_tables(table: Mapping[str, Any], *, partial: bool = False) -> None:
-    """Check all of a plan but its strategy, and what its tables must be together: what needs no import of PyTorch.
+    """Check each table of a plan but its strategy, which does not need PyTorch. Conditions between tables are not checked.
 
     Args:
-        table: A plan from plain values.
-        partial: Whether keys may be absent, as in overrides alone.
+        table: The plan's keys and values.
+        partial: Whether keys may be missing, as in overrides.
 
     Raises:
-        PlanError: With the sentence that `parse_plan` would have.
+        PlanError: With the sentence that `parse_plan` would give.
     """
     try:
         PlanTables.model_validate(dict(table))
@@ -181,7 +187,7 @@ def check_tables(table: Mapping[str, Any], *, partial: bool = False) -> None:
 
 
 def check_key(key: str) -> None:
-    """Check that a plan has a key of that full name; the keys of parts of a strategy are not looked at. Raises PlanError."""
+    """Raise PlanError unless plans have a key of that full name; parameters of strategy components are not checked."""
     check_path(key, Plan, "plan", anything_below=("strategy", "class_weights"))
 
 
@@ -190,11 +196,11 @@ def parse_plan(table: Mapping[str, Any], *, complete: bool = False) -> Plan:
 
     Args:
         table: The plan's keys and values.
-        complete: Whether `dump_plan` wrote it: then its strategy is taken as it stands, and the parts' modules, which load
-            PyTorch, are not imported.
+        complete: Whether `dump_plan` wrote it. Its strategy is then not validated again, so that the components' modules, which
+            load PyTorch, are not imported.
 
     Raises:
-        PlanError: With one sentence for the first mistake.
+        PlanError: With one sentence about the first mistake.
     """
     try:
         return Plan.model_validate(dict(table), context=COMPLETE if complete else None)
@@ -203,7 +209,7 @@ def parse_plan(table: Mapping[str, Any], *, complete: bool = False) -> Plan:
 
 
 def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
-    """The plan, with what must be said about parts that are code: their content, parameters, and what they want sent."""
+    """Return the plan with its components in files completed: their hashes, parameters, and what they ask to be sent."""
     try:
         check_own_names(table.get("strategy"), folder)
         table = expand(table)
@@ -218,7 +224,7 @@ def _with_own_parts(table: dict[str, Any], folder: Path) -> Plan:
 
 
 def dump_plan(plan: Plan) -> str:
-    """The plan as TOML: `parse_plan(tomllib.loads(dump_plan(plan))) == plan`."""
+    """Return the plan as TOML, such that `parse_plan(tomllib.loads(dump_plan(plan))) == plan`."""
     return tomli_w.dumps(_without_none(plan.model_dump(mode="json")))
 
 

@@ -11,8 +11,8 @@ from cotune.models.config import TrainMode
 from cotune.storage.config_table import ConfigTable
 from cotune.strategies.server_optimizers.schedules import Schedule, decay
 
-_MOST_RECORDS = 1_000_000  # of a step
-_MAX_RATE = 1e3  # far beyond what trains anything; with much larger ones a single step could carry any rounding error out
+_MOST_RECORDS = 1_000_000  # per step
+_MAX_RATE = 1e3  # far above any useful rate; a single step with a much larger one could amplify rounding errors
 
 
 class LocalTraining(ConfigTable):
@@ -89,7 +89,12 @@ class LocalTraining(ConfigTable):
         return self
 
     def in_round(self, done: int, rounds: int) -> Self:
-        """Return the training of the round after `done` of a stage's `rounds`: with the rates that the schedule gives it."""
+        """Return the training of one round, with the learning rates that the schedule gives.
+
+        Args:
+            done: Rounds of the stage that are over.
+            rounds: All rounds of the stage.
+        """
         if self.schedule == "constant":
             return self
         part = decay(self.schedule, done, rounds)
@@ -97,19 +102,19 @@ class LocalTraining(ConfigTable):
         return self.model_copy(update={"learning_rate": self.learning_rate * part, "head_learning_rate": head})
 
     def sample_rate(self, examples: int) -> float:
-        """q, the probability with which each of `examples` records enters a batch."""
+        """Return q, the probability with which each of `examples` records is in a batch."""
         if self.batch_size == "all":
             return 1.0
         return self.batch_size if self.batch_size < 1 else min(1.0, self.batch_size / examples)
 
     def fewest_records(self) -> float:
-        """How many records fill a batch."""
+        """Return the number of records that fill a batch."""
         if self.batch_size == "all":
             return 1.0
         return self.batch_size if self.batch_size >= 1 else 1 / self.batch_size
 
     def steps_per_round(self, examples: int) -> int:
-        """Optimizer steps per round of an organization with so many records: max(1, epochs / q) where epochs are given."""
+        """Return the optimizer steps per round of an organization with so many records; max(1, epochs / q) for epochs."""
         if self.epochs is not None:
             return max(1, round(self.epochs / self.sample_rate(examples)))
         assert self.steps is not None, "a plan gives one of both"

@@ -1,6 +1,6 @@
-"""Which parameters a plan trains and shares, in its model; and which statistics its strategy wants of them.
+"""Find the parameters of a plan's model that are trained, shared or personal, and the statistics that its strategy needs.
 
-Which arrays a plan's strategy wants beside the deltas, by name and shape: the client makes them, the server checks them.
+The client uses names and shapes to build its update, and the server to validate it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from cotune.strategies.plugins import is_code
 
 
 def get_plan_model(plan: Plan, device: str) -> TrainableModel:
-    """The plan's base model with its head, and its adapters where a stage trains them: one per process, shared by all callers.
+    """Return the plan's base model with its head, and with adapters if a stage trains them.
 
-    Raises ModelError when it cannot be loaded, or cannot write the plan's chats, PrivacyError when it mixes records.
+    There is one per process, which all callers share.
+
+    Raises:
+        ModelError: If it cannot be loaded, or cannot write the plan's chats.
+        PrivacyError: If it mixes records of a batch, which record-level privacy rules out.
     """
     lora = plan.lora if plan.uses_lora else None
     model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, "adapter" in plan.personal.parts)
@@ -37,7 +41,7 @@ def get_plan_model(plan: Plan, device: str) -> TrainableModel:
     return model
 
 
-_open_own_model = lru_cache(maxsize=4)(open_model)  # simulated organizations take turns with theirs
+_open_own_model = lru_cache(maxsize=4)(open_model)  # simulated organizations train their own models one after the other
 
 
 def own_model_config(plan: Plan, base: str) -> ModelConfig:
@@ -46,9 +50,16 @@ def own_model_config(plan: Plan, base: str) -> ModelConfig:
 
 
 def get_own_model(plan: Plan, device: str, base: str) -> TrainableModel:
-    """The plan's model on another base model, as an organization has one where predictions alone are shared.
+    """Return the plan's model on an organization's own base model, which it may have if only predictions are shared.
 
-    Raises ModelError when it cannot be loaded, PrivacyError when it mixes records.
+    Args:
+        plan: The plan.
+        device: Such as "cpu" or "cuda:0".
+        base: Name or folder of the base model.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+        PrivacyError: If it mixes records of a batch, which record-level privacy rules out.
     """
     model = _open_own_model(
         own_model_config(plan, base), plan.labels, plan.lora if plan.uses_lora else None, plan.seed, device, plan.task
@@ -59,12 +70,19 @@ def get_own_model(plan: Plan, device: str, base: str) -> TrainableModel:
 
 
 def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """The parameters that organizations train in a round, in the model's order."""
+    """Return the names of the parameters that organizations train in a round, in the model's order."""
     return stage_names(plan, plan.get_stage(round), model, round)
 
 
 def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1) -> list[str]:
-    """The parameters that a stage of the plan trains, in the model's order: those of its mode, and personal ones beside them."""
+    """Return the names of the parameters that a stage trains, in the model's order.
+
+    Args:
+        plan: The plan.
+        stage: Its mode selects the parameters; personal normalization layers are added.
+        model: Of the plan.
+        round: Its parity matters if the factors of adapters alternate.
+    """
     names = model.names(stage.mode, freeze_embeddings=stage.freeze_embeddings, round=round, layers=stage.layers)
     if "norm" not in plan.personal.parts:
         return names
@@ -73,9 +91,10 @@ def stage_names(plan: Plan, stage: Stage, model: TrainableModel, round: int = 1)
 
 
 def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """Those that travel: all that organizations train in a round, unless the plan lets them keep some to themselves.
+    """Return the names of the arrays that organizations send in a round.
 
-    Where predictions travel in their place, the one array of these.
+    These are the parameters that they train, without personal ones. If only predictions are shared, it is the single array of
+    predictions.
     """
     if plan.shares_predictions:
         return [SCORES]
@@ -87,19 +106,28 @@ def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
 
 def held_names(plan: Plan, names: Iterable[str], tasks: Collection[str]) -> list[str]:
-    """Those of some parameters that an organization with records of these tasks trains: no head of another task."""
+    """Return the parameters that an organization trains, without the heads of tasks that it does not have.
+
+    Args:
+        plan: The plan.
+        names: Parameters that are trained in the round.
+        tasks: Tasks of which the organization has records.
+    """
     others = tuple(head_prefix(task.name) for task in plan.tasks if task.name not in tasks)
     return [name for name in names if not name.startswith(others)]
 
 
 def heads_of(plan: Plan, names: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Task -> those of some parameters that are its head's; empty where the plan has one task."""
+    """Return task -> the parameters among `names` that belong to its head; empty if the plan has only one task."""
     names = list(names)
     return {task.name: frozenset(n for n in names if n.startswith(head_prefix(task.name))) for task in plan.tasks}
 
 
 def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """Those that organizations have trained up to a round and kept to themselves; of a copy all that it has of its own."""
+    """Return the names of the personal parameters that organizations have trained up to a round.
+
+    For a personal copy of the model, these are all parameters that it has trained.
+    """
     if not plan.keeps_personal and not plan.shares_predictions:
         return []
     whole = plan.personal.keeps_copy or plan.shares_predictions
@@ -109,7 +137,7 @@ def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
 
 def _personal_names(plan: Plan, model: TrainableModel) -> set[str]:
-    """Every parameter of the model that stays with the organization where it is trained."""
+    """Return the names of all parameters that stay with the organization if they are trained."""
     found = set[str]()
     if plan.lora.keep == "b" or "head" in plan.personal.parts:
         found |= {name for name, _ in model.parameters() if not name.startswith(model.prefix)}
@@ -123,9 +151,10 @@ def _personal_names(plan: Plan, model: TrainableModel) -> set[str]:
 
 
 def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """What the fusion may change beside what organizations train: other factors of adapters, or the weights that they adapt.
+    """Return the names of parameters that the fusion may change besides the trained ones.
 
-    A fusion that is code is not opened here, so that it may be any of them.
+    These are other factors of adapters, or the weights that they adapt. A fusion in a file is not executed here, so it may change
+    any of them.
     """
     if plan.get_stage(round).mode != "lora":
         return []
@@ -135,9 +164,10 @@ def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
 
 def state_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape, of all that the state may hold in a round: what rounds up to it share, and what their fusions change.
+    """Return name -> shape of everything that the state may contain in a round.
 
-    Everything else is the base model's, on which everybody has agreed.
+    These are the parameters that rounds up to it share, and those that their fusions change. All others are those of the base
+    model, which all organizations have.
     """
     own = dict(model.parameters())
     names = (
@@ -149,19 +179,19 @@ def state_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tup
 
 
 def scores_shape(plan: Plan) -> tuple[int, int]:
-    """Return (answers, classes) of the predictions that travel where no parameters do."""
+    """Return the shape (answers, classes) of shared predictions."""
     return plan.public.answers, len(plan.labels)
 
 
 def student_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape, of what the model that learns from all predictions may have trained up to a round."""
+    """Return name -> shape of the parameters that the student may have trained up to a round."""
     own = dict(model.parameters())
     names = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}
     return {name: tuple(own[name].shape) for name in own if name in names}
 
 
 def _rounds_that_differ(plan: Plan, round: int) -> Iterator[int]:
-    """Of each stage up to a round its first two: which factors of adapters are trained may depend on whether a round is odd."""
+    """Yield the first two rounds of each stage up to a round, as the trained factors may depend on the parity of the round."""
     first = 1
     for stage in plan.stages:
         yield from range(first, min(first + min(stage.rounds, 2), round + 1))
@@ -179,7 +209,16 @@ def _refuse_batch_norm(model: TrainableModel) -> None:
 
 
 def statistic_shapes(plan: Plan, model: TrainableModel, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Array -> shape, for a round that trains `names`: "fisher/<parameter>" like the parameter, "gram/<weight>" (d, d)."""
+    """Return the shapes of the statistics that the plan's strategy asks for.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        names: Parameters that are trained in the round.
+
+    Returns:
+        "fisher/<parameter>" -> the parameter's shape, "gram/<weight>" -> (d, d) for d inputs of the layer, bias included.
+    """
     names = list(names)
     own = dict(model.parameters())
     shapes: dict[str, tuple[int, ...]] = {}
@@ -192,7 +231,7 @@ def statistic_shapes(plan: Plan, model: TrainableModel, names: Iterable[str]) ->
 
 
 def gram_layers(model: TrainableModel, names: Iterable[str]) -> dict[str, tuple[nn.Linear, bool]]:
-    """Weight -> its linear layer, where it is trained, and whether its bias is trained with it."""
+    """Return weight -> (its linear layer, whether its bias is trained, too), for the linear layers that are trained."""
     wanted = set(names)
     own = {id(parameter): name for name, parameter in model.parameters()}
     linear = [layer for layer in model.module.modules() if isinstance(layer, nn.Linear)]

@@ -1,4 +1,4 @@
-"""The table of a plan that says what each organization keeps to itself: `[personal]`."""
+"""The `[personal]` table of a plan: what each organization trains and keeps to itself."""
 
 from __future__ import annotations
 
@@ -58,38 +58,38 @@ class PersonalConfig(ConfigTable):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, table: Any) -> Any:
-        """`personal = ["head"]` names the parts, `personal = "ditto"` the method."""
+        """Expand the short forms: `personal = ["head"]` names the parts, `personal = "ditto"` the method."""
         if isinstance(table, str):
             return {"method": table}
         return table if isinstance(table, Mapping | PersonalConfig) else {"parts": table}
 
     @property
     def any(self) -> bool:
-        """Whether anything is kept."""
+        """Whether organizations keep anything."""
         return bool(self.parts) or self.keeps_copy
 
     @property
     def keeps_copy(self) -> bool:
-        """Whether it is a copy of all that is trained, beside a common model."""
+        """Whether organizations keep a copy of all trained parameters, beside a common model."""
         return self.method != "parts"
 
     @property
     def read_by_shared(self) -> bool:
-        """Whether what is shared follows from what is kept, which then needs noise."""
+        """Whether shared parameters depend on personal ones, which then need noise, too."""
         return bool(self.parts) or self.method == "pfedme"
 
     def count_own_steps(self, steps: int) -> int:
-        """Return how many steps of a round train what is kept alone, beside `steps` that train what is shared."""
+        """Return how many steps of a round train only personal parameters, besides `steps` for the shared ones."""
         if self.order == "own_first":
             return self.own_steps or steps
         return steps if self.method == "ditto" else 0
 
     def count_charged_steps(self, steps: int) -> int:
-        """Return how many steps of a round have noise, and are charged."""
+        """Return how many steps of a round are noised and charged."""
         return steps + (self.count_own_steps(steps) if self.noise or self.read_by_shared else 0)
 
     def find_problems(self, modes: tuple[TrainMode, ...]) -> Iterator[str]:
-        """Yield why stages of these modes cannot keep this, in words."""
+        """Yield, in words, why this is not possible with stages of these modes."""
         if len(set(self.parts)) < len(self.parts):
             yield f"personal.parts names a part twice: {list(self.parts)}: expected each once"
         yield from self._wrong_parts(modes)
@@ -132,16 +132,17 @@ _PARTS: dict[Part, str] = {
 
 
 def describe_parts(personal: PersonalConfig) -> str:
-    """Return what is kept, in words."""
+    """Return what organizations keep, in words."""
     if personal.keeps_copy:
         return "an own copy of all that is trained"
     return " and ".join(_PARTS[part] for part in personal.parts)
 
 
 def explain(personal: PersonalConfig, *, private: bool) -> str | None:
-    """Return what stays with each organization and whether it gets noise, in one sentence; None where everything is shared.
+    """Return one sentence about what stays with each organization and whether it is noised; None if everything is shared.
 
     Args:
+        personal: The plan's table.
         private: Whether the plan has record-level privacy.
     """
     if not personal.any:

@@ -1,4 +1,4 @@
-"""The table of a plan that names public inputs, `[public]`, and what a plan must be to share predictions alone."""
+"""The `[public]` table of a plan, which names public inputs, and the conditions for sharing only predictions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cotune.storage.config_table import ConfigTable
 Collaboration = Literal["parameters", "predictions"]
 Share = Literal["scores", "votes"]
 
-SCORES = "public.scores"  # the array that travels in place of parameters, (answers, classes)
+SCORES = "public.scores"  # the array that is shared instead of parameters, (answers, classes)
 
-# Every other rule is about parameters, or about what updates of parameters tell.
+# All other rules are about parameters, or about the disclosures of updates of parameters.
 _WEIGHTINGS = ("examples", "uniform")
 _FUSIONS = (
     "mean",
@@ -64,12 +64,12 @@ class PublicConfig(ConfigTable):
 
     @property
     def bound(self) -> float:
-        """How large the entry of a shared prediction can be."""
+        """The largest magnitude of an entry of a shared prediction."""
         return 1.0 if self.share == "votes" else self.max_score
 
 
 def explain_predictions(public: PublicConfig, *, private: bool) -> str:
-    """Return what travels where predictions are shared, and what protects it, in one sentence."""
+    """Return one sentence about what is sent if predictions are shared, and what protects it."""
     what = "the scores of all classes" if public.share == "scores" else "the most probable class"
     count = f"{public.answers:,} public inputs" if public.answers else "public inputs"
     licensed = f" ({public.license})" if public.license else ""
@@ -83,12 +83,12 @@ def explain_predictions(public: PublicConfig, *, private: bool) -> str:
 
 
 def find_strategy_problem(weighting: str, fusion: str, *, plain: bool, client_term: bool) -> str | None:
-    """Return why a strategy cannot fuse predictions, in words; None where it can.
+    """Return why a strategy cannot fuse predictions, in words; None if it can.
 
     Args:
         weighting: Its name.
         fusion: Its name.
-        plain: Whether the server optimizer takes what was fused as it is.
+        plain: Whether the server optimizer applies the result of the fusion unchanged.
         client_term: Whether there is one.
     """
     if fusion not in _FUSIONS:
@@ -103,11 +103,11 @@ def find_strategy_problem(weighting: str, fusion: str, *, plain: bool, client_te
 
 
 def find_problems(public: PublicConfig, others: dict[str, bool]) -> Iterator[str]:
-    """Yield why organizations cannot share predictions alone, in words.
+    """Yield, in words, why organizations cannot share only predictions.
 
     Args:
         public: The plan's table.
-        others: What else the plan asks for, in words, and whether it does.
+        others: Feature in words -> whether the plan has it.
     """
     if not public.source:
         yield 'collaboration = "predictions" needs public inputs, and the plan names none: expected public.source'

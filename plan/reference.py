@@ -89,7 +89,7 @@ def explain_key(name: str, model: type[BaseModel]) -> list[Key]:
 
 
 def _near(wanted: str, keys: list[Key]) -> str:
-    """By its full name, or by its last part."""
+    """Return a hint at the nearest key, by its full name or by its last part."""
     ends = [key.name.rpartition(".")[2] for key in keys]
     close = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=1, cutoff=0.6)
     names = [key.name for key, end in zip(keys, ends, strict=True) if end in close]
@@ -99,7 +99,7 @@ def _near(wanted: str, keys: list[Key]) -> str:
 
 
 def list_tables(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Where a table is, and the table: the model itself, and every one in it, those further in last."""
+    """Yield (path, table) of a model and all tables nested in it, outer ones first."""
     yield path, model
     within = [
         (f"{path}.{name}" if path else name, inner)
@@ -115,19 +115,19 @@ def _places(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def build_key(name: str, field: FieldInfo) -> Key:
-    """Return a field of a schema as a key; a table without a description has that of its schema."""
+    """Return a field of a schema as a key; a table without a description gets that of its schema."""
     inner = _inner(field.annotation)
     meaning = field.description or (_about(inner[0]) if inner else "")
     return Key(name, _type(field.annotation), _default(field), _limits(field), meaning, bool(inner))
 
 
 def _about(model: type[BaseModel]) -> str:
-    """What a table is for, without its name."""
+    """Return the purpose of a table, without its name."""
     return _OF_TABLE.sub("", (model.__doc__ or "").strip().partition("\n")[0])
 
 
 def _inner(annotation: Any) -> list[type[BaseModel]]:
-    """The tables in a type, each once."""
+    """Return the tables in a type, each once."""
     return list(dict.fromkeys(models_in(annotation)))
 
 
@@ -167,7 +167,7 @@ _HEAD = "| key | type | default | bounds | meaning |\n|---|---|---|---|---|"
 
 
 def render_pages() -> Mapping[str, str]:
-    """File name -> content."""
+    """Return file name -> content of the generated pages."""
     return {
         "plan.md": _page(
             Plan,
@@ -187,7 +187,7 @@ def render_pages() -> Mapping[str, str]:
 
 def _page(model: type[BaseModel], title: str, words: str) -> str:
     lines = [f"# {title}", "", _WRITTEN, "", words]
-    named: dict[type[BaseModel], list[str]] = {}  # a table that has several places is described once
+    named: dict[type[BaseModel], list[str]] = {}  # a table that occurs in several places is described once
     for path, inner in list_tables(model):
         named.setdefault(inner, []).append(path)
     for inner, paths in named.items():
@@ -209,6 +209,7 @@ def _row(key: Key) -> str:
 
 
 def main(folder: Path) -> None:
+    """Write the generated pages into the folder of the documentation."""
     for name, content in render_pages().items():
         (folder / name).write_text(content, encoding="utf-8")
 

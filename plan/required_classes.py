@@ -8,10 +8,10 @@ from cotune.plan.schema import Plan
 
 
 def require_classes(plan: Plan, command: str) -> None:
-    """Refuse a plan of a task without classes, for a command that cannot judge texts.
+    """Refuse a plan of a task without classes, for a command that cannot evaluate texts.
 
     Raises:
-        PlanError: For such a plan.
+        PlanError: If the plan's task has no classes.
     """
     if not has_classes(plan.task):
         raise PlanError(

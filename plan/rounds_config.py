@@ -1,4 +1,4 @@
-"""The table of a plan that says how rounds go: `[server]`."""
+"""The `[server]` table of a plan, which configures rounds."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ class RoundsConfig(ConfigTable):
     )
 
     def needed(self, updates: int, *, fuses: bool) -> int:
-        """Return how many updates a round needs.
+        """Return the number of updates that form the quorum.
 
         Args:
-            updates: That would close it.
-            fuses: Whether there must be several to be fused.
+            updates: Number of updates that complete the round.
+            fuses: Whether at least two are needed.
         """
         least = 2 if fuses and self.quorum is None and self.asks_everybody else 1
         return max(least, math.ceil((0.5 if self.quorum is None else self.quorum) * updates - 1e-9))  # 0.55 · 20 is 11, and more
@@ -112,13 +112,14 @@ class RoundsConfig(ConfigTable):
         """Return the timeout of one organization, in seconds.
 
         Args:
-            usual: Seconds that the others took.
-            most: Seconds that it is waited for at most.
+            usual: Median of the seconds that the others took.
+            most: Upper limit of the timeout, in seconds.
         """
         return min(most, max(self.min_timeout_seconds, self.timeout_factor * usual))
 
     @property
     def asks_everybody(self) -> bool:
+        """Whether every round asks all organizations."""
         return self.sample_rate >= 1 and not self.sample_size
 
     @model_validator(mode="after")

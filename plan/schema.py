@@ -1,4 +1,4 @@
-"""The plan: all its tables, its strategy, and what they must be together."""
+"""The plan: all its tables, its strategy, and the conditions between them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Plan(PlanTables):
     @model_validator(mode="before")
     @classmethod
     def _recipe(cls, table: Any) -> Any:
-        """`strategy = "fedadam"` is written out."""
+        """Replace a recipe such as `strategy = "fedadam"` by its components."""
         return expand(table) if isinstance(table, Mapping) else table
 
     @model_validator(mode="after")
@@ -108,7 +108,7 @@ class Plan(PlanTables):
 
     @model_validator(mode="after")
     def _shared_part_reads_nothing_without_noise(self) -> Self:
-        """Gradients of the shared part follow from personal parts: one record in them would move all gradients of a batch."""
+        """Refuse personal parts without noise whose values enter shared gradients: one record could change all of a batch's."""
         reads = self.keeps_parts or self.personal.read_by_shared
         if reads and not self.personal.noise and isinstance(self.privacy, RecordPrivacy):
             raise ValueError(
@@ -192,10 +192,10 @@ class Plan(PlanTables):
         return self
 
     def weights_of_classes(self) -> tuple[float, ...] | None:
-        """Return `class_weights` in the order of the labels, times the weight of their task; None where all count the same.
+        """Return `class_weights` in the order of the labels, times the weight of their task; None if all are equal.
 
         Raises:
-            ValueError: For a weight of a class that is none of the labels.
+            ValueError: If a weight is given for a class that is not among the labels.
         """
         unknown = [name for name in self.class_weights if name not in self.labels]
         if unknown:
@@ -210,12 +210,13 @@ class Plan(PlanTables):
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
+        """All stages in their order; a plan with a single `train` mode has one."""
         if isinstance(self.train, tuple):
             return self.train
         return (Stage(mode=self.train, rounds=self.rounds, local=self.local, layers=self.layers),)
 
     def get_stage(self, round: int) -> Stage:
-        """Return the stage that a round (from 1) belongs to, its local training with the learning rates of that round."""
+        """Return the stage of a round (from 1), with the learning rates of that round."""
         number, stage = self._last_stage
         if number != round:
             stage = self._find_stage(round)
@@ -224,7 +225,7 @@ class Plan(PlanTables):
 
     @cached_property
     def _last_stage(self) -> tuple[int, Stage]:
-        """The round that was asked for last, and its stage: everybody asks for the same one many times."""
+        """Cache of the last requested round and its stage, as the same round is requested many times."""
         return 1, self._find_stage(1)
 
     def _find_stage(self, round: int) -> Stage:
@@ -238,7 +239,7 @@ class Plan(PlanTables):
 
     @property
     def facts(self) -> PlanFacts:
-        """What decides which strategies the plan can have."""
+        """What the plan demands of its strategy."""
         locals_ = [stage.local for stage in self.stages]
         return PlanFacts(
             record_privacy=self.privacy != "none",
@@ -263,11 +264,12 @@ class Plan(PlanTables):
 
     @property
     def shares_predictions(self) -> bool:
-        """Whether each organization trains a model of its own, and predictions for public inputs travel instead of parameters."""
+        """Whether organizations train separate models and share predictions for public inputs instead of parameters."""
         return self.collaboration == "predictions"
 
     @property
     def uses_lora(self) -> bool:
+        """Whether a stage trains adapters."""
         return any(stage.mode == "lora" for stage in self.stages)
 
     @property
@@ -277,7 +279,7 @@ class Plan(PlanTables):
 
     @property
     def keeps_personal(self) -> bool:
-        """Whether each organization has a model of its own."""
+        """Whether each organization has a personal model."""
         return self.keeps_parts or self.personal.keeps_copy
 
     @property
@@ -286,22 +288,26 @@ class Plan(PlanTables):
         return self.lora.keep != "nothing" or bool(self.personal.parts)
 
     def charged_steps(self, stage: Stage, examples: int) -> int:
-        """Return how many steps of DP-SGD a round of a stage takes at an organization, those on its own parts alone included.
+        """Return the number of DP-SGD steps that a round is charged for, including steps on personal parts only.
 
-        Of noisy votes, as how many they count (see `charged_rate`).
+        Noisy votes are charged as an equivalent number of steps (see `charged_rate`).
+
+        Args:
+            stage: Of the round.
+            examples: Number of the organization's records.
         """
         if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
             return self.privacy.pate.charged_steps(self.public.answers)
         return self.personal.count_charged_steps(stage.local.steps_per_round(examples))
 
     def charged_rate(self, stage: Stage, examples: int) -> float:
-        """Return the probability with which a record takes part in a charged step; every record has a teacher that votes."""
+        """Return the sample rate of a charged step; 1 for noisy votes, as every record has a teacher that votes."""
         if isinstance(self.privacy, RecordPrivacy) and self.privacy.pate is not None:
             return 1.0
         return stage.local.sample_rate(examples)
 
     def canonical(self) -> str:
-        """The plan as JSON with sorted keys: the same text for the same plan."""
+        """Return the plan as JSON with sorted keys; equal plans give the same text."""
         return self._text
 
     @property
@@ -318,7 +324,7 @@ class Plan(PlanTables):
         return hashlib.sha256(self._text.encode()).hexdigest()
 
     def __copy__(self) -> Self:
-        """Return a copy that finds what follows from it by itself: it is made to be changed (`model_copy`)."""
+        """Return a copy without cached values, as `model_copy` changes it afterwards."""
         copied = super().__copy__()
         for name in ("_text", "_hash", "_last_stage", "stages"):
             copied.__dict__.pop(name, None)

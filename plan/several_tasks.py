@@ -1,4 +1,4 @@
-"""The tables of a plan that has several tasks on one encoder: `[[tasks]]`, and what they write into other tables."""
+"""The `[[tasks]]` tables of a plan with several tasks on one encoder, and what follows from them for other tables."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ class TaskConfig(ConfigTable):
 
 
 def weigh_tasks(tasks: Sequence[TaskConfig], labels: Sequence[str], balance: Balance) -> dict[str, float]:
-    """Return task -> λ, by which its loss is multiplied.
+    """Return task -> λ, the factor of its loss.
 
-    A step of DP-SGD adds noise of the norm σC·√d to a head of d parameters, whatever its loss is: of a linear head d grows with
-    its classes. With "noise_to_signal" a task's λ grows with that norm, so that all heads' gradients are as large beside it.
+    A step of DP-SGD adds noise of the norm σC·√d to a head of d parameters, whatever its loss; for a linear head, d grows with
+    the number of classes. With "noise_to_signal", λ grows with that norm, so that all heads have the same ratio of gradient to
+    noise.
 
     Args:
         tasks: Of the plan.
-        labels: Qualified class names of all of them.
+        labels: Qualified class names of all tasks.
         balance: Of the plan.
     """
     sizes = {name: math.sqrt(len(classes)) for name, classes in split_labels(labels).items()}
@@ -61,10 +62,10 @@ def weigh_tasks(tasks: Sequence[TaskConfig], labels: Sequence[str], balance: Bal
 
 
 def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a plan's table with what follows from its `tasks`: `task`, the columns in `data`, and `labels` where all are given.
+    """Add what follows from `tasks` to a plan's table: `task`, the columns in `data`, and `labels` if all tasks give theirs.
 
     Raises:
-        ValueError: Where one of these says something else.
+        ValueError: If the table contains one of these with another value.
     """
     tasks = table.get("tasks")
     data = table.get("data")
@@ -79,18 +80,18 @@ def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
         if table.get(key) and list(table[key]) != list(value):
             raise ValueError(f"{key} follows from [[tasks]] here: expected it left out, got {table[key]}")
     given = [list(pair) for pair in data.get("tasks") or columns]
-    if any(column not in given for column in columns):  # it may have columns of more: those of a plan that this one is a part of
+    if any(column not in given for column in columns):  # it may have more columns, those of a plan that this one is a part of
         raise ValueError("data.tasks follows from [[tasks]]: expected it left out")
     return {**table, **follows, "data": {**data, "tasks": given}}
 
 
 def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield why tasks cannot share an encoder, in words.
+    """Yield, in words, why tasks cannot share an encoder.
 
     Args:
         tasks: Of the plan.
         modes: What its stages train.
-        held: Of a simulation, the tasks of each organization.
+        held: In a simulation, the tasks of each organization.
     """
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):

@@ -1,7 +1,7 @@
-"""The tables of a plan that need nothing but themselves to be checked. Every key is typed, has a default and a unit.
+"""The tables of a plan that can be validated by themselves. Every key has a type, a default and a unit.
 
-Tables of models, records, privacy and strategies stand beside what they configure. No module that this one imports loads
-PyTorch, so that a mistake is reported at once.
+Tables of models, records, privacy and strategies are beside what they configure. Nothing that this module imports loads PyTorch,
+so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class PlanTables(ConfigTable):
     task: TaskName = Field(
         "sequence-classification",
         description="a class for a text (sequence-), for each word of one (token-), or for an image; any number of labels for a"
-        " text (multi-label), or a number (regression); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
+        " text (multi-label), or a number (regression); the part of a text that answers a question"
+        " (question-answering); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
     )
     tasks: tuple[TaskConfig, ...] = Field(
         (), description="several tasks on one encoder, each with a head of its own; `task` and `labels` follow from them"
@@ -160,13 +161,13 @@ class PlanTables(ConfigTable):
     @model_validator(mode="before")
     @classmethod
     def _tasks_are_written_out(cls, table: Any) -> Any:
-        """`[[tasks]]` say what `task`, `labels` and the columns of labels are."""
+        """Derive `task`, `labels` and the columns of labels from `[[tasks]]`."""
         return write_out(table) if isinstance(table, Mapping) else table
 
     @model_validator(mode="before")
     @classmethod
     def _unit_names_its_column(cls, table: Any) -> Any:
-        """Where `data` does not name the column of the units, it is called like the unit."""
+        """Name the column of units after the unit, if `data` does not name it."""
         if not isinstance(table, Mapping):
             return table
         privacy = table.get("privacy")
@@ -179,7 +180,7 @@ class PlanTables(ConfigTable):
     @model_validator(mode="before")
     @classmethod
     def _stages_inherit(cls, table: Any) -> Any:
-        """A stage's `local` says only what differs from the plan's; so does simulation.pooled."""
+        """Complete the `local` table of each stage, and simulation.pooled, with the plan's `local`."""
         if not isinstance(table, dict):
             return table
         given = table.get("local")
@@ -196,7 +197,7 @@ class PlanTables(ConfigTable):
     @field_validator("labels")
     @classmethod
     def _labels_as_read(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """As they are read from every format, see `class_name`."""
+        """Normalize labels as readers of every format do, see `class_name`."""
         return tuple(map(class_name, value))
 
     @field_validator("class_weights", mode="before")
@@ -223,7 +224,7 @@ class PlanTables(ConfigTable):
 
 
 def _count_blocks(stage: Any, layers: Any) -> Any:
-    """A stage of blocks that does not say how many trains as many as the plan says."""
+    """Complete a stage of blocks that does not give their number with the plan's."""
     counts = isinstance(stage, dict) and stage.get("mode") == "blocks" and stage.get("layers") is None
     return {**stage, "layers": layers} if counts and layers is not None else stage
 

@@ -1,4 +1,4 @@
-"""What a plan's task allows and asks for, by the facts about it (`data.config.TASK_FACTS`)."""
+"""Check a plan against its task, by the facts about tasks (`data.config.TASK_FACTS`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cotune.plan.tables import PlanTables
 
 
 def find_task_problems(plan: PlanTables, stages: Sequence[Stage], *, keeps_personal: bool) -> Iterator[str]:
-    """Yield what does not fit a plan's task, in words.
+    """Yield, in words, what does not suit a plan's task.
 
     Args:
         plan: Its tables.
         stages: What it trains, in order.
-        keeps_personal: Whether each organization has a model of its own.
+        keeps_personal: Whether each organization has a personal model.
     """
     facts = TASK_FACTS[plan.task]
     modes = [stage.mode for stage in stages]
@@ -41,7 +41,7 @@ def _classes(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
 
 
 def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
-    """Prompts, numbers, and what is written at the end."""
+    """Check prompts, numbers as targets, and the generation of texts at the end."""
     if facts.prompts == "must" and plan.data.prompt is None:
         yield f"task = {plan.task} reads a text and writes another one: expected data.prompt and data.target"
     if plan.data.messages is not None and not facts.chats:
@@ -76,7 +76,7 @@ def _feature(plan: PlanTables, facts: TaskFacts, modes: Sequence[str]) -> Iterat
 
 
 def _several(plan: PlanTables, facts: TaskFacts, modes: Sequence[str], keeps_personal: bool) -> Iterator[str]:
-    """What [[tasks]] can have beside them."""
+    """Check what plans with [[tasks]] support."""
     if facts.several != bool(plan.tasks):
         yield f"task = {plan.task} is for plans with [[tasks]]: expected both, or neither"
     if not plan.tasks:

@@ -1,19 +1,19 @@
-"""How long an update can be that was trained as the plan says: what is longer was made up, or went wrong.
+"""Bound the norm of an update that was trained according to the plan; a longer one is fabricated or faulty.
 
-Under DP-SGD a step's gradient is (Σ clipped + σC·N(0, I)) / B. An optimizer of SGD answers an impulse in step t by h_t, so that
+Under DP-SGD a step's gradient is (Σ clipped + σC·N(0, I)) / B. With h_t, the impulse response of SGD to the gradient of step t,
 
     ‖Δ‖ ≤ Σ_t |h_t| · C · |batch| / B  +  σC/B · √(Σ_t h_t²) · ‖N(0, I_d)‖  +  |a − 1| · ‖θ‖
 
-with a, what weight decay leaves of θ. Adam divides by what it sees: its step is bounded whatever the gradient, by Cauchy-Schwarz
-over its two running means (Kingma & Ba, ICLR 2015, section 2.1, bound the stationary case). Without privacy nothing bounds what
-SGD sends, and a client term adds to the gradients, as do `base_decay` and the pull of pFedMe, which the bound does not know: then
-none follows, and only the round's other updates tell.
+where a is the factor of θ that weight decay leaves. Adam normalizes its gradients, so that its step is bounded whatever the
+gradient, by Cauchy-Schwarz over its two running means (Kingma & Ba, ICLR 2015, section 2.1, bound the stationary case). There is
+no bound for SGD without privacy, nor with a client term, `base_decay` or pFedMe, which add unknown terms to the gradients; then
+an update can only be compared with the others of its round.
 
-An update is rounded onto the values of the plan's codec, which can lengthen it: what arrives is bounded, so that the bound grows
-by as much (`wire.compute_growth`). `server.max_update_norm` is of what arrives, and is taken as it stands.
+Rounding to the values of the plan's codec can increase the norm. The bound is on the rounded update as received, and so includes
+that growth (`wire.compute_growth`). `server.max_update_norm` is a bound on the received update, too, and is used unchanged.
 
-The server computes the bound for whatever number an organization declares, so that the work must not grow with that number: from
-some step on each counts for the most that any can be, and σ is that of fewer records, which is no smaller.
+The server computes the bound for any number of records that an organization declares, so the effort must not grow with that
+number: beyond a number of steps, each counts with the upper bound of all, and σ is that of fewer records, which is no smaller.
 """
 
 from __future__ import annotations
@@ -31,23 +31,28 @@ from cotune.privacy.accounting.composition import MAX_NOISE_MULTIPLIER, calibrat
 from cotune.privacy.accounting.rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy, compute_delta
 
-_UNDERSTATED = 2.0  # times as many records in a batch as the declared number expects: a site is warned beyond that
-_OWN_BUDGET = 10.0  # times the plan's noise: of organizations that spend less than it allows
+_UNDERSTATED = 2.0  # ratio of the actual to the expected batch that is tolerated; beyond it, a site is warned
+_OWN_BUDGET = 10.0  # ratio to the plan's noise that is tolerated, for organizations that spend less than it allows
 _TAIL = math.sqrt(2 * math.log(1e12))  # ‖N(0, I_d)‖ is above √d + this with a probability below 1e-12 (Gaussian concentration)
-_SLACK = 1.01  # float32
-_BETAS = (0.9, 0.999)  # torch's defaults of Adam
-_MAX_BOUND = 1e12  # beyond that it is no bound
-_FOLLOWED = 100_000  # steps that are followed one by one, as many as `local.steps` can be; epochs over many records make more
-_SMALLEST_RATE = 1e-3  # of a batch among the records: the noise for a smaller one is no larger, and takes minutes to compute
+_SLACK = 1.01  # for rounding in float32
+_BETAS = (0.9, 0.999)  # torch's defaults for Adam
+_MAX_BOUND = 1e12  # a larger bound is useless
+_FOLLOWED = 100_000  # steps computed one by one, the maximum of `local.steps`; epochs over many records give more steps
+_SMALLEST_RATE = 1e-3  # the sample rate for which noise is computed; for a smaller one it is no larger, and takes minutes
 
 
 def bound_update_norm(plan: Plan, stage: Stage, *, examples: int, entries: int, start: float) -> float | None:
-    """Return a bound on ‖Δ‖₂, as it arrives; None where none follows. Honest updates exceed it with a probability below 1e-12.
+    """Return a bound on ‖Δ‖₂ of a received update, which honest ones exceed with a probability below 1e-12.
 
     Args:
-        examples: The declared number N of units, from which batch and noise follow; it is rounded down to two digits.
-        entries: d, parameters that are trained.
-        start: ‖θ‖₂ of these as they are received.
+        plan: The plan.
+        stage: Of the round.
+        examples: The declared number N of units, which determines batch and noise; it is rounded down to two digits.
+        entries: d, the number of trained parameters.
+        start: ‖θ‖₂ of these parameters at the start of the round.
+
+    Returns:
+        The bound; None if there is none.
     """
     if plan.server.max_update_norm is not None:
         return plan.server.max_update_norm
@@ -79,7 +84,16 @@ def _bound_norm(plan: Plan, stage: Stage, examples: int, entries: int, start: fl
 
 
 def bound_norm_by_gradients(plan: Plan, stage: Stage, examples: int) -> float | None:
-    """Return how far the clipped gradients of SGD alone can go, Σ|h_t|·C·|batch|/B; None where they are not bounded."""
+    """Return the bound on how far the clipped gradients of SGD move the model without noise: Σ|h_t|·C·|batch|/B.
+
+    Args:
+        plan: The plan.
+        stage: Of the round.
+        examples: Number of units.
+
+    Returns:
+        The bound; None if there is none.
+    """
     local = stage.local
     if not isinstance(plan.privacy, RecordPrivacy) or local.optimizer != "sgd":
         return None
@@ -94,10 +108,10 @@ def _rate(local: LocalTraining) -> float:
 
 @dataclass(frozen=True)
 class _Impulses:
-    """What SGD makes of an impulse in each of T steps: bounds on Σ|h_t|, on Σh_t², and on |a − 1|.
+    """Bounds on the impulse responses of SGD over T steps: on Σ|h_t|, on Σh_t², and on |a − 1|.
 
-    They are exact up to `_FOLLOWED` steps. Every later step counts for the longest h so far, or for rate / (1 − momentum), to
-    which h grows without weight decay; with it, θ is taken to be gone.
+    They are exact up to `_FOLLOWED` steps. Every later step counts with the largest h so far, or with rate / (1 − momentum), to
+    which h grows without weight decay; with weight decay, θ is assumed to have decayed completely.
     """
 
     lengths: float

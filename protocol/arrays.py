@@ -1,6 +1,6 @@
-"""Arrays of messages: written as float32 in NumPy's format or in a codec, and salted, so that no array is an object of another.
+"""Encode arrays of messages as float32 in NumPy's format or with a codec, salted so that no two messages share an object.
 
-Which codec an array has is never the sender's choice: one that says another is refused.
+The codec is never the sender's choice: an array that names another one is refused.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from cotune.plan.wire import Codec
 from cotune.printable import printable
 from cotune.protocol.codecs import pack, packed_bytes, unpack
 
-SALTED = "cotune.salted"  # how an array is written: NumPy's format, masked
+SALTED = "cotune.salted"  # type of an array in NumPy's format, masked by a key
 _SALT_BYTES = 32
 _MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
 _MAX_DIMENSIONS = 8  # of an array
-_MAX_VALUES = 2**40  # of an array, dimensions of none aside: PyTorch counts them, too
-# Of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html. NumPy's own reader evaluates the header as a Python
-# literal, which fails now and then where several threads do so at a time (CPython 3.11).
+_MAX_VALUES = 2**40  # product of an array's dimensions other than 0, which PyTorch limits, too
+# The header of https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html. NumPy's reader evaluates it as a Python
+# literal, which fails occasionally if several threads do so at the same time (CPython 3.11).
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY(?:\x01\x00..|[\x02\x03]\x00....)"
     rb"\{'descr': '(?P<type>[^']{1,20})', 'fortran_order': (?P<order>True|False),"
     rb" 'shape': \((?P<shape>[0-9, ]{0,400})\), ?\} *\n",
     re.DOTALL,
 )
-_NUMPY = Array(np.zeros(0, np.float32)).stype  # how Flower says that an array is in NumPy's format
+_NUMPY = Array(np.zeros(0, np.float32)).stype  # Flower's name of NumPy's format
 
 
 def new_salt() -> bytes:
+    """Draw the salt of a message."""
     return secrets.token_bytes(_SALT_BYTES)
 
 
 def read_salt(record: ConfigRecord) -> bytes:
+    """Return the salt in a message's header; raises RunError if it is missing or malformed."""
     salt = record.get("salt")
     if not isinstance(salt, bytes) or len(salt) != _SALT_BYTES:
         raise RunError(f"a message has salt = {salt!r:.60}: expected {_SALT_BYTES} bytes", code="run.malformed_message")
@@ -53,16 +55,27 @@ def read_salt(record: ConfigRecord) -> bytes:
 
 
 def derive_key(salt: bytes, *names: str) -> bytes:
-    """32 bytes for one part of a message."""
+    """Derive the key of 32 bytes for one part of a message from its salt."""
     return hashlib.sha256(b"\0".join([salt, *(name.encode() for name in names)])).digest()
 
 
 def _mask(data: bytes, key: bytes) -> bytes:
-    """Every byte of it, as Flower cuts long arrays into objects of their own. The same again gives the data back."""
+    """Mask every byte, as Flower splits long arrays into separate objects. Masking again restores the data."""
     return Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor().update(data)
 
 
 def encode_arrays(tensors: Mapping[str, Tensor], salt: bytes, record: str, codec: Codec = "float32") -> ArrayRecord:
+    """Encode the tensors of a record.
+
+    Args:
+        tensors: Name -> float32 tensor; for a codec, rounded to its values.
+        salt: Of the message.
+        record: Name of the record; together with the tensor's name, it determines the key of the mask.
+        codec: How values are written.
+
+    Raises:
+        RunError: If the codec cannot write a value.
+    """
     return ArrayRecord({name: _encode_array(tensor, derive_key(salt, record, name), codec) for name, tensor in tensors.items()})
 
 
@@ -124,6 +137,20 @@ def hold_arrays(tensors: Mapping[str, Tensor], codec: Codec = "float32") -> Held
 
 
 def decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "float32") -> dict[str, Tensor]:
+    """Decode the arrays of a record.
+
+    Args:
+        content: The message.
+        key: Name of the record of arrays.
+        header: Name of the record with the message's salt.
+        codec: The plan's codec; an array in another one is refused.
+
+    Returns:
+        Name -> float32 tensor.
+
+    Raises:
+        RunError: If the record is missing, or an array is malformed or in another codec.
+    """
     record = content.get(key)
     if isinstance(record, HeldArrays):
         return record.copies(codec)
@@ -137,12 +164,12 @@ def decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "f
 
 
 def _unmask(array: Array, key: bytes) -> Array:
-    """An array that its sender has not salted is taken too: only its own message suffers."""
+    """Remove the mask of an array. An array without a mask is accepted, as only its own message is at risk."""
     return Array(array.dtype, array.shape, _NUMPY, _mask(array.data, key)) if array.stype == SALTED else array
 
 
 def _decode_packed(name: str, array: Array, codec: Codec) -> Tensor:
-    """Read an array of the plan's codec; its bytes decide how much memory that takes, whatever shape it claims."""
+    """Decode an array of the plan's codec; the memory needed is bounded by its bytes, whatever shape it claims."""
     if array.dtype != codec or array.stype != _NUMPY:
         raise _other_codec(name, array, codec)
     shape = tuple(array.shape)

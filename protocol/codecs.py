@@ -1,13 +1,13 @@
 """Codecs: how the values of an update are written, in 32, 16, about 8 or about 4 bits each.
 
-An organization rounds its noised delta once, onto the values that the codec can write (`round_to`); from then on that delta is
-what it stores, logs and sends, and `pack` and `unpack` lose nothing. Rounding follows the noise, so that it is post-processing
-and costs no privacy. It is stochastic and unbiased, E[round_to(x)] = x (Alistarh et al., QSGD, NeurIPS 2017, eq. 1): the errors
-of many organizations and rounds average out instead of adding up.
+An organization rounds its noised delta once to values that the codec can write (`round_to`), and stores, logs and sends the
+rounded delta, for which `pack` and `unpack` are lossless. Rounding follows the noise, so it is post-processing and costs no
+privacy. It is stochastic and unbiased, E[round_to(x)] = x (Alistarh et al., QSGD, NeurIPS 2017, eq. 1): the errors of many
+organizations and rounds average out instead of adding up.
 
 `int8` and `int4` are block floating point: each 64 values share one power of two, and each value is a small integer times it (the
-integer formats of the OCP Microscaling specification v1.0, section 5, with longer blocks). As a power of two divides exactly, a
-rounded delta is written again without any further loss.
+integer formats of the OCP Microscaling specification v1.0, section 5, with longer blocks). As division by a power of two is
+exact, a rounded delta can be written again without further loss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cotune.errors import RunError
 from cotune.plan.wire import BLOCK, Codec, largest_integer
 
 _EXPONENTS = (-126, 127)  # the smallest and the largest of the shared powers of two
-_CHUNK = 1 << 16  # values that are worked on at once, a multiple of BLOCK: bounds the memory beside the tensor itself
+_CHUNK = 1 << 16  # values per step, a multiple of BLOCK; it bounds the memory beside the tensor itself
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -35,19 +35,19 @@ Bytes = NDArray[np.uint8]
 
 
 def packed_bytes(codec: Codec, count: int) -> int:
-    """Return how many bytes `pack` needs for so many values."""
+    """Return the size in bytes of `count` packed values."""
     return _FORMATS[codec].size(count)
 
 
 def rounding_generator(seed: int, organization: str, round: int, name: str) -> np.random.Generator:
-    """Return the random numbers with which one parameter of one update is rounded: the same whenever the round is repeated.
+    """Return the random generator for rounding one parameter of one update; a repeated round gets the same numbers.
 
-    They need not be secret: a rounded value says nothing that the noised value does not say already.
+    They need not be secret: a rounded value reveals nothing that the noised value does not.
 
     Args:
-        seed: The plan's.
+        seed: Of the plan.
         organization: Whose update it is.
-        round: Of which round.
+        round: Of the update.
         name: Of the parameter.
     """
     text = "\0".join(["cotune rounding", str(seed), organization, str(round), name])
@@ -56,7 +56,7 @@ def rounding_generator(seed: int, organization: str, round: int, name: str) -> n
 
 
 def round_to(codec: Codec, values: Tensor, generator: np.random.Generator) -> Tensor:
-    """Round values stochastically onto those that a codec can write.
+    """Round values stochastically to those that a codec can write.
 
     Args:
         codec: The codec.
@@ -67,7 +67,7 @@ def round_to(codec: Codec, values: Tensor, generator: np.random.Generator) -> Te
         (…) float32, equal to `values` in expectation; for a codec that writes every float32, `values` itself.
 
     Raises:
-        RunError: A value is not finite, or so large that its rounded value would not be.
+        RunError: If a value is not finite, or so large that its rounded value would not be.
     """
     if codec == "float32":
         return values
@@ -81,10 +81,10 @@ def round_to(codec: Codec, values: Tensor, generator: np.random.Generator) -> Te
 
 
 def pack(codec: Codec, values: Tensor) -> bytes:
-    """Write values that `round_to` has rounded; `unpack` gives exactly these back.
+    """Write values that `round_to` has rounded; `unpack` restores them exactly.
 
     Raises:
-        RunError: A value is none that the codec can write, so that something would be lost.
+        RunError: If the codec cannot write a value without loss.
     """
     source = _flat(values)
     packed = _FORMATS[codec].pack(source)
@@ -94,18 +94,18 @@ def pack(codec: Codec, values: Tensor) -> bytes:
 
 
 def unpack(codec: Codec, data: bytes, shape: tuple[int, ...]) -> Tensor:
-    """Read what `pack` has written: any bytes are values, or one clear error.
+    """Read what `pack` has written.
 
     Args:
         codec: The codec of the plan, never one that the sender names.
-        data: The packed values, from a stranger.
-        shape: What is expected, from the plan.
+        data: The packed values; they are untrusted and may be any bytes.
+        shape: The expected shape, from the plan.
 
     Returns:
         (shape) float32, finite.
 
     Raises:
-        RunError: The bytes are too few or too many, or stand for values that are not finite.
+        RunError: If there are too few or too many bytes, or a value is not finite.
     """
     count = math.prod(shape)
     if len(data) != (expected := packed_bytes(codec, count)):
@@ -137,13 +137,13 @@ class _Format(Protocol):
         """Bytes for so many values."""
 
     def round(self, values: Floats, generator: np.random.Generator) -> Floats:
-        """(n,) -> (n,); what cannot be written becomes a value that is not finite."""
+        """Round (n,) -> (n,); a value that cannot be written becomes one that is not finite."""
 
     def pack(self, values: Floats) -> bytes:
-        """(n,) rounded values -> bytes; of others, those of near ones."""
+        """Write (n,) rounded values; others are written as a value nearby."""
 
     def unpack(self, data: Bytes, count: int) -> Floats:
-        """`size(count)` bytes -> (count,), finite or not."""
+        """Read `size(count)` bytes -> (count,), which may contain values that are not finite."""
 
 
 class _Float32:
@@ -167,7 +167,7 @@ class _BFloat16:
         return 2 * count
 
     def round(self, values: Floats, generator: np.random.Generator) -> Floats:
-        """Add 16 random bits below the last one that stays, and cut: away from zero with the probability of the rest."""
+        """Add 16 random bits and truncate, which rounds away from zero with a probability equal to the truncated fraction."""
         drawn = generator.integers(0, 1 << 16, size=len(values), dtype=np.uint32)
         bits = (values.view(np.uint32) + drawn) & np.uint32(0xFFFF0000)
         return np.where(np.isfinite(values), bits.view(np.float32), np.float32(np.nan))
@@ -216,7 +216,7 @@ class _BlockIntegers:
         return values
 
     def _pack_part(self, values: Floats) -> tuple[bytes, bytes]:
-        """The exponents and the integers of whole blocks, and the array's end."""
+        """Return the packed exponents and integers of whole blocks, and of the array's end."""
         quotients, exponents = self._scaled(np.nan_to_num(values))
         integers = np.rint(quotients).astype(np.int8).reshape(-1)[: len(values)]
         return exponents.astype(np.int8).tobytes(), integers.tobytes() if self.bits == 8 else _nibbles(integers)
@@ -237,19 +237,19 @@ def _block_count(count: int) -> int:
 
 
 def _blocks(values: Doubles) -> Doubles:
-    """(n,) -> (blocks, BLOCK), filled up with zeros."""
+    """Reshape (n,) -> (blocks, BLOCK), padded with zeros."""
     return np.pad(values, (0, -len(values) % BLOCK)).reshape(-1, BLOCK)
 
 
 def _product(integers: Doubles, exponents: NDArray[np.int64], count: int) -> Floats:
-    """(blocks, BLOCK) integers · 2^(blocks,) -> (count,); infinite where a stranger's exponent is too large. There is no -0."""
+    """Return integers (blocks, BLOCK) · 2^exponents (blocks,) as (count,); infinite for too large exponents, never -0."""
     with np.errstate(over="ignore"):
         values: Floats = np.ldexp(integers + 0.0, exponents[:, None]).astype(np.float32)
     return values.reshape(-1)[:count]
 
 
 def _nibbles(integers: NDArray[np.int8]) -> bytes:
-    """Two integers in [-8, 7] a byte, the first in its lower half."""
+    """Pack two integers in [-8, 7] into each byte, the first in its lower half."""
     even = np.pad(integers, (0, len(integers) % 2)).view(np.uint8) & np.uint8(0xF)
     return (even[::2] | (even[1::2] << np.uint8(4))).tobytes()
 

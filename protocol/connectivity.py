@@ -1,4 +1,4 @@
-"""Checks whether a server can be reached, and describes in one sentence why not, for each cause that people can correct."""
+"""Check whether a server can be reached, and describe in one sentence why not, for each cause that people can fix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_reachable(address: str, certificates: bytes | None) -> datetime:
 
     Args:
         address: host:port.
-        certificates: PEM of the authority; None: those that this machine trusts.
+        certificates: PEM of the authority; None: the authorities that this machine trusts.
 
     Returns:
         When the server's certificate expires.
@@ -48,7 +48,7 @@ def check_reachable(address: str, certificates: bytes | None) -> datetime:
 
 
 def describe_error(error: BaseException, address: str) -> str:
-    """Describe in one sentence what went wrong on the way to a server, by an exception and its causes."""
+    """Describe in one sentence why a server was not reached, based on an exception and its causes."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return _untrusted(cause, address)

@@ -1,7 +1,7 @@
-"""federation.toml: what a coordinator gives to every organization, so that it can inspect the plan and join.
+"""federation.toml: the invitation that a coordinator sends to every organization, with which it can inspect the plan and join.
 
-It holds nothing secret. Anyone who changes it on its way can name another server: it has to come over a channel that both sides
-trust, or its SHA-256 has to be compared (`fingerprint`).
+It contains no secrets. Whoever alters it in transit can name another server, so it must be sent over a channel that both sides
+trust, or its SHA-256 (`fingerprint`) must be compared.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Document(ConfigTable):
     @field_validator("name")
     @classmethod
     def _check_printable(cls, value: str) -> str:
-        """It is printed to terminals, which obey some characters."""
+        """Refuse control characters: the value is printed to terminals, which interpret them."""
         if not value.isprintable():
             raise ValueError("expected printable characters only")
         return value
 
 
 class Invitation:
-    """A federation, as an organization gets to know it.
+    """A federation, as its invitation describes it.
 
     Args:
         name: Of the federation.
@@ -99,31 +99,32 @@ class Invitation:
 
     @property
     def name(self) -> str:
+        """The federation's name."""
         return self._document.name
 
     @property
     def address(self) -> str:
-        """host:port."""
+        """host:port of the coordinator's public port."""
         return self._document.server.address
 
     @property
     def certificates(self) -> bytes:
-        """PEM."""
+        """PEM of the authority."""
         return self._document.server.certificates.encode()
 
     @property
     def id(self) -> str:
-        """Of the federation."""
+        """The federation's id."""
         return self._document.id
 
     @property
     def signing_key(self) -> str:
-        """Of the server, as hex."""
+        """The server's public signing key, as hex."""
         return self._document.server.signing_key
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the document: the same for the same server, authority, signing key and plan."""
+        """SHA-256 of the document, determined by server, authority, signing key and plan."""
         return hashlib.sha256(self.to_toml().encode()).hexdigest()
 
     def to_toml(self) -> str:
@@ -132,7 +133,7 @@ class Invitation:
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
-        """Parse the content of a federation.toml. Raises PlanError where it is not valid."""
+        """Parse the content of a federation.toml; raises PlanError if it is not valid."""
         try:
             table = parse_toml(text)
         except tomllib.TOMLDecodeError as error:
@@ -185,7 +186,7 @@ def _validate(table: dict[str, Any]) -> Document:
 
 
 def _dump_plan_table(plan: Plan) -> str:
-    """The plan as TOML, as a table named plan."""
+    """Return the plan as a TOML table named plan."""
     nested = tomli_w.dumps({"plan": tomllib.loads(dump_plan(plan))})
     return nested.removeprefix("[plan]\n")
 
@@ -196,7 +197,10 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 def check_name(name: str) -> str:
     """Return the name of an organization if it is valid: 1 to 63 letters a to z, digits and hyphens, as in host names.
 
-    It becomes the name of folders and files, and is shown to people. Raises PlanError for any other.
+    It is used for folders and files, and shown to people.
+
+    Raises:
+        PlanError: If it is not valid.
     """
     if not _NAME.fullmatch(name):
         raise PlanError(

@@ -1,8 +1,8 @@
-"""A key is replaced: the statement that names the new key, signed by the old one and, as proof that it is had, by the new one.
+"""Replace keys by a statement that names the new key, signed by the old key and, as proof of possession, by the new one.
 
-An organization renews the key of its node, and gives the statement to the coordinator; a coordinator renews the key that signs
-requests, with the certificate authority, and its statement reaches organizations beside requests, or as a file. Neither statement
-is secret. Anyone who has stolen an old key could sign one too: after a theft a key is revoked, and an invitation made again.
+An organization renews the key of its node, and gives the statement to the coordinator. A coordinator renews the key that signs
+requests together with the certificate authority, and its statement reaches organizations with requests, or as a file. Neither
+statement is secret. A thief of an old key could sign one, too: after a theft, revoke the key and invite the organization again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cotune.errors import RunError
 from cotune.protocol.signatures import Statement, is_signed_by_node, is_signed_by_server, sign
 
-MAX_SERVER_RENEWALS = 16  # the last ones: anyone who knows none of their keys joins again
-_MAX_STATEMENT_LENGTH = 16 * 1024  # characters of one
+MAX_SERVER_RENEWALS = 16  # the newest ones; an organization that knows none of their keys has to join again
+_MAX_STATEMENT_LENGTH = 16 * 1024  # characters of a statement
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class NodeStatement(Statement):
         federation: Its id.
         organization: Its name.
         old: `fingerprint` of the key that is replaced.
-        new: The new key, a line as OpenSSH writes it.
-        at: UTC.
+        new: The new key, a line in OpenSSH's format.
+        at: When (UTC).
     """
 
     federation: str
@@ -54,10 +54,10 @@ class ServerStatement(Statement):
 
     Attributes:
         federation: Its id.
-        old: The present Ed25519 key, as hex.
-        new: The new one, as hex.
+        old: The current Ed25519 key, as hex.
+        new: The new Ed25519 key, as hex.
         authority: SHA-256 (hex) of the new authority's PEM.
-        at: UTC.
+        at: When (UTC).
     """
 
     federation: str
@@ -87,7 +87,7 @@ class _Document(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a document, without checking its signatures. Raises RunError where it is malformed."""
+        """Parse a document without verifying its signatures; raises RunError if it is malformed."""
         try:
             if len(text) > _MAX_STATEMENT_LENGTH:
                 raise ValueError
@@ -104,16 +104,24 @@ class NodeRenewal(_Document):
 
     @classmethod
     def make(cls, federation: str, organization: str, old: EllipticCurvePrivateKey, new: EllipticCurvePrivateKey) -> Self:
+        """Create the statement of a renewal, and sign it with both keys.
+
+        Args:
+            federation: Id of the federation.
+            organization: Its name.
+            old: The node's current private key.
+            new: The node's new private key.
+        """
         statement = NodeStatement(federation, organization, fingerprint(old.public_key()), _to_openssh(new.public_key()), _now())
         return cls(statement=statement.text(), signature=sign(statement, old), confirmation=sign(statement, new))
 
     @property
     def about(self) -> NodeStatement:
-        """Raises RunError."""
+        """Return the parsed statement; raises RunError if it is malformed."""
         return NodeStatement.parse(self.statement)
 
     def new_key(self) -> EllipticCurvePublicKey:
-        """Return the new key. Raises RunError where it is not a node's, or not written as OpenSSH writes it."""
+        """Return the new key; raises RunError if it is not a node's key in OpenSSH's format."""
         line = self.about.new
         try:
             key = load_ssh_public_key(line.encode())
@@ -127,7 +135,7 @@ class NodeRenewal(_Document):
         return key
 
     def check(self, old: object) -> None:
-        """Check both signatures. Raises RunError unless the key `old` and the new key have signed the statement."""
+        """Verify both signatures; raises RunError unless the key `old` and the new key have signed the statement."""
         if not isinstance(old, EllipticCurvePublicKey) or not is_signed_by_node(self.about, self.signature, old):
             raise RunError(
                 "the statement is not signed by the organization's present key: expected its own; do not use the file",
@@ -144,13 +152,21 @@ class ServerRenewal(_Document):
     """The renewal of a federation's signing key and authority.
 
     Attributes:
-        certificates: PEM of the one new authority.
+        certificates: PEM of the new authority.
     """
 
     certificates: str = Field(max_length=8 * 1024)
 
     @classmethod
     def make(cls, federation: str, old: Ed25519PrivateKey, new: Ed25519PrivateKey, certificates: str) -> Self:
+        """Create the statement of a renewal, and sign it with both keys.
+
+        Args:
+            federation: Id of the federation.
+            old: The current private signing key.
+            new: The new private signing key.
+            certificates: PEM of the new authority.
+        """
         present, following = (key.public_key().public_bytes_raw().hex() for key in (old, new))
         statement = ServerStatement(federation, present, following, _compute_digest(certificates), _now())
         signatures = {"signature": sign(statement, old), "confirmation": sign(statement, new)}
@@ -158,11 +174,11 @@ class ServerRenewal(_Document):
 
     @property
     def about(self) -> ServerStatement:
-        """Raises RunError."""
+        """Return the parsed statement; raises RunError if it is malformed."""
         return ServerStatement.parse(self.statement)
 
     def check(self) -> None:
-        """Check both signatures and the authority. Raises RunError unless they are those that the statement names."""
+        """Verify both signatures and the authority; raises RunError unless they match the statement."""
         about = self.about
         if not is_signed_by_server(about, self.signature, about.old):
             raise RunError(
@@ -186,7 +202,7 @@ class ServerRenewal(_Document):
 
     @classmethod
     def parse_all(cls, text: str) -> list[Self]:
-        """Parse the lines of a file, or of what comes with a request, the oldest first. Raises RunError."""
+        """Parse the lines of a file, or of a request's record, the oldest first; raises RunError if one is malformed."""
         lines = text.split("\n", MAX_SERVER_RENEWALS)
         if "".join(lines[MAX_SERVER_RENEWALS:]).strip():
             raise RunError(
@@ -197,17 +213,17 @@ class ServerRenewal(_Document):
 
     @staticmethod
     def join(renewals: Sequence[ServerRenewal]) -> str:
-        """Return the newest renewals as `parse_all` reads them."""
+        """Return the newest renewals as text for `parse_all`."""
         return "".join(f"{renewal.text()}\n" for renewal in renewals[-MAX_SERVER_RENEWALS:])
 
 
 def read_node_renewal(file: Path) -> NodeRenewal:
-    """Read the renewal of an organization's key. Raises RunError where the file cannot be read or is malformed."""
+    """Read the renewal of an organization's key; raises RunError if the file cannot be read or is malformed."""
     return NodeRenewal.parse(_read(file).strip())
 
 
 def read_server_renewals(file: Path) -> list[ServerRenewal]:
-    """Read a server's renewals, the oldest first. Raises RunError where the file cannot be read or is malformed."""
+    """Read a server's renewals, the oldest first; raises RunError if the file cannot be read or is malformed."""
     return ServerRenewal.parse_all(_read(file))
 
 
@@ -223,7 +239,7 @@ def _read(file: Path) -> str:
 
 
 def fingerprint(key: EllipticCurvePublicKey) -> str:
-    """Return the SHA-256 (hex) of a node's key as Flower keeps it: PEM, SubjectPublicKeyInfo."""
+    """Return the SHA-256 (hex) of a node's key in Flower's format: PEM, SubjectPublicKeyInfo."""
     return hashlib.sha256(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 

@@ -1,14 +1,14 @@
-"""What travels, as Flower records: requests to train, and updates. Arrays and plain values only; never code or pickles.
+"""Encode requests and updates as Flower records: only arrays and plain values, never code or pickles.
 
-A request holds the plan (canonical JSON) and the state of the shared model; an update holds the delta, the declared weight, and
-what ties both to plan, round and organization. Every field has one name and one type, checked on arrival.
+A request contains the plan (canonical JSON) and the state of the shared model; an update contains the delta, the declared number
+of records, and what binds it to plan, round and organization. Every field has one name and one type, which is checked on receipt.
 
-No object of one message is an object of another: Flower's store knows objects by the hash of their content and shares them
-between nodes, so that anyone who can guess a content can get in its way (docs/decisions/0013-object-store.md). Each message has a
-random salt in its header, from which every record and array of it is made unlike all others; the salt hides nothing.
+No two messages share an object: Flower's store identifies objects by the hash of their content and shares them between nodes, so
+that anyone who can guess a content can block it (docs/decisions/0013-object-store.md). A random salt in the header of each
+message makes all its records and arrays unique; it does not hide anything.
 
-The delta of an update is written as the plan's `wire` says (codecs.py), all other arrays as float32 in NumPy's format. Which
-codec an array has is never the sender's choice: one that says another is refused.
+The delta of an update is written with the plan's codec (`wire`, codecs.py), all other arrays as float32 in NumPy's format. The
+codec is never the sender's choice: an array that names another one is refused.
 """
 
 from __future__ import annotations
@@ -28,18 +28,24 @@ from cotune.protocol.arrays import HeldArrays, decode_tensors, derive_key, encod
 from cotune.protocol.version import PROTOCOL
 from cotune.strategies.types import Update
 
-_SALT = "cotune/salt"  # no name of a parameter, and of nothing that is told
+_SALT = "cotune/salt"  # cannot be the name of a parameter or a disclosure
 _COMMON_FIELDS = {"protocol", "salt", "own"}
-_MAX_REPORTED_VALUES = 10_000  # values beside an update: a number per class and a few more
+_MAX_REPORTED_VALUES = 10_000  # disclosed values of an update: a number per class and a few more
 
 
 @dataclass(frozen=True)
 class Request:
-    """The server's request to train: one round of a plan, from a state, by one organization.
+    """The server's request to one organization to train in one round.
 
-    admitted: the last round whose update of this organization is in the model; 0: none. sent: what the plan's client term sends
-    beside the state. site: only in simulations, the folder of the simulated organization. stays: whether it was made for this
-    process alone, as its answer may be; nothing that was sent says so.
+    Attributes:
+        plan: The plan's canonical JSON.
+        round: Number of the round.
+        organization: The recipient.
+        state: Parameter -> value to train from.
+        admitted: The last round whose model contains an update of this organization; 0: none.
+        sent: What the plan's client term sends beside the state.
+        site: In simulations only, the folder of the simulated organization.
+        stays: Whether the request was created for this process only, as its answer may be; never part of a message that is sent.
     """
 
     plan: str
@@ -54,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Recipient:
-    """Whom a request is for. admitted, site: as in the request."""
+    """The recipient of a request; for `admitted` and `site` see `Request`."""
 
     organization: str
     admitted: int = 0
@@ -70,9 +76,15 @@ def encode_requests(
     *,
     stays: bool = False,
 ) -> list[RecordDict]:
-    """One request per recipient; they share one copy of the arrays, and their salt.
+    """Encode one request per recipient; they share one copy of the arrays, and the arrays' salt.
 
-    stays: Whether they stay in this process. Their tensors are then not written (see `arrays.HeldArrays`).
+    Args:
+        plan: The plan's canonical JSON.
+        round: Number of the round.
+        state: Parameter -> value to train from.
+        recipients: Organizations to ask.
+        sent: What the plan's client term sends beside the state.
+        stays: Whether the requests stay in this process; their tensors are then not encoded (see `arrays.HeldArrays`).
     """
     salt = new_salt()
     shared = {"state": _arrays(state, salt, "state", stays=stays)}
@@ -107,12 +119,16 @@ def write_out(content: RecordDict) -> RecordDict:
 
 
 def _encode_header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
-    """own: as the salt of the arrays is known to the others."""
+    """Encode the header of a request with a second salt for itself, as all recipients know the salt of the arrays."""
     return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": new_salt()})
 
 
 def get_salt(content: RecordDict) -> bytes:
-    """The salt of an update or a receipt, for anyone who encodes the same again. Raises RunError where there is none."""
+    """Return the salt of an update or a receipt, with which the same message can be encoded again.
+
+    Raises:
+        RunError: If there is none.
+    """
     for key in ("update", "receipt"):
         if isinstance(record := content.get(key), ConfigRecord):
             return read_salt(record)
@@ -122,7 +138,11 @@ def get_salt(content: RecordDict) -> bytes:
 
 
 def decode_request(content: RecordDict) -> Request:
-    """Raises RunError, in one sentence, for anything but a well-formed request of this protocol."""
+    """Decode a request.
+
+    Raises:
+        RunError: If it is not a well-formed request of this protocol.
+    """
     header = decode_header(content)
     _check_records(content, ("request", "state", "sent"))
     sent = decode_tensors(content, "sent", "request") if "sent" in content else {}
@@ -130,7 +150,7 @@ def decode_request(content: RecordDict) -> Request:
 
 
 def decode_header(content: RecordDict) -> Request:
-    """A request without its arrays, which are not looked at. Raises RunError as `decode_request` does."""
+    """Decode a request without its arrays, which are not read; raises RunError as `decode_request` does."""
     fields = _decode_fields(content, "request", {"plan": str, "round": int, "organization": str, "admitted": int, "site": str})
     return Request(**fields, state={})
 
@@ -138,17 +158,17 @@ def decode_header(content: RecordDict) -> Request:
 def encode_update(
     update: Update, plan_id: str, salt: bytes | None = None, *, codec: Codec = "float32", stays: bool = False
 ) -> RecordDict:
-    """Return the message of an update, whose delta has been rounded to the codec.
+    """Encode an update, whose delta must have been rounded to the codec.
 
     Args:
         update: The update.
         plan_id: Of its plan.
-        salt: Of a message that is encoded again; otherwise a new one.
-        codec: The plan's.
-        stays: As of a request.
+        salt: Of a message that is encoded again; None: draw a new one.
+        codec: Of the plan.
+        stays: Whether the update stays in this process (see `encode_requests`).
 
     Raises:
-        RunError: The delta holds values that the codec cannot write.
+        RunError: If the codec cannot write a value of the delta.
     """
     salt = salt or new_salt()
     record: dict[str, Any] = {
@@ -175,7 +195,16 @@ def encode_update(
 
 
 def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32") -> Update:
-    """Raises RunError for an update that is malformed, belongs to another plan, or is not written in the plan's codec."""
+    """Decode an update.
+
+    Args:
+        content: The message.
+        plan_id: The expected plan.
+        codec: Of the plan.
+
+    Raises:
+        RunError: If it is malformed, belongs to another plan, or is written in another codec.
+    """
     _check_records(content, ("update", "delta", "disclosures", "statistics", "noise_variance"))
     types = {"plan_id": str, "round": int, "organization": str, "examples": int, "steps": int, "epsilon": float, "received": str}
     fields = _decode_fields(content, "update", types)
@@ -202,7 +231,13 @@ def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an organization answers when it has been given the finished model. received: `received_digest` of what it got."""
+    """An organization's confirmation that it has received the final model.
+
+    Attributes:
+        organization: Its name.
+        plan_id: Of the plan.
+        received: `received_digest` of what it received.
+    """
 
     organization: str
     plan_id: str
@@ -210,18 +245,18 @@ class Receipt:
 
 
 def encode_receipt(receipt: Receipt, salt: bytes | None = None) -> RecordDict:
-    """salt: as of an update."""
+    """Encode a receipt; for the salt see `encode_update`."""
     return RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, **asdict(receipt), "salt": salt or new_salt()})})
 
 
 def decode_receipt(content: RecordDict) -> Receipt:
-    """Raises RunError for anything but a well-formed receipt of this protocol."""
+    """Decode a receipt; raises RunError if it is not a well-formed receipt of this protocol."""
     _check_records(content, ("receipt",))
     return Receipt(**_decode_fields(content, "receipt", {"organization": str, "plan_id": str, "received": str}))
 
 
 def _check_records(content: RecordDict, known: Collection[str]) -> None:
-    """Nothing travels beside what is known: it would be carried, kept and shown unread."""
+    """Refuse unknown records, which would be stored and shown without having been checked."""
     surplus = sorted(content.keys() - set(known))
     if surplus:
         raise RunError(
@@ -231,7 +266,7 @@ def _check_records(content: RecordDict, known: Collection[str]) -> None:
 
 
 def _decode_noise_variance(content: RecordDict) -> dict[str, float] | None:
-    """The noise that an update states; None where it states none. Whether its names are right is for admission to say."""
+    """Return the noise variances that an update states; None if it states none. Validation checks the names later."""
     if "noise_variance" not in content:
         return None
     record = content["noise_variance"]
@@ -250,7 +285,7 @@ def _decode_noise_variance(content: RecordDict) -> dict[str, float] | None:
 
 
 def _decode_reported(content: RecordDict) -> dict[str, float]:
-    """What an organization says beside its update: few names, finite numbers; without the record, nothing."""
+    """Return an update's disclosures: a limited number of names with finite numbers; empty if the record is missing."""
     record = content.get("disclosures", ConfigRecord())
     if not isinstance(record, ConfigRecord) or len(record) > _MAX_REPORTED_VALUES:
         raise RunError(
@@ -294,9 +329,9 @@ def _decode_fields(content: RecordDict, key: str, types: Mapping[str, type]) -> 
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Bytes of names, arrays and values of a message, before Flower's own framing.
+    """Return the size in bytes of a message's names, arrays and values, before Flower's framing.
 
-    Counted here: Flower's `ConfigRecord.count_bytes` raises for an empty text.
+    Flower's own `ConfigRecord.count_bytes` is not used, as it raises for an empty text.
     """
     return sum(_count_record_bytes(record) for record in content.values())
 
@@ -316,12 +351,12 @@ def _count_value_bytes(value: object) -> int:
 
 
 def received_digest(state: Mapping[str, Tensor], sent: Mapping[str, Tensor] | None = None) -> str:
-    """SHA-256 of what an organization trains from: the state, and what is sent beside it."""
+    """Return the SHA-256 of what an organization trains from: the state, and what the client term sends beside it."""
     return state_digest({**state, **{f"sent/{name}": tensor for name, tensor in (sent or {}).items()}})
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values: the same for the same state on every machine."""
+    """Return the SHA-256 over names, shapes and values, which is the same on every machine."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(f"{name}{tuple(state[name].shape)}".encode())

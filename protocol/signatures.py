@@ -1,8 +1,8 @@
-"""What a server has asked of an organization, and what was answered, as statements that are signed and can be shown to others.
+"""Signed statements of what a server requested and what an organization replied, which third parties can verify.
 
 A server signs each request with the federation's Ed25519 key (RFC 8032), whose public half is in federation.toml; an organization
-signs each answer with the ECDSA key by which the server knows its node. A statement is JSON with sorted keys and without spaces:
-one text for one content. Its kind is signed with it, so that a signature of one kind is none of another.
+signs each reply with the ECDSA key by which the server identifies its node. A statement is JSON with sorted keys and without
+spaces, so that equal content gives equal text. Its kind is signed with it, so that a signature cannot be used for another kind.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _MAX_STATEMENT_LENGTH = 4096  # characters of a statement
 
 @dataclass(frozen=True)
 class Statement:
-    """A statement that is signed. The names of its fields are those of the JSON."""
+    """Base of signed statements. The names of the fields are the keys in the JSON."""
 
     def text(self) -> str:
-        """Return the canonical JSON: without the fields that have their defaults, which came later than the others."""
+        """Return the canonical JSON, without fields at their defaults: these were added to the protocol later."""
         default = {field.name: field.default for field in fields(self)}
         found = {name: value for name, value in asdict(self).items() if value != default[name]}
         return json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the text, by which an answer names what it answers."""
+        """SHA-256 of the text, by which a reply refers to its request."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
     def message(self) -> bytes:
@@ -53,7 +53,7 @@ class Statement:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse the canonical text of a statement. Raises RunError for anything else."""
+        """Parse the canonical text of a statement; raises RunError for anything else."""
         try:
             found = json.loads(text) if len(text) <= _MAX_STATEMENT_LENGTH else {}
             known = [field for field in fields(cls) if field.default is MISSING or field.name in found]
@@ -81,14 +81,14 @@ class RequestStatement(Statement):
         recipient: The organization that is asked.
         admitted: As in the request.
         received: `received_digest` of its arrays.
-        cohort: How many organizations took part in the round before.
+        cohort: Number of organizations in the cohort.
         roster: `roster_digest` of their keys.
         serial: Greater than that of every earlier request of the federation.
-        at: UTC, to the second.
-        least: The smallest number of records that the recipient may declare, as it was invited.
-        most: The largest; 0: there is no such limit.
+        at: When (UTC, to the second).
+        least: The smallest number of records that the recipient may declare, as agreed by its invitation.
+        most: The largest number of records; 0: no limit.
         refused: Why an update of it was last rejected; "": none was.
-        strikes: Its rejected updates and time-outs.
+        strikes: Number of its rejected updates and timeouts.
     """
 
     federation: str
@@ -110,7 +110,7 @@ class RequestStatement(Statement):
 
     @property
     def declarable(self) -> tuple[int, int] | None:
-        """Between which numbers the recipient's declared number of records must be; None: whatever the plan allows."""
+        """The smallest and largest number of records that the recipient may declare; None: whatever the plan allows."""
         return (self.least, self.most) if self.most else None
 
 
@@ -122,7 +122,7 @@ class ReplyStatement(Statement):
         request: Digest of the request's statement.
         sender: The organization.
         kind: `UPDATE`, `RECEIPT` or `REFUSAL`.
-        sha256: `content_digest` of what it holds; of a refusal the `refusal_digest`.
+        sha256: `content_digest` of the reply; `refusal_digest` of a refusal.
         trusts: The newest signing key of the server that the organization knows, as hex.
     """
 
@@ -135,12 +135,12 @@ class ReplyStatement(Statement):
 
 @dataclass(frozen=True)
 class Signed:
-    """A statement and its signature as they travel.
+    """A statement and its signature as a message contains them.
 
     Attributes:
         text: The statement's canonical text.
         signature: As hex.
-        about: What else is in the record, such as the roster.
+        about: The record's other fields, such as the roster.
     """
 
     text: str
@@ -162,7 +162,13 @@ def sign(statement: Statement, key: Ed25519PrivateKey | EllipticCurvePrivateKey)
 
 
 def is_signed_by_server(statement: Statement, signature: str, key: str) -> bool:
-    """Return whether a signature is of the server's Ed25519 key (hex)."""
+    """Return whether a signature is valid for a server's key.
+
+    Args:
+        statement: What was signed.
+        signature: As hex; malformed ones are not valid.
+        key: Public Ed25519 key, as hex.
+    """
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(bytes.fromhex(signature), statement.message())
     except (ValueError, InvalidSignature):
@@ -171,7 +177,13 @@ def is_signed_by_server(statement: Statement, signature: str, key: str) -> bool:
 
 
 def is_signed_by_node(statement: Statement, signature: str, key: EllipticCurvePublicKey) -> bool:
-    """Return whether a signature is of an organization's key."""
+    """Return whether a signature is valid for an organization's key.
+
+    Args:
+        statement: What was signed.
+        signature: As hex; malformed ones are not valid.
+        key: Public key of the organization's node.
+    """
     try:
         key.verify(bytes.fromhex(signature), statement.message(), ECDSA(hashes.SHA384()))
     except (ValueError, InvalidSignature):
@@ -180,15 +192,22 @@ def is_signed_by_node(statement: Statement, signature: str, key: EllipticCurvePu
 
 
 def attach(content: RecordDict, statement: Statement, signature: str, **about: str) -> None:
-    """Put a signature into a message, in place of one that is there."""
+    """Add a signature to a message, replacing an existing one.
+
+    Args:
+        content: The message, which is changed in place.
+        statement: What was signed.
+        signature: As hex.
+        **about: Further fields of the record.
+    """
     content[SIGNED] = ConfigRecord({**about, "statement": statement.text(), "signature": signature})
 
 
 def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
-    """Take the signature out of a message.
+    """Separate a message from its signature.
 
     Returns:
-        The message without it, and the signature; None where it has none.
+        (the message without its signature, the signature or None).
 
     Raises:
         RunError: If the signature is malformed.
@@ -208,17 +227,27 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
 
 
 def refusal_digest(words: str) -> str:
-    """Return the SHA-256 of what a refusal says."""
+    """Return the SHA-256 of the text of a refusal."""
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def dump_refusal(words: str, statement: Statement, signature: str) -> str:
-    """Return a refusal and its signature as one text: Flower's errors hold nothing else."""
+    """Return a refusal and its signature as one text, as Flower's errors contain only a text.
+
+    Args:
+        words: The reason of the refusal.
+        statement: What was signed.
+        signature: As hex.
+    """
     return json.dumps({"words": words, "statement": statement.text(), "signature": signature})
 
 
 def parse_refusal(text: str) -> tuple[str, Signed | None]:
-    """Return what a refusal says, and its signature; None where it has none, as of a node that could not read the request."""
+    """Parse the text of a refusal.
+
+    Returns:
+        (the reason, the signature or None). A node that could not read its request does not sign.
+    """
     try:
         found = json.loads(text) if text.startswith("{") else None
     except (ValueError, RecursionError):
@@ -229,7 +258,7 @@ def parse_refusal(text: str) -> tuple[str, Signed | None]:
 
 
 def roster_digest(keys: Iterable[str]) -> str:
-    """Return the SHA-256 over the fingerprints of organizations' keys, the same in any order."""
+    """Return the SHA-256 over the fingerprints of organizations' keys, independent of their order."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
-"""The two ends of a trail: the coordinator's trail of a run, and an organization's log of what it was asked for and has sent.
+"""Compare the two sides of a trail: the coordinator's trail of a run, and an organization's log of requests and replies.
 
-Both hold what the server has signed and what the organization has signed; each can show the other's signatures to a third party.
+Both contain the signatures of server and organization, so that each side can prove to a third party what the other has signed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from cotune.protocol.signatures import (
     refusal_digest,
 )
 
-_REPLY_ENTRIES = (UPDATE, RECEIPT, REFUSAL, "blocked")  # the last: an answer that was refused on its way out
+_REPLY_ENTRIES = (UPDATE, RECEIPT, REFUSAL, "blocked")  # "blocked": a reply that was stopped before it was sent
 Entries = Iterable[Mapping[str, Any]]
 
 
 @dataclass
 class TrailEnd:
-    """One end of a trail.
+    """One side of a trail.
 
     Attributes:
-        requests: Digest -> request.
-        replies: Digest -> reply.
-        wrong: What is wrong with this end by itself, in sentences.
+        requests: Digest of the statement -> request.
+        replies: Digest of the reply -> reply.
+        wrong: Problems of this side by itself, in sentences.
     """
 
     requests: dict[str, RequestStatement] = field(default_factory=dict)
@@ -48,18 +48,19 @@ class TrailEnd:
         return TrailEnd(requests, replies, self.wrong)
 
     def recipients(self) -> set[str]:
+        """Return the organizations that were asked."""
         return {request.recipient for request in self.requests.values()}
 
 
 @dataclass(frozen=True)
 class TrailComparison:
-    """The comparison of both ends.
+    """The result of comparing both sides.
 
     Attributes:
-        requests: The number of requests that both ends have.
-        replies: The number of replies that both ends have.
-        contradictions: What one end has and the other must have.
-        one_sided: What one end has alone because it may have been lost on its way.
+        requests: Number of requests that both sides have.
+        replies: Number of replies that both sides have.
+        contradictions: Entries that one side lacks although it must have them, in sentences.
+        one_sided: Entries that one side lacks because they may have been lost in transfer, in sentences.
     """
 
     requests: int
@@ -107,7 +108,7 @@ def read_organization_end(entries: Entries, server: Sequence[str], node: Sequenc
             if entry.get("what") == "request":
                 _add_request(end, entry, server)
             elif entry.get("what") in _REPLY_ENTRIES and "statement" in entry:
-                if "refused" in entry:  # what was refused is in no line of its own
+                if "refused" in entry:  # a refused request has no separate line
                     _add_request(end, {"statement": entry["refused"], "signature": entry.get("refused_signature")}, server)
                 reply = _add_reply(end, entry, node)
                 if reply is not None and reply.sha256 != entry.get("sha256"):
@@ -118,7 +119,7 @@ def read_organization_end(entries: Entries, server: Sequence[str], node: Sequenc
 
 
 def compare_ends(coordinator: TrailEnd, organization: TrailEnd) -> TrailComparison:
-    """Compare both ends, of the same run and organization."""
+    """Compare both sides for the same run and organization."""
     contradictions = [*coordinator.wrong, *organization.wrong]
     for digest in organization.requests.keys() - coordinator.requests.keys():
         contradictions.append(f"the trail lacks {_describe_request(organization.requests[digest])}, which the server has signed")

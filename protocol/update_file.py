@@ -19,7 +19,12 @@ from cotune.strategies.types import Update
 
 
 def update_bytes(update: Update, **about: str) -> bytes:
-    """The content of the file. about: what else it says, such as the plan that the update is for."""
+    """Return the content of an update's file.
+
+    Args:
+        update: The update.
+        **about: Further entries of the metadata, such as the plan of the update.
+    """
     plain = {f.name: getattr(update, f.name) for f in fields(update) if f.name not in ("delta", "statistics")}
     tensors = {f"delta/{n}": t for n, t in update.delta.items()} | {f"statistics/{n}": t for n, t in update.statistics.items()}
     content: bytes = save({n: t.contiguous() for n, t in tensors.items()}, metadata={"update": json.dumps(plain | about)})
@@ -27,9 +32,10 @@ def update_bytes(update: Update, **about: str) -> bytes:
 
 
 def round_of(file: Path, plan_id: str) -> int | None:
-    """The round of the update in a file; None where there is no file, or its update is of another plan.
+    """Return the round of the update in a file; None if there is no file, or its update belongs to another plan.
 
-    Raises ValueError for a file that is damaged.
+    Raises:
+        ValueError: If the file is damaged.
     """
     try:
         with _opened(file) as (_, about):
@@ -39,9 +45,18 @@ def round_of(file: Path, plan_id: str) -> int | None:
 
 
 def read_update(file: Path, **expected: Any) -> Update | None:
-    """The update; None where what the file says differs from what is expected.
+    """Read an update.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged.
+    Args:
+        file: The file.
+        **expected: Entries that the metadata must have.
+
+    Returns:
+        The update; None if the metadata differs from what is expected.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it is damaged.
     """
     with _opened(file) as (tensors, about):
         if any(about[name] != value for name, value in expected.items()):
@@ -53,7 +68,7 @@ def read_update(file: Path, **expected: Any) -> Update | None:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
-    """The tensors of an update's file, and what it says of itself; raises as `read_update` does, also in the block."""
+    """Open an update's file, and yield its tensors and metadata; raises as `read_update` does, also inside the block."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors, parse_json(tensors.metadata()["update"])

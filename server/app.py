@@ -1,4 +1,4 @@
-"""The Flower ServerApp: runs the rounds of a run folder, whatever the grid, and hands out the model of a real run."""
+"""The Flower ServerApp: it runs the rounds of a run folder over any grid, and delivers the model of a real run."""
 
 from __future__ import annotations
 
@@ -123,17 +123,39 @@ def train_rounds(
     public: PublicPredictions | None = None,
     limits: TimeLimits = TIME_LIMITS,
 ) -> Progress:
-    """Train the unfinished rounds of a run over a grid (see `rounds.loop.run_rounds`)."""
+    """Train the unfinished rounds of a run over a grid.
+
+    Args:
+        grid: Connection to the nodes.
+        folder: Of the run.
+        model: Of the run's plan.
+        evaluate: See `rounds.loop.run_rounds`, as for `score` and `public`.
+        score: State -> accuracy on validation records.
+        public: The plan's public inputs.
+        limits: Intervals and timeouts.
+    """
     return run_rounds(open_session(grid, folder, limits), model, evaluate, score, public)
 
 
 def deliver_model(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> list[str]:
-    """Hand the finished model of a real run out over a grid (see `rounds.model_delivery.deliver`)."""
+    """Deliver the final model of a real run over a grid (see `rounds.model_delivery.deliver`).
+
+    Args:
+        grid: Connection to the nodes.
+        folder: Of the run.
+        limits: Intervals and timeouts.
+    """
     return deliver(open_session(grid, folder, limits))
 
 
 def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> Session:
-    """Wire what rounds need: nodes in process for a simulation; a SuperLink, members and signatures for a real run."""
+    """Create the session of a run: in-process nodes for a simulation; SuperLink, members and signatures for a real run.
+
+    Args:
+        grid: Connection to the nodes.
+        folder: Of the run.
+        limits: Intervals and timeouts.
+    """
     names = [participant.name for participant in folder.file.participants]
     if not folder.file.federation:
         return Session(

@@ -1,4 +1,4 @@
-"""What became of a request to an organization: one type for replies, rounds, deliveries and exclusions."""
+"""The outcome of a request to an organization: one type for replies, rounds, deliveries and exclusions."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Accepted:
-    """The reply is as agreed: the update enters the model, or the receipt confirms the finished one.
+    """The reply is valid: the update enters the model, or the receipt confirms the final model.
 
     Attributes:
         bytes: Size of the reply's payload.
         steps: Optimizer steps of the update.
         epsilon: ε spent so far, as the organization states it; None without privacy.
-        disclosures: What else it told, by name.
+        disclosures: Name -> number that it disclosed.
     """
 
     bytes: int = 0
@@ -32,11 +32,11 @@ class Declined:
 
 @dataclass(frozen=True)
 class Rejected:
-    """The organization sent something that is not as agreed: a strike.
+    """The organization sent something invalid, which is a strike.
 
     Attributes:
         reason: What is wrong.
-        file: Name of the file in quarantine/ that keeps what was sent; "" where nothing is kept.
+        file: Name of the file in quarantine/ with what was sent; "" if nothing was stored.
     """
 
     reason: str
@@ -45,11 +45,11 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Lost:
-    """No reply is to be expected: the organization is not connected or not a member, or its replies were lost.
+    """No reply will arrive: the organization is not connected or not a member, or its replies were lost.
 
     Attributes:
         reason: Why.
-        is_absent: Whether the organization was away at the end of the round; such rounds name it among the absent.
+        is_absent: Whether the organization was not connected at the end of the round, whose entry then lists it as absent.
     """
 
     reason: str
@@ -62,8 +62,8 @@ class TimedOut:
 
     Attributes:
         reason: How long it had.
-        is_strike: Whether it counts as a strike: not in a simulation, nor where too few others replied, nor where the round was
-            complete without it.
+        is_strike: Whether it is a strike: not in a simulation, nor if too few others replied, nor if the round was complete
+            without it.
     """
 
     reason: str

@@ -1,4 +1,4 @@
-"""How long the server waits, and how often it looks, beside what a plan says: one value, handed to rounds and transport."""
+"""Timeouts and polling intervals of the server that are not in the plan, as one value for rounds and transport."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """All in seconds. The defaults are those of every run; tests pass shorter ones.
+    """Times in seconds. The defaults apply to every run; tests pass shorter ones.
 
     Attributes:
-        poll: Between two looks for replies, at least.
-        max_poll: Between two looks for replies, at most.
-        watch: Between two looks at who is connected.
-        first_look: For the first look at who is connected, however short the wait.
-        silent: A SuperLink that has answered nothing for so long is unreachable.
-        away: Without an answer from the SuperLink for so long, replies that it was handing over may be lost.
-        slow: Without a chunk of a reply for so long, it may have been cut off while it was sent.
-        held_up: A call that hangs for so long is overtaken.
-        look_backoff: Before a look for replies that failed is made again, at most.
-        retry_backoff: Before a request that was lost is sent again; doubled each time.
-        approval_backoff: Before an organization is asked again that has yet to approve the plan; doubled each time.
-        max_approval_backoff: The same, at most.
-        export: An organization may take so long to write its model.
-        notice: An organization that was excluded is waited for so long to confirm that it was told.
-        close: Threads may take so long to end with a run: a call after its end would be refused.
+        poll: Shortest interval between two polls for replies.
+        max_poll: Longest interval between two polls for replies.
+        watch: Interval between two checks of who is connected.
+        first_look: Time for the first check of who is connected, however short the wait.
+        silent: Time without any answer after which the SuperLink counts as unreachable.
+        away: Time without any answer from the SuperLink after which replies in transfer may be lost.
+        slow: Time without a chunk of a reply after which its transfer may have been interrupted.
+        held_up: Time after which others no longer wait for a call that hangs.
+        look_backoff: Longest time before a failed poll is repeated.
+        retry_backoff: Time before a lost request is sent again; doubled each time.
+        approval_backoff: Time before an organization that has yet to approve the plan is asked again; doubled each time.
+        max_approval_backoff: Upper limit of `approval_backoff`.
+        export: Time for an organization to write its model.
+        notice: Time for an excluded organization to confirm the notice of its exclusion.
+        close: Time for threads to end with a run; a call after the end of a run would be refused.
     """
 
     poll: float = 0.1

@@ -78,7 +78,7 @@ def test_a_room_cannot_be_imported_under_another_name(room: str) -> None:
         ("simulate", "--help"),
         ("plan", "list"),
         ("plan", "new", "tweets"),
-        ("plan", "keys"),
+        ("plan", "keys", "privacy"),
         ("plan", "explain", "learning_rate"),
         ("client", "policy"),
         ("client", "policy", "SITE"),

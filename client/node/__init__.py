@@ -1,1 +1,1 @@
-"""The resident node: its keys, whom it trusts, what it is asked, the process that trains."""
+"""The resident node: its connection and keys, trust in servers, checks of requests, and the process that trains."""

@@ -1,4 +1,4 @@
-"""Whether the bundle of a run (Flower's FAB, a zip archive) holds configuration only. It is inspected and never unpacked."""
+"""Check that the bundle of a run (Flower's FAB, a zip archive) contains only configuration. It is never unpacked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PLAIN = {".info/CONTENT", "LICENSE"}
 
 
 def reason_to_refuse(content: bytes) -> str | None:
-    """Return why a run with this bundle is not served; None where it holds configuration only. The server may be told."""
+    """Return why a run with this bundle is refused, in words that the server may see; None if it contains only configuration."""
     try:
         names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):

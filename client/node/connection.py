@@ -1,4 +1,4 @@
-"""How a node connects with its site's keys, and a check of whether a server lets the organization in."""
+"""Connect a node with its site's keys, and check whether a server accepts the organization."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from cotune.storage.files import is_locked
 
 
 class Connector:
-    """Connects a node to its server. Keys and authorities are reloaded for every connection, as both may be renewed meanwhile.
+    """Connects a node to its server. Keys and authorities are loaded for every connection, as both may be renewed at any time.
 
     Args:
         site: The folder of the site.
         address: host:port of the server.
-        root_certificates: A PEM file. For the site's own node/ca.crt, the authorities are those that the site trusts at the time.
-        key: A private key. For the site's own node.key, the next key is tried once a server refuses the present one.
-        connect: Opens a connection, as `flower.fleet_client.connected`.
+        root_certificates: A PEM file. For the site's own node/ca.crt, the authorities that the site currently trusts are used.
+        key: A private key. For the site's own node.key, the next key is tried if a server refuses the current one.
+        connect: Opens a connection, as `flower.fleet_client.connect` does.
 
     Raises:
-        RunError: A file cannot be used.
+        RunError: If a file cannot be used.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Connector:
         self._certificates()
         present = read_private_key(key)
         if self._is_own_key:
-            write_public_key(site, present)  # a renewal may have been cut off before it
+            write_public_key(site, present)  # a renewal may have been interrupted before this
 
     @contextmanager
     def __call__(self, known: int | None, reconnect: bool) -> Iterator[FleetClient]:
-        """Connect, as `flower.fleet_client.connected` does."""
+        """Connect, as `flower.fleet_client.connect` does."""
         certificates = self._certificates()
         with ExitStack() as held:
             try:
@@ -68,7 +68,7 @@ class Connector:
             yield fleet
 
     def _enter_with_next(self, held: ExitStack, certificates: bytes | None, refused: NodeRejected) -> FleetClient:
-        """refused: raised again where there is no next key, or the server does not know that either."""
+        """Connect with the next key; raises `refused` again if there is none, or the server does not know it either."""
         following = read_next_key(self._site.folder) if self._is_own_key else None
         if following is None:
             raise refused
@@ -91,14 +91,14 @@ class Connector:
 
 @dataclass(frozen=True)
 class ConnectionReport:
-    """Whether the organization would be let in.
+    """Whether the server accepts the organization.
 
     Attributes:
         address: Of the server.
-        problem: Why it would not; None: it would.
+        problem: Why it does not; None: it does.
         expires: When the server's certificate expires, ISO 8601.
-        days_left: Until then.
-        served: Whether a node of this site runs, and holds the key at the server: only the server was looked at then.
+        days_left: Days until then.
+        served: Whether a node of this site is running. It occupies the key at the server, so only the server itself was checked.
     """
 
     address: str
@@ -109,12 +109,17 @@ class ConnectionReport:
 
 
 def check_connection(site: Site, address: str, certificates: bytes | None) -> ConnectionReport:
-    """Connect with the organization's key, and leave at once.
+    """Check whether the server accepts the organization's key, by connecting and leaving at once.
 
-    While a node serves this site, nobody else is let in with its key: then only the server is looked at.
+    While a node of this site is running, the server accepts no second connection with its key; then only the server is checked.
+
+    Args:
+        site: Of the organization.
+        address: host:port of the server.
+        certificates: PEM of the trusted authorities; None: those that this machine trusts.
 
     Raises:
-        RunError: The key cannot be used.
+        RunError: If the key cannot be used.
     """
     key = read_private_key(site.private_key)
     try:
@@ -133,7 +138,7 @@ def check_connection(site: Site, address: str, certificates: bytes | None) -> Co
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide whether two sides understand each other, and what training costs."""
+    """Return the versions that affect compatibility with a server, and the cost of training."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("cotune", "flwr", "torch", "transformers", "opacus"):
         try:

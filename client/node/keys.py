@@ -1,11 +1,11 @@
-"""The keys by which servers know an organization's node: the present one, the next one, and the former ones.
+"""The keys by which servers identify an organization's node: the current one, the next one, and the former ones.
 
-node.key, node.pub      in the site: the present one
-node/next.key           made by `cotune client renew-key`; takes the place of node.key once the server lets the node in with it
-node/former.pub         the public halves of those that were replaced, one a line
+node.key, node.pub      in the site: the current key
+node/next.key           created by `cotune client renew-key`; replaces node.key once the server accepts it
+node/former.pub         the public halves of replaced keys, one per line
 
-A process that is killed between any two writes leaves the present key, or the next one in its place; the same call again finishes
-the renewal. The coordinator learns of a new key by a statement that the old key has signed.
+A process that is killed between any two writes leaves either the current or the next key in use; repeating the call finishes the
+renewal. The coordinator receives a new key in a statement that the old key has signed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cotune.storage.files import atomic_write, exclusive_lock
 
 
 def read_public_keys(site: Path) -> list[EllipticCurvePublicKey]:
-    """Return the present public key, then the former ones. Raises RunError."""
+    """Return the current public key, then the former ones; raises RunError if one cannot be read."""
     file = SitePaths(site).node.former_keys
     try:
         former = [load_ssh_public_key(line) for line in _lines(file)]
@@ -48,13 +48,13 @@ def read_public_keys(site: Path) -> list[EllipticCurvePublicKey]:
 
 
 def read_next_key(site: Path) -> EllipticCurvePrivateKey | None:
-    """Return the next key, if one was made. Raises RunError."""
+    """Return the next key, if there is one; raises RunError if it cannot be read."""
     file = _next(site)
     return read_private_key(file) if file.exists() else None
 
 
 def get_renewal_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurvePrivateKey]:
-    """Return the present key and the next one, which is made where there is none. Raises RunError."""
+    """Return the current key and the next one, which is created if there is none; raises RunError if that fails."""
     with _changing(site):
         present = read_private_key(SitePaths(site).private_key)
         following = read_next_key(site)
@@ -65,9 +65,9 @@ def get_renewal_keys(site: Path) -> tuple[EllipticCurvePrivateKey, EllipticCurve
 
 
 def activate_next_key(site: Path, key: EllipticCurvePrivateKey) -> None:
-    """Replace the present key by the next one, once a server has let the node in with it.
+    """Replace the current key by the next one, after a server has accepted it.
 
-    The public half of the former key is noted first, so that what it has signed can be verified; its private half is not kept.
+    The public half of the old key is stored first, so that its signatures can be verified; its private half is not kept.
     """
     with _changing(site):
         following = read_next_key(site)
@@ -84,7 +84,7 @@ def activate_next_key(site: Path, key: EllipticCurvePrivateKey) -> None:
 
 
 def write_public_key(site: Path, key: EllipticCurvePrivateKey) -> None:
-    """Write node.pub, with the comment that it has, where it is another key's."""
+    """Write node.pub if it contains another key, keeping its comment."""
     file = SitePaths(site).public_key
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     before = file.read_bytes() if file.exists() else b""
@@ -94,7 +94,7 @@ def write_public_key(site: Path, key: EllipticCurvePrivateKey) -> None:
 
 
 def encode_private_key(key: EllipticCurvePrivateKey) -> bytes:
-    """Encode a private key as OpenSSH keeps it."""
+    """Encode a private key in OpenSSH's format."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
@@ -113,15 +113,15 @@ def _changing(site: Path) -> AbstractContextManager[None]:
 
 
 def renew_key(site: Site) -> tuple[Path, str]:
-    """Make the next key, and the statement for the coordinator. The same call again renews the same key.
+    """Create the next key, and the statement for the coordinator. Repeating the call renews the same key.
 
-    Until the coordinator has accepted it, the node goes on with the present key; from then on it uses the next one by itself.
+    The node uses the current key until the coordinator has accepted the new one, then switches automatically.
 
     Returns:
-        The statement's file, and the new key's fingerprint: SHA-256, hex.
+        (the statement's file, the new key's fingerprint: SHA-256, hex).
 
     Raises:
-        RunError: For a site that has joined no federation, keys that cannot be read, and a folder that cannot be written.
+        RunError: If the site has joined no federation, a key cannot be read, or the folder cannot be written.
     """
     federation = Trust.read(site.folder).federation
     file = site.key_renewal
@@ -139,7 +139,7 @@ def renew_key(site: Site) -> tuple[Path, str]:
 
 
 def _kept(file: Path, federation: str, new: str) -> NodeRenewal | None:
-    """The statement that was made before, so that the coordinator is shown one and the same."""
+    """Return the existing statement for the key, so that the coordinator always receives the same one."""
     try:
         renewal = NodeRenewal.parse(file.read_text(encoding="ascii"))
         about = renewal.about

@@ -1,12 +1,12 @@
-"""The resident node: stays connected to a server, answers its requests, and reconnects.
+"""The resident node: it stays connected to a server, answers its requests, and reconnects.
 
-No code is ever received: sites only run their locally installed cotune. Training runs in a process of its own (worker.py), so
-that heartbeats go on meanwhile, and a crash costs one answer. A request is kept until it is answered: a node that was killed
-goes on with it.
+It never receives code: sites only run their locally installed cotune. Training runs in a separate process (worker.py), so that
+heartbeats continue during training, and a crash costs only one answer. A request is stored until it is answered, so that a
+restarted node continues with it.
 
 node/request.pb    in the site: the request that is being answered, without its content
-node/id            the node's number at the server, while it is online, and where that is: a copy of the site is another node
-node/lock          held by the process that serves the site
+node/id            the node's number at the server while it is online, and the server; a copy of the site is another node
+node/lock          locked by the process that serves the site
 
 A run's bundle (Flower's FAB, a zip archive) is inspected and never unpacked: a run whose bundle holds more than configuration is
 refused.
@@ -40,7 +40,7 @@ from cotune.storage.files import atomic_write
 
 _POLL_SECONDS = 0.1
 _MAX_POLL_SECONDS = 1.0
-_BACKOFF = 0.05  # of the time that it has waited already: it asks less and less often, and is late by that share at most
+_BACKOFF = 0.05  # interval between polls, as a fraction of the time waited so far, which bounds the relative delay
 # before it connects again
 _MIN_WAIT_SECONDS = 0.5
 _MAX_WAIT_SECONDS = 10.0
@@ -50,18 +50,23 @@ Connect = Callable[[int | None, bool], AbstractContextManager[FleetClient]]  # a
 
 
 class Worker(Protocol):
-    """What answers messages: see `TrainerProcess`."""
+    """Answers messages; see `TrainerProcess`."""
 
-    def submit(self, parcel: ChunkedMessage) -> None: ...
-    def poll(self, seconds: float) -> Message | None: ...
+    def submit(self, parcel: ChunkedMessage) -> None:
+        """Start work on a message."""
+        ...
+
+    def poll(self, seconds: float) -> Message | None:
+        """Return the reply; None if there is none within so many seconds."""
+        ...
 
 
 class Node:
-    """Answers one request at a time by a worker, until `stop`.
+    """Answers one request at a time with a worker, until `stop`.
 
     Args:
-        folder: What it keeps, node/ of the site.
-        sent: Where its own refusals are entered before they leave; the worker enters what it answers.
+        folder: The folder node/ of the site.
+        sent: Log for the node's own refusals, written before they leave; the worker logs its answers itself.
         overdue: Seconds beyond its deadline after which training is stopped in favor of another request.
     """
 
@@ -76,22 +81,22 @@ class Node:
         self._request_file = paths.request
         self._id_file = paths.id
         self._place = f"{platform.node()} {folder.resolve()}"
-        self._deadline = 0.0  # of the request, by the clock that never jumps
+        self._deadline = 0.0  # of the request, by the monotonic clock
         self._request = self._kept_request()
         self._known = self._kept_id()
-        self._in_doubt = True  # whether the server may have handed over a request that never arrived: it does so once
+        self._in_doubt = True  # whether the server may have delivered a request that never arrived; it delivers each once
         self._is_opened = self._is_submitted = self._is_retry = (
             False  # its content was asked for; the worker has it; for the second time
         )
-        self._worker_content = ""  # the content that the worker is at for a number which this node has no more
+        self._worker_content = ""  # the content that the worker is processing for a node number that is no longer in use
         self._reply: Message | None = None
-        self._own_entry: dict[str, Any] = {}  # of the log of what was sent, where the node itself answers
-        self._began = self._active = time.monotonic()  # the request; when there was something to do last
+        self._own_entry: dict[str, Any] = {}  # the log entry, if the node itself answers
+        self._began = self._active = time.monotonic()  # start of the request; last time of activity
         self._newest: dict[int, int] = {}  # run -> its newest round
-        self._fit_run: int | None = None  # the last run whose bundle was found fit
+        self._fit_run: int | None = None  # the last run whose bundle was accepted
 
     def run(self, connect: Connect) -> None:
-        """Connect and serve, and reconnect when the connection breaks off, with growing delays."""
+        """Connect and serve, and reconnect with growing delays when the connection breaks."""
         wait = 0.0
         while not self._stop.wait(wait):
             started = time.monotonic()
@@ -100,7 +105,7 @@ class Node:
                     self._enter(fleet)
                     self.serve(fleet)
                     self._leave(fleet)
-            except Exception as error:  # a node that stays must outlive what nobody thought of, too
+            except Exception as error:  # a resident node must survive unexpected failures, too
                 lasted = time.monotonic() - started
                 wait = _next_wait(0.0 if lasted > _MAX_WAIT_SECONDS else wait)
                 unforeseen = None if isinstance(error, FleetError) else error
@@ -108,7 +113,7 @@ class Node:
                 _log.warning("%s; the next attempt is in %.1f seconds", error, wait, exc_info=unforeseen)
 
     def serve(self, fleet: FleetClient) -> None:
-        """Serve until `stop`. Raises FleetError when the connection breaks off; what is being answered is not lost."""
+        """Serve until `stop`; raises FleetError if the connection breaks. The request in progress is not lost."""
         while not self._stop.is_set():
             try:
                 if not self._step(fleet):
@@ -120,7 +125,7 @@ class Node:
                 self._drop(fleet, str(error))
 
     def _step(self, fleet: FleetClient) -> bool:
-        """The next thing to do; False where there is none."""
+        """Do the next thing; return False if there is nothing to do."""
         if self._request is None:
             self._request = self._receive(fleet)
             if self._request is None:
@@ -142,7 +147,7 @@ class Node:
         return request
 
     def _accept(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
-        """Keeps a request; one that nobody waits for any more is dropped. The finished model may be that of an earlier round."""
+        """Store a request; drop one whose reply is no longer expected. A final model may be that of an earlier round."""
         self._deadline = time.monotonic() + request.seconds
         round = int(request.round) if request.round.isdecimal() else 0
         newest = self._newest.get(request.run, 0)
@@ -157,7 +162,7 @@ class Node:
             self._refuse(request, GENERIC_REFUSAL, reason)
 
     def _begin(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
-        """Hands a request to the worker, when the run's bundle is fit for it."""
+        """Pass a request to the worker if the run's bundle is acceptable."""
         if self._is_late():
             return self._drop(fleet, "its time has passed")
         if request.run != self._fit_run:
@@ -170,7 +175,7 @@ class Node:
             self._submit(fleet, request)
 
     def _is_working_on(self, request: AnnouncedRequest) -> bool:
-        """Whether the worker is still at the same content. Its update is kept when it is done, and then answers this request."""
+        """Return whether the worker is processing the same content, whose update will answer this request, too."""
         if self._worker_content and self._worker_content == _content_of(request):
             with suppress(TrainerDied):
                 if self._worker.poll(_POLL_SECONDS) is None:
@@ -192,24 +197,30 @@ class Node:
             self._request_resend(fleet, error)
         except TrainerDied as error:
             self._handle_death(request, error)
-        except Exception as error:  # what a stranger sent may be malformed in any way
+        except Exception as error:  # untrusted content may be malformed in any way
             _log.warning("the request cannot be read: %s", error)
             self._refuse(request, GENERIC_REFUSAL, f"the request cannot be read: {error}")
 
     def _request_resend(self, fleet: FleetClient, error: Aborted) -> None:
-        """The server's call was cut off, as by a SuperLink that was killed: anyone who reconnects is asked again."""
+        """Reconnect, so that the server asks again: its request was cut off, for example because the SuperLink was killed."""
         self._drop(fleet, f"{error}; it is to be asked again")
         self._in_doubt = True
         raise FleetError("a request did not come whole")
 
     def _refuse(self, request: AnnouncedRequest, said: str, reason: str) -> None:
-        """Answers without the worker. said: to the server. reason: for the organization's own log of what was sent."""
+        """Answer without the worker.
+
+        Args:
+            request: Which it answers.
+            said: The text for the server.
+            reason: The text for the organization's audit log.
+        """
         self._reply = refusal(request.header, said)
         self._own_entry = {"what": "refusal", "round": request.round, "reason": reason}
         try:
             if self._sent is not None:
                 self._sent.append(said=said, **self._own_entry)
-        except RunError as error:  # what is refused without it says nothing of the records
+        except RunError as error:  # without a signature, the refusal still reveals nothing about the records
             _log.error("%s", error)
 
     def _wait_for_reply(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
@@ -226,8 +237,10 @@ class Node:
                 self._accept(fleet, newer)
 
     def _handle_death(self, request: AnnouncedRequest, error: TrainerDied) -> None:
-        """A process that was killed costs time, and with privacy what it had reserved; one that dies of its work would die
-        again.
+        """Retry a request once after its worker died, then refuse it.
+
+        A worker that was killed costs time and, with privacy, the charges that it had reserved. One that crashes because of its
+        work would crash again.
         """
         _log.error("round %s of run %s was not finished: %s", request.round, request.run, error)
         if self._is_retry:
@@ -250,7 +263,7 @@ class Node:
         notify("answered", round=request.round, seconds=seconds, entry=entry)
 
     def _last_entry(self) -> dict[str, Any]:
-        """What the worker has entered about its answer."""
+        """Return the log entry that the worker has made about its answer."""
         return {} if self._sent is None else self._sent.last()
 
     def _drop(self, fleet: FleetClient, reason: str) -> None:
@@ -260,7 +273,7 @@ class Node:
         self._forget(fleet, self._request)
 
     def _forget(self, fleet: FleetClient, request: AnnouncedRequest) -> None:
-        """A request that was not opened is not confirmed: the server may be uploading it still, and its run would fail."""
+        """Forget a request. One that was not opened is not confirmed: the server may still be uploading it, and would fail."""
         opened = self._is_opened
         self._request = None
         self._reply = None
@@ -286,7 +299,7 @@ class Node:
             self._drop(fleet, "the server knows this node by another number now, and asks it again")
 
     def _leave(self, fleet: FleetClient) -> None:
-        """A node that is stopped says so: nobody waits for what it was at."""
+        """Notify the server that this node stops, so that it does not wait for an answer."""
         for file in (self._request_file, self._id_file):
             with suppress(OSError):
                 file.unlink()
@@ -314,10 +327,10 @@ class Node:
 
 
 def _content_of(request: AnnouncedRequest) -> str:
-    """The identifier of what a request holds: a hash of it, the same when it is asked again."""
+    """Return the identifier of a request's content, a hash that is the same if it is sent again."""
     return str(request.tree.children[0].object_id) if request.tree.children else ""
 
 
 def _next_wait(last: float) -> float:
     longest = min(_MAX_WAIT_SECONDS, max(_MIN_WAIT_SECONDS, 2 * last))
-    return longest * random.uniform(0.8, 1.0)  # not all nodes at once
+    return longest * random.uniform(0.8, 1.0)  # so that nodes do not reconnect all at once

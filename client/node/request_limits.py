@@ -1,7 +1,7 @@
-"""What a request may hold: decided by the plan and the model here, before any of its arrays is assembled or loaded.
+"""Limit what a request may contain, by the plan and the local model, before any of its arrays is assembled or loaded.
 
-A request comes from a server that is not trusted: it may be larger than any plan makes one, and its state may name parameters
-that no round has trained, so that another model would take the place of the base model that the organization has approved.
+The server is not trusted: a request may be larger than its plan requires, and its state may name parameters that no round has
+trained, which would replace the base model that the organization has approved.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from cotune.protocol.signatures import SIGNED
 Consent = Callable[[Plan, Policy], None]  # raises Declined
 Shapes = Mapping[str, tuple[int, ...]]
 
-_ARRAY_HEAD = 1024  # bytes of an array before its values, and some to spare
+_ARRAY_HEAD = 1024  # bytes of an array before its values, with a margin
 
 
 def read_plan(request: Request) -> Plan:
     """Read the plan of a request.
 
     Raises:
-        PlanError: It is not a valid plan.
-        RunError: It is not JSON, not Unicode text (which would have no hash), or another plan when its canonical form is read
-            again, as from the file in which it waits for approval.
+        PlanError: If it is not a valid plan.
+        RunError: If it is not JSON, not valid Unicode (which has no hash), or its canonical form gives another plan when it is
+            read again, as from the file in which it awaits approval.
     """
     try:
         return _parse(request.plan)
@@ -52,7 +52,7 @@ def read_plan(request: Request) -> Plan:
 
 @lru_cache(maxsize=4)
 def _parse(text: str) -> Plan:
-    """The plan of a text; every request of a run has the same one."""
+    """Parse a plan; cached, as every request of a run has the same one."""
     plan = parse_plan(json.loads(text))
     plan.canonical().encode()
     if parse_plan(json.loads(plan.canonical())) != plan:
@@ -64,16 +64,24 @@ def _parse(text: str) -> Plan:
 
 
 def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finished: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return parameter -> shape of what the state of a request for a round may hold; see `plan.parameters.state_shapes`.
-
-    A finished model is one of parameters, also where predictions have traveled before.
+    """Return what the state of a request may contain; see `plan.parameters.state_shapes`.
 
     No record is read, and no model is loaded before the plan is approved and the policy allows it.
 
+    Args:
+        plan: Of the request.
+        site: Of the organization.
+        round: Of the request.
+        check: Raises Declined if the policy does not allow the plan.
+        finished: Whether the request delivers the final model, which consists of parameters even if rounds share predictions.
+
+    Returns:
+        Parameter -> shape.
+
     Raises:
-        Declined: The plan is not approved, or not allowed.
-        ModelError: The base model is not found here.
-        RunError: The plan does not have the round.
+        Declined: If the plan is not approved, or not allowed.
+        ModelError: If the base model is not found on this machine.
+        RunError: If the plan does not have the round.
     """
     policy = site.policy()
     Approvals(site).check(plan, policy)
@@ -89,7 +97,16 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finis
 
 
 def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
-    """Check that the state has the names and shapes of the rounds so far, before anything is charged. Raises RunError."""
+    """Check the names and shapes of a request's state, before anything is charged.
+
+    Args:
+        request: The request.
+        plan: Of the request.
+        expected: From `expected_shapes`.
+
+    Raises:
+        RunError: If the state contains anything that no round so far has trained.
+    """
     for name, tensor in request.state.items():
         if name not in expected:
             raise RunError(
@@ -109,13 +126,18 @@ def check_received(request: Request, plan: Plan, expected: Shapes) -> None:
 
 
 def read_message(parcel: ChunkedMessage, site: Site) -> Message:
-    """Read the message of a request, if it is no larger than its plan makes one.
+    """Assemble the message of a request, if it is no larger than its plan requires.
 
-    It is read without its arrays where it is not signed, or its plan is not approved or cannot be read: the app refuses it for
-    the same reason.
+    A message that is not signed, or whose plan is not approved or not readable, is assembled without its arrays; the app refuses
+    it for the same reason.
+
+    Args:
+        parcel: The pieces of the message.
+        site: Of the organization.
 
     Raises:
-        TooLarge, Malformed: The message is not one that the plan makes.
+        TooLarge: If the message is larger than its plan requires.
+        Malformed: If it is not a message.
     """
     header = parcel.header("request", SIGNED)
     if not header.has_content():

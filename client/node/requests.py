@@ -1,8 +1,8 @@
-"""Signed requests: verified before anything of them is loaded or charged, and answered under a signature.
+"""Verify signed requests before anything of them is loaded or charged, and sign the answers.
 
-Refused are requests without a signature, or with one of another key; of another federation, for another organization, or of
-another kind; whose plan, round or arrays are not those that were signed; and that are older than one that was accepted (a
-replay). The last request itself may come again, as an answer may have been lost. The server's new keys may come with it
+A request is refused if it is not signed, or by another key; if it is from another federation, for another organization, or of
+another kind; if its plan, round or arrays are not the signed ones; and if it is older than one that was accepted (a replay). Only
+the last request may be repeated, as its answer may have been lost. A request can carry statements of the server's new keys
 (trust.py).
 """
 
@@ -50,7 +50,7 @@ class SignedRequest:
         statement: What was signed.
         signature: Of the statement.
         key: The server's signing key, as hex.
-        roster: Fingerprints of the nodes that took part in the round before.
+        roster: Fingerprints of the nodes in the cohort.
         trusts: The newest signing key of the server that the site trusts, as hex.
     """
 
@@ -62,11 +62,11 @@ class SignedRequest:
 
     @property
     def is_notice(self) -> bool:
-        """Whether it holds no model but the notice that the organization was excluded from the run."""
+        """Whether it contains no model, but the notice that the organization was excluded from the run."""
         return self.statement.kind == FINISHED and self.statement.strikes > 0
 
     def entry(self) -> dict[str, Any]:
-        """Return what the audit log says of it."""
+        """Return its fields for the audit log."""
         return {
             "statement": self.statement.text(),
             "signature": self.signature,
@@ -81,13 +81,14 @@ def verify_request(content: RecordDict, folder: Path, now: datetime | None = Non
     Args:
         content: The message.
         folder: Of the site.
+        now: The current time; None: read the clock.
 
     Returns:
-        The content without its signature, and the signed request.
+        (the content without its signature, the signed request).
 
     Raises:
-        RunError: The signature is missing, malformed, or not of a key that the site accepts; the request is of another
-            federation; or the server's new keys are not signed by its old one.
+        RunError: If the signature is missing, malformed, or by a key that the site does not accept; if the request is from
+            another federation; or if the server's new keys are not signed by its old one.
     """
     rest, signed = detach(content)
     if signed is None:
@@ -116,7 +117,18 @@ def verify_request(content: RecordDict, folder: Path, now: datetime | None = Non
 
 
 def check_request(requested: SignedRequest, kind: str, request: Request, plan: Plan, log: AuditLog) -> None:
-    """Check that a header is the one that was signed, and not older than the last one accepted. Raises RunError."""
+    """Check that a request's header is the signed one, and not older than the last request that was accepted.
+
+    Args:
+        requested: The verified statement.
+        kind: The expected kind of request.
+        request: The decoded header.
+        plan: The decoded plan.
+        log: Contains the accepted requests.
+
+    Raises:
+        RunError: If the header differs from the statement, or the request is a replay.
+    """
     statement = requested.statement
     found = {
         "kind": kind,
@@ -140,7 +152,7 @@ def check_request(requested: SignedRequest, kind: str, request: Request, plan: P
 
 
 def check_arrays(requested: SignedRequest, request: Request) -> None:
-    """Check that the arrays are those that were signed. Raises RunError."""
+    """Raise RunError unless the arrays of a request are those that were signed."""
     if received_digest(request.state, request.sent) != requested.statement.received:
         raise RunError(
             "the request holds other arrays than were signed: expected those of its server", code="run.wrong_signature"
@@ -148,7 +160,17 @@ def check_arrays(requested: SignedRequest, request: Request) -> None:
 
 
 def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: datetime | None = None) -> None:
-    """Check that enough took part in the round before, and that not too many rounds were begun today (UTC). Raises Declined."""
+    """Check a request against the policy's limits on the cohort and on rounds per day (UTC).
+
+    Args:
+        requested: The verified request.
+        policy: Of the organization.
+        log: Contains the rounds that were started today.
+        now: The current time; None: read the clock.
+
+    Raises:
+        Declined: If the cohort is too small, or too many rounds were started today.
+    """
     rules = policy.training
     statement = requested.statement
     if statement.kind != TRAIN:
@@ -170,15 +192,16 @@ def countersign(content: RecordDict, kind: str, digest: str, requested: SignedRe
 
     Args:
         content: The answer, to which the signature is attached.
-        kind: What it is, such as "update".
+        kind: Such as "update".
         digest: Of the content.
+        requested: The request that it answers.
         folder: Of the site.
 
     Returns:
-        What the audit log says of it.
+        The fields of its log entry.
 
     Raises:
-        RunError: The key cannot be read.
+        RunError: If the key cannot be read.
     """
     statement, signature = _countersigned(kind, digest, requested, folder)
     attach(content, statement, signature)
@@ -188,11 +211,16 @@ def countersign(content: RecordDict, kind: str, digest: str, requested: SignedRe
 def countersign_refusal(words: str, requested: SignedRequest, folder: Path) -> tuple[str, dict[str, str]]:
     """Sign a refusal.
 
+    Args:
+        words: Its text.
+        requested: The request that it answers.
+        folder: Of the site.
+
     Returns:
-        The signed words, and what the audit log says of them: with the request, which has no entry of its own.
+        (the signed text, the fields of its log entry). The entry includes the request, which has no separate one.
 
     Raises:
-        RunError: The key cannot be read.
+        RunError: If the key cannot be read.
     """
     digest = refusal_digest(words)
     statement, signature = _countersigned(REFUSAL, digest, requested, folder)
@@ -208,7 +236,7 @@ def _countersigned(kind: str, digest: str, requested: SignedRequest, folder: Pat
 
 
 def last_declarable_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None:
-    """Return between which numbers the declared one has to be, by the last request to train by this plan; None: unknown."""
+    """Return the smallest and largest number of records that the last request of this plan allows; None if unknown."""
     for entry in log.newest_first():
         if entry.get("what") == "request":
             statement = RequestStatement.parse(str(entry.get("statement")))
@@ -218,7 +246,7 @@ def last_declarable_range(log: AuditLog, plan_id: str) -> tuple[int, int] | None
 
 
 def _last(log: AuditLog, federation: str) -> RequestStatement | None:
-    """The last request of the federation that was accepted."""
+    """Return the federation's last request that was accepted."""
     for entry in log.newest_first():
         if entry.get("what") == "request":
             statement = RequestStatement.parse(str(entry.get("statement")))
@@ -228,7 +256,7 @@ def _last(log: AuditLog, federation: str) -> RequestStatement | None:
 
 
 def _rounds_of_day(log: AuditLog, day: str) -> set[tuple[str, int]]:
-    """(run, round) of those that were begun on the day, by this machine's clock."""
+    """Return (run, round) of the rounds that were started on a day, by this machine's clock."""
     found = set[tuple[str, int]]()
     for entry in log.newest_first():
         if str(entry.get("at", ""))[:10] < day:

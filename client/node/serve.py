@@ -1,6 +1,6 @@
-"""Serves an organization with a resident node until it is stopped: one process for each site.
+"""Run the resident node of an organization until it is stopped, in one process per site.
 
-node/lock in the site is held by the process that serves it.
+The process locks node/lock in the site.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from cotune.storage.files import exclusive_lock
 def run_node(
     site: Path, address: str, *, root_certificates: Path | None = None, key: Path, stop: threading.Event | None = None
 ) -> None:
-    """Serve an organization until SIGINT, SIGTERM or `stop`, whatever happens to the server.
+    """Run a node until SIGINT, SIGTERM or `stop`, whatever happens to the server.
 
     Args:
         site: The organization's folder.
         address: host:port of the server, or of the TLS proxy before it.
         root_certificates: A PEM file; None: those that this machine trusts.
         key: The file of the organization's private key (OpenSSH, elliptic curve), which the server has registered.
+        stop: Set to stop the node; None: only signals stop it.
 
     Raises:
-        DataError: The folder is not a site.
-        RunError: Another node serves it, or the address, the key or the certificates cannot be used.
+        DataError: If the folder is not a site.
+        RunError: If another node serves the site, or the address, the key or the certificates cannot be used.
     """
     paths = SitePaths(site)
     if not paths.description.is_file():
@@ -60,7 +61,7 @@ def _check_address(address: str) -> None:
 
 @contextmanager
 def _exclusive_node(node: NodePaths) -> Iterator[None]:
-    """Keeps a second node off a site."""
+    """Keep a second node off a site during the block."""
     try:
         node.folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -73,7 +74,7 @@ def _exclusive_node(node: NodePaths) -> Iterator[None]:
 
 @contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop`; a second one ends the process as ever."""
+    """Let SIGINT and SIGTERM set `stop` during the block; a second one has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

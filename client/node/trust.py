@@ -1,10 +1,10 @@
-"""Whom a site takes requests from: the federation that it has joined, its signing keys, and the authorities of its server.
+"""Whose requests a site accepts: the federation that it has joined, its signing keys, and the authorities of its server.
 
 node/trust.json    in the site; written when it joins, and when the server's keys are renewed
 
-New keys of a server are accepted by a statement of the newest trusted key alone: a stolen key that was replaced cannot introduce
-another. Both keys are accepted until the server uses the new one; from then on the former signs nothing any more, and its
-authority is trusted for another month, as a new server certificate takes a restart.
+New keys of a server are accepted only with a statement by the newest trusted key: a stolen key that was replaced cannot introduce
+another one. Both keys are accepted until the server uses the new one. From then on, signatures of the old key are refused; its
+authority is trusted for another month, as the new server certificate takes effect only after a restart.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cotune.protocol.key_renewal import ServerRenewal
 from cotune.storage.files import exclusive_lock
 from cotune.storage.json_documents import JsonDocument
 
-_MAX_GENERATIONS = 256  # a server that renews its keys without end must not fill the disk with them
-AUTHORITY_DAYS = 30  # that a former authority is believed after the new keys were used
+_MAX_GENERATIONS = 256  # so that a server cannot fill the disk by renewing its keys
+AUTHORITY_DAYS = 30  # for which a former authority is trusted after the new keys were first used
 
 
 class TrustedServer(BaseModel):
@@ -48,7 +48,7 @@ class TrustedServer(BaseModel):
         return self.until is None or today <= self.until
 
     def replaced(self, until: date) -> TrustedServer:
-        """Return it as one that was replaced; one that was already keeps its own end."""
+        """Return it marked as replaced; one that was already replaced keeps its date."""
         return self if self.until is not None else self.model_copy(update={"until": until})
 
 
@@ -58,8 +58,8 @@ class Trust(BaseModel):
     Attributes:
         federation: Its id.
         name: Its name.
-        generations: Of the server's keys, the oldest first. Those that have ended stay, so that an old federation.toml is
-            known as such, and what they have signed can be verified.
+        generations: Of the server's keys, the oldest first. Expired ones are kept, so that an old federation.toml is recognized,
+            and old signatures can be verified.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +69,7 @@ class Trust(BaseModel):
 
     @classmethod
     def read(cls, site: Path) -> Trust:
-        """Read a site's trust. Raises RunError where it has joined no federation, or the file is damaged."""
+        """Read a site's trust; raises RunError if it has joined no federation, or the file is damaged."""
         found = _document(site).read()
         if found is None:
             raise RunError(
@@ -83,8 +83,8 @@ class Trust(BaseModel):
     def join(cls, site: Path, invitation: Invitation) -> Trust:
         """Trust the server of an invitation, durably.
 
-        An invitation with keys that were replaced since takes nothing back; one with other keys, which somebody here has
-        chosen to trust, ends those before.
+        An invitation with keys that were replaced since then changes nothing; one with unknown keys, which a person has chosen to
+        trust by joining, replaces the existing ones.
         """
         offered = TrustedServer(signing_key=invitation.signing_key, certificates=invitation.certificates.decode())
         trust = cls(federation=invitation.id, name=invitation.name, generations=(offered,))
@@ -105,7 +105,7 @@ class Trust(BaseModel):
         return self
 
     def find(self, signing_key: str) -> TrustedServer | None:
-        """Return the generation with a signing key, if there is one."""
+        """Return the generation with a signing key; None if there is none."""
         return next((each for each in self.generations if each.signing_key == signing_key), None)
 
     @property
@@ -118,17 +118,17 @@ class Trust(BaseModel):
         return [each.signing_key for each in self.generations if each.until is None]
 
     def certificates(self, now: datetime | None = None) -> bytes:
-        """Return the authorities that vouch for the server, in PEM."""
+        """Return the trusted authorities of the server, in PEM."""
         today = (now or datetime.now(UTC)).date()
         accepted = [each.certificates for each in self.generations if each.is_accepted(today)]
         return "".join(dict.fromkeys(accepted)).encode()
 
     def following(self, renewals: Iterable[ServerRenewal]) -> Trust:
-        """Return the trust with the keys that statements add, one after the other; known keys change nothing.
+        """Return the trust extended by the keys in statements, one after the other; known keys change nothing.
 
         Raises:
-            RunError: A statement in the name of the newest key is not signed by it, or is of another federation; or there are
-                more keys than a server ever has.
+            RunError: If a statement in the name of the newest key is not signed by it, or is for another federation; or if there
+                are implausibly many keys.
         """
         trust = self
         for renewal in renewals:
@@ -152,7 +152,7 @@ class Trust(BaseModel):
         return trust
 
     def using(self, signing_key: str, now: datetime | None = None) -> Trust:
-        """Return the trust once the server was seen to use a key: those before it are replaced."""
+        """Return the trust after the server has used a key: earlier keys are replaced."""
         until = (now or datetime.now(UTC)).date() + timedelta(days=AUTHORITY_DAYS)
         keys = [each.signing_key for each in self.generations]
         first = keys.index(signing_key)
@@ -161,13 +161,13 @@ class Trust(BaseModel):
 
 
 def record_renewals(site: Path, renewals: Sequence[ServerRenewal]) -> tuple[ServerRenewal, ...]:
-    """Trust a server's new keys, durably, and enter that in the site's audit log.
+    """Trust a server's new keys durably, and enter them in the site's audit log.
 
     Returns:
         The statements that were new.
 
     Raises:
-        RunError: As `Trust.following`, or a file cannot be written.
+        RunError: If a statement is not valid (see `Trust.following`), or a file cannot be written.
     """
     if not _unknown(Trust.read(site), renewals):
         return ()
@@ -188,7 +188,13 @@ def _unknown(trust: Trust, renewals: Iterable[ServerRenewal]) -> list[ServerRene
 
 
 def record_use(site: Path, signing_key: str, now: datetime | None = None) -> None:
-    """Note that the server has signed with a key that the site accepts: those before it are replaced."""
+    """Record that the server has signed with a key that the site accepts; earlier keys are replaced.
+
+    Args:
+        site: Folder of the site.
+        signing_key: As hex.
+        now: The current time; None: read the clock.
+    """
     with _changing(site):
         before = Trust.read(site)
         after = before.using(signing_key, now)

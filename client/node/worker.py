@@ -1,6 +1,6 @@
-"""The process that trains for a node, by the cotune that is installed here; it keeps the model of the last plan between rounds.
+"""The process that trains for a node with the locally installed cotune; it caches the model of the last plan between rounds.
 
-It is started afresh (spawn), ends with the node however that ends, and may itself end at any moment: the node lives on.
+It is a new process (spawn), which ends with the node however that ends. It may itself end at any time without affecting the node.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class TrainerDied(Exception):
 class TrainerProcess:
     """A process that answers one message at a time for a site.
 
-    Messages are handed over in their chunks: what they may hold is decided where the model is (request_limits.py).
+    Messages are passed in chunks, as only the process, which has the model, decides what they may contain (request_limits.py).
 
     Args:
         folder: Of the site.
-        server: Who asks, as the audit log names it.
+        server: The server's name in the audit log.
     """
 
     def __init__(self, folder: Path, server: str = "") -> None:
@@ -44,18 +44,19 @@ class TrainerProcess:
         self._process = self._start()
 
     def _start(self) -> WorkerProcess:
-        # a terminal or a service sends both signals to all processes: the node answers for both
+        # a terminal or a service sends signals to both processes; only the node handles them
         return WorkerProcess(_work, self._folder, self._server, name="cotune-resident", ignored=(signal.SIGINT, signal.SIGTERM))
 
     @property
     def pid(self) -> int | None:
+        """The number of the process."""
         return self._process.pid
 
     def submit(self, parcel: ChunkedMessage) -> None:
         """Start work on a message, in a new process if the old one has ended, or is busy with a message that was given up.
 
         Raises:
-            TrainerDied: The process ended.
+            TrainerDied: If the process ends.
         """
         if self._busy or not self._process.is_alive():
             self.stop()
@@ -67,10 +68,10 @@ class TrainerProcess:
             raise self._died() from None
 
     def poll(self, seconds: float) -> Message | None:
-        """Return the reply, if it comes within so many seconds.
+        """Return the reply; None if there is none within so many seconds.
 
         Raises:
-            TrainerDied: The process ended.
+            TrainerDied: If the process has ended.
         """
         try:
             if not self._process.pipe.poll(seconds):
@@ -82,7 +83,7 @@ class TrainerProcess:
             raise self._died() from None
 
     def stop(self) -> None:
-        """Kill the process. What it was doing is lost, except for what the site keeps."""
+        """Kill the process. Its work is lost, except for what is stored in the site."""
         self._process.kill()
 
     def _died(self) -> TrainerDied:
@@ -90,9 +91,9 @@ class TrainerProcess:
 
 
 def _work(pipe: Connection, folder: Path, server: str) -> None:
-    """What the process does until the node ends."""
+    """Answer messages until the node ends; the main function of the process."""
     clean_output()
-    os.umask(0o077)  # what it keeps is the organization's own
+    os.umask(0o077)  # its files are private to the organization
     import cotune.client.app  # noqa: F401  # not above: the process watches its parent before it imports torch
 
     for parcel in receive_all(pipe):

@@ -1,1 +1,1 @@
-"""The finished model at an organization: adapted to its own records, and compared with what it had."""
+"""Adapt the final model to an organization's own records, and compare it with training alone."""

@@ -1,14 +1,14 @@
-"""An organization adapts the finished model to itself: nothing of it leaves, so that nothing is noised and no ε is spent.
+"""Adapt the final model to an organization's own records. Nothing leaves, so that nothing is noised and no ε is spent.
 
-Tried are the model as it came, and
-- prior: its scores, shifted to the organization's own mix of classes (see `head_fit.corrected`);
-- head: a head of its own, fitted from that one and pulled toward it, with several strengths;
-- alone: a head that knows nothing of the shared one;
-- mix: the mean of the parameters of a head fitted alone and the shared one, shifted, in several parts.
+The candidates are the model as received, and
+- prior: its scores, shifted to the organization's own class frequencies (see `head_fit.corrected`);
+- head: a new head, fitted from the shared one with a penalty on the distance to it, for several strengths;
+- alone: a head that is fitted without the shared one;
+- mix: a weighted mean of the parameters of the head fitted alone and the shared one, shifted, for several weights.
 
-Which one is kept is decided on parts of the organization's own training records that the candidates were not fitted to. No test
-record has a say. The shared model was trained on all of them, with privacy as a rule, which leaves it little to remember; trained
-without, it is flattered here.
+The best candidate is selected by cross-validation on the organization's own training records; test records are not used. The
+shared model was trained on all these records, usually with privacy, so that it memorizes little; without privacy, its accuracy is
+overestimated here.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.tables import PersonalizeConfig
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 
-_PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # over the number of records, of the penalty toward a head
-_PARTS = (0.25, 0.5, 0.75)  # of the head that was fitted alone, in a mix
-_MANY_RECORDS = 2000  # records, from which on one part judges instead of every one in turn
-SHARED = "federated"  # the model as it came
+_PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # strengths of the penalty, divided by the number of records
+_PARTS = (0.25, 0.5, 0.75)  # weights of the head that was fitted alone, in a mix
+_MANY_RECORDS = 2000  # records, from which on one fold validates instead of each in turn
+SHARED = "federated"  # the model as received
 
 
 @dataclass(frozen=True)
 class OwnRecords:
-    """What a head is fitted to.
+    """The features and targets that a head is fitted to.
 
     Attributes:
-        features: (n, d): of each record, or of each word of those with tags.
+        features: (n, d), a row for each record, or for each tagged word.
         targets: (n,) class numbers.
-        records: (n,) the number of the record that a row is of.
-        units: (n,) the number of its unit: those of one unit are in one part.
+        records: (n,) number of the record of each row.
+        units: (n,) number of the unit of each row; all rows of a unit are in the same fold.
     """
 
     features: Tensor
@@ -54,18 +54,18 @@ class OwnRecords:
 
     @property
     def count(self) -> int:
-        """How many records there are."""
+        """The number of records."""
         return len(np.unique(self.records))
 
     def at(self, rows: NDArray[np.bool_]) -> OwnRecords:
-        """The rows that are marked."""
+        """Return the rows for which the mask is true."""
         chosen = torch.as_tensor(np.flatnonzero(rows))
         return OwnRecords(self.features[chosen], self.targets[chosen], self.records[rows], self.units[rows])
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to a head: a family, and what it is tried with."""
+    """A method of finding a head, with its parameters."""
 
     method: str
     value: float = 0.0  # the strength of its penalty
@@ -73,20 +73,21 @@ class Candidate:
 
     @property
     def described(self) -> str:
+        """The method and its parameters in words."""
         strength = f", penalty {self.value:g} / n" if self.value else ""
         return f"{self.method}{strength}{f', {self.part:g} of it alone' if self.part else ''}"
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What an organization keeps.
+    """The selected head.
 
     Attributes:
-        method: The one that was best: "federated", "prior", "head", "mix" or "alone".
-        described: With its strength.
-        head: The head's parameters.
-        alone: The best head that knows nothing of the shared one.
-        tried: Method -> accuracy of its best on the parts that it was not fitted to.
+        method: The best method: "federated", "prior", "head", "mix" or "alone".
+        described: The method with its parameters in words.
+        head: Parameters of the head.
+        alone: The best head that was fitted without the shared one.
+        tried: Method -> cross-validated accuracy of its best candidate.
     """
 
     method: str
@@ -97,16 +98,16 @@ class Adaptation:
 
 
 def build_own_records(features: Tensor, targets: Sequence[Target], units: Sequence[int], classes: int) -> OwnRecords:
-    """Return the records that can be used: encoded, and of a class that the plan has.
+    """Return the usable records: those that could be encoded, and have a class of the plan.
 
     Args:
-        features: (n, d) of the records, or of the words of all records, as `Dataset.features` gives them.
-        targets: Of each record, the number of its class or those of its words' tags.
-        units: The number of each record's unit.
-        classes: How many the plan has.
+        features: (n, d) of the records, or of the words of all records, as `Dataset.features` returns them.
+        targets: For each record, the number of its class, or those of its words' tags.
+        units: Number of each record's unit.
+        classes: Number of the plan's classes.
 
     Raises:
-        DataError: For fewer than two.
+        DataError: If there are fewer than two.
     """
     answers = [target if isinstance(target, tuple) else (target,) for target in targets]
     records = np.repeat(np.arange(len(answers)), [len(each) for each in answers])
@@ -118,7 +119,7 @@ def build_own_records(features: Tensor, targets: Sequence[Target], units: Sequen
 
 
 def _check_units(own: OwnRecords) -> None:
-    """One part judges what was fitted to the others: there must be two. Raises DataError."""
+    """Raise DataError if there is only one unit, as cross-validation needs at least two."""
     if (units := len(np.unique(own.units))) < 2:
         raise DataError(
             f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
@@ -135,20 +136,23 @@ def get_unit_numbers(held: Dataset) -> list[int]:
 
 
 def load_base_head(model: TrainableModel) -> State:
-    """The head as the plan's seed makes it."""
+    """Return the head as initialized from the plan's seed."""
     model.load({})
     return model.state(head_names(model))
 
 
 def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: PersonalizeConfig, seed: int) -> Adaptation:
-    """Choose the best head for an organization by its own records, and fit it to all of them.
+    """Select the best head for an organization by cross-validation on its records, and fit it to all of them.
 
     Args:
-        shared: The head of the shared model; features are of its encoder.
-        seed: Of the parts.
+        model: Of the plan.
+        own: The organization's records.
+        shared: The head of the shared model; the features are those of its encoder.
+        config: Of the plan, such as the number of folds.
+        seed: Of the folds.
 
     Raises:
-        DataError: For records of one unit only, which cannot both train and judge.
+        DataError: If all records belong to one unit.
     """
     _check_units(own)
     candidates = _candidates(has_layer=last_layer(model) is not None)
@@ -168,7 +172,7 @@ def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: Persona
 
 @dataclass
 class _Score:
-    """Of a candidate, over the parts that it was not fitted to."""
+    """The score of a candidate over the folds that it was not fitted to."""
 
     right: int = 0
     loss: float = 0.0
@@ -189,7 +193,7 @@ class _Score:
 
 
 def _candidates(*, has_layer: bool) -> list[Candidate]:
-    """In the order in which they are fitted: a mix needs the head that was fitted alone."""
+    """Return the candidates in the order in which they are fitted: a mix needs the head that was fitted alone."""
     return [
         Candidate(SHARED),
         *([Candidate("prior")] if has_layer else []),
@@ -200,7 +204,7 @@ def _candidates(*, has_layer: bool) -> list[Candidate]:
 
 
 def _needed(*chosen: Candidate) -> list[Candidate]:
-    """The chosen ones, and what their fits begin with."""
+    """Return the chosen candidates, and those that their fits start from."""
     wanted = set(chosen) | {Candidate("alone", candidate.value) for candidate in chosen if candidate.method == "mix"}
     return [candidate for candidate in _candidates(has_layer=True) if candidate in wanted]
 
@@ -208,7 +212,7 @@ def _needed(*chosen: Candidate) -> list[Candidate]:
 def _fitted(
     model: TrainableModel, own: OwnRecords, shared: State, start: State, candidates: Iterable[Candidate]
 ) -> Iterator[tuple[Candidate, State]]:
-    """Each candidate's head, fitted to records; a weaker penalty begins where the stronger one has ended."""
+    """Yield each candidate's head, fitted to the records; each penalty starts from the result of the next stronger one."""
     here = shared if last_layer(model) is None else correct_head(model, shared, own.features, own.targets)
     toward = {"head": here, "alone": start}
     last = dict(toward)
@@ -231,7 +235,16 @@ def _mixed(one: State, other: State, part: float) -> State:
 
 
 def split_folds(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRecords, OwnRecords]]:
-    """(records to fit to, records to judge by), class by class: every part in turn, or of many records one."""
+    """Yield the folds of a cross-validation, stratified by class and grouped by unit.
+
+    Args:
+        own: The records; if there are many, only one fold is yielded.
+        folds: Number of folds.
+        seed: Of the assignment.
+
+    Yields:
+        (records to fit to, records to validate on).
+    """
     _, first, unit = np.unique(own.units, return_index=True, return_inverse=True)
     strata = own.targets.numpy()[first]
     rng = seeded_generator(seed, "own folds")

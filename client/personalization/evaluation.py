@@ -1,7 +1,7 @@
-"""The finished model of a site, adapted to its own records and compared with what it reaches alone.
+"""Adapt a site's final model to its own records, and compare it with training alone.
 
-All of it happens here: nothing is sent, and as nothing leaves, nothing is noised and no ε is charged. What is fitted to the
-records may reveal single ones, so that an adapted model is to stay where the records are.
+Everything stays on this machine: nothing is sent, so nothing is noised and no ε is charged. A model that was fitted to records
+may reveal single ones, so an adapted model should stay where the records are.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ STAYS = (
 
 @dataclass(frozen=True)
 class Received:
-    """A finished model in a site.
+    """A final model in a site.
 
     Attributes:
-        folder: Where it is.
-        plan: That it was trained by.
-        model: Its encoder, with a head that knows nothing.
-        head: The head that came.
+        folder: Of the model.
+        plan: By which it was trained.
+        model: Its encoder, with an untrained head.
+        head: The received head.
     """
 
     folder: Path
@@ -80,8 +80,8 @@ class AdaptedSite:
 
     Attributes:
         folder: Where it was written.
-        records: How many it was fitted to.
-        adapted: How.
+        records: Number of records that it was fitted to.
+        adapted: The selected head.
     """
 
     folder: Path
@@ -90,12 +90,12 @@ class AdaptedSite:
 
 
 def open_final_model(site: Site, wanted: str = "") -> Received:
-    """Open the newest of the finished models, or the one whose plan's id begins with `wanted`.
+    """Open the newest final model, or the one whose plan's id begins with `wanted`.
 
     Raises:
-        RunError: When there is none.
-        PlanError: When its answers are no classes.
-        ModelError: When its head reads something else than one vector of a record, or of each word.
+        RunError: If there is none.
+        PlanError: If it does not predict classes.
+        ModelError: If its head does not read exactly one vector per record, or per word.
     """
     folder, plan = _chosen(site, wanted)
     require_classes(plan, "adapting the received model")
@@ -160,13 +160,13 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
     """Adapt the received model to the site's own records and export it.
 
     Args:
-        site: Whose policy, ledger and audit log are left as they are.
-        out: Where to; None: adapted/<plan>/ in the site.
+        site: Its policy, ledger and audit log are not changed.
+        out: Target folder; None: adapted/<plan>/ in the site.
         wanted: First digits of a plan's id; "": the newest model.
 
     Raises:
-        DataError: Without usable records.
-        RunError, ModelError: As `open_final_model`.
+        DataError: If there are no usable records.
+        RunError, ModelError: See `open_final_model`.
     """
     received = open_final_model(site, wanted)
     own = _own(received, site.dataset(received.plan.labels))
@@ -182,7 +182,7 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
 
 
 def _check_free(folder: Path) -> None:
-    """An export replaces a folder: that must be an earlier one."""
+    """Raise RunError if the target folder is not an earlier export, as an export replaces it."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / ABOUT).exists())):
         raise RunError(
             f"{folder} holds something else than an adapted model: choose another folder with --out", code="run.folder_not_empty"
@@ -190,7 +190,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _own(received: Received, held: Dataset) -> OwnRecords:
-    """The features of the records, by the received encoder, and whose each record is."""
+    """Return the features of the records from the received encoder, with their units."""
     return _fitted_to(received.model, received.plan, held)
 
 
@@ -201,12 +201,12 @@ def _fitted_to(model: TrainableModel, plan: Plan, held: Dataset) -> OwnRecords:
 
 
 def evaluate_site(site: Site, new: Dataset | None = None, wanted: str = "") -> dict[str, Any]:
-    """Compare the received model with what the site reaches alone, on records that nothing was fitted to here.
+    """Compare the received model with training alone, on records that neither is fitted to here.
 
     Args:
-        site: It is left as it is.
-        new: Records that were in no run: then all own records train, and these judge. None: a fifth of the own records, class by
-            class and all records of a unit together, judges. The received model was trained with them.
+        site: It is not changed.
+        new: Test records that were in no run; all own records then train. None: a fifth of the own records are held out for the
+            test, stratified by class and grouped by unit. The received model was trained on them, too.
         wanted: First digits of a plan's id; "": the newest model.
 
     Returns:
@@ -250,9 +250,9 @@ def _predicted(model: TrainableModel, head: State, features: Tensor) -> Tensor:
 def _alone(
     site: Site, received: Received, adapted: Adaptation, both: tuple[OwnRecords, OwnRecords], new: Dataset | None
 ) -> Tensor:
-    """What a head fitted to own records tells that knows nothing of the others.
+    """Return the predictions of a head that was fitted only to own records.
 
-    On the received encoder's features where that is still the base model's; else on those of the base model.
+    It uses the features of the base model, which are those of the received encoder if that was not trained.
     """
     train, judge = both
     plan = received.plan
@@ -281,7 +281,7 @@ def _metrics(answers: Answers) -> dict[str, Any]:
 
 
 def _worth(answers: dict[str, Answers]) -> dict[str, Any]:
-    """As the report of a simulation answers it: adapted against alone, and never yes where a constant answer does as well."""
+    """Compare adapted with alone as the report of a simulation does; never "yes" if a constant prediction is as good."""
     found = compare_paired(answers["adapted"], answers["alone"])
     useful = bool(answers["adapted"].right.mean() > answers["majority"].right.mean())
     return {

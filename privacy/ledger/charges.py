@@ -45,7 +45,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Charge:
-    """What was spent at once: the worst case while reserved, the steps that ran once settled.
+    """One charge: the worst case while it is reserved, the steps that ran once it is settled.
 
     Attributes:
         id: Number of the log's entry.
@@ -101,7 +101,14 @@ class History:
         return add_counts(s for steps in self.runs.values() for s in steps) if self.total is None else self.total
 
     def compute_epsilon(self, limit: float, delta: float, plan_id: str = "", more: Sequence[Steps] = ()) -> float:
-        """Return what `epsilon_over_runs` does for these runs, with further steps of one of them."""
+        """Return ε of all runs together (see `epsilon_over_runs`), with further steps of one of them.
+
+        Args:
+            limit: ε of the limit, on which the filter's order depends.
+            delta: δ.
+            plan_id: Of the run with further steps.
+            more: The further steps.
+        """
         had = any(s.count for s in self.runs.get(plan_id, ()))
         begins = not had and any(s.count for s in more)
         charged = sum(any(s.count for s in steps) for steps in self.runs.values()) if self.charged is None else self.charged
@@ -211,7 +218,14 @@ class Limit:
     plan_id: str | None = None
 
     def compute_epsilon(self, history: History, delta: float, plan_id: str = "", more: Sequence[Steps] = ()) -> float:
-        """Return ε of the charges that count for this limit, with further steps of a run."""
+        """Return ε of the charges that count for this limit, with further steps of a run.
+
+        Args:
+            history: Charges so far.
+            delta: δ.
+            plan_id: Of the run with further steps.
+            more: The further steps.
+        """
         if self.plan_id is None:
             return history.compute_epsilon(self.epsilon, delta, plan_id, more)
         return epsilon(history.steps_of(self.plan_id, more if plan_id == self.plan_id else ()), delta)

@@ -1,1 +1,1 @@
-"""A real federation on the coordinator's machine: members, keys, certificates, processes, status."""
+"""A federation on the coordinator's machine: members, keys, certificates, processes, status."""

@@ -1,4 +1,4 @@
-"""Make a federation's folder, whole or not at all, with a plan that leaves nothing open; renew what organizations are given."""
+"""Create a federation's folder atomically, with a fully resolved plan, and renew the files that organizations receive."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
 
     Args:
         path: The folder, which must not exist.
-        plan: The plan that runs are to follow.
-        config: The content of server.toml; a missing id, quota of replies and place of the base model are filled in.
+        plan: The plan of the federation's runs.
+        config: The content of server.toml; a missing id, reply quota and path of the base model are filled in.
 
     Raises:
         RunError: If the folder exists or cannot be written, or a host name is not valid.
@@ -76,14 +76,14 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
 
 
 def renew_server(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
-    """Renew the server's certificate for the same key. A federation without a signing key gets one.
+    """Renew the server's certificate for the same key, and create a signing key if the federation has none.
 
     Args:
         folder: The federation.
-        hosts: The hosts of the new certificate; by default those of the present one.
+        hosts: The hosts of the new certificate; by default those of the current one.
 
     Returns:
-        Whether organizations need the new federation.toml, as the first host or the signing key is another.
+        Whether organizations need the new federation.toml, because the first host or the signing key has changed.
 
     Raises:
         RunError: If a file cannot be read or written, or a host name is not valid.
@@ -101,13 +101,14 @@ def renew_server(folder: FederationFolder, hosts: Sequence[str] = ()) -> bool:
 
 
 def with_federation_id(config: ServerConfig) -> ServerConfig:
-    """Return the configuration with an id; a new one where it has none."""
+    """Return the configuration with an id, which is drawn if it has none."""
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
 
 
 def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
-    """With the largest reply that a plan on this base model can have, where the coordinator has not set it: a change and a
-    statistic of all its parameters, in float32, and some to spare.
+    """Set the quota for replies, unless the coordinator did, to the largest that a plan on this base model can have.
+
+    That is a delta and a statistic of all its parameters in float32, with a margin.
     """
     if "reply" in config.quotas.model_fields_set:
         return config
@@ -116,7 +117,7 @@ def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
 
 
 def _count_parameters(base: Path) -> int:
-    """By the heads of its files: nothing is loaded."""
+    """Count a model's parameters from the headers of its files, without loading it."""
     count = 0
     for file in base.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
@@ -125,7 +126,7 @@ def _count_parameters(base: Path) -> int:
 
 
 def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
-    """The plan with the base model's hash and the class names, and without the place of the base model."""
+    """Return the plan with the base model's hash and the class names, and without the path of the base model."""
     if plan.generate is not None and config.test is not None:
         check_text_metrics()
     base = find_base(plan.model)
@@ -135,7 +136,7 @@ def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
 
 
 def _with_public(plan: Plan) -> Plan:
-    """The plan with hash and number of its public inputs where predictions for them are shared, and their place in the folder."""
+    """If predictions are shared, return the plan with hash, number and path in the folder of its public inputs."""
     if not plan.shares_predictions:
         return plan
     pinned = pin_public(plan, Path()).public
@@ -143,7 +144,7 @@ def _with_public(plan: Plan) -> Plan:
 
 
 def _copy_public(plan: Plan, resolved: Plan, folder: Path) -> None:
-    """The public inputs that predictions are shared for, to be handed to members."""
+    """Copy the public inputs whose predictions are shared into the folder, to be given to members."""
     if not plan.shares_predictions:
         return
     place = Path(plan.public.source).expanduser()
@@ -154,7 +155,7 @@ def _copy_public(plan: Plan, resolved: Plan, folder: Path) -> None:
 
 
 def _determine_labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
-    """The plan's; else those of the test records, in the base model's order where it has the same; none where nothing has any."""
+    """Return the class names: the plan's, else those of the test records, in the base model's order if it has the same."""
     if not has_labels(plan.task):
         return ()
     if test is None and not plan.labels:

@@ -1,4 +1,4 @@
-"""A federation's folder on the coordinator's machine, opened: its configuration, plan, members and runs."""
+"""Open a federation's folder on the coordinator's machine: configuration, plan, members and runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FederationFolder:
     """A federation's folder.
 
     Args:
-        path: The folder, as `create_federation` has made it.
+        path: The folder that `create_federation` created.
 
     Attributes:
         path: The folder, absolute.
@@ -75,12 +75,12 @@ class FederationFolder:
 
     @property
     def plan(self) -> Plan:
-        """The plan that runs follow. Raises PlanError."""
+        """The plan of the federation's runs; raises PlanError if it cannot be read."""
         return load_plan(self.files.plan)
 
     @property
     def invitation(self) -> Invitation:
-        """The content of federation.toml. Raises RunError or PlanError."""
+        """The content of federation.toml; raises RunError or PlanError if it cannot be read."""
         return read_invitation(self.files.invitation)
 
     @property
@@ -95,21 +95,23 @@ class FederationFolder:
 
     @property
     def superlink_address(self) -> str:
-        """host:port, on loopback."""
+        """The SuperLink's host:port, on loopback."""
         return f"127.0.0.1:{self.config.superlink_port}"
 
     def runs(self) -> Iterator[Path]:
         """Yield the folders of runs, the newest last."""
         found = self.files.runs.glob("*/run.json")
-        yield from (file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file)))  # written once
+        yield from (
+            file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file))
+        )  # run.json is written once
 
 
 def write_config(path: Path, config: ServerConfig) -> None:
-    """Write server.toml. Where there is one, its comments, order and formatting stay.
+    """Write server.toml; comments, order and formatting of an existing file are preserved.
 
     Args:
         path: The federation's folder.
-        config: What the file says from now on.
+        config: The new content.
     """
     file = FederationFiles(path).config
     table = config.model_dump(mode="json", exclude_none=True)

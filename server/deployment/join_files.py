@@ -1,6 +1,6 @@
-"""What organizations are given: federation.toml, and JOIN.md, what they type to join and what leaves their machine.
+"""Write the files that organizations receive: federation.toml, and JOIN.md, which explains how to join and what will leave.
 
-The words of JOIN.md are in templates/join.md.j2.
+The text of JOIN.md is in templates/join.md.j2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from cotune.storage.files import atomic_write
 
 
 def write_handout(folder: Path, plan: Plan, config: ServerConfig) -> None:
-    """Write federation.toml and JOIN.md, with the keys that are in use."""
+    """Write federation.toml and JOIN.md with the current keys.
+
+    Args:
+        folder: The federation's folder.
+        plan: The plan in the invitation.
+        config: The content of server.toml.
+    """
     files = FederationFiles(folder)
     authority = certificates.read_authority_pem(files.certificates.path)
     key = public_hex(read_signing_key(files.certificates.path))
@@ -57,7 +63,7 @@ def render_join_page(invitation: Invitation) -> str:
 
 
 def list_disclosures(plan: Plan) -> Iterator[str]:
-    """Yield one phrase for everything that a plan asks organizations to send."""
+    """Yield a phrase for everything that a plan asks organizations to send."""
     trained = " then ".join(dict.fromkeys(_TRAINED_PARTS[stage.mode] for stage in plan.stages))
     if plan.personal.parts:
         trained = f"{trained}, but for {describe_parts(plan.personal)}: that stays with you"

@@ -1,12 +1,12 @@
-"""The files of a federation's folder: their names are spelled here alone.
+"""The files of a federation's folder; only this module spells their names.
 
-server.toml            where it listens, and what it evaluates with
-plan.toml              the plan that runs follow, with nothing left open; beside it the files of its own rules
-federation.toml        what organizations are given, and JOIN.md, what they do with it
-members.json           who was invited
-server-renewals.jsonl  statements of renewed server keys, for organizations that no request reaches meanwhile
-certificates/          the authority, what the server shows, and the keys that sign requests: `CertificateFiles`
-superlink/             what Flower's processes keep, their logs, and which of them run: `SuperLinkFiles`
+server.toml            configuration of the server
+plan.toml              the plan of the federation's runs, fully resolved; beside it the files of its components
+federation.toml        the invitation for organizations, and JOIN.md, how to use it
+members.json           the invited organizations
+server-renewals.jsonl  statements of rotated server keys, for organizations that were not reached by a request in the meantime
+certificates/          the authority, the server's certificate, and the keys that sign requests: `CertificateFiles`
+superlink/             data and logs of Flower's processes, and a record of those that run: `SuperLinkFiles`
 runs/<run>/            one folder per run (server/runs/run_folder.py)
 """
 
@@ -28,44 +28,53 @@ class FederationFiles:
 
     @property
     def config(self) -> Path:
+        """The server's configuration."""
         return self.path / "server.toml"
 
     @property
     def plan(self) -> Path:
+        """The plan of the federation's runs."""
         return self.path / "plan.toml"
 
     @property
     def invitation(self) -> Path:
+        """The invitation that organizations receive."""
         return self.path / "federation.toml"
 
     @property
     def join_page(self) -> Path:
+        """The instructions for joining."""
         return self.path / "JOIN.md"
 
     @property
     def members(self) -> Path:
+        """The invited organizations."""
         return self.path / "members.json"
 
     @property
     def server_renewals(self) -> Path:
+        """The statements of rotated server keys."""
         return self.path / "server-renewals.jsonl"
 
     @property
     def certificates(self) -> CertificateFiles:
+        """The folder of certificates and keys."""
         return CertificateFiles(self.path / "certificates")
 
     @property
     def superlink(self) -> SuperLinkFiles:
+        """The folder of Flower's processes."""
         return SuperLinkFiles(self.path / "superlink")
 
     @property
     def runs(self) -> Path:
+        """The folder of all runs."""
         return self.path / "runs"
 
 
 @dataclass(frozen=True)
 class CertificateFiles:
-    """The files in the folder certificates/: PEM, unless said otherwise.
+    """The files in the folder certificates/, in PEM unless stated otherwise.
 
     Attributes:
         path: The folder.
@@ -75,20 +84,22 @@ class CertificateFiles:
 
     @property
     def authority(self) -> Path:
-        """The present authority's certificate, which goes to every organization; the one before it may be second."""
+        """The authority's certificate, which every organization receives; the previous authority may follow it."""
         return self.path / "ca.crt"
 
     @property
     def authority_key(self) -> Path:
+        """The authority's private key."""
         return self.path / "ca.key"
 
     @property
     def server(self) -> Path:
-        """The certificate that the server shows."""
+        """The server's certificate."""
         return self.path / "server.crt"
 
     @property
     def server_key(self) -> Path:
+        """The server's private key."""
         return self.path / "server.key"
 
     @property
@@ -98,17 +109,17 @@ class CertificateFiles:
 
     @property
     def former_signing_keys(self) -> Path:
-        """The public halves of signing keys that were replaced, as hex, one a line."""
+        """The public halves of replaced signing keys, as hex, one per line."""
         return self.path / "signing-former.pub"
 
     @property
     def serial(self) -> Path:
-        """The last number that was given to a request."""
+        """The serial number of the last request."""
         return self.path / "serial"
 
     @property
     def next(self) -> CertificateFiles:
-        """The announced keys: whole or not at all, and gone once they are in use."""
+        """The folder of announced keys: created atomically, and removed once they are active."""
         return CertificateFiles(self.path / "next")
 
     @property
@@ -118,7 +129,7 @@ class CertificateFiles:
 
     @property
     def used_renewals(self) -> Path:
-        """The statements of all keys that were put into use, one a line, the oldest first."""
+        """The statements of all keys that were activated, one per line, the oldest first."""
         return self.path / "renewals.jsonl"
 
 
@@ -134,26 +145,27 @@ class SuperLinkFiles:
 
     @property
     def processes(self) -> Path:
-        """What runs, for anyone who comes after a supervisor that was killed."""
+        """The running processes, for the successor of a supervisor that was killed."""
         return self.path / "processes.json"
 
     @property
     def database(self) -> Path:
-        """Messages on their way, unless they are kept in memory; restarted with every start."""
+        """The database of messages in transfer, unless they are kept in memory; it is emptied at every start."""
         return self.path / "state.sqlite"
 
     @property
     def front_config(self) -> Path:
+        """The configuration of the front."""
         return self.path / "front.toml"
 
     @property
     def flower_home(self) -> Path:
-        """What else Flower keeps."""
+        """Flower's other files."""
         return self.path / "flwr"
 
     @property
     def refusals(self) -> Path:
-        """Whose announcements the front has refused."""
+        """The front's refusals, by sender."""
         return self.path / "refused.json"
 
     def get_log(self, process: str) -> Path:

@@ -1,9 +1,7 @@
-"""The organizations of a federation: under which name and with which key each was invited. members.json in the federation's
-folder.
+"""The organizations of a federation with their names and keys: members.json in the federation's folder.
 
-A key belongs to one organization and an organization has one key: who takes part is known by the key alone, never by what
-somebody says. Anyone who was revoked stays in the list, and so does a key that its organization has replaced
-(protocol/key_renewal.py).
+A key belongs to one organization, and an organization has one key: a participant is identified only by its key, never by what it
+states. Revoked members stay in the list, and so do keys that were replaced (protocol/key_renewal.py).
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ class Member(BaseModel):
     """An organization that was invited.
 
     Attributes:
-        name: Of the organization, and of its folders and files: it is checked again, as the list may be edited by hand.
-        public_key: One line as OpenSSH writes it.
-        invited: UTC.
-        revoked: UTC; None: it may take part.
-        examples: Between which numbers the number of records that it declares must be; None: any.
-        renewed: The statement by which this key took the place of the one before, as JSON.
+        name: Of the organization; also used for folders and files, so it is validated again, as the list may be edited by hand.
+        public_key: One line in OpenSSH's format.
+        invited: When (UTC).
+        revoked: When (UTC); None: it may take part.
+        examples: Smallest and largest number of records that it may declare; None: any.
+        renewed: The statement by which this key replaced the previous one, as JSON.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,11 +54,12 @@ class Member(BaseModel):
 
     @property
     def loaded(self) -> SSHPublicKeyTypes:
+        """The public key, parsed."""
         return load_ssh_public_key(self.public_key.encode())
 
     @property
     def key(self) -> bytes:
-        """The public key as Flower keeps it: PEM, SubjectPublicKeyInfo."""
+        """The public key in Flower's format: PEM, SubjectPublicKeyInfo."""
         return self.loaded.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     @property
@@ -83,32 +82,32 @@ class _Document(BaseModel):
 
 
 class Members:
-    """The list of members, in the order of their invitations. Every call reads it again: other processes change it."""
+    """The list of members, in the order of their invitations. Every call reads the file, as other processes change it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._document = JsonDocument(file, _Document, advice="expected the list of members; restore it from a backup")
 
     def all(self) -> tuple[Member, ...]:
-        """Return all members, those that were revoked included. Raises RunError for a damaged file."""
+        """Return all members, including revoked ones; raises RunError if the file is damaged."""
         document = self._document.read()
         return () if document is None else document.members
 
     def active(self) -> tuple[Member, ...]:
-        """Return the members that may take part. Raises RunError for a damaged file."""
+        """Return the members that may take part; raises RunError if the file is damaged."""
         return tuple(member for member in self.all() if member.revoked is None)
 
     def invite(self, name: str, public_key: str, examples: tuple[int, int] | None = None) -> Member:
-        """Add an organization. The same invitation again changes nothing.
+        """Add an organization. Repeating an invitation changes nothing.
 
         Args:
             name: Of the organization.
-            public_key: One line as OpenSSH writes it.
-            examples: Between which numbers the number of records that it declares must be.
+            public_key: One line in OpenSSH's format.
+            examples: Smallest and largest number of records that it may declare; None: any.
 
         Raises:
             PlanError: If the name is not valid.
-            RunError: If the name or the key is taken, also by a member that was revoked.
+            RunError: If the name or the key belongs to another member, revoked or not.
         """
         check_name(name)
         with self._locked():
@@ -131,15 +130,15 @@ class Members:
             return added
 
     def renew(self, renewal: NodeRenewal, federation: str) -> Member:
-        """Replace an organization's key by a new one; the old key is never let in again. The same again changes nothing.
+        """Replace an organization's key; the old key is never accepted again. Repeating a renewal changes nothing.
 
         Args:
             renewal: The statement that names the new key, signed by both keys.
             federation: The id of this federation.
 
         Raises:
-            RunError: If the statement is of another federation or organization or not signed by the present key, as one that is
-                replayed, or if the new key is or was used by a member.
+            RunError: If the statement is for another federation or organization, or is not signed by the current key (such as a
+                replayed one), or if the new key is or was used by a member.
         """
         about = renewal.about
         new = renewal.new_key()
@@ -168,12 +167,16 @@ class Members:
                 )
             added = present.model_copy(update={"public_key": about.new, "renewed": renewal.text()})
             former = present.model_copy(update={"revoked": _now()})
-            place = before.index(present)  # it keeps its place: runs take their organizations in this order
+            place = before.index(present)  # the member keeps its position, as runs use this order
             self._write((*before[:place], former, added, *before[place + 1 :]))
             return added
 
     def revoke(self, name: str) -> Member:
-        """Shut an organization out; its key is never let in again. Raises RunError where there is no such member."""
+        """Exclude an organization from the federation; its key is never accepted again.
+
+        Raises:
+            RunError: If there is no such member.
+        """
         with self._locked():
             before = self.all()
             for member in before:
@@ -196,10 +199,10 @@ class Members:
 
 
 def read_public_key(file: Path) -> str:
-    """Return the key in a .pub file as `ssh-keygen -t ecdsa` or `cotune client init` writes it, without its comment.
+    """Return the key in a .pub file of `ssh-keygen -t ecdsa` or `cotune client init`, without its comment.
 
     Raises:
-        RunError: If the file cannot be read or holds another kind of key.
+        RunError: If the file cannot be read or contains another kind of key.
     """
     try:
         text = file.read_text(encoding="ascii").strip()

@@ -1,4 +1,4 @@
-"""The folder of a new run: where it is, and for a real one all that the executor needs to play it."""
+"""Create the folder of a new run of a federation, with everything that the executor needs to run it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,18 @@ from cotune.storage.json_documents import JsonDocument
 
 
 def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name: str | None = None) -> RunFolder:
-    """Makes the folder of a run of the federation's plan by its present members. name: of the folder; None: <time>-<plan>.
+    """Create the folder of a run of the federation's plan by its current members.
 
-    Raises RunError without members or where the folder cannot be written, PlanError for overrides that are none and for a plan
-    that does not suit so many organizations, PrivacyError where client-level privacy cannot be given to so many, DataError for a
-    test set that cannot be read.
+    Args:
+        federation: The federation.
+        overrides: Changes of the plan, such as "rounds=5".
+        name: Of the folder; None: <time>-<plan>.
+
+    Raises:
+        RunError: If there are no members, or the folder cannot be written.
+        PlanError: If an override is not valid, or the plan cannot run with so many organizations.
+        PrivacyError: If client-level privacy is impossible with so many organizations.
+        DataError: If the test set cannot be read.
     """
     plan, base = _with_base(federation, load_plan(federation.files.plan, overrides))
     people = tuple(Participant(name=member.name) for member in federation.members.active())
@@ -67,7 +74,7 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
 
 
 def _with_base(federation: FederationFolder, plan: Plan) -> tuple[Plan, str]:
-    """The plan as members see it, and where its base model is, if it does not say. One that `--set` names is not told either."""
+    """Return the plan as members see it, without the base model's path, and that path, also if it came from `--set`."""
     if plan.model.base == federation.plan.model.base:
         return plan, str(federation.config.base or "")
     return hide_base_folder(plan), str(get_base_path(plan.model.base) or "")
@@ -86,13 +93,13 @@ def _folder(federation: FederationFolder, plan: Plan, name: str | None) -> Path:
 
 
 def _test_file(federation: FederationFolder) -> Path | None:
-    """The coordinator's test set, if it has one."""
+    """Return the coordinator's test set, if it has one."""
     test = federation.config.test
     return None if test is None else (federation.path / test).resolve()
 
 
 def _write_test(federation: FederationFolder, plan: Plan, path: Path) -> None:
-    """All of its records, read as the plan reads records."""
+    """Write all records of the test set to the run's folder, read as the plan specifies."""
     if file := _test_file(federation):
         document = DatasetManifest(task=plan.task, data=plan.data.without_units(), portions=(FileSlice(path=file),))
         JsonDocument(manifest_file(path, "test"), DatasetManifest).write(document)

@@ -1,4 +1,4 @@
-"""The SuperLink lets in the keys of the members and nobody else's, whatever happens to it, and to the list meanwhile."""
+"""Keep the keys registered at the SuperLink identical to those of the active members, even if either of them changes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from cotune.flower.nodes import RegisteredNode
 from cotune.server.deployment.members import Member
 from cotune.server.transport.node_registry import Presence, Seen
 
-_MAX_SILENT_FAILURES = 6  # failures before a word is said: a SuperLink that was restarted is back by then
+_MAX_SILENT_FAILURES = 6  # failures in a row that are not reported: a restarted SuperLink answers by then
 
 Report = Callable[[str], None]
 
 
 class KeyRegistry(Protocol):
-    """Where keys are registered: a Control."""
+    """Where keys are registered: the SuperLink's Control API."""
 
-    def nodes(self) -> tuple[RegisteredNode, ...]: ...
-    def register(self, key: bytes, name: str) -> int: ...
-    def unregister(self, node: int) -> None: ...
+    def nodes(self) -> tuple[RegisteredNode, ...]:
+        """Return all registered nodes."""
+        ...
+
+    def register(self, key: bytes, name: str) -> int:
+        """Register a public key (PEM) under a name, and return Flower's number of the node."""
+        ...
+
+    def unregister(self, node: int) -> None:
+        """Remove a node, whose key is no longer accepted."""
+        ...
 
 
 def reconcile(registry: KeyRegistry, members: Iterable[Member], say: Report, presence: Presence | None = None) -> set[str]:
@@ -30,9 +38,9 @@ def reconcile(registry: KeyRegistry, members: Iterable[Member], say: Report, pre
 
     Args:
         registry: Where keys are registered.
-        members: All members, those that were revoked included.
+        members: All members, including revoked ones.
         say: Called with a line for every change.
-        presence: Told which members are online.
+        presence: Updated by the members' nodes.
 
     Returns:
         The names of the members that are online.
@@ -67,20 +75,20 @@ def _register_members(registry: KeyRegistry, named: Mapping[bytes, str], say: Re
         try:
             registry.register(key, name)
             say(f"{name} may join")
-        except RunError as error:  # the others still may
+        except RunError as error:  # the other members can still be registered
             refused.append(error)
     if refused:
         raise refused[0]
 
 
 class NodeRegistration:
-    """Reconciles again and again while it is entered, in a thread of its own: a SuperLink that is stuck answers late.
+    """A context manager that reconciles at intervals, in its own thread, as the SuperLink may answer slowly.
 
     Args:
         connect: Opens the registry.
         members: Returns all members.
         say: Called with a line for every change.
-        interval: Seconds from one time to the next.
+        interval: Seconds between two reconciliations.
     """
 
     def __init__(
@@ -112,7 +120,7 @@ class NodeRegistration:
 
     @property
     def ready(self) -> bool:
-        """Whether the SuperLink has ever let the members in."""
+        """Whether the members have been registered at least once."""
         return self._reached
 
     def _run(self) -> None:
@@ -124,7 +132,7 @@ class NodeRegistration:
     def _reconcile_once(self, registry: KeyRegistry) -> None:
         try:
             online = reconcile(registry, self._members(), self._say, self._presence)
-        except Exception as error:  # who may join must be followed whatever happens, and nobody sees a thread end
+        except Exception as error:  # registration must continue whatever happens, and the end of a thread would go unnoticed
             self._failures += 1
             if self._reached and self._failures == _MAX_SILENT_FAILURES and not self._stop.is_set():
                 self._say(f"the SuperLink does not know at present who may join: {error}")

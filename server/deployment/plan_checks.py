@@ -1,4 +1,4 @@
-"""What a federation makes of a plan: the robust fusion where the plan names none, and whose numbers of records weigh."""
+"""Adapt a plan to a federation: use the robust fusion if the plan names none, and check agreed numbers of records."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cotune.server.deployment.members import Member
 from cotune.strategies.compatibility import find_problem
 from cotune.strategies.fusions.robust.robust import FEWEST
 
-_BY_COUNT = {"examples", "tilted"}  # weightings that believe the stated number of records
+_BY_COUNT = {"examples", "tilted"}  # weightings that use the declared number of records
 
 
 def with_robust_default(plan: Plan) -> Plan:
-    """Return the plan with the robust fusion, unless it names a fusion or a strategy, or cannot have this one."""
+    """Return the plan with the robust fusion, unless it names a fusion or a strategy, or is incompatible with it."""
     if "fusion" in plan.strategy.model_fields_set:
         return plan
     given = plan.strategy.model_dump(exclude={"fusion", "sends"})
@@ -23,7 +23,7 @@ def with_robust_default(plan: Plan) -> Plan:
 
 
 def check_example_bounds(plan: Plan, members: Sequence[Member]) -> None:
-    """Raises RunError where the numbers of records of some members are agreed on and those of others are not."""
+    """Raise RunError if bounds on the number of records are agreed for some members but not for all."""
     agreed, others = _agreed(members)
     if _by_count(plan) and agreed and others:
         raise RunError(
@@ -35,7 +35,7 @@ def check_example_bounds(plan: Plan, members: Sequence[Member]) -> None:
 
 
 def build_notes(plan: Plan, members: Sequence[Member]) -> list[str]:
-    """What a coordinator should know before a run begins."""
+    """Return notes for the coordinator before a run starts."""
     notes = []
     if _by_count(plan) and not _agreed(members)[0]:
         notes.append(

@@ -1,4 +1,4 @@
-"""Whose announcements the front has refused, how often and why: superlink/refused.json, for the run, the status and people."""
+"""Count the front's refusals by sender, with reasons: superlink/refused.json, for the events of runs and for the status."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cotune.reporting.documents.events import MessagesRefused
 from cotune.server.runs.events import Events, read_events
 from cotune.storage.json_documents import JsonDocument
 
-_MAX_ADDRESSES = 100  # of strangers: anyone who has been refused least makes room
+_MAX_ADDRESSES = 100  # of strangers; the one with the fewest refusals is dropped
 _REPORTING_EVENTS = ("run_started", "update_dropped", "round_finished", "delivery_started")
 
 
 class Refused(BaseModel):
-    """Refusals of one member or address, since the file was begun.
+    """Refusals of one member or address, since the file was created.
 
     Attributes:
-        count: The number of refusals.
-        reason: Of the last one, in the front's words.
+        count: Number of refusals.
+        reason: The front's reason for the last one.
         at: When that was (UTC).
     """
 
@@ -36,7 +36,7 @@ class Refused(BaseModel):
 
 
 class _Document(BaseModel):
-    """addresses: of those that had not shown that they are members; of IPv6 the network /64."""
+    """The document: refusals of members by name, and of strangers by address (for IPv6, the network /64)."""
 
     members: dict[str, Refused] = {}
     addresses: dict[str, Refused] = {}
@@ -47,11 +47,11 @@ class _Before(BaseModel):
 
 
 class RefusalLog:
-    """Goes on with what the file holds.
+    """Counts refusals, continuing with the counts in the file.
 
     Args:
         file: superlink/refused.json.
-        write_interval: Seconds in which the file is not written again.
+        write_interval: Minimum of seconds between two writes of the file.
     """
 
     def __init__(self, file: Path, write_interval: float = 1.0) -> None:
@@ -61,15 +61,15 @@ class RefusalLog:
         document = _read(file)
         self._members = dict(document.members)
         self._addresses = dict(document.addresses)
-        self._timer: threading.Timer | None = None  # writes what has come since the file was written
+        self._timer: threading.Timer | None = None  # writes the refusals since the last write
 
     def record_member(self, member: str, reason: str) -> None:
-        """Count a refusal of a member. The first is written at once, what follows soon after; a full disk is ignored."""
+        """Count a refusal of a member. The first is written at once, further ones soon after; a full disk is ignored."""
         with self._lock:
             self._schedule_write(not _increment(self._members, member, reason))
 
     def record_address(self, address: str, reason: str) -> None:
-        """Count a refusal of a stranger. Only the most frequent addresses are kept: it costs nothing to come from many."""
+        """Count a refusal of a stranger. Only the most frequent addresses are kept, as an attacker can use many."""
         with self._lock:
             if address not in self._addresses and len(self._addresses) >= _MAX_ADDRESSES:
                 del self._addresses[min(self._addresses, key=lambda known: self._addresses[known].count)]
@@ -95,19 +95,19 @@ class RefusalLog:
 
 
 def _increment(found: dict[str, Refused], who: str, reason: str) -> int:
-    """One more. Returns how many there were."""
+    """Add one refusal, and return the previous count."""
     before = found[who].count if who in found else 0
     found[who] = Refused(count=before + 1, reason=reason, at=datetime.now(UTC).isoformat(timespec="seconds"))
     return before
 
 
 def read_refusals(file: Path) -> Mapping[str, Refused]:
-    """Return the refusals of members, by name; none where the file is missing or damaged: it is no record to rely on."""
+    """Return the refusals of members by name; none if the file is missing or damaged, as it is only informative."""
     return _read(file).members
 
 
 def read_strangers(file: Path) -> Mapping[str, Refused]:
-    """Return the refusals of senders that had not shown that they are members, by address."""
+    """Return the refusals of strangers, which did not authenticate as members, by address."""
     return _read(file).addresses
 
 
@@ -119,11 +119,11 @@ def _read(file: Path) -> _Document:
 
 
 class RefusalWatch:
-    """A listener to the events of a run: whenever it begins or goes on, somebody is dropped, or a round is over, it tells of what
-    the front has refused meanwhile, so that the sender is named in the run whose messages it was after.
+    """An observer of a run's events that adds events about the front's refusals.
 
-    What it has told is in the events themselves, each with the total, and what had been refused before the run in a file beside
-    them: a process that is killed in between loses no refusal, and the next one tells none twice.
+    Whenever the run starts or continues, an organization is dropped, or a round ends, it reports what the front has refused
+    since, so that the run's history names the senders. Each of its events contains the total, and the counts before the run are
+    in a file beside the events: a process that is killed in between loses no refusal, and the next one reports none twice.
     """
 
     def __init__(self, file: Path, events: Events) -> None:
@@ -136,26 +136,26 @@ class RefusalWatch:
             return
         for member, refused in read_refusals(self._file).items():
             seen = self._seen.get(member, 0)
-            more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was restarted
+            more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was created anew
             if more > 0:
                 self._seen[member] = refused.count
                 self._report(MessagesRefused(organization=member, count=more, total=refused.count, reason=refused.reason))
 
 
 def _read_earlier_counts(file: Path, kept: Path) -> dict[str, int]:
-    """Member -> what had been refused when the run began, as it was counted then."""
+    """Return member -> number of refusals before the run started."""
     document = JsonDocument(kept, _Before)
     with suppress(RunError):
         if found := document.read():
             return found.counts
     counts = {member: refused.count for member, refused in read_refusals(file).items()}
-    with suppress(OSError):  # the run itself says that the disk is full
+    with suppress(OSError):  # the run itself reports a full disk
         document.write(_Before(counts=counts))
     return counts
 
 
 def _read_reported(events: Path) -> dict[str, int]:
-    """Member -> the total that was told last."""
+    """Return member -> the total in its last event."""
     found = read_events(events) if events.exists() else []
     return {
         str(event["organization"]): int(event["total"])

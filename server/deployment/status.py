@@ -1,4 +1,4 @@
-"""How a federation stands: its organizations, its newest run, its certificate. Works whether or not anything runs."""
+"""The status of a federation: organizations, newest run, certificate. It can be read whether or not the server runs."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ History = Sequence[RoundEntry]  # of the finished rounds
 
 @dataclass(frozen=True)
 class OrganizationStatus:
-    """An organization.
+    """The status of an organization.
 
     Attributes:
         name: Of the organization.
-        invited: UTC.
-        revoked: UTC; None: it may take part.
+        invited: When (UTC).
+        revoked: When (UTC); None: it may take part.
         connection: "online", "offline", or "unknown" while the server does not run.
-        last_round: The last round whose model holds an update of it; 0: none.
+        last_round: The last round whose model contains an update of it; 0: none.
         word: The last event about it, in words.
         epsilon: ε as it reported it, rounded up; None: it reported none.
         bytes_up: Bytes that it has sent in the run.
@@ -67,16 +67,16 @@ class OrganizationStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The newest run.
+    """The status of the newest run.
 
     Attributes:
         round: The last finished round.
-        phase: What it does at present, by the last event that says so.
+        phase: What it is doing, according to the last event about that.
         reason: Why it failed or was stopped.
         accuracy: On the coordinator's test set.
         bytes_up: Size of the updates of the last finished round; None before the first.
         bytes_down: Size of its requests.
-        wire: How the values of updates travel, as the plan says.
+        wire: The codec of updates, in words.
         collaboration: What is shared: parameters, or predictions for public inputs.
     """
 
@@ -103,8 +103,8 @@ class RefusedStatus:
     """A sender whose messages the front has refused since it was first started.
 
     Attributes:
-        who: A member, or the address of somebody who has not shown that it is one.
-        is_member: Which of the two.
+        who: A member, or the address of a stranger.
+        is_member: Whether it is a member.
         count: The number of refusals.
         reason: Of the last refusal.
         at: When that was (UTC).
@@ -124,11 +124,11 @@ class Status:
     Attributes:
         federation: Its name.
         server_reachable: Whether the SuperLink answers.
-        certificate_expires: UTC; None where organizations would not accept the certificate.
+        certificate_expires: When (UTC); None if organizations would not accept the certificate.
         certificate_problem: Why they would not.
         run: The newest run, if there is one.
         organizations: All members.
-        refused: Whose messages the front has refused.
+        refused: Senders whose messages the front has refused.
     """
 
     federation: str
@@ -141,7 +141,7 @@ class Status:
 
 
 def read_connections(members: Sequence[Member], control: ControlClient) -> dict[str, str] | None:
-    """Return "online" or "offline" for each organization; None where the SuperLink cannot be asked."""
+    """Return "online" or "offline" for each organization; None if the SuperLink does not answer."""
     try:
         online = {node.key for node in control.nodes() if node.online}
     except RunError:
@@ -154,8 +154,8 @@ def look(federation: FederationFolder, connected: Mapping[str, str] | None, *, p
 
     Args:
         federation: The federation.
-        connected: What `read_connections` gives; None where the server does not run.
-        plays: Whether the SuperLink has a run that is not over, as far as is known.
+        connected: The result of `read_connections`; None if the server does not run.
+        plays: Whether the SuperLink has a run that is not over, as far as known.
 
     Raises:
         RunError: If a file is damaged.
@@ -253,7 +253,7 @@ def _build_organization_status(
 
 
 def _describe_last_reply(member: Member, run: RunFolder | None, history: History, events: Sequence[Event]) -> str:
-    """The last event about an organization in the run, in words."""
+    """Return the last event about an organization in the run, in words."""
     name = member.name
     if member.revoked is not None:
         return "revoked"

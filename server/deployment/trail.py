@@ -1,8 +1,8 @@
-"""The coordinator's end of the trail: each request as it was signed, and each answer as its organization has signed it.
+"""The coordinator's side of the trail: the signed statements of all requests and replies of a run.
 
-trail.jsonl    in the folder of a run: the statements and signatures of requests and answers, in the order in which they were made
+trail.jsonl    in the folder of a run: the statements and signatures, in the order of their creation
 
-The other end is the log of what an organization has sent (`cotune client sent`); `cotune server verify-trail` compares the two.
+The other side is the log of what an organization has sent (`cotune client sent`); `cotune server verify-trail` compares the two.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SignedTrail:
         self._plan_id = folder.plan.plan_id
         self._federation = FederationFolder(Path(folder.file.federation))
         self._log = Events(folder.path / "trail.jsonl", silent=True)
-        self._requests: dict[tuple[str, int, str], str] = {}  # kind of the reply, round, organization -> digest of the request
+        self._requests: dict[tuple[str, int, str], str] = {}  # (kind of reply, round, organization) -> digest of the request
 
     def sign(
         self,
@@ -66,10 +66,19 @@ class SignedTrail:
         cohort: Iterable[str],
         fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
-        """Puts a signature into each request, and enters it. cohort: names of those that took part in the round before.
-        fates: what became of earlier updates, of those that have to know.
+        """Add a signature to each request, and record it in the trail.
 
-        Raises RunError without a signing key, and where the trail cannot be written.
+        Args:
+            kind: `TRAIN` or `FINISHED`.
+            round: The round of the requests.
+            contents: Organization -> its request, which is changed in place.
+            recipients: The same organizations, as the requests were encoded for them.
+            received: Digest of the model in the requests.
+            cohort: Names of the organizations in the cohort.
+            fates: Organization -> outcome of its earlier updates, for those that must be notified.
+
+        Raises:
+            RunError: If there is no signing key, or the trail cannot be written.
         """
         folder = self._federation.certificates
         key = read_signing_key(folder)
@@ -107,9 +116,16 @@ class SignedTrail:
             self._requests[_get_reply_kind(kind), round, who.organization] = statement.digest
 
     def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:
-        """Takes the signature out of an answer, and enters it; "" where it is that of its organization, else what is wrong.
+        """Remove the signature from a reply, verify it and record it.
 
-        kind: `UPDATE` or `RECEIPT`.
+        Args:
+            reply: A reply with content, which is changed in place.
+            kind: `UPDATE` or `RECEIPT`.
+            round: The round of its request.
+            organization: Who was asked.
+
+        Returns:
+            "" if the signature is that of the organization, else what is wrong.
         """
         try:
             reply.content, signed = detach(reply.content)
@@ -121,9 +137,15 @@ class SignedTrail:
         return self._record_reply(signed, (request, organization, kind, content_digest(reply.content)), round)
 
     def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
-        """What an organization says instead of an answer of this kind, entered where it has signed it.
+        """Return an organization's reason for its refusal, and record it if it is signed.
 
-        Anyone who cannot read a request, or answers in a simulation, signs nothing: it is believed, as nothing comes of it.
+        An organization that cannot read a request signs nothing. Its reason is accepted nevertheless, as it has no consequences.
+
+        Args:
+            reply: A reply with an error.
+            kind: The kind of reply that was expected.
+            round: The round of its request.
+            organization: Who was asked.
         """
         words, signed = parse_refusal(reply.error.reason or "")
         if signed is not None:
@@ -133,7 +155,7 @@ class SignedTrail:
         return words or f"error {reply.error.code}"
 
     def _record_reply(self, signed: Signed, expected: tuple[str | None, str, str, str], round: int, **about: str) -> str:
-        """ "" where the statement is as expected (request, organization, kind, digest), else what is wrong."""
+        """Record a statement if it is as expected (request, organization, kind, digest); return "", else what is wrong."""
         try:
             statement = ReplyStatement.parse(signed.text)
         except RunError as error:
@@ -153,9 +175,10 @@ class SignedTrail:
 
 
 def read_verification_keys(folder: RunFolder) -> tuple[list[str], dict[str, list[EllipticCurvePublicKey]]]:
-    """The keys by which signatures of a run are checked: the federation's, and each organization's, former ones included.
+    """Return the keys that verify a run's signatures: the federation's and each organization's, including former ones.
 
-    Raises RunError for a simulation, which signs nothing.
+    Raises:
+        RunError: If the run is a simulation, which signs nothing.
     """
     if not folder.file.federation:
         raise RunError(
@@ -167,7 +190,7 @@ def read_verification_keys(folder: RunFolder) -> tuple[list[str], dict[str, list
 
 
 def _read_node_keys(federation: FederationFolder) -> dict[str, list[EllipticCurvePublicKey]]:
-    """Organization -> the keys of its nodes, former ones included."""
+    """Return organization -> keys of its nodes, including former ones."""
     nodes: dict[str, list[EllipticCurvePublicKey]] = {}
     for member in federation.members.all():
         key = load_pem_public_key(member.key)
@@ -181,7 +204,14 @@ def _get_reply_kind(kind: str) -> str:
 
 
 def read_trail(run: Path) -> list[dict[str, Any]]:
-    """The lines of a trail: of the folder of a run, or of a copy of its file. Raises RunError where there is none."""
+    """Return the lines of a trail.
+
+    Args:
+        run: The folder of a run, or a copy of its trail.jsonl.
+
+    Raises:
+        RunError: If there is no trail.
+    """
     try:
         return [entry.as_json() for entry in read_events(run / "trail.jsonl" if run.is_dir() else run)]
     except OSError as error:

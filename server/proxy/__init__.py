@@ -1,1 +1,1 @@
-"""The TLS front of a federation: the one public port of a coordinator."""
+"""The front of a federation: a TLS proxy on the coordinator's only public port."""

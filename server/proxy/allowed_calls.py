@@ -1,6 +1,6 @@
-"""Rules for the head of a request: calls of Flower's Fleet API pass from the public port to the SuperLink, and nothing else.
+"""Check the head of a request: only calls of Flower's Fleet API pass from the public port to the SuperLink.
 
-The SuperLink serves Fleet, Control and Runtime on one port, and its Control API asks nobody who they are.
+The SuperLink serves its Fleet, Control and Runtime APIs on one port, and the Control API requires no authentication.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ MIB = 2**20
 
 
 class Limits(BaseModel):
-    """How much a client may take. Until its key and signature are checked it may take a head, and no content.
+    """How much of the proxy a client may use. Until its key and signature are checked, only the head of a request is read.
 
-    Flower cuts tensors into chunks of 5 MiB, each in a request of its own, so that no limit need grow with the model.
+    Flower splits tensors into chunks of 5 MiB, each in its own request, so that no limit needs to grow with the model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     head: int = Field(16 * KIB, ge=1024)  # bytes of a request's line and headers
-    body: int = Field(4 * KIB, ge=64)  # bytes of a request's content, but for the next two calls
-    push_messages: int = Field(MIB, ge=64)  # the announcement of a reply: a header, and the tree of its objects
-    push_object: int = Field(6 * MIB, ge=64)  # one object: a chunk of 5 MiB, and what Flower writes around it
-    tree: int = Field(4096, ge=8)  # objects of a reply; the SuperLink's database stands still for .5 ms for each
-    in_flight: int = Field(256 * MIB, ge=64)  # bytes of content on their way at a time: the SuperLink holds them in memory
+    body: int = Field(4 * KIB, ge=64)  # bytes of a request's content, except for the next two calls
+    push_messages: int = Field(MIB, ge=64)  # bytes of a reply's announcement: a header, and the tree of its objects
+    push_object: int = Field(6 * MIB, ge=64)  # bytes of one object: a chunk of 5 MiB with Flower's framing
+    tree: int = Field(4096, ge=8)  # objects of a reply; each locks the SuperLink's database for 0.5 ms
+    in_flight: int = Field(256 * MIB, ge=64)  # bytes of content in transfer at a time: the SuperLink keeps them in memory
     in_flight_per_member: int = Field(24 * MIB, ge=64)  # Flower sends two objects at a time
     connections: int = Field(256, ge=1)  # of members at a time; each needs two file descriptors
-    connections_per_member: int = Field(64, ge=1)  # a node holds up to ten or so
-    strangers: int = Field(64, ge=1)  # connections that no member has signed a request on yet; the oldest makes room
+    connections_per_member: int = Field(64, ge=1)  # a node opens about ten
+    strangers: int = Field(64, ge=1)  # connections without a request that a member signed; the oldest is evicted
     connections_per_address: int = Field(64, ge=1)  # an IPv6 network /64 is one address
-    first_byte: float = Field(5.0, gt=0)  # seconds for it
-    timeout: float = Field(30.0, gt=0)  # seconds for a handshake, for a next head to be complete, and for any content
-    bytes_per_second: int = Field(16 * KIB, ge=1)  # the slowest that content may come or be taken
+    first_byte: float = Field(5.0, gt=0)  # seconds until the first byte of a connection
+    timeout: float = Field(30.0, gt=0)  # seconds for a handshake, for the next head, and for any content
+    bytes_per_second: int = Field(16 * KIB, ge=1)  # the lowest rate at which a client may send or read content
     queue: float = Field(10.0, ge=0)  # seconds that a request waits while too much is in flight
     answer: float = Field(120.0, gt=0)  # seconds for the SuperLink to answer; Flower's clients wait for 30
-    linger: float = Field(5.0, gt=0)  # seconds to drop what a refused client still sends: cut at once, it loses the answer
-    grace: float = Field(10.0, ge=0)  # seconds for requests under way when the front stops
+    linger: float = Field(5.0, gt=0)  # seconds to read on after a refusal; closing at once would lose the answer
+    grace: float = Field(10.0, ge=0)  # seconds for requests in progress when the front stops
 
     def get_transfer_seconds(self, size: int) -> float:
-        """Return the seconds that so many bytes may take on their way."""
+        """Return the seconds that a transfer of so many bytes may take."""
         return self.timeout + size / self.bytes_per_second
 
     def get_content_limit(self, call: str) -> tuple[str, int]:
-        """Return the name of the limit of a call's content, and its bytes."""
+        """Return the name of the limit on a call's content, and its value in bytes."""
         name = {"push-messages": "push_messages", "push-object": "push_object"}.get(call, "body")
         return name, int(getattr(self, name))
 
@@ -57,13 +57,13 @@ class Limits(BaseModel):
 class Refusal:
     """The answer to a request that does not pass.
 
-    Flower takes 403 for a run that has ended, ends at 401, and tries again after 429, 502, 503 and 504: none of them is for
-    what will never pass.
+    Flower's client interprets 403 as a run that has ended, stops at 401, and tries again after 429, 502, 503 and 504. None of
+    them is used for a request that can never pass.
 
     Attributes:
-        status: Of HTTP.
-        reason: A sentence, which the client's log shows.
-        code: Flower's own, where it has one.
+        status: HTTP status.
+        reason: A sentence for the client's log.
+        code: Flower's error code, if it has one.
     """
 
     status: int
@@ -73,18 +73,23 @@ class Refusal:
 
 _FLEET_PATH = re.compile(
     rb"/v1/fleet/([a-z]+(?:-[a-z]+)*)"
-)  # no query, escapes or dots: nothing that two parsers may read differently
+)  # no query, escapes or dots, which two parsers might interpret differently
 _FORWARDED_HEADERS = frozenset({b"accept", b"content-length", b"content-type", b"date", b"user-agent"})
 _REFUSED_HEADERS = (b"transfer-encoding", b"content-encoding", b"upgrade", b"expect")
 
 
 def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
-    """Return why a request, which h11 has read, may not pass; None where it may."""
+    """Return why a request may not pass; None if it may.
+
+    Args:
+        request: Its head, as parsed by h11.
+        limits: For the size of the head and the content.
+    """
     if request.method != b"POST" or not _FLEET_PATH.fullmatch(request.target):
         return Refusal(404, "there is nothing here but Flower's Fleet API: give this address to a SuperNode")
     if request.http_version != b"1.1":
         return Refusal(505, f"this is HTTP/{request.http_version.decode()}, expected HTTP/1.1")
-    if sum(len(name) + len(value) for name, value in request.headers) > limits.head:  # h11 measures incomplete heads only
+    if sum(len(name) + len(value) for name, value in request.headers) > limits.head:  # h11 limits only incomplete heads
         return Refusal(431, f"the headers have more than {limits.head} bytes: raise limits.head at the server")
     names = [name for name, _ in request.headers]
     for name in _REFUSED_HEADERS:
@@ -100,17 +105,17 @@ def reason_to_refuse(request: h11.Request, limits: Limits) -> Refusal | None:
 
 
 def get_call(request: h11.Request) -> str:
-    """Return the name of a call, such as push-object; "" where it is none of the Fleet API."""
+    """Return the name of a Fleet API call, such as push-object; "" for any other request."""
     found = _FLEET_PATH.fullmatch(request.target)
     return found[1].decode() if found else ""
 
 
 def content_length(request: h11.Request) -> int:
-    """Return the bytes of content that a request declares; 0 where it declares none."""
+    """Return the content length in bytes that a request declares; 0 if it declares none."""
     return next((int(value) for name, value in request.headers if name == b"content-length"), 0)
 
 
 def forwarded_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the headers of a request or an answer that Flower's calls need, names in lower case; no others are forwarded."""
+    """Return the headers to forward of a request or an answer: those that Flower needs, with names in lower case."""
     lowered = ((name.lower(), value) for name, value in headers)
     return [(name, value) for name, value in lowered if name in _FORWARDED_HEADERS or name.startswith(b"flwr-")]

@@ -1,7 +1,7 @@
-"""Authentication of a request by its head alone: the key of a member, and its signature over the time.
+"""Authenticate a request by its head: a member's public key, and its signature over the time.
 
-It is the check of Flower's SuperLink (flwr.superlink.routers.fleet.node_auth), made before a byte of the content is read. What
-needs the content stays the SuperLink's: that the node number in it is the one of the key.
+This is the check of Flower's SuperLink (flwr.superlink.routers.fleet.node_auth), made before any content is read. Whether the
+node number in the content belongs to the key is left to the SuperLink.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ FindMember = Callable[[bytes], str | None]  # public key (PEM) -> the member tha
 
 _NOT_REGISTERED = 2004  # Flower's code for a node that cannot be activated
 _UNKNOWN_KEY = "the key is not that of a member: expected one that the coordinator has invited (`cotune server invite`)"
-_UNSIGNED = "Invalid SuperNode authentication"  # as the SuperLink says it
+_UNSIGNED = "Invalid SuperNode authentication"  # the SuperLink's own wording
 
 
 def authenticate(
     headers: Iterable[tuple[bytes, bytes]], call: str, known: FindMember, fleet: FleetFormat, now: datetime | None = None
 ) -> str | Refusal:
-    """Return the member that has signed a request, or the refusal where none has.
+    """Return the member that signed a request, or the refusal if none did.
 
     Args:
         headers: Of the request, names in lower case.
-        call: Its name. A node that wants to join is answered as the SuperLink answers a key that is not registered.
+        call: Its name. An unknown key that wants to join gets the SuperLink's answer for a key that is not registered.
         known: Returns the member that a public key belongs to.
-        fleet: Of the API that is called.
-        now: The time by the server's clock.
+        fleet: Names of the headers, and the tolerances for times.
+        now: The server's time; None: read the clock.
     """
     names = fleet.authentication_headers
     found = [(name, value) for name, value in headers if name in names]
-    if len(found) != len(names):  # of two keys the SuperLink might take the other one
+    if len(found) != len(names):  # with a header given twice, the SuperLink might use the other value
         return Refusal(401, _UNSIGNED)
     try:
         shown = dict(found)
@@ -71,7 +71,7 @@ def _is_signed(key: bytes, signed: bytes, signature: bytes) -> bool:
 
 @lru_cache(maxsize=1024)
 def _load_key(key: bytes) -> EllipticCurvePublicKey | None:
-    """Parse the key of a member: a stranger's key never gets here."""
+    """Parse the public key of a member; unknown keys are refused before."""
     try:
         found = load_pem_public_key(key)
     except (ValueError, UnsupportedAlgorithm):

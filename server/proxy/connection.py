@@ -1,7 +1,7 @@
-"""One client's connection: its requests one after the other, read by h11 and answered by the SuperLink.
+"""One client's connection: its requests are parsed by h11 and answered by the SuperLink, one after the other.
 
-Nothing of a request's content is read before a member has signed it. Content streams through in pieces in both directions, and
-nothing is held but one piece; only what is announced is taken whole, to be looked into.
+No content is read before the signature of a member is verified. Content is streamed in both directions, one piece in memory at a
+time; only announcements of replies are read as a whole, to be inspected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cotune.server.proxy.shared_state import RequestGuard
 from cotune.server.proxy.upstream import SuperLink
 
 CHUNK_BYTES = 64 * 1024  # bytes read at a time
-_MAX_PULL_RESPONSE_BYTES = 8 * 2**20  # bytes of an answer to pull-messages that are looked into: a hundred thousand objects
+_MAX_PULL_RESPONSE_BYTES = 8 * 2**20  # the part of an answer to pull-messages that is inspected: a hundred thousand objects
 _NOT_TLS = Refusal(400, "this port speaks TLS, and got plain HTTP: give ca.crt of the server instead of --insecure")
 _BUSY = Refusal(503, "too much is on its way to the server at the moment: try again")
 
@@ -31,21 +31,21 @@ log = logging.getLogger("cotune.front")
 
 
 class _ClientGone(Exception):
-    """The client went away, was too slow, or broke HTTP's rules in the middle of a request."""
+    """The client disconnected, was too slow, or violated HTTP in the middle of a request."""
 
 
 class ClientConnection:
     """A client's connection.
 
     Args:
-        reader: What the client sends.
-        writer: What the client is sent.
+        reader: Stream from the client.
+        writer: Stream to the client.
         client: Its address.
         guard: Decides what passes.
         slot: Of the connection.
 
     Attributes:
-        waiting: Whether it waits for a request: nothing is lost where it is cut then.
+        waiting: Whether it is idle between requests, so that closing it loses nothing.
     """
 
     def __init__(
@@ -62,25 +62,29 @@ class ClientConnection:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=guard.limits.head)
 
     def stop(self) -> None:
-        """End the connection after the request under way."""
+        """End the connection after the request in progress."""
         self._stopping = True
 
     def cut(self) -> None:
-        """End the connection at once, as its place is needed."""
+        """End the connection at once, because its slot is needed."""
         self._writer.transport.abort()
 
     async def run(self, superlink: SuperLink | None) -> None:
-        """Serve until the client or the proxy ends the connection. superlink: None where the client does not speak TLS."""
+        """Serve until the client or the proxy ends the connection.
+
+        Args:
+            superlink: None if the client does not speak TLS and only gets an error.
+        """
         try:
             while await self._handle_request(superlink) and self._is_done() and not self._stopping:
                 self._http.start_next_cycle()
         except (_ClientGone, OSError, ssl.SSLError, TimeoutError):
-            pass  # it went away; `close` tidies up
+            pass  # the client disconnected; `close` cleans up
         finally:
             await self._close()
 
     async def _handle_request(self, superlink: SuperLink | None) -> bool:
-        """Serve one request; return whether the connection may go on."""
+        """Serve one request; return whether the connection may be used for another."""
         self.waiting = True
         try:
             request = await self._read_head()
@@ -102,7 +106,7 @@ class ClientConnection:
         return event if isinstance(event, h11.Request) else None
 
     async def _serve_member(self, request: h11.Request, superlink: SuperLink, member: str) -> bool:
-        """Serve a member's request, whose content is read as soon as there is room for it."""
+        """Serve a member's request; its content is read once the limits on content in transfer permit it."""
         traffic = self._guard.traffic
         size = content_length(request)
         announces = get_call(request) == "push-messages"
@@ -134,13 +138,13 @@ class ClientConnection:
         try:
             await self._send_response(answer, get_call(request), member)
         except httpx.TransportError as error:
-            raise _ClientGone from error  # half an answer is out: cutting it short is the only way to say so
+            raise _ClientGone from error  # part of the answer is sent; only closing the connection can signal the failure
         finally:
             await answer.aclose()
         return True
 
     async def _send_response(self, answer: httpx.Response, call: str, member: str) -> None:
-        """Send the SuperLink's answer. The objects in that of pull-messages are remembered before the client learns of them."""
+        """Send the SuperLink's answer; objects announced by pull-messages are recorded before the client sees them."""
         pieces = answer.aiter_raw(CHUNK_BYTES)
         announces = call == "pull-messages"
         first = await _read_up_to(pieces, _MAX_PULL_RESPONSE_BYTES) if announces else []
@@ -155,7 +159,7 @@ class ClientConnection:
         await self._send(h11.EndOfMessage())
 
     def _get_client_address(self, request: h11.Request) -> str:
-        """The client's address; where a proxy of the server's own is before the front, as that one says."""
+        """Return the client's address; behind the coordinator's own proxy, the address which that proxy states."""
         if self._slot.address is not None:
             return self.client
         given = [value for name, value in request.headers if name == b"x-forwarded-for"]
@@ -185,7 +189,11 @@ class ClientConnection:
                 await self._writer.drain()
 
     async def _refuse(self, request: h11.Request | None, refusal: Refusal) -> bool:
-        """Answer as Flower's own errors look, so that its client shows the sentence. False: the connection may not go on."""
+        """Answer in the format of Flower's own errors, whose sentence its client shows.
+
+        Returns:
+            False: the connection must not be used for another request.
+        """
         self.waiting = False
         what = f"{request.method.decode()} {request.target.decode()[:200]}" if request else "what is no request"
         line = f"refused {what} of {self._slot.member or self.client}: {refusal.status}, {refusal.reason}"
@@ -201,7 +209,7 @@ class ClientConnection:
         await self._send(h11.EndOfMessage())
         async with asyncio.timeout(self.limits.linger):
             while await self._reader.read(CHUNK_BYTES):
-                pass  # dropped: nobody parses it
+                pass  # discarded without parsing
         return False
 
     def _is_done(self) -> bool:
@@ -217,7 +225,7 @@ class ClientConnection:
 
 
 async def _read_up_to(pieces: AsyncIterator[bytes], most: int) -> list[bytes]:
-    """Read the first chunks, of at least `most` bytes together; all of them where there are fewer."""
+    """Read chunks until they have at least `most` bytes together, or none are left."""
     found = list[bytes]()
     size = 0
     async for piece in pieces:

@@ -1,9 +1,9 @@
-"""Which connections are held: those of members, and a few of anyone who has not shown yet that it is one.
+"""Limit the open connections: those of members, and a few of strangers, which have not yet sent a request signed by a member.
 
-Somebody without a key can open connections as fast as it likes. It shares the strangers' slots with nobody for long: a new
-connection takes the place of the oldest stranger of the address that holds most of them, so that a member needs no more than a
-moment to become one. Nor do a few members keep the others out: where all connections of members are held, one that holds less
-than its share takes the place of the oldest of anyone who holds most.
+A client without a key can open connections as fast as it likes. When all slots of strangers are taken, a new connection evicts
+the oldest stranger of the address that has the most. So a member always gets a slot, and its first signed request moves it to a
+member's slot. Nor can a few members keep the others out: when all slots of members are taken, a member with fewer than its share
+evicts the oldest connection of the member that has the most.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from cotune.server.proxy.allowed_calls import Limits
 
 @dataclass(eq=False)
 class Slot:
-    """A connection.
+    """The slot of one connection.
 
     Attributes:
-        address: Of the client; None where all connections come through a proxy of the server's own.
+        address: Of the client; None if all connections come through the coordinator's own proxy.
         evict: Ends the connection.
-        member: Whose it is, once that is known.
+        member: Whose connection it is, once that is known.
     """
 
     address: str | None
@@ -32,21 +32,21 @@ class Slot:
 
 
 class Slots:
-    """The connections that are held, in the order in which they came."""
+    """The open connections, in the order in which they were opened."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held: dict[Slot, None] = {}
 
     def enter(self, address: str | None, evict: Callable[[], None]) -> Slot | None:
-        """Hold a new connection, evicting another where that is needed.
+        """Assign a slot to a new connection, evicting another one if necessary.
 
         Args:
-            address: Of the client; None where all connections come through a proxy of the server's own.
+            address: Of the client; None if all connections come through the coordinator's own proxy.
             evict: Ends the connection.
 
         Returns:
-            Its slot; None where the address holds too many connections of members already.
+            Its slot; None if the address has too many connections of members already.
         """
         strangers = self._strangers()
         same = [slot for slot in self._held if address is not None and slot.address == address]
@@ -62,10 +62,10 @@ class Slots:
         return slot
 
     def recognize(self, slot: Slot, member: str) -> str | None:
-        """Assign a connection to the member that has signed a request on it.
+        """Assign a connection to the member that signed a request on it.
 
         Returns:
-            Why the connection cannot be kept; None where it can.
+            Why the connection cannot be kept; None if it can.
         """
         if slot.member == member:
             return None
@@ -80,12 +80,21 @@ class Slots:
         return None
 
     def _make_room(self, held: Counter[str | None], own: int) -> bool:
-        """Evict a connection for a member with `own` connections; return whether one was. held: connections of each member."""
+        """Evict a connection in favor of a member with `own` connections.
+
+        Args:
+            held: Number of connections of each member.
+            own: Number of connections of the member that needs a slot.
+
+        Returns:
+            Whether a connection was evicted.
+        """
         share = self._limits.connections // (len(held) + (not own))
         most, count = held.most_common(1)[0]
         return own < share < count and self._evict_oldest([slot for slot in self._held if slot.member == most])
 
     def leave(self, slot: Slot) -> None:
+        """Free the slot of a connection that has ended."""
         self._held.pop(slot, None)
 
     def __len__(self) -> int:
@@ -103,7 +112,7 @@ class Slots:
 
 
 def get_address_group(address: str) -> str:
-    """Return what counts as one address: of IPv6 the network /64, which anybody has; an IPv4 address within IPv6 is itself."""
+    """Return what counts as one address: an IPv4 address (also one mapped to IPv6), or the /64 network of an IPv6 address."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,7 +1,7 @@
-"""What the proxy has to know of Flower's Fleet API. It is passed in, so that the proxy depends on none of Flower's modules.
+"""What the proxy needs to know of Flower's Fleet API, as types, so that the proxy imports none of Flower's modules.
 
-What is passed in parses messages with the classes that the SuperLink itself parses them with: two parsers that read one message
-differently would let through what was never checked.
+The parsers that are passed in are those of the SuperLink itself: with a different parser, the proxy might check something else
+than what the SuperLink reads.
 """
 
 from __future__ import annotations
@@ -15,56 +15,84 @@ class ObjectTree(Protocol):
     """The identifiers of all objects of a message, nested as the objects are."""
 
     @property
-    def object_id(self) -> str: ...
+    def object_id(self) -> str:
+        """SHA-256 of the object, in hexadecimal digits."""
+
     @property
-    def children(self) -> Iterable[ObjectTree]: ...
+    def children(self) -> Iterable[ObjectTree]:
+        """The objects that this one contains."""
 
 
 class Metadata(Protocol):
     """The header of a message: node numbers, identifiers, and times in seconds."""
 
     @property
-    def message_id(self) -> str: ...
+    def message_id(self) -> str:
+        """The identifier of the message."""
+
     @property
-    def reply_to_message_id(self) -> str: ...
+    def reply_to_message_id(self) -> str:
+        """The identifier of the message that it answers."""
+
     @property
-    def src_node_id(self) -> int: ...
+    def src_node_id(self) -> int:
+        """The sender's node number."""
+
     @property
-    def dst_node_id(self) -> int: ...
+    def dst_node_id(self) -> int:
+        """The recipient's node number."""
+
     @property
-    def ttl(self) -> float: ...
+    def ttl(self) -> float:
+        """Seconds for which the message is valid."""
+
     @property
-    def created_at(self) -> float: ...
+    def created_at(self) -> float:
+        """When it was created, in seconds since 1970."""
 
 
 class Node(Protocol):
+    """The node that makes a call."""
+
     @property
-    def node_id(self) -> int: ...
+    def node_id(self) -> int:
+        """Flower's number of the node."""
 
 
 class Message(Protocol):
+    """A message without its content, which is sent object by object."""
+
     @property
-    def metadata(self) -> Metadata: ...
+    def metadata(self) -> Metadata:
+        """The header of the message."""
 
 
 class PushRequest(Protocol):
     """The content of a `push-messages`: the replies that a node announces."""
 
     @property
-    def node(self) -> Node: ...
+    def node(self) -> Node:
+        """The caller."""
+
     @property
-    def messages_list(self) -> Sequence[Message]: ...
+    def messages_list(self) -> Sequence[Message]:
+        """The replies."""
+
     @property
-    def message_object_trees(self) -> Sequence[ObjectTree]: ...
+    def message_object_trees(self) -> Sequence[ObjectTree]:
+        """The objects of each reply."""
+
     @property
-    def clientapp_runtime_list(self) -> Iterable[float]: ...
+    def clientapp_runtime_list(self) -> Iterable[float]:
+        """Seconds that the node worked on each reply."""
 
 
 class PullResponse(Protocol):
-    """The answer to a `pull-messages`: the requests that a node is given."""
+    """The answer to a `pull-messages`: the requests for a node."""
 
     @property
-    def message_object_trees(self) -> Sequence[ObjectTree]: ...
+    def message_object_trees(self) -> Sequence[ObjectTree]:
+        """The objects of each request."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +103,7 @@ class FleetFormat:
         key_header: Lower-case name of the header with the caller's public key (PEM, in base64).
         signature_header: Of the header with the ECDSA signature over the value of `time_header` (in base64).
         time_header: Of the header with the time of the call (ISO 8601).
-        max_age: Seconds for which a signature holds.
+        max_age: Seconds for which a signature is valid.
         clock_tolerance: Seconds by which clocks may differ.
         server_node: The node number of the SuperLink itself.
         parse_push: Parses the content of a `push-messages`. Raises DecodeError.
@@ -93,5 +121,5 @@ class FleetFormat:
 
     @property
     def authentication_headers(self) -> tuple[bytes, bytes, bytes]:
-        """The names of the headers that show who calls."""
+        """The names of the headers that authenticate the caller."""
         return self.key_header, self.signature_header, self.time_header

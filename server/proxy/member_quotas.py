@@ -1,9 +1,9 @@
-"""How much of the server one member may take: messages, bytes and disk, whatever the others do.
+"""Limit how much of the server one member may use: messages, bytes and disk, independently of the others.
 
-The server asks, and members answer: every request that is handed over to a member allows it one reply, and the bytes of both.
-What goes beyond comes out of an allowance that an honest member hardly touches (a reply whose request was handed over before the
-front was restarted; content that is sent again after a connection broke), and that comes back with time. So nobody can take more
-than an honest member of the same plan would, and that allowance.
+Every request that a member receives entitles it to one reply, and to the bytes of both. Anything beyond that is taken from an
+allowance that refills over time. An honest member hardly needs it: only for a reply to a request from before a restart of the
+front, or for content that is sent again after a broken connection. So no member can use more than an honest member of the same
+plan would, plus the allowance.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from cotune.server.proxy.allowed_calls import Refusal
 HOUR = 3600.0
 DAY = 86400.0
 _SPARE_REPLIES = 4  # replies
-_COUNTED_CALLS = ("push-object", "pull-object")  # the calls with content worth counting: the rest is bounded by `Limits`
+_COUNTED_CALLS = ("push-object", "pull-object")  # calls whose content is counted; that of all others is small (see `Limits`)
 
 
 class Quotas(BaseModel):
-    """What one member may take of the server, beyond what its requests need.
+    """What one member may use of the server beyond what its requests need.
 
     Attributes:
-        messages: Announcements beyond one for each request; they come back in an hour.
-        reply: Bytes of the largest reply, or request, of the plan.
-        bytes: Bytes of content in both directions, beyond twice `reply` for each request; they come back in an hour. None: four
-            times `reply`.
-        disk: Bytes of objects beyond the reply to each request; they come back in a day. None: four times `reply`.
+        messages: Announcements beyond one for each request; refills in an hour.
+        reply: Bytes of the plan's largest reply or request.
+        bytes: Bytes of content in both directions, beyond twice `reply` for each request; refills in an hour. None: four times
+            `reply`.
+        disk: Bytes of objects beyond the reply to each request; refills in a day. None: four times `reply`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,26 +38,28 @@ class Quotas(BaseModel):
     messages: int = Field(64, ge=1)
     reply: int = Field(
         9 * 2**30, ge=64 * 2**20
-    )  # a node takes requests of up to 4 GiB; a reply may hold a statistic beside its change
+    )  # a node accepts requests of up to 4 GiB; a reply may contain statistics beside its delta
     bytes: int | None = Field(None, ge=64 * 2**20)
     disk: int | None = Field(None, ge=64 * 2**20)
 
     @property
     def max_bytes(self) -> int:
+        """The allowance of bytes, with its default resolved."""
         return self.bytes if self.bytes is not None else _SPARE_REPLIES * self.reply
 
     @property
     def max_disk(self) -> int:
+        """The allowance of disk in bytes, with its default resolved."""
         return self.disk if self.disk is not None else _SPARE_REPLIES * self.reply
 
 
 class Allowance:
-    """An amount that is used up and comes back with time (a token bucket).
+    """An amount that is used up and refills over time (a token bucket).
 
     Args:
-        most: The whole amount.
-        seconds: In which all of it comes back.
-        clock: The time in seconds.
+        most: The full amount.
+        seconds: Time in which an empty allowance refills.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, most: int, seconds: float, clock: Callable[[], float]) -> None:
@@ -68,22 +70,23 @@ class Allowance:
         self._at = clock()
 
     def take(self, amount: int) -> bool:
-        """Take an amount, and return True; where there is not so much, take nothing and return False."""
+        """Take an amount and return True; take nothing and return False if less is left."""
         if self.left < amount:
             return False
         self._left -= amount
         return True
 
     def spend(self, amount: int) -> None:
-        """Take an amount that has been used already; what is missing is owed."""
+        """Take an amount that was used already; the allowance may become negative, by up to the full amount."""
         self._left = max(self.left - amount, -float(self._most))
 
     def give(self, amount: int) -> None:
-        """Give an amount back, never beyond the whole amount."""
+        """Give an amount back, up to the full amount."""
         self._left = min(self.left + amount, float(self._most))
 
     @property
     def left(self) -> float:
+        """What is left now; negative if more was spent."""
         now = self._clock()
         self._left = min(self._left + (now - self._at) * self._rate, float(self._most))
         self._at = now
@@ -91,11 +94,11 @@ class Allowance:
 
 
 class Usage:
-    """What all members have taken since the proxy was started; no member can restart it.
+    """What each member has used since the proxy started; no member can make it restart.
 
     Args:
         quotas: Of one member.
-        clock: The time in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float] = time.monotonic) -> None:
@@ -104,17 +107,17 @@ class Usage:
         self._members: dict[str, _MemberUsage] = {}
 
     def record_requests(self, member: str, requests: int) -> None:
-        """Give a member what it needs for so many requests, which it is about to learn of."""
+        """Credit a member with what it needs for so many requests, before it receives them."""
         used = self._get_usage(member)
         reply = self._quotas.reply
         for _ in range(requests):
             used.messages.give(1)
             used.bytes.give(2 * reply)
-            used.disk.give(min(used.stored, reply))  # the reply before was taken by the server, or nobody wants it any more
+            used.disk.give(min(used.stored, reply))  # the server has fetched the previous reply, or no longer needs it
             used.stored = 0
 
     def take_message(self, member: str) -> Refusal | None:
-        """Take one announcement; return the refusal where the member may not announce a reply now."""
+        """Count the announcement of a reply; return a refusal if the quota is used up, else None."""
         if self._get_usage(member).messages.take(1):
             return None
         return Refusal(
@@ -122,12 +125,15 @@ class Usage:
         )
 
     def take(self, member: str, call: str, size: int) -> Refusal | None:
-        """Take the content of a call; return the refusal where it may not pass now.
+        """Count the content of a call.
 
         Args:
             member: The caller.
-            call: Its name.
+            call: Name of the call.
             size: Bytes of its content.
+
+        Returns:
+            A refusal if a quota is used up; else None.
         """
         if call not in _COUNTED_CALLS:
             return None
@@ -143,7 +149,13 @@ class Usage:
         return None
 
     def record_response(self, member: str, call: str, size: int) -> None:
-        """Count bytes of content that went to a member."""
+        """Count content that was sent to a member.
+
+        Args:
+            member: The caller.
+            call: Name of the call.
+            size: Bytes of the answer's content.
+        """
         if call in _COUNTED_CALLS:
             self._get_usage(member).bytes.spend(size)
 
@@ -154,7 +166,7 @@ class Usage:
 
 
 class _MemberUsage:
-    """The allowances of one member. stored: bytes of objects since its last request."""
+    """The allowances of one member, and the bytes of objects that it has stored since its last request."""
 
     def __init__(self, quotas: Quotas, clock: Callable[[], float]) -> None:
         self.messages = Allowance(quotas.messages, HOUR, clock)

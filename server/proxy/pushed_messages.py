@@ -1,9 +1,9 @@
-"""Checks of what a member announces: one reply to a request of the server, from itself, in a tree as honest replies have.
+"""Check what a member announces: one reply, to a request of the server, from itself, with a plausible tree of objects.
 
-Flower's SuperLink believes what `push-messages` says. It stores a message of node 1 (the server) as an instruction to whatever
-node it names, and registers a tree of objects whose content nobody has seen: an identifier that is registered with an invented
-child keeps the object that really has it out (docs/decisions/0013-object-store.md). A time that is no number becomes NULL in its
-database, and every question for answers in which that one is looked at fails from then on.
+Flower's SuperLink does not verify `push-messages`. It stores a message from node 1 (the server) as an instruction to any node
+that the message names, and registers a tree of objects whose content it has not seen: an identifier registered with a made-up
+child blocks the object that really has that identifier (docs/decisions/0013-object-store.md). A time that is NaN becomes NULL
+in its database, and from then on every query for replies that reads that row fails.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from google.protobuf.message import DecodeError
 from cotune.server.proxy.fleet_format import FleetFormat, Metadata, ObjectTree
 from cotune.server.proxy.wire_format import MalformedMessage, TooManyFields, get_field_length, iterate_fields
 
-MAX_DEPTH = 5  # message, its content, a record, an array, a chunk of it
-_MAX_HEADER_BYTES = 16 * 2**10  # bytes of a message without its content: addresses, or an error's words
-_MAX_REMEMBERED = 200_000  # identifiers of what the server has sent, 32 bytes each
-_MIN_OBJECTS = 64  # objects, however small the requests are
+MAX_DEPTH = 5  # levels: message, content, record, array, chunk
+_MAX_HEADER_BYTES = 16 * 2**10  # bytes of a message without its content: addresses, or the text of an error
+_MAX_REMEMBERED = 200_000  # identifiers of objects that the server sent, 32 bytes each
+_MIN_OBJECTS = 64  # objects that a reply may have, however small the requests are
 _OBJECT_ID = re.compile(r"[0-9a-f]{64}")  # SHA-256, as Flower writes it
-_MAX_SECONDS = 1e12  # seconds: of any time that a message states, since 1970 or how long something took
+_MAX_SECONDS = 1e12  # the largest number of seconds in a message, since 1970 or as a duration
 # fields of a PushMessagesRequest
 _NODE = 1
 _MESSAGE = 2
@@ -32,12 +32,13 @@ _CHILDREN = 2  # of an ObjectTree
 
 
 class SentObjects:
-    """The objects that the server has sent to members, by the answers that have passed: no reply holds an object of a request.
+    """The objects that the server has sent to members, taken from the answers that passed: no reply contains one of them.
 
-    They are forgotten with the process, and the oldest earlier: knowing them only ever adds a reason to refuse.
+    The oldest are dropped beyond a limit, and all of them when the process ends. That is safe: knowing an object only adds a
+    reason to refuse.
 
     Args:
-        fleet: Of the API that is called.
+        fleet: For the parser of answers.
     """
 
     def __init__(self, fleet: FleetFormat) -> None:
@@ -46,10 +47,10 @@ class SentObjects:
         self._largest = 0
 
     def record_pull_response(self, content: bytes) -> int:
-        """Remember the objects of an answer to `pull-messages`.
+        """Record the objects of an answer to `pull-messages`.
 
         Args:
-            content: Of the answer. If it is malformed, that is the SuperLink's fault, and the client will notice.
+            content: Of the answer. A malformed one is ignored: it comes from the SuperLink, and the client will notice.
 
         Returns:
             The number of requests in it.
@@ -67,19 +68,24 @@ class SentObjects:
         return len(trees)
 
     def max_objects(self, limit: int) -> int:
-        """Return the largest number of objects of a reply: two arrays for each of the request's, and a few records."""
+        """Return the largest number of objects in a reply: two arrays for each array of the request, and a few records.
+
+        Args:
+            limit: Upper bound of the result.
+        """
         return min(limit, max(_MIN_OBJECTS, 2 * self._largest + 32)) if self._largest else limit
 
     def contains_any(self, identifiers: Iterable[str]) -> bool:
+        """Return whether the server has sent any of the objects."""
         return any(bytes.fromhex(identifier) in self._known for identifier in identifiers)
 
 
 def find_push_problem(content: bytes, limit: int, sent: SentObjects) -> str | None:
-    """Return why the content of a `push-messages` may not pass; None where it may.
+    """Return why the content of a `push-messages` may not pass; None if it may.
 
     Args:
-        content: Any bytes. They are counted before anything is built from them.
-        limit: The largest number of objects of a reply, whatever was asked.
+        content: Any bytes. Fields and objects are counted before the message is parsed.
+        limit: The largest number of objects in a reply, whatever the request.
         sent: The objects that the server has sent so far.
     """
     most = sent.max_objects(limit)
@@ -99,7 +105,7 @@ def find_push_problem(content: bytes, limit: int, sent: SentObjects) -> str | No
 
 
 def _find_outline_problem(content: bytes, most: int) -> str | None:
-    """Check the lengths of its fields."""
+    """Check the number and the lengths of a message's fields without parsing it."""
     found = list(iterate_fields(content, 5))
     numbers = sorted(number for number, _ in found)
     if numbers not in ([_NODE, _MESSAGE, _TREE], [_NODE, _MESSAGE, _TREE, _RUNTIME]):
@@ -112,7 +118,7 @@ def _find_outline_problem(content: bytes, most: int) -> str | None:
 
 
 def _count_objects(tree: bytes, most: int) -> int:
-    """Count the objects of a tree, up to one above the limit. Raises MalformedMessage where it is deeper than any message."""
+    """Count the objects of a tree, up to one above the limit; raises MalformedMessage if it is deeper than MAX_DEPTH."""
     count = 0
     waiting = [(tree, 1)]
     while waiting:
@@ -121,7 +127,7 @@ def _count_objects(tree: bytes, most: int) -> int:
         if depth > MAX_DEPTH:
             raise MalformedMessage
         try:
-            inside = list(iterate_fields(part, most + 1))  # its identifier, and children
+            inside = list(iterate_fields(part, most + 1))  # the identifier and the children
         except TooManyFields:
             return most + 1
         waiting += [(value, depth + 1) for number, value in inside if number == _CHILDREN and isinstance(value, bytes)]
@@ -131,7 +137,13 @@ def _count_objects(tree: bytes, most: int) -> int:
 
 
 def _find_sender_problem(about: Metadata, node: int, server: int) -> str | None:
-    """Check the addresses. node: the SuperLink compares it with the key. server: the SuperLink's own node."""
+    """Check the addresses of a message.
+
+    Args:
+        about: Its header.
+        node: The caller, which the SuperLink compares with the key.
+        server: The SuperLink's own node number.
+    """
     if not about.reply_to_message_id:
         return "it replies to nothing: only the server sends requests"
     if about.src_node_id != node or node == server:
@@ -142,7 +154,7 @@ def _find_sender_problem(about: Metadata, node: int, server: int) -> str | None:
 
 
 def _find_time_problem(about: Metadata, took: Iterable[float]) -> str | None:
-    """Check the times. took: seconds, as Flower's nodes say how long they worked."""
+    """Check the times of a message, and the seconds that the node states it worked."""
     stated = [("ttl", about.ttl), ("created_at", about.created_at), *(("clientapp_runtime", seconds) for seconds in took)]
     for name, value in stated:
         if not (math.isfinite(value) and 0 <= value <= _MAX_SECONDS):

@@ -1,4 +1,4 @@
-"""A log that no client can fill: a few lines of a kind in a minute, and then how many were left out."""
+"""A log that no client can flood: a few lines of each kind per minute, then the number of omitted ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class _Kind:
 
 
 class RateLimitedLog:
-    """Writes at most five lines of a kind in a minute.
+    """Writes at most five lines of each kind per minute.
 
     Args:
-        log: Takes a line.
-        clock: The time in seconds.
+        log: Writes a line.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, log: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,7 +32,7 @@ class RateLimitedLog:
         self._kinds: dict[str, _Kind] = {}
 
     def write(self, kind: str, line: str) -> None:
-        """Write a line, unless too many of its kind were written."""
+        """Write a line, unless too many of its kind were written in this minute."""
         now = self._clock()
         found = self._kinds.get(kind)
         if found is None or now - found.since >= SECONDS:

@@ -1,6 +1,6 @@
-"""The front, the one public port of a coordinator: it ends TLS, authenticates members and forwards their calls to a SuperLink.
+"""The front, the coordinator's only public port: it terminates TLS, authenticates members and forwards calls to the SuperLink.
 
-It is told everything that it needs, so that it stays small, and apart from the rest: `ProxySetup`.
+Everything it needs is passed in as `ProxySetup`, so that it stays small and depends on no other part of cotune.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ log = logging.getLogger("cotune.front")
 
 @dataclass(frozen=True)
 class ProxySetup:
-    """What the proxy is made of.
+    """Everything the proxy depends on.
 
     Attributes:
-        host: The address to listen at.
-        port: The port to listen at; 0: any that is free.
-        context: Holds the certificate that the proxy shows.
+        host: Address to listen at.
+        port: Port to listen at; 0: any free one.
+        context: TLS context with the proxy's certificate.
         superlink_port: Of the SuperLink on 127.0.0.1.
-        trusted: Verifies the SuperLink's certificate.
+        trusted: TLS context that verifies the SuperLink's certificate.
         known: Returns the member that a public key belongs to.
-        fleet: Names, numbers and parsers of the API that is passed on.
+        fleet: Names, numbers and parsers of the Fleet API.
         refused: Called with the member whose announcement was refused, or whose quota is used up, and the reason.
-        limits: What one client may take.
-        quotas: What one member may take.
-        proxied: Whether all connections come from a proxy of the server's own, which counts them.
+        limits: What one client may use.
+        quotas: What one member may use.
+        proxied: Whether all connections come from the coordinator's own proxy, which limits them by address.
         turned_away: Called with the address of a stranger that sends too much at once, and the reason.
     """
 
@@ -65,7 +65,11 @@ class ProxySetup:
 
 
 def serve(setup: ProxySetup) -> None:
-    """Serve until SIGTERM or SIGINT. Raises RunError as `TlsProxy`."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        RunError: If the port cannot be opened.
+    """
     asyncio.run(_serve_until_signaled(setup))
 
 
@@ -79,7 +83,9 @@ async def _serve_until_signaled(setup: ProxySetup) -> None:
 
 
 class TlsProxy:
-    """Listens while it is entered. On exit, requests under way may finish within `limits.grace` seconds.
+    """The proxy, an async context manager that listens inside its block.
+
+    On exit, requests in progress have `limits.grace` seconds to finish.
 
     Raises:
         RunError: On entry, if the port cannot be opened.
@@ -121,7 +127,7 @@ class TlsProxy:
         while True:
             try:
                 connection, address = await loop.sock_accept(self._listener)
-            except OSError as error:  # the client is gone already, or there is no file descriptor left
+            except OSError as error:  # the client has disconnected already, or no file descriptor is left
                 self.guard.log.write("accept", f"a connection could not be accepted ({error})")
                 await asyncio.sleep(0.1)
                 continue
@@ -149,7 +155,7 @@ class TlsProxy:
 
     def _end_connection(self, task: asyncio.Task[None], connection: socket.socket, client: str, slot: Slot) -> None:
         if self._connections.pop(task) is None:
-            connection.close()  # perhaps it was evicted before the task had begun
+            connection.close()  # it may have been evicted before the task started
         self.guard.slots.leave(slot)
         if not task.cancelled() and (error := task.exception()):
             self.guard.log.write("failed", f"a connection of {client} failed ({type(error).__name__}: {error})")
@@ -176,7 +182,7 @@ def open_listener(host: str, port: int) -> socket.socket:
     """Open a port to listen at.
 
     Raises:
-        RunError: If it is taken, not permitted, or the address is not one of this machine.
+        RunError: If the port is in use or not permitted, or the address does not belong to this machine.
     """
     try:
         dual = host == "::" and socket.has_dualstack_ipv6()
@@ -201,7 +207,7 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 async def _peek_first_byte(connection: socket.socket) -> bytes:
-    """Return the first byte, and leave it there for the handshake."""
+    """Return the first byte without consuming it, so that the TLS handshake still reads it."""
     loop = asyncio.get_running_loop()
     arrived = asyncio.Event()
     connection.setblocking(False)

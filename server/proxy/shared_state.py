@@ -1,4 +1,4 @@
-"""What all connections of the proxy share: limits, members, and what has passed."""
+"""The state that all connections of the proxy share: limits, members, and counts of what has passed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cotune.server.proxy.traffic import Traffic
 
 log = logging.getLogger("cotune.front")
 
-ReportRefusal = Callable[[str, str], None]  # whose request was refused, and why
-_TOO_LARGE_STATUS = (413, 431)  # HTTP status: refused by its head alone, no matter who has signed it
+ReportRefusal = Callable[[str, str], None]  # (whose request was refused, why)
+_TOO_LARGE_STATUS = (413, 431)  # HTTP status of requests that are refused by the size of their head or content
 
 
 def ignore_refusal(who: str, reason: str) -> None:
@@ -29,19 +29,19 @@ def ignore_refusal(who: str, reason: str) -> None:
 
 @dataclass(frozen=True)
 class RequestGuard:
-    """Checks every request before it is passed on, and counts what has passed.
+    """Checks every request before it is forwarded, and counts what has passed.
 
     Attributes:
-        limits: What one client may take.
+        limits: What one client may use.
         known: Returns the member that a public key belongs to.
-        refused: Called with the member whose announcement was refused, who sends too much at once, or whose quota is used up, and
-            the reason.
-        turned_away: The same with the address of somebody who has not shown that it is a member.
-        slots: The connections that are held.
-        traffic: The content that is on its way.
+        refused: Called with a member and the reason if its announcement was refused, it sends too much at once, or its quota is
+            used up.
+        turned_away: Called likewise with the address of a client that has not authenticated as a member.
+        slots: The open connections.
+        traffic: The content in transfer.
         sent: The objects that the server has sent.
-        usage: What members have taken.
-        log: Of what is refused.
+        usage: What members have used.
+        log: For refusals.
     """
 
     limits: Limits
@@ -64,6 +64,16 @@ class RequestGuard:
         refused: ReportRefusal,
         turned_away: ReportRefusal = ignore_refusal,
     ) -> RequestGuard:
+        """Create the guard of a proxy that has just started.
+
+        Args:
+            limits: What one client may use.
+            quotas: What one member may use.
+            known: Returns the member that a public key belongs to.
+            fleet: Names, numbers and parsers of the Fleet API.
+            refused: See the attributes.
+            turned_away: See the attributes.
+        """
         return cls(
             limits,
             known,
@@ -77,15 +87,15 @@ class RequestGuard:
         )
 
     def admit(self, request: h11.Request, slot: Slot, client: str = "") -> str | Refusal:
-        """Decide by its head whether a request may be read.
+        """Decide by its head whether the content of a request may be read.
 
         Args:
             request: Its head.
             slot: Of its connection.
-            client: The client's address, where that of the slot is a proxy's.
+            client: The client's address, if connections come through the coordinator's own proxy.
 
         Returns:
-            The member that has signed it, or the refusal.
+            The member that signed it, or the refusal.
         """
         if refusal := reason_to_refuse(request, self.limits):
             if refusal.status in _TOO_LARGE_STATUS:
@@ -113,11 +123,11 @@ class RequestGuard:
         return refusal
 
     def record_requests(self, member: str, content: bytes) -> None:
-        """Record the content of an answer to `pull-messages`, before the member learns of it."""
+        """Record the content of an answer to `pull-messages` before the member receives it."""
         self.usage.record_requests(member, self.sent.record_pull_response(content))
 
     def inspect_push(self, content: bytes, member: str) -> Refusal | None:
-        """Check the content of a `push-messages`; return the refusal where it may not pass."""
+        """Check the content of a `push-messages`; return the refusal if it may not pass, else None."""
         reason = find_push_problem(content, self.limits.tree, self.sent)
         if reason is None:
             return None

@@ -1,4 +1,4 @@
-"""Limits of the content that is on its way at a time, in all and of each member: the SuperLink holds it in memory."""
+"""Limit the content in transfer at a time, in total and per member, as the SuperLink keeps it in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cotune.server.proxy.allowed_calls import Limits
 
 
 class Traffic:
-    """Content that is on its way. A request that comes while it is too much waits, and is not read meanwhile."""
+    """The content in transfer. While it exceeds a limit, new requests wait, and their content is not read."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -21,7 +21,7 @@ class Traffic:
 
     @asynccontextmanager
     async def reserve(self, member: str, size: int) -> AsyncIterator[None]:
-        """Reserve bytes for a member during the block. Raises TimeoutError where there is no room within `limits.queue`."""
+        """Reserve bytes for a member during the block; raises TimeoutError if it has to wait longer than `limits.queue`."""
         async with self._changed:
             async with asyncio.timeout(self._limits.queue):
                 await self._changed.wait_for(lambda: self._has_room(member, size))
@@ -35,8 +35,8 @@ class Traffic:
 
     @asynccontextmanager
     async def announcement_turn(self, member: str) -> AsyncIterator[None]:
-        """Let a member announce one reply at a time: each locks the SuperLink's database. Raises TimeoutError as `reserve`."""
-        lock = self._announcing[member]  # as many as there are members
+        """Let a member announce one reply at a time, as each locks the SuperLink's database; raises TimeoutError as `reserve`."""
+        lock = self._announcing[member]  # at most one per member
         async with asyncio.timeout(self._limits.queue):
             await lock.acquire()
         try:
@@ -45,7 +45,7 @@ class Traffic:
             lock.release()
 
     def _has_room(self, member: str, size: int) -> bool:
-        """Whether so many bytes may be on their way, too; the content of one request alone always may."""
+        """Return whether so many more bytes fit; the content of a single request always does."""
         own = self._by_member[member]
         everybody = self._by_member.total()
         if own and own + size > self._limits.in_flight_per_member:

@@ -1,4 +1,4 @@
-"""The SuperLink behind the front, on this machine's loopback."""
+"""HTTP client for the SuperLink behind the front, on this machine's loopback interface."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cotune.server.proxy.allowed_calls import Limits, forwarded_headers
 
 
 class SuperLink:
-    """A client of the SuperLink. It speaks TLS: with SuperNode authentication the SuperLink takes nothing else.
+    """An HTTP client for the SuperLink. It uses TLS, without which the SuperLink does not authenticate SuperNodes.
 
     Args:
         port: Of the SuperLink on 127.0.0.1.
-        context: Verifies its certificate.
-        limits: Of connections and times.
+        context: TLS context that verifies its certificate.
+        limits: For connections and timeouts.
     """
 
     def __init__(self, port: int, context: ssl.SSLContext, limits: Limits) -> None:
@@ -26,7 +26,7 @@ class SuperLink:
         pool = httpx.Limits(
             max_connections=limits.connections,
             max_keepalive_connections=limits.connections,
-            keepalive_expiry=2.0,  # before the 5 s of the SuperLink: it never closes one as a request sets out
+            keepalive_expiry=2.0,  # below the SuperLink's 5 s, so that it never closes a connection just as a request is sent
         )
         self._transport = httpx.AsyncHTTPTransport(verify=context, limits=pool, trust_env=False)
 
@@ -39,7 +39,7 @@ class SuperLink:
             client: The client's address, for the SuperLink's log.
 
         Returns:
-            The answer, with its content still to be read.
+            The answer; its content is not read yet.
 
         Raises:
             httpx.TransportError: If the SuperLink does not answer.
@@ -54,4 +54,5 @@ class SuperLink:
         return await self._transport.handle_async_request(asked)
 
     async def close(self) -> None:
+        """Close all connections."""
         await self._transport.aclose()

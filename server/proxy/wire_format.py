@@ -1,4 +1,4 @@
-"""Reads the fields of a protobuf message without building it: a megabyte of empty messages would take a hundred times as much.
+"""Read the fields of a protobuf message without parsing it: a megabyte of empty messages would take a hundred in memory.
 
 https://protobuf.dev/programming-guides/encoding
 """
@@ -16,19 +16,19 @@ _MAX_VARINT_BYTES = 10
 
 
 class MalformedMessage(Exception):
-    """The bytes are no protobuf message."""
+    """The bytes are not a protobuf message."""
 
 
 class TooManyFields(MalformedMessage):
-    """The message has more fields than it may have."""
+    """The message has more fields than allowed."""
 
 
 def iterate_fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int]]:
-    """Yield number and value of each field: an integer for a varint, otherwise its bytes.
+    """Yield number and value of each field: an integer for a varint, bytes for all other types.
 
     Args:
         content: Any bytes.
-        most: The largest number of fields that are read.
+        most: The largest number of fields.
 
     Raises:
         MalformedMessage: If it is malformed, or uses groups.
@@ -50,7 +50,7 @@ def iterate_fields(content: bytes, most: int) -> Iterator[tuple[int, bytes | int
 
 
 def get_field_length(value: bytes | int) -> int:
-    """Return the bytes of a field's value; 0 for a number."""
+    """Return the length of a field's value in bytes; 0 for an integer."""
     return len(value) if isinstance(value, bytes) else 0
 
 

@@ -1,1 +1,1 @@
-"""The rounds of a run: who is asked, what comes back, whether it may enter the model, and how it is fused."""
+"""The rounds of a run: select organizations, request updates, validate them, and aggregate them."""

@@ -1,11 +1,11 @@
-"""A round that makes the model much worse on the coordinator's records is not applied: the state before it stays.
+"""Discard a round that makes the model much worse on the coordinator's records, and keep the state before it.
 
-The coordinator's validation records decide where it has some. Otherwise its test set decides in a real run: figures on that set
-are then those of a model that was chosen by it, if by coarse steps only. In a simulated run the test set never decides: it holds
+The accuracy is measured on the coordinator's validation records if it has some, otherwise in a real run on its test set; figures
+on that set are then slightly biased, as it helped to select the model. In a simulated run the test set never decides: it contains
 records of the simulated organizations, it is small, and the reported accuracy would be one that was selected for.
 
-A round that is not applied is kept in the history, with the updates that stood out: such an organization may be hostile, or only
-unlike the others.
+A discarded round stays in the history, with the updates that deviated most. Their organizations may be hostile, or only unlike
+the others.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class AccuracyGuard:
         """Create the guard of a run.
 
         Args:
-            max_drop: Fall of the accuracy that is still accepted, as a share of the records that decide; from 1 on every fall is.
-            validate: A state's accuracy on the coordinator's validation records, 0 to 1; None where it has none.
-            by_test_set: Whether the test set judges in their place.
+            max_drop: Largest accepted fall of the accuracy, as a fraction of the records; with 1 or more, any fall is accepted.
+            validate: State -> accuracy on the coordinator's validation records, 0 to 1; None if it has none.
+            by_test_set: Whether the accuracy on the test set is used if there are no validation records.
         """
         self._max_drop = max_drop
         self._validate = validate
         self.active = max_drop < 1 and (validate is not None or by_test_set)
 
     def accepts(self, before: State, metrics_before: MetricsEntry | None, after: State, metrics: Metrics | None) -> bool:
-        """Return whether the accuracy has not fallen by more than is accepted; true where no records decide.
+        """Return whether the accuracy fell by no more than `max_drop`; true if there are no records to measure it on.
 
         Args:
-            before: The model that the round began with, as it is served.
+            before: The model at the start of the round, as organizations received it.
             metrics_before: Its metrics on the test set.
-            after: The model that the round would give, as it is served.
+            after: The model after the round, as organizations would receive it.
             metrics: Its metrics on the test set.
         """
         if not self.active:
@@ -56,25 +56,25 @@ class AccuracyGuard:
 
 
 def read_update_looks(combination: Combination) -> dict[str, UpdateSummary]:
-    """Return how the updates of a round look; nothing under client-level privacy, where a whole organization is protected."""
+    """Return the summaries of a round's updates; none under client-level privacy, which protects what an organization sends."""
     return combination.summarize_updates() if isinstance(combination, Aggregator) else {}
 
 
 def rounded_weights(looks: Mapping[str, UpdateSummary], order: Sequence[str]) -> dict[str, float]:
-    """Return organization -> its share of the round as it stands in the history."""
+    """Return organization -> its share of the round's weight, rounded for the history."""
     return {name: round(looks[name].share, _DIGITS) for name in order if name in looks}
 
 
 def rounded_norms(looks: Mapping[str, UpdateSummary], order: Sequence[str]) -> dict[str, float]:
-    """Return organization -> norm of its update as it stands in the history."""
+    """Return organization -> norm of its update, rounded for the history."""
     return {name: _rounded(looks[name].norm) for name in order if name in looks}
 
 
 def find_suspects(looks: Mapping[str, UpdateSummary]) -> list[SuspectEntry]:
-    """Return the updates that stood out most, the first first: fewer than half of them, but one at least where there are three.
+    """Return the updates that deviated most, in descending order: fewer than half, but at least one of three or more.
 
-    They are ordered by their distance to the middle of the updates; where the server has not held them, by weight times norm, as
-    that moves a mean.
+    They are ordered by their distance to the coordinate-wise median; if the server did not store the updates, by weight times
+    norm, which is how far an update moves a mean.
     """
     if len(looks) < 3:
         return []

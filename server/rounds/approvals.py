@@ -1,6 +1,6 @@
-"""Organizations at which nobody has approved the plan yet: no failure and no strike; they are asked again, with back-off.
+"""Track organizations at which nobody has approved the plan yet. They get no strike and are asked again, with back-off.
 
-An organization that reconnects is asked soon: one that joins with a new federation.toml has approved its plan.
+An organization that reconnects is asked again soon: joining with a new federation.toml approves its plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PUBLIC_MESSAGE = Declined("training.approval", "").public
 
 
 def awaits_approval(message: Message | None) -> bool:
-    """Return whether a reply says that a person has to approve the plan first, and nothing else."""
+    """Return whether a reply declines for one reason only: that a person has to approve the plan first."""
     return message is not None and message.has_error() and parse_refusal(message.error.reason or "")[0] == _PUBLIC_MESSAGE
 
 
@@ -30,24 +30,28 @@ class _Pending:
 
 
 class PendingApprovals:
-    """Those of one round. Times are seconds on one monotonic clock."""
+    """The organizations that await approval in one round. Times are seconds on one monotonic clock."""
 
     def __init__(self, limits: TimeLimits = TIME_LIMITS) -> None:
-        """Note none yet. limits: of the back-off."""
+        """Create an empty set.
+
+        Args:
+            limits: For the back-off.
+        """
         self._limits = limits
         self._pending: dict[str, _Pending] = {}
         self._began: float | None = None
 
     def add(self, organization: str, at: float, since: str) -> bool:
-        """Note that an organization awaits approval.
+        """Add an organization that awaits approval.
 
         Args:
-            organization: Who replied so.
+            organization: Its name.
             at: When it replied.
-            since: When it had connected, as the SuperLink says.
+            since: When it last connected, as the SuperLink reports it.
 
         Returns:
-            Whether it did not await approval before.
+            Whether it is new in the set.
         """
         before = self._pending.get(organization)
         self._pending[organization] = _Pending(at, since, before.times + 1 if before else 1)
@@ -56,7 +60,7 @@ class PendingApprovals:
         return before is None
 
     def discard(self, organization: str) -> bool:
-        """Note another outcome of an organization, and return whether it had awaited approval."""
+        """Remove an organization that has another outcome, and return whether it awaited approval."""
         return self._pending.pop(organization, None) is not None
 
     def __contains__(self, organization: object) -> bool:
@@ -67,13 +71,19 @@ class PendingApprovals:
         return sorted(self._pending)
 
     def is_due(self, organization: str, now: float, since: str) -> bool:
-        """Return whether to ask an organization again, which connected last at `since`."""
+        """Return whether it is time to ask an organization again.
+
+        Args:
+            organization: One that awaits approval.
+            now: The current time.
+            since: When it last connected; a new value shortens the back-off.
+        """
         pending = self._pending[organization]
         wait = self._limits.approval_backoff if since != pending.since else self._backoff(pending.times)
         return now >= pending.at + wait
 
     def end(self, seconds: float) -> float:
-        """Return until when a round waits for approvals: `seconds` after the first was noted; 0 where none is pending."""
+        """Return when a round stops waiting for approvals: `seconds` after the first was added; 0 if none is pending."""
         return self._began + seconds if self._pending and self._began is not None else 0.0
 
     def _backoff(self, times: int) -> float:

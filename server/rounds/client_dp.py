@@ -1,4 +1,4 @@
-"""Client-level privacy as a part of the round loop: between fusion and server optimizer, with a hard stop at its ε."""
+"""Client-level privacy in the round loop, between fusion and server optimizer, with a hard stop at its ε."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ClientLevelPrivacy:
         """Open the account of a run.
 
         Raises:
-            PrivacyError: When the plan's client-level privacy cannot be given, its account is lost, or the plan asks for another
-                δ or a larger ε for all runs than the federation's first run fixed.
+            PrivacyError: If the plan's client-level privacy is impossible, its account is lost, or the plan asks for another δ or
+                a larger total ε than the federation's first run fixed.
         """
         self.privacy = privacy
         self.account = open_client_account(folder, privacy)
@@ -32,11 +32,11 @@ class ClientLevelPrivacy:
 
     @classmethod
     def of(cls, folder: RunFolder) -> ClientLevelPrivacy | None:
-        """Return that of a run; None where the plan asks for none."""
+        """Open the account of a run; None if its plan has no client-level privacy."""
         return None if folder.plan.client_privacy is None else cls(folder, folder.plan.client_privacy)
 
     def reason_to_stop(self, progress: Progress) -> str | None:
-        """Return why the next round must not be trained, before anybody is asked to; None when it may."""
+        """Return why the next round must not be trained; None if it may. Call it before any organization is asked."""
         charged = {round for round, _ in self.account.charges()}
         missing = [round for round in range(1, progress.round + 1) if round not in charged]
         if missing:
@@ -68,9 +68,9 @@ class ClientLevelPrivacy:
         return used if mean.unclipped is None else next_clip_norm(self.privacy, used, mean.unclipped)
 
     def charge(self, round: int) -> None:
-        """Charge a round to the account, before its noise is drawn."""
+        """Charge a round to the account durably; call it before the round's noise is drawn."""
         self.account.charge(round, self.noise.charge)
 
     def entry(self, before: Progress, mean: PrivateMean) -> ClientPrivacyEntry:
-        """Return what a round's entry in summary.json says."""
+        """Return the round's entry for summary.json."""
         return ClientPrivacyEntry(epsilon=self.account.spent(), clip_norm=self.clip_norm(before), unclipped=mean.unclipped)

@@ -1,4 +1,4 @@
-"""What evaluates a run where there is no common model."""
+"""Register the function that evaluates a run without a common model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _evaluators = Registry[Evaluator]()
 
 
 def register_evaluator(evaluator: Evaluator) -> AbstractContextManager[None]:
-    """Let runs of this process whose organizations have models of their own be evaluated by a function, during the block."""
+    """Evaluate runs of this process whose organizations have their own models with a function, during the block."""
     return _evaluators.register(evaluator)
 
 
 def get_registered_evaluator(common: Evaluator | None = None) -> Evaluator:
-    """Return what evaluates such a run; in a real federation nobody sees these models, and `common` evaluates, where given."""
+    """Return the registered function; without one, `common`. In a real federation the server never sees the models."""
     return _evaluators.newest or common or (lambda _: None)

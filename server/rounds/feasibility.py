@@ -1,4 +1,4 @@
-"""Whether a plan suits the organizations that are to run it, as far as their number decides it."""
+"""Check a plan against the number of organizations that will run it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from cotune.server.rounds.selection import check_sample_size
 from cotune.server.runs.client_privacy import compute_round_noise
 from cotune.strategies.compatibility import find_problem
 
-_MAX_FAILURE_RATE = 1e-3  # how often a run may end because too few organizations were drawn in one of its rounds
+_MAX_FAILURE_RATE = 1e-3  # accepted probability that a run ends because a round drew too few organizations
 
 
 def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None:
-    """Check that so many organizations, and a plug-in's own needs, go with the plan; nobody else opens a plug-in's file.
+    """Check that a plan can run with so many organizations, and that its components in files are compatible with it.
+
+    It executes these files, which happens only on the coordinator's machine.
 
     Args:
         plan: The plan.
-        organizations: How many there are.
+        organizations: Their number.
         server_data: Whether the server has validation records.
 
     Raises:
-        PlanError: They do not.
-        PrivacyError: Client-level privacy cannot be given.
+        PlanError: If the plan cannot run.
+        PrivacyError: If its client-level privacy is impossible with so few organizations.
     """
     check_sample_size(plan, organizations)
     size = plan.server.sample_size

@@ -1,7 +1,7 @@
-"""The round loop, the same for every engine: select, ask, receive, combine, step, evaluate, checkpoint.
+"""The round loop, the same for every engine: select, request, receive, aggregate, step, evaluate, checkpoint.
 
-Updates are added one at a time, in the order of the organizations, so that the sum is the same no matter who was faster; the
-server never holds more than a few in memory beside the running sum: those that must be compared wait on disk
+Updates are added one at a time, in the order of the organizations, so that the sum does not depend on who was faster. The server
+never has more than a few updates in memory beside the running sum; those that must be compared are stored on disk
 (strategies/aggregator.py).
 """
 
@@ -64,7 +64,7 @@ Evaluate = Callable[[State], Metrics | None]
 
 @dataclass(frozen=True)
 class _Run:
-    """What all rounds of a run have in common."""
+    """What all rounds of a run share."""
 
     session: Session
     transport: Transport
@@ -87,14 +87,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a round begins with.
+    """The state at the start of a round.
 
     Attributes:
         number: The round.
-        before: The run after the round before.
-        state: The model that everybody receives.
+        before: The run's progress after the previous round.
+        state: The model that all organizations receive.
         shared: The part of it that organizations train and share.
-        context: The same as fusion and weighting see it.
+        context: What fusion and weighting may know of the round.
     """
 
     number: int
@@ -116,16 +116,16 @@ def run_rounds(
     Args:
         session: The run.
         model: The model of its plan.
-        evaluate: Metrics of a state on the common test set; None where there is none.
-        score: Accuracy of a state on the server's own validation records, for rules that score updates by it, and for the
-            accuracy guard, which otherwise goes by the test set in a real run, and by nothing in a simulated one.
-        public: The plan's public inputs; None where it names none.
+        evaluate: State -> metrics on the common test set; None if there is none.
+        score: State -> accuracy on the server's validation records, for rules and the accuracy guard. Without it, the guard uses
+            the test set in a real run, and nothing in a simulated one.
+        public: The plan's public inputs; None if it names none.
 
     Returns:
-        The run after its last round.
+        The run's progress after its last round.
 
     Raises:
-        RunError: When a round does not reach its quorum; all rounds before are kept.
+        RunError: If a round does not reach its quorum; all earlier rounds are kept.
     """
     folder = session.folder
     plan = folder.plan
@@ -168,7 +168,7 @@ def _train(run: _Run, progress: Progress) -> Progress:
 
 
 def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
-    """End the run with the rounds that it has. Raises RunError when it has none."""
+    """End the run with the rounds that are finished; raises RunError if there are none."""
     if not progress.round:
         raise RunError(f"the run ends without a model: {reason}; start a new run", code="run.no_model")
     folder.stop(reason)
@@ -202,7 +202,7 @@ def _begin(run: _Run, before: Progress, number: int) -> _Start:
 
 
 def _combination(run: _Run, start: _Start) -> Combination:
-    """Where updates are added: under client-level privacy a noised mean, else the fusion of the plan's strategy."""
+    """Return what combines the updates: a noised mean under client-level privacy, else the plan's weighting and fusion."""
     if run.client_level:
         return run.client_level.new_mean(start.shared, start.before)
     return build_aggregator(run.plan.strategy, start.context, run.store.folder)
@@ -232,7 +232,7 @@ def _collect(
 
 
 def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str, Tensor], spec: UpdateSpec) -> Requests:
-    """The signed requests of a round; nobody else holds their contents, which are large."""
+    """Build the signed requests of a round. They are large; the result has the only references to their contents."""
     folder = run.folder
     before = start.before
     asked = list(selection.asked)
@@ -253,7 +253,7 @@ def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[R
 
 
 def _check_quorum(run: _Run, result: RoundResult) -> None:
-    """Raises RunError where too few updates came; strikes and waiting organizations of the failed round are remembered."""
+    """Raise RunError if too few updates were accepted, after recording the failed round's strikes and waiting organizations."""
     if not result.has_quorum:
         record_strikes(run.folder, result.strikes)
         record_waiting(run.folder, result.number, result.dropped)
@@ -261,7 +261,7 @@ def _check_quorum(run: _Run, result: RoundResult) -> None:
 
 
 def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundResult, began: float) -> Progress:
-    """Apply the round, unless the accuracy falls by too much, and enter it in the history."""
+    """Apply the round, unless the accuracy falls too far, and add it to the history."""
     folder = run.folder
     number = start.number
     before = start.before
@@ -294,7 +294,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
 
 
 def _move(run: _Run, start: _Start, combination: Combination) -> tuple[State, State]:
-    """The next state, and all that is remembered; where predictions are shared, their student with it."""
+    """Return the next state and the memory of all components; if predictions are shared, also that of their student."""
     plan = run.plan
     moved, memory = apply_update(plan, start.before, start.state, combination.result(), start.context)
     if not plan.shares_predictions:
@@ -305,13 +305,13 @@ def _move(run: _Run, start: _Start, combination: Combination) -> tuple[State, St
 
 
 def _find_extreme(plan: Plan, before: Progress, moved: State, memory: State) -> str:
-    """Return why no organization would take what the next round sends; "" where they would."""
+    """Return why organizations would refuse the state that the next round sends; "" if they would not."""
     found = find_extreme(moved) or find_extreme(broadcast_extras(plan, replace(before, memory=memory)))
     return "" if found is None else f"{found[0]} reaches {found[1]:.3g}, and organizations take at most {MAX_VALUE:g}"
 
 
 def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
-    """Metrics of the model that the round begins with, where the guard may need them."""
+    """Return the metrics of the model at the start of the round, if the guard may need them."""
     if not run.guard.active:
         return None
     before = start.before
@@ -321,7 +321,7 @@ def _metrics_before(run: _Run, start: _Start) -> MetricsEntry | None:
 
 
 def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry) -> None:
-    """Once: who trains for the whole ε and has hardly a say, most often because others state their numbers by another rule."""
+    """Report once who spends its ε but has little weight, usually because others count their records by another rule."""
     small = {name: share for name, share in entry.weights.items() if share * len(entry.weights) < _SMALL_WEIGHT}
     for name, share in small.items():
         if not any(name in each.weights for each in before.history):
@@ -329,10 +329,10 @@ def _report_small_weights(folder: RunFolder, before: Progress, entry: RoundEntry
 
 
 def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]) -> Selection:
-    """Select who is asked. The quorum is a fraction of them: those who may not take part any more do not count.
+    """Select who is asked. The quorum is a fraction of them; organizations that are excluded or revoked do not count.
 
     Raises:
-        RunError: When nobody is left, or one where several are needed.
+        RunError: If no organization is left, or only one where several are needed.
     """
     folder = run.folder
     config = run.plan.server
@@ -351,7 +351,7 @@ def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]
 
 
 def _excluded(run: _Run, before: Progress, number: int, members: Mapping[str, Any]) -> list[str]:
-    """Who may not take part any more; each is told of once. Raises RunError where nobody is left."""
+    """Return who may not take part any more, and report each once; raises RunError if no organization is left."""
     folder = run.folder
     struck = find_excluded(folder, before.history)
     revoked = [who.name for who in folder.file.participants if who.name not in members]

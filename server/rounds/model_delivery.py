@@ -1,8 +1,8 @@
-"""The finished model, delivered to every organization of a run; delivered.json says who has confirmed it.
+"""Deliver the final model to every organization of a run; delivered.json records who has confirmed it.
 
-An organization that was away gets it when the run is continued: all who have not confirmed are asked again. One that is connected
-and silent does not delay the end of the run: once half have confirmed, it has `server.timeout_factor` times their median, and at
-least `server.min_timeout_seconds`, as in a round; it gets it when the run is continued, too.
+An organization that was absent gets the model when the run is continued: all that have not confirmed are asked again. One that is
+connected and does not answer cannot delay the end of the run: once half have confirmed, it has `server.timeout_factor` times
+their median, and at least `server.min_timeout_seconds`, as in a round.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Members = Mapping[str, ExampleBounds | None]
 
 
 def deliver(session: Session) -> list[str]:
-    """Deliver the finished model to the members of a run who lack it.
+    """Deliver the final model to the members of a run that do not have it yet.
 
-    Those who are not connected are waited for `server.absent_seconds` long. Those who were excluded or revoked get none; who was
-    excluded, and is connected, is told so, and why.
+    It waits `server.absent_seconds` for those that are not connected. Excluded and revoked organizations get no model; excluded
+    ones that are connected get a notice with the reason.
 
     Returns:
-        Who still lacks it.
+        The organizations that still lack the model.
     """
     progress = session.folder.load()
     members = session.read_members()
@@ -69,7 +69,7 @@ def _deliver_model(session: Session, progress: Progress, members: Members) -> li
 
 
 def _notify_excluded(session: Session, progress: Progress, members: Members) -> None:
-    """Send a request of the same kind without a model: an organization answers it with a refusal, and enters it in its log."""
+    """Send excluded organizations a request without a model, which they decline and enter in their audit logs."""
     folder = session.folder
     out = find_excluded(folder, progress.history)
     fates = read_strike_records(folder, progress.history)
@@ -101,7 +101,7 @@ def _requests(progress: Progress, contents: Mapping[str, RecordDict]) -> Request
 
 
 class _Delivery:
-    """Asks organizations to confirm the finished model."""
+    """Sends the final model and waits for receipts."""
 
     def __init__(self, session: Session, transport: Transport, requests: Requests, received: str) -> None:
         self._folder: RunFolder = session.folder
@@ -117,21 +117,21 @@ class _Delivery:
         self._organizations = list(requests.contents)
         self._outcomes: dict[str, Outcome] = {}
         self._began = time.monotonic()
-        self._has_looked = False  # whether who is connected was known when organizations were asked last
+        self._has_looked = False  # whether it was known who is connected when organizations were last asked
         self._confirmed_before = len(read_deliveries(self._folder))
 
     @property
     def _max_wait(self) -> float:
-        """Seconds that one that is connected may take at most."""
+        """Return the most seconds that a connected organization has."""
         return self._limits.export
 
     @property
     def _absent_seconds(self) -> float:
-        """Seconds that those are waited for who are not connected."""
+        """Return how many seconds to wait for organizations that are not connected."""
         return self._folder.plan.server.absent_seconds
 
     def run(self) -> list[str]:
-        """Ask until everybody has an outcome or had enough time, and return who has not confirmed."""
+        """Send until all organizations have an outcome or had enough time; return those that have not confirmed."""
         while not self._is_over():
             self._has_looked = self._transport.last_seen() > 0
             self._tracker.ask()
@@ -148,7 +148,7 @@ class _Delivery:
         return TimedOut("it did not confirm in time") if name in self._tracker.waiting else Lost("it was not connected")
 
     def _timeout(self) -> float:
-        """Return how long one that is connected may take to confirm: once half of them have, as long as the others took."""
+        """Return how long a connected organization may take: once half have confirmed, a multiple of what they took."""
         config = self._folder.plan.server
         taken = [self._tracker.seconds_taken[name] for name, each in self._outcomes.items() if isinstance(each, Accepted)]
         count = self._confirmed_before + len(taken)
@@ -182,7 +182,7 @@ class _Delivery:
         self._record(name, self._read(message, name) if isinstance(message, Message) else message)
 
     def _record(self, name: str, outcome: Outcome) -> None:
-        """The only place where an organization's outcome is set."""
+        """Set an organization's outcome; nothing else does."""
         self._tracker.settle(name)
         self._outcomes[name] = outcome
         if isinstance(outcome, Accepted):
@@ -192,7 +192,7 @@ class _Delivery:
             self._folder.events.write(DeliveryFailed(organization=name, reason=outcome.reason))
 
     def _read(self, message: Message, name: str) -> Outcome:
-        """A stranger's message may be wrong in any way, and must not keep the others from their model."""
+        """Verify a reply. It may be malformed in any way, which must not keep the others from getting the model."""
         try:
             return self._verify(message, name)
         except (CotuneError, OSError, MemoryError):
@@ -215,7 +215,7 @@ class _Delivery:
 
 
 class _Notices(_Delivery):
-    """Tells organizations that they were excluded; nobody is waited for long, as none may hold up the end of a run."""
+    """Notifies excluded organizations; it does not wait long, so that none of them delays the end of the run."""
 
     @property
     def _max_wait(self) -> float:

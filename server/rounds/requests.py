@@ -1,6 +1,6 @@
-"""Requests to organizations: who is asked, who may still reply, who is asked again, and who is given up.
+"""Track requests to organizations: who was asked, who may still reply, who is asked again, and who is given up.
 
-Rounds and the delivery of the finished model use the same tracker. It knows neither quorums nor deadlines: its owner decides when
+Rounds and the delivery of the final model use the same tracker. It knows neither quorums nor deadlines: its owner decides when
 an organization is settled.
 """
 
@@ -24,8 +24,8 @@ class RetryLimits:
     """How often an organization is asked.
 
     Attributes:
-        max_losses: Lost requests or replies after which it is given up.
-        max_requests: Requests in all: it may reconnect again and again.
+        max_losses: Number of lost requests or replies after which it is given up.
+        max_requests: Most requests in total, as it may reconnect any number of times.
         backoff: Seconds before a lost request is repeated; doubled after every further loss.
     """
 
@@ -36,13 +36,13 @@ class RetryLimits:
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked of whom.
+    """The requests of one round or delivery.
 
     Attributes:
         round: The round that the requests name.
-        kind: Flower's type of the message.
+        kind: Flower's message type.
         contents: Organization -> its request, in the order of the organizations.
-        max_bytes: Size of the largest reply that is taken.
+        max_bytes: Size of the largest reply that is accepted.
     """
 
     round: int
@@ -53,19 +53,19 @@ class Requests:
 
 @dataclass
 class _Request:
-    """One organization's request, which has no outcome yet."""
+    """One organization's request, which is not settled yet."""
 
     content: RecordDict
     sent: int = 0
     under_way: int = 0  # copies that may still be answered
     losses: int = 0
-    lost: str = ""  # why the last copy was lost; "" where none was
+    lost: str = ""  # why the last copy was lost; "" if none was
     lost_at: float = 0.0
     asked_at: float = 0.0
-    since: str = ""  # when the organization had connected as it was asked
+    since: str = ""  # when the organization had last connected, at the time it was asked
 
     def reset(self) -> None:
-        """Forget the copies and the losses so far: the organization will be asked for another reason."""
+        """Reset the counts of copies and losses, before the organization is asked for another reason."""
         self.sent = 0
         self.under_way = 0
         self.losses = 0
@@ -73,11 +73,11 @@ class _Request:
 
 
 class RequestTracker:
-    """The requests of one round, or of one delivery, until each is settled. No other class changes their state.
+    """The requests of one round or delivery, until each is settled. No other class changes their state.
 
     Attributes:
         bytes_sent: Size of all requests that were sent.
-        seconds_taken: Organization -> how long it took, of those that have replied.
+        seconds_taken: Organization -> seconds until its reply, for those that have replied.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class RequestTracker:
         lifetime: Callable[[str], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Create the tracker; nobody is asked yet.
+        """Create the tracker without sending anything.
 
         Args:
             transport: Carries requests and replies.
-            requests: What is asked of whom. A content is released when its organization is settled.
+            requests: The content of a request is released when its organization is settled.
             limits: How often organizations are asked.
-            lifetime: Organization -> seconds that a request to it stays valid from now on.
-            clock: Seconds, monotonic, comparable with `Transport.last_seen`.
+            lifetime: Organization -> seconds for which a request sent now stays valid.
+            clock: Monotonic, in seconds, comparable with `Transport.last_seen`.
         """
         self._transport = transport
         self._round = requests.round
@@ -115,29 +115,29 @@ class RequestTracker:
 
     @property
     def open(self) -> list[str]:
-        """Organizations whose requests are not settled."""
+        """Return the organizations whose requests are not settled."""
         return list(self._open)
 
     @property
     def waiting(self) -> list[str]:
-        """Organizations that were asked and may still reply."""
+        """Return the organizations that were asked and may still reply."""
         return [name for name, request in self._open.items() if request.under_way]
 
     @property
     def idle(self) -> list[str]:
-        """Organizations that are yet to be asked, or to be asked again."""
+        """Return the organizations that have to be asked, for the first time or again."""
         return [name for name, request in self._open.items() if not request.under_way]
 
     def asked_at(self, organization: str) -> float:
-        """Return when an organization was asked last, by the clock of the tracker."""
+        """Return when an organization was last asked, by the tracker's clock."""
         return self._open[organization].asked_at
 
     def connected_at(self, organization: str) -> str:
-        """Return when an organization had connected as it was asked last, as the SuperLink says."""
+        """Return when an organization had last connected at the time it was last asked, as the SuperLink reported it."""
         return self._open[organization].since
 
     def loss_of(self, organization: str) -> str:
-        """Return why the last request to an organization was lost; "" where none was."""
+        """Return why the last request to an organization was lost; "" if none was."""
         return self._open[organization].lost
 
     def losses(self, organization: str) -> int:
@@ -145,11 +145,15 @@ class RequestTracker:
         return self._open[organization].losses
 
     def lost_at(self, organization: str) -> float:
-        """Return when the last request to an organization was lost; 0 where none was."""
+        """Return when the last request to an organization was lost; 0 if none was."""
         return self._open[organization].lost_at if self._open[organization].lost else 0.0
 
     def ask(self, may_ask: MayAsk = lambda name, node: True) -> None:
-        """Ask everybody who is connected, was not asked or was lost, and may be asked now."""
+        """Send requests to all connected organizations that have to be asked.
+
+        Args:
+            may_ask: (organization, node) -> whether it may be asked now.
+        """
         idle = self.idle
         connected = self._transport.connected() if idle else {}
         for name in idle:
@@ -157,7 +161,7 @@ class RequestTracker:
                 self._send(name, connected[name])
 
     def ask_reconnected(self) -> None:
-        """Ask again who has reconnected: its request may be lost, as Flower hands each over once."""
+        """Ask organizations that have reconnected again: their requests may be lost, as Flower delivers each only once."""
         seen = self._transport.last_seen()
         if seen == self._last_seen:
             return
@@ -168,32 +172,32 @@ class RequestTracker:
                 self._send(name, node)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
-        """Yield what has come, also for earlier rounds, but not from organizations that are settled by now."""
+        """Yield replies, also to earlier rounds, but none from organizations that are settled; see `Transport.receive`."""
         for reply in self._transport.receive(seconds, last=last):
             if reply.round != self._round or reply.organization in self._open:
                 yield reply
 
     def note_lost(self, organization: str, reason: str) -> bool:
-        """Note that a copy of a request, or its reply, was lost; the organization is asked again after a while.
+        """Record that a copy of a request, or its reply, was lost; the organization will be asked again.
 
         Returns:
-            Whether the organization has to be given up: it was lost or asked too often.
+            Whether to give the organization up, because of too many losses or requests.
         """
         request = self._open[organization]
         request.under_way = max(0, request.under_way - 1)
         if request.under_way:
-            return False  # it was asked twice, and may answer the other copy
+            return False  # it was asked twice and may still answer the other copy
         request.lost = reason
         request.lost_at = self._clock()
         request.losses += 1
         return request.losses >= self._limits.max_losses or request.sent >= self._limits.max_requests
 
     def postpone(self, organization: str) -> None:
-        """Ask an organization again later, as if it had not been asked before."""
+        """Mark an organization as not asked yet, so that it is asked again later."""
         self._open[organization].reset()
 
     def note_reply(self, organization: str) -> None:
-        """Note how long an organization took, and settle it."""
+        """Record how long an organization took, and settle it."""
         self.seconds_taken[organization] = self._clock() - self._open[organization].asked_at
         self.settle(organization)
 

@@ -1,14 +1,14 @@
-"""One round: who is waited for, for how long, and when the round is over.
+"""One round: for whom the server waits, for how long, and when the round ends.
 
-A round begins when as many organizations are connected as its quorum needs. It is over when everybody has replied, or enough
-have; when the quorum stands and those who are missing have stayed away for `server.absent_seconds`; when the quorum cannot be
-reached any more; and at the latest `server.deadline_seconds` after it began. In a real run nobody is waited for much longer than
-the others took: once the quorum and half of those who were asked have replied, anyone who has had `server.timeout_factor` times
-their median, and `server.min_timeout_seconds`, has timed out.
+A round starts when as many organizations are connected as its quorum needs. It ends when all organizations, or enough of them,
+have replied; when the quorum is reached and the missing ones have been disconnected for `server.absent_seconds`; when the quorum
+cannot be reached any more; and at the latest `server.deadline_seconds` after its start. In a real run, slow organizations time
+out: once the quorum is reached and half of those asked have replied, the time limit is `server.timeout_factor` times the median
+of their times, and at least `server.min_timeout_seconds`.
 
-Where nobody has approved the plan yet, the organization is asked again. The round does not wait for it once the quorum stands,
-and otherwise for at most `server.approval_seconds`: from then on it is asked again only while somebody else is waited for, so
-that two that take turns do not keep a round from ending. Those who are revoked are not waited for at all.
+An organization at which nobody has approved the plan yet is asked again. If the quorum is reached without it, the round does not
+wait for it; otherwise for at most `server.approval_seconds`. After that it is asked again only while the round waits for others,
+so that two such organizations cannot prolong a round forever. The round never waits for revoked organizations.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ Report = Callable[[Event], None]
 
 
 class Receiver(Protocol):
-    """Reads replies, and passes updates on to where they are combined."""
+    """Reads replies, and adds accepted updates to the combination."""
 
     def receive(self, reply: Reply) -> Outcome:
-        """Read a reply of this round, and pass its update on if it is as agreed."""
+        """Read a reply of this round, and add its update if it is valid."""
         ...
 
     def is_new_late(self, reply: Reply) -> bool:
@@ -62,11 +62,11 @@ class Receiver(Protocol):
         ...
 
     def receive_late(self, reply: Reply) -> Outcome:
-        """Read a reply of an earlier round, and keep its update for the end of this one if it is as agreed."""
+        """Read a reply of an earlier round, and store its update until the end of this one if it is valid."""
         ...
 
     def record_refusal(self, reply: Reply) -> None:
-        """Record the refusal of an organization that is asked again."""
+        """Record the refusal of an organization that will be asked again."""
         ...
 
 
@@ -76,10 +76,10 @@ class Selection:
 
     Attributes:
         asked: Names, in the order in which their updates are added.
-        needed: How many updates the quorum is.
-        enough: How many updates complete the round.
+        needed: Number of updates that form the quorum.
+        enough: Number of updates that complete the round.
         excluded: Names of those that may not take part any more.
-        needs_several: Whether a quorum needs several updates where that many are asked: a model of one is no federation's.
+        needs_several: Whether the quorum is at least two if at least two are asked, so that no round consists of one update.
     """
 
     asked: Sequence[str]
@@ -90,7 +90,7 @@ class Selection:
 
 
 class Round:
-    """The state of one round. No other class changes it; `collect` returns what came of it."""
+    """The state of one round, which no other class changes; `collect` runs it and returns the result."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Round:
         limits: TimeLimits = TIME_LIMITS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Create a round in which nobody was asked yet.
+        """Create a round without asking any organization yet.
 
         Args:
             transport: Carries requests and replies.
@@ -114,9 +114,9 @@ class Round:
             requests: One for each of them.
             receiver: Reads their replies.
             report: Called with every event.
-            is_real: Whether organizations work side by side, so that their times can be compared.
-            limits: How often the round looks for replies, and how long it waits before it asks again.
-            clock: Seconds, monotonic.
+            is_real: Whether organizations work at the same time, so that their times are comparable.
+            limits: Intervals of polling and of repeated requests.
+            clock: Monotonic, in seconds.
         """
         self._transport = transport
         self._config = config
@@ -128,7 +128,7 @@ class Round:
         self._limits = limits
         self._clock = clock
         self._needed = selection.needed
-        self._eligible = len(selection.asked)  # who was asked and is not revoked
+        self._eligible = len(selection.asked)  # number of organizations that were asked and not revoked
         self._outcomes: dict[str, Outcome] = {}
         self._late: list[LateEntry] = []
         self._late_rejected: list[str] = []
@@ -139,10 +139,10 @@ class Round:
         self._tracker = RequestTracker(transport, requests, retries, self._lifetime_of, clock)
 
     def collect(self) -> RoundResult:
-        """Ask, receive and give up until the round is over.
+        """Ask organizations and receive replies until the round is over.
 
         Raises:
-            RunError: When too few are connected for too long.
+            RunError: If too few organizations are connected for too long.
         """
         self._await_quorum()
         self._began = self._clock()
@@ -174,7 +174,7 @@ class Round:
             bytes_down=self._tracker.bytes_sent,
         )
 
-    # --- what came
+    # --- replies
 
     def _handle(self, reply: Reply) -> None:
         name = reply.organization
@@ -191,7 +191,7 @@ class Round:
             self._record(name, self._receiver.receive(reply))
 
     def _handle_late(self, reply: Reply) -> None:
-        """An update of an earlier round enters this one at its end, or is reported as ignored; asked twice, it counts once."""
+        """Store an update of an earlier round for the end of this one, or report it as ignored; a repeated reply is dropped."""
         name = reply.organization
         if isinstance(reply.content, Lost) or not self._receiver.is_new_late(reply):
             return
@@ -210,7 +210,7 @@ class Round:
         self._report_outcome(reply.round, name, outcome)
 
     def _record(self, name: str, outcome: Outcome) -> None:
-        """The only place where an organization's outcome of this round is set."""
+        """Set an organization's outcome of this round; nothing else does."""
         self._tracker.settle(name)
         if self._approvals.discard(name):
             self._report_approvals()
@@ -277,14 +277,14 @@ class Round:
         return is_due and self._waits_for_approvals
 
     def _lifetime_of(self, name: str) -> float:
-        """Seconds that a request stays valid: until its answer is not waited for any more, and is too late to be folded in."""
+        """Return the seconds for which a request stays valid: until its answer would be too late even to be folded in."""
         seconds = max(1.0, self._end_of(name) - self._clock())
         if self._config.late == "fold":
             seconds += self._config.max_staleness * self._config.deadline_seconds
         return seconds
 
     def _postpone(self, name: str) -> None:
-        """Earlier requests count no more: it may take days until somebody approves the plan."""
+        """Ask an organization again later and restart its time: it may take days until a person approves the plan."""
         since = self._tracker.connected_at(name)
         self._tracker.postpone(name)
         if self._approvals.add(name, self._clock(), since):
@@ -296,10 +296,10 @@ class Round:
     # --- who is given up
 
     def _time_out_slow(self) -> None:
-        """Time out who has had enough time, by that of the others.
+        """Time out organizations that take much longer than the others.
 
-        The deadline itself is applied after everything that has arrived was taken, unless the round waits for approvals beyond
-        it.
+        The deadline itself is applied only after all replies that have arrived were read, unless the round waits for approvals
+        beyond it.
         """
         timeout = self._timeout()
         deadline = self._config.deadline_seconds
@@ -310,10 +310,10 @@ class Round:
                 self._time_out(name, deadline)
 
     def _timeout(self) -> float:
-        """Seconds for one request.
+        """Return the time limit of one request in seconds.
 
-        It follows the median of those whose updates were accepted, of two in the middle the slower: no single organization can
-        make it shorter than an honest one took.
+        It is a multiple of the (upper) median time of accepted updates, so that no single organization can make it shorter than
+        an honest one took.
         """
         config = self._config
         if not (self._is_real and config.timeout_factor and self._half_accepted and self._has_quorum):
@@ -323,7 +323,7 @@ class Round:
 
     @property
     def _half_accepted(self) -> bool:
-        """Whether at least half replied; otherwise the fault may be the coordinator's own."""
+        """Return whether at least half were accepted; if not, the fault may be at the coordinator."""
         return 2 * len(self._accepted) >= len(self._selection.asked)
 
     def _time_out(self, name: str, seconds: float) -> None:
@@ -331,7 +331,7 @@ class Round:
         self._record(name, TimedOut(f"no reply within {seconds:g} seconds", is_strike))
 
     def _drop_revoked(self) -> None:
-        """The quorum is then of the others."""
+        """Drop revoked organizations; the quorum is then a fraction of the others."""
         revoked = self._transport.revoked()
         for name in [name for name in self._tracker.open if name in revoked]:
             self._record(name, Lost(REVOKED))
@@ -347,12 +347,12 @@ class Round:
     # --- when it is over
 
     def _end_of(self, name: str) -> float:
-        """Until when its reply is waited for: after an approval it has as much time as anybody had at the start."""
+        """Return when the round stops waiting for an organization: after an approval, it has the full time from then on."""
         start = self._tracker.asked_at(name) if name in self._approvals else self._began
         return start + self._config.deadline_seconds
 
     def _seconds_left(self) -> float:
-        """Until the round is over, no matter who has not replied by then."""
+        """Return the seconds until the round ends, whoever has not replied by then."""
         ends = [self._began + self._config.deadline_seconds, *(self._end_of(name) for name in self._tracker.waiting)]
         if not self._has_quorum:
             ends.append(self._approvals.end(self._config.approval_seconds))
@@ -364,7 +364,7 @@ class Round:
 
     @property
     def _waits_for_approvals(self) -> bool:
-        """Whether the round goes on while people look at the plan: for their sake, or for that of somebody who trains."""
+        """Return whether the round continues for pending approvals, or for others that are training."""
         is_training = any(name not in self._approvals for name in self._tracker.waiting)
         return is_training or not (self._has_quorum or self._approvals_expired)
 
@@ -385,7 +385,7 @@ class Round:
         return not absent or self._clock() - since >= self._config.absent_seconds
 
     def _close(self) -> None:
-        """Give everybody who is still missing an outcome."""
+        """Give every organization that is still missing an outcome."""
         for name in self._tracker.waiting:
             if self._is_complete:
                 self._record(name, TimedOut(_COMPLETE))
@@ -393,7 +393,7 @@ class Round:
                 self._time_out(name, self._config.deadline_seconds)
         for name in self._tracker.idle:
             if name in self._approvals:
-                self._outcomes[name] = Declined(NOT_APPROVED)  # events have told so already
+                self._outcomes[name] = Declined(NOT_APPROVED)  # events have reported it already
             elif self._tracker.loss_of(name) or not self._is_complete:
                 self._record(name, Lost(self._reason_of_absence(name), is_absent=True))
             else:

@@ -1,4 +1,4 @@
-"""What came of a round, and how it stands in the run's history."""
+"""The result of a round, and its entry in the run's history."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What came of one round.
+    """The result of one round.
 
     Attributes:
         number: The round.
         asked: Organizations, in the order in which updates are added.
         excluded: Organizations that may not take part any more.
-        needed: How many updates the quorum is.
-        outcomes: Organization -> what became of its request; nothing where the round ended before it was asked.
+        needed: Number of updates that form the quorum.
+        outcomes: Organization -> outcome of its request; missing if the round ended before it was asked.
         late: Updates of earlier rounds that enter this one.
         late_rejected: Organizations whose update of an earlier round was rejected in this one.
         late_bytes: Size of the late updates.
@@ -43,7 +43,7 @@ class RoundResult:
     bytes_down: int = 0
 
     def _of_kind(self, kind: type[T]) -> dict[str, T]:
-        """Organizations with that kind of outcome, in the order in which they were asked."""
+        """Return organization -> outcome of one kind, in the order in which they were asked."""
         found = {name: self.outcomes.get(name) for name in self.asked}
         return {name: outcome for name, outcome in found.items() if isinstance(outcome, kind)}
 
@@ -54,7 +54,7 @@ class RoundResult:
 
     @property
     def dropped(self) -> dict[str, str]:
-        """Organization -> why no update of it enters the model."""
+        """Organization -> why its update does not enter the model."""
         found = {name: self.outcomes[name] for name in self.asked if name in self.outcomes}
         return {name: outcome.reason for name, outcome in found.items() if not isinstance(outcome, Accepted)}
 
@@ -65,12 +65,12 @@ class RoundResult:
 
     @property
     def timed_out(self) -> list[str]:
-        """Organizations that get a strike for not having replied in time."""
+        """Organizations that get a strike because they did not reply in time."""
         return sorted(name for name, outcome in self._of_kind(TimedOut).items() if outcome.is_strike)
 
     @property
     def absent(self) -> list[str]:
-        """Organizations that were away at the end of the round."""
+        """Organizations that were not connected at the end of the round."""
         return [name for name, outcome in self._of_kind(Lost).items() if outcome.is_absent]
 
     @property
@@ -80,14 +80,14 @@ class RoundResult:
 
     @property
     def has_quorum(self) -> bool:
-        """Whether enough updates came."""
+        """Whether enough updates were accepted."""
         return len(self.participants) >= self.needed
 
     def check_quorum(self, plan: Plan) -> None:
-        """Check that enough updates came.
+        """Check that enough updates were accepted.
 
         Raises:
-            RunError: Who is missing, and why.
+            RunError: If not; it names who is missing, and why.
         """
         if self.has_quorum:
             return
@@ -99,7 +99,13 @@ class RoundResult:
         )
 
     def entry(self, stage: str, metrics: Metrics | None, seconds: float) -> RoundEntry:
-        """Return the round as it stands in summary.json, independent of the order in which replies came."""
+        """Return the round's entry for summary.json, independent of the order in which replies arrived.
+
+        Args:
+            stage: Name of the stage.
+            metrics: Of the model after the round, on the common test set; None if there is none.
+            seconds: Duration of the round.
+        """
         accepted = self._of_kind(Accepted)
         late = sorted(self.late, key=lambda each: (each.round, each.organization))
         return RoundEntry(
@@ -123,7 +129,7 @@ class RoundResult:
 
 
 def metrics_entry(metrics: Metrics | None) -> MetricsEntry | None:
-    """Return metrics as they stand in documents."""
+    """Return metrics in the form that documents contain; None if there are none."""
     return None if metrics is None else MetricsEntry(**metrics.as_dict())
 
 

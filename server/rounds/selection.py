@@ -1,10 +1,11 @@
-"""Who is asked to train in a round, and the roster of organizations that is signed with each request.
+"""Select who is asked to train in a round, and list the cohort, which is signed with each request.
 
-Everybody is asked, each by chance (Poisson, `server.sample_rate`), or a fixed number (`sample_size`).
+All organizations are asked, each with a probability (Poisson, `server.sample_rate`), or a fixed number (`sample_size`).
 
-The roster is what an organization's rule `training.min_cohort` goes by. It names those that took part in the round before; before
-the first round, those that are asked. Organizations that declined only because these were too few count as well, or else those
-that have the rule would wait for each other: in the round before, and in the attempt at this round that failed (cohort.json).
+An organization's rule `training.min_cohort` checks the size of the cohort: those that took part in the previous round or, before
+the first round, those that are asked. Organizations that declined only because the cohort was too small count, too; otherwise,
+organizations with that rule would wait for each other forever. These come from the previous round, and from a failed attempt at
+this round (cohort.json).
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from cotune.storage.json_documents import JsonDocument
 
 
 def select(folder: RunFolder, round: int, exclude: Collection[str] = ()) -> list[Participant]:
-    """Select the organizations of a round; the same again when the round is repeated after a crash.
+    """Select the organizations of a round; a round that is repeated after a crash gets the same ones.
 
-    They are drawn from the plan's seed, which everybody knows, unless privacy is to be amplified by it: then from a key that the
-    operating system gave this run, and that stays with the server.
+    They are drawn from the plan's seed, which is public. If privacy amplification relies on the sampling, they are drawn from a
+    secret random key of the run, which never leaves the server.
 
     Args:
         folder: The folder of the run.
         round: Number of the round.
-        exclude: Names of those that may not take part any more; with a fixed number, others take their place.
+        exclude: Names of those that may not take part any more; with a fixed number, others replace them.
 
     Returns:
         The organizations in the order in which their updates are added; possibly none.
 
     Raises:
-        PlanError: Where more are to be asked than there are.
+        PlanError: If the plan asks more organizations than there are.
     """
     plan = folder.plan
     organizations = folder.file.participants
@@ -57,7 +58,7 @@ def select(folder: RunFolder, round: int, exclude: Collection[str] = ()) -> list
 
 
 def _draw_sample(plan: Plan, round: int, organizations: Sequence[Participant]) -> list[Participant]:
-    """The sample in the order of the organizations; after it, as they were drawn, those that are asked beyond."""
+    """Return the sample in the order of the organizations, followed by the spare ones in the order of their draw."""
     size = plan.server.sample_size
     asked = min(len(organizations), math.ceil(size * (1 + plan.server.over_selection) - 1e-9))
     generator = seeded_generator(plan.seed, "selection", round)
@@ -66,12 +67,12 @@ def _draw_sample(plan: Plan, round: int, organizations: Sequence[Participant]) -
 
 
 def count_to_complete(plan: Plan, asked: int) -> int:
-    """Return how many updates complete a round: those of all that were asked, or of the first so many."""
+    """Return how many updates complete a round: those of all that were asked; with over-selection, of `sample_size` of them."""
     return min(asked, plan.server.sample_size) if plan.server.over_selection else asked
 
 
 def check_sample_size(plan: Plan, organizations: int) -> None:
-    """Check that the plan asks no more organizations in a round than there are. Raises PlanError."""
+    """Raise PlanError if the plan asks more organizations in a round than there are."""
     if plan.server.sample_size > organizations:
         raise PlanError(
             f"the plan has server.sample_size = {plan.server.sample_size} and {organizations} organizations: expected at most as"
@@ -104,7 +105,13 @@ class WaitingFile(BaseModel):
 
 
 def build_cohort(folder: RunFolder, history: Sequence[RoundEntry], asked: Iterable[str]) -> list[str]:
-    """Return the names on the roster of the round after `history`, in which `asked` are asked."""
+    """Return the cohort of the next round, as the module's docstring defines it.
+
+    Args:
+        folder: The folder of the run.
+        history: The finished rounds.
+        asked: Organizations that the next round asks.
+    """
     if not history:
         return list(asked)
     last = history[-1]
@@ -113,18 +120,28 @@ def build_cohort(folder: RunFolder, history: Sequence[RoundEntry], asked: Iterab
 
 
 def find_waiting(dropped: Mapping[str, str]) -> list[str]:
-    """Return who has declined by the rule alone, of organization -> reason."""
+    """Return the organizations that declined only because of their rule `training.min_cohort`.
+
+    Args:
+        dropped: Organization -> why its update does not enter the model.
+    """
     return [name for name, reason in dropped.items() if _RULE in reason]
 
 
 def record_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
-    """Remember that a round failed in which organizations waited for each other: they count when it is repeated."""
+    """Record organizations that waited for others in a failed round, so that they count when it is repeated.
+
+    Args:
+        folder: The folder of the run.
+        round: The round that failed.
+        dropped: Organization -> why its update did not enter the model.
+    """
     if waiting := find_waiting(dropped):
         JsonDocument(folder.path / "cohort.json", WaitingFile).write(WaitingFile(round=round, waiting=waiting))
 
 
 def explain_waiting(dropped: Mapping[str, str]) -> str:
-    """Return what a coordinator can do where a round failed by the rule; "" where it did not."""
+    """Return what a coordinator can do if a round failed because of that rule; "" if it did not."""
     waiting = find_waiting(dropped)
     if not waiting:
         return ""
@@ -135,7 +152,7 @@ def explain_waiting(dropped: Mapping[str, str]) -> str:
 
 
 def _waiting_before(folder: RunFolder, round: int) -> list[str]:
-    """A damaged file is none: the roster is then as short as it was."""
+    """Return the organizations that waited in a failed attempt at a round; none if the file is missing or damaged."""
     try:
         found = JsonDocument(folder.path / "cohort.json", WaitingFile).read()
     except RunError:

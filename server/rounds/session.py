@@ -1,4 +1,4 @@
-"""What the rounds of a run, and the delivery of its model, are given: how organizations are reached, who they are, who signs."""
+"""What the rounds of a run and the delivery of its model depend on: transport, members, and trail of signatures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cotune.server.runs.run_folder import RunFolder
 from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Transport
 
-ExampleBounds = tuple[int, int]  # between which numbers an organization's declared number of records must be
+ExampleBounds = tuple[int, int]  # the smallest and largest number of records that an organization may declare
 
 
 class Trail(Protocol):
-    """Signs what the server asks for, and checks and records the signatures of what comes back."""
+    """Signs the server's requests, and verifies and records the signatures of replies."""
 
     def sign(
         self,
@@ -31,43 +31,50 @@ class Trail(Protocol):
         cohort: Iterable[str],
         fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
-        """Put a signature into each request, and record it.
+        """Add a signature to each request, and record it.
 
         Args:
             kind: `signatures.TRAIN` or `signatures.FINISHED`.
             round: The round of the requests.
-            contents: Organization -> its request, which is changed.
+            contents: Organization -> its request, which is changed in place.
             recipients: The same organizations, as the requests were encoded for them.
-            received: Digest of the model that the requests carry.
-            cohort: Names of those that took part in the round before.
-            fates: What became of earlier updates, of those that have to know.
+            received: Digest of the model in the requests.
+            cohort: Names of the organizations in the cohort.
+            fates: Organization -> outcome of its earlier updates, for those that must be notified.
 
         Raises:
-            RunError: Without a signing key, and where the trail cannot be written.
+            RunError: If there is no signing key, or the trail cannot be written.
         """
         ...
 
     def accept(self, reply: Message, kind: str, round: int, organization: str) -> str:
-        """Take the signature out of a reply and record it.
+        """Remove the signature from a reply, verify it and record it.
 
         Args:
-            reply: A reply with content, which is changed.
+            reply: A reply with content, which is changed in place.
             kind: `signatures.UPDATE` or `signatures.RECEIPT`.
             round: The round of its request.
             organization: Who was asked.
 
         Returns:
-            "" where the signature is that of the organization, else what is wrong.
+            "" if the signature is that of the organization, else what is wrong.
         """
         ...
 
     def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
-        """Return what an organization says instead of a reply of this kind, recorded where it has signed it."""
+        """Return an organization's reason for its refusal, and record it if it is signed.
+
+        Args:
+            reply: A reply with an error.
+            kind: The kind of reply that was expected.
+            round: The round of its request.
+            organization: Who was asked.
+        """
         ...
 
 
 class NoTrail:
-    """The trail of a simulation: nothing is signed there, and nothing verified."""
+    """The trail of a simulation, in which nothing is signed or verified."""
 
     def sign(
         self,
@@ -86,7 +93,7 @@ class NoTrail:
         return ""
 
     def accept_refusal(self, reply: Message, kind: str, round: int, organization: str) -> str:
-        """Return what the organization says."""
+        """Return the organization's reason."""
         return parse_refusal(reply.error.reason or "")[0] or f"error {reply.error.code}"
 
 
@@ -97,10 +104,10 @@ class Session:
     Attributes:
         folder: The folder of the run.
         open_transport: Connects to the organizations; the caller that opens a transport closes it.
-        read_members: Reads who may take part now, with the agreed bounds of their numbers of records (None: none are agreed).
-        trail: Signs requests, and checks signatures of replies.
-        limits: How often the server looks, and how long it waits, beside what the plan says.
-        in_process: Whether the organizations are simulated in this very process, so that no message leaves it.
+        read_members: Reads who may take part now, with the agreed bounds of their numbers of records (None: not agreed).
+        trail: Signs requests, and verifies signatures of replies.
+        limits: Intervals and timeouts of the server that are not in the plan.
+        in_process: Whether organizations are simulated in this process, so that no message leaves it.
     """
 
     folder: RunFolder
@@ -112,5 +119,5 @@ class Session:
 
     @property
     def is_real(self) -> bool:
-        """Whether the run is one of a federation, and not a simulation."""
+        """Whether the run belongs to a federation, rather than a simulation."""
         return bool(self.folder.file.federation)

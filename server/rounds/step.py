@@ -1,4 +1,4 @@
-"""The strategy's half of a round: what its parts see, what they remember, and how the fused delta moves the model."""
+"""The strategy's part of a round: what its components see and store, and how the fused delta moves the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,21 @@ from cotune.strategies.aggregator import build_client_term, build_server_optimiz
 from cotune.strategies.types import Aggregate, Delta, LocalSteps, PublicInputs, RoundContext, apply_delta
 
 Score = Callable[[State], float]
-_ANY_STEPS = 10**9  # where the plan gives epochs: each update's steps are held to its number of records when it is validated
+_ANY_STEPS = 10**9  # if the plan gives epochs; validation then checks each update's steps against its number of records
 
 
 def begin_round(model: TrainableModel, plan: Plan, state: State, round: int) -> tuple[State, list[str]]:
-    """Return the state, with what this round adds to it at its present values, and the names that organizations share."""
+    """Add the parameters that a round needs to the state.
+
+    Args:
+        model: The model of the plan; the state is loaded into it.
+        plan: The plan.
+        state: The shared parameters so far.
+        round: Number of the round.
+
+    Returns:
+        (the state with the model's current values of added parameters, names of the parameters that organizations share).
+    """
     if plan.shares_predictions:
         return (state or {SCORES: torch.zeros(scores_shape(plan))}), [SCORES]
     model.load(state)
@@ -41,7 +51,18 @@ def round_context(
     score: Score | None,
     public: PublicInputs | None = None,
 ) -> RoundContext:
-    """Return what the fusion and the weighting of a round may know."""
+    """Build the context for the fusion and the weighting of a round.
+
+    Args:
+        plan: The plan.
+        model: The model of the plan.
+        before: The run's progress after the previous round.
+        state: θ, as organizations receive it.
+        round: Number of the round.
+        organizations: Number of organizations in the run.
+        score: State -> accuracy on the server's validation records; None if it has none.
+        public: The plan's public inputs; None if it names none.
+    """
     stage = plan.get_stage(round)
     local = stage.local
     return RoundContext(
@@ -59,17 +80,28 @@ def round_context(
 
 
 def broadcast_extras(plan: Plan, before: Progress) -> dict[str, Tensor]:
-    """Return what the plan's client term sends to the organizations beside the state."""
+    """Return the tensors that the plan's client term sends to organizations beside the state."""
     return build_client_term(plan.strategy).send(_remembered(before, "term"))
 
 
 def apply_update(
     plan: Plan, before: Progress, state: State, fused: Delta | Aggregate, context: RoundContext
 ) -> tuple[State, State]:
-    """Return the next state, and all that the parts remember: fusion → the client term's server half → server optimizer."""
+    """Apply a fused delta: client term (the server's part) → server optimizer.
+
+    Args:
+        plan: The plan.
+        before: The run's progress after the previous round.
+        state: θ.
+        fused: The result of the fusion.
+        context: Of the round.
+
+    Returns:
+        (the next θ, memory of all components).
+    """
     fused = fused if isinstance(fused, Aggregate) else Aggregate(fused)
     if not fused.delta:
-        return dict(state), dict(before.memory)  # nobody was asked
+        return dict(state), dict(before.memory)  # no organization was asked
     delta, term = build_client_term(plan.strategy).fold(fused, _remembered(before, "term"), context)
     optimizer = build_server_optimizer(plan.strategy)
     moved, memory = optimizer.step(state, replace(fused, delta=delta), _remembered(before, "optimizer"), context)

@@ -1,8 +1,8 @@
-"""The model of a run whose organizations share predictions alone: a student of what they predict together.
+"""The model of a run whose organizations share only predictions: a student of their combined predictions.
 
-Ensemble distillation (Lin et al., NeurIPS 2020, https://arxiv.org/abs/2006.07242, algorithm 3) without the organizations' models:
-the server has their predictions for the public inputs, fused, and trains the plan's model to give them, round by round from where
-it was. It is post-processing of what was shared.
+This is ensemble distillation (Lin et al., NeurIPS 2020, https://arxiv.org/abs/2006.07242, algorithm 3) without the organizations'
+models: each round, the server trains the plan's model further to give the fused predictions for the public inputs. It is
+post-processing of what was shared.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from cotune.server.runs.run_model import STUDENT
 def teach_student(
     plan: Plan, model: TrainableModel, public: PublicPredictions, memory: State, fused: Tensor, round: int
 ) -> State:
-    """Return what a run remembers of its student after a round.
+    """Train the student in a round, and return its state for the run's memory.
 
     Args:
         plan: The plan.
-        model: Of the plan; it is left in the student's state.
+        model: Of the plan; the student's state is loaded into it.
         public: The plan's public inputs.
-        memory: What the run remembered before.
-        fused: (answers, classes), what the organizations predict together.
+        memory: The run's memory after the previous round.
+        fused: (answers, classes), the organizations' combined predictions.
         round: Its number.
     """
     before = strip_prefix(STUDENT, memory)

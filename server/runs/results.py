@@ -116,7 +116,13 @@ def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, 
 
 
 def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
-    """Return the card of a run's model, which reads `length` tokens of a text."""
+    """Return the model card of a run's final model.
+
+    Args:
+        plan: Of the run.
+        summary: Of the run, for metrics and privacy.
+        length: Number of tokens of a text that the model reads.
+    """
     test = summary.test
     more = [] if summary.client_privacy is None else summary.client_privacy.statement
     return model_card(

@@ -146,7 +146,13 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, plan: Plan, file: RunFile) -> RunFolder:
-        """Draw the run's id, and write plan.toml and, last, run.json: from then on it is the folder of a run."""
+        """Draw the run's id, and write plan.toml and, last, run.json, which makes it the folder of a run.
+
+        Args:
+            path: An existing folder.
+            plan: Of the run; the files of its components must be registered.
+            file: The content of run.json, without the id.
+        """
         named = file.model_copy(update={"id": secrets.token_hex(16)})
         for name, sha256 in plan.strategy.files.items():
             atomic_write(path / name.rpartition(":")[0], get_content(name, sha256))

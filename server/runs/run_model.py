@@ -36,7 +36,16 @@ def load_run_model(folder: RunFolder) -> TrainableModel:
 
 
 def inference_params(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
-    """Return the parameters to evaluate and to deliver: θ, what the server optimizer makes of it, or the student's."""
+    """Return the parameters to evaluate and to deliver.
+
+    Args:
+        plan: Of the run.
+        state: θ after a round.
+        memory: The run's memory after the round.
+
+    Returns:
+        θ as the server optimizer serves it; the student's parameters if organizations share only predictions.
+    """
     if plan.shares_predictions:
         return strip_prefix(STUDENT, memory)
     return build_server_optimizer(plan.strategy).serve(state, strip_prefix("optimizer/", memory))

@@ -1,1 +1,1 @@
-"""How requests reach organizations and their answers come back."""
+"""Send requests to organizations and receive their replies, in a simulation or over a SuperLink."""

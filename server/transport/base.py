@@ -1,6 +1,6 @@
-"""Requests to organizations and their replies.
+"""The interface of transports, which carry requests to organizations and their replies back, and the one of simulations.
 
-In a simulation the calls are made at once, one organization after the other; in a real run threads carry them (superlink.py).
+In a simulation, calls are made in process, one organization after the other; a real run uses threads (superlink.py).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _POLL_SECONDS = 0.02
 
 @dataclass
 class Reply:
-    """What came of one request.
+    """The result of one request.
 
     Attributes:
         round: The round of the request.
-        organization: Who was asked.
-        content: The message; `Lost` where none will come, so that the organization may be asked again; `Rejected` where what it
-            has sent was not taken; None once it was taken out.
+        organization: The recipient of the request.
+        content: The message; `Lost` if none will arrive, so that the organization may be asked again; `Rejected` if what it sent
+            was not accepted; None after `take`.
     """
 
     round: int
@@ -38,11 +38,11 @@ class Reply:
 
     @property
     def message(self) -> Message | None:
-        """The message, where it is one that was not taken out."""
+        """The content if it is a message and was not taken, else None."""
         return self.content if isinstance(self.content, Message) else None
 
     def take(self) -> Message | Lost | Rejected:
-        """Take the content out: a message is large, and has one owner at a time."""
+        """Return the content and drop the reference to it: a message is large, and has one owner at a time."""
         content = self.content
         self.content = None
         assert content is not None, "a reply is read once"
@@ -50,55 +50,58 @@ class Reply:
 
 
 class Transport(Protocol):
-    """Carries requests to organizations, and their replies back."""
+    """Carries requests to organizations, and their replies back.
+
+    It checks at intervals which organizations are connected; the methods below report the state at the last check.
+    """
 
     def connected(self) -> Mapping[str, Node]:
-        """Return organization -> node of those that were connected at the last look."""
+        """Return organization -> node of those that were connected at the last check."""
         ...
 
     def last_seen(self) -> float:
-        """Return when the last look was (monotonic; 0: there was none); constant where nobody comes and goes."""
+        """Return the time of the last check (monotonic clock; 0: none yet); constant if connections cannot change."""
         ...
 
     def left(self) -> Collection[str]:
-        """Return those that had left of their own accord at the last look."""
+        """Return the organizations that had left voluntarily at the last check."""
         ...
 
     def revoked(self) -> Collection[str]:
-        """Return those whose invitation was revoked, at the last look."""
+        """Return the organizations whose invitation was revoked at the last check."""
         ...
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
-        """Send a request, or begin to. It may be sent once more where it may be lost: the first reply counts.
+        """Start to send a request. If it may be lost, it can be sent again; the first reply counts.
 
         Args:
             round: The round that it belongs to.
-            organization: Whom it is for.
+            organization: The recipient.
             message: The request, addressed to the organization's node.
-            max_bytes: Size of the largest reply that is taken.
+            max_bytes: Size of the largest reply that is accepted.
         """
         ...
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
-        """Yield what has come by now, else what comes first.
+        """Yield the replies that have arrived, or the next one.
 
         Args:
-            seconds: How long to wait where nothing has come.
-            last: Whether nobody is waited for after this.
+            seconds: How long to wait if none has arrived.
+            last: Whether this is the last call of the round, so that it must not wait.
         """
         ...
 
     def forget(self, round: int) -> None:
-        """Drop replies to this round and those before it from now on."""
+        """Drop all further replies to this round and earlier ones."""
         ...
 
     def close(self) -> None:
-        """End what works in the background."""
+        """Stop all threads in the background."""
         ...
 
 
 class InProcessTransport:
-    """Makes all calls in this thread: the first organization's reply, then the second's; one is in memory at a time."""
+    """Makes all calls in this thread, one organization after the other, so that one reply is in memory at a time."""
 
     def __init__(self, grid: Grid, nodes: NodeRegistry) -> None:
         """Create the transport of a simulation over its grid and nodes."""
@@ -106,21 +109,26 @@ class InProcessTransport:
         self._nodes = nodes
         self._round = 0
         self._waiting: dict[str, str] = {}  # organization -> id of its message
-        self._earlier: dict[tuple[int, str], str] = {}  # the same of rounds before
+        self._earlier: dict[tuple[int, str], str] = {}  # (round, organization) -> id of its message, of earlier rounds
 
     def connected(self) -> Mapping[str, Node]:
+        """Return organization -> node."""
         return self._nodes.connected()
 
     def last_seen(self) -> float:
+        """Return a constant, as simulated connections do not change."""
         return 1.0
 
     def left(self) -> Collection[str]:
+        """Return nothing: simulated organizations do not leave."""
         return ()
 
     def revoked(self) -> Collection[str]:
+        """Return nothing: a simulation has no invitations."""
         return ()
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
+        """Hand a request to the grid; see `Transport.send`."""
         if round != self._round:
             self._earlier |= {(self._round, name): number for name, number in self._waiting.items()}
             self._round = round
@@ -129,6 +137,7 @@ class InProcessTransport:
             self._waiting[organization] = number
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
+        """Yield the next reply, late ones first, or all of them if `last`; see `Transport.receive`."""
         for (round, name), number in list(self._earlier.items()):
             reply = Reply(round, name, pull_reply(self._grid, number))
             if reply.content is not None:
@@ -146,9 +155,10 @@ class InProcessTransport:
             time.sleep(min(seconds, _POLL_SECONDS))
 
     def forget(self, round: int) -> None:
+        """Drop all further replies to this round and earlier ones."""
         self._earlier = {key: number for key, number in self._earlier.items() if key[0] > round}
         if self._round <= round:
             self._waiting = {}
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing, as there are no threads."""

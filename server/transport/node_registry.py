@@ -1,11 +1,11 @@
-"""Which node belongs to which organization, who is connected, and who has left of its own accord.
+"""Map nodes to organizations, and find out which are connected and which have left voluntarily.
 
-In a real run an organization is known by its public key alone, never by what it says. In a simulation the i-th organization is at
-the i-th node; with fewer nodes than organizations, nodes serve several.
+In a real run an organization is identified only by its public key, never by what it states. In a simulation the i-th organization
+is at the i-th node; if there are fewer nodes than organizations, one node serves several.
 
-The SuperLink shows as offline both those that have left of their own accord, as by Ctrl-C, and those whose machine or network is
-gone. They differ in time: a node is online until its heartbeats are missing, at a time that the SuperLink tells beforehand; one
-that leaves is offline before that time, which the SuperLink then moves to the present.
+The SuperLink shows a node as offline both if it left voluntarily, as by Ctrl-C, and if its machine or network failed. The two
+differ in time: the SuperLink announces when a node will be offline without another heartbeat. A node that fails is online until
+then; one that leaves is offline earlier, and the SuperLink sets that time to the present.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from flwr.serverapp import Grid
 from cotune.flower.nodes import RegisteredNode
 
 LEFT = "it has left the federation; it is asked again once it rejoins"
-_LOOKS = 2  # a node that reconnects may be offline for a moment
+_LOOKS = 2  # checks in a row; a node that reconnects may be offline for a moment
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An organization's node at one look.
+    """An organization's node at one check.
 
     Attributes:
         organization: Whose node it is.
         online: Whether it is online.
-        until: When it is, or was, offline without another heartbeat, in seconds since 1970.
+        until: When it goes, or went, offline without another heartbeat, in seconds since 1970.
     """
 
     organization: str
@@ -38,10 +38,10 @@ class Seen:
 
 
 class Presence:
-    """Tells apart who has left and who is gone, look after look.
+    """Distinguishes nodes that have left voluntarily from those that failed, over successive checks.
 
     Attributes:
-        left: Organizations that are offline as they have left of their own accord.
+        left: Organizations that are offline because they left voluntarily.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Presence:
         self.left: frozenset[str] = frozenset()
 
     def look(self, nodes: Iterable[Seen]) -> None:
-        """Take the nodes of one look into account."""
+        """Update `left` by the nodes of one check."""
         for node in nodes:
             if node.online:
                 self._until[node.organization] = node.until
@@ -68,8 +68,8 @@ class Node:
     """The node of an organization.
 
     Attributes:
-        id: Flower's number of it.
-        since: When it last connected, as the SuperLink says.
+        id: Flower's number of the node.
+        since: When it last connected, as the SuperLink reports it.
     """
 
     id: int
@@ -80,15 +80,15 @@ class NodeRegistry(Protocol):
     """Knows which node belongs to which organization."""
 
     def connected(self) -> Mapping[str, Node]:
-        """Return organization -> node of those that are connected now. Asks the grid, and may fail as that does."""
+        """Return organization -> node of those that are connected now; it asks the grid, and raises what that raises."""
         ...
 
     def left(self) -> frozenset[str]:
-        """Return those that had left of their own accord at that look."""
+        """Return the organizations that had left voluntarily at the last call of `connected`."""
         ...
 
     def revoked(self) -> frozenset[str]:
-        """Return those that may not take part any more, at that look."""
+        """Return the organizations whose invitation was revoked at the last call of `connected`."""
         ...
 
 
@@ -106,20 +106,25 @@ class SimulatedNodes:
         self._names = tuple(names)
 
     def connected(self) -> dict[str, Node]:
+        """Return organization -> node; empty if there is no node."""
         nodes = [Node(number) for number in sorted(self._grid.get_node_ids())]
         return {name: nodes[i % len(nodes)] for i, name in enumerate(self._names)} if nodes else {}
 
     def left(self) -> frozenset[str]:
+        """Return nothing: simulated organizations do not leave."""
         return frozenset()
 
     def revoked(self) -> frozenset[str]:
+        """Return nothing: a simulation has no invitations."""
         return frozenset()
 
 
 class Nodes(Protocol):
     """A connection to a SuperLink."""
 
-    def get_nodes(self) -> Iterable[RegisteredNode]: ...
+    def get_nodes(self) -> Iterable[RegisteredNode]:
+        """Return the nodes that the SuperLink knows."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Roster:
     """The organizations of a federation at one moment.
 
     Attributes:
-        names: Public key, as Flower keeps it -> the organization that may take part with it.
+        names: Public key, in Flower's format -> the organization that may take part with it.
         revoked: Names of the organizations whose invitation was revoked.
     """
 
@@ -136,14 +141,14 @@ class Roster:
 
 
 class RegisteredNodes:
-    """The nodes of a real run: organizations are known by their keys in the federation's list of members."""
+    """The nodes of a real run: organizations are identified by their keys in the federation's list of members."""
 
     def __init__(self, line: Nodes, read_roster: Callable[[], Roster]) -> None:
         """Create the registry.
 
         Args:
             line: A connection to a SuperLink that authenticates its nodes.
-            read_roster: Reads the members again, as an invitation may be revoked during a run.
+            read_roster: Reads the list of members; called at each check, as an invitation may be revoked during a run.
         """
         self._line = line
         self._read_roster = read_roster
@@ -151,7 +156,11 @@ class RegisteredNodes:
         self._revoked: frozenset[str] = frozenset()
 
     def connected(self) -> dict[str, Node]:
-        """Return organization -> node of those that are connected. Raises RunError for a damaged list of members."""
+        """Return organization -> node of those that are connected.
+
+        Raises:
+            RunError: If the list of members is damaged.
+        """
         roster = self._read_roster()
         names = roster.names
         self._revoked = roster.revoked
@@ -160,7 +169,9 @@ class RegisteredNodes:
         return {names[node.key]: Node(node.id, node.last_online) for node in nodes if node.online}
 
     def left(self) -> frozenset[str]:
+        """Return the organizations that had left voluntarily at the last call of `connected`."""
         return self._presence.left
 
     def revoked(self) -> frozenset[str]:
+        """Return the organizations whose invitation was revoked at the last call of `connected`."""
         return self._revoked

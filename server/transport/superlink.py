@@ -1,6 +1,6 @@
-"""The transport of a real run: over a SuperLink, whose calls may be slow, hang or fail.
+"""The transport of a real run, over a SuperLink whose calls may be slow, hang or fail.
 
-Requests are sent, and replies fetched, by threads of their own: one that hangs holds up neither the others nor the end of a round
+Each request is sent, and each reply fetched, in its own thread: one that hangs delays neither the others nor the end of a round
 or of the process.
 """
 
@@ -28,23 +28,23 @@ from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
-_POLL_GROWTH = 0.05  # of the time without a reply so far: a reply is found late by that share at most
-_MAX_REPLIES = 4  # fetched at a time, or waiting to be read: each is as large as the model
-_LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is gone
+_POLL_GROWTH = 0.05  # interval between polls, as a fraction of the time without a reply, which bounds the relative delay
+_MAX_REPLIES = 4  # being fetched or waiting to be read at a time; each is as large as the model
+_LOST = (3, 4, 5)  # Flower's error codes for a message, a reply or a node that is unavailable
 
 Report = Callable[[Event], None]
 
 
 @dataclass(eq=False)
 class _SentRequest:
-    """A request that may be answered.
+    """A request that has not been answered.
 
     Attributes:
         round: Its round.
-        organization: Who was sent.
-        max_bytes: Size of the largest reply that is taken.
-        fetching_since: When its reply began to be fetched; None: there is none yet; infinite once that was found slow.
-        last_chunk: When the last chunk of the reply came.
+        organization: Its recipient.
+        max_bytes: Size of the largest reply that is accepted.
+        fetching_since: When fetching its reply started; None: there is no reply yet; infinite once fetching was found slow.
+        last_chunk: When the last chunk of the reply arrived.
     """
 
     round: int
@@ -54,17 +54,22 @@ class _SentRequest:
     last_chunk: float = 0.0
 
     def note_chunk(self) -> None:
-        """Note that a chunk of the reply has come."""
+        """Record that a chunk of the reply has arrived."""
         self.last_chunk = time.monotonic()
 
 
 class _SendLock:
-    """Lets one thread send at a time. One that hangs is overtaken by one other, not by all at once, as each would send everything
-    that is not there yet.
+    """Lets one thread send at a time, so that the SuperLink receives once what several requests share.
+
+    A thread that hangs gives way to one other thread, not to all at once.
     """
 
     def __init__(self, held_up: float) -> None:
-        """Create it. held_up: seconds after which one that still sends is overtaken."""
+        """Create the lock.
+
+        Args:
+            held_up: Seconds after which the next thread may send although the last one has not finished.
+        """
         self._held_up = held_up
         self._free = threading.Condition()
         self._holder: object | None = None
@@ -72,6 +77,7 @@ class _SendLock:
 
     @contextmanager
     def acquired(self) -> Iterator[None]:
+        """Wait for the turn of this thread, and keep it during the block."""
         ours = object()
         with self._free:
             while self._holder and (left := self._since + self._held_up - time.monotonic()) > 0:
@@ -88,25 +94,25 @@ class _SendLock:
 
 
 class SuperLinkTransport:
-    """Sends and fetches in threads of its own, which end with the process however they hang (see `base.Transport`)."""
+    """Sends and fetches in daemon threads, which never keep the process alive (see `base.Transport`)."""
 
     def __init__(self, line: RuntimeClient, nodes: NodeRegistry, report: Report, limits: TimeLimits = TIME_LIMITS) -> None:
-        """Connect, and begin to watch who is connected.
+        """Start the threads that check connections and poll for replies.
 
         Args:
             line: The connection to the SuperLink.
-            nodes: Which node belongs to which organization.
+            nodes: Maps nodes to organizations.
             report: Called with events of the connection.
-            limits: How often it looks, and how long it waits.
+            limits: Intervals of checks and polls, and timeouts.
         """
         self._line = line
         self._limits = limits
         self._nodes = nodes
         self._report = report
-        self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # a reply, and whether it holds a slot
+        self._replies: SimpleQueue[tuple[Reply, bool]] = SimpleQueue()  # (a reply, whether it occupies a slot)
         self._slots = threading.Semaphore(_MAX_REPLIES)
         self._send_lock = _SendLock(limits.held_up)
-        self._sent: dict[str, _SentRequest] = {}  # number -> request
+        self._sent: dict[str, _SentRequest] = {}  # Flower's message id -> request
         self._closed = threading.Event()
         self._stopped = threading.Event()
         self._found: Mapping[str, Node] = {}
@@ -115,8 +121,8 @@ class SuperLinkTransport:
         self._began = time.monotonic()
         self._failure = ""
         self._away = False
-        self._active = time.monotonic()  # when a request was handed over, or an answer found, last
-        # times that all answers, and one's, may have been lost on the way
+        self._active = time.monotonic()  # when the last request was delivered, or the last reply found
+        # how often all replies (returns), and those of one organization (doubts), may have been lost in transfer
         self._returns = 0
         self._doubts = Counter[str]()
         self._threads: list[threading.Thread] = []
@@ -136,18 +142,24 @@ class SuperLinkTransport:
             self._stopped.set()
 
     def connected(self) -> Mapping[str, Node]:
-        """Return who is connected; one whose reply may be lost counts as reconnected, as Flower hands over each reply once."""
+        """Return organization -> node of those that are connected.
+
+        A node whose reply may be lost counts as reconnected, so that it is asked again: Flower delivers each reply only once.
+        """
         self._check()
         lost = {name: self._returns + self._doubts[name] for name in self._found}
         return {name: replace(node, since=f"{node.since} {lost[name]}") for name, node in self._found.items()}
 
     def last_seen(self) -> float:
+        """Return the time of the last successful check (monotonic clock); 0 if there was none."""
         return self._last_seen
 
     def left(self) -> frozenset[str]:
+        """Return the organizations that had left voluntarily at the last check."""
         return self._nodes.left()
 
     def revoked(self) -> frozenset[str]:
+        """Return the organizations whose invitation was revoked at the last check."""
         return self._nodes.revoked()
 
     def _watch(self) -> None:
@@ -179,7 +191,7 @@ class SuperLinkTransport:
                 self._doubts[sent.organization] += 1
 
     def _check(self) -> None:
-        """Report when the connection is lost or restored. Raises RunError when the run was stopped."""
+        """Report if the connection was lost or restored; raises RunError if the run was stopped at the SuperLink."""
         if self._stopped.is_set():
             raise RunError(
                 "the run was stopped at the SuperLink: expected it to go on; continue it with --resume",
@@ -203,10 +215,11 @@ class SuperLinkTransport:
             self._report(OrganizationLeft(organization=name))
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
+        """Send a request in its own thread; see `Transport.send`."""
         self._start(organization, self._push, _SentRequest(round, organization, max_bytes), message)
 
     def _push(self, sent: _SentRequest, message: Message) -> None:
-        """Send a request; one after the other, so that what several requests have in common is sent once."""
+        """Send a request, one after the other, so that objects that several requests share are sent once."""
         try:
             with self._send_lock.acquired():
                 if self._closed.is_set():
@@ -233,20 +246,20 @@ class SuperLinkTransport:
             wait = self._pause() if all(answered) else min(self._limits.look_backoff, 2 * wait)
 
     def _pause(self) -> float:
-        """Return seconds until the next look: a SuperLink answers some thirty calls a second, of all organizations together."""
+        """Return the seconds until the next poll: a SuperLink answers about thirty calls per second, of all clients together."""
         return min(self._limits.max_poll, max(self._limits.poll, _POLL_GROWTH * (time.monotonic() - self._active)))
 
     def _look(self, waiting: Mapping[str, _SentRequest]) -> bool:
-        """Ask which requests have replies, and begin to fetch those; return whether the SuperLink has answered.
+        """Poll for replies, and start to fetch those that are found; return whether the SuperLink answered.
 
-        A few are asked for at a time, as a call that takes too long loses all replies that it was to announce. Where it fails at
-        one of them, that one must not hide the replies of the others.
+        Only a few requests are polled at a time, as a call that times out loses all replies that it would have announced. If a
+        call fails, its requests are polled one by one, so that one of them does not hide the replies to the others.
         """
         try:
             found = self._line.list_replies(list(waiting))
         except RunStopped:
             raise
-        except Exception as error:  # it is busy, or starting; `_watch` tells of it
+        except Exception as error:  # the SuperLink is busy or starting; `_watch` reports it
             if isinstance(error, httpx.HTTPStatusError) and len(waiting) > 1:
                 looked = [self._look({number: sent}) for number, sent in waiting.items()]
                 return any(looked)
@@ -274,7 +287,7 @@ class SuperLinkTransport:
                 self._slots.release()
 
     def _fetch_reply(self, sent: _SentRequest, answer: Any) -> Reply | None:
-        """Return None where the reply is to be looked for again."""
+        """Fetch a reply; return None if it has to be polled for again."""
         content: Message | Lost | Rejected | None
         try:
             content = self._line.fetch(answer, sent.max_bytes, sent.note_chunk)
@@ -292,7 +305,7 @@ class SuperLinkTransport:
         return None if content is None else Reply(sent.round, sent.organization, content)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
-        """Yield replies; the place of one that was fetched is free again once the next is asked for."""
+        """Yield replies; asking for the next one frees the slot of the last. See `Transport.receive`."""
         wait = 0.0 if last else seconds
         while True:
             self._check()
@@ -310,18 +323,19 @@ class SuperLinkTransport:
                     self._slots.release()
 
     def _settle(self, round: int, organization: str) -> None:
-        """Drop the other copies of a request that was answered."""
+        """Stop waiting for replies to other copies of a request that was answered."""
         for number, sent in list(self._sent.items()):
             if (sent.round, sent.organization) == (round, organization):
                 self._sent.pop(number, None)
 
     def forget(self, round: int) -> None:
+        """Drop all further replies to this round and earlier ones."""
         for number, sent in list(self._sent.items()):
             if sent.round <= round:
                 self._sent.pop(number, None)
 
     def close(self) -> None:
-        """End the threads, but for those that hang: they end with the process."""
+        """Stop the threads; those that hang end with the process."""
         self._closed.set()
         self._sent.clear()
         deadline = time.monotonic() + self._limits.close
@@ -330,7 +344,7 @@ class SuperLinkTransport:
 
 
 def _may_be_gone(error: Exception) -> bool:
-    """Return whether a reply may have been handed over when a call failed: not where the call never arrived or was refused."""
+    """Return whether a failed call may have delivered, and thereby lost, a reply: not if it never arrived or was refused."""
     if isinstance(error, httpx.HTTPStatusError):
         return not error.request.url.path.endswith("/pull-messages")
     return not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)

@@ -25,6 +25,7 @@ from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 from cotune.simulations.prepare import prepare
 from cotune.strategies.types import Update
 from tests.support import clinic
+from tests.support.matrix import crossed
 
 ROWS = 121
 
@@ -80,9 +81,12 @@ def visible(update: Update) -> tuple[Any, ...]:
     return update.examples, update.steps, update.epsilon, update.noise_variance, update.disclosures
 
 
-@pytest.mark.parametrize("declared", [100, 120, 250])
 @pytest.mark.parametrize(
-    "local", [{"batch_size": 20, "steps": 2}, {"batch_size": 0.2, "steps": 2}, {"batch_size": 20, "epochs": 1.0, "steps": None}]
+    ("declared", "local"),
+    crossed(
+        [100, 120, 250],
+        [{"batch_size": 20, "steps": 2}, {"batch_size": 0.2, "steps": 2}, {"batch_size": 20, "epochs": 1.0, "steps": None}],
+    ),
 )
 def test_a_declared_number_decides_all_that_can_be_seen(
     plan_of: Callable[..., Plan],

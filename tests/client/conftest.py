@@ -7,9 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cotune.models import independence
 from cotune.models.trainable import get_model
-from tests.support.independence import VerdictsByContent
 from tests.support.multi_task import multi_plan
 from tests.support.sites import make_plan, make_site, records, state_for
 
@@ -24,23 +22,3 @@ def _one_model_at_a_time() -> Iterator[None]:
     get_model.cache_clear()
     yield
     get_model.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def verdicts() -> VerdictsByContent:
-    return VerdictsByContent()
-
-
-@pytest.fixture(autouse=True)
-def _equal_models_are_tried_once(verdicts: VerdictsByContent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether records mix is tried for a second with every model that is loaded, and here each test loads its own.
-
-    Equal ones share what was found, so long as nobody mixes records. A test in which somebody does asks for `own_verdicts`.
-    """
-    monkeypatch.setattr(independence, "_mixing", verdicts)
-
-
-@pytest.fixture
-def own_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other tests found of equal models is not known."""
-    monkeypatch.setattr(independence, "_mixing", VerdictsByContent())

@@ -135,7 +135,9 @@ def supernode(federation: Federation, *arguments: str) -> list[str]:
     return [str(BINARIES / "flower-supernode"), "--superlink", address, "--port", str(free_port()), *arguments]
 
 
+@pytest.mark.long
 def test_registered_organization_joins_through_the_proxy(federation: Federation) -> None:
+    """In short: test_join.py, where an organization joins by this way and trains."""
     key = key_pair(federation.folder, "hospital-a")
     federation.members.invite("hospital-a", read_public_key(key.with_suffix(".pub")))
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "hospital-a")

@@ -138,7 +138,6 @@ def test_noisy_votes_of_teachers_teach_a_student(toy_plan: NewPlan, public: Path
     changes = {
         "public": {"share": "votes", "epochs": 60},
         "strategy": {"weighting": "uniform"},
-        "simulation": {"baselines": ["alone"]},
     }
     plan = plan_of(toy_plan, public, rounds=1, privacy={"epsilon": 100.0, "delta": 1e-3, "pate": pate}, **changes)
     run = simulate(plan, tmp_path / "run", device="cpu")

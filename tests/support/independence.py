@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
+import pytest
+
 from cotune.models.check_cache import model_key
 from cotune.models.trainable import TrainableModel
 
@@ -17,3 +21,9 @@ class VerdictsByContent:
     def setdefault(self, model: TrainableModel, default: Verdicts) -> Verdicts:
         """Return what is known of models that are equal to this one."""
         return self._found.setdefault(model_key(model), default)
+
+
+@pytest.fixture
+def own_verdicts() -> WeakKeyDictionary[TrainableModel, Verdicts]:
+    """As in the product: every model that is loaded is tried. A room whose tests mix records has it as its `verdicts`."""
+    return WeakKeyDictionary()

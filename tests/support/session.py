@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cotune.models import independence
 from cotune.worker_process import WorkerProcess
 from tests.support.datasets import sentences, write_csv
+from tests.support.independence import VerdictsByContent
 from tests.support.processes import preloaded
 from tests.support.tiny_models import base_model
 
@@ -51,3 +53,15 @@ def _preloaded_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WorkerProcess, "context", preloaded())
         yield
+
+
+@pytest.fixture(scope="session")
+def verdicts() -> VerdictsByContent:
+    """Shared by the tests of a process; rooms in which somebody mixes records have others."""
+    return VerdictsByContent()
+
+
+@pytest.fixture(autouse=True)
+def _equal_models_are_tried_once(verdicts: VerdictsByContent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether records mix is tried for a second with every model that is loaded, and most tests load the same tiny ones."""
+    monkeypatch.setattr(independence, "_mixing", verdicts)

@@ -1,1 +1,1 @@
-"""What runs on the coordinator's machine: the supervisor, its processes, and the runs that it submits."""
+"""Processes on the coordinator's machine: the supervisor, what it keeps running, and the execution of runs."""

@@ -1,6 +1,6 @@
-"""The record of the processes that a supervisor has started, so that none is left behind when it is killed.
+"""Record the processes that a supervisor has started, so that the next supervisor can end them if it was killed.
 
-A process is identified by its number and its start, as numbers are given out again.
+A process is identified by its number and its start time, as numbers are reused.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pydantic import BaseModel
 from cotune.errors import RunError
 from cotune.storage.json_documents import JsonDocument
 
-Identity = tuple[int, float]  # number, and when it was started
+Identity = tuple[int, float]  # (process number, start time)
 
 
 class _Processes(BaseModel):
-    """The document: which boot of the machine the processes are of, as their numbers come again."""
+    """The document: the processes, and the boot of the machine to which they belong, as numbers are reused after a reboot."""
 
     boot: str
     processes: list[Identity]
 
 
 class ProcessRecord:
-    """The file processes.json: written when what runs has changed, and read by the next supervisor.
+    """The file processes.json, written when processes start or end, and read by the next supervisor.
 
     Args:
         file: The file.
-        say: Called with a line where the file cannot be written.
+        say: Called with a line if the file cannot be written.
     """
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:
@@ -43,7 +43,7 @@ class ProcessRecord:
         self._failed = False
 
     def keep(self, processes: Iterable[psutil.Process]) -> None:
-        """Record which processes run. A full disk is reported once, and is no reason to end them: the next call tries again."""
+        """Record which processes run. A full disk is reported once and not raised; the next call tries again."""
         found = sorted(identity for process in processes if (identity := _get_identity(process)))
         if found == self._written:
             return
@@ -58,7 +58,7 @@ class ProcessRecord:
             self._failed = False
 
     def left(self) -> list[psutil.Process]:
-        """Return the recorded processes that still run, with all that they have started; none where the file is damaged."""
+        """Return the recorded processes that still run, and all that they have started; none if the file is damaged."""
         try:
             kept = self._document.read()
         except RunError:
@@ -71,7 +71,7 @@ def find_session_processes(leaders: Collection[int]) -> Iterator[psutil.Process]
     """Yield the processes of sessions.
 
     Args:
-        leaders: The processes that have begun the sessions, whether they still run or not.
+        leaders: Numbers of the processes that started the sessions, whether they still run or not.
     """
     for number in psutil.pids():
         with suppress(OSError, psutil.Error):
@@ -105,7 +105,7 @@ def _wait_for(seconds: float, processes: list[psutil.Process]) -> list[psutil.Pr
 
 
 def _is_running(process: psutil.Process) -> bool:
-    """Whether a process runs. One whose exit code nobody has asked for yet does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -121,7 +121,7 @@ def _iterate_family(number: int, started: float) -> Iterator[psutil.Process]:
 
 
 def _get_identity(process: psutil.Process) -> Identity | None:
-    """Number and start of a process; on Linux in ticks since the boot, as psutil's time moves when the clock is set."""
+    """Return number and start of a process; on Linux in ticks since boot, as psutil's time changes when the clock is set."""
     try:
         return process.pid, float(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError):

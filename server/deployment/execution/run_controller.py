@@ -1,8 +1,8 @@
-"""A run on the SuperLink, from the coordinator's side: submitted, followed, submitted again where it was lost, stopped.
+"""Control a run on the SuperLink: submit it, follow it, submit it again if it was lost, and stop it.
 
-The SuperLink's executor executes a run in a process of its own, which holds the lock of the run's folder meanwhile: whether the
-lock is held decides whether the run is running. A process that follows a run may be killed and started again: the run goes on.
-The last submission is in superlink.json in the run's folder.
+The SuperLink's executor runs it in its own process, which holds the lock of the run's folder: a run is running if and only if the
+lock is held. A process that follows a run may be killed and started again without affecting the run. The last submission is in
+superlink.json in the run's folder.
 """
 
 from __future__ import annotations
@@ -32,22 +32,33 @@ _FINAL_EVENTS = ("run_finalized", "run_failed")
 
 
 class Executor(Protocol):
-    """Calls to the SuperLink; each raises SuperLinkUnreachable where nobody answers."""
+    """Calls to the SuperLink; each raises SuperLinkUnreachable if it does not answer."""
 
-    def start(self, run: Path) -> int: ...
-    def stop(self, run_id: int) -> None: ...
-    def state(self, run_id: int) -> RunState | None: ...
-    def running(self) -> tuple[int, ...]: ...
+    def start(self, run: Path) -> int:
+        """Start the run of a folder, and return the SuperLink's id for it."""
+        ...
+
+    def stop(self, run_id: int) -> None:
+        """Stop a run."""
+        ...
+
+    def state(self, run_id: int) -> RunState | None:
+        """Return the state of a run; None if the SuperLink does not know it."""
+        ...
+
+    def running(self) -> tuple[int, ...]:
+        """Return the ids of the runs that are not over."""
+        ...
 
 
 @dataclass(frozen=True)
 class PollInterval:
-    """Times, in seconds.
+    """Intervals and timeouts, in seconds.
 
     Attributes:
-        poll: Between two looks at a run.
-        again: Before a lost run is submitted again; doubled with every try.
-        grace: For the process of a run to end by itself, once the SuperLink has given it up.
+        poll: Between two polls of a run.
+        again: Before a lost run is submitted again; doubled with every attempt.
+        grace: For the process of a run to end by itself, after the SuperLink has given it up.
     """
 
     poll: float = 0.5
@@ -56,7 +67,11 @@ class PollInterval:
 
 
 def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
-    """Return the run with this name, or else the last that was begun. Raises RunError where there is none."""
+    """Return the run with a name, by default the newest run.
+
+    Raises:
+        RunError: If there is none.
+    """
     runs = [path for path in federation.runs() if name in (None, path.name)]
     if not runs:
         known = f"called {name[:100]!r} " if name else ""
@@ -65,15 +80,15 @@ def newest(federation: FederationFolder, name: str | None = None) -> RunFolder:
 
 
 def check_none_unfinished(federation: FederationFolder, executor: Executor, *, leave: bool) -> None:
-    """Check that a new run may begin.
+    """Check that a new run may start.
 
     Args:
         federation: The federation.
         executor: The SuperLink.
-        leave: Whether an unfinished run that nobody executes may be left behind.
+        leave: Whether an unfinished run that is not running may be abandoned.
 
     Raises:
-        RunError: If a run is running, or is unfinished and may not be left.
+        RunError: If a run is running, or is unfinished and may not be abandoned.
     """
     runs = list(federation.runs())
     for path in runs:
@@ -96,7 +111,11 @@ def _is_submitted(folder: RunFolder, executor: Executor) -> bool:
 
 @contextmanager
 def lock_runs(federation: FederationFolder) -> Iterator[None]:
-    """Let no other process submit or follow runs of the federation during the block. Raises RunError where one does."""
+    """Prevent other processes from submitting or following runs of the federation during the block.
+
+    Raises:
+        RunError: If another process does so already.
+    """
     try:
         federation.files.runs.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -108,7 +127,19 @@ def lock_runs(federation: FederationFolder) -> Iterator[None]:
 
 
 def submit(folder: RunFolder, executor: Executor, pace: PollInterval | None = None) -> Submission:
-    """Return the attempt that is running; otherwise make a new one, once no process executes the run. Raises RunError."""
+    """Submit a run to the SuperLink, unless it is running already.
+
+    Args:
+        folder: Of the run.
+        executor: The SuperLink.
+        pace: Its `grace` is how long a process that still executes the run may take to end.
+
+    Returns:
+        The submission that is running.
+
+    Raises:
+        RunError: If the SuperLink does not answer, or the process of an earlier attempt cannot be ended.
+    """
     ticket = read_submission(folder)
     if ticket is not None:
         run_id = _get_running_id(folder, ticket, executor)
@@ -122,23 +153,23 @@ def submit(folder: RunFolder, executor: Executor, pace: PollInterval | None = No
 
 
 def is_superlink_kept_running(federation: FederationFolder) -> bool:
-    """Return whether `cotune server start` runs for the federation: then a SuperLink that is away comes back."""
+    """Return whether `cotune server start` runs for the federation and would restart its SuperLink."""
     return is_running(federation.superlink)
 
 
 def retry_while_kept_running(
     call: Callable[[], _Answer], kept_running: Callable[[], bool], notify: Observer, pace: PollInterval | None = None
 ) -> _Answer:
-    """Make a call to the SuperLink; while it is being brought back, wait and make the call again.
+    """Call the SuperLink, and repeat the call while the SuperLink is being restarted.
 
     Args:
-        call: May be made twice.
-        kept_running: Whether somebody brings the SuperLink back.
+        call: It must be safe to repeat.
+        kept_running: Returns whether a supervisor restarts the SuperLink.
         notify: Observer of `superlink_lost` and `superlink_back`.
-        pace: How often it is tried.
+        pace: Interval of the attempts.
 
     Raises:
-        SuperLinkUnreachable: Where nobody brings it back.
+        SuperLinkUnreachable: If it does not answer and no supervisor restarts it.
     """
     away = False
     while True:
@@ -164,19 +195,21 @@ def run_to_completion(
     pace: PollInterval | None = None,
     kept_running: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Hand a run over and follow it until its report is written. What happens is told as events, as in events.jsonl.
+    """Submit a run and follow it until its report is written.
 
-    What ends without a word is handed over again; what says why it failed is not. Interrupted, it stops the run first.
+    An attempt that ends without an event that gives a reason is submitted again; one that states why it failed is not. An
+    interrupt stops the run first.
 
     Args:
         folder: Of the run.
         executor: The SuperLink.
-        notify: Observer of every event.
-        pace: How often it is looked.
-        kept_running: Whether somebody brings a SuperLink back that is away at first; later it is waited for in any case.
+        notify: Observer of every event, as in events.jsonl.
+        pace: Interval of polls.
+        kept_running: Returns whether a supervisor restarts the SuperLink. It decides only at the start; later, an unreachable
+            SuperLink is always waited for.
 
     Raises:
-        RunError: Where the run failed, or the SuperLink is away at first and nobody brings it back.
+        RunError: If the run failed, or the SuperLink is unreachable at the start and no supervisor restarts it.
     """
     pace = pace or PollInterval()
     try:
@@ -207,7 +240,13 @@ def run_to_completion(
 
 @dataclass(frozen=True)
 class _AttemptEnd:
-    """Of an attempt. event: its last word; None where it ended without one."""
+    """How an attempt ended.
+
+    Attributes:
+        event: The event that ended it; None if it ended without one.
+        reason: Why, in words.
+        progress: Whether it finished a round.
+    """
 
     event: str | None
     reason: str
@@ -217,13 +256,13 @@ class _AttemptEnd:
 def _follow_attempt(
     folder: RunFolder, executor: Executor, ticket: Submission, notify: Observer, pace: PollInterval
 ) -> _AttemptEnd:
-    """Tells what happens until the attempt ends."""
+    """Pass events on until the attempt ends."""
     offset = ticket.offset
     begun = False
     progress = False
     reachable = True
     while True:
-        reason, reached = _get_end_reason(executor, ticket)  # asked first: whatever was written before is read below
+        reason, reached = _get_end_reason(executor, ticket)  # asked first, so that all events written before are read below
         if reached != reachable:
             reachable = reached
             notify("superlink_back" if reached else "superlink_lost", {})
@@ -246,7 +285,7 @@ def _report_event(event: Event, notify: Observer) -> str:
 
 
 def _get_end_reason(executor: Executor, ticket: Submission) -> tuple[str | None, bool]:
-    """Why the attempt is over, as far as the SuperLink knows, or None; and whether it could be reached."""
+    """Return (why the attempt is over according to the SuperLink, or None; whether the SuperLink answered)."""
     assert ticket.run_id is not None, "an attempt that is watched was handed over"
     try:
         state = executor.state(ticket.run_id)
@@ -261,7 +300,7 @@ def _get_end_reason(executor: Executor, ticket: Submission) -> tuple[str | None,
 
 
 def _retry(folder: RunFolder, executor: Executor, notify: Observer, pace: PollInterval) -> _AttemptEnd:
-    """Another attempt, once the SuperLink answers."""
+    """Submit the run again once the SuperLink answers, and follow that attempt."""
     try:
         retry_while_kept_running(executor.running, lambda: True, notify, pace)
         return _follow_attempt(folder, executor, submit(folder, executor, pace), notify, pace)
@@ -270,8 +309,8 @@ def _retry(folder: RunFolder, executor: Executor, notify: Observer, pace: PollIn
 
 
 def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:
-    """Ends the present attempt, at the SuperLink and on this machine."""
-    with suppress(RunError):  # the SuperLink is away, or has ended the run itself
+    """End the current attempt, at the SuperLink and on this machine."""
+    with suppress(RunError):  # the SuperLink does not answer, or has ended the run itself
         ticket = read_submission(folder)
         known = () if ticket is None or ticket.run_id is None else (ticket.run_id,)
         for run_id in known or executor.running():
@@ -280,12 +319,12 @@ def _stop(folder: RunFolder, executor: Executor, pace: PollInterval) -> None:
 
 
 def _get_running_id(folder: RunFolder, ticket: Submission, executor: Executor) -> int | None:
-    """The id of an attempt that goes on, or None."""
+    """Return the id of the attempt if it is still running, else None."""
     events, _ = follow(folder.events.path, ticket.offset)
     if any(event.get("event") in _FINAL_EVENTS for event in events):
         return None
     if ticket.run_id is None:
-        running = executor.running()  # the SuperLink is this federation's alone, and plays one run at a time
+        running = executor.running()  # the SuperLink belongs to this federation only, and executes one run at a time
         return running[-1] if running else None
     state = executor.state(ticket.run_id)
     if state is None or state.status == "finished":

@@ -1,4 +1,4 @@
-"""The process that executes a run: it holds the lock of the folder of the run, which decides whether the run is running."""
+"""The process that executes a run: it holds the lock of the run's folder, and a run is running if and only if that is held."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.1
 
 
 def is_running(run: Path) -> bool:
-    """Whether a process holds the lock of the run's folder."""
+    """Return whether a process holds the lock of the run's folder."""
     return is_locked(run / ".lock")
 
 
@@ -26,7 +26,7 @@ def wait_until_stopped(run: Path, grace: float) -> None:
 
     Args:
         run: The run's folder.
-        grace: Seconds after which the process is interrupted, and after as many again killed.
+        grace: Seconds after which the process is interrupted; after as many again, it is killed.
 
     Raises:
         RunError: If the process cannot be ended.
@@ -50,7 +50,7 @@ def wait_until_stopped(run: Path, grace: float) -> None:
 
 
 def _find_lock_holders(run: Path) -> list[psutil.Process]:
-    """The processes that have the run's lock open."""
+    """Return the processes that have the run's lock file open."""
     lock = str(run / ".lock")
     found = []
     for process in psutil.process_iter():

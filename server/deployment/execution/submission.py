@@ -15,7 +15,7 @@ class Submission(BaseModel):
     Attributes:
         submitted: When it was submitted (UTC).
         offset: Where the attempt begins in events.jsonl, in bytes.
-        run_id: The SuperLink's id of the run; None where the SuperLink was asked and its answer is not known.
+        run_id: The SuperLink's id of the run; None while the SuperLink's answer is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,7 +25,11 @@ class Submission(BaseModel):
 
 
 def read_submission(folder: RunFolder) -> Submission | None:
-    """Return the last submission of a run; None where there is none. Raises RunError for a damaged file."""
+    """Return the last submission of a run; None if there is none.
+
+    Raises:
+        RunError: If the file is damaged.
+    """
     return _submission_file(folder).read()
 
 
@@ -34,7 +38,11 @@ def _submission_file(folder: RunFolder) -> JsonDocument[Submission]:
 
 
 def write_submission(folder: RunFolder, ticket: Submission) -> Submission:
-    """Write the submission of a run and return it; it is durable then. Raises RunError."""
+    """Write the submission of a run durably, and return it.
+
+    Raises:
+        RunError: If the file cannot be written.
+    """
     try:
         _submission_file(folder).write(ticket)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Processes that a supervisor keeps running: started again when they end, with growing delays, and their logs kept short."""
+"""Processes that a supervisor keeps running: they are restarted with growing delays, and their logs are kept short."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cotune.errors import RunError
 from cotune.printable import printable
 from cotune.server.deployment.execution.process_record import find_session_processes, terminate_all
 
-MIN_UPTIME_SECONDS = 20.0  # a process that ends sooner has not served anybody
+MIN_UPTIME_SECONDS = 20.0  # a process that ends sooner counts as failed at its start
 MAX_EARLY_EXITS = 5
 MAX_LOG_BYTES = 32 * 2**20
 MIN_RESTART_BACKOFF = 0.5
 MAX_RESTART_BACKOFF = 30.0
-_GRACE_SECONDS = 2.0  # for what a process that has ended leaves behind
+_GRACE_SECONDS = 2.0  # for child processes that an ended process leaves behind
 # of a log
 _LOG_TAIL_BYTES = 16384
 _MAX_LINES = 40
@@ -34,15 +34,15 @@ _FRAME = re.compile(r"[\u2500-\u257f]|\^{2,}|~{2,}")  # box drawings, carets
 
 
 class SupervisedProcess:
-    """A process that is started again when it ends. It has a session of its own, so that all that it starts can be found.
+    """A process that is restarted when it ends. It has its own session, so that all its child processes can be found.
 
     Args:
         name: Of the process, for messages.
         command: The program and its arguments.
-        log: The file that its output is appended to; the one before is kept.
+        log: The file that its output is appended to; one previous file is kept.
         environment: Of the process.
         say: Called with a line when it ends or cannot be started.
-        clock: The time in seconds.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class SupervisedProcess:
             log.replace(self._previous)
 
     def poll(self) -> bool:
-        """Start the process where it is due.
+        """Start the process if it does not run and its delay has passed.
 
         Returns:
             Whether it was started.
 
         Raises:
-            RunError: If it ends at once, again and again, or cannot be started; not after `restart_forever`.
+            RunError: If it keeps ending right after its start, or cannot be started; never after `restart_forever`.
         """
         if self._process is None:
             if self._clock() < self._restart_at:
@@ -89,16 +89,16 @@ class SupervisedProcess:
         return False
 
     def restart_forever(self) -> None:
-        """Never raise from now on: all was ready once, so that what ends the process passes, such as a locked database."""
+        """Never raise again: the process was ready once, so whatever ends it, such as a locked database, is temporary."""
         self._is_proven = True
 
     @property
     def leader(self) -> int | None:
-        """The number of the process and of its session; None while it does not run."""
+        """The number of the process and its session; None while it does not run."""
         return None if self._process is None else self._process.pid
 
     def forget_ended(self) -> None:
-        """Take note that the process was ended by somebody else."""
+        """Forget the process, which was ended from outside."""
         if self._process is not None and self._process.poll() is not None:
             self._process = None
 
@@ -121,7 +121,7 @@ class SupervisedProcess:
 
     def _handle_exit(self, code: int) -> None:
         how = f"was ended by signal {-code}" if code < 0 else f"has ended with code {code}"
-        terminate_all(running([self]), _GRACE_SECONDS)  # without it they serve nobody
+        terminate_all(running([self]), _GRACE_SECONDS)  # child processes are useless without it
         self._process = None
         self._early_exits = self._early_exits + 1 if self._clock() - self._started < MIN_UPTIME_SECONDS else 0
         if self._early_exits >= MAX_EARLY_EXITS and not self._is_proven:
@@ -137,10 +137,10 @@ class SupervisedProcess:
         self._say(f"{problem}; it is started again in {wait:g} s")
 
     def _truncate_log(self) -> None:
-        with suppress(OSError):  # no reason to end what runs
+        with suppress(OSError):  # a failure here must not end the process
             if self._log.stat().st_size > MAX_LOG_BYTES:
                 shutil.copyfile(self._log, self._previous)
-                os.truncate(self._log, 0)  # the process appends, and goes on from there
+                os.truncate(self._log, 0)  # the process appends, so it continues from there
 
     def _read_reason(self) -> str:
         try:
@@ -152,7 +152,7 @@ class SupervisedProcess:
 
 
 def extract_reason(text: str) -> str:
-    """Return the line of a log that says why a process has ended: the last exception or error, otherwise the last with words.
+    """Return the line of a log that states why a process ended: the last exception or error, else the last line with words.
 
     >>> extract_reason("Traceback:\\n  File x\\nValueError: no room\\nFor more information check: https://x")
     'ValueError: no room'
@@ -163,20 +163,20 @@ def extract_reason(text: str) -> str:
 
 
 def _clean_line(line: str) -> str:
-    """The line without colors and frames; "" for one without words, or with a hint to further reading alone."""
+    """Return a line without colors and frames; "" if it has no words, or only refers to further reading."""
     plain = printable(_FRAME.sub("", _COLOR.sub("", line)).strip())
     return "" if not re.search(r"\w{2}", plain) or plain.startswith("For more information check") else plain
 
 
 def running(children: Iterable[SupervisedProcess]) -> Iterator[psutil.Process]:
-    """Yield the processes and all that they have started."""
+    """Yield the processes and all their descendants."""
     yield from find_session_processes({child.leader for child in children if child.leader is not None})
 
 
 def stop(children: Iterable[SupervisedProcess], grace: float) -> None:
-    """Terminate the processes and all that they have started; kill those that still run after `grace` seconds."""
+    """Terminate the processes and all their descendants; kill those that still run after `grace` seconds."""
     kept = list(children)
-    for _ in range(2):  # what they have started while they were ended
+    for _ in range(2):  # the second time for processes that were started in the meantime
         terminate_all(running(kept), grace)
     for child in kept:
         child.forget_ended()

@@ -1,4 +1,4 @@
-"""`cotune server start`: Flower's SuperLink, the front and an executor for runs, kept running until it is told to stop.
+"""`cotune server start`: keep Flower's SuperLink, the front and an executor for runs running until a signal stops it.
 
 Their files are in superlink/ in the federation's folder (`layout.SuperLinkFiles`).
 """
@@ -29,7 +29,7 @@ from cotune.server.proxy.server import open_listener
 from cotune.server.runs.run_folder import lock_folder
 from cotune.storage.files import atomic_write
 
-EXPIRY_WARNING_DAYS = 30  # of the certificate, from which on there is a warning
+EXPIRY_WARNING_DAYS = 30  # before the certificate expires, from which on there is a warning
 _POLL_SECONDS = 0.3
 _GRACE_SECONDS = 10.0
 _ENVIRONMENT = {
@@ -43,15 +43,20 @@ Report = Callable[[str], None]
 
 
 def supervise(folder: FederationFolder, say: Report) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP; nothing that it has started is left then. say: Called with every event, as a line.
+    """Run the federation's processes until SIGINT, SIGTERM or SIGHUP, then end all of them.
 
-    Raises RunError for certificates that organizations would refuse, a damaged list of members, a port that is taken,
-    another supervisor of the folder, a folder that cannot be written, and a process that ends at once, again and again, before
-    all were ready; afterwards none is given up.
+    Args:
+        folder: The federation.
+        say: Called with a line for every event.
+
+    Raises:
+        RunError: If organizations would refuse the certificates, the list of members is damaged, a port is in use, another
+            supervisor runs for the folder, the folder cannot be written, or a process keeps ending right after its start before
+            all were ready. Once all were ready, every process is restarted forever.
     """
 
     def log(line: str) -> None:
-        with suppress(OSError):  # a terminal that was closed must not keep what runs from being ended
+        with suppress(OSError):  # a closed terminal must not prevent the processes from being ended
             say(line)
 
     try:
@@ -67,7 +72,7 @@ def supervise(folder: FederationFolder, say: Report) -> None:
 
 def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool]) -> None:
     _report_expiry(certificates.check_certificate(folder.certificates, folder.config.hosts[0]), say)
-    folder.members.all()  # a damaged list is reported now, not when nobody can join
+    folder.members.all()  # a damaged list is reported now, not when the first member fails to join
     record = ProcessRecord(folder.files.superlink.processes, say)
     if left := terminate_all(record.left(), _GRACE_SECONDS):
         say(f"ended {left} processes that a killed `cotune server start` had left")
@@ -76,7 +81,7 @@ def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool
     _write_front_config(folder)
     for file in folder.superlink.glob(
         f"{folder.files.superlink.database.name}*"
-    ):  # never compacted; what a killed start was at is asked for again
+    ):  # never compacted; whatever was in transfer is requested again
         file.unlink()
     children = _build_processes(folder, say)
     say(f"starting {folder.config.name} at {get_public_address(folder.config)}")
@@ -103,7 +108,7 @@ def _supervise(folder: FederationFolder, say: Report, stopped: Callable[[], bool
 
 
 def _is_listening(config: ServerConfig) -> bool:
-    """Whether the front does, at the public port."""
+    """Return whether the front listens at the public port."""
     try:
         socket.create_connection((config.listen, config.port), timeout=_POLL_SECONDS).close()
     except OSError:
@@ -134,7 +139,7 @@ def _build_processes(folder: FederationFolder, say: Report) -> list[SupervisedPr
 
 
 def _build_environment(folder: FederationFolder) -> dict[str, str]:
-    """With the programs of this Python first on the path: Flower starts the apps of runs by their bare names."""
+    """Return an environment with this Python's programs first on the path, as Flower starts the apps of runs by name."""
     path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)))
     return {
         **os.environ,
@@ -178,7 +183,7 @@ def _report_expiry(until: datetime, say: Report) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether one has come. Only noted, as what runs is ended in one place."""
+    """Yield a function that returns whether a stop signal was received. The handler only records it."""
     signals: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""The coordinator's own certificate authority and its server certificate, so that organizations know whom they talk to.
+"""The coordinator's certificate authority and its server certificate, by which organizations authenticate the server.
 
-Where the authority was replaced (key_rotation.py), ca.crt holds the one before it too, second: a process that still shows a
-certificate of that one is believed on this machine until it is restarted. Organizations are given the first alone
+After the authority was replaced (key_rotation.py), ca.crt contains the previous one, too, in second place: a process with a
+certificate of that authority is trusted on this machine until it is restarted. Organizations receive only the first
 (`read_authority_pem`).
 """
 
@@ -28,7 +28,7 @@ from cotune.server.deployment.keys.x509_building import (
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.storage.files import atomic_write
 
-_NEW_AUTHORITY = "make a new authority, and give its ca.crt to every organization"  # what helps where it has expired
+_NEW_AUTHORITY = "make a new authority, and give its ca.crt to every organization"  # advice if it has expired
 
 
 def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None = None) -> None:
@@ -36,8 +36,8 @@ def create_authority(folder: Path, hosts: Sequence[str], *, now: datetime | None
 
     Args:
         folder: The folder of certificates.
-        hosts: Names or IP addresses of the server; those of loopback are added.
-        now: The time; by default that of the clock.
+        hosts: Names or IP addresses of the server; those of the loopback interface are added.
+        now: The current time; None: read the clock.
 
     Raises:
         RunError: If a host is not valid, a file exists already, or the folder cannot be written.
@@ -63,11 +63,11 @@ def renew_certificate(folder: Path, hosts: Sequence[str] | None = None, *, now: 
 
     Args:
         folder: The folder of certificates.
-        hosts: Names or IP addresses of the server; by default those of the present certificate.
-        now: The time; by default that of the clock.
+        hosts: Names or IP addresses of the server; by default those of the current certificate.
+        now: The current time; None: read the clock.
 
     Returns:
-        When the new certificate expires. Processes that run show it after a restart.
+        When the new certificate expires. Running processes use it after a restart.
 
     Raises:
         RunError: If a host is not valid, a file cannot be read, or the authority has expired.
@@ -87,11 +87,11 @@ def renew_certificate(folder: Path, hosts: Sequence[str] | None = None, *, now: 
 
 
 def create_next_authority(folder: Path, *, now: datetime | None = None) -> None:
-    """Create an authority alone, which is to follow the present one.
+    """Create only an authority, which is to replace the current one later.
 
     Args:
         folder: The folder that its certificate and key are written to.
-        now: The time; by default that of the clock.
+        now: The current time; None: read the clock.
 
     Raises:
         RunError: If the folder cannot be written.
@@ -100,15 +100,15 @@ def create_next_authority(folder: Path, *, now: datetime | None = None) -> None:
 
 
 def replace_authority(folder: Path, following: Path, *, now: datetime | None = None) -> None:
-    """Put another authority in the place of the present one; the server's key and hosts stay.
+    """Replace the authority; the server's key and hosts stay.
 
-    A process that is killed between any two writes leaves certificates that are believed on this machine; calling it again
+    A process that is killed between any two writes leaves certificates that are trusted on this machine; calling it again
     finishes the replacement.
 
     Args:
         folder: The folder of certificates.
-        following: The folder with the new authority, as `create_next_authority` has made it.
-        now: The time; by default that of the clock.
+        following: The folder with the new authority, as `create_next_authority` created it.
+        now: The current time; None: read the clock.
 
     Raises:
         RunError: If a file cannot be read or written.
@@ -128,7 +128,7 @@ def replace_authority(folder: Path, following: Path, *, now: datetime | None = N
 
 
 def read_authority_pem(folder: Path) -> str:
-    """Return the certificate of the authority that organizations are given. Raises RunError."""
+    """Return the authority's certificate that organizations receive; raises RunError if it cannot be read."""
     return _certificate_bytes(_read_certificate(CertificateFiles(folder).authority)).decode("ascii")
 
 
@@ -138,14 +138,14 @@ def check_certificate(folder: Path, host: str = "localhost", *, now: datetime | 
     Args:
         folder: The folder of certificates.
         host: The name or IP address that the client connects to.
-        now: The time; by default that of the clock.
+        now: The current time; None: read the clock.
 
     Returns:
         When the certificate, or the authority, expires.
 
     Raises:
-        RunError: If a file is missing or unreadable, the key is that of another certificate, or the certificate is of another
-            authority, for another host, expired or not valid yet.
+        RunError: If a file is missing or unreadable, the key does not belong to the certificate, or the certificate is from
+            another authority, for another host, expired, or not valid yet.
     """
     files = CertificateFiles(folder)
     now = now or datetime.now(UTC)
@@ -219,7 +219,7 @@ def _read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     content = _read(path)
     try:
         key = serialization.load_pem_private_key(content, password=None)
-    except (ValueError, TypeError):  # TypeError: it wants a password
+    except (ValueError, TypeError):  # TypeError: it needs a password
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise RunError(

@@ -1,8 +1,8 @@
-"""The federation's keys are renewed without a new invitation: the key that signs requests, and the authority of the server.
+"""Rotate the federation's keys without a new invitation: the key that signs requests, and the server's certificate authority.
 
-First the new keys are announced: the statement, signed by the old key, goes with every request, and each answer names the newest
-key that its organization knows. Then they are put into use. A process that is killed between any two writes leaves keys that
-work, the old or the new; the same command again finishes it.
+First, the new keys are announced: every request carries a statement of them, signed by the old key, and each answer names the
+newest key that its organization knows. Then the new keys are activated. A process that is killed between any two writes leaves
+working keys, either old or new; repeating the command finishes the rotation.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from cotune.storage.files import atomic_write
 
 
 def announce_keys(folder: FederationFolder) -> ServerRenewal:
-    """Create the keys that are to follow, and the statement that names them. Calling it again changes nothing.
+    """Create the next keys, and the statement that names them. Calling it again changes nothing.
 
     Returns:
-        The statement, signed by the present key and by the new one.
+        The statement, signed by the current key and by the new one.
 
     Raises:
         RunError: If a file cannot be read or written.
@@ -66,7 +66,7 @@ def _write_next_keys(part: Path, present: Path, federation: str) -> None:
 
 
 def read_announced(path: Path) -> ServerRenewal | None:
-    """Return the statement of the announced keys; None where there are none.
+    """Return the statement of the announced keys; None if there are none.
 
     Args:
         path: The folder of certificates.
@@ -79,7 +79,7 @@ def read_announced(path: Path) -> ServerRenewal | None:
 
 
 def read_renewals(path: Path) -> list[ServerRenewal]:
-    """Return all statements of renewed keys, the oldest first.
+    """Return all statements of rotated keys, the oldest first.
 
     Args:
         path: The folder of certificates.
@@ -93,7 +93,7 @@ def read_renewals(path: Path) -> list[ServerRenewal]:
 
 
 def list_members_without_keys(folder: FederationFolder) -> list[str]:
-    """Return the names of the members that have not answered yet with knowledge of the announced keys.
+    """Return the names of the members whose answers have not yet shown that they know the announced keys.
 
     Raises:
         RunError: If no keys are announced.
@@ -104,7 +104,7 @@ def list_members_without_keys(folder: FederationFolder) -> list[str]:
 
 
 def _list_trusting(run: Path, key: str) -> set[str]:
-    """The organizations that have answered in a run and trusted the key: the signature was verified as the answer came."""
+    """Return the organizations that named the key in a reply of a run; its signature was verified on receipt."""
     file = run / "trail.jsonl"
     replies = [entry for entry in read_events(file) if entry.get("event") == "reply"] if file.exists() else []
     statements = [ReplyStatement.parse(str(entry["statement"])) for entry in replies]
@@ -112,9 +112,9 @@ def _list_trusting(run: Path, key: str) -> set[str]:
 
 
 def activate_keys(folder: FederationFolder) -> None:
-    """Put the announced keys in the place of the present ones.
+    """Replace the current keys by the announced ones.
 
-    Requests are signed by the new key at once; processes show the new certificate after a restart.
+    Requests are signed by the new key at once; processes use the new certificate after a restart.
 
     Raises:
         RunError: If no keys are announced, or a file cannot be read or written.
@@ -125,7 +125,7 @@ def activate_keys(folder: FederationFolder) -> None:
     following = files.next.path
     try:
         used = _read_used(path)
-        if announced not in used:  # from here on it is finished, whatever happens
+        if announced not in used:  # from here on, the activation will be finished after a crash
             atomic_write(files.used_renewals, "".join(f"{each.text()}\n" for each in (*used, announced)).encode())
         replace_signing_key(path, read_signing_key(following))
         certificates.replace_authority(path, following)
@@ -141,7 +141,7 @@ def activate_keys(folder: FederationFolder) -> None:
 
 
 def finish_activation(folder: FederationFolder) -> None:
-    """Finish `activate_keys` where a process was killed while it did that.
+    """Finish `activate_keys` if a process was killed during it.
 
     Raises:
         RunError: As `activate_keys`.

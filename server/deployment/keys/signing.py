@@ -1,4 +1,4 @@
-"""The key that signs a federation's requests, and the number that each request has.
+"""The key that signs a federation's requests, and their serial numbers.
 
 Functions take the folder of certificates (`layout.CertificateFiles`).
 """
@@ -18,7 +18,7 @@ from cotune.storage.files import atomic_write, exclusive_lock
 
 
 def create_signing_key(folder: Path) -> Ed25519PrivateKey:
-    """Return the signing key of the folder; create it where there is none, with mode 0600.
+    """Return the signing key of the folder; if there is none, create it with mode 0600.
 
     Raises:
         RunError: If the file cannot be read or written, or is not such a key.
@@ -66,7 +66,7 @@ def public_hex(key: Ed25519PrivateKey) -> str:
 
 
 def public_keys(folder: Path) -> list[str]:
-    """Return the public halves of the present signing key and of those before it, as hex.
+    """Return the public halves of the current and all former signing keys, as hex.
 
     Raises:
         RunError: As `read_signing_key`.
@@ -75,9 +75,9 @@ def public_keys(folder: Path) -> list[str]:
 
 
 def replace_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
-    """Replace the signing key. The public half of the present one is kept, so that what it has signed can be verified.
+    """Replace the signing key. The public half of the old one is kept, so that its signatures can still be verified.
 
-    A process that is killed meanwhile leaves the present key; calling it again finishes the replacement.
+    A process that is killed during the replacement leaves the old key; calling it again finishes the replacement.
 
     Raises:
         RunError: If a file cannot be read or written.
@@ -98,10 +98,10 @@ def replace_signing_key(folder: Path, key: Ed25519PrivateKey) -> None:
 
 
 def next_serial(folder: Path, now: Callable[[], float] = time.time) -> int:
-    """Return the number of the next request, greater than every one before; it is durable when this returns.
+    """Return the serial number of the next request, greater than all before; it is stored durably.
 
-    Milliseconds since 1970, or one more than the last where the clock was put back, so that a folder restored from a backup goes
-    on beyond the numbers that were given since.
+    It is the time in milliseconds since 1970, or the last number plus one if the clock was set back, so that a folder restored
+    from a backup continues with numbers greater than those used since the backup.
 
     Raises:
         RunError: If the file is damaged or cannot be written.

@@ -1,4 +1,4 @@
-"""Certificates as X.509 has them: of an authority, and of a server that it signs. Nothing is read or written here."""
+"""Build X.509 certificates of an authority and of a server that it signs, without file access."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from cotune.errors import RunError
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
 SERVER_LIFETIME = timedelta(days=365)
-CLOCK_TOLERANCE = timedelta(hours=1)  # a certificate is valid a little earlier, for sites whose clock is behind
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the SuperLink behind the front shows the same certificate
+CLOCK_TOLERANCE = timedelta(hours=1)  # a certificate is valid that much earlier, for sites whose clock is slow
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # the SuperLink behind the front uses the same certificate
 _HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*", re.ASCII | re.IGNORECASE)
 
 
 def is_issuer(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
+    """Return whether the authority has signed the certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
@@ -31,6 +32,7 @@ def is_issuer(authority: x509.Certificate, certificate: x509.Certificate) -> boo
 
 
 def build_authority(key: ec.EllipticCurvePrivateKey, now: datetime) -> x509.Certificate:
+    """Build a self-signed authority that may sign only server certificates, not other authorities."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cotune authority")])
     return (
         _build_certificate(key.public_key(), name, name, now, now + AUTHORITY_LIFETIME)
@@ -48,6 +50,15 @@ def build_server(
     authority_key: ec.EllipticCurvePrivateKey,
     now: datetime,
 ) -> x509.Certificate:
+    """Build a TLS server certificate, which expires no later than its authority.
+
+    Args:
+        public_key: Of the server.
+        alternatives: Hosts that the certificate is valid for.
+        authority: The issuer's certificate.
+        authority_key: The issuer's key.
+        now: Start of the validity, less a tolerance for clocks.
+    """
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cotune server")])
     until = min(now + SERVER_LIFETIME, authority.not_valid_after_utc)
     return (
@@ -91,6 +102,7 @@ def _build_key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def build_alternatives(hosts: Sequence[str]) -> x509.SubjectAlternativeName:
+    """Build the list of hosts of a certificate, including the loopback interface; raises RunError for an invalid host."""
     return x509.SubjectAlternativeName([_parse_host(host) for host in dict.fromkeys((*hosts, *LOOPBACK))])
 
 
@@ -105,6 +117,7 @@ def _parse_host(host: str) -> x509.DNSName | x509.IPAddress:
 
 
 def list_alternatives(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    """Return the hosts that a certificate is valid for; empty if it names none."""
     try:
         return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:

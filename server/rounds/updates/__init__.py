@@ -1,1 +1,1 @@
-"""What comes back in a round: replies, whether an update may enter the model, and where updates wait."""
+"""Receive the updates of a round: read replies, validate updates, and buffer them until they are added."""

@@ -1,6 +1,6 @@
-"""Where updates wait or stay: those before their turn, those after their round, and those that were rejected.
+"""Buffers for updates that arrived before their turn or after their round, and the quarantine of rejected ones.
 
-Rejected updates are kept as they came, for a person to look at: nothing in them is decoded or executed.
+Rejected updates are stored as received, for a person to inspect: nothing in them is decoded or executed.
 
 quarantine/round-00003-<organization>.safetensors    every array's bytes as uint8; all else as JSON in the metadata
 """
@@ -31,14 +31,14 @@ from cotune.strategies.types import Update
 
 
 class SpillBuffer:
-    """Updates on disk within one round, by number; what a crash left there is removed."""
+    """Updates on disk within one round, by number; remains of a crash are removed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.clear()
 
     def put(self, number: int, update: Update) -> None:
-        """Write an update; not durably, as after a crash it is asked for again."""
+        """Write an update, not durably: after a crash it is requested again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file(number).write_bytes(update_bytes(update))
 
@@ -46,7 +46,7 @@ class SpillBuffer:
         """Read an update and remove its file.
 
         Raises:
-            RunError: When the file is not as it was written.
+            RunError: If the file has changed since it was written.
         """
         file = self._file(number)
         try:
@@ -69,13 +69,14 @@ class SpillBuffer:
 
 
 Sink = Callable[[Update], None]
-RoundOfUpdate = tuple[int, str]  # the round that an update is for, and its organization
+RoundOfUpdate = tuple[int, str]  # (the round that an update is for, its organization)
 
 
 class ReorderBuffer:
-    """Passes updates on in the order of the organizations, each as soon as all before it are settled, whatever came first.
+    """Passes updates on in the order of the organizations, whatever the order of their arrival.
 
-    Updates before their turn wait on disk. An update that was passed on is held by nobody here.
+    An update is passed on as soon as all organizations before it are settled; until then it waits on disk. The buffer keeps no
+    reference to an update that it has passed on.
     """
 
     def __init__(self, order: Sequence[str], spill: SpillBuffer, sink: Sink) -> None:
@@ -90,10 +91,17 @@ class ReorderBuffer:
         self._spill = spill
         self._sink = sink
         self._next = 0
-        self._settled: dict[int, bool] = {}  # whose turn is yet to come -> whether an update of it is on disk
+        self._settled: dict[
+            int, bool
+        ] = {}  # number of an organization whose turn is yet to come -> whether its update is on disk
 
     def put(self, name: str, update: Update | None) -> None:
-        """Settle an organization: pass its update on if it is its turn, else write it to disk; None: it will send none."""
+        """Settle an organization: pass its update on if it is its turn, else write it to disk.
+
+        Args:
+            name: The organization.
+            update: None if it will send none.
+        """
         number = self._number[name]
         is_its_turn = number == self._next
         if is_its_turn:
@@ -112,7 +120,7 @@ class ReorderBuffer:
             self._next += 1
 
     def drain_all(self) -> None:
-        """Pass on all updates, as the organizations that are not settled will send none."""
+        """Pass on all updates; organizations that are not settled will send none."""
         for number in sorted(self._settled):
             self._pass_on(number)
 
@@ -122,13 +130,13 @@ class ReorderBuffer:
 
 
 class LateBuffer:
-    """Updates that come after their round: with `server.late = "fold"` they enter a later one.
+    """Updates that arrive after their round; with `server.late = "fold"` they enter a later one.
 
-    Which rounds can be answered late is known in memory alone: after a restart their replies are ignored.
+    Which rounds can still be answered is known only in memory: after a restart, late replies are ignored.
     """
 
     def __init__(self, config: RoundsConfig, spill: SpillBuffer) -> None:
-        """Create an empty buffer; updates wait in `spill` for the end of the round in which they came."""
+        """Create an empty buffer; updates wait in `spill` until the end of the round in which they arrive."""
         self._staleness = config.max_staleness if config.late == "fold" else 0
         self._spill = spill
         self._specs: dict[int, UpdateSpec] = {}
@@ -136,23 +144,23 @@ class LateBuffer:
         self._received: set[RoundOfUpdate] = set()
 
     def begin_round(self, spec: UpdateSpec) -> None:
-        """Keep the spec of a round that begins, for updates that come after it."""
+        """Store the spec of a round that starts, for updates that arrive after it."""
         if self._staleness:
             self._specs[spec.round] = spec
         self._specs = {number: kept for number, kept in self._specs.items() if number >= spec.round - self._staleness}
 
     def end_round(self, round: int) -> int:
-        """Forget what cannot come any more, and return the last round whose replies are not waited for."""
+        """Drop specs of rounds that are too old, and return the last round whose replies are no longer used."""
         oldest = round - self._staleness
         self._received = {each for each in self._received if each[0] >= oldest}
         return oldest
 
     def spec_of(self, round: int) -> UpdateSpec | None:
-        """Return what an update of an earlier round must be like; None where it comes too late."""
+        """Return the spec of updates of an earlier round; None if they are too late."""
         return self._specs.get(round)
 
     def note(self, round: int, organization: str) -> bool:
-        """Note that an organization has replied to a round, and return whether it had not before."""
+        """Record that an organization has replied to a round, and return whether this is its first reply."""
         is_new = (round, organization) not in self._received
         self._received.add((round, organization))
         return is_new
@@ -163,16 +171,21 @@ class LateBuffer:
         self._held.append((update.round, update.organization))
 
     def drain(self, order: Sequence[str], sink: Sink) -> None:
-        """Pass on the updates by round and organization, in whatever order they came."""
+        """Pass on the updates, sorted by round and organization.
+
+        Args:
+            order: All organizations.
+            sink: Called with every update.
+        """
         held = self._held
         self._held = []
         for number in sorted(range(len(held)), key=lambda i: (held[i][0], order.index(held[i][1]))):
             sink(self._spill.take(number))
 
 
-_MAX_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one only the description is kept
-_MAX_ARRAYS = 100_000  # likewise: their names are a part of the file
-_MAX_FILES = 10  # of one organization; the oldest go
+_MAX_BYTES = 64 * 2**20  # of the arrays of one update; of a larger one, only the description is stored
+_MAX_ARRAYS = 100_000  # likewise, as their names are a part of the file
+_MAX_FILES = 10  # per organization; the oldest are removed
 _MAX_TEXT_LENGTH = 200  # characters of a name or a value in a header
 _MAX_ENTRIES = 1000  # in a description
 
@@ -184,7 +197,17 @@ class Quarantine:
         self.folder = folder
 
     def keep(self, content: RecordDict, organization: str, round: int, reason: str) -> str:
-        """Keep a message durably, and return the name of its file."""
+        """Store a rejected message durably.
+
+        Args:
+            content: The message as received.
+            organization: Who sent it.
+            round: The round that it is for.
+            reason: Why it was rejected.
+
+        Returns:
+            The name of the file.
+        """
         arrays = {
             f"{key[:_MAX_TEXT_LENGTH]}/{name[:_MAX_TEXT_LENGTH]}": array.data
             for key, record in content.items()
@@ -235,13 +258,13 @@ def _texts(record: Any) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class UpdateStore:
-    """Where the updates of a run wait or stay, from round to round.
+    """All buffers of a run.
 
     Attributes:
-        inbox: Updates of the round before their turn.
+        inbox: Updates of the current round before their turn.
         late: Updates of earlier rounds.
         quarantine: Rejected updates.
-        folder: Of the updates that a rule compares; see `strategies.held`.
+        folder: For updates that a rule compares; see `strategies.update_store`.
     """
 
     inbox: SpillBuffer

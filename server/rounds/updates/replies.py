@@ -1,7 +1,7 @@
-"""From replies to updates: signature, validation, quarantine; each accepted update is passed on in its turn.
+"""Turn replies into updates: verify the signature, validate, quarantine, and pass accepted updates on in their order.
 
-One update at a time is in memory beside the running sum. A reply's message is taken out of it by the one function that reads it,
-and an update is held by nobody once it was passed on or written to disk.
+One update at a time is in memory beside the running sum: the function that reads a reply takes the message out of it, and nothing
+refers to an update that was passed on or written to disk.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from cotune.strategies.types import Update
 
 @dataclass(frozen=True)
 class _Read:
-    """A reply as it was read. update: where the outcome is that it was accepted."""
+    """A reply that was read, with its update if it was accepted."""
 
     outcome: Outcome
     update: Update | None = None
 
 
 def refuse_unsigned(trail: Trail, message: Message, kind: str, round: int, organization: str) -> Declined | Rejected | None:
-    """Return the outcome of a reply that holds no content signed by its organization; None for one that does.
+    """Return the outcome of a reply without content that its organization signed; None for a signed reply.
 
     Args:
-        trail: Checks and records the signature.
+        trail: Verifies and records the signature.
         message: The reply.
         kind: `signatures.UPDATE` or `signatures.RECEIPT`.
         round: Of the request.
@@ -61,14 +61,14 @@ class UpdateReceiver:
         spec: UpdateSpec,
         combination: Combination,
     ) -> None:
-        """Create the receiver of a round; updates of earlier rounds are received from now on, too.
+        """Create the receiver of a round; it also receives updates of earlier rounds.
 
         Args:
             session: The run.
-            transport: Told at the end of the round which replies are not needed any more.
-            store: Where updates wait or stay.
+            transport: It drops replies that are no longer needed at the end of the round.
+            store: Buffers and quarantine.
             asked: Organizations, in the order in which their updates are added.
-            spec: What their updates must be like.
+            spec: Requirements on their updates.
             combination: Where updates are added.
         """
         folder = session.folder
@@ -84,7 +84,7 @@ class UpdateReceiver:
         store.late.begin_round(spec)
 
     def receive(self, reply: Reply) -> Outcome:
-        """Read a reply of this round, and pass on its update, and those that waited for it."""
+        """Read a reply of this round; pass on its update, and those that waited for it."""
         self._store.late.note(reply.round, reply.organization)
         outcome = self._admit(reply)
         self._turns.drain()
@@ -96,7 +96,7 @@ class UpdateReceiver:
         return read.outcome
 
     def is_new_late(self, reply: Reply) -> bool:
-        """Note a reply of an earlier round, and return whether it is the first of its organization to that round."""
+        """Record a reply to an earlier round, and return whether it is the organization's first reply to it."""
         return self._store.late.note(reply.round, reply.organization)
 
     def folds(self, round: int) -> bool:
@@ -104,7 +104,7 @@ class UpdateReceiver:
         return self._store.late.spec_of(round) is not None
 
     def receive_late(self, reply: Reply) -> Outcome:
-        """Read a reply of an earlier round, and keep its update on disk for the end of this one."""
+        """Read a reply to an earlier round, and store its update on disk until the end of this one."""
         spec = self._store.late.spec_of(reply.round)
         assert spec is not None, "asked for only where `folds`"
         read = self._read(reply, spec)
@@ -113,13 +113,13 @@ class UpdateReceiver:
         return read.outcome
 
     def record_refusal(self, reply: Reply) -> None:
-        """Record the refusal of an organization that is asked again, in the trail alone."""
+        """Record the refusal of an organization that will be asked again, only in the trail."""
         message = reply.take()
         if isinstance(message, Message):
             self._trail.accept_refusal(message, UPDATE, reply.round, reply.organization)
 
     def end_round(self) -> None:
-        """Pass on what is still held back, those of earlier rounds last."""
+        """Pass on all updates that are still buffered, those of earlier rounds last."""
         self._turns.drain_all()
         if isinstance(self._combination, Aggregator):
             add = self._combination.add
@@ -130,7 +130,7 @@ class UpdateReceiver:
     # --- one reply
 
     def _read(self, reply: Reply, spec: UpdateSpec) -> _Read:
-        """A stranger's message may be wrong in any way, and must end nobody's run. Raises CotuneError for faults here."""
+        """Verify a reply. It may be malformed in any way, which must not end the run; the server's own errors are raised."""
         message = reply.take()
         if not isinstance(message, Message):
             return _Read(self._keep(RecordDict(), reply, message.reason))
@@ -146,7 +146,7 @@ class UpdateReceiver:
         return read
 
     def _verify(self, message: Message, reply: Reply, spec: UpdateSpec) -> _Read:
-        """A reply is held to its organization's signature first, and to the plan then."""
+        """Verify the organization's signature first, then validate the update."""
         name = reply.organization
         if refused := refuse_unsigned(self._trail, message, UPDATE, reply.round, name):
             return _Read(refused)
@@ -156,14 +156,14 @@ class UpdateReceiver:
         try:
             update = decode_update(message.content, self._plan_id, codec=self._codec)
         except RunError as error:
-            return _Read(Rejected(one_line(str(error))))  # it may repeat a stranger's words
+            return _Read(Rejected(one_line(str(error))))  # the error may quote untrusted text
         result = spec.validate(update, name)
         if not result.is_valid:
             return _Read(Rejected(one_line(result.reason)))
         return _Read(Accepted(size, update.steps, update.epsilon, dict(update.disclosures)), update)
 
     def _keep(self, content: RecordDict, reply: Reply, reason: str) -> Rejected:
-        """Put a message into quarantine; what cannot even be written there is described by its reason alone."""
+        """Quarantine a message; if that fails, only the reason is reported."""
         try:
             file = self._store.quarantine.keep(write_out(content), reply.organization, reply.round, reason)
         except (OSError, MemoryError):

@@ -1,4 +1,4 @@
-"""Whether an update may enter the model. The coordinator trusts nobody: what is not as agreed is rejected, with a reason."""
+"""Validate updates before they enter the model. The server trusts no organization and rejects what deviates from the plan."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from cotune.strategies.blocks import is_finite
 from cotune.strategies.sums import norm
 from cotune.strategies.types import MAX_VALUE, RoundContext, Update, find_extreme, find_not_finite
 
-_ARRAY_HEAD = 1024  # bytes that an array has beside its values and its name, and some to spare
-_EPSILON_ROUNDING = 0.0100001  # an ε is reported with two digits after the point, and never below what it is
-_MAX_LOSS = 1e6  # nats: no model that trains at all is so wrong, and powers of more would overflow
-_MAX_CHANGE = 2 * MAX_VALUE  # of a parameter: one that changed more is too large for any organization before or after it
+_ARRAY_HEAD = 1024  # bytes of an array beside its values and its name, with a margin
+_EPSILON_ROUNDING = 0.0100001  # ε is reported with two decimals, rounded up
+_MAX_LOSS = 1e6  # nats; no model that trains has a larger loss, and powers of larger ones would overflow
+_MAX_CHANGE = 2 * MAX_VALUE  # of a parameter; with a larger change it exceeds MAX_VALUE before or after
 _MAX_REASON_LENGTH = 500
 
 Shape = tuple[int, ...]
@@ -37,10 +37,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """Whether an update is as agreed.
+    """The result of validating an update.
 
     Attributes:
-        reason: What is wrong with it; "" where nothing is.
+        reason: What is wrong with it; "" if it is valid.
     """
 
     reason: str = ""
@@ -57,27 +57,29 @@ def _no_limit(examples: int) -> float:
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """What the updates of one round must be like.
+    """The requirements on the updates of one round.
 
     Attributes:
         round: The round.
         shapes: Name -> a tensor of that shape, of the parameters that the round shares; the device may be "meta".
         max_norm: Number of records -> the largest L2 norm of a delta.
-        example_bounds: Organization -> the smallest and largest number of records that it may declare, where agreed.
+        example_bounds: Organization -> the smallest and largest number of records that it may declare; None if not agreed.
         max_examples: The largest number of records that any organization may declare.
-        received: Digest of the model that the round was trained from; None: any.
-        steps_for: Number of records -> steps, where these follow from those.
+        received: Digest of the model that updates must be trained from; None: any.
+        steps_for: Number of records -> number of steps, if the plan gives epochs.
         max_steps: The largest number of steps.
-        disclosures: Names of what may be told beside the update; None: anything.
-        max_disclosed: The largest absolute value of a told number, but for a loss.
-        epsilon: The plan's ε, which no stated one exceeds; None: none may be stated.
+        disclosures: Names of the allowed disclosures; None: any.
+        max_disclosed: The largest magnitude of a disclosed number other than a loss.
+        epsilon: The plan's ε, an upper bound of stated ones; None: none may be stated.
         needs_noise: Whether every update must state its noise, above 0.
-        needs_loss: Whether every update must tell its loss.
-        smaller_ranks: Adapters that may come with a smaller rank.
+        needs_loss: Whether every update must disclose its loss.
+        smaller_ranks: Adapters that may have a smaller rank.
         statistics: Name -> shape of the arrays that the fusion needs beside the delta.
         max_bytes: Size of the largest reply that is read.
-        heads: Task -> the parameters of its head, of several tasks: an update has those of the tasks that its sender holds.
-        predictions: Those that were sent, and how large any may be, where they travel instead of parameters.
+        heads: Task -> names of the parameters of its head, if there are several tasks; an update has the heads of its sender's
+            tasks.
+        predictions: The predictions that were sent, and the bounds of their values, if organizations share predictions instead
+            of parameters.
     """
 
     round: int
@@ -110,14 +112,14 @@ class UpdateSpec:
         received: str,
         example_bounds: Mapping[str, ExampleBounds | None],
     ) -> UpdateSpec:
-        """Return what a plan makes of a round.
+        """Derive the requirements of a round from its plan.
 
         Args:
             plan: The plan.
             context: The round, as fusion and weighting see it.
-            shapes: Name -> value at the start of the round, of the parameters that it shares.
+            shapes: Name -> value at the start of the round, for the parameters that it shares.
             statistics: Name -> shape of the arrays that the fusion needs beside the delta.
-            received: Digest of what a request holds.
+            received: Digest of the model in the requests.
             example_bounds: Organization -> the agreed bounds of its number of records, or None.
         """
         stage = plan.get_stage(context.round)
@@ -146,11 +148,11 @@ class UpdateSpec:
         )
 
     def validate(self, update: Update, organization: str) -> ValidationResult:
-        """Check an update, and return the first thing that is wrong with it.
+        """Check an update, and report the first problem.
 
         Args:
-            update: The update, as it was decoded.
-            organization: Who was asked, and has signed it.
+            update: The decoded update.
+            organization: Who was asked, and signed it.
         """
         reason = (
             self._check_origin(update, organization)
@@ -162,7 +164,7 @@ class UpdateSpec:
         return ValidationResult(reason or self._check_numbers(update))
 
     def _check_numbers(self, update: Update) -> str:
-        """All values, once it is known that there are as many as expected."""
+        """Check all values, after names and shapes were checked."""
         max_norm = self.max_norm(update.examples)
         return (
             _check_values(update.delta, max_norm)
@@ -190,7 +192,7 @@ class UpdateSpec:
         return ""
 
     def _check_work(self, update: Update) -> str:
-        """The model that it was trained from, and the number of steps."""
+        """Check the model that the update was trained from, and its number of steps."""
         if self.received is not None and update.received != self.received:
             return (
                 f"it was trained from another model ({update.received[:12]}), expected that of this round ({self.received[:12]})"
@@ -202,7 +204,7 @@ class UpdateSpec:
         return ""
 
     def _check_disclosures(self, update: Update) -> str:
-        """What is only shown stays in the history for ever: nothing but what was asked for, in a range that can be true."""
+        """Check that only what was asked for is disclosed, in a plausible range, as it stays in the history forever."""
         surplus = sorted(update.disclosures.keys() - set(self.disclosures)) if self.disclosures is not None else []
         if surplus:
             return f"it tells {surplus[0][:80]!r}, which the plan does not ask for"
@@ -214,7 +216,7 @@ class UpdateSpec:
         for name, value in update.disclosures.items():
             if name == "loss" and not 0 <= value <= _MAX_LOSS:
                 return f"it tells a loss of {value:g}, expected 0 to {_MAX_LOSS:g}"
-            if name != "loss" and not abs(value) <= self.max_disclosed:  # sums with noise may be below 0
+            if name != "loss" and not abs(value) <= self.max_disclosed:  # noised sums may be negative
                 return f"it tells {name[:80]!r} = {value:g}, expected -{self.max_disclosed:g} to {self.max_disclosed:g}"
         return ""
 
@@ -238,13 +240,18 @@ class UpdateSpec:
         return "" if extreme is None else f"its predictions reach {extreme:.3g}, expected {public.bound:g} at most"
 
     def _absent_heads(self, delta: Mapping[str, Tensor]) -> set[str]:
-        """The parameters of heads of which nothing was sent; of no head where none was, as everybody holds some task."""
+        """Return the parameters of heads that were not sent; none if no head was sent, as every organization has a task."""
         absent = [names for names in self.heads.values() if not names & delta.keys()]
         return set[str]().union(*absent) if len(absent) < len(self.heads) else set()
 
     def _check_noise(self, update: Update, max_variance: float) -> str:
-        """A stated noise is believed: who states too little counts for more, but for no more than a thousandth of the median
-        noise would. max_variance: of a single entry, whose noise is a part of the update and so within its norm.
+        """Check the stated noise for plausibility; its truth cannot be verified.
+
+        An organization that states too little noise counts more, but no more than with a thousandth of the median noise.
+
+        Args:
+            update: The update.
+            max_variance: Of a single entry; its noise is a part of the update, and so bounded by the update's norm.
         """
         stated = update.noise_variance
         needed = self.needs_noise
@@ -278,13 +285,13 @@ class UpdateSpec:
 
 
 def max_bytes(plan_length: int, shapes: Mapping[str, Shape], statistics: Mapping[str, Shape], codec: Codec) -> int:
-    """Return how large a reply may be, on its way and put together: the arrays that are asked for, and 1 MiB.
+    """Return the size limit of a reply in bytes, encoded or decoded: the arrays that are asked for, and 1 MiB.
 
     Args:
-        plan_length: Length of the plan's text, which names all that may be told.
+        plan_length: Length of the plan's text, which bounds the names of disclosures.
         shapes: Name -> shape of the parameters of a delta.
         statistics: Name -> shape of the arrays beside it.
-        codec: In which the delta is written.
+        codec: Encodes the delta.
     """
     written = [(name, packed_bytes(codec, math.prod(shape))) for name, shape in shapes.items()]
     written += [(name, 4 * math.prod(shape)) for name, shape in statistics.items()]
@@ -292,7 +299,7 @@ def max_bytes(plan_length: int, shapes: Mapping[str, Shape], statistics: Mapping
 
 
 def one_line(text: str) -> str:
-    """Return a stranger's words fit to be shown: one line in which nothing is hidden, at most 500 characters long."""
+    """Return untrusted text in a form that is safe to show: one line of at most 500 visible characters."""
     return printable(" ".join(text.split()))[:_MAX_REASON_LENGTH]
 
 
@@ -301,7 +308,7 @@ def _or_infinite(value: float | None) -> float:
 
 
 def _allowed_disclosures(plan: Plan) -> set[str]:
-    """What the plan asks organizations to disclose; each decides for itself whether it does."""
+    """Return what the plan asks organizations to disclose; each decides whether it does."""
     names = {f"label {label}" for label in plan.labels} if plan.disclosures.label_histogram else set()
     return names | ({"correct", "records"} if plan.disclosures.local_metrics else set()) | ({"loss"} & set(plan.strategy.sends))
 
@@ -313,7 +320,7 @@ def _difference(found: Mapping[str, object], expected: Mapping[str, object], wha
 
 
 def _shapes_of_rank(adapter: Adapter, delta: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shapes that an adapter's factors must have by the rank that they came with; nothing where that is no rank."""
+    """Return the shapes that an adapter's factors must have, given the rank of those received; empty if it is not a rank."""
     axes = {adapter.a: 0, adapter.b: 1}
     axes = {name: axis for name, axis in axes.items() if name in delta}
     rank = min((delta[name].shape[axis] for name, axis in axes.items() if delta[name].dim() == 2), default=0)
@@ -323,7 +330,7 @@ def _shapes_of_rank(adapter: Adapter, delta: Mapping[str, Tensor], expected: Map
 
 
 def _check_values(delta: Mapping[str, Tensor], max_norm: float) -> str:
-    """Looks at every value once: a norm is finite where all values are, unless they are beyond float32."""
+    """Check norm and values in one pass: the norm is finite if all values are, unless they exceed the range of float32."""
     length = norm(delta)
     if not math.isfinite(length) and find_not_finite(delta):
         return "it has values that are not finite"

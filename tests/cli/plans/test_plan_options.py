@@ -209,7 +209,9 @@ def test_a_table_in_a_pipe_is_not_cut(folder: Path, color: str) -> None:
     environ = {key: value for key, value in os.environ.items() if key not in ("PYTEST_CURRENT_TEST", "FORCE_COLOR")}
     environ |= {"COLUMNS": "20", **({"FORCE_COLOR": color} if color else {})}
     script = Path(sys.executable).parent / "cotune"
-    shown = subprocess.run([str(script), "strategies"], capture_output=True, text=True, env=environ, check=True).stdout
+    shown = subprocess.run(
+        [str(script), "plan", "keys", "privacy.epsilon"], capture_output=True, text=True, env=environ, check=True
+    ).stdout
     assert max(map(len, shown.splitlines())) > 60
 
 
