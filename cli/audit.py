@@ -1,4 +1,4 @@
-"""`cotune audit`: attack a plan's own training, and hold what that proves against the ε that is claimed."""
+"""`cotune audit`: attack a plan's training, and compare what that proves with the claimed ε."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What `cotune compare` does and shows: the runs while they go on, and the tables at the end.
+"""Implement `cotune compare`: show the progress of the runs, and the tables at the end.
 
-With --private-selection: how it begins and what is released, and nothing of single runs.
+With --private-selection, show the start and what is released, but nothing about single runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `cotune compare` shows while its runs go on."""
+"""Show the progress of `cotune compare`."""
 
 from __future__ import annotations
 

@@ -62,6 +62,9 @@ class RecordOptions:
     prompt: Annotated[str | None, typer.Option(help="Column with the prompt, for a language model; with --target.")] = None
     target: Annotated[str | None, typer.Option(help="Column with what a language model is to write.")] = None
     messages: Annotated[str | None, typer.Option(help="Column with a chat, for a language model, in place of these two.")] = None
+    context: Annotated[str | None, typer.Option(help='Column with the text of a question; default: "context".')] = None
+    question: Annotated[str | None, typer.Option(help='Column with the question; default: "question".')] = None
+    answers: Annotated[str | None, typer.Option(help='Column with the answers to it; default: "answers".')] = None
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None

@@ -1,6 +1,6 @@
-"""What is shown while a run goes on: a live line on a terminal, plain lines elsewhere.
+"""Show the progress of a run: a live line on a terminal, plain lines elsewhere.
 
-What is said of the events that only a real federation has: who is awaited, refused, lost and found again.
+This includes events that occur only in a real federation: who is awaited, refused, lost and connected again.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def to_shared(scores: Tensor, public: PublicConfig) -> Tensor:
 
 
 def to_taught(shared: Tensor, public: PublicConfig) -> Tensor:
-    """Return the probabilities (answers, classes) that fused predictions stand for, in float64; NaN where nobody says any.
+    """Return the probabilities (answers, classes) of fused predictions, in float64; rows of NaN without any prediction.
 
     Args:
         shared: (answers, classes), as fused.
@@ -149,7 +149,7 @@ def learning_config(public: PublicConfig) -> DistillationConfig:
 
 
 class PublicPredictions:
-    """What models that differ in trained parameters predict for public inputs. The last encoder's features are kept."""
+    """Predicts public inputs with models that differ in trained parameters, and caches the features of the last encoder."""
 
     def __init__(self, model: TrainableModel, inputs: Sequence[Input], precision: str, seed: int) -> None:
         """Create it; nothing is computed yet.

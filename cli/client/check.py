@@ -1,4 +1,4 @@
-"""What `cotune client check` does and shows: what joining a federation would mean here."""
+"""Implement `cotune client check`: show what joining a federation would mean for this organization."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _show_check(console: Console, site: Site, found: PreflightReport, *, private
 
 
 def _show_figures(console: Console, found: PreflightReport) -> None:
-    """What the plan would spend and take, also where it is declined: anyone who changes a rule wants to know for what."""
+    """Print what the plan would spend and need, even if it is declined, as that matters for changing a rule."""
     if found.epsilon is None or found.delta is None:
         return
     total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""

@@ -1,4 +1,4 @@
-"""What `cotune client ledger` shows: the privacy that was spent, over all runs and by each, and what is left."""
+"""Implement `cotune client ledger`: show the spent privacy, over all runs and by run, and what is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `cotune client adapt` and `evaluate` do: the received model, on the site's own records. Nothing of it leaves."""
+"""Implement `cotune client adapt` and `evaluate`: use the received model on the site's own records. Nothing leaves."""
 
 from __future__ import annotations
 

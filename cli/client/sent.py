@@ -1,4 +1,4 @@
-"""What `cotune client sent` shows: what was asked of an organization, and what has left it."""
+"""Implement `cotune client sent`: show an organization's requests and what it has sent."""
 
 from __future__ import annotations
 

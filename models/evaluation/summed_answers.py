@@ -45,6 +45,11 @@ def _labels(truth: Floats, predicted: Floats) -> Floats:
     return np.stack([there & given, there, given], axis=1).astype(np.float64)
 
 
+def _token_f1(truth: Floats, predicted: Floats) -> Floats:
+    """Of predicted (answers, 2): F1 of each, and whether it is exact."""
+    return np.stack([predicted[:, 0], np.ones(len(truth))], axis=1)
+
+
 def _mean(sums: Floats) -> Floats:
     found: Floats = sums[..., 0] / sums[..., 1]
     return found
@@ -57,6 +62,7 @@ def _f1(sums: Floats) -> Floats:
 
 JUDGMENTS = {
     "regression": Judgment("mse", _errors, _mean, less_is_better=True),
+    "question-answering": Judgment("token_f1", _token_f1, _mean),
     "multi-label": Judgment("micro_f1", _labels, _f1),
 }
 

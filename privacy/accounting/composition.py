@@ -1,4 +1,4 @@
-"""How much privacy a sequence of DP-SGD steps spends, and how much noise a budget asks for.
+"""Compute ε of a sequence of DP-SGD steps, and the noise that a budget requires.
 
 Within one run the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et al., "Connect the Dots",
 PETS 2022) composes every step that ran. Across runs, whose plans may have been chosen after seeing earlier answers, a Rényi

@@ -1,7 +1,8 @@
-"""What an attack on one training run proves about its ε: lower bounds that hold with a stated confidence.
+"""Lower bounds on ε, with a given confidence, from an attack on one training run.
 
-Each of m targets was in or out by its own fair coin, and an attack scored all of them from what was released. The surest guesses
-are counted: how many of them are right? Two theorems say how many could be, had the mechanism been as private as claimed:
+Each of m targets was in or out by an independent fair coin, and an attack scored all of them from what was released. The
+statistic is the number of correct ones among the surest guesses. Two theorems bound it for a mechanism that is as private as
+claimed:
 
 - *any mechanism*: theorem 5.2 of Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023. Assumes
   nothing but (ε, δ)-DP, and loses much for it. Computed by jax_privacy.
@@ -14,11 +15,11 @@ Not used, for they are no bounds here: Clopper-Pearson intervals, which need ind
 model are not; of an attacker who sees every step they are: see `stepwise`); fits of a Gaussian; and a correction for only those
 thresholds that lie on the hull of the ROC curve, which was seen first.
 
-How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
-is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
+The number of counted guesses is not chosen after seeing the answers: m, m/2, m/4, … are fixed, and the allowed error is divided
+by the number of all tests (Bonferroni), so that all bounds of an audit hold *together* with the given confidence.
 
-No attack on m targets shows more than one without mistakes would (`build_perfect_evidence`): for 2,000 targets about 10 by the
-second theorem, 4 by the first. A claim above that cannot be refuted.
+An attack on m targets without any mistakes gives the largest possible bound (`build_perfect_evidence`): for 2,000 targets about
+10 by the second theorem, 4 by the first. A larger claimed ε cannot be refuted.
 """
 
 from __future__ import annotations
@@ -110,12 +111,12 @@ def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> E
 
 
 def build_perfect_evidence(targets: int) -> Evidence:
-    """What an attack without a mistake would find: no evidence about so many targets can show more."""
+    """Return the evidence of an attack without any mistake, which gives the largest possible bound for so many targets."""
     return Evidence(targets, tuple(Guess(count, count) for count in _numbers(targets)), 1.0)
 
 
 def _numbers(targets: int) -> list[int]:
-    """How many guesses are counted: all, half of them, a quarter, …; fixed before anything is seen."""
+    """Return the numbers of counted guesses: all, half of them, a quarter, …; fixed before anything is seen."""
     halvings = range(targets.bit_length())
     return [targets >> halving for halving in halvings if targets >> halving >= _MIN_GUESSES]
 

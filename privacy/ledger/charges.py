@@ -45,7 +45,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Charge:
-    """What was spent at once: the worst case while reserved, the steps that ran once settled.
+    """One charge: the worst case while it is reserved, the steps that ran once it is settled.
 
     Attributes:
         id: Number of the log's entry.
