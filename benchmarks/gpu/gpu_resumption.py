@@ -40,7 +40,7 @@ def measure_resumption(bench: Bench) -> None:
     file.write_text(dump_plan(plan), encoding="utf-8")
     command = [
         sys.executable,
-        str(Path(__file__).parent),
+        str(Path(__file__).with_name("gpu_run.py")),
         str(folder / "other"),
         "--device",
         str(bench.device),
