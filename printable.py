@@ -57,9 +57,10 @@ def _written_out(char: str) -> str:
 
 
 class Clean(io.TextIOWrapper):
-    """A process's standard output or error. On a terminal weights and colors pass, and elsewhere they are left out.
+    """A process's standard output or error without control characters; styles are kept only on a terminal.
 
-    inner: the stream that it stands before, for what is clean already. Both write through, so that lines keep their order.
+    Args:
+        inner: The underlying stream, for text that is clean already. Both streams write through, so that lines keep their order.
     """
 
     def __init__(self, inner: io.TextIOWrapper) -> None:
@@ -68,10 +69,11 @@ class Clean(io.TextIOWrapper):
         self.inner = inner
 
     def close(self) -> None:
-        """Also when it is not needed any more: the stream is not its own, and stays open."""
+        """Flush, and leave the underlying stream open, as it belongs to the process."""
         self.flush()
 
     def write(self, text: str, /) -> int:
+        """Write a text without control characters, and return its length."""
         style = self.isatty()
         found = [lines_of(text[start:end]) + (text[end:stop] if style else "") for start, end, stop in _cut(text)]
         super().write("".join(found))
@@ -79,7 +81,7 @@ class Clean(io.TextIOWrapper):
 
 
 def _cut(text: str) -> list[tuple[int, int, int]]:
-    """Where each piece of text begins and ends, and where the style after it ends."""
+    """Return (start, end, end of the following style) of each piece of text between styles."""
     styles = [match.span() for match in _STYLE.finditer(text)]
     starts = [0, *(end for _, end in styles)]
     return [(start, *span) for start, span in zip(starts, [*styles, (len(text), len(text))], strict=True)]

@@ -1,4 +1,4 @@
-"""`cotune audit`: attack a plan's own training, and hold what that proves against the ε that is claimed."""
+"""`cotune audit`: attack a plan's training, and compare what that proves with the claimed ε."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from cotune.cli.options import AsJson, with_options
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.screen import beginning, print_json, screen
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import SPACE, duration, percent, scientific
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""What `cotune compare` does and shows: the runs while they go on, and the tables at the end.
+"""Implement `cotune compare`: show the progress of the runs, and the tables at the end.
 
-With --private-selection: how it begins and what is released, and nothing of single runs.
+With --private-selection, show the start and what is released, but nothing about single runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cotune.cli.comparison_progress import showing_cells, showing_selection
 from cotune.cli.screen import screen
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.comparison_report import (
     GAIN,
     TIME,
@@ -54,6 +54,7 @@ class Grid:
 
     @property
     def variations(self) -> list[Variation]:
+        """The parsed values of --vary."""
         return [parse_variation(each) for each in self.vary]
 
     @property
@@ -180,7 +181,13 @@ def _spent(row: Combination) -> str:
 
 
 def show_selected(console: Console, found: Selected, folder: Path) -> None:
-    """The table at the end, and what it promises."""
+    """Print the selected plan with its test metrics and ε, and what that promises.
+
+    Args:
+        console: To print to.
+        found: The result of the selection.
+        folder: Of the selection.
+    """
 
     table = Table(header_style="bold", pad_edge=False, box=None)
     for key in found.settings:

@@ -41,7 +41,14 @@ class LazyCommand(TyperCommand):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """Return the context of the command itself, which parses its options and runs instead of this one."""
+        """Return the context of the real command, which parses its options and runs instead of this one.
+
+        Args:
+            info_name: See click's `Command.make_context`, as for all arguments.
+            args: Of the command line.
+            parent: The context of the group.
+            **extra: Passed on.
+        """
         return self.load().make_context(info_name, args, parent, **extra)
 
 

@@ -62,6 +62,9 @@ class RecordOptions:
     prompt: Annotated[str | None, typer.Option(help="Column with the prompt, for a language model; with --target.")] = None
     target: Annotated[str | None, typer.Option(help="Column with what a language model is to write.")] = None
     messages: Annotated[str | None, typer.Option(help="Column with a chat, for a language model, in place of these two.")] = None
+    context: Annotated[str | None, typer.Option(help='Column with the text of a question; default: "context".')] = None
+    question: Annotated[str | None, typer.Option(help='Column with the question; default: "question".')] = None
+    answers: Annotated[str | None, typer.Option(help='Column with the answers to it; default: "answers".')] = None
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None
@@ -80,7 +83,16 @@ class RecordOptions:
 
 
 def parse_choice(option: str, value: str, known: Sequence[Choice]) -> Choice:
-    """Return the known value that an option names. Raises BadParameter."""
+    """Return the known value that an option names.
+
+    Args:
+        option: Such as "--engine", for the error.
+        value: As given.
+        known: Valid values.
+
+    Raises:
+        BadParameter: If the value is not among them.
+    """
     for each in known:
         if each == value:
             return each

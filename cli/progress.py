@@ -1,6 +1,6 @@
-"""What is shown while a run goes on: a live line on a terminal, plain lines elsewhere.
+"""Show the progress of a run: a live line on a terminal, plain lines elsewhere.
 
-What is said of the events that only a real federation has: who is awaited, refused, lost and found again.
+This includes events that occur only in a real federation: who is awaited, refused, lost and connected again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.progress import (
 
 from cotune.client.training.observe import observe_client
 from cotune.observers import Observer
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import headline
 from cotune.server.runs.events import observe_run

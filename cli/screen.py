@@ -1,7 +1,7 @@
-"""Where commands print: lines are left whole, and tables are cut to a terminal's width only where there is a terminal.
+"""The console of all commands: lines are not wrapped, and tables are fitted to the width only on a terminal.
 
-A line may hold what a file or a stranger says. Whatever a terminal would obey is written out before the line is laid out, line
-breaks too; of rich's markup, styles that commands use are understood, and nothing else: no links, no emoji.
+A line may contain untrusted text. Control characters, line breaks included, are escaped before the line is laid out; of rich's
+markup, only the styles that commands use are interpreted, but no links and no emoji.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "italic", "
 
 
 class Screen(Console):
-    """A console that obeys nobody but the commands. stderr: for what is not the result."""
+    """A console that interprets only the markup of commands, not of untrusted text. stderr: for everything but the result."""
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False, width: int | None = None) -> None:
         super().__init__(
@@ -60,11 +60,11 @@ def screen(*, stderr: bool = False, quiet: bool = False) -> Screen:
 
 
 def beginning(what: str, *, quiet: bool = False) -> None:
-    """Show a first sign of life on standard error, where that is a terminal: somebody waits seconds until PyTorch is imported.
+    """Print an early message to standard error, if that is a terminal, as importing PyTorch takes seconds.
 
     Args:
-        what: The command does, in one line.
-        quiet: Whether to say nothing, as a program reads the output.
+        what: What the command does, in one line.
+        quiet: Whether to print nothing, as a program reads the output.
     """
     console = Screen(stderr=True, quiet=quiet)
     if console.is_terminal:

@@ -1,6 +1,6 @@
-"""`cotune strategies`: what there is to choose from, what each part does and needs; one's own rules, begun and checked.
+"""`cotune strategies`: list and describe components and recipes, and create and check custom rules.
 
-The tables of docs/strategies.md, from what cotune's parts say of themselves.
+This module also generates the tables of docs/strategies.md from the declarations of cotune's components.
 """
 
 from __future__ import annotations

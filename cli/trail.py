@@ -1,4 +1,4 @@
-"""What `cotune server verify-trail` and `cotune client sent --verify` show: requests and replies, checked at both ends."""
+"""Verify requests and replies on both sides, for `cotune server verify-trail` and `cotune client sent --verify`."""
 
 from __future__ import annotations
 

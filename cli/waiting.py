@@ -1,4 +1,4 @@
-"""What any command says on standard error while a model is made ready for minutes."""
+"""Show on standard error, for any command, that preparing a model takes minutes."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ TaskName = Literal[
     "regression",
     "causal-lm",
     "seq2seq",
+    "question-answering",
     "multi-task",
     "multi-task-images",
 ]
@@ -54,6 +55,7 @@ TASK_FACTS: Mapping[str, TaskFacts] = {
     "regression": TaskFacts(labels=False, classes=False, ranged=True),
     "causal-lm": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="may", chats=True),
     "seq2seq": TaskFacts(labels=False, classes=False, keeps_head=True, prompts="must"),
+    "question-answering": TaskFacts(labels=False, classes=False),
     "multi-task": TaskFacts(several=True),
     "multi-task-images": TaskFacts(several=True),
 }
@@ -113,6 +115,16 @@ class DataConfig(BaseModel):
         " chat template writes out; the last message of the role assistant is the target, and what stands before it the prompt",
     )
     separator: str = Field(default=_SEPARATOR, max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
+    context: str = Field(
+        default="context", min_length=1, description="question-answering: the column that holds the text with the answer"
+    )
+    question: str = Field(default="question", min_length=1, description="question-answering: the column that holds the question")
+    answers: str = Field(
+        default="answers",
+        min_length=1,
+        description="question-answering: the column that holds the answers, parts of the context: one text, several, or as SQuAD"
+        " has them (text and answer_start)",
+    )
     tasks: tuple[tuple[str, str], ...] = Field(
         default=(),
         description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from"
@@ -163,8 +175,9 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _different_columns(self) -> DataConfig:
+        questions = (("context", "question"), ("context", "answers"), ("question", "answers"))
         pairs = (("text", "label"), ("image", "label"), ("unit", "label"), ("unit", "text"), ("unit", "image"))
-        for key, other in (*pairs, ("prompt", "target"), ("unit", "prompt"), ("unit", "target")):
+        for key, other in (*pairs, ("prompt", "target"), ("unit", "prompt"), ("unit", "target"), *questions):
             if getattr(self, key) is not None and getattr(self, key) == getattr(self, other):
                 raise ValueError(f"{key} and {other} are both {getattr(self, key)!r}: expected two different columns")
         inputs = (self.text, self.image, self.unit)

@@ -20,6 +20,10 @@ _REFUSED = "refused by the chat template"
 _NAMED = {  # reason: (of one record, of several)
     "blank text": ("blank text", "blank texts"),
     "blank prompt": ("blank prompt", "blank prompts"),
+    "blank context": ("blank context", "blank contexts"),
+    "blank question": ("blank question", "blank questions"),
+    "missing answer": ("missing answer", "missing answers"),
+    "answer that is not in its context": ("answer that is not in its context", "answers that are not in their contexts"),
     "blank target": ("blank target", "blank targets"),
     _LOST: ("text that loses all of its target, and contributes nothing", "texts that lose all of it, and contribute nothing"),
     _REFUSED: (

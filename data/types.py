@@ -1,7 +1,7 @@
 """What a record is made of, whatever the task: its input, its label, and how a ledger and a cache know it again.
 
-An input is a text, the words of one, an image, a prompt with what is to follow it, or a chat; a label is one class, one tag for
-each word, the names of several labels, a number, or nothing where the input holds all.
+An input is a text, the words of one, an image, a prompt with what is to follow it, a chat, or a question about a text; a label is
+one class, one tag for each word, the names of several labels, a number, or nothing where the input holds all.
 """
 
 from __future__ import annotations
@@ -46,7 +46,24 @@ class Chat:
         return self.messages if self.answer is None else self.messages[:-1]
 
 
-Input = str | tuple[str, ...] | Image | Passage | Chat
+@dataclass(frozen=True)
+class Question:
+    """A question about a text.
+
+    Attributes:
+        question: What is asked.
+        context: The text.
+        answers: Parts of the text that are true answers; empty where they are not known.
+        start: Where the first of them begins.
+    """
+
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    start: int
+
+
+Input = str | tuple[str, ...] | Image | Passage | Chat | Question
 Label = str | tuple[str, ...] | float
 ASSISTANT = "assistant"  # the role of what a model writes
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
@@ -65,6 +82,8 @@ def content_bytes(value: Input | Label) -> bytes:
         value = (value.prompt, value.target)
     if isinstance(value, Chat):
         return json.dumps(value.messages).encode()
+    if isinstance(value, Question):
+        return json.dumps([value.question, value.context, value.answers, value.start]).encode()
     text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "surrogatepass")
 
@@ -85,6 +104,8 @@ def record_identity(given: Input) -> bytes:
         return _hashed("\0".join(parts))
     if isinstance(given, Chat):
         return _hashed("\0".join(normalize_text(content) for _, content in given.messages if content))
+    if isinstance(given, Question):  # whatever its answers: those are the label
+        return _hashed("\0".join(map(normalize_text, (given.question, given.context))))
     return _hashed(normalize_text(given if isinstance(given, str) else " ".join(given)))
 
 

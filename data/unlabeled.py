@@ -16,7 +16,7 @@ from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES
 from cotune.data.tasks.task import get_task
-from cotune.data.types import Chat, Input, content_bytes
+from cotune.data.types import Chat, Input, Question, content_bytes
 from cotune.errors import DataError, nearest, reason_of
 
 _CHATS = "messages"  # the entry of [data] that names their column
@@ -78,6 +78,45 @@ def read_typed(given: Sequence[str], task: TaskName, *, chats: bool = False) -> 
     return _make_rows(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)
 
 
+def read_questions(
+    path: Path, task: TaskName, *, context: str | None = None, question: str | None = None, encoding: str = "utf-8"
+) -> list[Row]:
+    """Return the questions of a file with the texts that they are about, in its order.
+
+    Args:
+        path: CSV, TSV, JSON or Parquet.
+        task: Of the model.
+        context: The column of the texts; None: "context".
+        question: The column of the questions; None: "question".
+        encoding: Of a CSV, TSV or JSON file.
+
+    Raises:
+        DataError: For a file that cannot be read, or lacks one of the columns.
+    """
+    named = {"context": context or "context", "question": question or "question"}
+    try:
+        config = DataConfig.model_validate({"source": str(path), **named, "encoding": encoding})
+    except ValueError:
+        raise DataError(
+            f"the columns {named['context']!r} and {named['question']!r}, or the encoding {encoding!r}, cannot be read:"
+            " expected two different columns",
+            code="data.unknown_encoding",
+        ) from None
+    file = DataFile(str(path), path, _content(path), config, "context", target="answers")
+    names, values = READERS[file.suffix](file)
+    for key, column in named.items():
+        if names.count(column) != 1:
+            raise DataError(f"{path} has no single column {column!r}: name it with --{key}", code="data.missing_column")
+    pairs = zip(values[named["question"]], values[named["context"]], strict=True)
+    return [_row(file, task, number, pair) for number, pair in enumerate(pairs, 1)]
+
+
+def read_typed_questions(contexts: Sequence[str], question: str, task: TaskName) -> list[Row]:
+    """Return one question about texts as they were typed."""
+    file = _file(Path("typed"), b"", "context", "context")
+    return [_row(file, task, number, (question, context)) for number, context in enumerate(contexts, 1)]
+
+
 def inputs_hash(inputs: Sequence[Input]) -> str:
     """SHA-256 over the inputs, in their order."""
     total = hashlib.sha256()
@@ -101,6 +140,8 @@ def _row(file: DataFile, task: TaskName, number: int, value: object) -> Row:
     given = found[0]
     if isinstance(given, tuple):
         return Row(" ".join(given), given)
+    if isinstance(given, Question):
+        return Row(given.question, given)
     if isinstance(given, Chat):
         return Row(given.asked[-1][1], given)
     return Row(given if isinstance(given, str) else shown, given)

@@ -1,4 +1,4 @@
-"""How models are fused and distilled, as plain values. No module that this one imports loads PyTorch."""
+"""Configuration of fusion and distillation, as plain values. No module that this one imports loads PyTorch."""
 
 from __future__ import annotations
 

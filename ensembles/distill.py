@@ -1,7 +1,7 @@
-"""A distillation from files to a folder: teachers predict, a student learns, and what was finished is kept.
+"""Distill models from files to a folder: teachers predict, and a student learns. It can be interrupted and continued.
 
-Beside the new folder, while it is being made, `<folder>.part` holds the settings, the teachers' predictions and the student after
-each pass: the same command goes on after an interruption, to the same student.
+During the distillation, `<folder>.part` beside the new folder contains the settings, the teachers' predictions and the student
+after each pass. After an interruption, the same command continues, and gives the same student.
 """
 
 from __future__ import annotations
@@ -87,15 +87,15 @@ class Distillation:
 
 
 def distill(work: Distillation) -> dict[str, Any]:
-    """Distill, or go on where an interrupted distillation with the same settings has stopped.
+    """Distill, or continue an interrupted distillation with the same settings.
 
     Returns:
-        The settings and the figures on held-out inputs, as they are in `distillation.json` of the new folder.
+        The settings and the metrics on held-out inputs, as in `distillation.json` of the new folder.
 
     Raises:
-        RunError: The folder is there already, or an unfinished distillation with other settings is.
-        ModelError: Teachers differ in task or classes, or the student cannot be loaded.
-        DataError: There are fewer than ten inputs.
+        RunError: If the folder, or an unfinished distillation with other settings, exists already.
+        ModelError: If teachers differ in task or classes, or the student cannot be loaded.
+        DataError: If there are fewer than ten inputs.
     """
     check_new(work.out)
     if len(work.inputs) < _HELD_OUT:

@@ -1,4 +1,4 @@
-"""Fits a fusion of predictions on labeled records and measures it beside each single model."""
+"""Fit a fusion of predictions on labeled records, and compare it with each single model."""
 
 from __future__ import annotations
 
@@ -111,11 +111,17 @@ def measure_fusion(method: Method, judgment: Judgment, names: Sequence[str], see
 
 
 def fit_and_write(method: Method, judgment: Judgment, models: Sequence[Predictor], folder: Path) -> PredictionFusion:
-    """Fit the rule on all records and write the fused model.
+    """Fit the rule on all records, and write the fused model.
+
+    Args:
+        method: The rule.
+        judgment: Predictions of the models, and the true classes.
+        models: To be fused.
+        folder: Of the fused model.
 
     Raises:
-        RunError: The folder is there already.
-        DataError: `stacking` needs a record of every class.
+        RunError: If the folder exists already.
+        DataError: If `stacking` lacks a record of some class.
     """
     fusion = fit_fusion(method, judgment.probabilities, judgment.truth)
     write_fused(folder, fusion, [model.model.loaded.folder.path for model in models], models[0].task, judgment.labels)

@@ -1,7 +1,7 @@
-"""A fused model as a folder: `fusion.json`, the members' folders, and of stacking `meta_model.safetensors`.
+"""A fused model as a folder: `fusion.json`, the members' folders, and for stacking `meta_model.safetensors`.
 
-Everything is in the folder itself: configuration and safetensors, no code and no pickles. What a folder from a stranger may say
-is checked when it is opened: members are named by number alone, and have the hashes that the folder states.
+The folder is self-contained: configuration and safetensors, no code and no pickles. As it may come from an untrusted source, it
+is checked when it is opened: members are identified only by number, and must have the hashes in `fusion.json`.
 """
 
 from __future__ import annotations

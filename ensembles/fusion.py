@@ -234,7 +234,7 @@ def _votes(probabilities: Floats) -> Floats:
 
 
 def _without_gaps(probabilities: Floats) -> Floats:
-    """What a model does not know is equally probable."""
+    """Replace rows of NaN, which a model could not read, by equal probabilities."""
     return np.where(np.isnan(probabilities), 1 / probabilities.shape[2], probabilities)
 
 

@@ -1,4 +1,4 @@
-"""Opens a model for prediction, be it a single one or a fused one, and fuses the predictions of the latter."""
+"""Open a single or fused model for prediction, and fuse the predictions of a fused one."""
 
 from __future__ import annotations
 
@@ -88,10 +88,16 @@ def require_classifiers(models: Sequence[Classifier], sources: Sequence[str]) ->
 
 
 def check_same_kind(model: Classifier, task: TaskName, labels: Sequence[str], source: str) -> None:
-    """Check that a model does the same task with the same classes, in whatever order.
+    """Check that a model has the same task and the same classes, in any order.
+
+    Args:
+        model: The model.
+        task: Expected task.
+        labels: Expected classes.
+        source: Name of the model, for the error.
 
     Raises:
-        ModelError: It does not.
+        ModelError: If it has not.
     """
     if model.task != task:
         raise ModelError(f"{source} is for {model.task}, expected {task} as of the first model", code="model.other_task")
@@ -105,6 +111,15 @@ def check_same_kind(model: Classifier, task: TaskName, labels: Sequence[str], so
 
 
 def aligned_probabilities(model: Classifier, labels: Sequence[str], inputs: Sequence[Input]) -> list[Floats]:
-    """Return for each input (answers, classes), with the classes in the order of `labels`."""
+    """Return a model's probabilities with its classes reordered.
+
+    Args:
+        model: The model.
+        labels: All its classes, in the order of the result.
+        inputs: n inputs.
+
+    Returns:
+        n arrays (answers, classes).
+    """
     order = [model.labels.index(label) for label in labels]
     return [each.numpy()[:, order] for each in model.probabilities(inputs)]

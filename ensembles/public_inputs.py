@@ -1,12 +1,12 @@
-"""A plan's public inputs: what models predict for them, what of that travels, and training on what all predict together.
+"""A plan's public inputs: predictions for them, the form in which these are shared, and training on combined predictions.
 
-Where predictions travel instead of parameters (`collaboration = "predictions"`), they are one array, (answers, classes):
+If predictions are shared instead of parameters (`collaboration = "predictions"`), they are one array, (answers, classes):
 
 - `scores`: s = log p − mean over the classes of log p, cut to ±`public.max_score`. They are fused by the rules for parameters:
   the weighted mean is Σ w_k s_k, whose softmax is the normalized geometric mean of the probabilities.
 - `votes`: 1 for the most probable class and 0 for all others; the weighted mean is each class's share of the votes.
 
-A row of zeros says nothing: the model could not read the input, or abstains.
+A row of zeros has no effect: the model could not read the input, or abstains.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.features.cached import encode_batch, get_features
 from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.plan import Plan
 from cotune.plan.public import PublicConfig
-from cotune.plan.schema import Plan
 from cotune.strategies.types import Delta, PublicInputs, apply_delta, difference
 
 _ROUNDING = 2**-5
@@ -56,10 +56,15 @@ def read_public_inputs(plan: Plan, folder: Path) -> tuple[Input, ...]:
 
 
 def read_inputs(public: PublicConfig, task: TaskName, path: Path) -> tuple[Input, ...]:
-    """Return the public inputs in a file or folder, without those that cannot be used.
+    """Return the usable public inputs in a file or folder.
+
+    Args:
+        public: The plan's table.
+        task: Of the plan.
+        path: Of the file or folder.
 
     Raises:
-        DataError: They cannot be read, there are none, or they are others than those that the plan was made with.
+        DataError: If they cannot be read, there are none, or they are not those of the plan.
     """
     rows = read_unlabeled(path, task, column=public.column, encoding=public.encoding)
     found = tuple(row.given for row in rows if row.given is not None)
@@ -106,7 +111,7 @@ def to_shared(scores: Tensor, public: PublicConfig) -> Tensor:
 
 
 def to_taught(shared: Tensor, public: PublicConfig) -> Tensor:
-    """Return the probabilities (answers, classes) that fused predictions stand for, in float64; NaN where nobody says any.
+    """Return the probabilities (answers, classes) of fused predictions, in float64; rows of NaN without any prediction.
 
     Args:
         shared: (answers, classes), as fused.
@@ -144,7 +149,7 @@ def learning_config(public: PublicConfig) -> DistillationConfig:
 
 
 class PublicPredictions:
-    """What models that differ in trained parameters predict for public inputs. The last encoder's features are kept."""
+    """Predicts public inputs with models that differ in trained parameters, and caches the features of the last encoder."""
 
     def __init__(self, model: TrainableModel, inputs: Sequence[Input], precision: str, seed: int) -> None:
         """Create it; nothing is computed yet.
@@ -185,7 +190,18 @@ class PublicPredictions:
         return torch.cat(parts).double().cpu()
 
     def distill(self, number: int, state: State, names: Sequence[str], taught: Tensor, config: DistillationConfig) -> State:
-        """Return the trained parameters after training a model on what was taught, see `strategies.types.PublicInputs`."""
+        """Train a model on target probabilities; see `strategies.types.PublicInputs.distill`.
+
+        Args:
+            number: Of the round, for the seed.
+            state: Parameters to start from.
+            names: Parameters to train.
+            taught: Target probabilities (answers, classes); rows of NaN are left out.
+            config: Of the training.
+
+        Returns:
+            The trained parameters.
+        """
         score = self._score(state, names)
         lessons = Lessons(self._inputs, np.split(taught.numpy(), self._ends[:-1]))
         seeded = parameter_seed(self._seed, f"public/{number}")

@@ -1,7 +1,7 @@
-"""What is kept between runs in the user's cache folder: features, and the results of checks that take seconds.
+"""Cache features, and results of checks that take seconds, between runs in the user's cache folder.
 
-A result is kept only where a check has passed, under everything that decides it. An entry that is damaged, of another check or
-written by another user is as good as none, and the check is made again.
+A result is stored only if a check has passed, under a key of everything on which it depends. An entry that is damaged, belongs to
+another check, or was written by another user is ignored, and the check is repeated.
 """
 
 from __future__ import annotations
@@ -83,7 +83,13 @@ def read_check(check: str, key: Sequence[object]) -> float | None:
 
 
 def write_check(check: str, key: Sequence[object], result: float) -> None:
-    """Keep the result of a check that has passed; where nothing can be written, it is made again the next time."""
+    """Store the result of a check that has passed; if it cannot be written, the check is repeated the next time.
+
+    Args:
+        check: Name of the check.
+        key: Everything on which the result depends.
+        result: Of the check.
+    """
     entry = {"format": _FORMAT, "key": repr(tuple(key)), "result": result}
     with contextlib.suppress(OSError):
         atomic_write(_file(check, key), json.dumps(entry).encode())

@@ -1,4 +1,4 @@
-"""What a model reads of a data set: its records as examples of the task, or as features of the frozen encoder."""
+"""Encode the records of a data set for a model: as examples of the task, or as features of the frozen encoder."""
 
 from __future__ import annotations
 
@@ -72,10 +72,17 @@ class FeatureRows:
 def find_features(
     dataset: Dataset, model: TrainableModel, state: State, precision: str, progress: Encoding | None = None
 ) -> FeatureRows:
-    """Return what the head reads of each record: one row; of tags, of each word of all records, as many as `truth` has.
+    """Return what the head reads: a row for each record; for tags, a row for each word of all records.
 
-    All records of a file are encoded, no matter who holds them: the next one who asks finds them. Those of one file are not
-    copied; those of several files are, for this holder.
+    All records of a file are encoded at once, whichever organization has them, and cached. Rows are copied only if the records
+    come from several files.
+
+    Args:
+        dataset: The records.
+        model: With a frozen encoder.
+        state: Parameters that differ from those of the base model.
+        precision: Of the encoder's arithmetic.
+        progress: Called with the source and the progress of encoding; None: not reported.
     """
     found = []
     for records, rows in dataset.parts:
@@ -90,7 +97,7 @@ def find_features(
 
 
 def encoded_features(dataset: Dataset, model: TrainableModel, state: State, precision: str) -> Tensor:
-    """Return what `find_features` finds as a tensor of its own, (n, d)."""
+    """Return the rows of `find_features`, for the same arguments, as a new tensor (n, d)."""
     return find_features(dataset, model, state, precision).copy()
 
 

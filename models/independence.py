@@ -1,18 +1,18 @@
-"""Whether a model treats every record by itself: the same alone and padded, the same to the bit in any company.
+"""Check that a model treats records independently: equal results alone and padded, bit-identical beside any other records.
 
-Clipping bounds what a record contributes, not what it does to the contributions of others. An architecture that attends to its
-padding (FNet), or an arithmetic whose rounding depends on the batch, lets one record move the gradients of many, by far more than
-the clip norm. Both are tried before a run, on made-up records, and refused.
+Clipping bounds what a record contributes, not how it influences the contributions of others. With an architecture that attends to
+padding (FNet), or arithmetic whose rounding depends on the batch, one record can change the gradients of many, by far more than
+the clip norm. Both are tested before a run, on synthetic records, and refused.
 
-**Why no verdict depends on the state.** Which kernels compute, and in which order they add, is chosen by operations, shapes,
-places in memory, threads and device; `mixes_records` refuses whatever takes other operations or shapes for other contents.
-Values decide only whether a difference is seen: under a head or adapters of zeros every order gives the same sum, and a server
-that chooses states could have had its model tried under such a one. So every trial is made on the base model with several draws
-of random weights in what is trained, in whatever state the model is, and is made once: its key holds the mode, the trained
-parameters, the arithmetic, the shapes and what decides about kernels (`device.kernel_key`).
+**Why the result does not depend on the state.** Operations, shapes, memory locations, threads and device determine which kernels
+compute, and in which order they add; `mixes_records` refuses models whose operations or shapes depend on the content of records.
+Values only determine whether a difference is visible: with a head or adapters of zeros, every order gives the same sum, and a
+server that chooses states could have its model tested in such a one. So every test uses the base model with several draws of
+random weights in the trained parameters, whatever the model's state, and is made once: its cache key contains the mode, the
+trained parameters, the arithmetic, the shapes, and what determines the kernels (`device.kernel_key`).
 
-This is the only place that asks whether records keep to themselves. That the clipped sum is right, under the very state that
-trains, is another question (`privacy.mechanisms.dp_sgd.check_clipping`, for the state of every round).
+Only this module tests the independence of records. Whether the clipped sum is correct in the state that is trained is tested
+separately (`privacy.mechanisms.dp_sgd.check_clipping`, for the state of every round).
 """
 
 from __future__ import annotations
@@ -265,15 +265,20 @@ def _not_independent(model: TrainableModel, reason: str) -> str:
 
 @torch.no_grad()
 def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int = 8) -> float:
-    """How far padding and company move a record, in float32.
+    """Measure how much padding and other records of the batch change a record's results, in float32.
 
-    Every example is compared alone and unpadded with itself in a batch of `slots` rows, in each length up to four times its own:
-    its scores, and its feature where the head reads one. That is done twice, the second time with a loud padding token, as a
-    state may have one though a base model's is zero.
+    Each example alone and unpadded is compared with itself in a batch, padded to lengths up to four times its own: its scores,
+    and its feature if the head reads one. This is done twice, the second time with a large embedding of the padding token, as a
+    state may have one although a base model's is zero.
+
+    Args:
+        model: In any state.
+        examples: Records.
+        slots: Rows per batch.
 
     Returns:
-        The largest root mean square of padded − alone, relative to that of what the examples give alone, of whichever it is
-        largest: the scores of one can be next to nothing, as a new head is drawn at random. 0 for a task without padding.
+        The largest root mean square of padded − alone, relative to the largest one of the examples alone, as the scores of a
+        single one can be almost 0 with a random head. 0 for a task without padding.
     """
     feature_head(model)  # finds out what the head reads while the model is as it came
     quiet = _padding_error(model, examples, slots)

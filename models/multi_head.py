@@ -1,7 +1,8 @@
-"""One encoder with a head for each of several tasks: the classifiers of transformers, which share what reads the input.
+"""One encoder with a head for each of several tasks: classifiers of transformers that share their encoder.
 
-A head is the whole classifier of its task with a stand-in for the encoder, which answers with what the shared one has made of the
-batch: whatever lies between encoder and scores stays as the architecture has it, and each task is exported as a plain classifier.
+A head is the complete classifier of its task, whose encoder is replaced by a stub that returns the shared encoder's output for
+the batch. So everything between encoder and scores is that of the architecture, and each task is exported as a plain
+classifier.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _StandIn(nn.Module):
     answer: Any = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
+        """Return the shared encoder's output."""
         return self.answer
 
 
@@ -101,10 +103,16 @@ def head_prefix(task: str) -> str:
 
 
 def load_multi_task(config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName) -> LoadedModel:
-    """Load a base model with a head for each task of the qualified `labels`, drawn from a seed of its own.
+    """Load a base model with a head for each task.
+
+    Args:
+        config: Of the base model.
+        labels: Qualified class names, which name the tasks.
+        seed: From which each head's own seed is derived.
+        task: The task with several tasks.
 
     Raises:
-        ModelError: For a base model that cannot be used, or whose classifiers read more of the encoder than what it answers.
+        ModelError: If the base model cannot be used, or its classifiers read more of the encoder than its output.
     """
     kind = next(one for one, several in MULTI_TASK.items() if several == task)
     parts = {

@@ -1,7 +1,7 @@
-"""Made-up records in made-up company: whether a record's numbers are the same, to the bit, wherever in a batch it stands.
+"""Check with synthetic batches that a record's results are bit-identical at every position and beside any other records.
 
-Rows of a matrix product are added up in an order that a kernel chooses by shape, thread and position. What holds on one machine
-need not hold on the next, so it is tried, with the shapes, the arithmetic and the device that are going to be used.
+Kernels choose the order of the sums in a matrix product by shape, thread and position. What holds on one machine may not hold on
+another, so it is tested with the shapes, the arithmetic and the device that will be used.
 """
 
 from __future__ import annotations
@@ -109,9 +109,17 @@ def feature_probes(
 
 
 def example_probes(model: TrainableModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
-    """Two batches of one shape, and the slots in which they hold the probe: those that are even, and those that are odd.
+    """Yield two batches of the same shape with a probe record, in the even slots of one and the odd slots of the other.
 
-    It stands beside long, short and extreme records, and beside blank rows. The last slot is blank, as in `fixed_batches`.
+    The other slots contain long, short, extreme and blank records. The last slot is blank, as in `fixed_batches`.
+
+    Args:
+        model: For its reader and device.
+        length: Of the rows, in tokens.
+        slots: Rows per batch.
+
+    Yields:
+        (batch, the slots of the probe).
     """
     loaded = model.loaded
     collate = loaded.task.collator(model.module, loaded.reader, model.device)

@@ -1,8 +1,8 @@
-"""What is trained and travels: the sharing groups, and the model that moves through the stages of a plan.
+"""The model that is trained through the stages of a plan, and the groups of parameters that it trains and shares.
 
 A stage trains one group of parameters: the `head`; `lora` factors and the head; the last `blocks` of the encoder and the head; or
 `full`, the encoder and the head. The *state* is every tensor that any stage so far has trained, by name: with it and the base
-model, everybody has the same model.
+model, all organizations have the same model.
 """
 
 from __future__ import annotations
@@ -243,7 +243,20 @@ def open_model(
     task: TaskName = "sequence-classification",
     own_adapters: bool = False,
 ) -> TrainableModel:
-    """Load a model of one's own. Raises ModelError when it cannot be loaded."""
+    """Load a new model, which is not shared with other callers.
+
+    Args:
+        model: The base model.
+        labels: Class names.
+        lora: Of the adapters; None: no adapters.
+        seed: Of the head and the adapters.
+        device: Such as "cpu" or "cuda:0".
+        task: Of the model.
+        own_adapters: Whether organizations may have adapters of their own rank.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+    """
     load = load_multi_task if is_multi_task(task) else load_model
     loaded = load(model, labels, parameter_seed(seed, "head"), task)
     return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)

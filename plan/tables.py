@@ -17,7 +17,7 @@ from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.public import Collaboration, PublicConfig
-from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.server_config import RoundsConfig
 from cotune.plan.several_tasks import Balance, TaskConfig, write_out
 from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
@@ -103,7 +103,8 @@ class PlanTables(ConfigTable):
     task: TaskName = Field(
         "sequence-classification",
         description="a class for a text (sequence-), for each word of one (token-), or for an image; any number of labels for a"
-        " text (multi-label), or a number (regression); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
+        " text (multi-label), or a number (regression); the part of a text that answers a question"
+        " (question-answering); or a text that goes on with another (causal-lm) or answers it (seq2seq)",
     )
     tasks: tuple[TaskConfig, ...] = Field(
         (), description="several tasks on one encoder, each with a head of its own; `task` and `labels` follow from them"

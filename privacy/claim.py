@@ -1,4 +1,4 @@
-"""What is promised about a run, as data: the report, the command line and `summary.json` print this one object.
+"""The privacy claim of a run, as data: the report, the command line and `summary.json` show this one object.
 
 The fields follow NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees": parameters, unit of privacy,
 neighboring relation, threat model, mechanism, and the hazards that remain.
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
 from cotune.privacy.config import RecordPrivacy
 

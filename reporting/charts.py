@@ -1,4 +1,4 @@
-"""The report's charts as numbers: places are percentages of the plot, (0, 0) at its top left; the template draws them."""
+"""Compute the report's charts as numbers: positions in percent of the plot, (0, 0) at the top left; the template draws them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import percent
 from cotune.reporting.measures import Measure, get_measures
 from cotune.reporting.verdict import Summary, is_private, is_real
 
-_MOST_DRAWN = 1e12  # ε: older runs admitted whatever was stated
-COLORS = 6  # in the page's palette, which color-blind readers can tell apart
-MOST_DOTS = 30  # on one line; more run into each other on a phone
+_MOST_DRAWN = 1e12  # largest ε in a chart; older runs accepted any stated value
+COLORS = 6  # in the page's palette, which color-blind readers can distinguish
+MOST_DOTS = 30  # on one line; more overlap on a phone
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Scale:
     high: float
 
     def along(self, value: float) -> float:
+        """Map a value to 0..100 % from the low end."""
         return round(100 * (value - self.low) / (self.high - self.low), 3)
 
     def down(self, value: float) -> float:
-        """As `along`, from the top, as SVG counts."""
+        """Map a value to 0..100 % from the high end, as SVG's y axis points down."""
         return round(100 - self.along(value), 3)
 
 
@@ -82,7 +83,7 @@ class Chart:
 
 
 def accuracy_chart(summary: Summary) -> Chart | None:
-    """Test accuracy (or loss) after each round against what is reached without it; None if no round was tested."""
+    """Return the chart of test accuracy (or loss) over the rounds, with baselines; None if no round was tested."""
     measure = get_measures(next((r["metrics"] for r in summary["rounds"] if r["metrics"] is not None), None))[0]
     measured = {r["round"]: r["metrics"][measure.key] for r in summary["rounds"] if r["metrics"] is not None}
     if not measured:
@@ -111,8 +112,9 @@ def accuracy_chart(summary: Summary) -> Chart | None:
 
 
 def epsilon_chart(summary: Summary) -> Chart | None:
-    """ε spent by each organization after each round, and what it allows; None without privacy, before any spending, or where one
-    is stated that no chart could show.
+    """Return the chart of ε spent by each organization over the rounds, with the allowed ε.
+
+    None without privacy, before any spending, or if a stated ε is too large for a chart.
     """
     rounds = _round_scale(summary)
     spent = [value for r in summary["rounds"] for value in r["epsilon"].values()]
@@ -195,18 +197,20 @@ def value_scale(values: Iterable[float]) -> Scale:
 
 
 def _step(span: float, most: int) -> float:
-    """The smallest of 1, 2, 5 × 10^k that cuts `span` into at most `most` parts."""
+    """Return the smallest of 1, 2, 5 × 10^k that divides `span` into at most `most` parts."""
     power = 10.0 ** math.floor(math.log10(span / most))
     return next(step for step in (power, 2 * power, 5 * power, 10 * power, 20 * power) if span <= step * most)
 
 
 def value_ticks(y: Scale) -> tuple[tuple[float, str], ...]:
+    """Return (position, text) of the ticks of a value axis."""
     step = _step(y.high - y.low, 6)
     values = (y.low + step * i for i in range(round((y.high - y.low) / step) + 1))
     return tuple((y.down(value), f"{value:g}") for value in values)
 
 
 def round_ticks(rounds: Scale) -> tuple[tuple[float, str], ...]:
+    """Return (position, text) of the ticks of the axis of rounds."""
     first = math.ceil(rounds.low)
     last = math.floor(rounds.high)
     step = max(1, round(_step(max(last - first, 1), 8)))
@@ -235,7 +239,7 @@ class Part:
 
 
 def label_keys(summary: Summary) -> tuple[Key, ...]:
-    """The labels that get a color of their own: all, or the most frequent ones and one entry for the others."""
+    """Return the labels with their own colors: all, or the most frequent ones and one entry for the others."""
     labels = summary["labels"]
     if len(labels) <= COLORS:
         return tuple(Key(f"c{i}", label, "") for i, label in enumerate(labels))

@@ -1,4 +1,4 @@
-"""The page of a comparison: a table and curves for each facet, in the style and under the rules of the report of a run."""
+"""Render the page of a comparison: a table and curves for each facet, in the style of the report of a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PRIVATE = "Privacy noise and private sampling are not paired: they come from the
 
 
 def render_comparison(found: Comparison) -> str:
-    """The page, complete and self-contained."""
+    """Return the page as self-contained HTML."""
     page = page_environment().get_template(_NAME)
     return page.render(
         found=found,
@@ -59,11 +59,12 @@ def render_comparison(found: Comparison) -> str:
 
 
 def together(found: Comparison) -> str:
-    """What all runs give away."""
+    """Return the privacy statement for all runs together."""
     return together_statement(len(found.cells), found.epsilon_together, found.delta_together)
 
 
 def write_comparison(found: Comparison, path: Path) -> None:
+    """Write the page of a comparison."""
     atomic_write(path, render_comparison(found).encode(errors="replace"))
 
 
@@ -73,11 +74,17 @@ def facets_of(found: Comparison) -> list[tuple[Settings, list[Combination]]]:
 
 
 def words(settings: Settings) -> str:
+    """Return settings as text: "key = value, …"."""
     return ", ".join(f"{key} = {value}" for key, value in settings)
 
 
 def points(value: Estimate | None, measure: Measure, *, apart: bool = False) -> str:
-    """A share in per cent, or `apart`: in points of it with a sign; any other figure as it stands.
+    """Return an estimate as text: a share in percent, any other figure unchanged; "–" for None.
+
+    Args:
+        value: Of a metric.
+        measure: The metric.
+        apart: Whether the value is a difference, which is shown with a sign; for a share, in percentage points.
 
     >>> accuracy, loss = get_measures(None)[0], get_measures({"loss": 2.0})[0]
     >>> points(Estimate(0.925, 0.004, 3), accuracy), points(Estimate(-0.01, None, 1), accuracy, apart=True)
@@ -93,9 +100,17 @@ def points(value: Estimate | None, measure: Measure, *, apart: bool = False) -> 
 
 
 def answer(rows: Sequence[Combination], baseline: str, measure: Measure) -> str | None:
-    """Which rows of a facet are better than the baseline, worse, and too close to it to tell; None where nothing is beside it.
+    """Return in words which rows of a facet are better than the baseline, worse, or too close to tell.
 
-    By the corrected p-value, below 0.05; what one seed shows is too close to tell.
+    The criterion is a corrected p-value below 0.05; a single seed is always too close to tell.
+
+    Args:
+        rows: Of the facet.
+        baseline: Value of the baseline's row.
+        measure: The metric.
+
+    Returns:
+        None if there is no row to compare.
     """
     apart = [(row.value, row.difference) for row in rows if row.difference is not None]
     if not apart:
@@ -113,7 +128,7 @@ def _listed(values: Sequence[str]) -> str:
 
 
 def few_seeds(found: Comparison) -> str | None:
-    """What to do where there are too few seeds for the test to tell much; None where there are enough."""
+    """Return advice if there are too few seeds for the test to have power; None if there are enough."""
     seeds = len(found.seeds)
     if seeds >= _ENOUGH_SEEDS:
         return None
@@ -122,12 +137,12 @@ def few_seeds(found: Comparison) -> str | None:
 
 
 def has_gain(found: Comparison) -> bool:
-    """Whether training alone was measured beside any run."""
+    """Return whether training alone was measured for any run."""
     return any(row.gain is not None for row in found.rows)
 
 
 def answers_of(row: Combination) -> str:
-    """The answers in words: "2 yes, 1 no, 1 too close"; "–" where there is none."""
+    """Return the answers in words, such as "2 yes, 1 no, 1 too close"; "–" if there are none."""
     if row.answers is None:
         return "–"
     yes, no, close = row.answers
@@ -135,7 +150,7 @@ def answers_of(row: Combination) -> str:
 
 
 def verdict(row: Combination) -> str:
-    """The corrected p-value in words: "p = 0.012"; "–" where there is none."""
+    """Return the corrected p-value in words, such as "p = 0.012"; "–" if there is none."""
     if row.difference is None or row.difference.holm is None:
         return "–"
     p = row.difference.holm

@@ -1,7 +1,7 @@
-"""What a grid of runs says: means over the seeds with their uncertainty, and paired differences from a baseline.
+"""Statistics of a grid of runs: means over seeds with their uncertainty, and paired differences from a baseline.
 
-A seed decides the initial model, who holds which records, who is asked and the order of batches, so that two strategies under one
-seed differ in nothing else, and their difference is taken seed by seed.
+A seed determines the initial model, the partition of records, the selection of organizations and the order of batches. Two
+strategies under the same seed differ in nothing else, so that differences are computed seed by seed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,27 @@ _NO_SPREAD = 1e-12  # differences this close to each other are one number with r
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell of the grid. What a failed one lacks is None.
+    """One cell of the grid. A failed one lacks results, which are None.
 
-    metrics: of the last model, on the common test set. worst and spread: of the figure that decides, over the organizations' own
-    records.
-    gain: what joining brings on an organization's own held-out records, against alone without privacy; the mean over the
-    organizations. answers: how many of them are told yes, no, and too close to tell. Both only where alone was trained.
+    Attributes:
+        settings: (key, value) of each variation.
+        seed: Of the run.
+        plan_id: Of the run.
+        status: finished, stopped or failed.
+        reason: Why it failed or stopped.
+        metrics: Of the last model, on the common test set.
+        worst: Worst value of the main metric over the organizations' own records.
+        spread: Spread of the main metric over the organizations' own records.
+        gain: Mean gain of joining on the organizations' own held-out records, compared with alone without privacy; None if alone
+            was not trained.
+        answers: Number of organizations for which joining is worth it, is not, and is too close to tell; None likewise.
+        bytes_up: Bytes of updates.
+        bytes_down: Bytes of requests.
+        seconds: Duration.
+        epsilon: Largest ε that an organization spent.
+        deltas: δ of each organization.
+        curve: (round, main metric on the common test set).
+        folder: Of the run.
     """
 
     settings: Settings
@@ -64,7 +79,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `count` seeds, and half the width of its Student t interval; None with fewer than two."""
+    """A mean over `count` seeds, and half the width of its Student t interval; None for fewer than two seeds."""
 
     mean: float
     half: float | None
@@ -73,7 +88,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """From the baseline, over the seeds that both have finished. p: of the paired t-test; holm: after Holm's correction."""
+    """The difference from the baseline over the seeds that both have finished.
+
+    Attributes:
+        estimate: Of the difference.
+        p: p-value of the paired t-test.
+        holm: p-value after Holm's correction.
+    """
 
     estimate: Estimate
     p: float | None
@@ -81,6 +102,7 @@ class Difference:
 
     @property
     def significant(self) -> bool:
+        """Whether the corrected p-value is below the significance level."""
         return self.holm is not None and self.holm < 1 - CONFIDENCE
 
 

@@ -87,7 +87,11 @@ _OF_LABEL_SETS = (
     Measure("mean_average_precision", "mean average precision"),
     Measure("exact", "all labels right"),
 )
-_BY_KEY = {measures[0].key: measures for measures in (_OF_TEXTS, _OF_NUMBERS, _OF_LABEL_SETS)}
+_OF_ANSWERS = (
+    Measure("token_f1", "F1 of an answer's words", unit="points of F1", floor="base model"),
+    Measure("exact_answer", "exact answers"),
+)
+_BY_KEY = {measures[0].key: measures for measures in (_OF_TEXTS, _OF_NUMBERS, _OF_LABEL_SETS, _OF_ANSWERS)}
 
 
 def get_measures(metrics: Document | Mapping[str, Any] | None) -> tuple[Measure, ...]:

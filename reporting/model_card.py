@@ -16,7 +16,7 @@ from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base.lookup import FOLDER
 from cotune.models.config import FeatureConfig
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.measures import get_measures
@@ -113,6 +113,9 @@ def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     if pipeline == "text2text-generation":
         yield from _use_of_translator(length)
         return
+    if pipeline == "question-answering":
+        yield from _use_of_answerer(length)
+        return
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
@@ -150,6 +153,18 @@ def _use_of_translator(length: int) -> Iterator[str]:
     yield f"A prompt ends with the separator of the plan, as in training. Prompts and targets had {length} tokens at most."
 
 
+def _use_of_answerer(length: int) -> Iterator[str]:
+    yield from (
+        "## How to use",
+        "",
+        "```bash",
+        'cotune predict FOLDER "a text with the answer" --question "a question"',
+        "```",
+        "",
+    )
+    yield f"A question and its text are read as one, of {length} tokens at most; `AutoModelForQuestionAnswering` loads the model."
+
+
 def _facts(plan: Plan, key: str, length: int) -> Iterator[tuple[str, str]]:
     labels = ", ".join(plan.labels[:_MOST_LABELS]) + (" …" if len(plan.labels) > _MOST_LABELS else "")
     yield "task", plan.task
@@ -178,6 +193,7 @@ def _base(plan: Plan) -> str:
 _MEANS = {  # by the figure that decides
     "accuracy": "precision, recall and F1 are means over the classes",
     "loss": "loss is in nats per target token",
+    "token_f1": "F1 is of the words of an answer and of the nearest true one, as in SQuAD",
     "mse": "errors are in the units of the numbers",
     "micro_f1": "a label is told where its probability is above a half",
 }

@@ -1,11 +1,11 @@
-"""What the privacy of a run means, in words: nothing that is not so."""
+"""State in words what the privacy of a run means, and nothing that does not hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.client_dp import RoundNoise
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy
 
@@ -33,10 +33,13 @@ def statement(
     client_level: bool = False,
     clear_metrics: bool = False,
 ) -> list[str]:
-    """Paragraphs about single records. spent: organization -> (ε spent, δ), from the ledgers; without privacy, None and nothing.
+    """Return paragraphs about record-level privacy in a simulation.
 
-    client_level: whether there is privacy of the other kind, which `client_statement` is about. clear_metrics: whether any
-    organization told local metrics as they are.
+    Args:
+        privacy: Of the plan; None: no record-level privacy.
+        spent: Organization -> (ε spent, δ), from the ledgers; empty without privacy.
+        client_level: Whether the run has client-level privacy, which `client_statement` describes.
+        clear_metrics: Whether an organization disclosed local metrics without noise.
     """
     if privacy is None:
         return [_none(client_level)]
@@ -57,10 +60,12 @@ def statement(
 
 
 def all_models_statement(together: float, *, pooled: bool, plain: bool = False) -> str:
-    """What a simulation says beside the ε of the run: that its comparisons are trained on the same records.
+    """Return the statement that a simulation's comparison models are trained on the same records.
 
-    together: ε of the federated model and of an organization's own, the largest. pooled: whether all data were pooled as well.
-    plain: whether the same run without personal parts may be among them.
+    Args:
+        together: Largest ε of the federated model and an organization's model trained alone, together.
+        pooled: Whether a model was trained on all data pooled.
+        plain: Whether the same run without personal parts may be among the models.
     """
     also = ", the same run without personal parts" if plain else ""
     return (
@@ -76,7 +81,13 @@ def all_models_statement(together: float, *, pooled: bool, plain: bool = False) 
 
 
 def together_statement(runs: int, together: float | None, delta: float | None) -> str:
-    """What a comparison says of all its runs. together: their ε at δ; None where one of them had no privacy."""
+    """Return the statement of a comparison about all its runs together.
+
+    Args:
+        runs: Number of runs.
+        together: Their common ε; None if no ε covers all of them.
+        delta: δ of that ε.
+    """
     if together is None or delta is None:
         return (
             f"No ε covers this table: of its {runs} runs some had no privacy or were compared with models without, or none was"
@@ -93,7 +104,16 @@ def together_statement(runs: int, together: float | None, delta: float | None) -
 def selection_statement(
     epsilon: float, delta: float, one_run: float, *, plans: int, expected_runs: float, unit: str
 ) -> list[str]:
-    """Paragraphs about the output of a private selection. one_run: ε at the same δ of one run of the costliest plan."""
+    """Return paragraphs about the output of a private selection of a plan.
+
+    Args:
+        epsilon: Of the selection.
+        delta: δ of both ε.
+        one_run: ε of a single run of the costliest plan.
+        plans: Number of plans.
+        expected_runs: Mean of the geometric distribution of the number of runs.
+        unit: The privacy unit.
+    """
     who = "record" if unit == "record" else f"{unit}, with all its records,"
     return [
         "Record-level differential privacy of what is released (this plan, its model and its test figures): "
@@ -114,9 +134,13 @@ def selection_statement(
 def stated(
     privacy: RecordPrivacy | None, spent: Mapping[str, float], *, client_level: bool = False, silent: int = 0
 ) -> list[str]:
-    """As `statement`, of a real run, by what the coordinator knows. spent: organization -> ε as it stated it last.
+    """Return paragraphs about record-level privacy in a real run, from what the coordinator knows.
 
-    silent: how many organizations stated none, as no update of theirs came.
+    Args:
+        privacy: Of the plan; None: no record-level privacy.
+        spent: Organization -> ε as it last stated it.
+        client_level: Whether the run has client-level privacy.
+        silent: Number of organizations that stated none, as no update of them was received.
     """
     if privacy is None:
         return [_none(client_level)]
@@ -176,7 +200,14 @@ def _shares(privacy: RecordPrivacy) -> str:
 
 
 def client_statement(privacy: ClientPrivacy, noise: RoundNoise, charged: Sequence[Steps], *, sample_rate: float) -> list[str]:
-    """Paragraphs about client-level privacy. charged: the rounds in the server's account, or those that are planned."""
+    """Return paragraphs about client-level privacy.
+
+    Args:
+        privacy: Of the plan.
+        noise: Of each round.
+        charged: Charges of the rounds in the server's account, or of the planned ones.
+        sample_rate: Probability with which an organization is asked in a round.
+    """
     rounds = sum(steps.count for steps in charged)
     z = noise.charge.noise_multiplier
     spent = epsilon(charged, privacy.delta)

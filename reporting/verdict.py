@@ -1,4 +1,4 @@
-"""Is it worth joining? The answer, its numbers, and what a careful reader should know beside it."""
+"""Answer whether joining is worth it, with the numbers and what a careful reader should know beside them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import SPACE
 from cotune.reporting.measures import Measure, get_measures, measures_of
@@ -23,6 +23,7 @@ _FLOORS = {  # in a sentence
 
 
 def is_private(summary: Summary) -> bool:
+    """Return whether the run had record-level privacy."""
     return bool(summary["privacy"]["mode"] != "none")
 
 
@@ -139,6 +140,7 @@ def _means_note(summary: Summary) -> str:
 
 
 def few_note(summary: Summary) -> Iterator[str]:
+    """Yield a note about organizations with few test records, if there are any."""
     few = [o["name"] for o in summary["organizations"] if o["worth"] and o["worth"]["few"]]
     if few:
         names = ", ".join(few[:_MOST_NAMES]) + (f" and {len(few) - _MOST_NAMES} more" if len(few) > _MOST_NAMES else "")
@@ -149,6 +151,7 @@ def few_note(summary: Summary) -> Iterator[str]:
 
 
 def partition_note(summary: Summary) -> Iterator[str]:
+    """Yield a note that the answer depends on the partition, if that was drawn at random."""
     partition = summary["partition"]
     if partition in (None, "files") or partition.startswith("column:"):
         return
@@ -201,6 +204,7 @@ def predictions_note(summary: Summary) -> Iterator[str]:
 
 
 def personal_note(summary: Summary) -> Iterator[str]:
+    """Yield notes about personal models and their gain, if organizations have any."""
     if is_personal(summary):
         if summary["model"].get("common"):
             yield "Beside the common model every organization has a copy of its own, in its own folder; figures are theirs."

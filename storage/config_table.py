@@ -1,4 +1,4 @@
-"""The base of every table of a configuration document (a plan, a policy), and the sentence for what is wrong in one."""
+"""The base class of all tables of configuration documents (plans, policies), and error sentences about their mistakes."""
 
 from __future__ import annotations
 
@@ -43,9 +43,13 @@ _WORDS = {  # where pydantic's own words mean nothing to anyone who writes TOML
 
 
 def format_validation_error(error: ValidationError, model: type[BaseModel], document: str, *, partial: bool = False) -> str:
-    """Return the most telling mistake of a document that does not fit its model, as one sentence.
+    """Return the most informative mistake of a document as one sentence.
 
-    partial: whether keys may be absent; where nothing else is wrong, the sentence is empty.
+    Args:
+        error: Of the document's validation.
+        model: Of the document.
+        document: Its name for the sentence, such as "plan".
+        partial: Whether keys may be missing; if nothing else is wrong, the sentence is empty.
     """
     mistakes = [each for each in error.errors() if not (partial and each["type"] == "missing")]
     if not mistakes:
@@ -66,9 +70,16 @@ def format_validation_error(error: ValidationError, model: type[BaseModel], docu
 
 
 def check_path(key: str, model: type[BaseModel], document: str, *, anything_below: Sequence[str] = ()) -> None:
-    """Check that a document has a key of that full name. Raises PlanError, with the nearest key.
+    """Check that a document has a key of that full name.
 
-    anything_below: Keys under which any name is allowed here.
+    Args:
+        key: Such as "privacy.epsilon".
+        model: Of the document.
+        document: Its name for the error, such as "plan".
+        anything_below: Keys under which any name is accepted.
+
+    Raises:
+        PlanError: If there is no such key; it names the nearest one.
     """
     parts = key.split(".")
     paths = list(_paths(model))

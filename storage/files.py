@@ -1,6 +1,6 @@
-"""Files that survive crashes: written atomically, and locked for one process at a time.
+"""Write files atomically, and lock them for one process at a time.
 
-The operating system releases a lock when its process ends, however that ends: nothing has to be cleaned up after `kill -9`.
+The operating system releases a lock when its process ends, in whatever way, so that nothing needs cleaning up after `kill -9`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL  # which follows no link, and i
 
 
 def atomic_write(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file as a whole; when this returns, it survives a power cut, or without `durable` only the end of the process.
+    """Write a file atomically.
 
     The content is written to a temporary file (mode 0600) in the same folder, synchronized to the disk, and renamed: other
-    processes see the former file or the new one, never a part. Folders that are missing are created.
+    processes see either the old file or the new one, never a part. Missing folders are created.
+
+    Args:
+        path: The file.
+        content: All of it.
+        durable: Whether it must survive a power failure; if not, it only survives the end of the process.
 
     Raises:
-        OSError: The file cannot be written; a former one is still there.
+        OSError: If the file cannot be written; an old one is unchanged.
     """
     part = f"{path.parent}/.{path.name}.{os.getpid()}-{_DRAWN}-{next(_numbers)}.part"
     try:

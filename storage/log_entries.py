@@ -1,4 +1,4 @@
-"""The entries of a log in SQLite: each one carries the hash of the one before it."""
+"""The entries of a log in SQLite, each of which contains the hash of the previous one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,15 @@ class Entry:
 
 
 def entry_hash(previous: str, id: int, at: str, kind: str, body: str) -> str:
-    """Return the SHA-256 over the hash before and the entry's own columns, one per line."""
+    """Return the SHA-256 of an entry, over the previous hash and the entry's columns, one per line.
+
+    Args:
+        previous: Hash of the previous entry.
+        id: Number of the entry.
+        at: When it was written.
+        kind: Of the entry.
+        body: As canonical JSON.
+    """
     return hashlib.sha256(f"{previous}\n{id}\n{at}\n{kind}\n{body}".encode()).hexdigest()
 
 
@@ -83,7 +91,13 @@ class OpenLog:
         return [Entry(id, at, kind, parse_json(body), hash) for id, at, kind, body, hash in rows]
 
     def append(self, kind: str, body: Mapping[str, Any], at: str | None = None) -> Entry:
-        """Append an entry, dated now unless `at` says otherwise, and return it."""
+        """Append an entry, and return it.
+
+        Args:
+            kind: Of the entry.
+            body: Plain values.
+            at: When it was made; None: now.
+        """
         id = self.count + 1
         at = at or datetime.now(UTC).isoformat(timespec="seconds")
         text = _canonical(body)

@@ -1,4 +1,4 @@
-"""What `cotune client approve` does: a plan is shown, how it differs from the one approved last, and approved."""
+"""Implement `cotune client approve`: show a plan and its differences from the last approved one, and approve it."""
 
 from __future__ import annotations
 

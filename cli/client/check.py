@@ -1,4 +1,4 @@
-"""What `cotune client check` does and shows: what joining a federation would mean here."""
+"""Implement `cotune client check`: show what joining a federation would mean for this organization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cotune.cli.options import SiteOptions
 from cotune.cli.screen import print_json, screen
-from cotune.client.node.connection import ConnectionReport, check_connection, versions
+from cotune.client.node.connector import ConnectionReport, check_connection, versions
 from cotune.client.policy_check import Violation
 from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
@@ -23,8 +23,8 @@ from cotune.client.site_setup import set_base_model, set_prediction_sources, set
 from cotune.data.skipped_records import format_left_out
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import round_up
+from cotune.plan.plan import Plan
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.federation_file import Invitation, read_invitation
 from cotune.protocol.version import PROTOCOL
 from cotune.reporting.formatting import duration, size
@@ -90,7 +90,16 @@ def _read(source: str) -> tuple[Invitation | None, Plan]:
 
 
 def keep_site_options(site: Site, plan: Plan, options: SiteOptions) -> Site:
-    """Write into the site where records and base model are, as far as the command line says so."""
+    """Write the sources of records and base model that the command line gives to the site.
+
+    Args:
+        site: Of the organization.
+        plan: Of the federation.
+        options: Of the command line.
+
+    Returns:
+        The site, opened again.
+    """
     set_records(
         site,
         plan,
@@ -158,7 +167,7 @@ def _show_check(console: Console, site: Site, found: PreflightReport, *, private
 
 
 def _show_figures(console: Console, found: PreflightReport) -> None:
-    """What the plan would spend and take, also where it is declined: anyone who changes a rule wants to know for what."""
+    """Print what the plan would spend and need, even if it is declined, as that matters for changing a rule."""
     if found.epsilon is None or found.delta is None:
         return
     total = f" of {found.epsilon_total:g} in total" if (found.epsilon_total or 0.0) < 1e6 else ""
@@ -179,7 +188,14 @@ def _show_figures(console: Console, found: PreflightReport) -> None:
 
 
 def show_broken(console: Console, site: Site, rules: tuple[Violation, ...], otherwise: str = "") -> None:
-    """Every rule that does not allow a plan, with the command that would. otherwise: what to say where it is no rule's doing."""
+    """Print every rule that does not allow a plan, with the command that would allow it.
+
+    Args:
+        console: To print to.
+        site: Of the organization.
+        rules: The broken rules.
+        otherwise: Text to print if no rule is broken.
+    """
     if not rules:
         console.print(f"[bold red]{escape(otherwise)}[/bold red]")
     for broken in rules:

@@ -1,4 +1,4 @@
-"""What is typed after `cotune client`: options, what is checked before PyTorch is loaded, and a first sign of life."""
+"""The commands of `cotune client`: options, checks before PyTorch is loaded, and an early message of progress."""
 
 from __future__ import annotations
 

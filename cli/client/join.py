@@ -1,4 +1,4 @@
-"""What `cotune client init` and `join` do: a site is made, and its node takes part in a federation."""
+"""Implement `cotune client init` and `join`: create a site, and run its node in a federation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site
 from cotune.client.training.observe import observe_client
-from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import round_up
+from cotune.plan.plan import Plan
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.federation_file import read_invitation
 from cotune.reporting.formatting import SPACE, duration, size
 from cotune.storage.files import atomic_write
@@ -78,7 +78,7 @@ def join_federation(site: Path, federation: Path, options: SiteOptions) -> None:
 
 
 def _show_plan(console: Console, site: Site, plan: Plan) -> None:
-    """What it would do, and what the policy says: anyone who joins a plan that is declined takes no part until it is allowed."""
+    """Print a summary of the plan and the policy's verdict; a site takes no part in a declined plan until it is allowed."""
 
     for line in summarize_plan(plan):
         console.print(escape(line))
@@ -94,7 +94,7 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
 
 
 class Shown:
-    """One line for each thing that happens at the node; why it is not connected, or sends nothing, is said until that changes."""
+    """Prints a line for each event of the node; why it is not connected, or sends nothing, is printed once until it changes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -142,7 +142,7 @@ class Shown:
         return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
 
     def _nothing_sent(self, round: str, why: str) -> str | None:
-        """Nothing where it was asked again, and has said so before."""
+        """Return nothing if the same request was repeated, and the reason was printed before."""
         known = self._withheld
         self._withheld = (round, why)
         if known == (round, why):

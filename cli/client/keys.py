@@ -1,4 +1,4 @@
-"""What `cotune client renew-key` and `trust` do: a new key of the node, and new keys of the server."""
+"""Implement `cotune client renew-key` and `trust`: renew the node's key, and trust new keys of the server."""
 
 from __future__ import annotations
 

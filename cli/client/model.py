@@ -1,4 +1,4 @@
-"""What `cotune client adapt` and `evaluate` do: the received model, on the site's own records. Nothing of it leaves."""
+"""Implement `cotune client adapt` and `evaluate`: use the received model on the site's own records. Nothing leaves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cotune.cli.screen import print_json, screen
 from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset, DatasetManifest
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import DataError
 
 _HEADINGS = {

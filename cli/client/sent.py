@@ -1,4 +1,4 @@
-"""What `cotune client sent` shows: what was asked of an organization, and what has left it."""
+"""Implement `cotune client sent`: show an organization's requests and what it has sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cotune.cli.trail import verify_sent
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.errors import CotuneError
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.signatures import FINISHED, RequestStatement
 from cotune.reporting.formatting import SPACE, size
 

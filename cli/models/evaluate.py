@@ -137,4 +137,5 @@ def figure(value: float | None) -> str:
 
 
 def with_interval(value: float, interval: list[float]) -> str:
+    """Return a figure with its confidence interval, as text."""
     return f"{figure(value)} ({figure(interval[0])} to {figure(interval[1])})"

@@ -20,7 +20,7 @@ from cotune.ensembles.config import Method
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
-@with_options(RecordOptions, without=("prompt", "target", "messages", "separator"))
+@with_options(RecordOptions, without=("prompt", "target", "messages", "context", "question", "answers", "separator"))
 def fuse(
     models: Annotated[
         list[str],

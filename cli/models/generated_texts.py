@@ -1,4 +1,4 @@
-"""What `cotune predict` and `evaluate` compute with a language model: texts after prompts, and the loss on true ones."""
+"""Generate texts after prompts, and compute the loss on given ones, for `cotune predict` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import TASK_FACTS, DataConfig, TaskName
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_typed, read_unlabeled
 from cotune.errors import DataError, ModelError
@@ -49,9 +49,9 @@ def write_rows(
         chats: Whether the prompts are chats, or what a user says in one.
         encoding: Of a file of text.
         max_new_tokens: Most tokens of a text.
-        separator: What stands behind a prompt that is no chat.
-        max_length: Tokens that are read of a prompt; None: as in training.
-        device: What computes.
+        separator: Text after a prompt that is not a chat.
+        max_length: Longest prompt, in tokens; None: as in training.
+        device: Such as "cpu" or "cuda:0".
     """
     _check_chats(task, chats)
     opened = open_language_model(model, task, device, max_length, chats=chats)

@@ -43,6 +43,10 @@ def predict(
     ] = None,
     text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None,
     image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help='What is asked about each text; with --file the column of the questions; default: "question".'),
+    ] = None,
     messages: Annotated[str | None, typer.Option(help="Column with chats, which a language model answers.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Each text is what a user says in a chat with the model.")] = False,
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
@@ -76,6 +80,8 @@ def predict(
     inputs = given or [] if file is None else file.expanduser()
     given_so: dict[str, Any] = {"column": column, "encoding": encoding, "max_length": max_length, "device": device}
     task = find_writer(model, threshold)
+    if task is not None and question is not None:
+        raise ModelError(f"{model} answers no questions: leave --question out", code="model.no_question_answering")
     if task is not None:
         given_so |= {"chats": chats, "max_new_tokens": max_new_tokens, "separator": separator}
         found = write_rows(model, task, inputs, **given_so)
@@ -85,7 +91,7 @@ def predict(
             code="model.no_chat_template",
         )
     else:
-        found = predict_rows(model, inputs, threshold=threshold, **given_so)
+        found = predict_rows(model, inputs, question=question, threshold=threshold, **given_so)
     if out is not None:
         _write(out.expanduser(), found)
         typer.echo(f"{len(found):,} rows: {out}")

@@ -1,4 +1,4 @@
-"""What `cotune predict`, `evaluate`, `fuse` and `distill` compute: models predict the records that were read."""
+"""Predict records with models, for `cotune predict`, `evaluate`, `fuse` and `distill`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from cotune.cli.options import RecordOptions
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import DataConfig, has_classes
-from cotune.data.record_files import read_records
-from cotune.data.types import Input
-from cotune.data.unlabeled import Row, read_typed, read_unlabeled
+from cotune.data.record_reading import read_records
+from cotune.data.types import Input, Question
+from cotune.data.unlabeled import Row, read_questions, read_typed, read_typed_questions, read_unlabeled
 from cotune.ensembles.config import DistillationConfig, Method
 from cotune.ensembles.distill import Distillation, distill
 from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion
 from cotune.ensembles.predictor import open_model, require_classifiers
+from cotune.errors import DataError, ModelError
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.answers import evaluate_answers
 from cotune.models.evaluation.predictor import Classifier, Predictor, class_numbers, evaluate_classifier, open_predictor
@@ -30,6 +31,7 @@ def predict_rows(
     *,
     column: str | None,
     encoding: str,
+    question: str | None = None,
     threshold: str | None,
     max_length: int | None,
     device: str,
@@ -40,18 +42,44 @@ def predict_rows(
         model: A folder of a model or a run, or a hub id.
         inputs: A file or folder, or the texts or images' files themselves.
         column: That holds the inputs in a file; None: as the task names it.
+        question: Of a model that answers questions: the one about each text, or the column of a file that holds them.
         encoding: Of a file of text.
         threshold: As `CLASS=P`; None: the best class is predicted.
         max_length: Tokens that are read of a text; None: as in training.
         device: What computes.
     """
     predictor, limit = _open(model, threshold, max_length, device)
+    if predictor.task == "question-answering":
+        return _answers_to(predictor, inputs, column, question, encoding)
+    if question is not None:
+        raise ModelError(f"{model} answers no questions: leave --question out", code="model.no_question_answering")
     with own_options():
         if isinstance(inputs, Path):
             rows = read_unlabeled(inputs, predictor.task, column=column, encoding=encoding)
         else:
             rows = read_typed(list(inputs), predictor.task)
     return list(_predictions(predictor, rows, limit))
+
+
+def _answers_to(
+    predictor: Classifier, inputs: Path | Sequence[str], column: str | None, question: str | None, encoding: str
+) -> list[dict[str, Any]]:
+    """One plain table for each question, in order, with the part of its text that answers it."""
+    assert isinstance(predictor, Predictor), "fused models tell classes"
+    task = predictor.task
+    with own_options():
+        if isinstance(inputs, Path):
+            rows = read_questions(inputs, task, context=column, question=question, encoding=encoding)
+        elif question is None:
+            raise DataError("the model answers questions about texts: expected --question TEXT", code="data.no_question")
+        else:
+            rows = read_typed_questions(list(inputs), question, task)
+    texts = iter(predictor.answer_texts([row.given for row in rows if isinstance(row.given, Question)]))
+    found = [None if row.given is None else next(texts) for row in rows]
+    return [
+        {"row": number, "input": row.shown, "text": text, "reason": row.reason or ("" if text is not None else "cannot be read")}
+        for number, (row, text) in enumerate(zip(rows, found, strict=True), 1)
+    ]
 
 
 def evaluate_records(

@@ -1,1 +1,1 @@
-"""`cotune plan`, and the options by which other commands are told their plan."""
+"""`cotune plan`, and the options by which other commands select their plan."""

@@ -1,4 +1,4 @@
-"""What `cotune plan check` does and shows: what a plan will do, before anything is trained."""
+"""Implement `cotune plan check`: show what a plan will do before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.plan.personal import explain
 from cotune.plan.public import explain_predictions
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, Figures, describe_attack
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.formatting import duration, size
@@ -25,10 +25,10 @@ def make_forecast(options: PlanOptions, examples: str | None, device: str, began
     """Forecast the plan of a command line.
 
     Args:
-        options: What the command line says of the plan.
-        examples: Records of each organization, such as "1000,5000,800"; None: as the plan's data say.
-        device: What training is timed on.
-        began: When the command began, by `time.perf_counter`.
+        options: Of the command line, for the plan.
+        examples: Records of each organization, such as "1000,5000,800"; None: according to the plan's data.
+        device: On which training is timed.
+        began: When the command started, by `time.perf_counter`.
     """
     if examples is None:
         return forecast(options.load(), device, began)
@@ -73,7 +73,7 @@ def _time(seen: Forecast) -> str:
 
 
 def _show_claim(console: Console, figures: Figures) -> None:
-    """What the plan promises for each record, of the organization that spends most."""
+    """Print what the plan promises for each record, for the organization that spends most."""
 
     at_small_delta = round_up(figures.epsilon_at_small_delta)
     mu = round_up(figures.gaussian_mu)

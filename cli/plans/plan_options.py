@@ -1,6 +1,6 @@
-"""The options by which a command is told its plan: the same words in `simulate`, `plan check`, `compare` and `audit`.
+"""The options by which a command selects its plan, the same for `simulate`, `plan check`, `compare` and `audit`.
 
-What an option that does not exist may have meant: another one, or a key that --set takes, of which there are many more.
+For an unknown option, this module suggests another option, or a key for --set, of which there are many more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 from cotune.data.readers.sources import check_base, check_source
 from cotune.errors import DataError
 from cotune.plan.load import check_key, check_tables, load_plan, read_document
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.printable import printable
 from cotune.privacy.policy import Policy
 from cotune.storage.config_table import keys_called, keys_like
@@ -27,7 +27,7 @@ from cotune.storage.config_table import keys_called, keys_like
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from cotune.plan.schema import Plan
+    from cotune.plan.plan import Plan
 
 
 PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]
@@ -86,7 +86,7 @@ class PlanOptions:
 
     @property
     def given(self) -> bool:
-        """Whether the command line overrides anything in the plan."""
+        """Return whether the command line overrides anything in the plan."""
         return bool(self.overrides)
 
     @property
@@ -142,7 +142,7 @@ class PlanOptions:
 
 
 def _holds_records(path: Path) -> bool:
-    """Whether what was given as a plan is a file of records, or a folder that is no run's."""
+    """Return whether the path given as a plan is a file of records, or a folder other than that of a run."""
     if path.is_dir():
         return not (path / "plan.toml").exists()
     return path.suffix.lower() in _RECORDS
@@ -154,7 +154,7 @@ def _entry(table: dict[str, Any], name: str, key: str) -> object:
 
 
 def _quoted(value: str | int) -> str:
-    """A text option is a text, even where it looks like a number."""
+    """Quote the value of a text option, so that it stays a text even if it looks like a number."""
     return json.dumps(value) if isinstance(value, str) else str(value)
 
 

@@ -56,8 +56,15 @@ class DataFile:
 
     @property
     def label_columns(self) -> tuple[str, ...]:
-        """The columns of the labels: one, or one for each task."""
+        """The columns of the labels: one, one for each task, or the questions before their answers."""
+        if self.target == "answers":
+            return self.config.question, self.config.answers
         return tuple(column for _, column in self.config.tasks) if self.is_multi_task else self.wanted[1:]
+
+    @property
+    def label_entries(self) -> tuple[str, ...]:
+        """The entries of the configuration that name them."""
+        return ("question", "answers") if self.target == "answers" else (self.target,) * len(self.label_columns)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.multi_label import MultiLabelClassification
 from cotune.data.tasks.multi_task import MultiTask
+from cotune.data.tasks.question import QuestionAnswering
 from cotune.data.tasks.regression import Regression
 from cotune.data.tasks.seq2seq import SequenceToSequence
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
@@ -176,6 +177,7 @@ _TASKS: dict[str, Task] = {
     "regression": Regression(),
     "causal-lm": CausalLanguageModeling(),
     "seq2seq": SequenceToSequence(),
+    "question-answering": QuestionAnswering(),
     "multi-task": MultiTask(SequenceClassification()),
     "multi-task-images": MultiTask(ImageClassification()),
 }

@@ -1,4 +1,4 @@
-"""The base model: found, checked and loaded from safetensors only; identified by the hash of its files; it never travels."""
+"""Find, check and load the base model, from safetensors only. It is identified by the hash of its files and never sent."""
 
 from __future__ import annotations
 
@@ -131,7 +131,16 @@ def load_model(
 
 
 def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -> LoadedModel:
-    """Load what `layer_folder` has written: an encoder, and a finished head on its layers. Raises ModelError."""
+    """Load a model that `layer_folder` has written: an encoder, and a trained head on its layers.
+
+    Args:
+        folder: Of the model.
+        task: Of the model.
+        max_length: Longest input, in tokens.
+
+    Raises:
+        ModelError: If it cannot be loaded.
+    """
     document, tensors = read_layer_model(folder.path)
     path = folder.path / ENCODER
     does = get_task(task)

@@ -1,4 +1,4 @@
-"""What a base model must be before it is trained: complete, finite, free of code from elsewhere, and without chance."""
+"""Check that a base model is complete, finite, free of foreign code, and deterministic, before it is trained."""
 
 from __future__ import annotations
 
@@ -77,7 +77,17 @@ def check_finite(module: nn.Module) -> None:
 
 
 def check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:
-    """What is not in the file would silently be random; only the head and the pooler may be, where the model is not finished."""
+    """Check that no parameter is missing in the files, as transformers would silently initialize it at random.
+
+    Args:
+        report: Of transformers, on missing and mismatched parameters.
+        prefixes: Of the encoder's parameters.
+        frozen: Prefixes of parameters that may be missing.
+        finished: Whether the head and the pooler must be present, too.
+
+    Raises:
+        ModelError: If a parameter is missing, or has another shape.
+    """
     new = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if finished and new:
         raise ModelError(

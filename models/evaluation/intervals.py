@@ -1,7 +1,7 @@
-"""How far a figure on held-out records can be trusted, and whether two models differ on the same records.
+"""Confidence intervals of metrics on held-out records, and tests of whether two models differ on the same records.
 
-Records of one unit (a patient's, the words of a sentence) are alike, so that what is drawn or counted is units: where every unit
-is one answer, tests and intervals are exact; else units are resampled.
+Records of one unit (of a patient, the words of a sentence) are dependent, so units are resampled or counted. If every unit has
+exactly one answer, tests and intervals are exact; else they are bootstrapped over the units.
 """
 
 from __future__ import annotations
@@ -222,7 +222,14 @@ def percentiles(values: NDArray[np.float64]) -> Interval:
 
 
 def build_answers(truth: Sequence[int], predicted: Sequence[int], units: Sequence[int], classes: int) -> Answers:
-    """Return answers from plain lists."""
+    """Return answers from plain lists.
+
+    Args:
+        truth: True class numbers.
+        predicted: Predicted class numbers, in the same order.
+        units: Number of the unit of each.
+        classes: Number of classes.
+    """
     return Answers(
         truth=np.asarray(truth, dtype=np.int64),
         predicted=np.asarray(predicted, dtype=np.int64),

@@ -25,9 +25,10 @@ from cotune.data.config import TaskName, has_labels
 from cotune.data.inputs.batching import sorted_batches
 from cotune.data.records import Records
 from cotune.data.tasks.classes import IGNORED, logits
+from cotune.data.tasks.question import QuestionAnswering
 from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import Example
-from cotune.data.types import Input, Label, class_names_in
+from cotune.data.types import Input, Label, Question, class_names_in
 from cotune.errors import DataError, ModelError, nearest, reason_of
 from cotune.models.base.folder import ENCODER, read_base_labels, read_settings
 from cotune.models.base.load import LoadedModel, load_layer_model, load_model
@@ -41,7 +42,12 @@ from cotune.models.trainable import TrainableModel
 _BATCH = 64
 _LENGTH = 512  # tokens, where a folder does not say how long texts were in training
 _LONGEST = 32768
-_TASKS: tuple[TaskName, ...] = ("sequence-classification", "token-classification", "image-classification")
+_TASKS: tuple[TaskName, ...] = (
+    "sequence-classification",
+    "token-classification",
+    "image-classification",
+    "question-answering",
+)
 _BY_PROBLEM: dict[str, TaskName] = {"regression": "regression", "multi_label_classification": "multi-label"}  # with texts
 
 
@@ -101,6 +107,21 @@ class Predictor:
         for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
             for row, scores in zip(rows, compute_answer_scores(self.model, [examples[row] for row in rows]), strict=True):
                 found[row] = functional.softmax(scores.double(), dim=-1).cpu()
+        return found
+
+    @torch.no_grad()
+    def answer_texts(self, inputs: Sequence[Question]) -> list[str | None]:
+        """Return for each question the part of its context that answers it; None for one that cannot be read."""
+        loaded = self.model.loaded
+        assert isinstance(loaded.task, QuestionAnswering), "a model that answers questions"
+        examples = loaded.encode_unlabeled(inputs)
+        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
+        found: list[str | None] = [None] * len(examples)
+        for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
+            chosen = [examples[row] for row in rows]
+            scores = loaded.task.scores(self.model.module, collate(chosen))
+            for row, text in zip(rows, loaded.task.texts(scores, chosen), strict=True):
+                found[row] = text or None
         return found
 
     @torch.no_grad()
@@ -177,7 +198,7 @@ def _task_of(path: Path) -> TaskName:
             return _refine(task, settings.get("problem_type"))
     raise ModelError(
         f"the model's config.json names the architecture {', '.join(named)[:80] or 'of nothing'}: expected one for sequence,"
-        " token or image classification, such as `model/` in the folder of a run",
+        " token or image classification, or for questions, such as `model/` in the folder of a run",
         code="model.no_classifier",
     )
 
@@ -235,10 +256,15 @@ _NO_TAG = "O"
 
 
 def evaluate_classifier(predictor: Classifier, records: Records, threshold: Threshold | None = None) -> dict[str, Any]:
-    """Return how good a model is on records, as plain values.
+    """Evaluate a model on labeled records, and return the metrics as plain values.
+
+    Args:
+        predictor: The model.
+        records: Labeled records.
+        threshold: Of one class; None: predict the most probable class.
 
     Raises:
-        DataError: For classes that the model does not have.
+        DataError: If the records have classes that the model does not have.
     """
     truth = class_numbers(records.labels, predictor.labels, records.source)
     rows = predictor.probabilities(records.inputs)
@@ -261,7 +287,16 @@ def evaluate_classifier(predictor: Classifier, records: Records, threshold: Thre
 
 
 def class_numbers(labels: Sequence[Label], known: Sequence[str], source: str) -> list[NDArray[np.int64]]:
-    """Return the class number of each record, or those of its tags. Raises DataError for a class that is not known."""
+    """Return the class number of each record, or those of its tags.
+
+    Args:
+        labels: Of each record.
+        known: The model's classes.
+        source: Of the records, for the error.
+
+    Raises:
+        DataError: If a class is not known.
+    """
     number = {label: i for i, label in enumerate(known)}
     strange = sorted({name for label in labels for name in class_names_in(label)} - number.keys())
     if strange:

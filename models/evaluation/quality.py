@@ -1,4 +1,4 @@
-"""How good a classifier is on labeled records: by class, over all thresholds, how much it can be trusted; of tags, by entity.
+"""Evaluate a classifier on labeled records: by class, over all thresholds, and its calibration; for tags, also by entity.
 
 Probabilities are (n, c), one row for each answer: a record's class, or a word's tag. A row of NaN is an answer that the model
 cannot give, such as the tag of a word that its length cuts off: it counts as wrong, and in no curve and no calibration.
@@ -59,7 +59,13 @@ def parse_threshold(text: str, labels: Sequence[str]) -> Threshold:
 
 
 def predict_classes(probabilities: Floats, labels: Sequence[str], threshold: Threshold | None = None) -> Numbers:
-    """Return the class number of each row: the most probable one, or as a threshold says; NOT_PREDICTED for a row of NaN."""
+    """Return the predicted class number of each row; NOT_PREDICTED for a row of NaN.
+
+    Args:
+        probabilities: (n, classes).
+        labels: The classes.
+        threshold: A class that is predicted exactly if its probability reaches a value; None: predict the most probable class.
+    """
     read = ~np.isnan(probabilities).any(axis=1)
     predicted = np.full(len(probabilities), NOT_PREDICTED, dtype=np.int64)
     predicted[read] = probabilities[read].argmax(axis=1)

@@ -1,6 +1,6 @@
-"""Answers that are judged by sums over records: squared errors, or labels that are there, predicted, and both.
+"""Evaluate answers by sums over records: squared errors, or counts of labels that are true, predicted, and both.
 
-The figure that decides is a function of such sums, so that its intervals and comparisons are a bootstrap over the units.
+The main metric is a function of such sums, so that its intervals and comparisons are computed by a bootstrap over the units.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def _labels(truth: Floats, predicted: Floats) -> Floats:
     return np.stack([there & given, there, given], axis=1).astype(np.float64)
 
 
+def _token_f1(truth: Floats, predicted: Floats) -> Floats:
+    """Of predicted (answers, 2): F1 of each, and whether it is exact."""
+    return np.stack([predicted[:, 0], np.ones(len(truth))], axis=1)
+
+
 def _mean(sums: Floats) -> Floats:
     found: Floats = sums[..., 0] / sums[..., 1]
     return found
@@ -57,6 +62,7 @@ def _f1(sums: Floats) -> Floats:
 
 JUDGMENTS = {
     "regression": Judgment("mse", _errors, _mean, less_is_better=True),
+    "question-answering": Judgment("token_f1", _token_f1, _mean),
     "multi-label": Judgment("micro_f1", _labels, _f1),
 }
 
@@ -96,7 +102,15 @@ class SummedAnswers:
 
 
 def judge_answers(task: str, metrics: Metrics, truth: Sequence[Any], predicted: Sequence[Any], units: Numbers) -> SummedAnswers:
-    """Return the answers of a task of `JUDGMENTS`."""
+    """Return the answers of a task in `JUDGMENTS`.
+
+    Args:
+        task: Its name.
+        metrics: Of the answers.
+        truth: True targets.
+        predicted: Predictions, in the same order.
+        units: Number of the unit of each.
+    """
     judgment = JUDGMENTS[task]
     sums = judgment.columns(np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64))
     return SummedAnswers(judgment, metrics, sums, units)

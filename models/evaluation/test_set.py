@@ -1,4 +1,4 @@
-"""What a model tells of the common test set, how good that is, and what it is compared with."""
+"""Predict and evaluate the common test set, and compute the baseline it is compared with."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BATCH = 64
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
-    """Return metrics of the model in a state on the test set."""
+    """Return the metrics of a model in a state on the test set; for the arguments see `predict`."""
     return measure(model, test, predict(model, state, test, precision))
 
 
 def measure(model: TrainableModel, test: Dataset, predicted: Sequence[Any]) -> Metrics:
-    """Return metrics of what a model tells of the test set."""
+    """Return the metrics of a model's predictions on the test set, in the order of `test.truth`."""
     return model.loaded.task.metrics(test.truth, predicted, len(test.labels))
 
 
@@ -57,9 +57,15 @@ class Floor:
 
 @torch.no_grad()
 def predict(model: TrainableModel, state: State, test: Dataset, precision: str) -> list[Any]:
-    """Return what the model in a state tells, such as class numbers, in the order of `test.truth`.
+    """Return a model's predictions, such as class numbers, in the order of `test.truth`.
 
-    While the encoder is as it came, only the head is computed, on kept features.
+    If the encoder is still that of the base model, only the head is computed, on cached features.
+
+    Args:
+        model: The state is loaded into it.
+        state: Parameter -> value.
+        test: The test set.
+        precision: Of the encoder's arithmetic.
     """
     model.load(state)
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None

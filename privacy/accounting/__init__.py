@@ -1,1 +1,1 @@
-"""How much privacy a sequence of steps spends, and several runs together."""
+"""Accounting of ε: for a sequence of steps, and for several runs together."""

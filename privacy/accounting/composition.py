@@ -1,4 +1,4 @@
-"""How much privacy a sequence of DP-SGD steps spends, and how much noise a budget asks for.
+"""Compute ε of a sequence of DP-SGD steps, and the noise that a budget requires.
 
 Within one run the privacy-loss-distribution (PLD) accountant of Google's dp-accounting (Doroshenko et al., "Connect the Dots",
 PETS 2022) composes every step that ran. Across runs, whose plans may have been chosen after seeing earlier answers, a Rényi
@@ -22,7 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
+from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, self_compose
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]

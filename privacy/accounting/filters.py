@@ -85,10 +85,15 @@ def _renyi_of(step: Steps, order: float) -> float:
 
 
 def renyi_epsilon(divergence: float, order: float, delta: float) -> float:
-    """Return ε at δ of a mechanism with this Rényi divergence at this order.
+    """Return ε at δ of a mechanism with a Rényi divergence ρ at order α: ρ + log(1 − 1/α) − (log δ + log α)/(α − 1), at least 0.
 
     Canonne, Kamath, Steinke, https://arxiv.org/abs/2004.00010, proposition 12; Balle et al., https://arxiv.org/abs/1905.09982,
     theorem 21.
+
+    Args:
+        divergence: ρ.
+        order: α > 1.
+        delta: δ.
     """
     if divergence <= 0:
         return 0.0
@@ -96,9 +101,14 @@ def renyi_epsilon(divergence: float, order: float, delta: float) -> float:
 
 
 def epsilon_filter(steps: Iterable[Steps], limit: float, delta: float) -> float:
-    """Return the ε that a Rényi filter for `limit` at δ counts for the steps: the limit holds as long as this does not exceed it.
+    """Return the ε that a Rényi filter counts for steps; the limit holds as long as this does not exceed it.
 
-    Numbers released by the geometric mechanism count with their pure ε (Dwork & Roth 2014, theorem B.1), the rest by the filter.
+    Numbers released by the geometric mechanism count with their pure ε (Dwork & Roth 2014, theorem B.1), all else by the filter.
+
+    Args:
+        steps: Of all runs.
+        limit: ε of the limit; with δ, it determines the order of the filter.
+        delta: δ.
     """
     return _filter_epsilon(steps, filter_order(limit, delta), delta)
 
@@ -134,7 +144,14 @@ def epsilon_over_runs(runs: Mapping[str, Sequence[Steps]], limit: float, delta: 
 
 
 def epsilon_of_total(runs: int, total: Iterable[Steps], limit: float, delta: float) -> float:
-    """Return what `epsilon_over_runs` does, given how many runs have steps, and the steps of all of them."""
+    """Return the result of `epsilon_over_runs` from totals.
+
+    Args:
+        runs: Number of runs that have steps.
+        total: Steps of all of them.
+        limit: ε of the limit.
+        delta: δ.
+    """
     return epsilon(total, delta / 2) if runs <= 1 else epsilon_filter(total, limit, delta / 2)
 
 
@@ -158,10 +175,16 @@ def epsilon_spent(runs: Mapping[str, Sequence[Steps]], limit: float, delta: floa
 def true_positive_rate_over_runs(
     runs: Mapping[str, Sequence[Steps]], limit: float, delta: float, false_positive_rate: float
 ) -> float:
-    """Return the largest share of the members that an attack on all the runs finds at that false positive rate.
+    """Return a bound on the true positive rate of membership inference attacks on all the runs.
 
     One run: from its trade-off curve. Several: P(S) ≤ (e^ρ·Q(S))^((α-1)/α), where ρ is the filter's Rényi divergence at its
     order α (Mironov, CSF 2017, https://arxiv.org/abs/1702.07476, proposition 10), times e^ε of the numbers released.
+
+    Args:
+        runs: Run -> its steps.
+        limit: ε of the limit.
+        delta: δ.
+        false_positive_rate: Of the attack.
     """
     charged = [list(steps) for steps in runs.values() if any(s.count for s in steps)]
     if len(charged) <= 1:
@@ -173,7 +196,13 @@ def true_positive_rate_over_runs(
 
 
 def describe_composition(runs: Mapping[str, Sequence[Steps]], limit: float, delta: float) -> str:
-    """Return how `epsilon_over_runs` composes these runs, in words: "pld", or "renyi filter, order α"."""
+    """Return how `epsilon_over_runs` composes these runs, in words: "pld", or "renyi filter, order α".
+
+    Args:
+        runs: Run -> its steps.
+        limit: ε of the limit.
+        delta: δ.
+    """
     charged = sum(any(s.count for s in steps) for steps in runs.values())
     return "pld" if charged <= 1 else f"renyi filter, order {filter_order(limit, delta / 2)}"
 

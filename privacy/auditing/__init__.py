@@ -1,1 +1,1 @@
-"""What attacks on a training run prove about its ε."""
+"""Audits: lower bounds on ε from attacks on a training run."""

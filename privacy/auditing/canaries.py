@@ -1,11 +1,12 @@
-"""Canaries: made-up records beside the real ones whose presence can be read off a trained model as well as the noise allows.
+"""Canaries: synthetic records beside the real ones, whose presence is as detectable in a trained model as the noise permits.
 
-Each canary owns one parameter that nothing else touches, and its loss is a steep line in it. Its gradient is therefore clipped to
-exactly C, orthogonal to that of every other record, whatever the model does. What a step of DP-SGD then does to that parameter is
-the mechanism itself, at its worst case. Random inputs with random labels, in comparison, show nothing: not even missing clipping.
+Each canary has its own parameter, which nothing else touches, and its loss is a steep linear function of it. Its gradient is
+therefore clipped to exactly C and orthogonal to that of every other record, whatever the model does. A step of DP-SGD acts on
+that parameter as the mechanism itself does in the worst case. Random inputs with random labels, in comparison, reveal nothing,
+not even missing clipping.
 
-A record that is held out stays a row, which contributes nothing: the number of rows, and with it the batch size that a sum is
-divided by, does not tell who is in.
+A record that is left out remains as a row that contributes nothing, so that the number of rows, and with it the batch size by
+which a sum is divided, does not reveal who is in.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _KEY = "canary"
 
 
 def flip_coins(count: int, generator: np.random.Generator) -> Coins:
-    """Who is in: independent, each with probability one half."""
+    """Draw who is in, each independently with probability one half."""
     return generator.integers(2, size=count).astype(bool)
 
 

@@ -31,13 +31,13 @@ _MAX_EXAMINED = 2**21  # draws of a run for shape and repetition; the variance i
 
 @dataclass(frozen=True)
 class DrawnNoise:
-    """What was drawn, and what speaks against the claim.
+    """Statistics of the drawn noise, and evidence against the claim.
 
     Attributes:
-        draws: How many.
-        deviation: Standard deviation of all, in units of σC.
-        at_most: An upper bound on it; the claim is refuted where it is below 1.
-        faults: What refutes the claim; all tests together do so wrongly with at most the allowed probability.
+        draws: Number of draws.
+        deviation: Standard deviation of all draws, in units of σC.
+        at_most: An upper bound on it; the claim is refuted if it is below 1.
+        faults: What refutes the claim; the probability of any false refutation is at most the allowed one.
     """
 
     draws: int

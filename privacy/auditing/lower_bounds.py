@@ -1,7 +1,8 @@
-"""What an attack on one training run proves about its ε: lower bounds that hold with a stated confidence.
+"""Lower bounds on ε, with a given confidence, from an attack on one training run.
 
-Each of m targets was in or out by its own fair coin, and an attack scored all of them from what was released. The surest guesses
-are counted: how many of them are right? Two theorems say how many could be, had the mechanism been as private as claimed:
+Each of m targets was in or out by an independent fair coin, and an attack scored all of them from what was released. The
+statistic is the number of correct ones among the surest guesses. Two theorems bound it for a mechanism that is as private as
+claimed:
 
 - *any mechanism*: theorem 5.2 of Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023. Assumes
   nothing but (ε, δ)-DP, and loses much for it. Computed by jax_privacy.
@@ -14,11 +15,11 @@ Not used, for they are no bounds here: Clopper-Pearson intervals, which need ind
 model are not; of an attacker who sees every step they are: see `stepwise`); fits of a Gaussian; and a correction for only those
 thresholds that lie on the hull of the ROC curve, which was seen first.
 
-How many guesses are counted is not chosen by looking at the answers: the numbers m, m/2, m/4, … are fixed, and the allowed error
-is divided by the number of all tests (Bonferroni), so that the bounds of an audit hold *together* with the stated confidence.
+The number of counted guesses is not chosen after seeing the answers: m, m/2, m/4, … are fixed, and the allowed error is divided
+by the number of all tests (Bonferroni), so that all bounds of an audit hold *together* with the given confidence.
 
-No attack on m targets shows more than one without mistakes would (`build_perfect_evidence`): for 2,000 targets about 10 by the
-second theorem, 4 by the first. A claim above that cannot be refuted.
+An attack on m targets without any mistakes gives the largest possible bound (`build_perfect_evidence`): for 2,000 targets about
+10 by the second theorem, 4 by the first. A larger claimed ε cannot be refuted.
 """
 
 from __future__ import annotations
@@ -78,10 +79,15 @@ def import_auditing() -> ModuleType:
 
 
 def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> Evidence:
-    """Turn scores into guesses: the upper half "in", the lower half "out", the surer the farther from the middle.
+    """Turn scores into guesses: "in" for the upper half, "out" for the lower half, surer the farther from the middle.
 
-    scores: (m,), larger for targets that seem to have been in; present: (m,), the coins. Equal scores are ordered at random.
-    Raises PrivacyError for scores that are not finite, and for coins that all fell alike.
+    Args:
+        scores: (m,), larger for targets that are more likely to have been in.
+        present: (m,), whether each target was in.
+        generator: Orders equal scores at random.
+
+    Raises:
+        PrivacyError: If a score is not finite, or all targets were in, or all out.
     """
     if not np.isfinite(scores).all():
         raise PrivacyError(
@@ -105,20 +111,23 @@ def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> E
 
 
 def build_perfect_evidence(targets: int) -> Evidence:
-    """What an attack without a mistake would find: no evidence about so many targets can show more."""
+    """Return the evidence of an attack without any mistake, which gives the largest possible bound for so many targets."""
     return Evidence(targets, tuple(Guess(count, count) for count in _numbers(targets)), 1.0)
 
 
 def _numbers(targets: int) -> list[int]:
-    """How many guesses are counted: all, half of them, a quarter, …; fixed before anything is seen."""
+    """Return the numbers of counted guesses: all, half of them, a quarter, …; fixed before anything is seen."""
     halvings = range(targets.bit_length())
     return [targets >> halving for halving in halvings if targets >> halving >= _MIN_GUESSES]
 
 
 def lower_bound_any(found: Evidence, delta: float, error: float) -> float:
-    """The largest ε for which (ε, δ)-DP is refuted, whatever the mechanism; at least 0.
+    """Return the largest ε for which (ε, δ)-DP is refuted, whatever the mechanism; at least 0.
 
-    error: the probability, at most, with which the bound is above the true ε.
+    Args:
+        found: The guesses.
+        delta: δ.
+        error: Largest probability with which the bound may exceed the true ε.
     """
     auditing = import_auditing()
     each = error / len(found.guesses)
@@ -138,10 +147,16 @@ def lower_bound_any(found: Evidence, delta: float, error: float) -> float:
 
 
 def lower_bound_steps(found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> float:
-    """ε at δ of these steps with the least noise that is refuted: the claim's own trade-off curves; at least 0.
+    """Return ε at δ of these steps with the smallest noise whose trade-off curve is refuted; at least 0.
 
-    Above the claim exactly when the claimed curve itself is refuted. error: as in `lower_bound_any`. A run with hardly any noise
-    is answered with the ε of σ = 0.3, or of the claimed σ where that is less: the accountant does not go below.
+    It exceeds the claimed ε exactly if the claimed curve itself is refuted. For a run with hardly any noise, the result is ε for
+    σ = 0.3, or for the claimed σ if that is smaller, as the accountant does not support less.
+
+    Args:
+        found: The guesses.
+        steps: As claimed.
+        delta: δ.
+        error: Largest probability with which the bound may exceed the true ε.
     """
     each = error / len(found.guesses)
 

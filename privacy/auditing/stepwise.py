@@ -1,4 +1,4 @@
-"""What an attacker who sees every step proves about ε: the tight audit of a known direction.
+"""A tight audit: lower bounds on ε from an attacker who sees every step and knows the direction of the target's gradient.
 
 Nasr, Hayes, Steinke, Balle, Tramèr, Jagielski, Carlini, Terzis, "Tight Auditing of Differentially Private Machine Learning",
 USENIX Security 2023, section 4 (white-box access): the attacker sees the noised sum of every step and knows the direction of
@@ -133,7 +133,13 @@ def lower_bound_steps(found: Separation, steps: Sequence[Steps], delta: float, e
 
 
 def refutes(found: Separation, curve: TradeOff, error: float) -> bool:
-    """Return whether so good an attack on a mechanism with this trade-off curve has a probability of at most `error`."""
+    """Return whether an attack refutes a claimed trade-off curve.
+
+    Args:
+        found: Result of the attack.
+        curve: The claimed trade-off curve.
+        error: Largest probability of an attack this good if the claim holds.
+    """
     if _right_at_least(found, error / 2) > (1 + _advantage(curve)) / 2:
         return True
     return any(curve(alpha) > missed for alpha, missed in _error_rates(found, error / 2))

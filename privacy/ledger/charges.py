@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.privacy.accounting.composition import Steps, add_counts, epsilon
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.accounting.filters import check_accountants, epsilon_of_total
-from cotune.privacy.accounting.rounding import round_up
 from cotune.storage.log_entries import Entry
 
 _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
@@ -45,7 +45,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Charge:
-    """What was spent at once: the worst case while reserved, the steps that ran once settled.
+    """One charge: the worst case while it is reserved, the steps that ran once it is settled.
 
     Attributes:
         id: Number of the log's entry.
@@ -101,7 +101,14 @@ class History:
         return add_counts(s for steps in self.runs.values() for s in steps) if self.total is None else self.total
 
     def compute_epsilon(self, limit: float, delta: float, plan_id: str = "", more: Sequence[Steps] = ()) -> float:
-        """Return what `epsilon_over_runs` does for these runs, with further steps of one of them."""
+        """Return ε of all runs together (see `epsilon_over_runs`), with further steps of one of them.
+
+        Args:
+            limit: ε of the limit, on which the filter's order depends.
+            delta: δ.
+            plan_id: Of the run with further steps.
+            more: The further steps.
+        """
         had = any(s.count for s in self.runs.get(plan_id, ()))
         begins = not had and any(s.count for s in more)
         charged = sum(any(s.count for s in steps) for steps in self.runs.values()) if self.charged is None else self.charged
@@ -211,7 +218,14 @@ class Limit:
     plan_id: str | None = None
 
     def compute_epsilon(self, history: History, delta: float, plan_id: str = "", more: Sequence[Steps] = ()) -> float:
-        """Return ε of the charges that count for this limit, with further steps of a run."""
+        """Return ε of the charges that count for this limit, with further steps of a run.
+
+        Args:
+            history: Charges so far.
+            delta: δ.
+            plan_id: Of the run with further steps.
+            more: The further steps.
+        """
         if self.plan_id is None:
             return history.compute_epsilon(self.epsilon, delta, plan_id, more)
         return epsilon(history.steps_of(self.plan_id, more if plan_id == self.plan_id else ()), delta)
@@ -233,7 +247,7 @@ def check_charge(find: FindHistories, plan_id: str, steps: Steps, limits: Sequen
         limits: What it must stay within.
 
     Raises:
-        Declined: When a limit would be exceeded.
+        PolicyError: When a limit would be exceeded.
         PrivacyError: When two accountants contradict each other about the run.
     """
     for limit in limits:
@@ -251,7 +265,7 @@ def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> 
     if after > limit.epsilon:
         left = max(0.0, limit.epsilon - limit.compute_epsilon(history, delta))
         which = f"the collection {history.collection}" if history.collection else "this organization"
-        raise Declined(
+        raise PolicyError(
             limit.rule,
             f"{steps.count} steps would bring {which} to ε = {round_up(after)} at δ = {delta:.2g}, expected at most"
             f" {limit.epsilon:g}, of which {left:.2f} are left: raise {limit.rule} in policy.toml, or stay out",

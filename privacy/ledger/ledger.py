@@ -1,7 +1,7 @@
-"""The privacy ledger of an organization: its durable account of what was spent, on its own disk, written before a record is read.
+"""The privacy ledger of an organization: its durable account of spent privacy, on its own disk, written before a record is read.
 
-A charge is *reserved* for the worst case before training starts, and *settled* to the steps that really ran. A crash in between
-leaves the reservation standing: it counts as spent. The ledger stores accounting events (σ, q, steps, mechanism), never an ε, so
+A charge is *reserved* for the worst case before training starts, and *settled* to the steps that really ran. After a crash in
+between, the reservation remains and counts as spent. The ledger stores accounting events (σ, q, steps, mechanism), never an ε, so
 that composition stays tight over rounds, runs, plans, restarts and years.
 
 All charges count against one total, or, in collections (see `privacy.ledger.charges`), against one total each. No record can
@@ -236,7 +236,7 @@ class Ledger:
             limits: What the charge, composed with those before, must stay within.
 
         Raises:
-            Declined: When a limit would be exceeded in the collection (in none: in any). Nothing is charged then.
+            PolicyError: When a limit would be exceeded in the collection (in none: in any). Nothing is charged then.
             PrivacyError: For steps that no mechanism can have, where two accountants contradict each other, where anything was
                 charged before under another unit of privacy, and for records of another collection.
         """
@@ -256,8 +256,13 @@ class Ledger:
     def settle(self, charge: int, steps_run: int, seconds: float = 0.0) -> None:
         """Lower a reservation to the steps that really ran.
 
+        Args:
+            charge: Number of the reservation.
+            steps_run: Steps that ran.
+            seconds: Duration of the training.
+
         Raises:
-            PrivacyError: For a charge that is not reserved, and for more steps than were reserved.
+            PrivacyError: If the charge is not reserved, or fewer steps were reserved.
         """
         with self._chain.transaction() as log:
             reserved = self._totals.open_steps(charge)
@@ -269,13 +274,29 @@ class Ledger:
             log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
 
     def record_unprotected(self, plan_id: str, round: int, what: str, *, data: str, collection: str = "", plan: str = "") -> None:
-        """Record, durably, that something about a data set is leaving without privacy."""
+        """Record durably, before it leaves, that something about a data set leaves without privacy.
+
+        Args:
+            plan_id: Of the run.
+            round: In which it leaves.
+            what: What leaves, in words.
+            data: Fingerprint of the data set.
+            collection: Of the data set; "": none.
+            plan: Name of the plan.
+        """
         with self._chain.transaction() as log:
             body = {"plan_id": plan_id, "plan": plan, "round": round, "what": what, "data": data, "collection": collection}
             log.append("unprotected", body)
 
     def record_disclosure(self, plan_id: str, data: str, what: str, values: Sequence[float]) -> None:
-        """Record, durably, numbers that are disclosed to the server once and for all, noise included."""
+        """Record durably the noised numbers that a run discloses, so that they are drawn only once.
+
+        Args:
+            plan_id: Of the run.
+            data: Fingerprint of the data set.
+            what: Name of the numbers.
+            values: With their noise.
+        """
         with self._chain.transaction() as log:
             log.append("disclosure", {"plan_id": plan_id, "data": data, "what": what, "values": list(values)})
 
@@ -289,7 +310,13 @@ class Ledger:
         return None if found is None else list(found)
 
     def record_answer(self, plan_id: str, round: int, *, data: str) -> None:
-        """Record, durably, that a round of a run was answered."""
+        """Record durably that a round of a run was answered.
+
+        Args:
+            plan_id: Of the run.
+            round: That was answered.
+            data: Fingerprint of the data set.
+        """
         self.record_disclosure(plan_id, data, ANSWER, [float(round)])
 
     def last_answered_round(self, plan_id: str) -> int:
@@ -306,7 +333,13 @@ class Ledger:
         return [replace(data, shares=dict(data.shares)) for data in self._refreshed().data_sets.values()]
 
     def histories(self, collection: str = "", rule: str = "", plan_id: str | None = None) -> list[History]:
-        """Return what counts in each collection that a charge in this one concerns, with the smallest δ of a limit."""
+        """Return the charges of each collection that a charge in the given one concerns.
+
+        Args:
+            collection: In which the charge would be made; "": none, which concerns all.
+            rule: Name of the limit whose smallest δ is returned, too.
+            plan_id: Of the limit, if it is for one run.
+        """
         return self._refreshed().histories(collection, rule, plan_id)
 
     def entries(self) -> list[Entry]:

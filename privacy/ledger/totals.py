@@ -1,7 +1,7 @@
-"""What a ledger has to know of its log to decide about the next charge, kept as entries are added.
+"""Running totals of a ledger's log, from which it decides about the next charge.
 
-The same as the functions of `privacy.ledger.charges` compute from the whole log, at a cost that does not grow with it: charges of
-equal parameters are kept as one sum for each run and collection. ε of a sum is that of its charges, to the last digit (see
+They equal what the functions of `privacy.ledger.charges` compute from the whole log, at a cost that does not grow with the log:
+charges of equal parameters are added up for each run and collection. ε of a sum equals that of its charges to the last digit (see
 `privacy.accounting.composition.add_counts`).
 """
 
@@ -184,7 +184,13 @@ class Totals:
         return list(dict.fromkeys(name for names in self.charged_in.values() for name in names))
 
     def histories(self, collection: str, rule: str = "", plan_id: str | None = None) -> list[History]:
-        """Return what counts in each collection that a charge in this one concerns (see `charges.build_histories`)."""
+        """Return the charges of each collection that a charge in the given one concerns.
+
+        Args:
+            collection: See `charges.build_histories`, as for all arguments.
+            rule: Name of a limit.
+            plan_id: Of the limit, if it is for one run.
+        """
         if collection:
             concerned = {collection: self._collections.get(collection, self._of_none)}
         else:

@@ -57,10 +57,15 @@ def grid_step(clip_norm: float, noise_multiplier: float) -> float:
 def quantized_clip_norm(clip_norm: float, noise_multiplier: float, entries: int) -> float:
     """Return C' ≤ C such that a vector of L2 norm C' has a norm of at most C after rounding to the grid.
 
-    Rounding moves each of d entries by half a step at most, and the vector by step·√d/2.
+    Rounding moves each of d entries by at most half a step, and the vector by at most step·√d/2.
+
+    Args:
+        clip_norm: C.
+        noise_multiplier: σ, which determines the grid.
+        entries: d.
 
     Raises:
-        PrivacyError: For so many entries that rounding alone could take half of C.
+        PrivacyError: If there are so many entries that rounding alone could take half of C.
     """
     left = (clip_norm - grid_step(clip_norm, noise_multiplier) * math.sqrt(entries) / 2) * _MARGIN
     if not left > clip_norm / 2:
@@ -73,10 +78,15 @@ def quantized_clip_norm(clip_norm: float, noise_multiplier: float, entries: int)
 
 
 def choose_grid(clip_norm: float, noise_multiplier: float, entries: int) -> Grid:
-    """Return the grid for contributions of `entries` numbers, clipped to C = clip_norm, with noise of σC.
+    """Return the grid for clipped contributions with noise of standard deviation σC.
+
+    Args:
+        clip_norm: C.
+        noise_multiplier: σ.
+        entries: Numbers per contribution.
 
     Raises:
-        PrivacyError: As `quantized_clip_norm`.
+        PrivacyError: If there are too many entries (see `quantized_clip_norm`).
     """
     return Grid(grid_step(clip_norm, noise_multiplier), quantized_clip_norm(clip_norm, noise_multiplier, entries))
 

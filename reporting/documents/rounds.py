@@ -32,12 +32,16 @@ class MetricsEntry(Document):
     mean_average_precision: Number = Field(
         0.0, description="Label sets: mean over the labels that some record has of average precision, of 1."
     )
+    token_f1: Number = Field(0.0, description="Questions: mean F1 of the words of an answer and of the nearest true one, of 1.")
+    exact_answer: Number = Field(
+        0.0, description="Questions: share of the answers that are true ones but for case, punctuation and articles, of 1."
+    )
     exact: Number = Field(0.0, description="Label sets: share of the records of which every label is predicted correctly, of 1.")
 
     @property
     def score(self) -> float:
         """The figure by which two states of a model are compared (see `data.tasks.metrics.Metrics`)."""
-        key = next((key for key in ("accuracy", "micro_f1", "r2") if key in self.keys()), "accuracy")
+        key = next((key for key in ("accuracy", "micro_f1", "token_f1", "r2") if key in self.keys()), "accuracy")
         return max(0.0, float(getattr(self, key)))
 
 

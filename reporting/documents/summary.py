@@ -199,6 +199,7 @@ class ColumnFigures(MetricsEntry):
     loss_interval: list[Number] = Field([], description="Texts: 95 % interval of the loss.")
     mse_interval: list[Number] = Field([], description="Numbers: 95 % interval of the mean squared error.")
     micro_f1_interval: list[Number] = Field([], description="Label sets: 95 % interval of micro F1.")
+    token_f1_interval: list[Number] = Field([], description="Questions: 95 % interval of F1.")
 
 
 class OwnFigures(Document):

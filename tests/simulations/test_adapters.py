@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.client.site import Site
 from cotune.errors import PlanError
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate

@@ -198,12 +198,12 @@ def _parse(
             f"{name} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`", code="data.lfs_pointer"
         )
     names, values = READERS[suffix](file)
-    entries = (key, *[target] * len(file.label_columns), "unit")
+    entries = (key, *file.label_entries, "unit")
     for entry, column in zip(entries, file.columns, strict=False):
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
     labels_read: Sequence[object] = values[file.label_columns[0]]
-    if file.is_multi_task:
+    if len(file.label_columns) > 1:
         labels_read = list(zip(*(values[column] for column in file.label_columns), strict=True))
     units = values.get(config.unit) if config.unit else None
     return _clean(file, get_task(task), values[file.wanted[0]], labels_read, units)
@@ -287,7 +287,7 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
 
     Raises DataError where the two names are swapped, as then the records below are, unless leniently.
     """
-    if file.is_multi_task:
+    if len(file.label_columns) > 1:
         return given == file.wanted[0] and label == file.label_columns
     if not isinstance(given, str) or not isinstance(label, str):
         return False

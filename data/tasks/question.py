@@ -1,0 +1,263 @@
+"""Extractive question answering: the answer to a question is a part of a text, whose first and last token a model points at.
+
+A record is read as one row, the question before its context. A context is cut where the row is full; a record whose answer is cut
+off contributes nothing, and is counted.
+
+The label of a token is 1 where the answer begins, 2 where it ends, 3 where it does both, 0 elsewhere in the context, and IGNORED
+outside of it: no answer is in a question, nor in what a row is padded with, so that scores there take no part in a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForQuestionAnswering
+
+from cotune.data.config import DataConfig
+from cotune.data.metrics.answer_metrics import AnswerMetrics, compute_answer_metrics, judge_answer
+from cotune.data.readers.data_file import DataFile, format_value, is_unicode
+from cotune.data.tasks.classes import IGNORED, Batch
+from cotune.data.tasks.text import Collate, Example, SequenceClassification, map_or_none, synthetic_rows
+from cotune.data.types import Input, Label, Question
+from cotune.errors import ModelError
+
+_BEGINS = 1
+_ENDS = 2
+_LONGEST_ANSWER = 30  # tokens, as in the scripts of transformers
+_ENCODED = 2000  # records that are tokenized at once only to count their tokens
+_NO_CLASS = ""
+
+
+class QuestionAnswering(SequenceClassification):
+    """See `tasks.Task`."""
+
+    key = "context"
+    described = "model that answers questions"
+    pipeline = "question-answering"
+    problem_type: str | None = None
+    pools = False
+    floor = "the base model with a new head"
+
+    def columns(self, config: DataConfig) -> tuple[str, str]:
+        return "context", "answers"
+
+    def model_class(self) -> Any:
+        return AutoModelForQuestionAnswering
+
+    def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
+        asked, answers = label if isinstance(label, tuple) else (None, label)
+        context = format_value(file, file.config.context, number, given)
+        question = format_value(file, file.config.question, number, asked)
+        if not context.strip():
+            return "blank context"
+        if not question.strip():
+            return "blank question"
+        found = _read_answers(context, answers)
+        if isinstance(found, str):
+            return found
+        texts, start = found
+        if not all(map(is_unicode, (context, question, *texts))):
+            return "broken Unicode"
+        return Question(question.strip(), context, texts, start), _NO_CLASS
+
+    def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
+        """A pair of a question and its context."""
+        question, context = (format_value(file, file.config.context, number, value) for value in _pair(given))
+        if not context.strip():
+            return "blank context"
+        if not question.strip():
+            return "blank question"
+        readable = is_unicode(question) and is_unicode(context)
+        return (Question(question.strip(), context, (), 0), _NO_CLASS) if readable else "broken Unicode"
+
+    def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
+        """The answer is a part of the input."""
+        return [0] * len(held)
+
+    def reader(self, folder: Path) -> Any:
+        tokenizer = super().reader(folder)
+        if not tokenizer.is_fast:
+            raise ModelError(
+                "the base model's tokenizer cannot say where in a text a token stands: expected a fast one (tokenizer.json); save"
+                " it as one, or use another base model",
+                code="model.unusable_tokenizer",
+            )
+        return tokenizer
+
+    def fit(self, reader: Any, module: Any) -> None:
+        if module.config.is_encoder_decoder:
+            raise ModelError(
+                f"the architecture {module.config.model_type} has an encoder and a decoder, which read a question twice:"
+                " expected an encoder such as BERT, DistilBERT or RoBERTa; use another base model",
+                code="model.no_question_answering",
+            )
+        super().fit(reader, module)
+
+    def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
+        found = map_or_none(lambda part: _encode(reader, part, max_length), inputs)
+        return [self.blank(reader, max_length) if example is None else example for example in found]
+
+    def blank(self, reader: Any, length: int) -> Example:
+        ids = super().blank(reader, length)["input_ids"]
+        return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+
+    def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        parts = (inputs[start : start + _ENCODED] for start in range(0, len(inputs), _ENCODED))
+        found = (example for part in parts for example in map_or_none(lambda some: _encode(reader, some, max_length + 1), part))
+        return sum(example is None or len(example["input_ids"]) > max_length for example in found)
+
+    def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
+        parts = (inputs[start : start + _ENCODED] for start in range(0, len(inputs), _ENCODED))
+        found = (example for part in parts for example in map_or_none(lambda some: _encode(reader, some, max_length), part))
+        return sum(example is None or max(example["labels"]) < _BEGINS for example in found)
+
+    def samples(self, reader: Any) -> list[Example]:
+        """Of each all but the first token is context, and the answer the last two; with one token there is no choice."""
+        rows = [ids if len(ids) > 2 else ids * 4 for ids in synthetic_rows(reader)]
+        return [{"input_ids": ids, "labels": [IGNORED, *[0] * (len(ids) - 3), _BEGINS, _ENDS]} for ids in rows]
+
+    def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
+        """With the types of tokens, where the model reads them: 0 of a question, 1 of its context."""
+        plain = super().collator(module, reader, to)
+
+        def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
+            batch = plain(examples, length, slots)
+            if "token_type_ids" in batch:
+                for row, example in enumerate(examples):
+                    types = torch.tensor(example.get("types", []), device=to)[: batch["input_ids"].shape[1]]
+                    batch["token_type_ids"][row, : len(types)] = types
+            return batch
+
+        return collate
+
+    def order(self, example: Example) -> tuple[Any, ...]:
+        return -len(example["input_ids"]), example["input_ids"], example["labels"]
+
+    def losses(self, module: nn.Module, batch: Batch, weights: Tensor | None = None) -> Tensor:
+        return self.losses_from_scores(self.scores(module, batch), batch["labels"])
+
+    def losses_from_scores(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean of two cross-entropies, of the first and of the last token, each over the tokens of the context."""
+        marks = _marks(labels)
+        found = functional.log_softmax(_inside(scores, labels), dim=1)
+        each = -(found * marks).sum(dim=1) / marks.sum(dim=1).clamp(min=1)
+        return each.mean(dim=1)
+
+    def scores(self, module: nn.Module, batch: Batch) -> Tensor:
+        """(b, l, 2): how much speaks for each token as the first, and as the last."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        output = module(**inputs)
+        return torch.stack([output.start_logits, output.end_logits], dim=-1).float()
+
+    def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
+        marks = _marks(labels)
+        best = _inside(scores, labels).argmax(dim=1, keepdim=True)
+        return ((marks.gather(1, best) > 0) | (marks.sum(dim=1, keepdim=True) == 0)).all(dim=2)[:, 0]
+
+    def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
+        """One answer for each example: token F1, and whether it is exact; 0 for one that cannot be read."""
+        given = self.texts(scores, examples)
+        return [(judge_answer(text, example.get("answers", ())),) for text, example in zip(given, examples, strict=True)]
+
+    def texts(self, scores: Tensor, examples: Sequence[Example]) -> list[str]:
+        """The most probable part of each context; "" where there is none."""
+        return [_text(row, example) for row, example in zip(scores.float().cpu(), examples, strict=True)]
+
+    def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> AnswerMetrics:
+        return compute_answer_metrics([(float(f1), float(exact)) for f1, exact in predicted])
+
+    def read_metrics(self, values: Mapping[str, float]) -> AnswerMetrics:
+        return AnswerMetrics(**values)
+
+    def constant(self, held: Sequence[Label], classes: Sequence[str]) -> None:
+        """No answer is right most often: the base model with a new head is what training is compared with."""
+
+
+def _pair(given: object) -> tuple[object, object]:
+    return given if isinstance(given, tuple) else (None, given)
+
+
+def _read_answers(context: str, value: object) -> tuple[tuple[str, ...], int] | str:
+    """The true answers and where the first one begins; or the reason why there are none.
+
+    As SQuAD has them, {"text": […], "answer_start": […]}, or a text or texts, of which the first place in the context counts.
+    """
+    starts: Sequence[object] = ()
+    if isinstance(value, dict):
+        starts = value.get("answer_start") or ()
+        value = value.get("text")
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return "missing answer"
+    found = tuple(str(text).strip() for text in texts)
+    said = starts[0] if starts and isinstance(starts[0], int) else -1
+    start = said if said >= 0 and context.startswith(found[0], said) else context.find(found[0])
+    return (found, start) if start >= 0 else "answer that is not in its context"
+
+
+def _encode(reader: Any, questions: Sequence[Question], max_length: int) -> list[Example]:
+    """Raises what the tokenizer does, such as for a question that fills a row by itself."""
+    if not questions:
+        return []
+    found = reader(
+        [each.question for each in questions],
+        [each.context for each in questions],
+        truncation="only_second",
+        max_length=max_length,
+        padding=False,
+        return_offsets_mapping=True,
+    )
+    return [
+        _example(question, list(found["input_ids"][row]), found["offset_mapping"][row], found.sequence_ids(row))
+        for row, question in enumerate(questions)
+    ]
+
+
+def _example(question: Question, ids: list[int], offsets: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> Example:
+    """offsets: Of each token in its part of the input. parts: 1 for tokens of the context."""
+    labels = [0 if part == 1 and begin < end else IGNORED for part, (begin, end) in zip(parts, offsets, strict=True)]
+    inside = [place for place, label in enumerate(labels) if label != IGNORED]
+    if question.answers:
+        ends = question.start + len(question.answers[0])
+        covering = [place for place in inside if offsets[place][0] < ends and offsets[place][1] > question.start]
+        if covering and offsets[covering[-1]][1] >= ends:  # else its end is cut off
+            labels[covering[0]] |= _BEGINS
+            labels[covering[-1]] |= _ENDS
+    types = [0] * (inside[0] if inside else len(ids))
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "types": [*types, *[1] * (len(ids) - len(types))],
+        "offsets": list(offsets),
+        "context": question.context,
+        "answers": question.answers,
+    }
+
+
+def _marks(labels: Tensor) -> Tensor:
+    """(b, l, 2): 1 for the first, and for the last token of an answer."""
+    there = labels.clamp(min=0)
+    return torch.stack([there & _BEGINS, (there & _ENDS) // _ENDS], dim=-1).float()
+
+
+def _inside(scores: Tensor, labels: Tensor) -> Tensor:
+    """Scores (b, l, 2) with as little as nothing for tokens outside of the context."""
+    return scores.masked_fill((labels == IGNORED)[..., None], torch.finfo(scores.dtype).min / 2)
+
+
+def _text(scores: Tensor, example: Example) -> str:
+    """The part of the context with the highest sum of two scores, of at most `_LONGEST_ANSWER` tokens."""
+    places = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
+    if not places or "offsets" not in example:
+        return ""
+    begins, ends = scores[places].unbind(dim=1)
+    sums = begins[:, None] + ends[None, :]
+    allowed = torch.ones_like(sums, dtype=torch.bool).triu().tril(_LONGEST_ANSWER - 1)
+    first, last = divmod(int(sums.masked_fill(~allowed, -torch.inf).argmax()), len(places))
+    offsets = example["offsets"]
+    return str(example["context"][offsets[places[first]][0] : offsets[places[last]][1]])
