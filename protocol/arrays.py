@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cotune.errors import RunError
 from cotune.plan.wire import Codec
+from cotune.printable import printable
 from cotune.protocol.codecs import pack, packed_bytes, unpack
 
 SALTED = "cotune.salted"  # type of an array in NumPy's format, masked by a key
@@ -88,26 +89,35 @@ def _encode_array(tensor: Tensor, key: bytes, codec: Codec) -> Array:
 class HeldArrays(ArrayRecord):
     """Tensors in the place of what would be written of them, in a message that stays in its process.
 
-    No message from elsewhere holds them: what Flower reads is an `ArrayRecord`. Like one that was written, a message gives
-    everybody tensors of their own.
+    No message from elsewhere holds them: what Flower reads is an `ArrayRecord`. As with one that was written, what its sender
+    changes later is not in it, and everybody who reads it gets tensors of their own.
 
     Attributes:
-        held: The tensors, in float32; nobody may change them.
+        held: The tensors, in float32 on the CPU; nobody may change them.
         codec: How they would be written.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], codec: Codec = "float32") -> None:
         super().__init__()
-        self.held = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.held = {name: _copy(tensor) for name, tensor in tensors.items()}
         self.codec: Codec = codec
 
-    def copies(self) -> dict[str, Tensor]:
-        """Return the tensors as `decode_tensors` reads them."""
-        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self.held.items()}
+    def copies(self, codec: Codec) -> dict[str, Tensor]:
+        """Return the tensors as `decode_tensors` reads them. Raises RunError for another codec than that of both sides."""
+        if codec != self.codec:
+            raise RunError(
+                f"the arrays of a message are held as {self.codec}: expected {codec}, in which both sides agree that they travel",
+                code="run.other_codec",
+            )
+        return {name: _copy(tensor) for name, tensor in self.held.items()}
 
     def count_payload(self) -> int:
         """Return how many bytes names and arrays would have."""
         return sum(len(name.encode()) + _written_bytes(self.codec, tuple(tensor.shape)) for name, tensor in self.held.items())
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 @lru_cache(maxsize=1024)
@@ -142,8 +152,8 @@ def decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "f
         RunError: If the record is missing, or an array is malformed or in another codec.
     """
     record = content.get(key)
-    if isinstance(record, HeldArrays) and record.codec == codec:
-        return record.copies()
+    if isinstance(record, HeldArrays):
+        return record.copies(codec)
     if not isinstance(record, ArrayRecord):
         raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
     about = content[header]
@@ -197,9 +207,9 @@ def _decode_tensor(name: str, array: Array) -> Tensor:
 
 
 def _other_codec(name: str, array: Array, codec: Codec) -> RunError:
+    given = printable(f"{array.dtype[:40]}/{array.stype[:40]}")
     return RunError(
-        f"the array {name[:80]} has the type {array.dtype[:40]}/{array.stype[:40]}: expected {codec}, in which both sides agree"
-        " that it travels",
+        f"the array {name[:80]} has the type {given}: expected {codec}, in which both sides agree that it travels",
         code="run.other_codec",
     )
 

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate_object_tree
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -539,8 +539,8 @@ def test_texts_bytes_and_lists_count_with_all_that_is_in_them() -> None:
 @given(states(), st.sampled_from(get_args(Codec)))
 def test_an_update_that_stays_is_read_as_a_written_one(state: dict[str, Tensor], codec: Codec) -> None:
     rng = np.random.default_rng(0)
-    assume(all(bool(tensor.isfinite().all()) for tensor in state.values()) or codec == "float32")
-    rounded = {name: round_to(codec, tensor, rng) for name, tensor in state.items()}
+    usual = state if codec == "float32" else {name: tensor.clamp(-1e30, 1e30) for name, tensor in state.items()}
+    rounded = {name: round_to(codec, tensor, rng) for name, tensor in usual.items()}
     sent = replace(UPDATE, delta=rounded, statistics=state, disclosures={"loss": 0.5}, noise_variance={"w": 0.25})
     written = encode_update(sent, "plan", codec=codec)
     stays = encode_update(sent, "plan", get_salt(written), codec=codec, stays=True)
@@ -576,11 +576,11 @@ def test_a_request_that_stays_is_read_as_a_written_one(state: dict[str, Tensor])
 def test_everybody_reads_tensors_of_their_own() -> None:
     own = {"w": torch.ones(2, 3).t()}
     (content,) = encode_requests("{}", 1, own, [Recipient("north")], stays=True)
+    own["w"].fill_(2.0)  # after it was sent
     first = decode_request(content).state["w"]
     assert first.is_contiguous()
     first.zero_()
     assert torch.equal(decode_request(content).state["w"], torch.ones(3, 2))
-    assert torch.equal(own["w"], torch.ones(3, 2))
 
 
 def test_nothing_that_has_traveled_stays() -> None:
