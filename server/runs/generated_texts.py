@@ -14,7 +14,7 @@ from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts
 from cotune.data.types import Chat, Passage
 from cotune.models.generation import write_texts
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 _SHOWN = 10  # records whose texts are shown
 _MOST_CHARACTERS = 600  # of a text that is shown
