@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from cotune.lazy_names import import_lazily
 
 if TYPE_CHECKING:
-    from cotune.errors import CotuneError, DataError, Declined, DeviceError, ModelError, PlanError, PrivacyError, RunError
+    from cotune.errors import CotuneError, DataError, DeviceError, ModelError, PlanError, PolicyError, PrivacyError, RunError
     from cotune.plan.load import load_plan
-    from cotune.plan.schema import Plan
+    from cotune.plan.plan import Plan
     from cotune.privacy.ledger.ledger import Ledger
     from cotune.privacy.policy import Policy
     from cotune.simulations.auditing.audit import audit
@@ -26,11 +26,11 @@ __version__ = version("cotune")
 _MODULES = {
     "CotuneError": "errors",
     "DataError": "errors",
-    "Declined": "errors",
+    "PolicyError": "errors",
     "DeviceError": "errors",
     "Ledger": "privacy.ledger.ledger",
     "ModelError": "errors",
-    "Plan": "plan.schema",
+    "Plan": "plan.plan",
     "PlanError": "errors",
     "Policy": "privacy.policy",
     "PrivacyError": "errors",
@@ -51,13 +51,13 @@ _MODULES = {
 __all__ = [
     "CotuneError",
     "DataError",
-    "Declined",
     "DeviceError",
     "Ledger",
     "ModelError",
     "Plan",
     "PlanError",
     "Policy",
+    "PolicyError",
     "PrivacyError",
     "Run",
     "RunError",

@@ -5,7 +5,7 @@
     ├── DataError      the organization's records cannot be used as the plan says
     ├── ModelError     the base model cannot be used as the plan says
     ├── PrivacyError   the privacy that was asked for cannot be given, or would be exceeded
-    │   └── Declined   a rule of the organization's own does not allow what a plan asks for
+    │   └── PolicyError   a rule of the organization's own does not allow what a plan asks for
     ├── DeviceError    the hardware that was asked for is not there
     └── RunError       a run could not go on
 
@@ -66,7 +66,7 @@ class PrivacyError(CotuneError):
     code = "privacy.refused"
 
 
-class Declined(PrivacyError):
+class PolicyError(PrivacyError):
     """A rule of the organization's own does not allow what a plan asks for.
 
     The sentence is for the organization; `public` names the rule alone, and may be told where the records do not decide it.

@@ -14,7 +14,7 @@ from rich.table import Table
 from cotune.cli.options import AsJson, with_options
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.screen import beginning, print_json, screen
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import SPACE, duration, percent, scientific
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cotune.cli.comparison_progress import showing_cells, showing_selection
 from cotune.cli.screen import screen
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.comparison_report import (
     GAIN,
     TIME,

@@ -13,7 +13,7 @@ from rich.table import Table
 from cotune.cli.options import AsJson
 from cotune.cli.screen import print_json, screen
 from cotune.errors import DataError
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.storage.json_documents import parse_json
 
 

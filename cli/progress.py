@@ -27,7 +27,7 @@ from rich.progress import (
 
 from cotune.client.training.observe import observe_client
 from cotune.observers import Observer
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import headline
 from cotune.server.runs.events import observe_run

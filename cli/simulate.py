@@ -17,7 +17,7 @@ from cotune.cli.options import AsJson, with_options
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.progress import showing_progress
 from cotune.cli.screen import print_json, screen
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import measures_of

@@ -32,8 +32,8 @@ from cotune.client.node.requests import (
 from cotune.client.policy_check import check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.errors import CotuneError, Declined, RunError
-from cotune.plan.schema import Plan
+from cotune.errors import CotuneError, PolicyError, RunError
+from cotune.plan.plan import Plan
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import (
@@ -130,7 +130,7 @@ def _check_signed(exchange: _Exchange, kind: str) -> None:
 
 
 def _accept(exchange: _Exchange) -> None:
-    """Check the arrays against the signature and the site's limits, and log the request; raises RunError or Declined."""
+    """Check the arrays against the signature and the site's limits, and log the request; raises RunError or PolicyError."""
     if exchange.signed is None or exchange.log is None:
         return
     assert exchange.request is not None
@@ -251,7 +251,7 @@ def _signed_refusal(said: str, exchange: _Exchange) -> tuple[str, dict[str, str]
 
 
 def _public_message(error: Exception) -> str:
-    said = error.public if isinstance(error, Declined) else GENERIC_REFUSAL
+    said = error.public if isinstance(error, PolicyError) else GENERIC_REFUSAL
     try:
         check_reason(said)
     except EgressBlocked:

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cotune.client.site import Site
-from cotune.errors import Declined, RunError
+from cotune.errors import PolicyError, RunError
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy
 from cotune.storage.files import atomic_write, exclusive_lock
 from cotune.storage.json_documents import parse_json
@@ -39,13 +39,15 @@ class Approvals:
         A simulated organization needs no approval: whoever simulates it has chosen the plan.
 
         Raises:
-            Declined: If the plan is not approved.
+            PolicyError: If the plan is not approved.
         """
         if self.site.file.simulated or policy.training.approval == "none" or plan.plan_id in self.ids():
             return
         self._keep_pending(plan)
         command = f"cotune client approve {self.site.folder} {plan.plan_id[:12]}"
-        raise Declined("training.approval", f"nobody has approved the plan {plan.name}; look at it and approve it by `{command}`")
+        raise PolicyError(
+            "training.approval", f"nobody has approved the plan {plan.name}; look at it and approve it by `{command}`"
+        )
 
     def approve(self, plan: Plan, how: str) -> None:
         """Approve a plan durably; approving it again changes nothing.

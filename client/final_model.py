@@ -14,13 +14,13 @@ from cotune.client.approvals import Approvals
 from cotune.client.policy_check import check_base_model
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.personal.own_copy import open_personal
-from cotune.client.training.personal.own_model import export_own_model
-from cotune.client.training.personal.parts import PERSONAL, UNNOISED
+from cotune.client.training.personal.ditto_pfedme import open_personal
+from cotune.client.training.personal.parameters import PERSONAL, UNNOISED
+from cotune.client.training.personal.prediction_model import export_own_model
 from cotune.errors import RunError
 from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import (
     Request,
     received_digest,
@@ -47,7 +47,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         The folder of the model.
 
     Raises:
-        Declined: If the plan is not approved, or its base model is not allowed.
+        PolicyError: If the plan is not approved, or its base model is not allowed.
         ModelError: If the parameters are not those of the plan.
         RunError: If the plan does not have the round, the model is not finite, or it cannot be written.
     """

@@ -7,8 +7,8 @@ from typing import Any
 
 from cotune.plan.local_training import Stage
 from cotune.plan.personal import explain
+from cotune.plan.plan import Plan
 from cotune.plan.public import explain_predictions
-from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.device import limit_memory
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.policy import Policy
 
@@ -45,10 +45,10 @@ def check_consent(plan: Plan, policy: Policy, examples: int, hours: float = 0.0)
         hours: Hours of training that the plan has taken so far.
 
     Raises:
-        Declined: For the first rule that the plan breaks.
+        PolicyError: For the first rule that the plan breaks.
     """
     for broken in find_violations(plan, policy, examples, hours):
-        raise Declined(broken.rule, broken.problem)
+        raise PolicyError(broken.rule, broken.problem)
 
 
 def check_plan(plan: Plan, policy: Policy) -> None:
@@ -57,17 +57,17 @@ def check_plan(plan: Plan, policy: Policy) -> None:
     They are checked before records are read, as even a failure to read them may reveal something about one.
 
     Raises:
-        Declined: For the first rule that the plan breaks.
+        PolicyError: For the first rule that the plan breaks.
     """
     for broken in _of_plan(plan, policy, hours=0.0):
-        raise Declined(broken.rule, broken.problem)
+        raise PolicyError(broken.rule, broken.problem)
 
 
 def check_base_model(plan: Plan, policy: Policy) -> None:
-    """Raise Declined unless the policy allows the plan's base model."""
+    """Raise PolicyError unless the policy allows the plan's base model."""
     for broken in _not_allowed(plan, policy):
         if broken.rule == "training.base_models":
-            raise Declined(broken.rule, broken.problem)
+            raise PolicyError(broken.rule, broken.problem)
 
 
 def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> None:
@@ -80,10 +80,10 @@ def check_number(plan: Plan, policy: Policy, examples: int, declarable: tuple[in
         declarable: The smallest and largest number in the coordinator's signed request; None: whatever the plan allows.
 
     Raises:
-        Declined: If the coordinator would refuse it.
+        PolicyError: If the coordinator would refuse it.
     """
     for broken in find_number_violations(plan, policy, examples, declarable):
-        raise Declined(broken.rule, broken.problem)
+        raise PolicyError(broken.rule, broken.problem)
 
 
 def find_number_violations(plan: Plan, policy: Policy, examples: int, declarable: tuple[int, int] | None) -> Iterator[Violation]:

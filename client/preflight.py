@@ -15,24 +15,24 @@ from typing import TypeVar
 import torch
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.budget import check_examples
 from cotune.client.node.requests import last_declarable_range
+from cotune.client.noise_calibration import check_examples
 from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base
 from cotune.client.training.gradient_checks import check_gradients
-from cotune.client.training.personal.own_model import load_trained_model, read_public
+from cotune.client.training.personal.prediction_model import load_trained_model, read_public
 from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, synthetic_setup
 from cotune.data.config import has_labels
 from cotune.data.skipped_records import count_cut_texts
-from cotune.errors import DataError, Declined, ModelError, PlanError, PrivacyError
+from cotune.errors import DataError, ModelError, PlanError, PolicyError, PrivacyError
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import stage_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
@@ -135,7 +135,7 @@ def run_preflight(plan: Plan, site: Site) -> PreflightReport:
     _kept(problems, lambda: _check_stages(account))
     if plan.shares_predictions:
         _kept(problems, lambda: read_public(plan, site))
-    rules = [str(Declined(each.rule, each.problem)) for each in broken]
+    rules = [str(PolicyError(each.rule, each.problem)) for each in broken]
     problems = [each for each in dict.fromkeys(problems) if each not in rules]
     checked = replace(checked, broken=broken, problems=tuple(problems), declined=next(iter([*rules, *problems]), None))
     if budget is not None:
@@ -213,12 +213,12 @@ def _declarable(plan: Plan, site: Site) -> tuple[int, int] | None:
 
 
 def _noise(account: Account) -> float | None:
-    """Return σ of the plan's first round; None without privacy. Raises Declined for a plan that has already run here."""
+    """Return σ of the plan's first round; None without privacy. Raises PolicyError for a plan that has already run here."""
     if account.budget is None:
         return None
     played = account.ledger.rounds(account.plan.plan_id)
     if played:
-        raise Declined(
+        raise PolicyError(
             "privacy.epsilon",
             f"this plan has run here already (rounds {played[0]}–{played[-1]}), and what it"
             " spent is spent; it goes on where it stopped, or starts again with another seed",

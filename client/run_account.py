@@ -9,15 +9,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from cotune.client.budget import Budget, Total, get_budget, noise_multiplier, total_delta
+from cotune.client.noise_calibration import Budget, Total, get_budget, noise_multiplier, total_delta
 from cotune.client.policy_check import missing_number_message
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset
 from cotune.data.units import RECORD
-from cotune.errors import Declined, PrivacyError
-from cotune.plan.schema import Plan
+from cotune.errors import PolicyError, PrivacyError
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
@@ -75,7 +75,7 @@ class Account:
         A noised one is charged, then drawn, then stored for the rest of the plan.
 
         Raises:
-            Declined: If the policy wants to declare a number but does not give it, or too little budget is left to draw one.
+            PolicyError: If the policy wants to declare a number but does not give it, or too little budget is left to draw one.
         """
         rules = self.policy.disclosures
         count = self.true_examples
@@ -108,8 +108,8 @@ class Account:
                 [Limit("disclosures.example_count", total, _DELTA)],
                 lambda: [add_geometric_noise(self.true_examples, sigma, self.generator)],
             )
-        except Declined:
-            raise Declined(
+        except PolicyError:
+            raise PolicyError(
                 "budget.epsilon_total",
                 f"too little of the total {total:g} is left to tell the number of records with noise, from which a run's noise"
                 " follows: raise budget.epsilon_total in policy.toml, or declare a number",
@@ -117,7 +117,7 @@ class Account:
 
     def _undeclared(self) -> int:
         if self.draws:
-            raise Declined("disclosures.declared_examples", missing_number_message())
+            raise PolicyError("disclosures.declared_examples", missing_number_message())
         return max(1, round_to_two_digits(self.true_examples))
 
     @cached_property
@@ -188,7 +188,7 @@ class Account:
         """Return σ for a round and those after it (see `budget.noise_multiplier`), without charging training.
 
         Raises:
-            Declined, PrivacyError: If the budget does not suffice.
+            PolicyError, PrivacyError: If the budget does not suffice.
         """
         assert self.budget is not None, "without privacy there is no noise"
         self.ledger.check_unit(self.data)
@@ -221,7 +221,7 @@ class Account:
             The number of the charge, with which it is settled.
 
         Raises:
-            Declined: If they would exceed what the policy allows; nothing is charged then.
+            PolicyError: If they would exceed what the policy allows; nothing is charged then.
         """
         return self._reserve(round, steps, purpose, self._limits())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cotune.client.site_ledger import SiteWithLedger
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import RunError
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.update_file import read_update, round_of, update_bytes
 from cotune.storage.files import atomic_write, remove_parts
 from cotune.strategies.types import Update

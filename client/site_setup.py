@@ -29,7 +29,7 @@ from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model, own_model_config
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
 from cotune.storage.files import atomic_write

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cotune.data.config import DataConfig, TaskName, has_labels
 from cotune.data.multi_task import keep_tasks
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Input, Label, class_names_in, get_stratum

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from cotune.data.config import DataConfig, TaskName
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.types import Input
 from cotune.errors import DataError

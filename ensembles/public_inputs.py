@@ -32,8 +32,8 @@ from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.features.cached import encode_batch, get_features
 from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
+from cotune.plan.plan import Plan
 from cotune.plan.public import PublicConfig
-from cotune.plan.schema import Plan
 from cotune.strategies.types import Delta, PublicInputs, apply_delta, difference
 
 _ROUNDING = 2**-5

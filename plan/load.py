@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from cotune.errors import PlanError, nearest
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.tables import PlanTables
 from cotune.storage.config_table import check_path, format_validation_error
 from cotune.storage.json_documents import parse_toml

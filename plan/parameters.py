@@ -17,8 +17,8 @@ from cotune.models.config import ModelConfig
 from cotune.models.multi_head import head_prefix
 from cotune.models.trainable import TrainableModel, get_model, open_model
 from cotune.plan.local_training import Stage
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
-from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
 

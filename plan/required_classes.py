@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cotune.data.config import has_classes
 from cotune.errors import PlanError
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 
 def require_classes(plan: Plan, command: str) -> None:

@@ -17,7 +17,7 @@ from cotune.models.config import LoraConfig, ModelConfig, TrainMode
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.public import Collaboration, PublicConfig
-from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.server_config import RoundsConfig
 from cotune.plan.several_tasks import Balance, TaskConfig, write_out
 from cotune.plan.wire import Codec
 from cotune.privacy.config import ClientPrivacy, RecordPrivacy

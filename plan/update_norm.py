@@ -25,10 +25,10 @@ from functools import lru_cache
 
 from cotune.errors import PrivacyError
 from cotune.plan.local_training import LocalTraining, Stage
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.wire import compute_growth
 from cotune.privacy.accounting.composition import MAX_NOISE_MULTIPLIER, calibrate
-from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy, compute_delta
 
 _UNDERSTATED = 2.0  # ratio of the actual to the expected batch that is tolerated; beyond it, a site is warned

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.accounting.tradeoff import gaussian_mu, true_positive_rate
 from cotune.privacy.config import RecordPrivacy
 

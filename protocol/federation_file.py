@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.version import PROTOCOL
 from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.json_documents import parse_toml

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import percent
 from cotune.reporting.measures import Measure, get_measures
 from cotune.reporting.verdict import Summary, is_private, is_real

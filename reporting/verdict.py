@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cotune.models.evaluation.intervals import MIN_TEST_RECORDS
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import SPACE
 from cotune.reporting.measures import Measure, get_measures, measures_of

@@ -22,7 +22,7 @@ AREAS = {
     "DataError": "data",
     "ModelError": "model",
     "PrivacyError": "privacy",
-    "Declined": "policy",
+    "PolicyError": "policy",
     "DeviceError": "device",
     "RunError": "run",
 }
@@ -99,8 +99,10 @@ def raised(modules: dict[str, ast.Module]) -> Iterator[Raised]:
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             if name in classes:
                 area, own = classes[name]
-                code = "" if name == "Declined" else _code(node)
-                message = _text(node.args[1] if name == "Declined" and len(node.args) > 1 else node.args[0]) if node.args else ""
+                code = "" if name == "PolicyError" else _code(node)
+                message = (
+                    _text(node.args[1] if name == "PolicyError" and len(node.args) > 1 else node.args[0]) if node.args else ""
+                )
                 yield Raised(file, node.lineno, name, area, own if code is None else code, message)
 
 

@@ -21,9 +21,9 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.printable import clean_output
 from cotune.reporting.documents.events import RunFailed
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.front_refusals import RefusalWatch
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.refusals import RefusalWatch
 from cotune.server.deployment.trail import SignedTrail
 from cotune.server.rounds.evaluation import get_registered_evaluator
 from cotune.server.rounds.loop import Evaluate, run_rounds
@@ -34,10 +34,10 @@ from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import load_run_model
-from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import InProcessTransport
 from cotune.server.transport.node_registry import RegisteredNodes, Roster, SimulatedNodes
 from cotune.server.transport.superlink import SuperLinkTransport
+from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 app = ServerApp()
 

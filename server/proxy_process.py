@@ -16,15 +16,15 @@ from pydantic import Field, ValidationError
 from cotune.errors import CotuneError, RunError
 from cotune.flower import fleet_format
 from cotune.printable import clean_output, printable
+from cotune.server.deployment.front_refusals import RefusalLog
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.refusals import RefusalLog
 from cotune.server.proxy.allowed_calls import Limits
 from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.member_quotas import Quotas
+from cotune.server.proxy.request_guard import ignore_refusal
 from cotune.server.proxy.server import ProxySetup, serve
-from cotune.server.proxy.shared_state import ignore_refusal
 from cotune.storage.config_table import ConfigTable, format_validation_error
 from cotune.storage.json_documents import parse_toml
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from cotune.client.app import app as client_app
 from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
-from cotune.client.training.personal.own_model import export_own_model
-from cotune.client.training.personal.parts import PERSONAL, UNNOISED
+from cotune.client.training.personal.parameters import PERSONAL, UNNOISED
+from cotune.client.training.personal.prediction_model import export_own_model
 from cotune.data.config import has_classes
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.data.metrics.metrics import Metrics
@@ -46,7 +46,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.personal import PersonalConfig
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry

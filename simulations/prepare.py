@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cotune.client.budget import check_examples, get_budget, noise_multiplier
+from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
 from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import has_labels
@@ -20,7 +20,7 @@ from cotune.data.dataset import write_manifest
 from cotune.data.metrics.text_metrics import check_text_metrics
 from cotune.data.multi_task import check_task_labels, keep_tasks
 from cotune.data.partition import Rows
-from cotune.data.record_files import is_one_source, organization_files, read_records
+from cotune.data.record_reading import is_one_source, organization_files, read_records
 from cotune.data.records import Records, check_labels
 from cotune.data.skipped_records import ELSEWHERE
 from cotune.ensembles.public_inputs import pin_public
@@ -30,8 +30,8 @@ from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
 from cotune.plan.parameters import get_plan_model
+from cotune.plan.plan import Plan
 from cotune.plan.public import PublicConfig
-from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible

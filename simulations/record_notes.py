@@ -13,7 +13,7 @@ from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.data.skipped_records import KEPT, count_cut_texts, format_left_out
 from cotune.models.trainable import TrainableModel
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 LeftOut = Mapping[Path | None, Mapping[str, int]]
 """File -> how many of its records do not count in training, or not in full, by the reason."""

@@ -17,7 +17,7 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.data.multi_task import keep_tasks, task_of
 from cotune.models.evaluation.test_set import measure, predict
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share, count_units
 from cotune.simulations.worth import TestSet

@@ -15,11 +15,11 @@ from cotune.data.dataset import Dataset
 from cotune.data.multi_task import keep_tasks
 from cotune.data.natural_partition import get_partition_column, read_owners
 from cotune.data.partition import PartitionConfig, Rows, UnitGroups, partition, split_by_class_shares, split_test, unit_groups
-from cotune.data.record_files import organization_name
+from cotune.data.record_reading import organization_name
 from cotune.data.records import Records
 from cotune.errors import DataError, PlanError
-from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.plan.plan import Plan
+from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.privacy.policy import Policy

@@ -11,7 +11,7 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.claim import Claim, build_claim, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy

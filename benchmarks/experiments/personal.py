@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from results_page import cell, publish
 
-from cotune.data.record_files import PACKAGED
+from cotune.data.record_reading import PACKAGED
 from cotune.plan.load import load_plan
 from cotune.simulations.run import resume, simulate
 

@@ -35,12 +35,12 @@ from cotune.models.encoding import encoded_features
 from cotune.models.trainable import State
 from cotune.plan.load import load_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.config import compute_delta
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
 from cotune.server.app import train_rounds
-from cotune.server.deployment.plan_checks import with_robust_default
+from cotune.server.deployment.plan_for_members import with_robust_default
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from cotune.simulations.prepare import prepare
 from cotune.strategies.config import StrategyConfig

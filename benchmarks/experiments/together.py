@@ -24,10 +24,10 @@ import torch
 from results_page import NARROW, cell, publish
 
 from cotune.client.site import Site
-from cotune.client.training.personal.own_model import load_trained_model
-from cotune.client.training.personal.parts import PERSONAL
+from cotune.client.training.personal.parameters import PERSONAL
+from cotune.client.training.personal.prediction_model import load_trained_model
 from cotune.data.dataset import DatasetManifest
-from cotune.data.record_files import PACKAGED
+from cotune.data.record_reading import PACKAGED
 from cotune.ensembles.fusion import weighted_mean
 from cotune.ensembles.public_inputs import PublicPredictions
 from cotune.plan.load import load_plan

@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 from results_page import NARROW, cell, publish
 
-from cotune.data.record_files import PACKAGED
+from cotune.data.record_reading import PACKAGED
 from cotune.errors import CotuneError
 from cotune.plan.load import load_plan
 from cotune.plan.wire import Codec

@@ -19,9 +19,9 @@ from gpu_bench import Bench
 from made_up import plan_for, records, tokenizer, write_base
 from transformers import BertConfig
 
-from cotune.client.training import steps as client_steps
+from cotune.client.training import charged_steps as client_steps
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.server.runs.events import observe_run

@@ -22,7 +22,7 @@ from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 LABELS = ("bad", "good", "so")
 WORDS = [f"word{number}" for number in range(200)]

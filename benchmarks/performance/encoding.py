@@ -106,11 +106,11 @@ class _Enough(Exception):
 
 def demo(meter: Meter, folder: Path, smoke: bool) -> None:
     """The rounds of the preset, and the part of them that is training."""
-    import cotune.client.training.steps
+    import cotune.client.training.charged_steps
     from cotune import load_plan, simulate
     from cotune.server.runs.events import observe_run
 
-    client_steps: Any = cotune.client.training.steps
+    client_steps: Any = cotune.client.training.charged_steps
     training = {"cpu": 0.0, "wall": 0.0}
     original: Any = client_steps.DPSGD
 
@@ -157,7 +157,7 @@ def setup(folder: Path, smoke: bool) -> None:
     import csv
 
     from cotune import load_plan
-    from cotune.data.record_files import read_records
+    from cotune.data.record_reading import read_records
 
     found = read_records(load_plan(inputs.NARROW).data)
     count = 300 if smoke else RECORDS

@@ -63,7 +63,7 @@ def write_plan(file: Path, **tables: Any) -> Path:
 def tweets(count: int) -> list[str]:
     """Return a given number of distinct tweets, sampled evenly from the data set of the preset `tweets`."""
     from cotune import load_plan
-    from cotune.data.record_files import read_records
+    from cotune.data.record_reading import read_records
 
     found = list(dict.fromkeys(read_records(load_plan("tweets").data).inputs))
     step = max(1, len(found) // count)

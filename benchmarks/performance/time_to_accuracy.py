@@ -79,7 +79,7 @@ def cotune(meter: Meter, folder: Path, smoke: bool) -> None:
 
 def _encoding(plan: Any, folder: Path, smoke: bool) -> tuple[int, float]:
     """How many different records the source has, and CPU seconds for each of a sample, by cotune's own encoder."""
-    from cotune.data.record_files import read_records
+    from cotune.data.record_reading import read_records
     from cotune.models.features.cached import get_features
     from cotune.models.features.precision import feature_dtype
     from cotune.plan.parameters import get_plan_model

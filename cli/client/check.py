@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cotune.cli.options import SiteOptions
 from cotune.cli.screen import print_json, screen
-from cotune.client.node.connection import ConnectionReport, check_connection, versions
+from cotune.client.node.connector import ConnectionReport, check_connection, versions
 from cotune.client.policy_check import Violation
 from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
@@ -23,8 +23,8 @@ from cotune.client.site_setup import set_base_model, set_prediction_sources, set
 from cotune.data.skipped_records import format_left_out
 from cotune.errors import PlanError
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import round_up
+from cotune.plan.plan import Plan
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.federation_file import Invitation, read_invitation
 from cotune.protocol.version import PROTOCOL
 from cotune.reporting.formatting import duration, size

@@ -25,8 +25,8 @@ from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site
 from cotune.client.training.observe import observe_client
-from cotune.plan.schema import Plan
-from cotune.privacy.accounting.rounding import round_up
+from cotune.plan.plan import Plan
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.federation_file import read_invitation
 from cotune.reporting.formatting import SPACE, duration, size
 from cotune.storage.files import atomic_write

@@ -14,7 +14,7 @@ from rich.table import Table
 from cotune.cli.screen import print_json, screen
 from cotune.client import ledger_report
 from cotune.client.site_ledger import SiteWithLedger
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claim import SMALL_DELTA, describe_attack
 from cotune.storage.files import atomic_write
 

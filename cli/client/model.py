@@ -15,7 +15,7 @@ from cotune.cli.screen import print_json, screen
 from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset, DatasetManifest
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import DataError
 
 _HEADINGS = {

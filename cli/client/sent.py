@@ -12,7 +12,7 @@ from cotune.cli.trail import verify_sent
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.errors import CotuneError
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.signatures import FINISHED, RequestStatement
 from cotune.reporting.formatting import SPACE, size
 

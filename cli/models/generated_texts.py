@@ -8,7 +8,7 @@ from typing import Any
 
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import TASK_FACTS, DataConfig, TaskName
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_typed, read_unlabeled
 from cotune.errors import DataError, ModelError

@@ -11,7 +11,7 @@ from torch import Tensor
 from cotune.cli.options import RecordOptions
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import DataConfig, has_classes
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.types import Input, Question
 from cotune.data.unlabeled import Row, read_questions, read_typed, read_typed_questions, read_unlabeled
 from cotune.ensembles.config import DistillationConfig, Method

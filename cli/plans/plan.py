@@ -17,8 +17,8 @@ from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import preset_names, preset_summary, preset_text
+from cotune.plan.plan import Plan
 from cotune.plan.reference import Key, explain_key, list_keys
-from cotune.plan.schema import Plan
 
 
 def new(preset: Annotated[str, typer.Argument(help="Which preset to start from.")] = "tweets") -> None:

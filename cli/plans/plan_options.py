@@ -19,7 +19,7 @@ import typer
 from cotune.data.readers.sources import check_base, check_source
 from cotune.errors import DataError
 from cotune.plan.load import check_key, check_tables, load_plan, read_document
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.printable import printable
 from cotune.privacy.policy import Policy
 from cotune.storage.config_table import keys_called, keys_like
@@ -27,7 +27,7 @@ from cotune.storage.config_table import keys_called, keys_like
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from cotune.plan.schema import Plan
+    from cotune.plan.plan import Plan
 
 
 PlanArgument = Annotated[str | None, typer.Argument(help="A preset or a TOML file; default: tweets, or text with --data.")]

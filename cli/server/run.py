@@ -18,7 +18,7 @@ from cotune.cli.progress import showing_remote_progress
 from cotune.cli.screen import beginning, screen
 from cotune.flower.control_client import open_control
 from cotune.plan.load import check_tables, parse_overrides, read_document
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.documents.summary import RunSummary, read_summary
 from cotune.reporting.formatting import size
 from cotune.reporting.measures import measures_of

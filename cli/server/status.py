@@ -18,7 +18,7 @@ from rich.table import Table
 from cotune.cli.options import AsJson, FederationPath
 from cotune.cli.screen import screen
 from cotune.flower.control_client import open_control
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import instant, size
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.status import Status, look, read_connections

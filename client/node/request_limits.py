@@ -22,13 +22,13 @@ from cotune.errors import CotuneError, RunError
 from cotune.flower.chunks import ChunkedMessage
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import scores_shape, state_shapes, student_shapes
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
-from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request, decode_header
 from cotune.protocol.signatures import SIGNED
 
-Consent = Callable[[Plan, Policy], None]  # raises Declined
+Consent = Callable[[Plan, Policy], None]  # raises PolicyError
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ARRAY_HEAD = 1024  # bytes of an array before its values, with a margin
@@ -72,14 +72,14 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finis
         plan: Of the request.
         site: Of the organization.
         round: Of the request.
-        check: Raises Declined if the policy does not allow the plan.
+        check: Raises PolicyError if the policy does not allow the plan.
         finished: Whether the request delivers the final model, which consists of parameters even if rounds share predictions.
 
     Returns:
         Parameter -> shape.
 
     Raises:
-        Declined: If the plan is not approved, or not allowed.
+        PolicyError: If the plan is not approved, or not allowed.
         ModelError: If the base model is not found on this machine.
         RunError: If the plan does not have the round.
     """

@@ -19,8 +19,8 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.node.trust import Trust, record_renewals, record_use
 from cotune.client.site_folder import SitePaths
 from cotune.client.site_setup import read_private_key
-from cotune.errors import Declined, RunError
-from cotune.plan.schema import Plan
+from cotune.errors import PolicyError, RunError
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.messages import Request, received_digest
@@ -169,7 +169,7 @@ def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: d
         now: The current time; None: read the clock.
 
     Raises:
-        Declined: If the cohort is too small, or too many rounds were started today.
+        PolicyError: If the cohort is too small, or too many rounds were started today.
     """
     rules = policy.training
     statement = requested.statement
@@ -177,12 +177,12 @@ def check_limits(requested: SignedRequest, policy: Policy, log: AuditLog, now: d
         return
     if statement.cohort < rules.min_cohort:
         problem = f"{statement.cohort} took part in the round before, expected at least {rules.min_cohort}"
-        raise Declined("training.min_cohort", problem)
+        raise PolicyError("training.min_cohort", problem)
     if rules.max_rounds_per_day is None:
         return
     begun = _rounds_of_day(log, (now or datetime.now(UTC)).date().isoformat())
     if len(begun - {(statement.run, statement.round)}) >= rules.max_rounds_per_day:
-        raise Declined(
+        raise PolicyError(
             "training.max_rounds_per_day", f"{len(begun)} rounds were begun today, expected at most {rules.max_rounds_per_day}"
         )
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.node.connection import Connector
+from cotune.client.node.connector import Connector
 from cotune.client.node.node import Node
 from cotune.client.node.worker import TrainerProcess
 from cotune.client.site_folder import NodePaths, SitePaths

@@ -44,8 +44,8 @@ from cotune.models.features.head import feature_head
 from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
+from cotune.plan.plan import Plan
 from cotune.plan.required_classes import require_classes
-from cotune.plan.schema import Plan
 from cotune.plan.tables import PersonalizeConfig
 from cotune.reporting.model_card import CARD, model_card
 from cotune.storage.json_documents import parse_json

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from cotune.client.approvals import Approvals
-from cotune.client.budget import check_examples
+from cotune.client.noise_calibration import check_examples
 from cotune.client.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.run_account import Account
 from cotune.client.site import Site
-from cotune.client.training.personal.own_model import load_trained_model
+from cotune.client.training.personal.prediction_model import load_trained_model
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import scores_shape, shared_names
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
-from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import received_digest
 from cotune.strategies.types import MAX_VALUE, find_extreme
@@ -82,7 +82,7 @@ class LocalContext:
 
     @cached_property
     def noise_multiplier(self) -> float:
-        """σ of the round. Raises Declined or PrivacyError where the budget does not suffice; charges nothing."""
+        """σ of the round. Raises PolicyError or PrivacyError where the budget does not suffice; charges nothing."""
         return self.account.plan_noise(self.round)
 
 
@@ -101,17 +101,17 @@ def check_round(context: LocalContext) -> None:
 
 
 def check_approval(context: LocalContext) -> None:
-    """Check that somebody here has approved the plan. Raises Declined."""
+    """Check that somebody here has approved the plan. Raises PolicyError."""
     Approvals(context.site).check(context.plan, context.policy)
 
 
 def check_rules(context: LocalContext) -> None:
-    """Check the rules of the policy that ask nothing of the records. Raises Declined."""
+    """Check the rules of the policy that ask nothing of the records. Raises PolicyError."""
     check_plan(context.plan, context.policy)
 
 
 def check_declared_number(context: LocalContext) -> None:
-    """Check a number of records that the policy declares: the server would refuse another. Raises Declined."""
+    """Check a number of records that the policy declares: the server would refuse another. Raises PolicyError."""
     rules = context.policy.disclosures
     if rules.example_count == "declared" and rules.declared_examples is not None:
         check_number(context.plan, context.policy, rules.declared_examples, context.declarable)
@@ -129,17 +129,17 @@ def check_values(context: LocalContext) -> None:
 
 
 def check_public_number(context: LocalContext) -> None:
-    """Check the public number of records, which may be drawn and charged here. Raises Declined."""
+    """Check the public number of records, which may be drawn and charged here. Raises PolicyError."""
     check_number(context.plan, context.policy, context.examples, context.declarable)
 
 
 def check_all_rules(context: LocalContext) -> None:
-    """Check all rules of the policy, by the public number of records. Raises Declined."""
+    """Check all rules of the policy, by the public number of records. Raises PolicyError."""
     check_consent(context.plan, context.policy, context.examples)
 
 
 def check_hours(context: LocalContext) -> None:
-    """Check the hours that the plan may train, by those that it has. Raises Declined."""
+    """Check the hours that the plan may train, by those that it has. Raises PolicyError."""
     check_consent(context.plan, context.policy, context.examples, context.account.hours())
 
 
@@ -194,7 +194,7 @@ def check_unanswered(context: LocalContext) -> None:
 
 
 def check_budget(context: LocalContext) -> None:
-    """Check that the budget suffices for this round and those after it. Raises Declined, PrivacyError."""
+    """Check that the budget suffices for this round and those after it. Raises PolicyError, PrivacyError."""
     _ = context.noise_multiplier
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cotune.client.site import Site
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy
 from cotune.strategies.aggregator import build_client_term
 from cotune.strategies.types import Delta, LocalSteps

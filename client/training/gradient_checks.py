@@ -18,7 +18,7 @@ from cotune.models.independence import check_padding, fits_in_float64, in_float6
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.parameters import stage_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, kinds_without_rule

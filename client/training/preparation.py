@@ -11,9 +11,9 @@ from torch import nn
 
 from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
-from cotune.client.training.personal.own_copy import open_personal
-from cotune.client.training.personal.own_model import OwnModel
-from cotune.client.training.personal.parts import PersonalParameters
+from cotune.client.training.personal.ditto_pfedme import open_personal
+from cotune.client.training.personal.parameters import PersonalParameters
+from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.regularization import Regularization
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks

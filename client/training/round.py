@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cotune.client.site import Site
+from cotune.client.training.charged_steps import TrainedRound, train_with_privacy, train_without_privacy
 from cotune.client.training.context import (
     BEFORE_RECORDS,
     BEFORE_TRAINING,
@@ -14,15 +15,14 @@ from cotune.client.training.context import (
     LocalContext,
     run_checks,
 )
-from cotune.client.training.personal.own_model import OwnModel
+from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound, prepare_round
 from cotune.client.training.statistics import statistics_of
-from cotune.client.training.steps import TrainedRound, train_with_privacy, train_without_privacy
 from cotune.client.training.teachers import vote_with_privacy
 from cotune.errors import RunError
 from cotune.models.device import explained_out_of_memory
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.codecs import round_to, rounding_generator
 from cotune.strategies.types import Delta, Update, difference, find_not_finite
@@ -54,7 +54,7 @@ def train_round(
         declarable: Between which numbers of records the public one has to be; None: whatever the plan takes.
 
     Raises:
-        Declined: The policy does not allow the plan, or not any more.
+        PolicyError: The policy does not allow the plan, or not any more.
         DataError: The organization's records cannot be used.
         PrivacyError: The budget does not suffice, or the model cannot be trained privately.
         RunError: The request is not one that the plan makes, or training failed.

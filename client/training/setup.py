@@ -34,7 +34,7 @@ from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
 from cotune.models.independence import check_independence
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 

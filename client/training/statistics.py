@@ -15,7 +15,7 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import gram_layers
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 
 

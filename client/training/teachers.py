@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cotune.client.run_account import Account
+from cotune.client.training.charged_steps import TrainedRound
 from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose
-from cotune.client.training.personal.own_model import OwnModel
+from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.setup import build_optimizer
-from cotune.client.training.steps import TrainedRound
 from cotune.models.trainable import State
 from cotune.plan.public import SCORES
 from cotune.privacy.accounting.composition import Steps
@@ -43,7 +43,7 @@ def vote_with_privacy(prepared: PreparedRound) -> tuple[TrainedRound, Delta]:
     """Train the teachers, and return their votes with noise; all is charged before a record takes part in it.
 
     Raises:
-        PrivacyError, Declined: The budget does not suffice.
+        PrivacyError, PolicyError: The budget does not suffice.
     """
     context = prepared.context
     plan = context.plan

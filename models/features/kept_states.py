@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import fixed_batches
-from cotune.data.record_files import CACHED_FILES
+from cotune.data.record_reading import CACHED_FILES
 from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input

@@ -22,7 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
+from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, self_compose
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]

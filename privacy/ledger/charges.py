@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.privacy.accounting.composition import Steps, add_counts, epsilon
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.accounting.filters import check_accountants, epsilon_of_total
-from cotune.privacy.accounting.rounding import round_up
 from cotune.storage.log_entries import Entry
 
 _COUNTED = ("reserve", "unprotected")  # kinds of entries that are in a collection
@@ -247,7 +247,7 @@ def check_charge(find: FindHistories, plan_id: str, steps: Steps, limits: Sequen
         limits: What it must stay within.
 
     Raises:
-        Declined: When a limit would be exceeded.
+        PolicyError: When a limit would be exceeded.
         PrivacyError: When two accountants contradict each other about the run.
     """
     for limit in limits:
@@ -265,7 +265,7 @@ def _check_limit(limit: Limit, history: History, plan_id: str, steps: Steps) -> 
     if after > limit.epsilon:
         left = max(0.0, limit.epsilon - limit.compute_epsilon(history, delta))
         which = f"the collection {history.collection}" if history.collection else "this organization"
-        raise Declined(
+        raise PolicyError(
             limit.rule,
             f"{steps.count} steps would bring {which} to ε = {round_up(after)} at δ = {delta:.2g}, expected at most"
             f" {limit.epsilon:g}, of which {left:.2f} are left: raise {limit.rule} in policy.toml, or stay out",

@@ -236,7 +236,7 @@ class Ledger:
             limits: What the charge, composed with those before, must stay within.
 
         Raises:
-            Declined: When a limit would be exceeded in the collection (in none: in any). Nothing is charged then.
+            PolicyError: When a limit would be exceeded in the collection (in none: in any). Nothing is charged then.
             PrivacyError: For steps that no mechanism can have, where two accountants contradict each other, where anything was
                 charged before under another unit of privacy, and for records of another collection.
         """

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from cotune.data.config import has_labels
 from cotune.data.metrics.text_metrics import check_text_metrics
 from cotune.data.readers.sources import check_new, get_base_path
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import check_labels
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError, RunError
@@ -24,13 +24,13 @@ from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
 from cotune.plan.load import dump_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.join_files import write_handout
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import create_signing_key
 from cotune.server.deployment.layout import FederationFiles
-from cotune.server.deployment.plan_checks import with_robust_default
+from cotune.server.deployment.plan_for_members import with_robust_default
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import get_content

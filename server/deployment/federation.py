@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from cotune.errors import RunError
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.federation_file import Invitation, read_invitation
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members

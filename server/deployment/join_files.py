@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cotune.plan.personal import describe_parts
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.federation_file import Invitation
 from cotune.reporting.pages import render_text

@@ -10,15 +10,15 @@ from pathlib import Path
 from cotune.data.config import has_labels
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.data.readers.sources import get_base_path
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import check_labels
 from cotune.ensembles.public_inputs import pin_public, read_public_inputs
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.plan_checks import build_notes, check_example_bounds
+from cotune.server.deployment.plan_for_members import build_notes, check_example_bounds
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, manifest_file, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from cotune.errors import RunError
 from cotune.flower.control_client import ControlClient
-from cotune.privacy.accounting.rounding import round_up_number
+from cotune.privacy.accounting.display_rounding import round_up_number
 from cotune.reporting.documents.events import Event, OtherEvent
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.deployment.federation import FederationFolder
+from cotune.server.deployment.front_refusals import read_refusals, read_strangers
 from cotune.server.deployment.keys.certificates import check_certificate
 from cotune.server.deployment.members import Member
-from cotune.server.deployment.refusals import read_refusals, read_strangers
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import count_strikes, find_excluded

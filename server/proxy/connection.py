@@ -19,7 +19,7 @@ import httpx
 
 from cotune.server.proxy.allowed_calls import Refusal, content_length, forwarded_headers, get_call
 from cotune.server.proxy.connection_slots import Slot
-from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy.upstream import SuperLink
 
 CHUNK_BYTES = 64 * 1024  # bytes read at a time

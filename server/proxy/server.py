@@ -23,7 +23,7 @@ from cotune.server.proxy.connection import CHUNK_BYTES, ClientConnection
 from cotune.server.proxy.connection_slots import Slot, get_address_group
 from cotune.server.proxy.fleet_format import FleetFormat
 from cotune.server.proxy.member_quotas import Quotas
-from cotune.server.proxy.shared_state import RequestGuard, ignore_refusal
+from cotune.server.proxy.request_guard import RequestGuard, ignore_refusal
 from cotune.server.proxy.upstream import SuperLink
 
 TLS_HANDSHAKE = b"\x16"  # the first byte of every TLS connection (RFC 8446, 5.1)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.protocol.signatures import parse_refusal
-from cotune.server.time_limits import TIME_LIMITS, TimeLimits
+from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
-_PUBLIC_MESSAGE = Declined("training.approval", "").public
+_PUBLIC_MESSAGE = PolicyError("training.approval", "").public
 
 
 def awaits_approval(message: Message | None) -> bool:

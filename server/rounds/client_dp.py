@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.rounding import round_up
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.client_dp import PrivateMean, next_clip_norm
 from cotune.privacy.config import ClientPrivacy
 from cotune.reporting.documents.rounds import ClientPrivacyEntry

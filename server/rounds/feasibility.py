@@ -7,7 +7,7 @@ from dataclasses import replace
 from scipy.stats import binom
 
 from cotune.errors import PlanError
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.rounds.selection import check_sample_size
 from cotune.server.runs.client_privacy import compute_round_noise
 from cotune.strategies.compatibility import find_problem

@@ -20,7 +20,7 @@ from statistics import median_high
 from typing import Protocol
 
 from cotune.errors import RunError
-from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.server_config import RoundsConfig
 from cotune.reporting.documents.events import (
     AwaitingApproval,
     Event,
@@ -36,9 +36,9 @@ from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, 
 from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.round_result import RoundResult
-from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import LEFT, REVOKED, Node
+from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 _CONNECTION_POLL = 0.02  # seconds
 _COMPLETE = "the round was complete before it answered"

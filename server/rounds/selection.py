@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from cotune.errors import PlanError, RunError
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.random_generators import keyed_generator, seeded_generator
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, RunFolder

@@ -12,7 +12,7 @@ from torch import Tensor
 from cotune.ensembles.public_inputs import PublicPredictions, learning_config, to_taught
 from cotune.models.trainable import State, TrainableModel, strip_prefix
 from cotune.plan.parameters import trained_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.runs.run_model import STUDENT
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.client_dp import RoundNoise, calibrate_round_noise
 from cotune.privacy.client_level_account import ClientLevelAccount
 from cotune.privacy.config import ClientPrivacy

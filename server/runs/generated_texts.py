@@ -14,7 +14,7 @@ from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts
 from cotune.data.types import Chat, Passage
 from cotune.models.generation import write_texts
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 _SHOWN = 10  # records whose texts are shown
 _MOST_CHARACTERS = 600  # of a text that is shown
@@ -39,10 +39,15 @@ class WritingTest:
 
     @classmethod
     def of(cls, plan: Plan, model: TrainableModel, test: Dataset) -> Self | None:
-        """Return the test that a plan asks for: records drawn from its seed; None where it asks for none.
+        """Return the test of generated texts that a plan asks for; None if it asks for none.
+
+        Args:
+            plan: Its seed draws the records.
+            model: Of the plan.
+            test: The common test set.
 
         Raises:
-            DataError: Where the libraries of the figures are not installed.
+            DataError: If the libraries for the metrics are not installed.
         """
         if plan.generate is None:
             return None

@@ -18,7 +18,7 @@ from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_model
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy

@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 from cotune.errors import RunError, reason_of
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.events import Events
 from cotune.server.runs.history_file import HistoryFile, HistoryMark

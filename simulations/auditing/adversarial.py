@@ -28,7 +28,7 @@ from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features.head import feature_head
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig
 from cotune.privacy.mechanisms.grid_noise import MAX_NOISE, grid_step
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts

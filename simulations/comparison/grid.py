@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from cotune.client.budget import planned_charges
+from cotune.client.noise_calibration import planned_charges
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.observers import Observer
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.comparison_statistics import Measured, Settings, Variation

@@ -17,7 +17,7 @@ from typing import Any
 
 from cotune.errors import RunError
 from cotune.plan.load import dump_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.reporting.measures import get_measures
 from cotune.reporting.model_card import CARD, model_card
 from cotune.reporting.pages import page_environment

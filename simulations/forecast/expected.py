@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_charges
+from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier, planned_charges
 from cotune.client.policy_check import find_violations
 from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import has_labels
@@ -19,7 +19,7 @@ from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy

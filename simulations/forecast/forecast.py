@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotune.client.budget import planned_charges, planned_steps
+from cotune.client.noise_calibration import planned_charges, planned_steps
 from cotune.plan.parameters import get_plan_model, statistic_shapes
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claim import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy

@@ -17,7 +17,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
@@ -54,7 +54,7 @@ def exhaust(ledger: Ledger, steps: Steps) -> None:
     """Spend what can be spent: in large rounds, and what these leave in such as are given."""
     numbers = iter(range(1, 200))
     for each in (several(steps), steps):
-        with suppress(Declined):
+        with suppress(PolicyError):
             for number in numbers:
                 ledger.reserve("second", number, each, limits=[LIMIT])
             raise AssertionError("nothing stopped the run")
@@ -93,7 +93,7 @@ def test_whatever_is_asked_next_the_filter_holds(
     for number, (plan, answer) in enumerate(answers, start=1):
         try:
             ledger.reserve(f"plan {plan}", number, several(chosen_after(answer)), limits=[LIMIT])
-        except Declined:
+        except PolicyError:
             continue
     if len({c.plan_id for c in ledger.charges()}) > 1:
         assert by_the_filter(ledger.spent()) <= LIMIT.epsilon

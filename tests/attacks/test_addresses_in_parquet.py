@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cotune.data.config import DataConfig
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import DataError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})

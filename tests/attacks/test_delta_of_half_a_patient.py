@@ -11,7 +11,7 @@ import pytest
 
 from cotune.client.policy_check import find_violations
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.claim import SMALL_DELTA, compute_figures
 from cotune.privacy.config import RecordPrivacy

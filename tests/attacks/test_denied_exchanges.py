@@ -25,7 +25,7 @@ from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.signatures import (
     RECEIPT,

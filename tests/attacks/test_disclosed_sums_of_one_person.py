@@ -15,7 +15,7 @@ from cotune.client.training.disclosures import count_correct, total_loss
 from cotune.client.training.setup import build_setup
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 

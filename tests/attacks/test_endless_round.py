@@ -15,8 +15,8 @@ import pytest
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.errors import Declined as DeclinedByRule
-from cotune.plan.rounds_config import RoundsConfig
+from cotune.errors import PolicyError
+from cotune.plan.server_config import RoundsConfig
 from cotune.server.outcomes import Accepted, Declined, Outcome
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
@@ -25,7 +25,7 @@ from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import REVOKED, Node
 
 DAY = 24 * 3600.0
-NOT_APPROVED = DeclinedByRule("training.approval", "x").public
+NOT_APPROVED = PolicyError("training.approval", "x").public
 Answer = Callable[[int], tuple[float, str]]  # which request it is -> seconds until it is answered, and the refusal; "": an update
 
 

@@ -25,7 +25,7 @@ from cotune.errors import PlanError
 from cotune.models.trainable import State, get_model
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from tests.support.failures import fails_with
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cotune.server.proxy.allowed_calls import Limits, Refusal
 from cotune.server.proxy.connection_slots import Slot
 from cotune.server.proxy.member_quotas import Quotas
-from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import new_key, public, signed
 

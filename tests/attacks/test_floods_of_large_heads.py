@@ -13,12 +13,12 @@ import h11
 import pytest
 
 from cotune.server.deployment.federation import FederationFolder
-from cotune.server.deployment.refusals import RefusalLog
+from cotune.server.deployment.front_refusals import RefusalLog
 from cotune.server.deployment.status import look
 from cotune.server.proxy.allowed_calls import Limits, Refusal
 from cotune.server.proxy.connection_slots import Slot
 from cotune.server.proxy.member_quotas import Quotas
-from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import new_key, public, signed
 from tests.support.run_folders import NewRun

@@ -23,7 +23,7 @@ from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.errors import RunError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.key_renewal import NodeRenewal, ServerRenewal
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import ReplyStatement

@@ -12,7 +12,7 @@ import pytest
 
 from cotune.plan import update_norm
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.accounting.composition import calibrate
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.privacy.config import RecordPrivacy
 from tests.support.movement import movement
 

@@ -23,7 +23,7 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
 from cotune.errors import DataError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 
 LABELS = ("bad", "good", "so")

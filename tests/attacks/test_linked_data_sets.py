@@ -23,9 +23,9 @@ from cotune.client.site_folder import SiteFile
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
-from cotune.errors import Declined, PrivacyError
+from cotune.errors import PolicyError, PrivacyError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 
@@ -88,7 +88,7 @@ def answer(plan: Plan, site: Site, round: int, state: State) -> tuple[Any, ...]:
     """All that a server sees of a round, but for what the noise hides."""
     try:
         update = train_round(plan, site, round, state)
-    except Declined as declined:
+    except PolicyError as declined:
         return ("refused", declined.public)
     except PrivacyError:
         return ("refused", GENERIC_REFUSAL)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup

@@ -16,7 +16,7 @@ from cotune.client.training.gradient_checks import check_stages
 from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from tests.support.architectures import REFUSED, folder_of
 from tests.support.datasets import sentences, write_csv
 from tests.support.matrix import crossed

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cotune.client.budget import get_budget, noise_multiplier, planned_disclosures, planned_steps
-from cotune.plan.schema import Plan
+from cotune.client.noise_calibration import get_budget, noise_multiplier, planned_disclosures, planned_steps
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, deltas
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.geometric import geometric_epsilon

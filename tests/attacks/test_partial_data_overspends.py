@@ -16,9 +16,9 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.data.config import DataConfig
 from cotune.data.dataset import write_manifest
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import Limit
@@ -42,7 +42,7 @@ def exhaust(ledger: Ledger, plan_id: str, data: str, limit: Limit, collection: s
     for number in range(1, 100):
         try:
             ledger.reserve(plan_id, number, ROUND, data=data, collection=collection, limits=[limit])
-        except Declined:
+        except PolicyError:
             return number - 1
     raise AssertionError("nothing stopped the run")
 
@@ -92,9 +92,9 @@ def test_a_part_at_a_real_site_is_declined(tmp_path: Path) -> None:
     first.reserve(1, Steps(first.plan_noise(1), 0.2, 8))
     spent = first.ledger.spent()
     second = account(range(40), 2)
-    with pytest.raises(Declined, match=RULE):
+    with pytest.raises(PolicyError, match=RULE):
         second.plan_noise(1)
-    with pytest.raises(Declined, match=RULE):
+    with pytest.raises(PolicyError, match=RULE):
         second.reserve(1, spent[0])
     assert first.ledger.spent() == spent
 

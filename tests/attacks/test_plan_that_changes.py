@@ -18,9 +18,9 @@ from cotune.client.approvals import Approvals
 from cotune.client.node.request_limits import read_plan
 from cotune.client.site import Site
 from cotune.data.class_names import class_name
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
 
@@ -37,7 +37,7 @@ def test_it_waits_beside_the_others_and_can_be_looked_at(make_plan: Callable[...
     honest = make_plan()
     plans = [honest, asked(honest, "b", STRANGE[0]), asked(honest, "b", STRANGE[1])]
     for plan in plans:
-        with pytest.raises(Declined):
+        with pytest.raises(PolicyError):
             approvals.check(plan, Policy())
     assert sorted(plan.plan_id for plan in approvals.pending()) == sorted(plan.plan_id for plan in plans)
 

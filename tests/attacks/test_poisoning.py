@@ -19,7 +19,7 @@ from cotune.data.metrics.metrics import ClassMetrics, Metrics
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
-from cotune.server.deployment.plan_checks import with_robust_default
+from cotune.server.deployment.plan_for_members import with_robust_default
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import RunFolder
 from cotune.strategies.config import StrategyConfig

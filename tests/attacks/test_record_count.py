@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+import cotune.client.training.charged_steps
 import cotune.client.training.round as training
-import cotune.client.training.steps
 from cotune.client.site import Site
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.trainable import get_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
 from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
 from cotune.simulations.prepare import prepare
@@ -73,7 +73,7 @@ def mechanism(monkeypatch: pytest.MonkeyPatch) -> list[DPSGDConfig]:
         seen.append(config)
         return DPSGD(config)
 
-    monkeypatch.setattr(cotune.client.training.steps, "DPSGD", watched)
+    monkeypatch.setattr(cotune.client.training.charged_steps, "DPSGD", watched)
     return seen
 
 
@@ -146,7 +146,7 @@ def test_refusals_follow_from_the_public_number(plan_of: Callable[..., Plan], re
             try:
                 training.train_round(plan, site, 1, clinic.state_of(plan))
                 answers.append("trained")
-            except Declined as declined:
+            except PolicyError as declined:
                 answers.append(str(declined))
         assert answers[0] == answers[1]
 

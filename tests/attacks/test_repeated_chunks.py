@@ -21,7 +21,7 @@ from cotune.client.node import worker as resident
 from cotune.client.site import Site
 from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge, count_inflated_bytes, download
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.server.app import train_rounds

@@ -15,13 +15,13 @@ import pytest
 import torch
 from dp_accounting.pld import privacy_loss_distribution
 
-from cotune.client.budget import get_budget, noise_multiplier
+from cotune.client.noise_calibration import get_budget, noise_multiplier
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import DisclosureRules, Policy

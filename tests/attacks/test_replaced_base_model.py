@@ -20,7 +20,7 @@ from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, state_shapes
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import parse_refusal
 from tests.support.signing import sign_request

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from flwr.app import MessageType
 
-from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.server_config import RoundsConfig
 from cotune.server.outcomes import Accepted
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection

@@ -21,7 +21,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import FINISHED, parse_refusal

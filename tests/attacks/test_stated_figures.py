@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.cli.progress import _round_line, remote_line
-from cotune.privacy.accounting.rounding import round_up, round_up_number
+from cotune.privacy.accounting.display_rounding import round_up, round_up_number
 from cotune.reporting.formatting import duration, percent, scientific, signed, size
 from cotune.reporting.run_report import render_report
 from cotune.server.app import train_rounds

@@ -22,7 +22,7 @@ from cotune.models.base.load import load_model
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 LABELS = ("bad", "good", "so")
 WORD = "newdrug"

@@ -22,7 +22,7 @@ from cotune.client.node.requests import last_declarable_range
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.signatures import RequestStatement
 from tests.support.failures import fails_with

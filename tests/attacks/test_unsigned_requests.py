@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, MessageType, RecordDict
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.signatures import FINISHED, attach, detach
 from tests.support.requests import ask, request
 from tests.support.signing import SERVER_KEY, sign_request

@@ -20,7 +20,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, decode_update, encode_requests, payload_bytes, state_digest
 from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, is_signed_by_node, parse_refusal

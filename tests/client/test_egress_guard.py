@@ -18,10 +18,10 @@ from cotune.client.node.request_limits import check_received, expected_shapes
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.errors import Declined, RunError
+from cotune.errors import PolicyError, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, personal_names, shared_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy
@@ -417,7 +417,7 @@ def test_words_that_allowed_disclosures() -> None:
     check_reason(GENERIC_REFUSAL)
     for table, rules in Policy().model_dump().items():
         for rule in rules:
-            said = Declined(f"{table}.{rule}", "60 records").public
+            said = PolicyError(f"{table}.{rule}", "60 records").public
             if f"{table}.{rule}" not in OF_RECORDS:
                 check_reason(said)
                 continue

@@ -20,13 +20,13 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.final_model import store_final_model
 from cotune.client.personalization.evaluation import evaluate_site
 from cotune.client.site import Site
-from cotune.client.training.personal.parts import PERSONAL
+from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.round import train_round
-from cotune.errors import Declined, RunError
+from cotune.errors import PolicyError, RunError
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, shared_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
 from cotune.protocol.signatures import FINISHED, detach, parse_refusal
@@ -110,7 +110,7 @@ def test_a_plan_that_nobody_has_approved_leaves_nothing(make_plan: MakePlan, mak
     plan = make_plan()
     for rules in ({"training.approval": "each"}, {"training.base_models": ["00" * 32]}):
         site = make_site(policy=change_policy(Policy.permissive(), rules))
-        with pytest.raises(Declined, match=next(iter(rules)).replace(".", r"\.")):
+        with pytest.raises(PolicyError, match=next(iter(rules)).replace(".", r"\.")):
             store_final_model(finished(plan, state_for(plan)), plan, site)
         assert not (site.folder / "models").exists()
 

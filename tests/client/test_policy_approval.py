@@ -10,9 +10,9 @@ from cotune.client.approvals import Approvals
 from cotune.client.plan_summary import diff_plans, summarize_plan
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from tests.support.failures import fails_with
 
@@ -54,7 +54,7 @@ def test_an_approval_is_for_one_plan_alone(make_plan: MakePlan, make_site: MakeS
     approvals = Approvals(make_site(policy=EACH))
     approvals.approve(make_plan(), "by hand")
     approvals.check(make_plan(), EACH)
-    with pytest.raises(Declined):
+    with pytest.raises(PolicyError):
         approvals.check(make_plan(rounds=4), EACH)
 
 
@@ -72,7 +72,7 @@ def test_approvals_are_kept_in_order_and_once(make_plan: MakePlan, make_site: Ma
 def test_a_server_cannot_fill_the_disk_with_plans(make_plan: MakePlan, make_site: MakeSite) -> None:
     approvals = Approvals(make_site(policy=EACH))
     for seed in range(25):
-        with pytest.raises(Declined):
+        with pytest.raises(PolicyError):
             approvals.check(make_plan(seed=seed), EACH)
     assert len(approvals.pending()) == 20
 
@@ -83,7 +83,7 @@ def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make
         approvals.find()
     plans = [make_plan(seed=seed) for seed in range(2)]
     for plan in plans:
-        with pytest.raises(Declined):
+        with pytest.raises(PolicyError):
             approvals.check(plan, EACH)
     assert approvals.find(plans[0].plan_id[:12]) == plans[0]
     with fails_with("run.no_such_plan", plans[1].plan_id[:12]):
@@ -98,7 +98,7 @@ def test_plans_are_found_by_the_beginning_of_their_ids(make_plan: MakePlan, make
 def test_plan_changed_on_disk_is_refused(make_plan: MakePlan, make_site: MakeSite) -> None:
     site = make_site(policy=EACH)
     plan = make_plan()
-    with pytest.raises(Declined):
+    with pytest.raises(PolicyError):
         Approvals(site).check(plan, EACH)
     [file] = (site.folder / "plans").iterdir()
     file.write_text(make_plan(rounds=9).canonical())

@@ -9,12 +9,12 @@ import pytest
 
 from cotune.client.policy_check import check_consent
 from cotune.client.site import Site
-from cotune.client.training import preparation, steps
+from cotune.client.training import charged_steps, preparation
 from cotune.client.training.round import train_round
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.base.lookup import find_base
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, dump_policy
 from tests.support.failures import fails_with
 
@@ -64,9 +64,9 @@ def test_every_rule_declines_and_nothing_is_spent(
     def untouched(*_: Any, **__: Any) -> Any:
         raise AssertionError("a declined plan trains nothing")
 
-    monkeypatch.setattr(steps, "DPSGD", untouched)
+    monkeypatch.setattr(charged_steps, "DPSGD", untouched)
     monkeypatch.setattr(preparation, "build_setup", untouched)
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(PolicyError) as declined:
         train_round(plan, site, 1, state)
     assert declined.value.rule == rule
     assert declined.value.public == f"declined: its rule {rule} does not allow this plan"
@@ -97,14 +97,14 @@ def test_rules_about_the_number_of_records_answer_last(make_plan: MakePlan) -> N
     plan = make_plan(privacy=PRIVATE)
     for rules in ({"max_rounds": 2}, {"fusions": ()}, {"train_modes": ()}):
         broken = policy(training={"min_examples": 100, "min_batch": 100, **rules})
-        with pytest.raises(Declined) as declined:
+        with pytest.raises(PolicyError) as declined:
             check_consent(plan, broken, 60)
         assert declined.value.rule == f"training.{next(iter(rules))}"
 
 
 def test_missing_declared_number_is_asked_for_first(make_plan: MakePlan) -> None:
     broken = policy(training={"min_examples": 100}, disclosures={"example_count": "declared"})
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(PolicyError) as declined:
         check_consent(make_plan(privacy=PRIVATE), broken, 60)
     assert declined.value.rule == "disclosures.declared_examples"
 
@@ -117,7 +117,7 @@ def test_a_strict_policy_wants_delta_below_a_tenth_over_n(make_plan: MakePlan, d
     if allowed:
         check_consent(plan, rules, 60)
         return
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(PolicyError) as declined:
         check_consent(plan, rules, 60)
     assert declined.value.rule == "budget.delta_times_records"
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cotune.client.budget import get_budget, noise_multiplier
+from cotune.client.noise_calibration import get_budget, noise_multiplier
 from cotune.client.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
 from cotune.data.dataset import DatasetManifest, FileSlice
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, change_policy
 from tests.support.failures import fails_with

@@ -25,11 +25,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.data import record_files
+from cotune.data import record_reading
 from cotune.data.class_names import class_name, find_missing_markers, group_similar_spellings
 from cotune.data.config import DataConfig
 from cotune.data.readers.csv_dialect import SEPARATORS
-from cotune.data.record_files import organization_files, read_records
+from cotune.data.record_reading import organization_files, read_records
 from cotune.data.records import Records, check_labels
 from cotune.errors import DataError
 from tests.support.failures import fails_with
@@ -340,7 +340,7 @@ def test_a_column_has_the_same_classes_in_every_format(tmp_path: Path) -> None:
         assert len(read_labels) == 1, read_labels
         for suffix in ("csv", "parquet", "jsonl"):
             (tmp_path / f"a.{suffix}").unlink()
-            record_files._parse.cache_clear()
+            record_reading._parse.cache_clear()
 
 
 def test_words_for_missing_labels_are_pointed_out() -> None:
@@ -758,7 +758,7 @@ def refuse(event, args):
         raise SystemExit(event)
 sys.addaudithook(refuse)
 from cotune.data.config import DataConfig
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 for path in sys.argv[1:]:
     print(len(read_records(DataConfig(source=path))), flush=True)
 os._exit(0)  # Arrow's threads sometimes abort an interpreter that ends in the regular way on a loaded machine
@@ -769,7 +769,7 @@ THREADS = """
 import os, sys
 import datasets, pyarrow.parquet
 from cotune.data.config import DataConfig
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 before = len(os.listdir("/proc/self/task"))
 print(len(read_records(DataConfig(source=sys.argv[1]))), len(os.listdir("/proc/self/task")) - before)
 """

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cotune.data.config import DataConfig, TaskName
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.types import normalize_text
 from cotune.privacy.config import RecordPrivacy

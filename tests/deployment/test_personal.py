@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cotune.client.personalization.evaluation import evaluate_site
 from cotune.client.site import Site
-from cotune.client.training.personal.parts import PERSONAL
+from cotune.client.training.personal.parameters import PERSONAL
 from cotune.models.evaluation.predictor import load_finished
 from cotune.plan.load import load_plan
 from tests.support.deployment import bring_back, deployment

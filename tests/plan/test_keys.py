@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
+from cotune.plan.plan import Plan
 from cotune.plan.reference import explain_key, list_keys
-from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names, preset_text
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from tests.support.failures import fails_with
 

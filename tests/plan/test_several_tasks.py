@@ -8,7 +8,7 @@ import pytest
 
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 TASKS = [{"name": "mood", "labels": ["bad", "good"], "weight": 0.5}, {"name": "topic", "labels": [str(i) for i in range(8)]}]
 

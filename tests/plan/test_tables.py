@@ -14,7 +14,7 @@ from cotune.privacy.policy import Policy, change_policy, check_rules
 
 OWN = ['data.source="x"', 'model.base="m"']
 CONFIGURATION = (
-    *("cotune.plan.load", "cotune.plan.reference", "cotune.plan.schema"),
+    *("cotune.plan.load", "cotune.plan.reference", "cotune.plan.plan"),
     *("cotune.plan.tables", "cotune.models.config", "cotune.privacy.config", "cotune.privacy.policy"),
     *("cotune.strategies", "cotune.strategies.catalog", "cotune.strategies.compatibility", "cotune.strategies.config"),
 )

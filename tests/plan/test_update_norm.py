@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.update_norm import bound_norm_by_gradients, bound_update_norm
 from cotune.plan.wire import Codec, compute_growth
 

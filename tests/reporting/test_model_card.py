@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.reporting.model_card import model_card, promised
 
 

@@ -12,7 +12,7 @@ from cotune.data.dataset import DatasetManifest
 from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, get_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import run_baselines

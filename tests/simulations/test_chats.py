@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.skipped_records import count_cut_texts
 from cotune.errors import ModelError, PlanError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
 from tests.support.chats import TEMPLATES, chats, said, write_chat_model, write_chats

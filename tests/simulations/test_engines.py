@@ -15,7 +15,7 @@ from flwr.serverapp import ServerApp
 
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.plan.load import dump_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.simulations.engines import ENGINES, check_engine
 from cotune.simulations.run import resume, simulate
 from tests.support.failures import fails_with

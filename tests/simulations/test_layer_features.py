@@ -9,7 +9,7 @@ import pytest
 
 from cotune.client.plan_summary import summarize_plan
 from cotune.data.config import DataConfig
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import PlanError
 from cotune.models.evaluation.predictor import evaluate_classifier, open_predictor
 from cotune.plan.load import load_plan

@@ -14,7 +14,7 @@ from cotune.data.dataset import DatasetManifest
 from cotune.data.skipped_records import ELSEWHERE
 from cotune.errors import DataError, ModelError, PlanError, PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.simulations.prepare import make_run, prepare
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with

@@ -13,11 +13,11 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from cotune.client.site import Site
 from cotune.client.training import gradient_checks, setup
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.run import Run, simulate
 from tests.support.console import Cotune as CommandLine

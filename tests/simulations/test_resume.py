@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cotune.errors import CotuneError
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run

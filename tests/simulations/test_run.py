@@ -19,12 +19,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.config import DataConfig
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import RunError
 from cotune.plan.load import load_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps
-from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.run_folder import pick_run_folder

@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from cotune.client.site import Site
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.simulations.run import Run, simulate
 from tests.support.console import Cotune as CommandLine
 from tests.support.console import _logging_as_it_was, folder

@@ -17,8 +17,8 @@ from cotune.data.config import DataConfig
 from cotune.ensembles.predictor import open_model, require_classifiers
 from cotune.errors import ModelError, PlanError
 from cotune.plan.load import parse_plan
+from cotune.plan.plan import Plan
 from cotune.plan.required_classes import require_classes
-from cotune.plan.schema import Plan
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.verdict import conclude_verdict
 from cotune.simulations.run import Run, simulate

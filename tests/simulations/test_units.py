@@ -15,7 +15,7 @@ from cotune.client.site import Site
 from cotune.data.config import TaskName
 from cotune.data.dataset import DatasetManifest
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
 from cotune.simulations.auditing.audit import AuditResult, audit

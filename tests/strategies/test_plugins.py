@@ -12,7 +12,7 @@ import pytest
 
 from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.strategies import plugins
 from cotune.strategies.aggregator import build_aggregator, build_client_term
 from cotune.strategies.flower import FlowerFusion

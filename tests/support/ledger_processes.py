@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
@@ -36,6 +36,6 @@ def reserve_to_the_limit(path: Path, start: Barrier, plan: str, steps: Steps, li
     while True:
         try:
             ledger.reserve(plan, number, steps, limits=[limit])
-        except Declined:
+        except PolicyError:
             return
         number += 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from tests.support.datasets import sentences
 
 LABELS = ("mood/bad", "mood/good", "mood/so", "length/long", "length/short")

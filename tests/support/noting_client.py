@@ -26,7 +26,7 @@ def run_client(site: Path, state: Path, notes: Path, plan: Path, seed: int, roun
     from safetensors.torch import load_file
 
     from cotune.client.site import Site
-    from cotune.client.training import steps as training
+    from cotune.client.training import charged_steps as training
     from cotune.client.training.round import train_round
     from cotune.errors import PrivacyError
     from cotune.plan.load import parse_plan

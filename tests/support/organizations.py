@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.trainable import TrainableModel, get_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest
 from cotune.protocol.signatures import detach
 from cotune.strategies.types import Update

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from cotune.plan.load import dump_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
 
 _PRELOADED = (

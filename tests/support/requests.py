@@ -8,7 +8,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from cotune.client.app import app
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import Recipient, encode_requests
 
 

@@ -40,7 +40,10 @@ def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(autouse=True)
 def _import_paths_stay() -> Iterator[None]:
-    """A folder that a test leaves on `sys.path` would hide modules from later tests and their processes."""
+    """A folder that a test leaves on `sys.path` would hide modules from later tests and their processes.
+
+    It is looked at when `monkeypatch` has undone what it did: fixtures of every test that use it begin after this one.
+    """
     before = list(sys.path)
     yield
     added = [path for path in sys.path if path not in before]
@@ -62,6 +65,6 @@ def verdicts() -> VerdictsByContent:
 
 
 @pytest.fixture(autouse=True)
-def _equal_models_are_tried_once(verdicts: VerdictsByContent, monkeypatch: pytest.MonkeyPatch) -> None:
+def _equal_models_are_tried_once(_import_paths_stay: None, verdicts: VerdictsByContent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether records mix is tried for a second with every model that is loaded, and most tests load the same tiny ones."""
     monkeypatch.setattr(independence, "_mixing", verdicts)

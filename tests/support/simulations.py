@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.runs.events import read_events
 from tests.support.datasets import sentences, write_csv
 

@@ -11,7 +11,7 @@ import pytest
 
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy
 from tests.support import clinic
 from tests.support.signing import trusting

@@ -22,7 +22,7 @@ from flwr.app import ArrayRecord, RecordDict
 from safetensors.numpy import save
 
 from cotune.errors import RunError
-from cotune.plan.rounds_config import RoundsConfig
+from cotune.plan.server_config import RoundsConfig
 from cotune.protocol.update_file import read_update, update_bytes
 from cotune.server.rounds.updates.update_validation import UpdateSpec
 from cotune.server.runs.run_folder import RunFolder

@@ -14,8 +14,8 @@ from torch import Tensor
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.models.adapters.adapter import Adapter
 from cotune.plan.parameters import heads_of
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES, PublicConfig
-from cotune.plan.schema import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.plan.wire import Codec
 from cotune.printable import printable

@@ -23,7 +23,7 @@ from cotune.client.site_setup import get_key_fingerprint
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, read_policy
 from cotune.protocol.federation_file import Invitation
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement

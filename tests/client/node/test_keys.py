@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from cotune.client.node.connection import Connector
+from cotune.client.node.connector import Connector
 from cotune.client.node.keys import activate_next_key, read_next_key, read_public_keys, renew_key
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site

@@ -11,7 +11,7 @@ from flwr.app import RecordDict
 from cotune.client.audit_log import AuditLog
 from cotune.client.node.requests import SignedRequest, check_limits, verify_request
 from cotune.client.site import Site
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.signatures import FINISHED, TRAIN
 from tests.support.signing import sign_request
@@ -40,7 +40,7 @@ def test_too_small_a_cohort_is_declined(make_site: Callable[..., Site], least: i
     check_limits(asked(site, FINISHED), policy, begun(site))
     if not declines:
         return check_limits(asked(site), policy, begun(site))
-    with pytest.raises(Declined) as error:
+    with pytest.raises(PolicyError) as error:
         check_limits(asked(site), policy, begun(site))
     assert error.value.rule == "training.min_cohort"
 
@@ -54,7 +54,7 @@ def test_a_day_has_so_many_rounds(make_site: Callable[..., Site]) -> None:
     log = begun(site, 2)
     check_limits(asked(site, round=2), policy, log, now)
     for other in (asked(site, round=3), asked(site, round=2, run=32 * "2")):
-        with pytest.raises(Declined) as error:
+        with pytest.raises(PolicyError) as error:
             check_limits(other, policy, log, now)
         assert error.value.rule == "training.max_rounds_per_day"
     check_limits(asked(site, round=3), policy, log, now + timedelta(days=1))

@@ -17,7 +17,7 @@ from cotune.client.node.worker import TrainerDied, TrainerProcess
 from cotune.client.site import Site
 from cotune.flower.chunks import ChunkedMessage
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import Recipient, decode_update, encode_requests
 from cotune.protocol.signatures import detach
 from tests.support.signing import sign_request

@@ -19,14 +19,14 @@ from cotune.client.personalization.evaluation import COLUMNS, adapt_site, evalua
 from cotune.client.site import Site
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset, write_manifest
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.errors import DataError, ModelError, RunError
 from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.features.head_fit import head_scores
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import Request
 from tests.support.datasets import TAGS, tagged, write_csv, write_tagged
 

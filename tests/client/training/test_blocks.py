@@ -21,7 +21,7 @@ from cotune.models.blocks import block_of
 from cotune.models.trainable import State
 from cotune.plan.local_training import LocalTraining
 from cotune.plan.parameters import get_plan_model, stage_names, trained_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 

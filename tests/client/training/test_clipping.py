@@ -23,7 +23,7 @@ from cotune.client.training.gradient_checks import check_gradients, check_stages
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.tasks import classes
 from cotune.data.tasks.classes import logits
 from cotune.errors import PlanError
@@ -31,7 +31,7 @@ from cotune.models.base.load import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import COLORS, TAGS, write_csv, write_images

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.budget import planned_disclosures
+from cotune.client.noise_calibration import planned_disclosures
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import disclosures
@@ -22,7 +22,7 @@ from cotune.data.tasks.text import collator
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
 from tests.support.failures import fails_with

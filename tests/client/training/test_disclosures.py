@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.client.budget import planned_disclosures
+from cotune.client.noise_calibration import planned_disclosures
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
 from tests.support.failures import fails_with
@@ -59,7 +59,7 @@ def test_the_public_number(make_plan: MakePlan, make_site: MakeSite, rules: dict
 def test_a_number_that_is_declared_must_be_given(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE)
     site = make_site(policy=tells(example_count="declared"))
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(PolicyError) as declined:
         train_round(plan, site, 1, state_for(plan))
     assert declined.value.rule == "disclosures.declared_examples"
     assert not site.ledger_file.exists()

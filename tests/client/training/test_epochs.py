@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from cotune.client.budget import planned_steps
+from cotune.client.noise_calibration import planned_steps
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
 

@@ -14,12 +14,12 @@ import torch
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import _on_examples, build_setup
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.per_example import per_example
 
 TEXTS = ["great", "the table is very sad and this", "awful road", "a happy day to the tree", "of", "the " * 12]

@@ -16,7 +16,7 @@ from cotune.client.training.round import train_round
 from cotune.data import dataset
 from cotune.models.encoding import FeatureRows, find_features
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]

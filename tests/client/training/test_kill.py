@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from cotune.client.site import Site
 from cotune.plan.load import dump_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from tests.support.noting_client import run_client
 from tests.support.processes import forked

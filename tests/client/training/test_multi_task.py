@@ -19,11 +19,11 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.multi_task import keep_tasks
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.tasks.classes import IGNORED
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model, shared_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.per_example import per_example, unit_gradients

@@ -14,7 +14,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import get_plan_model, trained_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.policy import Policy
 from tests.support.failures import fails_with

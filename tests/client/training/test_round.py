@@ -13,23 +13,23 @@ from dp_accounting.rdp import RdpAccountant
 from torch import Tensor
 from torch.nn import functional
 
-from cotune.client.budget import check_examples, get_budget, noise_multiplier, planned_steps
+from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier, planned_steps
 from cotune.client.run_account import Account
 from cotune.client.site import Site
+from cotune.client.training import charged_steps as training
 from cotune.client.training import context
-from cotune.client.training import steps as training
 from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
 from cotune.data.tasks import classes
 from cotune.data.tasks.classes import example_losses, logits
 from cotune.data.tasks.text import collator
-from cotune.errors import CotuneError, DataError, Declined, PrivacyError
+from cotune.errors import CotuneError, DataError, PolicyError, PrivacyError
 from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.local_training import LocalTraining
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
@@ -443,7 +443,7 @@ def test_what_another_plan_spent_counts_against_the_total(make_plan: MakePlan, m
     run(first, site, state_for(first), range(1, 2))
     plan = make_plan(privacy={**PRIVATE, "epsilon": 2.5}, rounds=4)
     left = 4.0 - filter_epsilon(site.ledger().spent())
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(PolicyError) as declined:
         train_round(plan, site, 1, state_for(plan))
     assert declined.value.rule == "budget.epsilon_total"
     assert f"the plan asks for ε = 2.5 in 4 rounds, and {left:.2f} of the total 4 are left" in str(declined.value)

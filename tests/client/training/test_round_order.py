@@ -11,8 +11,8 @@ import torch
 
 from cotune.client.run_account import Account
 from cotune.client.site import Site
+from cotune.client.training import charged_steps, preparation
 from cotune.client.training import context as context_module
-from cotune.client.training import preparation, steps
 from cotune.client.training import round as training
 from cotune.client.training.context import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
 from cotune.client.training.round import train_round
@@ -20,7 +20,7 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.errors import CotuneError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy
 
@@ -33,7 +33,7 @@ GROUPS = {
     "BEFORE_RECORDS": training,
     "BY_PUBLIC_NUMBER": training,
     "BEFORE_TRAINING": training,
-    "BEFORE_CHARGE": steps,
+    "BEFORE_CHARGE": charged_steps,
 }  # and where they run
 CHECKS = {check.__name__: check for check in (*BEFORE_RECORDS, *BY_PUBLIC_NUMBER, *BEFORE_TRAINING, *BEFORE_CHARGE)}
 

@@ -13,7 +13,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import RunError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.plan.wire import Codec
 from cotune.protocol.codecs import pack, round_to, rounding_generator
 from cotune.protocol.messages import received_digest

@@ -10,7 +10,7 @@ from cotune.client.training.sanity_checks import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 from tests.support.failures import fails_with
 

@@ -18,7 +18,7 @@ from cotune.errors import PlanError
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import get_plan_model, gram_layers, statistic_shapes, trained_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.messages import decode_update, encode_update
 from cotune.strategies.types import Update, apply_delta
 from tests.support.failures import fails_with

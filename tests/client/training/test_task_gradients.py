@@ -17,7 +17,7 @@ from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model, stage_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.per_example import per_example
 from tests.support.paired_models import PAIRED, paired_model, pairs_table
 from tests.support.simulations import merged

@@ -16,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from cotune.client.budget import planned_steps
+from cotune.client.noise_calibration import planned_steps
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.client.training.teachers import deal, release
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import CotuneError
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
-from cotune.plan.schema import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon_rdp
 from cotune.privacy.config import PateConfig
 from tests.support.datasets import sentences, write_csv

@@ -12,9 +12,9 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig
 from cotune.data.dataset import write_manifest
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.models.trainable import State
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, TrainingRules, dump_policy
 from tests.support.failures import fails_with
 from tests.support.sites import EXAMPLES
@@ -62,7 +62,7 @@ def test_a_policy_says_whom_a_plan_may_promise_to(
 ) -> None:
     plan = make_plan(privacy=privacy)
     allow(site, *allowed)
-    with pytest.raises(Declined) as declined:
+    with pytest.raises(PolicyError) as declined:
         train_round(plan, site, 1, state_for(plan))
     assert declined.value.rule == "training.units"
     assert site.ledger().charges() == []

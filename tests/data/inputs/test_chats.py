@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cotune.data.config import DataConfig
 from cotune.data.inputs.chats import read_asked, read_chat
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage, content_bytes, record_identity
 from cotune.data.unlabeled import read_typed, read_unlabeled
 from tests.support.chats import said

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from cotune.data.config import DataConfig
 from cotune.data.metrics.metrics import compute_text_metrics
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.tasks import token_losses
 from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.tasks.classes import IGNORED

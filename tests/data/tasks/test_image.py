@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cotune.client.training.gradient_checks import check_stages
 from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
-from cotune.data.record_files import organization_files, read_records
+from cotune.data.record_reading import organization_files, read_records
 from cotune.data.records import Records
 from cotune.data.tasks.classes import logits
 from cotune.data.tasks.task import get_task

@@ -16,7 +16,7 @@ from torch.nn import functional
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
 from cotune.data.metrics.metrics import compute_label_set_metrics
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.multi_label import MultiLabelClassification

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from cotune.data.config import DataConfig
 from cotune.data.metrics.answer_metrics import compute_answer_metrics, judge_answer
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.question import QuestionAnswering

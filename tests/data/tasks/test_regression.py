@@ -17,7 +17,7 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 from cotune.data.config import DataConfig
 from cotune.data.metrics.metrics import compute_number_metrics
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.regression import Regression
 from cotune.data.tasks.task import get_task

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from cotune.data.config import DataConfig
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.classes import example_losses, logits
 from cotune.data.tasks.task import get_task

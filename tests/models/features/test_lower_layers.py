@@ -11,7 +11,7 @@ import torch
 from cotune.client.training.gradient_checks import check_gradients
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
-from cotune.data.record_files import read_records
+from cotune.data.record_reading import read_records
 from cotune.models.evaluation.test_set import evaluate, predict
 from cotune.models.features import kept_states
 from cotune.models.features.kept_states import StateReader
@@ -19,7 +19,7 @@ from cotune.models.features.lower_layers import STATES, find_lower_layers
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import load_plan
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.per_example import per_example
 from tests.support.language_models import write_dialogs
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotune.errors import Declined, PrivacyError
+from cotune.errors import PolicyError, PrivacyError
 from cotune.privacy.accounting import filters
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import epsilon_over_runs
@@ -281,7 +281,7 @@ def test_a_limit_is_checked_before_anything_is_charged(ledger: Ledger) -> None:
     assert declined.value.rule == "budget.epsilon_total"
     assert declined.value.public == "declined: its rule budget.epsilon_total does not allow this plan"
     assert len(ledger.spent()) == 2
-    with pytest.raises(Declined):
+    with pytest.raises(PolicyError):
         ledger.reserve("plan", 3, ROUND, data=ledger.register_data_set(records(3)), limits=[limit])  # other data count, too
     ledger.reserve(
         "other", 1, ROUND, data=data, limits=[Limit("run", limit.epsilon, delta, "other")]
@@ -313,7 +313,7 @@ def test_no_record_spends_more_than_the_limit(
         try:
             limit = Limit("budget.epsilon_total", 8.0, delta)
             ledger.reserve("plan", number, steps, data=ledger.register_data_set(records(*members)), limits=[limit])
-        except Declined:
+        except PolicyError:
             continue
         for record in members:
             promised[record] = min(promised.get(record, 1.0), delta)

@@ -11,7 +11,7 @@ import pytest
 from cotune.errors import CotuneError, DataError, DeviceError, ModelError, RunError
 from cotune.models.base.lookup import find_base
 from cotune.plan.load import load_plan, parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig, get_public_address, write_config
 from cotune.server.deployment.keys import certificates

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.plan.load import parse_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.protocol.federation_file import Invitation
 from cotune.server.deployment.join_files import list_disclosures, render_join_page
 from cotune.server.deployment.keys.certificates import create_authority

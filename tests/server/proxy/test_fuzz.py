@@ -21,7 +21,7 @@ from cotune.server.proxy.authentication import authenticate
 from cotune.server.proxy.connection import ClientConnection
 from cotune.server.proxy.connection_slots import Slot
 from cotune.server.proxy.member_quotas import Quotas
-from cotune.server.proxy.shared_state import RequestGuard
+from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy_process import FLEET_FORMAT
 from tests.support.calls import announcement, new_key, public, signed
 

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 
 from cotune.errors import RunError
+from cotune.server.deployment.front_refusals import RefusalWatch, read_refusals
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.refusals import RefusalWatch, read_refusals
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.server import TlsProxy
 from cotune.server.proxy_process import FrontConfig, MemberKeys, read_config, setup

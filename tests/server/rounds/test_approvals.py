@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.flower.runtime_client import RunStopped
 from cotune.reporting.run_report import write_report
 from cotune.server.deployment.federation import FederationFolder
@@ -21,7 +21,7 @@ from cotune.server.runs.events import observe_run
 from cotune.server.runs.exclusions import count_strikes
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.time_limits import TimeLimits
+from cotune.server.wait_times import TimeLimits
 from tests.support.failures import fails_with
 from tests.support.organizations import adding
 from tests.support.rounds import assert_moved, dropped, initial, play
@@ -44,7 +44,9 @@ def not_approved(folder: RunFolder, **approves_at: int) -> WildGrid:
     def answered(message: Message) -> Message:
         name = grid._name(message)
         when = approves_at.get(name.replace("-", "_"), 1)
-        return answer(message) if when and grid.pushed[name] >= when else says(Declined("training.approval", "x").public)(message)
+        return (
+            answer(message) if when and grid.pushed[name] >= when else says(PolicyError("training.approval", "x").public)(message)
+        )
 
     grid._answer = answered  # type: ignore[method-assign]
     return grid
@@ -79,7 +81,7 @@ def test_round_with_quorum_begins_without_late_approvals(new_run: NewRun) -> Non
     round_of = grid.groups["org-3"]
     answer = grid._answer
     grid._answer = lambda message: (  # type: ignore[method-assign]
-        says(Declined("training.approval", "x").public)(message)
+        says(PolicyError("training.approval", "x").public)(message)
         if grid._name(message) == "org-3" and round_of[-1] != "3"
         else answer(message)
     )
@@ -180,7 +182,7 @@ def test_another_rule_is_final_in_its_round(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5}))
     grid = wild(folder, EVERYBODY)
     answer = grid._answer
-    words = Declined("training.tasks", "x").public
+    words = PolicyError("training.tasks", "x").public
     grid._answer = lambda message: (  # type: ignore[method-assign]
         says(words)(message) if grid._name(message) == "org-3" else answer(message)
     )
@@ -194,9 +196,9 @@ def test_only_those_words_are_taken_for_a_missing_approval(new_run: NewRun) -> N
     grid = wild(folder, EVERYBODY)
     grid.on_push = lambda name, message: asked.append(message)
     play(folder, grid)
-    assert awaits_approval(says(Declined("training.approval", "whatever").public)(asked[0]))
+    assert awaits_approval(says(PolicyError("training.approval", "whatever").public)(asked[0]))
     assert not awaits_approval(says("declined: its rule training.approval")(asked[0]))
-    assert not awaits_approval(says(Declined("training.units", "").public)(asked[0]))
+    assert not awaits_approval(says(PolicyError("training.units", "").public)(asked[0]))
     assert not awaits_approval(grid._answer(asked[0]))
     assert not awaits_approval(None)
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from cotune.plan.load import load_plan
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.deployment.new_run import create_run
-from cotune.server.deployment.plan_checks import with_robust_default
+from cotune.server.deployment.plan_for_members import with_robust_default
 from cotune.server.runs.events import read_events
 from tests.support.failures import fails_with
 from tests.support.federations import founded

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client.site import Site
-from cotune.client.training import steps as training
+from cotune.client.training import charged_steps as training
 from cotune.client.training.round import train_round
 from cotune.plan.parameters import get_plan_model
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig
 from cotune.simulations.auditing import training as audited_training

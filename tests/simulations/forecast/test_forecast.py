@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.budget import planned_disclosures
+from cotune.client.noise_calibration import planned_disclosures
 from cotune.client.policy_check import check_consent, find_violations
 from cotune.client.site import Site
-from cotune.errors import Declined, PlanError
+from cotune.errors import PlanError, PolicyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.accounting.rounding import round_to_two_digits
+from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.policy import BudgetRules, Policy
 from cotune.simulations.forecast.expected import parse_examples
 from cotune.simulations.forecast.forecast import forecast, forecast_for
@@ -161,7 +161,7 @@ def test_a_new_policy_says_what_a_site_will_say(toy_plan: NewPlan) -> None:
         ),
     )
     check_consent(resolved, own, 1000)
-    with pytest.raises(Declined):
+    with pytest.raises(PolicyError):
         check_consent(resolved, own.model_copy(update={"budget": BudgetRules()}), 1000)
     for bound, o in zip(said.bounds, seen.organizations, strict=True):
         assert bound.organization == o.name

@@ -15,12 +15,12 @@ from cotune.client.egress_guard import EgressBlocked, check_update
 from cotune.client.policy_check import check_plan
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
-from cotune.client.training.personal.own_model import OwnModel, load_trained_model
+from cotune.client.training.personal.prediction_model import OwnModel, load_trained_model
 from cotune.client.training.round import train_round
 from cotune.ensembles.public_inputs import pin_public, to_taught
-from cotune.errors import CotuneError, Declined
+from cotune.errors import CotuneError, PolicyError
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
-from cotune.plan.schema import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, decode_request, encode_requests, encode_update
 from cotune.server.rounds.updates.update_validation import UpdateSpec
@@ -175,7 +175,7 @@ def test_policy_says_what_may_leave(make_plan: MakePlan, plan: Plan, allowed: st
         if asked.collaboration == allowed:
             check_plan(asked, policy)
             continue
-        with pytest.raises(Declined) as caught:
+        with pytest.raises(PolicyError) as caught:
             check_plan(asked, policy)
         assert caught.value.rule == "training.collaborations"
 
@@ -183,7 +183,7 @@ def test_policy_says_what_may_leave(make_plan: MakePlan, plan: Plan, allowed: st
 def test_predictions_of_a_model_without_privacy_are_declined(make_plan: MakePlan, public: Path) -> None:
     """They are a release of the records; the strict policy takes no plan without noise."""
     policy = change_policy(Policy.permissive(), {"training.record_privacy": True})
-    with pytest.raises(Declined) as caught:
+    with pytest.raises(PolicyError) as caught:
         check_plan(plan_with(make_plan, public, privacy="none"), policy)
     assert caught.value.rule == "training.record_privacy"
 

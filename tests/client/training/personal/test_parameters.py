@@ -11,14 +11,14 @@ import torch
 from cotune.client.site import Site
 from cotune.client.training.context import LocalContext
 from cotune.client.training.gradient_checks import check_gradients
-from cotune.client.training.personal.parts import PERSONAL
+from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.preparation import prepare_round
 from cotune.client.training.round import train_round
 from cotune.client.training.setup import synthetic_setup
 from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, shared_names, trained_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with

@@ -12,10 +12,10 @@ from cotune.server.proxy.allowed_calls import Limits, Refusal, content_length, g
 from cotune.server.proxy.authentication import FindMember, authenticate
 from cotune.server.proxy.connection_slots import Slot, Slots, get_address_group
 from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.in_flight_limits import Traffic
 from cotune.server.proxy.member_quotas import Quotas, Usage
 from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
 from cotune.server.proxy.rate_limited_log import RateLimitedLog
-from cotune.server.proxy.traffic import Traffic
 
 log = logging.getLogger("cotune.front")
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cotune.errors import DataError, Declined, PrivacyError
+from cotune.errors import DataError, PolicyError, PrivacyError
 from cotune.plan.local_training import LocalTraining
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, add_counts, calibrate, epsilon
+from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.accounting.filters import epsilon_filter, epsilon_of_total
-from cotune.privacy.accounting.rounding import round_up
 from cotune.privacy.config import RecordPrivacy, compute_delta
 from cotune.privacy.ledger.charges import History, Limit
 from cotune.privacy.policy import Policy
@@ -257,7 +257,7 @@ def noise_multiplier(
         counted: Whether `spent` includes the draw of the number of records.
 
     Raises:
-        Declined: If the run does not fit into what is left of the total.
+        PolicyError: If the run does not fit into what is left of the total.
         PrivacyError: If the rest of the run's budget is so small that the update would be almost pure noise.
     """
     sigma = calibrate(
@@ -292,10 +292,10 @@ def noise_multiplier(
 
 def _too_much_in_total(
     plan: Plan, budget: Budget, examples: int, sigma: float, total: Total, telling: Sequence[Steps]
-) -> Declined:
+) -> PolicyError:
     """Return the refusal of a run that does not fit: what it needs, what is left, and how many rounds would fit."""
     spent = total.spent()
-    return Declined(
+    return PolicyError(
         "budget.epsilon_total",
         f"the plan asks for ε = {budget.epsilon:g} in {plan.rounds} rounds, and {max(total.epsilon - spent, 0.0):.2f} of the"
         f" total {total.epsilon:g} are left (spent over all runs: {round_up(spent)}, at δ ="

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cotune.client.budget import Total
+from cotune.client.noise_calibration import Total
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.ledger.charges import History
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cotune.errors import PlanError
 from cotune.plan.load import dump_plan, load_plan, parse_plan, preset_names
 from cotune.plan.local_training import LocalTraining
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from tests.support.failures import fails_with
 
 BASE: dict[str, Any] = {"model": {"base": "some/encoder"}, "data": {"source": "records.csv"}}

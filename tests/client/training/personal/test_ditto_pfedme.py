@@ -10,14 +10,14 @@ import torch
 
 from cotune.client.policy_check import find_violations
 from cotune.client.site import Site
-from cotune.client.training import own_copy
-from cotune.client.training.personal.own_copy import open_personal
-from cotune.client.training.personal.parts import PERSONAL
+from cotune.client.training.personal import ditto_pfedme
+from cotune.client.training.personal.ditto_pfedme import open_personal
+from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import PlanError
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, shared_names, trained_names
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with
@@ -110,7 +110,7 @@ def test_a_copy_that_diverges_is_dropped_and_nobody_is_told(make_plan: MakePlan,
     model = get_plan_model(plan, "cpu")
     state = base_state(plan)
     copy = open_personal(plan, site, model, 1, 0)
-    assert isinstance(copy, own_copy.OwnCopy)
+    assert isinstance(copy, ditto_pfedme.OwnCopy)
     model.load(state)
     with copy.in_place(state) as parameters, torch.no_grad():
         next(iter(parameters.values())).fill_(float("nan"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
-from cotune.client.training.personal.parts import PersonalParameters
+from cotune.client.training.personal.parameters import PersonalParameters
 from cotune.data.config import TaskName
 from cotune.data.types import Input
 from cotune.ensembles.public_inputs import PublicPredictions, learning_config, read_inputs, to_shared, to_taught
@@ -20,8 +20,8 @@ from cotune.errors import DataError, RunError
 from cotune.models.export import export_model
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import get_own_model
+from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES, PublicConfig
-from cotune.plan.schema import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.storage.files import atomic_write

@@ -13,12 +13,12 @@ from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.gradient_checks import check_gradients_of_state
 from cotune.client.training.observe import notify
-from cotune.client.training.personal.own_copy import OwnCopy
+from cotune.client.training.personal.ditto_pfedme import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.setup import build_optimizer
-from cotune.errors import Declined
+from cotune.errors import PolicyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
@@ -45,7 +45,7 @@ def train_with_privacy(prepared: PreparedRound) -> TrainedRound:
 
     Raises:
         PrivacyError: The budget does not suffice, or the gradients are wrong.
-        Declined: The policy's hours are over.
+        PolicyError: The policy's hours are over.
     """
     context = prepared.context
     run_checks(BEFORE_CHARGE, context)
@@ -154,7 +154,7 @@ def _train_copy(prepared: PreparedRound, take: Take, *, noise: bool) -> int:
 
 
 def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
-    """Pass reports on until the policy's hours are over: then Declined is raised, and the round counts as reserved."""
+    """Pass reports on until the policy's hours are over: then PolicyError is raised, and the round counts as reserved."""
     began = time.monotonic()
     before = account.hours()
     allowed = account.policy.training.max_hours
@@ -162,7 +162,7 @@ def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[S
         yield report
         hours = before + (time.monotonic() - began) / 3600
         if hours >= allowed and report.step < report.steps:
-            raise Declined("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}")
+            raise PolicyError("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}")
 
 
 def _sampler(prepared: PreparedRound, steps: int, purpose: str) -> PoissonSampler:

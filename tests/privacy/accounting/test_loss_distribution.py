@@ -6,7 +6,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.privacy.accounting.vectorized import discretize_gaussian, find_deltas, self_compose
+from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, self_compose
 
 EPSILONS = [-3.0, -0.1, 0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 8.0, 30.0]
 DELTAS = [1e-10, 1e-8, 1e-5, 1e-3]

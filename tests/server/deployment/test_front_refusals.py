@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.server.deployment.refusals import RefusalLog, RefusalWatch, read_refusals, read_strangers
+from cotune.server.deployment.front_refusals import RefusalLog, RefusalWatch, read_refusals, read_strangers
 from cotune.server.runs.events import Events, observe_run, read_events
 from cotune.storage import json_documents
 from cotune.storage.files import atomic_write

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cotune.errors import RunError
-from cotune.plan.schema import Plan
+from cotune.plan.plan import Plan
 from cotune.server.deployment.members import Member
 from cotune.strategies.compatibility import find_problem
 from cotune.strategies.fusions.robust.robust import FEWEST
