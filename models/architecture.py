@@ -1,21 +1,18 @@
-"""What the program must know of an architecture: its encoder and its head, mean pooling, and layers whose rows are aligned.
+"""Architectures: find encoder and head, add mean pooling, and align the rows of linear layers.
 
-Mean pooling as one more encoder layer, so that the fine-tuned model stays a plain architecture that anybody can load.
+**Mean pooling** is one more encoder layer, so that the fine-tuned model remains a plain architecture that anybody can load.
+Sentence encoders are trained for the mean of their token vectors, but BertForSequenceClassification reads the first token. A
+layer whose queries and keys are zero attends to all tokens evenly: with values s·I and a large s, its residual stream is s
+times the mean, which its LayerNorm scales to unit variance. Its feed-forward part is zero. The result is
+tanh(LayerNorm(mean)/8), from weights only; loading it needs no code of cotune.
 
-Sentence encoders are trained to be read by the mean of their token vectors; BertForSequenceClassification reads the first
-token. A layer whose queries and keys are zero attends to all tokens evenly: with values s·I and a large s, its residual stream
-holds s times the mean, and its LayerNorm brings it to unit variance. Its feed-forward part is zero. The result is
-tanh(LayerNorm(mean)/8): nothing but weights, no code of ours is needed to load it.
-
-Linear layers whose rows are all computed alike, whatever the width.
-
-A kernel for a product with few columns, such as the scores of a head, adds a row up in an order that depends on where the row
-begins in memory. Rows of 33 float32 begin at every remainder of 16 bytes, so that a record's scores depended on its slot, and
-with it on how many records stand before it: in a state of weights of unlike size one record moved others by 1.8e-6 clip norms.
-Rows of a multiple of 64 bytes begin all at the same remainder, whichever instructions a processor has.
-
-A product with one column (a LoRA factor of rank 1) is one of a matrix and a vector, whose kernel takes rows by fours, and those
-that are left over in another way: it gets a second column.
+**Aligned rows** make linear layers compute all rows in the same way, whatever their width. A kernel for a product with few
+columns, such as the scores of a head, adds up a row in an order that depends on the row's address in memory. Rows of 33 float32
+start at every remainder of 16 bytes, so that a record's scores depended on its slot, and thereby on the number of records
+before it: in a state with weights of very unequal size, one record moved others by 1.8e-6 clip norms. Rows of a multiple of 64
+bytes all start at the same remainder, whichever instructions a processor has. A product with one column (a LoRA factor of rank
+1) is a matrix-vector product, whose kernel treats groups of four rows differently from the remaining ones; it gets a second
+column.
 """
 
 from __future__ import annotations
@@ -76,7 +73,7 @@ _SQUASH = 0.125  # the pooler's tanh stays close to linear: LayerNorm'd entries 
 
 
 def wants_mean_pooling(path: Path) -> bool:
-    """Whether the folder says, as sentence-transformers folders do, that token vectors are to be averaged."""
+    """Return whether the folder's configuration asks for averaged token vectors, as those of sentence-transformers do."""
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return False
@@ -85,7 +82,7 @@ def wants_mean_pooling(path: Path) -> bool:
 
 
 def can_pool_mean(config: Any) -> bool:
-    """Whether the architecture has encoder layers that can be written as a mean."""
+    """Return whether the architecture has encoder layers that can compute a mean."""
     return config.model_type in ("bert", "distilbert")
 
 

@@ -1,4 +1,4 @@
-"""The transformer blocks of an encoder by the names of its parameters: which are the last ones, and what follows them.
+"""Find the last transformer blocks of an encoder, and what follows them, by the names of its parameters.
 
 A block is a layer that architectures number: `bert.encoder.layer.5.…`, `transformer.h.11.…`, `vit.encoder.layer.3.…`. With an
 encoder and a decoder, each has blocks of its own.

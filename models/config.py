@@ -1,6 +1,6 @@
-"""The tables of a plan that say which model is trained, and what of it.
+"""The tables of a plan about the model and its trained parameters.
 
-They are data alone, checked by pydantic: no module that this one imports loads PyTorch.
+They are pure data, validated by pydantic: no module that this one imports loads PyTorch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a language model writes after prompts, or in a chat: greedily, so that the same model writes the same text again.
+"""Generate texts after prompts, or in a chat, by greedy decoding, so that the same model always gives the same text.
 
-Prompts of one length share a forward pass, and none is padded: a text does not depend on the prompts beside it.
+Prompts of equal length share a forward pass, and none is padded: a text does not depend on the prompts beside it.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class MultiHead(nn.Module):
         return getattr(self, f"{_HEAD}{task}")
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
+        """Return the scores of all tasks side by side."""
         answer = getattr(self, self.base_model_prefix)(**inputs)
         scores = [self._scores(self.head(task), answer, inputs) for task in self.tasks]
         return SequenceClassifierOutput(logits=cast(Any, torch.cat(scores, dim=-1)))

@@ -1,4 +1,4 @@
-"""What a local observer may watch while a model is made ready, before anything is trained."""
+"""Events for a local observer while a model is prepared, before anything is trained."""
 
 from __future__ import annotations
 

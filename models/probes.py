@@ -37,15 +37,15 @@ def bucket_lengths(model: TrainableModel, lengths: Sequence[int] = LENGTHS) -> t
 
 
 def mixes_records(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]) -> bool:
-    """Whether what `answer` says of a record changes in any bit with its slot or with the records beside it.
+    """Return whether the result of `answer` for a record changes in any bit with its slot or the other records.
 
-    Nor may what is computed change: the same operations on tensors of the same shapes, whatever a batch holds. Then the kernels,
-    and the order in which they add, do not depend on values, and neither does this answer. An operation whose groups are sizes
-    in themselves (of mixtures of experts) counts as mixing: which rows are computed together depends on where all are sent.
+    The operations and shapes must not change either, whatever a batch contains. Then the kernels, and the order in which they
+    add, do not depend on values, and neither does the result of this function. An operation on groups of data-dependent sizes
+    (as in mixtures of experts) counts as mixing: which rows are computed together depends on all records.
 
     Args:
-        answer: What is tried, in the arithmetic that will train.
-        probes: Batches of one shape, and the slots in which each of them holds one and the same record.
+        answer: The computation, in the arithmetic that will train.
+        probes: Batches of the same shape, each with the slots that contain the same record.
     """
     first: tuple[list[Operation], list[Tensor]] | None = None
     for batch, places in probes:

@@ -129,6 +129,7 @@ class Combination:
 
     @property
     def failed(self) -> tuple[Measured, ...]:
+        """The cells that failed."""
         return tuple(cell for cell in self.cells if cell.status == "failed")
 
 
@@ -164,6 +165,7 @@ class Comparison:
 
     @property
     def failed(self) -> tuple[Measured, ...]:
+        """The cells that failed."""
         return tuple(cell for cell in self.cells if cell.status == "failed")
 
 

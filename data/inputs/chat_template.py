@@ -158,7 +158,7 @@ def _error_of(refusal: _Refusal) -> ModelError:
     kind, said = refusal
     if kind == "limit":
         return ModelError(
-            f"the base model's chat template {said} for a chat of two words: expected one that writes messages out; use another"
+            f"the base model's chat template {said} for a made-up chat: expected one that writes messages out; use another"
             " base model, or correct its chat_template.jinja",
             code="model.chat_template_limit",
         )

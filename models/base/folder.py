@@ -1,11 +1,10 @@
-"""The files of a base model's folder: which of them decide what is computed, what they say, and what is wrong with them.
+"""The files of a base model's folder: which of them determine results, reading config.json, and diagnosing damaged files.
 
-Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and anyone who may change that
-line without anybody seeing it can ask who holds the word. A chat template decides likewise what a conversation becomes.
+Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and whoever could change that
+line unnoticed could find out who has the word. A chat template likewise determines how a conversation is encoded.
 
-What is wrong with a model folder's files, looked for where it could not be loaded: libraries name a symptom, and no file.
-
-What a base model's config.json says, read without trust: a JSON object in UTF-8, with the label names where it has some.
+If a folder cannot be loaded, this module finds the damaged file, as libraries name only a symptom. config.json is untrusted: it
+must be a JSON object in UTF-8, and may contain label names.
 """
 
 from __future__ import annotations

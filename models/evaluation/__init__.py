@@ -1,1 +1,1 @@
-"""How good a finished model is on labeled records, and how far the figures can be trusted."""
+"""Evaluate a finished model on labeled records, with confidence intervals."""

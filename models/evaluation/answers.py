@@ -1,4 +1,4 @@
-"""How good a finished model is whose answers are no classes: the figures of its task, with an interval of one."""
+"""Evaluate a finished model that does not predict classes: the metrics of its task, with an interval for one of them."""
 
 from __future__ import annotations
 

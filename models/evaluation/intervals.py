@@ -43,7 +43,7 @@ class Answers:
 
     @property
     def single(self) -> bool:
-        """Whether every answer is of a unit of its own."""
+        """Whether every answer belongs to a different unit."""
         return len(np.unique(self.units)) == len(self.units)
 
     @property
@@ -69,13 +69,13 @@ class Answers:
 
 @dataclass(frozen=True)
 class TextAnswers:
-    """What a model makes of the texts that it is to write.
+    """A language model's losses on target texts.
 
     Attributes:
         losses: (n,) sum of the losses of each record's target tokens, in nats.
-        tokens: (n,) how many these are.
-        right: (n,) how many of them are the most probable ones.
-        units: (n,) the number of the unit that each record belongs to.
+        tokens: (n,) number of each record's target tokens.
+        right: (n,) number of them that the model finds most probable.
+        units: (n,) number of each record's unit.
     """
 
     losses: NDArray[np.float64]

@@ -1,8 +1,7 @@
-"""A finished model, opened to be used and to be judged: its folder holds the head too, and nothing of it runs code.
+"""Open a finished model with its head for prediction, and evaluate it on labeled records.
 
-Only configuration, tokenizer (or image processor) and safetensors are read; custom code is never run.
-
-A finished model on labeled records: the figures of `quality`, and of tags those of whole entities.
+Only configuration, tokenizer (or image processor) and safetensors are read; custom code is never executed. Metrics are those of
+`quality`; for tags, those of whole entities, too.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ _BY_PROBLEM: dict[str, TaskName] = {"regression": "regression", "multi_label_cla
 
 
 class Classifier(Protocol):
-    """What predicts classes: a single model, or several that answer as one."""
+    """Predicts classes: a single model, or several fused ones."""
 
     @property
     def labels(self) -> tuple[str, ...]:

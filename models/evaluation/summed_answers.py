@@ -20,13 +20,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Judgment:
-    """How a task's answers are judged.
+    """How a task's answers are evaluated.
 
     Attributes:
-        key: The figure that decides.
-        columns: (truth, predicted) -> what is summed up: (answers, k).
-        figure: Sums (..., k) -> the figure: (...).
-        less_is_better: Whether a smaller one is better.
+        key: Name of the main metric.
+        columns: (truth, predicted) -> the terms of k sums, (answers, k).
+        figure: Sums (..., k) -> main metric (...).
+        less_is_better: Whether smaller values are better.
     """
 
     key: str

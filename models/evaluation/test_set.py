@@ -34,7 +34,7 @@ def measure(model: TrainableModel, test: Dataset, predicted: Sequence[Any]) -> M
 
 @dataclass(frozen=True)
 class Floor:
-    """What anyone can tell of the test set without training, which every model is compared with."""
+    """The best constant prediction for the test set, with which every model is compared."""
 
     model: TrainableModel
     test: Dataset

@@ -39,10 +39,15 @@ class WritingTest:
 
     @classmethod
     def of(cls, plan: Plan, model: TrainableModel, test: Dataset) -> Self | None:
-        """Return the test that a plan asks for: records drawn from its seed; None where it asks for none.
+        """Return the test of generated texts that a plan asks for; None if it asks for none.
+
+        Args:
+            plan: Its seed draws the records.
+            model: Of the plan.
+            test: The common test set.
 
         Raises:
-            DataError: Where the libraries of the figures are not installed.
+            DataError: If the libraries for the metrics are not installed.
         """
         if plan.generate is None:
             return None

@@ -100,7 +100,7 @@ def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("recipe", "privacy"),
     [
-        ("ffa_lora", {"epsilon": 8.0}),
+        pytest.param("ffa_lora", {"epsilon": 8.0}, marks=pytest.mark.long),  # in short: test_personal.py
         ("flora", "none"),
         pytest.param("flexlora", "none", marks=pytest.mark.long),
         pytest.param("hetlora", "none", marks=pytest.mark.long),

@@ -244,7 +244,7 @@ def record(request: Request, arrays: Mapping[str, Array] | None = None, **fields
     return content
 
 
-def test_a_refused_message_that_was_not_written_is_kept_as_one_that_was(new_run: NewRun) -> None:
+def test_refused_message_in_process_is_kept_as_written(new_run: NewRun) -> None:
     """In process, where tensors stand in the place of arrays."""
 
     def hostile(request: Request, *, stays: bool) -> RecordDict:
