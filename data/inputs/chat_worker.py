@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from transformers.utils import chat_template_utils
@@ -97,6 +98,7 @@ def _render(template: str, messages: Messages, prompting: bool, tokens: Mapping[
     return str(texts[0])
 
 
+@lru_cache(maxsize=4)
 def _restrict(template: str) -> None:
     """Take from a compiled template what no chat needs: chance, the clock, other templates, and names that lead out."""
     environment: Any = chat_template_utils._compile_jinja_template(template).environment
