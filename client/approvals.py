@@ -36,7 +36,7 @@ class Approvals:
     def check(self, plan: Plan, policy: Policy) -> None:
         """Check that a person has approved the plan; if not, store it for inspection.
 
-        A simulated organization needs no approval: whoever simulates it has chosen the plan.
+        A simulated organization needs no approval: the person who simulates it has chosen the plan.
 
         Raises:
             PolicyError: If the plan is not approved.

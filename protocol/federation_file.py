@@ -1,6 +1,6 @@
 """federation.toml: the invitation that a coordinator sends to every organization, with which it can inspect the plan and join.
 
-It contains no secrets. Whoever alters it in transit can name another server, so it must be sent over a channel that both sides
+It contains no secrets. Anyone who alters it in transit can name another server, so it must be sent over a channel that both sides
 trust, or its SHA-256 (`fingerprint`) must be compared.
 """
 

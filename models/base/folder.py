@@ -1,6 +1,6 @@
 """The files of a base model's folder: which of them determine results, reading config.json, and diagnosing damaged files.
 
-Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and whoever could change that
+Weights alone do not identify a model: one more line in a tokenizer gives a word another number, and anyone who could change that
 line unnoticed could find out who has the word. A chat template likewise determines how a conversation is encoded.
 
 If a folder cannot be loaded, this module finds the damaged file, as libraries name only a symptom. config.json is untrusted: it

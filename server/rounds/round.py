@@ -352,7 +352,7 @@ class Round:
         return start + self._config.deadline_seconds
 
     def _seconds_left(self) -> float:
-        """Return the seconds until the round ends, whoever has not replied by then."""
+        """Return the seconds until the round ends, with or without the missing replies."""
         ends = [self._began + self._config.deadline_seconds, *(self._end_of(name) for name in self._tracker.waiting)]
         if not self._has_quorum:
             ends.append(self._approvals.end(self._config.approval_seconds))
