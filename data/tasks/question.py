@@ -122,7 +122,7 @@ class QuestionAnswering(SequenceClassification):
         return [{"input_ids": ids, "labels": [IGNORED, *[0] * (len(ids) - 3), _BEGINS, _ENDS]} for ids in rows]
 
     def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
-        """With the types of tokens, where the model reads them: 0 of a question, 1 of its context."""
+        """With the types of tokens, where model and tokenizer know them: 0 of a question, 1 of its context, as in BERT."""
         plain = super().collator(module, reader, to)
 
         def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
@@ -212,14 +212,29 @@ def _encode(reader: Any, questions: Sequence[Question], max_length: int) -> list
         padding=False,
         return_offsets_mapping=True,
     )
+    types = found.get("token_type_ids", [[]] * len(questions))  # none where the tokenizer gives transformers none
     return [
-        _example(question, list(found["input_ids"][row]), found["offset_mapping"][row], found.sequence_ids(row))
+        _example(question, list(found["input_ids"][row]), types[row], found["offset_mapping"][row], found.sequence_ids(row))
         for row, question in enumerate(questions)
     ]
 
 
-def _example(question: Question, ids: list[int], offsets: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> Example:
-    """offsets: Of each token in its part of the input. parts: 1 for tokens of the context."""
+def _example(
+    question: Question,
+    ids: list[int],
+    types: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    parts: Sequence[int | None],
+) -> Example:
+    """Return an encoded record.
+
+    Args:
+        question: The record.
+        ids: Of its tokens.
+        types: Of its tokens, as the tokenizer gives them; empty: all are 0.
+        offsets: Of each token in its part of the input.
+        parts: 1 for tokens of the context.
+    """
     labels = [0 if part == 1 and begin < end else IGNORED for part, (begin, end) in zip(parts, offsets, strict=True)]
     inside = [place for place, label in enumerate(labels) if label != IGNORED]
     if question.answers:
@@ -228,11 +243,10 @@ def _example(question: Question, ids: list[int], offsets: Sequence[tuple[int, in
         if covering and offsets[covering[-1]][1] >= ends:  # else its end is cut off
             labels[covering[0]] |= _BEGINS
             labels[covering[-1]] |= _ENDS
-    types = [0] * (inside[0] if inside else len(ids))
     return {
         "input_ids": ids,
         "labels": labels,
-        "types": [*types, *[1] * (len(ids) - len(types))],
+        "types": list(types),
         "offsets": list(offsets),
         "context": question.context,
         "answers": question.answers,

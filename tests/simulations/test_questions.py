@@ -61,6 +61,11 @@ def test_private_run_learns_beyond_a_new_head(private: Run) -> None:
     assert "Exact answers" in page or "exact answers" in page
 
 
+def words(text: str) -> list[str]:
+    """Return those that count for an exact answer of SQuAD."""
+    return [word for word in text.lower().split() if word not in {"a", "an", "the"}]
+
+
 def test_commands_answer_as_transformers_does(private: Run, command_line: CommandLine, folder: Path) -> None:
     model = str(private.folder)
     found = json.loads(command_line("predict", model, "the great day", " ", "--question", "is it", "--json").out)
@@ -78,7 +83,9 @@ def test_commands_answer_as_transformers_does(private: Run, command_line: Comman
     data = write_questions(folder / "labeled.jsonl", 20, seed=1)
     figures = json.loads(command_line("evaluate", model, "--data", str(data), "--json").out)["figures"]
     rows = json.loads(command_line("predict", model, "--file", str(data), "--json").out)
-    exact = [row["text"] == question["answers"][0] for row, question in zip(rows, questions(20, seed=1), strict=True)]
+    exact = [
+        words(row["text"]) == words(question["answers"][0]) for row, question in zip(rows, questions(20, seed=1), strict=True)
+    ]
     assert figures["exact_answer"] == pytest.approx(sum(exact) / 20)
     low, high = figures["token_f1_interval"]
     assert low <= figures["token_f1"] <= high

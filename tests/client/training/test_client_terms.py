@@ -111,7 +111,7 @@ def test_crash_before_the_outbox_keeps_both_sides_in_step(
     state = state_for(plan)
     alpha = 0.1
     with monkeypatch.context() as patch:
-        patch.setattr(Site, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Site, "store_update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train_round(plan, site, 1, state)
     assert kept_of(site) == ["round-00001.safetensors"]

@@ -65,7 +65,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for group, module in GROUPS.items():
         monkeypatch.setattr(module, group, tuple(map(noted_check, getattr(context_module, group))))
-    noting(Site, "counted", lambda *_: "records are counted")
+    noting(Site, "counted_dataset", lambda *_: "records are counted")
     noting(Site, "finished_update", lambda *_: "the outbox is read")
     noting(context_module, "load_trained_model", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
@@ -227,8 +227,8 @@ def refuse(
             monkeypatch.setattr(Account, "hours", lambda self: case.hours)
         before = charges(site)
         read = list[bool]()
-        count = Site.counted
-        monkeypatch.setattr(Site, "counted", lambda self, plan: (read.append(True), count(self, plan))[1])
+        count = Site.counted_dataset
+        monkeypatch.setattr(Site, "counted_dataset", lambda self, plan: (read.append(True), count(self, plan))[1])
         try:
             train_round(plan, site, 1, case.state(state), **(case.request or {}))
         except CotuneError as error:

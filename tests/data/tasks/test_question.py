@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,17 @@ def test_labels_mark_the_answer_inside_the_context(loaded: Loaded) -> None:
         "lovely",
         "day",
     ]
-    assert example["types"] == [int(label != IGNORED) for label in example["labels"]]
+
+
+def test_types_of_tokens_are_those_that_the_tokenizer_gives(loaded: Loaded) -> None:
+    """A model is used with its tokenizer by plain transformers, too, and must read the same there."""
+    reader = copy.deepcopy(loaded().reader)
+    asked_once = [Question("is it", "the great lovely day", ("great lovely",), 4)]
+    [plain] = TASK.examples(reader, 32, asked_once, [0])
+    assert plain["types"] == []
+    reader.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    [typed] = TASK.examples(reader, 32, asked_once, [0])
+    assert typed["types"] == [int(label != IGNORED) for label in typed["labels"]]
 
 
 def test_answer_that_is_cut_off_contributes_nothing_and_is_counted(loaded: Loaded) -> None:
@@ -144,9 +155,11 @@ def test_answer_that_is_cut_off_contributes_nothing_and_is_counted(loaded: Loade
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_losses_are_cross_entropies_over_the_context_one_at_a_time(loaded: Loaded, kind: str) -> None:
     model = loaded(kind)
-    records = asked()
-    examples = TASK.examples(model.reader, 32, records, [0] * 6)
-    together = TASK.losses(model.module, TASK.collator(model.module, model.reader, CPU)(examples, 32, 8))
+    reader = copy.deepcopy(model.reader)
+    if kind == "bert":
+        reader.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    examples = TASK.examples(reader, 32, asked(), [0] * 6)
+    together = TASK.losses(model.module, TASK.collator(model.module, reader, CPU)(examples, 32, 8))
     for example, loss in zip(examples, together, strict=False):
         torch.testing.assert_close(loss, loss_by_hand(model, example), rtol=1e-4, atol=1e-5)
     assert together[6:].tolist() == [0.0, 0.0], "slots without a record"
@@ -155,7 +168,7 @@ def test_losses_are_cross_entropies_over_the_context_one_at_a_time(loaded: Loade
 def loss_by_hand(model: LoadedModel, example: dict[str, Any]) -> Tensor:
     """Of one row without padding."""
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([example["input_ids"]])}
-    if model.module.config.model_type == "bert":
+    if example["types"]:
         inputs["token_type_ids"] = torch.tensor([example["types"]])
     output = model.module(**inputs)
     inside = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
