@@ -86,7 +86,7 @@ def test_a_full_disk_is_said_once_and_made_good_for(parent: psutil.Process, tmp_
     record.keep([parent])
     record.keep([parent])
     (line,) = said
-    assert line.endswith("processes.json cannot be written (File exists): free space, or check its permissions")
+    assert line.endswith("processes.json cannot be written (Not a directory): free space, or check its permissions")
     folder.unlink()
     record.keep([parent])
     assert parent in ProcessRecord(folder / "processes.json", print).left()
