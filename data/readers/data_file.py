@@ -62,6 +62,11 @@ class DataFile:
         return tuple(column for _, column in self.config.tasks) if self.is_multi_task else self.wanted[1:]
 
     @property
+    def has_label_tuples(self) -> bool:
+        """Whether a record's label is a tuple with a value of each label column, be it one; else it is the value itself."""
+        return self.is_multi_task or self.target == "answers"
+
+    @property
     def label_entries(self) -> tuple[str, ...]:
         """The entries of the configuration that name them."""
         return ("question", "answers") if self.target == "answers" else (self.target,) * len(self.label_columns)
