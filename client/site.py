@@ -50,9 +50,8 @@ class Site(SiteWithLedger):
             since: The round on whose tensors they are based.
         """
         folder = self.kept_folder(plan_id, what)
-        copies = {
-            n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()
-        }  # safetensors refuses tensors that share memory
+        # safetensors refuses tensors that share memory
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         atomic_write(folder / _file_of(round), save(copies, metadata={"since": str(since)}), durable=not self.file.simulated)
 
     def load_state(self, plan_id: str, round: int, what: str = "") -> dict[str, Tensor]:

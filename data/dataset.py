@@ -251,7 +251,7 @@ class Dataset:
         return [entry for target in self.targets for entry in (target if isinstance(target, tuple) else (target,))]
 
     def bound_contributions(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
-        """The records that count under a promise, and the units that it is made to; the dataset as they are without one.
+        """The records that count under a promise, and the units that it is made to; without a promise, the data set unchanged.
 
         Of a unit from a column, at most `privacy.max_records` records count, chosen by the seed and their own content. Where each
         record is a unit, records of equal identity are one, of which one counts, and none if they differ (see `units.agree`):

@@ -37,9 +37,8 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from cotune.errors import RunError
 from cotune.flower.nodes import RegisteredNode
 
-FEDERATION_VARIABLE = (
-    "COTUNE_FEDERATION"  # environment variable with the federation's folder, for processes of `cotune server start`
-)
+# environment variable with the federation's folder, for processes of `cotune server start`
+FEDERATION_VARIABLE = "COTUNE_FEDERATION"
 
 
 def get_run_name(run: Path) -> str:

@@ -114,7 +114,7 @@ class LocalTraining(ConfigTable):
         return self.batch_size if self.batch_size >= 1 else 1 / self.batch_size
 
     def steps_per_round(self, examples: int) -> int:
-        """Return the optimizer steps per round of an organization with so many records; max(1, epochs / q) for epochs."""
+        """Return the optimizer steps per round of an organization with `examples` records; max(1, epochs / q) for epochs."""
         if self.epochs is not None:
             return max(1, round(self.epochs / self.sample_rate(examples)))
         assert self.steps is not None, "a plan gives one of both"

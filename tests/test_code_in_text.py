@@ -11,16 +11,14 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parent.parent
-OUTSIDE = {"build", "dist"}  # and hidden folders
+from tests.support.project_files import TOP, find_project_files
+
 IMPORT = re.compile(r"^\s*from (cotune(?:\.\w+)*) import (\w+(?: as \w+)?(?:, \w+(?: as \w+)?)*)$", re.MULTILINE)
 
 
 def read_sources() -> Iterator[tuple[Path, str]]:
-    for file in sorted(TOP.rglob("*.py")):
-        inner = file.relative_to(TOP)
-        if not any(part.startswith(".") or part in OUTSIDE for part in inner.parts):
-            yield inner, file.read_text(encoding="utf-8")
+    for file in find_project_files(".py"):
+        yield file, (TOP / file).read_text(encoding="utf-8")
 
 
 WITH_EXAMPLES = [file for file, text in read_sources() if re.search("^ *>>> ", text, re.MULTILINE) and file.parts[0] != "tests"]

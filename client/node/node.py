@@ -57,7 +57,7 @@ class Worker(Protocol):
         ...
 
     def poll(self, seconds: float) -> Message | None:
-        """Return the reply; None if there is none within so many seconds."""
+        """Wait for the reply; None if it has not arrived within `seconds`."""
         ...
 
 

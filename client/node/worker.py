@@ -68,7 +68,7 @@ class TrainerProcess:
             raise self._died() from None
 
     def poll(self, seconds: float) -> Message | None:
-        """Return the reply; None if there is none within so many seconds.
+        """Wait for the reply; None if it has not arrived within `seconds`.
 
         Raises:
             TrainerDied: If the process has ended.

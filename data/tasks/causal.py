@@ -130,7 +130,7 @@ class CausalLanguageModeling(SequenceClassification):
         return [row if row and len(row) <= max_length else None for row in found]
 
     def prompt_positions(self, length: int) -> int:
-        """How many of the positions in which a model writes are taken by a prompt of so many tokens."""
+        """Return the number of positions that a prompt of `length` tokens takes in the generated sequence."""
         return length
 
     def ends(self, reader: Any, inputs: Sequence[Any]) -> list[int]:

@@ -111,7 +111,7 @@ def evidence(scores: Array, present: Coins, generator: np.random.Generator) -> E
 
 
 def build_perfect_evidence(targets: int) -> Evidence:
-    """Return the evidence of an attack without any mistake, which gives the largest possible bound for so many targets."""
+    """Return the evidence of an error-free attack, which gives the largest possible lower bound for this number of targets."""
     return Evidence(targets, tuple(Guess(count, count) for count in _numbers(targets)), 1.0)
 
 

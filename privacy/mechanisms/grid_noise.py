@@ -65,7 +65,7 @@ def quantized_clip_norm(clip_norm: float, noise_multiplier: float, entries: int)
         entries: d.
 
     Raises:
-        PrivacyError: If there are so many entries that rounding alone could take half of C.
+        PrivacyError: If rounding this number of entries could use up half of C.
     """
     left = (clip_norm - grid_step(clip_norm, noise_multiplier) * math.sqrt(entries) / 2) * _MARGIN
     if not left > clip_norm / 2:

@@ -136,7 +136,7 @@ class RefusalWatch:
             return
         for member, refused in read_refusals(self._file).items():
             seen = self._seen.get(member, 0)
-            more = refused.count - (seen if seen <= refused.count else 0)  # fewer: the file was created anew
+            more = refused.count - (seen if seen <= refused.count else 0)  # a smaller count: the file was recreated
             if more > 0:
                 self._seen[member] = refused.count
                 self._report(MessagesRefused(organization=member, count=more, total=refused.count, reason=refused.reason))

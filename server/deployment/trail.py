@@ -66,20 +66,7 @@ class SignedTrail:
         cohort: Iterable[str],
         fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
-        """Add a signature to each request, and record it in the trail.
-
-        Args:
-            kind: `TRAIN` or `FINISHED`.
-            round: The round of the requests.
-            contents: Organization -> its request, which is changed in place.
-            recipients: The same organizations, as the requests were encoded for them.
-            received: Digest of the model in the requests.
-            cohort: Names of the organizations in the cohort.
-            fates: Organization -> outcome of its earlier updates, for those that must be notified.
-
-        Raises:
-            RunError: If there is no signing key, or the trail cannot be written.
-        """
+        """See `rounds.session.Trail.sign`: recorded in trail.jsonl."""
         folder = self._federation.certificates
         key = read_signing_key(folder)
         serial = next_serial(folder)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-TOP = Path(__file__).parent.parent.parent
+from tests.support.project_files import TOP, find_project_files
+
 # in two parts, so that this file does not hold them
 OLD_WORDS = re.compile("|".join(("who" + "ever", "tal" + "ly", "carr" + "iers", "organi" + "sation")), re.IGNORECASE)
-KINDS = {".py", ".md", ".toml", ".sh", ".j2", ".yml", ".cfg"}
-OUTSIDE = {"build", "dist", "runs"}  # and hidden folders
-
-
-def find_texts() -> list[Path]:
-    inner = [file.relative_to(TOP) for file in TOP.rglob("*") if file.suffix in KINDS and file.is_file()]
-    return [file for file in inner if not any(part.startswith(".") or part in OUTSIDE for part in file.parts)]
+KINDS = (".py", ".md", ".toml", ".sh", ".j2", ".yml", ".cfg")
 
 
 def test_old_words_do_not_come_back() -> None:
-    texts = find_texts()
+    texts = list(find_project_files(*KINDS))
     assert len(texts) > 500
     found = [
         f"{file}:{number}: {line.strip()}"

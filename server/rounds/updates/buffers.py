@@ -91,9 +91,8 @@ class ReorderBuffer:
         self._spill = spill
         self._sink = sink
         self._next = 0
-        self._settled: dict[
-            int, bool
-        ] = {}  # number of an organization whose turn is yet to come -> whether its update is on disk
+        # number of an organization whose turn is yet to come -> whether its update is on disk
+        self._settled: dict[int, bool] = {}
 
     def put(self, name: str, update: Update | None) -> None:
         """Settle an organization: pass its update on if it is its turn, else write it to disk.
