@@ -108,18 +108,14 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
     """Raise DeviceError for a GPU or a machine that is full; the advice says what to do."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        where = "this machine" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else "the GPU"
+        where = "this machine" if "DefaultCPUAllocator" in str(error) else "the GPU"
         raise DeviceError(
-            f"{where} has no memory left ({_first_words(error)}): expected room for the model and one batch; {advice}",
+            f"{where} has no memory left ({str(error).splitlines()[0].split('. ')[0][:120]}): expected room for the model and one batch; {advice}",
             code="device.out_of_memory",
         ) from None
-
-
-def _first_words(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:120]
 
 
 def kernel_key(device: torch.device) -> tuple[object, ...]:
