@@ -111,9 +111,10 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        reason = str(error).splitlines()[0].split(". ")[0][:120]
         where = "this machine" if "DefaultCPUAllocator" in str(error) else "the GPU"
         raise DeviceError(
-            f"{where} has no memory left ({str(error).splitlines()[0].split('. ')[0][:120]}): expected room for the model and one batch; {advice}",
+            f"{where} has no memory left ({reason}): expected room for the model and one batch; {advice}",
             code="device.out_of_memory",
         ) from None
 
