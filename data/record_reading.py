@@ -203,7 +203,7 @@ def _parse(
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
     labels_read: Sequence[object] = values[file.label_columns[0]]
-    if file.has_label_tuples:
+    if file.targets.in_tuples:
         labels_read = list(zip(*(values[column] for column in file.label_columns), strict=True))
     units = values.get(config.unit) if config.unit else None
     return _clean(file, get_task(task), values[file.wanted[0]], labels_read, units)
@@ -287,7 +287,7 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
 
     Raises DataError where the two names are swapped, as then the records below are, unless leniently.
     """
-    if file.has_label_tuples:
+    if file.targets.in_tuples:
         return given == file.wanted[0] and label == file.label_columns
     if not isinstance(given, str) or not isinstance(label, str):
         return False
