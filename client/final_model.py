@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cotune.client.approvals import Approvals
-from cotune.client.policy_check import check_base_model
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.policy_check import check_base_model
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.client.training.personal.ditto_pfedme import open_personal

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from cotune.client.consent.policy_check import missing_number_message
 from cotune.client.noise_calibration import Budget, Total, get_budget, noise_multiplier, total_delta
-from cotune.client.policy_check import missing_number_message
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset
 from cotune.data.units import RECORD

@@ -14,7 +14,7 @@ import numpy as np
 
 from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.metrics.text_metrics import check_text_metrics

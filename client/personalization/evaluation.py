@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cotune.client.approvals import Approvals
+from cotune.client.consent.approvals import Approvals
 from cotune.client.final_model import ABOUT
 from cotune.client.personalization.adaptation import (
     Adaptation,

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cotune.client.approvals import Approvals
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.noise_calibration import check_examples
-from cotune.client.policy_check import check_consent, check_number, check_plan, limit_gpu_memory
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training.personal.prediction_model import load_trained_model

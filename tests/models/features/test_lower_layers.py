@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cotune.client.training.gradient_checks import check_gradients
+from cotune.client.training.checks.gradient_checks import check_gradients
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.policy_check import find_violations
+from cotune.client.consent.policy_check import find_violations
 from cotune.client.site import Site
 from cotune.client.training.personal import ditto_pfedme
 from cotune.client.training.personal.ditto_pfedme import open_personal
