@@ -10,8 +10,8 @@ import torch
 
 from cotune.client.run_account import Account
 from cotune.client.training.checks.gradient_checks import check_gradients_of_state
+from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
 from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks
-from cotune.client.training.context import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.observe import notify
 from cotune.client.training.personal.ditto_pfedme import OwnCopy

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from cotune.client.run_account import Account
 from cotune.client.training.charged_steps import TrainedRound
-from cotune.client.training.context import BEFORE_CHARGE, run_checks
+from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose
 from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound

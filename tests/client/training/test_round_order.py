@@ -14,7 +14,7 @@ from cotune.client.site import Site
 from cotune.client.training import charged_steps, preparation
 from cotune.client.training import context as context_module
 from cotune.client.training import round as training
-from cotune.client.training.context import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
+from cotune.client.training.checks.request_checks import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
 from cotune.client.training.round import train_round
 from cotune.client.training.rows import TrainingSetup
 from cotune.data.dataset import Dataset
