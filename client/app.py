@@ -213,7 +213,7 @@ def _site(request: Request, context: Context) -> Site:
         )
     if site.organization != request.organization:
         raise RunError(
-            f"a request for {request.organization} came to {site.organization}: expected one for this organization",
+            f"a request for {request.organization} arrived at {site.organization}: expected one for this organization",
             code="run.wrong_recipient",
         )
     return site

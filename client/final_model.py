@@ -56,7 +56,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round
         raise RunError(
-            f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds",
+            f"a finished model arrived after round {request.round}: expected one of the plan's {plan.rounds} rounds",
             code="run.wrong_round",
         )
     folder = site.models / f"{plan.name}-{plan.plan_id[:12]}"

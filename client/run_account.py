@@ -111,8 +111,8 @@ class Account:
         except PolicyError:
             raise PolicyError(
                 "budget.epsilon_total",
-                f"too little of the total {total:g} is left to tell the number of records with noise, from which a run's noise"
-                " follows: raise budget.epsilon_total in policy.toml, or declare a number",
+                f"too little of the total {total:g} is left to disclose the number of records with noise, from which a run's"
+                " noise follows: raise budget.epsilon_total in policy.toml, or declare a number",
             ) from None
 
     def _undeclared(self) -> int:

@@ -48,15 +48,17 @@ class PartitionConfig(BaseModel):
     scheme: str = Field(
         default="dirichlet:0.5",
         description=(
-            "iid, dirichlet:ALPHA (each class is shared out by a Dirichlet draw: skewed labels and unequal sizes),"
-            " quantity:ALPHA (sizes by a Dirichlet draw, labels iid) or shards:K (K classes per client);"
-            " a smaller ALPHA or K is more uneven"
+            "iid, dirichlet:ALPHA (each class is divided by a Dirichlet draw: skewed labels and unequal sizes), "
+            "quantity:ALPHA (sizes by a Dirichlet draw, labels iid) or shards:K (K classes per client); a smaller"
+            " ALPHA or K is more uneven"
         ),
     )
     sizes: Literal["equal"] | float = Field(
         default="equal", description="for iid and shards: equal, or the ALPHA of a Dirichlet draw of the clients' sizes"
     )
-    min_examples: int = Field(default=20, ge=1, description="of every client; shares are drawn again until so")
+    min_examples: int = Field(
+        default=20, ge=1, description="the fewest records of each client; shares are drawn again until every client has as many"
+    )
 
     @field_validator("scheme")
     @classmethod

@@ -1,6 +1,6 @@
 """Reads an organization's records from one file (CSV, TSV, JSON, Parquet or Excel) or from a folder of images.
 
-Whatever is wrong with a file is told in one `DataError` sentence, which names files, columns and positions, but no record's text.
+A problem of a file is reported in one `DataError` sentence, which names files, columns and positions, but no record's text.
 Nothing is written: no cache, no temporary copy of private records.
 """
 
@@ -50,7 +50,7 @@ def read_records(
     """Read the records of one file, or of a folder of images with a sub-folder for each class.
 
     The same unchanged file is parsed once per process. A record with a blank text, no label or broken Unicode (half of a
-    surrogate pair) is skipped and counted. A CSV field is a word as it stands: "NA" and "None" are labels there, and only an
+    surrogate pair) is skipped and counted. A CSV field is taken literally: "NA" and "None" are labels there, and only an
     empty field is missing.
 
     Args:

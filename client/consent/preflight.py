@@ -239,7 +239,7 @@ def _warnings(account: Account) -> Iterator[str]:
         )
     if plan.tasks:
         yield (
-            f"updates will have the heads of {', '.join(dataset.tasks)}, which tells the coordinator what labels there are"
+            f"updates will have the heads of {', '.join(dataset.tasks)}, which shows the coordinator which labels there are"
             " here; a head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
         )
     declared = account.public_examples

@@ -88,7 +88,7 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finis
     check(plan, policy)
     if not 1 <= round <= plan.rounds:
         raise RunError(
-            f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
+            f"received a request for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
         )
     if plan.shares_predictions and not finished:
         return {SCORES: scores_shape(plan)}

@@ -123,7 +123,7 @@ def _check_units(own: OwnRecords) -> None:
     if (units := len(np.unique(own.units))) < 2:
         raise DataError(
             f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
-            " use the model as it came, with `cotune predict` and `cotune evaluate`",
+            " use the unchanged model, with `cotune predict` and `cotune evaluate`",
             code="data.too_few_records",
         )
 

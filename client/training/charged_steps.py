@@ -191,7 +191,7 @@ def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: Sani
     """Take the steps, check the first, tell local observers of each, and return how many were taken.
 
     Args:
-        checks: None where even a failure would tell of records that no noise protects.
+        checks: None where even a failure would reveal something about records that no noise protects.
         epsilon: ε with this round, which is reserved already.
     """
     taken = 0

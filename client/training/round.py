@@ -40,7 +40,7 @@ def train_round(
     `client.training.checks.request_checks`).
 
     Args:
-        plan: As it came, verified.
+        plan: As received, verified.
         site: Of the organization.
         round: Which one, from 1.
         state: The shared parameters.

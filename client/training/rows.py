@@ -49,7 +49,7 @@ class TrainingSetup:
 
 
 def build_slot_probe(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
-    """A batch -> all that training or what is told may take from it: scores, losses, and gradients."""
+    """A batch -> all that training or disclosures may take from it: scores, losses, and gradients."""
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.no_grad():

@@ -183,7 +183,7 @@ def _on_examples(
             return task.scores(model.module, rest)
 
     def correct(batch: Batch) -> Tensor:
-        """Rows, whatever the task: of tags, all words of a record must be told rightly."""
+        """Rows, whatever the task: of tags, all words of a record must be predicted correctly."""
         return task.are_right(scores(batch), batch["labels"])
 
     def samples() -> TrainingSetup:

@@ -1,4 +1,4 @@
-"""CSV and TSV files, read with pandas: every field as it stands, only the columns that are used, a part of the file at a time."""
+"""CSV and TSV files, read with pandas: every field unchanged, only the columns that are used, a part of the file at a time."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class DataFile:
         config: Which columns are used.
         key: The entry of the configuration that names the column of the inputs.
         target: The entry that names the column of the targets.
-        lenient: Whether a line that cannot be read is left out and counted, as a failure would tell that somebody holds it.
+        lenient: Whether a line that cannot be read is left out and counted, as a failure would reveal that somebody holds it.
         labels: The plan's classes, where they are known.
         skipped: How many lines were left out, by the reason.
     """

@@ -1,4 +1,4 @@
-"""The tasks: what a record is, what of it a model is to tell, how far it is from that, and how good it is on a test set.
+"""The tasks: what a record is, what a model is to predict for it, how far it is from that, and how good it is on a test set.
 
 A task is one object, in a file of its own, which answers what the rest of the program must know of it; nobody else tells tasks
 apart.
@@ -46,7 +46,7 @@ class Task(Protocol):
     has_several_heads: bool  # whether there is a head for each of several tasks
     keeps_head: bool  # whether the head is the base model's own, so that it is neither new nor a part of every stage
     keeps_trained_head: bool  # whether training goes on from a head that the folder has for the same labels
-    floor: str  # what anyone can tell without training, as a model card calls it
+    floor: str  # what anyone can predict without training, as a model card calls it
     label_dtype: dtype  # of the labels of a batch
 
     def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None) -> Task:
@@ -71,13 +71,13 @@ class Task(Protocol):
         """As `record`, of an input without a label: the label is made up."""
 
     def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
-        """What a model is to tell of records with these labels, of each a `Target`; IGNORED for a label that is no class."""
+        """What a model is to predict for records with these labels, of each a `Target`; IGNORED for a label that is no class."""
 
     def is_unknown(self, label: Label, known: Collection[str]) -> bool:
         """Whether a label makes its record one without a loss, as the plan does not list it."""
 
     def encode_target(self, target: Any) -> Any:
-        """A target as it stands among the labels of a batch."""
+        """The value that stands for a target among the labels of a batch."""
 
     def label_pool(self, classes: int) -> Tensor:
         """Labels that differ, for made-up records: (k, ...)."""

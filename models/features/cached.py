@@ -107,7 +107,7 @@ def _find(
 
 
 def are_cached(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:
-    """Whether the features of these inputs are on disk, of the encoder as it came."""
+    """Whether the features of these inputs are on disk, of the unchanged encoder."""
     reading = get_readout(model)
     if reading is None:
         return False

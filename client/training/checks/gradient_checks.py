@@ -66,7 +66,7 @@ def _refuse_trained_ties(model: TrainableModel, stage: Stage) -> None:
 
 
 def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:
-    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
+    """Of one unchanged model, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
 
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """

@@ -129,7 +129,7 @@ def check_budget(context: LocalContext) -> None:
 
 
 # The order in which a round is checked. Each group relies on those before it:
-# what refuses before the records are read cannot depend on a record, so that its refusal may be told to the server;
+# what refuses before the records are read cannot depend on a record, so that its refusal may be sent to the server;
 BEFORE_RECORDS: tuple[Check, ...] = (check_round, check_approval, check_rules, check_declared_number, check_values)
 # what refuses by their number depends on the public number alone, also for a request that was answered before;
 BY_PUBLIC_NUMBER: tuple[Check, ...] = (check_public_number, check_all_rules)
