@@ -80,6 +80,11 @@ def partition(labels: Sequence[str], config: PartitionConfig, rng: np.random.Gen
 
     Equal sizes are equal to within one, for shards within each class. A client of shards:K holds K classes, or fewer
     where a class has fewer examples than holders. Raises DataError if `config.min_examples` cannot be met.
+
+    Args:
+        labels: The label of each row.
+        config: Scheme, number of clients and their fewest examples.
+        rng: Decides who gets which rows.
     """
     kind, value = _parse(config.scheme)
     codes = _class_codes(labels)
@@ -106,6 +111,14 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
 
     A class of two or more examples has at least one on each side; a single example is trained on.
     Raises PlanError for a fraction that is not between 0 and 1, and DataError if no class has two examples.
+
+    Args:
+        labels: The label of each row.
+        fraction: Of each class, between 0 and 1.
+        rng: Decides which rows test.
+
+    Returns:
+        (training rows, test rows).
     """
     if not 0 < fraction < 1:
         raise PlanError(
