@@ -48,7 +48,7 @@ def get_features(
         model: The model, set to `state`.
         inputs: The inputs of n records, or of records with n words in all.
         state: What was trained in the encoder so far; it is part of the key on disk.
-        precision: `model.precision` of the plan: "auto" or "float32".
+        precision: `model.precision` of the plan: "auto", "float32" or "bfloat16".
         progress: Called as features are computed; None: no reports.
 
     Returns:

@@ -85,6 +85,11 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
 def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
     """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
 
+    Args:
+        setup: What the stage trains; its own records are not read.
+        privacy: Clipping mode and clip norm.
+        mode: What the stage trains, for the error.
+
     Raises:
         PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:
             then this model cannot be trained privately in this mode and arithmetic.
