@@ -151,7 +151,9 @@ def test_template_by_which_the_process_ends_is_refused(monkeypatch: pytest.Monke
     assert refusal("{# ends #}" + CHATML) == "model.chat_template_limit"
 
 
-@pytest.mark.parametrize(("name", "code"), [("gigabytes at run time", "chat_template_limit"), ("class", "unusable_chat_template")])
+@pytest.mark.parametrize(
+    ("name", "code"), [("gigabytes at run time", "chat_template_limit"), ("class", "unusable_chat_template")]
+)
 def test_new_interpreter_has_the_same_limits(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests fork the process that writes chats."""
     monkeypatch.setattr(chat_template, "_new_process", NEW_INTERPRETER)
