@@ -27,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("tests.support.session")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Start more workers than there are cores: tests that start processes wait for them more than they compute."""
+    return (os.cpu_count() or 2) * 3 // 2
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder)."""
     rank = {("tests", room): place for place, room in enumerate(_LONGEST)}
