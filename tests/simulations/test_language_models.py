@@ -35,7 +35,7 @@ PRIVATE = {"epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0}
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dialogs(tmp_path_factory.mktemp("dialogs") / "dialogs.jsonl", 240)
+    return write_dialogs(tmp_path_factory.mktemp("dialogs") / "dialogs.jsonl", 400)
 
 
 @pytest.fixture(scope="module")

@@ -73,9 +73,9 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
     stages = [{"mode": "head", "rounds": 1}, {"mode": mode, "rounds": 1, "local": local}]
     plan = toy_plan(train=stages, lora={"rank": 2}, **{k: v for k, v in SMALL.items() if k != "rounds"})
-    result = audit(plan, canaries=300, confidence=CERTAIN, device="cpu")
+    result = audit(plan, canaries=500, confidence=CERTAIN, device="cpu")
     assert (result.steps, result.broken) == (7, False)
-    assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.03: canaries are seen
+    assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.02: canaries are seen
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_steps_on_what_is_personal_are_audited_too(toy_plan: NewPlan, personal: 
     """All that has noise and is charged; canaries are seen in it, and nothing breaks the claim."""
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
     plan = toy_plan(**{**SMALL, "rounds": 1}, train=train, lora={"rank": 2}, local=local, personal=personal)
-    result = audit(plan, canaries=300, confidence=CERTAIN, device="cpu")
+    result = audit(plan, canaries=500, confidence=CERTAIN, device="cpu")
     assert (result.steps, result.broken) == (steps, False)
     assert result.attacks[0].auc > 0.55
 
