@@ -17,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.client.audit_log import AuditLog, record_sizes
-from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update, refusal
+from cotune.client.egress_guard import EgressBlocked, check_reason, check_receipt, check_update
 from cotune.client.final_model import store_final_model
 from cotune.client.node.request_limits import Consent, check_received, expected_shapes, read_plan
 from cotune.client.node.requests import (
@@ -45,6 +45,7 @@ from cotune.protocol.messages import (
     encode_update,
     received_digest,
 )
+from cotune.protocol.refusals import GENERIC_REFUSAL, refusal
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, content_digest
 
 _log = logging.getLogger(__name__)

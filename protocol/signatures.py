@@ -226,37 +226,6 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)
 
 
-def refusal_digest(words: str) -> str:
-    """Return the SHA-256 of the text of a refusal."""
-    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def dump_refusal(words: str, statement: Statement, signature: str) -> str:
-    """Return a refusal and its signature as one text, as Flower's errors contain only a text.
-
-    Args:
-        words: The reason of the refusal.
-        statement: What was signed.
-        signature: As hex.
-    """
-    return json.dumps({"words": words, "statement": statement.text(), "signature": signature})
-
-
-def parse_refusal(text: str) -> tuple[str, Signed | None]:
-    """Parse the text of a refusal.
-
-    Returns:
-        (the reason, the signature or None). A node that could not read its request does not sign.
-    """
-    try:
-        found = json.loads(text) if text.startswith("{") else None
-    except (ValueError, RecursionError):
-        return text, None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("words", "statement", "signature")):
-        return text, None
-    return found["words"], Signed(found["statement"], found["signature"], {})
-
-
 def roster_digest(keys: Iterable[str]) -> str:
     """Return the SHA-256 over the fingerprints of organizations' keys, independent of their order."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()

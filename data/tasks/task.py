@@ -79,6 +79,9 @@ class Task(Protocol):
     def encode_target(self, target: Any) -> Any:
         """A target as it stands among the labels of a batch."""
 
+    def missing_target(self, given: Any) -> Any:
+        """The target that stands for the unknown one of an input without a label; nothing is learned or measured with it."""
+
     def label_pool(self, classes: int) -> Tensor:
         """Labels that differ, for made-up records: (k, ...)."""
 

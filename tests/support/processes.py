@@ -37,6 +37,7 @@ _PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "scipy.stats",
     "dp_accounting",
+    "peft",
 )
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cotune.data.inputs import chat_template
-from cotune.data.inputs.chat_template import WrittenChat, check_chat_template, end_tokens, write_chats
+from cotune.data.inputs.chat_template import check_chat_template, end_tokens, write_chats
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Chat
@@ -196,14 +196,15 @@ def test_each_chat_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == records
 
 
-def test_kept_chats_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_KEPT", 10)
-    kept = chat_template._Kept()
-    template = chat_template._Template("", ())
-    for number in range(5):
-        kept.keep((template, bytes([number])), WrittenChat("aaa", "a"))
-    assert kept.get((template, bytes([0]))) is None
-    assert kept.get((template, bytes([4]))) == (WrittenChat("aaa", "a"),)
+def test_kept_chats_count_by_their_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = byte_tokenizer("{# bounded #}" + CHATML)
+    chat_template._kept.clear()
+    [first, *_] = write_chats(reader, [chat("a", "first"), chat("b", "second")])
+    assert chat_template._kept.size > 2 * len("first")
+    monkeypatch.setattr(chat_template._kept, "max_size", 1)
+    write_chats(reader, [chat("c", "third")])
+    assert (first,) not in chat_template._kept.values()
+    assert len(chat_template._kept) == 1
 
 
 @pytest.mark.crash
