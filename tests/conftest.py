@@ -7,6 +7,7 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models and matrices: more threads only wait for each other, and burn CPU
 
 import pytest
 from hypothesis import settings
