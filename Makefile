@@ -22,7 +22,7 @@ test: install
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-faults: install
-	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "crash or long"
+	FAULTS_PAGE=docs/results/faults.md $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "crash or long"
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=thorough
 
 # ONLY="ledger fusion": these alone. SMOKE=1: in the smallest form, figures are not kept. PROFILE=folder: where the time goes.

@@ -7,13 +7,12 @@ rule has declined, or the generic sentence.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from cotune.client.run_account import Account
 from cotune.client.site import Site
@@ -40,17 +39,9 @@ from cotune.protocol.messages import (
     stays_here,
     write_out,
 )
+from cotune.protocol.refusals import GENERIC_REFUSAL, find_declining_rule
 from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, find_not_finite
-
-GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
-_REFUSED = 1001  # error code of a reply with the reason why an organization did not train
-
-
-def refusal(message: Message, reason: str) -> Message:
-    """Return the reply that states, instead of an update, why the organization did not train."""
-    return Message(Error(_REFUSED, reason), reply_to=message)
-
 
 _OF_RECORDS = {  # rules that depend on the number of records, which their names would reveal over several plans
     ("budget", "delta_per_run"),
@@ -59,7 +50,6 @@ _OF_RECORDS = {  # rules that depend on the number of records, which their names
     ("training", "min_batch"),
     ("disclosures", "declared_examples"),
 }
-_DECLINED = re.compile(r"declined: its rule ([a-z_]+)\.([a-z_]+) does not allow this plan")
 
 
 class EgressBlocked(RunError):
@@ -128,9 +118,9 @@ def _own_message() -> Iterator[None]:
 
 def check_reason(reason: str) -> None:
     """Raise EgressBlocked unless the text of a refusal is one of those that reveal nothing about the records."""
-    declined = _DECLINED.fullmatch(reason)
+    rule = find_declining_rule(reason)
     rules = Policy().model_dump()
-    known = declined is not None and declined[2] in rules.get(declined[1], {}) and declined.groups() not in _OF_RECORDS
+    known = rule is not None and rule[1] in rules.get(rule[0], {}) and rule not in _OF_RECORDS
     if reason != GENERIC_REFUSAL and not known:
         raise EgressBlocked("a refusal has other words than the few that are allowed")
 
@@ -246,7 +236,7 @@ def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
             yield "the update states its noise where plan and policy do not agree on it"
     surplus = sorted(update.disclosures.keys() - _allowed_disclosures(plan, policy))
     if surplus:
-        yield f"the update tells {surplus[0][:80]!r}, which plan and policy do not agree on"
+        yield f"the update discloses {surplus[0][:80]!r}, which plan and policy do not agree on"
 
 
 def _allowed_disclosures(plan: Plan, policy: Policy) -> set[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from pathlib import Path
 
+from cotune.bounded_cache import BoundedCache
 from cotune.client.site_folder import SiteFolder
 from cotune.privacy.ledger.ledger import Ledger
-
-_MAX_OPEN = 64  # ledgers that a process keeps open, each with up to three files
 
 
 class SiteWithLedger(SiteFolder):
@@ -24,13 +21,12 @@ class SiteWithLedger(SiteFolder):
         Raises:
             PrivacyError: If it is damaged.
         """
-        with _opening:
+        with _open_ledgers.lock:
             return _open_ledger(self.ledger_file, not self.file.simulated)
 
 
 _LedgerKey = tuple[Path, bool, tuple[int, ...], tuple[int, ...]]
-_opening = threading.Lock()
-_open_ledgers: OrderedDict[_LedgerKey, Ledger] = OrderedDict()  # opening verifies the log; every use checks for writes of others
+_open_ledgers: BoundedCache[_LedgerKey, Ledger] = BoundedCache(max_entries=64)  # each with up to three open files
 
 
 def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
@@ -42,15 +38,11 @@ def _ledger_key(file: Path, durable: bool) -> _LedgerKey:
 
 
 def _open_ledger(file: Path, durable: bool) -> Ledger:
-    key = _ledger_key(file, durable)
-    found = _open_ledgers.get(key)
+    """Return a ledger that stays open: opening verifies the log, and every use checks for writes of others."""
+    found = _open_ledgers.get(_ledger_key(file, durable))
     if found is None:
         found = Ledger(file, durable=durable)
-        key = _ledger_key(file, durable)  # which its files, now that they are there, decide
-        while len(_open_ledgers) >= _MAX_OPEN:
-            _open_ledgers.popitem(last=False)
-        _open_ledgers[key] = found
-    _open_ledgers.move_to_end(key)
+        _open_ledgers.put(_ledger_key(file, durable), found)  # the key by its files, now that they are there
     return found
 
 

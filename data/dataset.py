@@ -6,7 +6,6 @@ that they are the same no matter who asks and computed once.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cotune.bounded_cache import BoundedCache
 from cotune.data.config import DataConfig, TaskName, has_labels
 from cotune.data.multi_task import keep_tasks
 from cotune.data.record_reading import read_records
@@ -63,7 +63,7 @@ class DatasetManifest(BaseModel):
             file: The document.
             labels: The plan's classes in the order of the head.
             lenient: Whether a record of another class is one without a loss. A real organization must not fail by the classes of
-                its records: whether it does would tell of single ones.
+                its records: whether it does would reveal something about single ones.
 
         Raises:
             DataError: For a document or records that cannot be read.
@@ -102,42 +102,7 @@ def _parse_manifest(content: bytes) -> DatasetManifest:
     return DatasetManifest.model_validate_json(content)
 
 
-_MAX_HELD = 1024  # data sets that a process keeps
-_MAX_HELD_ROWS = 2**18  # of all of them; of a larger one it keeps no other
 _Key = tuple[bytes, tuple[bytes, ...], tuple[int, ...], tuple[str, ...], bool]
-
-
-class _KeptSets:
-    """Data sets by all that decides what they hold, the one that was used last at the end.
-
-    A data set keeps the records whose identity is in its key.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.sets: dict[_Key, Dataset] = {}
-        self.rows = 0  # of all of them
-
-    def find(self, key: _Key, build: Callable[[], Dataset]) -> Dataset:
-        """Return a data set, with all that was found out about it, for those who ask for the same again; the oldest give way."""
-        with self.lock:
-            held = self.sets.pop(key, None)
-            if held is None:
-                held = build()
-                self.rows += len(held)
-            self.sets[key] = held
-            while len(self.sets) > 1 and (len(self.sets) > _MAX_HELD or self.rows > _MAX_HELD_ROWS):
-                self.rows -= len(self.sets.pop(next(iter(self.sets))))
-            return held
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        with self.lock:
-            self.sets.clear()
-            self.rows = 0
-
-
-_kept = _KeptSets()
 
 
 def _read_rows(file: Path, portion: FileSlice) -> bytes:
@@ -224,7 +189,7 @@ class Dataset:
 
     @cached_property
     def targets(self) -> list[Any]:
-        """What a model is to tell of each record (see `Task.targets`).
+        """What a model is to predict for each record (see `Task.targets`).
 
         Raises:
             DataError: For a class that the plan does not have.
@@ -247,7 +212,7 @@ class Dataset:
 
     @property
     def truth(self) -> list[Any]:
-        """All that a model is to tell: the target of each record, or every entry of those that are several."""
+        """All that a model is to predict: the target of each record, or every entry of those that are several."""
         return [entry for target in self.targets for entry in (target if isinstance(target, tuple) else (target,))]
 
     def bound_contributions(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
@@ -374,7 +339,7 @@ class Dataset:
     def label_counts(self) -> dict[str, float]:
         """How many units each class has, every unit counting for one, parted among its records; of tags by their `get_stratum`.
 
-        What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
+        Disclosing these counts with privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
         """
         counts = dict.fromkeys(self.labels, 0.0)
         for label, weight in zip(self.held_labels, self.weights, strict=True):
@@ -393,3 +358,8 @@ class Dataset:
     def identities(self) -> list[bytes]:
         """16 bytes for each record, by which a ledger knows it again (see `types.record_identity`)."""
         return [records.identities[int(i)] for records, rows in self.parts for i in rows]
+
+
+# data sets by all that decides what they hold, with what was found out about them; each keeps the records whose identity is in
+# its key. Sizes are rows: of a larger data set, no other is kept.
+_kept: BoundedCache[_Key, Dataset] = BoundedCache(max_entries=1024, max_size=2**18, size_of=len)

@@ -62,7 +62,7 @@ class Statement:
             statement = None
         if statement is None or statement.text() != text:
             raise RunError(
-                f"a signature came with {text!r:.80}: expected the canonical text of a {cls.__name__}",
+                f"a signature contains {text!r:.80}: expected the canonical text of a {cls.__name__}",
                 code="run.malformed_signature",
             )
         return statement
@@ -220,41 +220,10 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     about = {name: value for name, value in values.items() if isinstance(value, str)}
     if "statement" not in about or "signature" not in about:
         raise RunError(
-            "a message came with a malformed signature: expected the texts statement and signature",
+            "received a message with a malformed signature: expected the texts statement and signature",
             code="run.malformed_signature",
         )
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)
-
-
-def refusal_digest(words: str) -> str:
-    """Return the SHA-256 of the text of a refusal."""
-    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def dump_refusal(words: str, statement: Statement, signature: str) -> str:
-    """Return a refusal and its signature as one text, as Flower's errors contain only a text.
-
-    Args:
-        words: The reason of the refusal.
-        statement: What was signed.
-        signature: As hex.
-    """
-    return json.dumps({"words": words, "statement": statement.text(), "signature": signature})
-
-
-def parse_refusal(text: str) -> tuple[str, Signed | None]:
-    """Parse the text of a refusal.
-
-    Returns:
-        (the reason, the signature or None). A node that could not read its request does not sign.
-    """
-    try:
-        found = json.loads(text) if text.startswith("{") else None
-    except (ValueError, RecursionError):
-        return text, None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("words", "statement", "signature")):
-        return text, None
-    return found["words"], Signed(found["statement"], found["signature"], {})
 
 
 def roster_digest(keys: Iterable[str]) -> str:

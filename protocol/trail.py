@@ -12,6 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from cotune.errors import RunError
+from cotune.protocol.refusals import refusal_digest
 from cotune.protocol.signatures import (
     RECEIPT,
     REFUSAL,
@@ -20,7 +21,6 @@ from cotune.protocol.signatures import (
     RequestStatement,
     is_signed_by_node,
     is_signed_by_server,
-    refusal_digest,
 )
 
 _REPLY_ENTRIES = (UPDATE, RECEIPT, REFUSAL, "blocked")  # "blocked": a reply that was stopped before it was sent

@@ -272,11 +272,14 @@ class Personalized:
 def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Personalized:
     """Adapt a finished run's model for every organization, as far as the plan asks for a comparison with training alone.
 
-    Nothing is fitted where there are no features to fit a head to, or where every organization has a model of its own.
+    Nothing is fitted where there are no features to fit a head to, where every organization has a model of its own, or where
+    neither an adapted model nor a head alone is asked for.
     """
     plan = prepared.plan
     model = get_plan_model(plan, folder.file.device)
-    fits = has_classes(plan.task) and feature_head(model) is not None
+    fits = (
+        has_classes(plan.task) and feature_head(model) is not None and bool(plan.personalize.methods or fits_alone(plan, model))
+    )
     if "alone" not in plan.simulation.baselines or plan.keeps_personal or not fits:
         return Personalized()
     found = Personalized()
@@ -307,7 +310,7 @@ def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: Stat
 
 
 def _features(model: TrainableModel, plan: Plan, served: State, held: Dataset) -> Tensor:
-    """Of an encoder as it came they are kept on disk; of one that this run has trained they are computed."""
+    """Of an unchanged encoder they are kept on disk; of one that this run has trained they are computed."""
     model.load(served)
     if any(name.startswith(model.prefix) for name in served):
         return encode_batch(model, encoded_examples(held, model), plan.model.precision)

@@ -7,6 +7,7 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models and matrices: more threads only wait for each other, and burn CPU
 
 import pytest
 from hypothesis import settings
@@ -24,6 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load what tests share; a process that only hands tests out to the workers of pytest-xdist does without PyTorch."""
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         config.pluginmanager.import_plugin("tests.support.session")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start more workers than there are cores: tests that start processes wait for them more than they compute."""
+    return (os.cpu_count() or 2) * 3 // 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,6 @@ from typing import Any, Protocol
 from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.client.node.bundle import reason_to_refuse
 from cotune.client.node.worker import TrainerDied
 from cotune.client.site_folder import NodePaths
@@ -36,6 +35,7 @@ from cotune.errors import RunError
 from cotune.flower.chunks import Aborted, ChunkedMessage
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient
 from cotune.flower.fleet_errors import FleetError, RequestExpired
+from cotune.protocol.refusals import GENERIC_REFUSAL, refusal
 from cotune.storage.files import atomic_write
 
 _POLL_SECONDS = 0.1
@@ -254,7 +254,7 @@ class Node:
 
     def _send(self, fleet: FleetClient, request: AnnouncedRequest, reply: Message) -> None:
         if self._is_late():
-            return self._drop(fleet, "its answer came too late")
+            return self._drop(fleet, "its answer was too late")
         seconds = time.monotonic() - self._began
         fleet.send(reply, seconds)
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)

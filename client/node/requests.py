@@ -24,6 +24,7 @@ from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.messages import Request, received_digest
+from cotune.protocol.refusals import dump_refusal, refusal_digest
 from cotune.protocol.signatures import (
     FINISHED,
     REFUSAL,
@@ -32,9 +33,7 @@ from cotune.protocol.signatures import (
     RequestStatement,
     attach,
     detach,
-    dump_refusal,
     is_signed_by_server,
-    refusal_digest,
     roster_digest,
     sign,
 )

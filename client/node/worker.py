@@ -14,10 +14,10 @@ from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict, UserConfig
 
-from cotune.client.egress_guard import GENERIC_REFUSAL, refusal
 from cotune.errors import RunError
 from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge
 from cotune.printable import clean_output
+from cotune.protocol.refusals import GENERIC_REFUSAL, refusal
 from cotune.worker_process import WorkerProcess, receive_all
 
 _log = logging.getLogger(__name__)

@@ -92,7 +92,12 @@ def synthetic_setup(
 ) -> TrainingSetup:
     """Build the stage's training setup on made-up records, as long as the plan allows: what it costs, without a record.
 
-    expected_batch: Rows of a step, which decide how many are in memory at a time where the plan leaves that open; default: all.
+    Args:
+        plan: The plan.
+        stage: Of the plan.
+        model: Of the plan.
+        records: Number of made-up records.
+        expected_batch: Rows of a step, which decide how many are in memory at a time if the plan leaves that open; default: all.
     """
     samples = _long_samples(model)
     numbers = [i % len(samples) for i in range(records)]
@@ -231,7 +236,7 @@ def _on_examples(
             return task.scores(model.module, rest)
 
     def correct(batch: Batch) -> Tensor:
-        """Rows, whatever the task: of tags, all words of a record must be told rightly."""
+        """Rows, whatever the task: of tags, all words of a record must be predicted correctly."""
         return task.are_right(scores(batch), batch["labels"])
 
     def samples() -> TrainingSetup:
@@ -271,7 +276,14 @@ def _find_lower_layers(stage: Stage, model: TrainableModel) -> LowerLayers | Non
 def build_optimizer(
     local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Build the stage's optimizer, with the head in a group of its own learning rate."""
+    """Build the stage's optimizer, with the head in a group of its own learning rate.
+
+    Args:
+        local: Optimizer, learning rates, momentum and weight decay.
+        model: Tells parameters of the head from those of the encoder.
+        names: Names of the trained parameters.
+        parameters: The parameters, in the order of the names.
+    """
     head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
     encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
     head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate

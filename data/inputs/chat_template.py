@@ -13,20 +13,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any, Literal, cast
 
+from cotune.bounded_cache import BoundedCache
 from cotune.data.inputs.chat_worker import CHARACTERS
 from cotune.data.types import ASSISTANT, Chat, content_bytes
 from cotune.errors import ModelError
 from cotune.printable import printable
 
-_KEPT = 2**26  # characters of chats that a process keeps, so that each is written out once
 _LONGEST_REPLY = 16 * CHARACTERS  # bytes; JSON takes twelve for some characters
 _TRIES = 2  # of a chat by which the process ends: it may have been killed from elsewhere
 _ASKED = (("user", "What is the tallest mountain?"),)
@@ -59,32 +57,6 @@ class _Template:
     tokens: tuple[tuple[str, str], ...]
 
 
-class _Kept:
-    """Chats that were written out, those that were asked for last; None for one that could not be."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._found: OrderedDict[tuple[_Template, bytes], WrittenChat | None] = OrderedDict()
-        self._size = 0
-
-    def get(self, key: tuple[_Template, bytes]) -> tuple[WrittenChat | None] | None:
-        """What is kept, in a tuple; None where nothing is."""
-        if key not in self._found:
-            return None
-        self._found.move_to_end(key)
-        return (self._found[key],)
-
-    def keep(self, key: tuple[_Template, bytes], written: WrittenChat | None) -> None:
-        self._found[key] = written
-        self._size += _size(written)
-        while self._size > _KEPT:
-            _, dropped = self._found.popitem(last=False)
-            self._size -= _size(dropped)
-
-
-_kept = _Kept()
-
-
 def check_chat_template(reader: Any) -> None:
     """Try the chat template of a tokenizer on a made-up chat.
 
@@ -109,8 +81,8 @@ def write_chats(reader: Any, chats: Sequence[Chat]) -> list[WrittenChat | None]:
         replies = _write(template, [chats[row] for row in missing])
         for row, reply in zip(missing, replies, strict=True):
             written = _split(reply, chats[row], end)
-            _kept.keep(keys[row], written)
             found[row] = (written,)
+            _kept.put(keys[row], (written,))
     return [each[0] for each in found if each is not None]
 
 
@@ -192,8 +164,13 @@ def _tokens(reader: Any, text: str) -> list[int]:
     return list(reader(text, add_special_tokens=False)["input_ids"])
 
 
-def _size(written: WrittenChat | None) -> int:
-    return 1 if written is None else len(written.prompt) + len(written.target)
+def _size(written: tuple[WrittenChat | None]) -> int:
+    """Characters of a chat that was written out."""
+    return 1 if written[0] is None else len(written[0].prompt) + len(written[0].target)
+
+
+# chats that were written out, so that each is written once; None for one that could not be
+_kept: BoundedCache[tuple[_Template, bytes], tuple[WrittenChat | None]] = BoundedCache(max_size=2**26, size_of=_size)
 
 
 def _write(template: _Template, chats: Sequence[Chat]) -> Iterator[_Reply]:
@@ -219,16 +196,21 @@ def _write(template: _Template, chats: Sequence[Chat]) -> Iterator[_Reply]:
 
 
 def _start(template: _Template) -> subprocess.Popen[bytes]:
-    """A process that waits for chats. It imports nothing from the folder that this one was started in."""
-    process = subprocess.Popen(
+    """A process that waits for chats."""
+    process = _new_process()
+    _send(process, {"template": template.text, "tokens": dict(template.tokens)})
+    return process
+
+
+def _new_process() -> subprocess.Popen[bytes]:
+    """A process that waits for a template. It imports nothing from the folder that this one was started in."""
+    return subprocess.Popen(
         [sys.executable, "-P", "-m", "cotune.data.inputs.chat_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"},
     )
-    _send(process, {"template": template.text, "tokens": dict(template.tokens)})
-    return process
 
 
 def _ask(process: subprocess.Popen[bytes], chat: Chat) -> _Reply | None:

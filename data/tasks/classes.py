@@ -55,6 +55,9 @@ class ClassTargets:
     def encode_target(self, target: Any) -> Any:
         return target
 
+    def missing_target(self, given: Any) -> Any:
+        return 0
+
     def label_pool(self, classes: int) -> Tensor:
         return torch.arange(classes)
 

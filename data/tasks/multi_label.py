@@ -59,8 +59,10 @@ class MultiLabelClassification(SequenceClassification):
         return not set(class_names_in(label)) <= set(known)
 
     def encode_target(self, target: Any) -> tuple[float, ...]:
-        """Of an input without labels the target is 0."""
-        return tuple(map(float, target)) if isinstance(target, tuple) else (0.0,) * self.labels
+        return tuple(map(float, target))
+
+    def missing_target(self, given: Any) -> tuple[int, ...]:
+        return (0,) * self.labels
 
     def label_pool(self, classes: int) -> Tensor:
         return torch.eye(classes)

@@ -96,6 +96,9 @@ class MultiTask(ClassTargets):
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
         return self.one.unlabeled(file, number, given)
 
+    def missing_target(self, given: Any) -> tuple[int, ...]:
+        return ()
+
     def reader(self, folder: Path) -> Any:
         return self.one.reader(folder)
 

@@ -61,6 +61,9 @@ class TokenClassification(SequenceClassification):
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
         return self.record(file, number, given, ["O"] * len(_words(file, file.wanted[0], number, given)))
 
+    def missing_target(self, given: Any) -> tuple[int, ...]:
+        return (0,) * len(given)
+
     def reader(self, folder: Path) -> Any:
         tokenizer = super().reader(folder)
         if not tokenizer.is_fast:

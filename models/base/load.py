@@ -63,9 +63,8 @@ class LoadedModel:
     feature: tuple[str, ...] = ()
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
-        """Return what the collator takes for inputs without labels; class number (or number) 0 stands for each answer."""
-        targets = [(0,) * len(given) if isinstance(given, tuple) else 0 for given in inputs]
-        return self.task.examples(self.reader, self.max_length, inputs, targets)
+        """Return what the collator takes for inputs without labels."""
+        return self.task.examples(self.reader, self.max_length, inputs, list(map(self.task.missing_target, inputs)))
 
 
 def load_model(

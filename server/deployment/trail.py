@@ -19,6 +19,7 @@ from flwr.app import Message, RecordDict
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.messages import Recipient
+from cotune.protocol.refusals import parse_refusal, refusal_digest
 from cotune.protocol.signatures import (
     FINISHED,
     RECEIPT,
@@ -32,8 +33,6 @@ from cotune.protocol.signatures import (
     content_digest,
     detach,
     is_signed_by_node,
-    parse_refusal,
-    refusal_digest,
     roster_digest,
     sign,
 )

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from cotune.errors import PolicyError
-from cotune.protocol.signatures import parse_refusal
+from cotune.protocol.refusals import AWAITS_APPROVAL, parse_refusal
 from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
-_PUBLIC_MESSAGE = PolicyError("training.approval", "").public
 
 
 def awaits_approval(message: Message | None) -> bool:
     """Return whether a reply declines for one reason only: that a person has to approve the plan first."""
-    return message is not None and message.has_error() and parse_refusal(message.error.reason or "")[0] == _PUBLIC_MESSAGE
+    return message is not None and message.has_error() and parse_refusal(message.error.reason or "")[0] == AWAITS_APPROVAL
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field
 from cotune.errors import PlanError, RunError
 from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.random_generators import keyed_generator, seeded_generator
+from cotune.protocol.refusals import MIN_COHORT
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, RunFolder
 from cotune.storage.files import atomic_write
@@ -94,9 +95,6 @@ def _secret_generator(path: Path, round: int) -> np.random.Generator:
     return keyed_generator(key, "selection", round)
 
 
-_RULE = "training.min_cohort"
-
-
 class WaitingFile(BaseModel):
     """cohort.json: who waited for others in a round that failed."""
 
@@ -125,7 +123,7 @@ def find_waiting(dropped: Mapping[str, str]) -> list[str]:
     Args:
         dropped: Organization -> why its update does not enter the model.
     """
-    return [name for name, reason in dropped.items() if _RULE in reason]
+    return [name for name, reason in dropped.items() if MIN_COHORT in reason]
 
 
 def record_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:
@@ -146,8 +144,8 @@ def explain_waiting(dropped: Mapping[str, str]) -> str:
     if not waiting:
         return ""
     return (
-        f"; {len(waiting)} wait for others by their rule {_RULE}: --resume counts them all, and where that is not enough, begin a"
-        " run of more organizations or ask them to lower the rule"
+        f"; {len(waiting)} wait for others by their rule {MIN_COHORT}: --resume counts them all, and where that is not enough,"
+        " begin a run of more organizations or ask them to lower the rule"
     )
 
 

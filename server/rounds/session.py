@@ -9,7 +9,7 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 
 from cotune.protocol.messages import Recipient
-from cotune.protocol.signatures import parse_refusal
+from cotune.protocol.refusals import parse_refusal
 from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.transport.base import Transport

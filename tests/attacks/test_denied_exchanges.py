@@ -27,16 +27,8 @@ from cotune.client.node.trust import Trust, TrustedServer
 from cotune.client.site import Site
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
-from cotune.protocol.signatures import (
-    RECEIPT,
-    REFUSAL,
-    ReplyStatement,
-    RequestStatement,
-    detach,
-    dump_refusal,
-    refusal_digest,
-    sign,
-)
+from cotune.protocol.refusals import dump_refusal, refusal_digest
+from cotune.protocol.signatures import RECEIPT, REFUSAL, ReplyStatement, RequestStatement, detach, sign
 from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from cotune.server.deployment.trail import read_trail
 from cotune.server.runs.deliveries import read_deliveries

@@ -17,7 +17,6 @@ import pytest
 
 import cotune.client.run_account as account_module
 import cotune.privacy.mechanisms.dp_sgd as dp_sgd
-from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.round import train_round
@@ -28,6 +27,7 @@ from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.privacy.policy import DisclosureRules, Policy, dump_policy
+from cotune.protocol.refusals import GENERIC_REFUSAL
 
 OLD = [f"the table is very {word}" for word in ("great", "sad", "awful", "happy")]
 NEW = [f"a {word} tree it is" for word in ("great", "sad", "awful", "happy")]

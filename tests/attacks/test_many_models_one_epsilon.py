@@ -18,13 +18,13 @@ from cotune.simulations.comparison.grid import parse_variation
 from cotune.simulations.released_models import compose_epsilon
 from cotune.simulations.run import simulate
 from tests.support.oracle_epsilon import oracle_epsilon
-from tests.support.simulations import NewPlan, plan_file, toy_data, toy_plan
+from tests.support.simulations import UNADAPTED, NewPlan, plan_file, toy_data, toy_plan
 
 __all__ = ["plan_file", "toy_data", "toy_plan"]  # fixtures
 
 
 def test_a_simulation_states_the_epsilon_of_all_its_models(toy_plan: NewPlan, tmp_path: Path) -> None:
-    plan = toy_plan(privacy={"epsilon": 8.0}, rounds=2, simulation={"baselines": ["alone"]})
+    plan = toy_plan(privacy={"epsilon": 8.0}, rounds=2, simulation={"baselines": ["alone"]}, personalize=UNADAPTED)
     summary = simulate(plan, tmp_path / "run", device="cpu").summary
     for each in summary["organizations"]:
         sites = (f"sites/{each['name']}", f"baselines/alone/{each['name']}/site")

@@ -16,7 +16,6 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node import worker as resident
 from cotune.client.site import Site
 from cotune.flower.chunks import ChunkedMessage, Malformed, TooLarge, count_inflated_bytes, download
@@ -24,6 +23,7 @@ from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
+from cotune.protocol.refusals import GENERIC_REFUSAL
 from cotune.server.app import train_rounds
 from tests.support.organizations import adding, model_of
 from tests.support.run_folders import NewRun

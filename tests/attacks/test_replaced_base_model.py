@@ -16,13 +16,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.parameters import get_plan_model, state_shapes
 from cotune.plan.plan import Plan
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import parse_refusal
+from cotune.protocol.refusals import GENERIC_REFUSAL, parse_refusal
 from tests.support.signing import sign_request
 
 PRIVATE = {"epsilon": 8.0, "delta": 1e-3}

@@ -18,13 +18,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.preflight import run_preflight
+from cotune.client.consent.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import FINISHED, parse_refusal
+from cotune.protocol.refusals import parse_refusal
+from cotune.protocol.signatures import FINISHED
 from tests.support.signing import sign_request
 
 RANGE = {"least": 500, "most": 20_000}

@@ -23,7 +23,8 @@ from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, decode_update, encode_requests, payload_bytes, state_digest
-from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, is_signed_by_node, parse_refusal
+from cotune.protocol.refusals import parse_refusal
+from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, is_signed_by_node
 from cotune.strategies.types import Update
 from tests.support.signing import NODE_KEY, sign_request
 
@@ -385,12 +386,12 @@ def test_what_was_not_agreed_on_is_stopped(
     monkeypatch.setattr(client_app, "train_round", leaky)
     got = reason(ask(request(plan, state, site=str(site.folder)), SIMULATED if simulated else {"site": str(site.folder)}))
     if simulated:
-        assert "nothing was sent: the update tells 'records', which plan and policy do not agree on" in got
+        assert "nothing was sent: the update discloses 'records', which plan and policy do not agree on" in got
     else:
         assert got == SANITIZED
         _, entry = AuditLog(site.folder).entries()
         assert (entry["what"], entry["said"]) == ("blocked", SANITIZED)
-        assert "the update tells 'records'" in entry["reason"]
+        assert "the update discloses 'records'" in entry["reason"]
 
 
 def test_nothing_leaves_that_cannot_be_entered(plan: Plan, state: State, make_site: MakeSite) -> None:

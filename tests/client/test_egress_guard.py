@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.client.egress_guard import GENERIC_REFUSAL, EgressBlocked, check_reason, check_receipt, check_update
+from cotune.client.egress_guard import EgressBlocked, check_reason, check_receipt, check_update
 from cotune.client.node.request_limits import check_received, expected_shapes
 from cotune.client.run_account import Account
 from cotune.client.site import Site
@@ -40,6 +40,7 @@ from cotune.protocol.messages import (
     get_salt,
     received_digest,
 )
+from cotune.protocol.refusals import GENERIC_REFUSAL
 from tests.support.failures import fails_with
 
 MakePlan = Callable[..., Plan]

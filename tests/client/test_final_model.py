@@ -29,7 +29,8 @@ from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
-from cotune.protocol.signatures import FINISHED, detach, parse_refusal
+from cotune.protocol.refusals import parse_refusal
+from cotune.protocol.signatures import FINISHED, detach
 from tests.support.failures import fails_with
 from tests.support.signing import sign_request
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cotune.models.device import (
     autocasts,
@@ -120,8 +121,9 @@ def test_single_thread_restores_the_number_of_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(ZeroDivisionError), single_thread():
+        with pytest.raises(ZeroDivisionError), threadpool_limits(2, "blas"), single_thread():
             assert torch.get_num_threads() == 1
+            assert {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"} == {1}
             _ = 1 / 0
         assert torch.get_num_threads() == 2
     finally:

@@ -85,7 +85,8 @@ def test_decoder_writes_the_most_probable_tokens_in_turn(paired_model: Callable[
     assert len(set(generated)) > 3, "else nothing was tried"
     long = Passage("great " * 40, "")
     assert write_texts(model, [PROMPTS[0], long], 6, "float32") == [generated[0], None]
-    assert write_texts(model, PROMPTS[:1], 100_000, "float32")[0] is not None, "up to the decoder's last position"
+    if kind != "t5":  # which has no last position
+        assert write_texts(model, PROMPTS[:1], 100_000, "float32")[0] is not None, "up to the decoder's last position"
 
 
 def test_a_text_does_not_depend_on_other_prompts(language_model: Callable[..., Path]) -> None:

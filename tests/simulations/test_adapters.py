@@ -18,7 +18,7 @@ from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from tests.support.failures import fails_with
-from tests.support.simulations import NewPlan, final_model
+from tests.support.simulations import UNADAPTED, NewPlan, final_model, told
 
 LORA: dict[str, Any] = {"train": "lora", "local": {"learning_rate": 1.0, "momentum": 0.0, "steps": 3}}
 
@@ -109,10 +109,13 @@ def test_fedsvd_hands_out_orthonormal_rows(toy_plan: NewPlan, tmp_path: Path) ->
 def test_every_organization_trains_its_own_rank(toy_plan: NewPlan, tmp_path: Path, recipe: str, privacy: Any) -> None:
     ranks = [2, 8]
     simulation = {"clients": 2, "ranks": ranks, "baselines": ["alone"]}
-    plan = toy_plan(strategy=recipe, rounds=2, **LORA, lora={"rank": 8}, privacy=privacy, simulation=simulation)
+    plan = toy_plan(
+        strategy=recipe, rounds=2, **LORA, lora={"rank": 8}, privacy=privacy, simulation=simulation, personalize=UNADAPTED
+    )
     result = simulate(plan, tmp_path / "run", device="cpu")
     folder = RunFolder(result.folder)
     assert [entry["participants"] for entry in folder.load().history] == [["org-1", "org-2"]] * 2
+    assert not told(result.folder, "adapted")  # nor is a head fitted: this plan wants no adapted model
     alone = [f"baselines/alone/org-{number}/site" for number in (1, 2)]
     for rank, site in zip(ranks * 2, [*(f"sites/org-{number}" for number in (1, 2)), *alone], strict=True):
         delta = load_file(result.folder / site / "outbox" / "update.safetensors")

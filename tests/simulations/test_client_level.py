@@ -17,7 +17,7 @@ from cotune.server.runs.events import observe_run
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import resume, simulate
 from tests.support.matrix import crossed
-from tests.support.simulations import COMPARED, NewPlan, final_model
+from tests.support.simulations import COMPARED, UNADAPTED, NewPlan, final_model
 
 CENTRAL = {"epsilon": 6.0, "clip_norm": 0.5}
 UNIFORM = {"weighting": "uniform"}
@@ -60,7 +60,7 @@ def test_a_whole_run_states_both_kinds_of_privacy(toy_plan: NewPlan, tmp_path: P
 
 def test_who_trains_alone_or_on_pooled_data_has_no_central_noise(toy_plan: NewPlan, tmp_path: Path) -> None:
     """Nor is it asked by chance: the baselines are those of the same plan without either, bit for bit."""
-    given: dict[str, Any] = {"strategy": UNIFORM, "rounds": 1, "train": "full", "simulation": COMPARED}
+    given: dict[str, Any] = {"strategy": UNIFORM, "rounds": 1, "train": "full", "simulation": COMPARED, "personalize": UNADAPTED}
     given["local"] = {"learning_rate": 0.02, "momentum": 0.0, "steps": 2}
     with_it = toy_plan(client_privacy=CENTRAL, server={"sample_rate": 0.5, "quorum": 0.01}, **given)
     without = toy_plan(**given)

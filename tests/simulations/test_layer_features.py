@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cotune.client.plan_summary import summarize_plan
+from cotune.client.consent.plan_summary import summarize_plan
 from cotune.data.config import DataConfig
 from cotune.data.record_reading import read_records
 from cotune.errors import PlanError
@@ -15,7 +15,7 @@ from cotune.models.evaluation.predictor import evaluate_classifier, open_predict
 from cotune.plan.load import load_plan
 from cotune.simulations.run import simulate
 from tests.support.processes import Cotune, Moment, play_killed
-from tests.support.simulations import NewPlan, tensors_of
+from tests.support.simulations import BY_PRIOR, COMPARED, NewPlan, tensors_of
 
 FEATURE = {"layers": [0, 1, 2]}
 
@@ -25,7 +25,8 @@ def test_a_run_on_layers(toy_plan: NewPlan, toy_data: Path, tmp_path: Path) -> N
         model={"pooling": "auto", "feature": FEATURE},
         privacy={"epsilon": 8.0},
         local={"batch_size": "all", "steps": 1, "learning_rate": 4.0},
-        simulation={"baselines": ["alone", "pooled"]},
+        simulation=COMPARED,
+        personalize=BY_PRIOR,
     )
     run = simulate(plan, tmp_path / "run", device="cpu")
     summary = run.summary

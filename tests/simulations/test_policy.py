@@ -13,7 +13,7 @@ from cotune.server.runs.events import observe_run, read_events
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate
 from tests.support.failures import fails_with
-from tests.support.simulations import NewPlan
+from tests.support.simulations import UNADAPTED, NewPlan
 
 
 def test_one_declines_and_the_others_go_on(toy_plan: NewPlan, tmp_path: Path) -> None:
@@ -40,7 +40,8 @@ def test_one_declines_and_the_others_go_on(toy_plan: NewPlan, tmp_path: Path) ->
 
 def test_each_organization_spends_what_it_wants(toy_plan: NewPlan, tmp_path: Path) -> None:
     own = [0.5, 4.0, 9.0]
-    plan = toy_plan(privacy={"epsilon": 4.0}, simulation={"clients": 3, "baselines": ["alone"], "epsilons": own})
+    simulation = {"clients": 3, "baselines": ["alone"], "epsilons": own}
+    plan = toy_plan(privacy={"epsilon": 4.0}, simulation=simulation, personalize=UNADAPTED)
     planned = [o.epsilon_planned for o in forecast(plan, "cpu").organizations]
     result = simulate(plan, tmp_path / "run", device="cpu")
     for number, (allowed, foreseen) in enumerate(zip([0.5, 4.0, 4.0], planned, strict=True), start=1):

@@ -33,7 +33,7 @@ from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
 from tests.support.matrix import crossed
 from tests.support.oracle_epsilon import oracle_epsilon
-from tests.support.simulations import COMPARED, NewPlan, final_model, merged, same
+from tests.support.simulations import BY_PRIOR, COMPARED, NewPlan, final_model, merged, same
 
 METRICS = {"accuracy", "precision", "recall", "f1"}
 
@@ -65,6 +65,7 @@ def private(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Done
         privacy={"epsilon": 6.0, "clip_norm": 0.5},
         local={"batch_size": 30, "learning_rate": 1.0, "steps": 4},
         simulation={**COMPARED, "clients": 3, "partition": "quantity:3.0", "min_examples": 40},
+        personalize=BY_PRIOR,
     )
     return Done(plan, simulate(plan, tmp_path_factory.mktemp("private") / "run", device="cpu"))
 
@@ -277,18 +278,16 @@ def test_the_same_plan_and_seed_give_the_same_model_bit_for_bit(plain: Done, tmp
     again = simulate(plain.plan, tmp_path / "again", device="cpu")
     assert same(final_model(again.folder), final_model(plain.folder))
     assert again.summary["test"] == plain.summary["test"]
-    no_baselines = "simulation.baselines=[]"
-    kept = simulate(load_plan(plain.folder / "plan.toml", [no_baselines]), tmp_path / "kept", device="cpu")
-    assert same(final_model(kept.folder), final_model(plain.folder))
-    assert kept.summary["test"]["federated"] == again.summary["test"]["federated"]
-    other = simulate(load_plan(plain.folder / "plan.toml", ["seed=8", no_baselines]), tmp_path / "other", device="cpu")
+    changed = load_plan(plain.folder / "plan.toml", ["seed=8", "simulation.baselines=[]"])
+    other = simulate(changed, tmp_path / "other", device="cpu")
     assert not same(final_model(other.folder), final_model(plain.folder))
 
 
-def test_memory_knobs_and_checkpoints_do_not_change_the_model(plain: Done, tmp_path: Path) -> None:
+def test_baselines_and_kept_checkpoints_do_not_change_the_model(plain: Done, tmp_path: Path) -> None:
     changed = load_plan(plain.folder / "plan.toml", ["keep_checkpoints=1", "simulation.baselines=[]"])
     result = simulate(changed, tmp_path / "run", device="cpu")
     assert same(final_model(result.folder), final_model(plain.folder))
+    assert result.summary["test"]["federated"] == plain.summary["test"]["federated"]
     assert [path.name for path in (result.folder / "checkpoints").iterdir()] == ["round-00004.safetensors"]
     assert (result.summary["test"]["alone"], result.summary["test"]["pooled"]) == (None, None)
     assert all((o["alone"], o["gain"]) == (None, None) for o in result.summary["organizations"])
@@ -463,7 +462,7 @@ def test_a_baseline_that_cannot_be_trained_does_not_cost_the_run(toy_plan: NewPl
             (tmp_path / "run" / "baselines" / "alone" / "org-1" / "site" / "data.json").unlink()
 
     with observe_run(breaks):
-        result = simulate(toy_plan(simulation=COMPARED), tmp_path / "run", device="cpu")
+        result = simulate(toy_plan(simulation=COMPARED, personalize=BY_PRIOR), tmp_path / "run", device="cpu")
     test, (first, second) = result.summary["test"], result.summary["organizations"]
     assert set(test["alone"]["each"]) == {"org-2"}
     assert test["alone"]["mean"] == test["alone"]["each"]["org-2"]

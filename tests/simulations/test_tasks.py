@@ -109,7 +109,9 @@ def test_colors_are_learnt_and_the_model_is_a_plain_one(
 
 def test_the_baselines_of_a_tagger(new_plan: Callable[..., Plan], tmp_path: Path) -> None:
     simulation = {"clients": 2, "partition": "dirichlet:1.0", "min_examples": 20}
-    summary = simulate(new_plan("token-classification", rounds=1, simulation=simulation), tmp_path / "run", device="cpu").summary
+    personalize = {"folds": 2, "methods": ["prior", "mix", "alone"]}
+    plan = new_plan("token-classification", rounds=1, simulation=simulation, personalize=personalize)
+    summary = simulate(plan, tmp_path / "run", device="cpu").summary
     assert set(summary["test"]["alone"]["each"]) == {"org-1", "org-2"}
     assert summary["test"]["pooled"]["accuracy"] > summary["test"]["majority"]["accuracy"]
     assert summary["test"]["majority"]["precision"] == pytest.approx(summary["test"]["majority"]["accuracy"] / 4)

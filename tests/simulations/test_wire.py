@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from cotune.simulations.run import Run, simulate
-from tests.support.simulations import COMPARED, NewPlan, final_model, same
+from tests.support.simulations import COMPARED, UNADAPTED, NewPlan, final_model, same
+
+BASELINES = {"simulation": COMPARED, "personalize": UNADAPTED}
 
 
 @pytest.fixture(scope="module")
 def exact(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return simulate(toy_plan(simulation=COMPARED), tmp_path_factory.mktemp("exact") / "run", device="cpu")
+    return simulate(toy_plan(**BASELINES), tmp_path_factory.mktemp("exact") / "run", device="cpu")
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4"])
@@ -30,7 +32,7 @@ def test_a_run_repeats_itself(toy_plan: NewPlan, tmp_path: Path) -> None:
 
 
 def test_baselines_send_nothing_and_are_not_rounded(toy_plan: NewPlan, tmp_path: Path, exact: Run) -> None:
-    run = simulate(toy_plan(wire="int4", simulation=COMPARED), tmp_path / "run", device="cpu")
+    run = simulate(toy_plan(wire="int4", **BASELINES), tmp_path / "run", device="cpu")
     wanted = exact.summary["test"]
     assert {name: run.summary["test"][name] for name in ("alone", "pooled")} == {n: wanted[n] for n in ("alone", "pooled")}
 

@@ -18,12 +18,13 @@ from cotune.simulations.run import Run, simulate
 from cotune.simulations.split import Share
 from cotune.simulations.worth import TestSet, held_labels, organization_worth
 from tests.support.datasets import sentences, write_csv, write_tagged
-from tests.support.simulations import COMPARED, NewPlan
+from tests.support.simulations import COMPARED, UNADAPTED, NewPlan
 
 
 @pytest.fixture(scope="module")
 def result(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    plan = toy_plan(rounds=2, simulation={**COMPARED, "clients": 3, "partition": "dirichlet:0.5", "min_examples": 20})
+    simulation = {**COMPARED, "clients": 3, "partition": "dirichlet:0.5", "min_examples": 20}
+    plan = toy_plan(rounds=2, simulation=simulation, personalize=UNADAPTED)
     return simulate(plan, tmp_path_factory.mktemp("worth") / "run", device="cpu")
 
 

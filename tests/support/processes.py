@@ -32,10 +32,12 @@ _PRELOADED = (
     "cotune.simulations.run",
     "cotune.simulations.comparison.compare",
     "cotune.client.app",
+    "cotune.data.inputs.chat_worker",
     "opacus",
     "transformers.models.bert.modeling_bert",
     "scipy.stats",
     "dp_accounting",
+    "peft",
 )
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process

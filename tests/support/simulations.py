@@ -27,6 +27,8 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMPARED = {"baselines": ["alone", "pooled"]}  # a table [simulation]
+UNADAPTED = {"methods": []}  # a table [personalize]: each head that is fitted costs as much as a round
+BY_PRIOR = {"methods": ["prior"]}
 TOY_MODEL = {"max_length": 16, "precision": "float32"}  # processors with fast bfloat16 round off what a tiny model has learned
 
 

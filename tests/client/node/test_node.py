@@ -24,7 +24,6 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node.node import Node
 from cotune.client.node.serve import run_node
 from cotune.client.node.worker import TrainerDied
@@ -32,6 +31,7 @@ from cotune.client.training.observe import observe_client
 from cotune.flower.chunks import Aborted
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, _restore_ttl
 from cotune.flower.fleet_errors import FleetError, NodeRejected, RequestExpired
+from cotune.protocol.refusals import GENERIC_REFUSAL
 from tests.support.failures import fails_with
 
 NODE = 5

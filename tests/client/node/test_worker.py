@@ -12,13 +12,13 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
-from cotune.client.egress_guard import GENERIC_REFUSAL
 from cotune.client.node.worker import TrainerDied, TrainerProcess
 from cotune.client.site import Site
 from cotune.flower.chunks import ChunkedMessage
 from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.protocol.messages import Recipient, decode_update, encode_requests
+from cotune.protocol.refusals import GENERIC_REFUSAL
 from cotune.protocol.signatures import detach
 from tests.support.signing import sign_request
 

@@ -73,19 +73,19 @@ def test_changed_records_are_charged_as_other_data(
 def test_kept_data_sets_are_bounded(make_plan: MakePlan, make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan()
     dataset._kept.clear()
-    monkeypatch.setattr(dataset, "_MAX_HELD_ROWS", 100)
-    monkeypatch.setattr(dataset, "_MAX_HELD", 4)
+    monkeypatch.setattr(dataset._kept, "max_size", 100)
+    monkeypatch.setattr(dataset._kept, "max_entries", 4)
     sites = [make_site(f"clinic-{number}", rows=range(number, number + 30)) for number in range(4)]
     for site in sites:
         site.dataset(plan.labels)
-    assert sorted(map(len, dataset._kept.sets.values())) == [30, 30, 30]
+    assert sorted(map(len, dataset._kept.values())) == [30, 30, 30]
     small = [make_site(f"small-{number}", rows=range(number, number + 2)) for number in range(6)]
     for site in small:
         site.dataset(plan.labels)
-    assert sorted(map(len, dataset._kept.sets.values())) == [2, 2, 2, 2]
+    assert sorted(map(len, dataset._kept.values())) == [2, 2, 2, 2]
     everything = make_site("all", rows=range(60)).dataset(plan.labels)
-    monkeypatch.setattr(dataset, "_MAX_HELD_ROWS", 10)
+    monkeypatch.setattr(dataset._kept, "max_size", 10)
     make_site("none", rows=range(1)).dataset(plan.labels)
     assert len(everything) == 60
-    assert dataset._kept.rows == 1
-    assert sorted(map(len, dataset._kept.sets.values())) == [1]
+    assert dataset._kept.size == 1
+    assert sorted(map(len, dataset._kept.values())) == [1]

@@ -12,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from cotune.data.inputs import chat_template
-from cotune.data.inputs.chat_template import WrittenChat, check_chat_template, end_tokens, write_chats
+from cotune.data.inputs.chat_template import check_chat_template, end_tokens, write_chats
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Chat
@@ -24,6 +24,7 @@ TASK = get_task("causal-lm")
 CHATML = TEMPLATES["chatml"]
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<>[]"), max_size=20)
 ANSWERS = WORDS.filter(str.strip)
+NEW_INTERPRETER = chat_template._new_process  # before a fixture of the session replaces it
 
 
 def chat(*contents: str, system: str = "") -> Chat:
@@ -139,9 +140,24 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name == "power" else ()) for name in LIMITS])
 def test_template_that_takes_too_much_is_refused(name: str) -> None:
     assert refusal(LIMITS[name]) == "model.chat_template_limit"
+
+
+def test_template_by_which_the_process_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by "power", in less time."""
+    monkeypatch.setattr(chat_template, "_ask", lambda process, each: os.kill(process.pid, signal.SIGXCPU))
+    assert refusal("{# ends #}" + CHATML) == "model.chat_template_limit"
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("gigabytes at run time", "chat_template_limit"), ("class", "unusable_chat_template")]
+)
+def test_new_interpreter_has_the_same_limits(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests fork the process that writes chats."""
+    monkeypatch.setattr(chat_template, "_new_process", NEW_INTERPRETER)
+    assert refusal("{# new #}" + {**LIMITS, **HOSTILE}[name]) == f"model.{code}"
 
 
 def test_base_without_a_template_is_refused() -> None:
@@ -180,14 +196,15 @@ def test_each_chat_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == records
 
 
-def test_kept_chats_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_KEPT", 10)
-    kept = chat_template._Kept()
-    template = chat_template._Template("", ())
-    for number in range(5):
-        kept.keep((template, bytes([number])), WrittenChat("aaa", "a"))
-    assert kept.get((template, bytes([0]))) is None
-    assert kept.get((template, bytes([4]))) == (WrittenChat("aaa", "a"),)
+def test_kept_chats_count_by_their_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = byte_tokenizer("{# bounded #}" + CHATML)
+    chat_template._kept.clear()
+    [first, *_] = write_chats(reader, [chat("a", "first"), chat("b", "second")])
+    assert chat_template._kept.size > 2 * len("first")
+    monkeypatch.setattr(chat_template._kept, "max_size", 1)
+    write_chats(reader, [chat("c", "third")])
+    assert (first,) not in chat_template._kept.values()
+    assert len(chat_template._kept) == 1
 
 
 @pytest.mark.crash

@@ -122,7 +122,9 @@ def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
 def test_a_truncated_ledger_is_refused(ledger: Ledger) -> None:
     for number in range(100):
         ledger.reserve("plan" * 50, number, ROUND)
+    ledger.close()  # all that was written is in the file, and no lock is waited for
     content = ledger.path.read_bytes()
+    assert len(content) > 8 * 4096
     ledger.path.write_bytes(content[: len(content) // 2 // 4096 * 4096])
     with pytest.raises(PrivacyError) as raised:
         Ledger(ledger.path).spent()
