@@ -69,7 +69,7 @@ class PrivacyError(CotuneError):
 class PolicyError(PrivacyError):
     """A rule of the organization's own does not allow what a plan asks for.
 
-    The sentence is for the organization; `public` names the rule alone, and may be told where the records do not decide it.
+    The sentence is for the organization; `public` names the rule alone, and may be sent where the records do not decide it.
     """
 
     def __init__(self, rule: str, reason: str) -> None:

@@ -91,7 +91,7 @@ CLIENT = {
     ),
     "trust": (
         "cotune.cli.client.commands:trust",
-        "Trust the server's new keys by a statement signed with the old ones, if none came with a request.",
+        "Trust the server's new keys by a statement signed with the old ones, if no request brought one.",
     ),
     "adapt": (
         "cotune.cli.client.commands:adapt",

@@ -150,7 +150,9 @@ def _list(console: Console, found: list[dict[str, Any]]) -> None:
             privacy = (part["record_privacy"].partition(":")[0], part["client_privacy"].partition(":")[0])
             table.add_row(escape(part["name"]), escape(part["summary"]), part["sees"], *privacy)
         console.print(table, "", sep="\n")
-    console.print("record-level ε: free, it works on what is noised already; at a price, one more number is told, with noise;")
+    console.print(
+        "record-level ε: free, it works on what is noised already; at a price, one more number is disclosed, with noise;"
+    )
     console.print("no: it needs statistics without noise. client-level ε: whether [client_privacy] can be had with it")
     console.print("`cotune strategies NAME` explains one; `cotune strategies new my_rule` begins one of your own")
 

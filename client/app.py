@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cotune.client.audit_log import AuditLog, record_sizes
+from cotune.client.consent.policy_check import check_base_model, check_plan
 from cotune.client.egress_guard import EgressBlocked, check_reason, check_receipt, check_update
 from cotune.client.final_model import store_final_model
 from cotune.client.node.request_limits import Consent, check_received, expected_shapes, read_plan
@@ -29,7 +30,6 @@ from cotune.client.node.requests import (
     countersign_refusal,
     verify_request,
 )
-from cotune.client.policy_check import check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import CotuneError, PolicyError, RunError
@@ -213,7 +213,7 @@ def _site(request: Request, context: Context) -> Site:
         )
     if site.organization != request.organization:
         raise RunError(
-            f"a request for {request.organization} came to {site.organization}: expected one for this organization",
+            f"a request for {request.organization} arrived at {site.organization}: expected one for this organization",
             code="run.wrong_recipient",
         )
     return site

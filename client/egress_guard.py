@@ -236,7 +236,7 @@ def _wrong_words(update: Update, account: Account, round: int) -> Iterator[str]:
             yield "the update states its noise where plan and policy do not agree on it"
     surplus = sorted(update.disclosures.keys() - _allowed_disclosures(plan, policy))
     if surplus:
-        yield f"the update tells {surplus[0][:80]!r}, which plan and policy do not agree on"
+        yield f"the update discloses {surplus[0][:80]!r}, which plan and policy do not agree on"
 
 
 def _allowed_disclosures(plan: Plan, policy: Policy) -> set[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cotune.client.approvals import Approvals
-from cotune.client.policy_check import check_base_model
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.policy_check import check_base_model
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.client.training.personal.ditto_pfedme import open_personal
@@ -56,7 +56,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
     check_base_model(plan, policy)
     if not 1 <= request.round <= plan.rounds:  # a run may end before its last round
         raise RunError(
-            f"a finished model came after round {request.round}: expected one of the plan's {plan.rounds} rounds",
+            f"a finished model arrived after round {request.round}: expected one of the plan's {plan.rounds} rounds",
             code="run.wrong_round",
         )
     folder = site.models / f"{plan.name}-{plan.plan_id[:12]}"

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from cotune.client.consent.policy_check import missing_number_message
 from cotune.client.noise_calibration import Budget, Total, get_budget, noise_multiplier, total_delta
-from cotune.client.policy_check import missing_number_message
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset
 from cotune.data.units import RECORD
@@ -111,8 +111,8 @@ class Account:
         except PolicyError:
             raise PolicyError(
                 "budget.epsilon_total",
-                f"too little of the total {total:g} is left to tell the number of records with noise, from which a run's noise"
-                " follows: raise budget.epsilon_total in policy.toml, or declare a number",
+                f"too little of the total {total:g} is left to disclose the number of records with noise, from which a run's"
+                " noise follows: raise budget.epsilon_total in policy.toml, or declare a number",
             ) from None
 
     def _undeclared(self) -> int:

@@ -96,8 +96,8 @@ class DataConfig(BaseModel):
         default=",",
         min_length=1,
         max_length=10,
-        description="multi-label: what stands between the labels of a record where they are one text, as in CSV; a list in JSON"
-        " and Parquet needs none",
+        description="multi-label: the separator between the labels of a record where they are one text, as in CSV; lists "
+        "in JSON and Parquet need none",
     )
     prompt: str | None = Field(
         default=None,
@@ -106,7 +106,9 @@ class DataConfig(BaseModel):
         " it learns to write `text`",
     )
     target: str | None = Field(
-        default=None, min_length=1, description="causal-lm, seq2seq: the column that holds what it is to write"
+        default=None,
+        min_length=1,
+        description="causal-lm, seq2seq: the column that holds the text that the model is trained to write",
     )
     messages: str | None = Field(
         default=None,
@@ -114,7 +116,9 @@ class DataConfig(BaseModel):
         description="causal-lm: the column that holds a chat, a list of {role, content} (in CSV as JSON), which the tokenizer's"
         " chat template writes out; the last message of the role assistant is the target, and what stands before it the prompt",
     )
-    separator: str = Field(default=_SEPARATOR, max_length=100, description="causal-lm, seq2seq: what stands behind a prompt")
+    separator: str = Field(
+        default=_SEPARATOR, max_length=100, description="causal-lm, seq2seq: the text between a prompt and its target"
+    )
     context: str = Field(
         default="context", min_length=1, description="question-answering: the column that holds the text with the answer"
     )
@@ -133,11 +137,15 @@ class DataConfig(BaseModel):
     unit: str | None = Field(
         default=None,
         min_length=1,
-        description="the column that says whose a record is; default: called like privacy.unit",
+        description="the column that names the unit of privacy that a record belongs to, such as a patient; default: the "
+        "column called privacy.unit",
     )
-    encoding: str = Field(default="utf-8", description="of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16")
+    encoding: str = Field(
+        default="utf-8", description="text encoding of a CSV, TSV or JSON file, such as utf-8, latin-1 or utf-16"
+    )
     deduplicate: bool = Field(
-        default=False, description="of records with the same input keep the first, or none if their labels differ"
+        default=False,
+        description="keep only the first of several records with the same input, or none of them if their labels differ",
     )
 
     def without_units(self) -> DataConfig:

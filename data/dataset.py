@@ -63,7 +63,7 @@ class DatasetManifest(BaseModel):
             file: The document.
             labels: The plan's classes in the order of the head.
             lenient: Whether a record of another class is one without a loss. A real organization must not fail by the classes of
-                its records: whether it does would tell of single ones.
+                its records: whether it does would reveal something about single ones.
 
         Raises:
             DataError: For a document or records that cannot be read.
@@ -189,7 +189,7 @@ class Dataset:
 
     @cached_property
     def targets(self) -> list[Any]:
-        """What a model is to tell of each record (see `Task.targets`).
+        """What a model is to predict for each record (see `Task.targets`).
 
         Raises:
             DataError: For a class that the plan does not have.
@@ -212,7 +212,7 @@ class Dataset:
 
     @property
     def truth(self) -> list[Any]:
-        """All that a model is to tell: the target of each record, or every entry of those that are several."""
+        """All that a model is to predict: the target of each record, or every entry of those that are several."""
         return [entry for target in self.targets for entry in (target if isinstance(target, tuple) else (target,))]
 
     def bound_contributions(self, privacy: UnitRule | Literal["none"], seed: int) -> Dataset:
@@ -339,7 +339,7 @@ class Dataset:
     def label_counts(self) -> dict[str, float]:
         """How many units each class has, every unit counting for one, parted among its records; of tags by their `get_stratum`.
 
-        What is told of these counts under privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
+        Disclosing these counts with privacy relies on it: one unit changes them by one at most, in L1 and so in L2.
         """
         counts = dict.fromkeys(self.labels, 0.0)
         for label, weight in zip(self.held_labels, self.weights, strict=True):

@@ -27,6 +27,12 @@ def read_owners(data: DataConfig, task: TaskName, records: Records, column: str)
 
     Of a text that `data.deduplicate` keeps once, it is the organization that comes first in the file.
 
+    Args:
+        data: Source and columns of the records.
+        task: As which they are read.
+        records: The records that `data` and `task` give.
+        column: The column of the organizations.
+
     Raises:
         DataError: For a file without the column, records without a value in it, or fewer than two values.
     """

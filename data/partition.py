@@ -48,15 +48,17 @@ class PartitionConfig(BaseModel):
     scheme: str = Field(
         default="dirichlet:0.5",
         description=(
-            "iid, dirichlet:ALPHA (each class is shared out by a Dirichlet draw: skewed labels and unequal sizes),"
-            " quantity:ALPHA (sizes by a Dirichlet draw, labels iid) or shards:K (K classes per client);"
-            " a smaller ALPHA or K is more uneven"
+            "iid, dirichlet:ALPHA (each class is divided by a Dirichlet draw: skewed labels and unequal sizes), "
+            "quantity:ALPHA (sizes by a Dirichlet draw, labels iid) or shards:K (K classes per client); a smaller"
+            " ALPHA or K is more uneven"
         ),
     )
     sizes: Literal["equal"] | float = Field(
         default="equal", description="for iid and shards: equal, or the ALPHA of a Dirichlet draw of the clients' sizes"
     )
-    min_examples: int = Field(default=20, ge=1, description="of every client; shares are drawn again until so")
+    min_examples: int = Field(
+        default=20, ge=1, description="the fewest records of each client; shares are drawn again until every client has as many"
+    )
 
     @field_validator("scheme")
     @classmethod
@@ -78,6 +80,11 @@ def partition(labels: Sequence[str], config: PartitionConfig, rng: np.random.Gen
 
     Equal sizes are equal to within one, for shards within each class. A client of shards:K holds K classes, or fewer
     where a class has fewer examples than holders. Raises DataError if `config.min_examples` cannot be met.
+
+    Args:
+        labels: The label of each row.
+        config: Scheme, number of clients and their fewest examples.
+        rng: Decides who gets which rows.
     """
     kind, value = _parse(config.scheme)
     codes = _class_codes(labels)
@@ -104,6 +111,14 @@ def split_test(labels: Sequence[str], fraction: float, rng: np.random.Generator)
 
     A class of two or more examples has at least one on each side; a single example is trained on.
     Raises PlanError for a fraction that is not between 0 and 1, and DataError if no class has two examples.
+
+    Args:
+        labels: The label of each row.
+        fraction: Of each class, between 0 and 1.
+        rng: Decides which rows test.
+
+    Returns:
+        (training rows, test rows).
     """
     if not 0 < fraction < 1:
         raise PlanError(

@@ -1,6 +1,6 @@
 """Reads an organization's records from one file (CSV, TSV, JSON, Parquet or Excel) or from a folder of images.
 
-Whatever is wrong with a file is told in one `DataError` sentence, which names files, columns and positions, but no record's text.
+A problem of a file is reported in one `DataError` sentence, which names files, columns and positions, but no record's text.
 Nothing is written: no cache, no temporary copy of private records.
 """
 
@@ -50,7 +50,7 @@ def read_records(
     """Read the records of one file, or of a folder of images with a sub-folder for each class.
 
     The same unchanged file is parsed once per process. A record with a blank text, no label or broken Unicode (half of a
-    surrogate pair) is skipped and counted. A CSV field is a word as it stands: "NA" and "None" are labels there, and only an
+    surrogate pair) is skipped and counted. A CSV field is taken literally: "NA" and "None" are labels there, and only an
     empty field is missing.
 
     Args:
@@ -203,7 +203,7 @@ def _parse(
         if not (lenient and suffix in JSON_SUFFIXES):  # there, which columns there are is what the records say
             _check_column(file, entry, column, names)
     labels_read: Sequence[object] = values[file.label_columns[0]]
-    if file.has_label_tuples:
+    if file.targets.in_tuples:
         labels_read = list(zip(*(values[column] for column in file.label_columns), strict=True))
     units = values.get(config.unit) if config.unit else None
     return _clean(file, get_task(task), values[file.wanted[0]], labels_read, units)
@@ -287,7 +287,7 @@ def _is_header(file: DataFile, number: int, given: object, label: object) -> boo
 
     Raises DataError where the two names are swapped, as then the records below are, unless leniently.
     """
-    if file.has_label_tuples:
+    if file.targets.in_tuples:
         return given == file.wanted[0] and label == file.label_columns
     if not isinstance(given, str) or not isinstance(label, str):
         return False

@@ -79,7 +79,7 @@ def format_left_out(reasons: Mapping[str, int], records: int, source: str = "") 
 
     Args:
         reasons: How many records there are for each reason.
-        records: How many can be used, of which the share of the cut ones is told.
+        records: How many can be used, to which the share of cut ones refers.
         source: Of which file or files, where there are several.
 
     >>> format_left_out({"blank text": 75, cut_reason(128): 517, "duplicate": 1500}, 6500)

@@ -46,6 +46,12 @@ def choose_counting(unit: bytes, records: Sequence[tuple[Input, Label]], most: i
 
     They have the smallest SHA-256 over the seed, the unit and their own content: an order that looks random, and in which other
     units have no say.
+
+    Args:
+        unit: Identity of the unit.
+        records: Its records.
+        most: The most records that count (`privacy.max_records`).
+        seed: Of the plan.
     """
     if len(records) <= most:
         return list(range(len(records)))

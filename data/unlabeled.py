@@ -70,7 +70,16 @@ def read_unlabeled(
 
 
 def read_typed(given: Sequence[str], task: TaskName, *, chats: bool = False) -> list[Row]:
-    """Return texts as they were typed; for an image model, paths of images; of chats each text is what a user says."""
+    """Return texts as they were typed; for an image model, paths of images; of chats each text is what a user says.
+
+    Args:
+        given: The texts, or paths of images.
+        task: Of the model.
+        chats: Whether each text is what a user says in a chat.
+
+    Returns:
+        A row for each input, in order; one that cannot be used has a reason.
+    """
     if chats:
         said = [[{"role": "user", "content": each}] if each.strip() else None for each in given]
         return _make_rows(_file(Path("typed"), b"", _CHATS, _CHATS), task, said)

@@ -236,7 +236,7 @@ class PublicPredictions:
         return self._features
 
     def _encode(self, state: State, *, is_trained: bool) -> Tensor:
-        """Of an encoder as it came they are kept on disk, for the next round, run and organization."""
+        """Of an unchanged encoder they are kept on disk, for the next round, run and organization."""
         if is_trained:
             return encode_batch(self._model, self._examples, self._precision)
         return get_features(self._model, self._inputs, state, self._precision)

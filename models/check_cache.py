@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def model_key(model: TrainableModel) -> tuple[object, ...]:
-    """Return what decides the numbers of a model as it came, before any training.
+    """Return what decides the numbers of an unchanged model, before any training.
 
     The files of the base model, its head and adapters, the code of cotune and of the libraries, and what chooses kernels here.
     """

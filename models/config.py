@@ -38,16 +38,18 @@ class FeatureConfig(ConfigTable):
     layers: tuple[int, ...] = Field(
         min_length=1,
         max_length=64,
-        description="the means of whose token vectors are read, side by side, in ascending order; 0: the embeddings",
+        description="layers whose mean token vectors are concatenated, in ascending order; 0: the embeddings",
     )
-    cls: bool = Field(True, description="whether the first token's vector in the last layer is read, too")
+    cls: bool = Field(True, description="whether the vector of the first token in the last layer is added")
     whiten: Literal["public", "none"] = Field(
         "public",
-        description="public: the feature is centered, scaled and whitened by a map that is fitted to texts of random tokens;"
-        " none: it is taken as it is",
+        description="public: center, scale and whiten the feature by a map that is fitted to texts of random tokens; "
+        "none: use it unchanged",
     )
     map_hash: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="SHA-256 of that map, which everybody makes alike; checked when given"
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of that map, which every participant computes identically; checked when given",
     )
 
     @field_validator("layers")
@@ -66,16 +68,17 @@ class ModelConfig(ConfigTable):
         None, description="SHA-256 of the base model's weights, configuration, tokenizer and chat templates; checked when given"
     )
     revision: str | None = Field(
-        None, description="of a hub id: the commit, tag or branch that is fetched; a federation's plan pins the commit"
+        None, description="for a hub id, the commit, tag or branch that is fetched; the plan of a federation pins the commit"
     )
     pooling: Literal["auto", "mean", "native"] = Field(
         "auto",
-        description="how token vectors become one: the architecture's own way, or the mean (auto: as the folder says)",
+        description="how token vectors are pooled into one: as the architecture does, or their mean (auto: as the model's"
+        " folder says)",
     )
     target_range: tuple[float, float] | None = Field(
         None,
-        description="regression: the least and the largest target, such as [0.0, 5.0]; what lies beyond is trained on as the"
-        " nearer end; a public number, decided before anyone looks at records, and never taken from them",
+        description="regression: the smallest and the largest target, such as [0.0, 5.0]; targets outside are clipped to "
+        "it; public, chosen before anyone looks at records and never computed from them",
     )
     feature: FeatureConfig | None = Field(
         None,
@@ -87,8 +90,8 @@ class ModelConfig(ConfigTable):
         None,
         ge=1,
         le=32768,
-        description="causal-lm: tokens of a target at most, its end token included; the rest is cut off. Scores over the"
-        " vocabulary, which cost most, are computed only at that many positions of a record",
+        description="causal-lm: the most tokens of a target, its end token included; the rest is cut off. Scores over the"
+        " vocabulary, the most expensive part, are computed only at that many positions of a record",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -115,12 +118,12 @@ class LoraConfig(ConfigTable):
     method: Literal["lora", "rslora"] = Field(
         "lora", description="lora: s = α/r; rslora: s = α/√r (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)"
     )
-    rank: int = Field(8, ge=1, le=512, description="r")
-    alpha: float = Field(16.0, gt=0, le=4096, description="α")
+    rank: int = Field(8, ge=1, le=512, description="rank r of the adapters")
+    alpha: float = Field(16.0, gt=0, le=4096, description="scaling α of the adapters")
     factors: Factors = Field(
         "b",
-        description="which are trained: b (A stays as drawn from the plan's seed: FFA-LoRA, Sun et al., ICLR 2024), ab (both), or"
-        " alternate (B in odd rounds, A in even ones: RoLoRA)",
+        description="the factors that are trained: b (A stays as drawn from the plan's seed: FFA-LoRA, Sun et al., ICLR "
+        "2024), ab (both), or alternate (B in odd rounds, A in even ones: RoLoRA)",
     )
     keep: Literal["nothing", "b"] = Field(
         "nothing",
@@ -132,9 +135,11 @@ class LoraConfig(ConfigTable):
         description="names of the linear modules that get an adapter (auto: what peft adapts in this architecture)",
     )
     smaller_ranks: bool = Field(
-        False, description="organizations may train the first slices of the rank alone, as their policy says"
+        False, description="whether organizations may train only the first components of the rank, as their policy says"
     )
-    layers: int | None = Field(None, ge=1, description="only the last so many transformer layers get adapters; default: all")
+    layers: int | None = Field(
+        None, ge=1, description="number of transformer layers, counted from the last, that get adapters; default: all"
+    )
 
     @field_validator("method", mode="before")
     @classmethod

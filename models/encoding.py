@@ -97,7 +97,14 @@ def find_features(
 
 
 def encoded_features(dataset: Dataset, model: TrainableModel, state: State, precision: str) -> Tensor:
-    """Return the rows of `find_features`, for the same arguments, as a new tensor (n, d)."""
+    """Return the rows of `find_features`, for the same arguments, as a new tensor (n, d).
+
+    Args:
+        dataset: The n records.
+        model: The model, set to `state`.
+        state: What was trained in the encoder so far.
+        precision: As in the plan.
+    """
     return find_features(dataset, model, state, precision).copy()
 
 

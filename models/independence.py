@@ -280,7 +280,7 @@ def padding_error(model: TrainableModel, examples: Sequence[Example], slots: int
         The largest root mean square of padded − alone, relative to the largest one of the examples alone, as the scores of a
         single one can be almost 0 with a random head. 0 for a task without padding.
     """
-    feature_head(model)  # finds out what the head reads while the model is as it came
+    feature_head(model)  # finds out what the head reads while the model is unchanged
     quiet = _padding_error(model, examples, slots)
     with _loud_padding(model):
         return max(quiet, _padding_error(model, examples, slots))

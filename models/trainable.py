@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor, nn
 
+from cotune.bounded_cache import BoundedCache
 from cotune.data.config import TaskName
 from cotune.data.multi_task import is_multi_task
 from cotune.data.tasks.text import Example
@@ -28,7 +29,6 @@ from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.multi_head import load_multi_task
 
-_KEPT_NAMES = 64  # answers of `names`; with factors of adapters in turns, each round has its own
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
 
@@ -57,7 +57,8 @@ class TrainableModel:
         self._own = {name.replace(".base_layer.", "."): parameter for name, parameter in named}  # walking a module is slow
         self.layers = tuple(self.module.named_modules())
         self._initial: State = {}
-        self._names: dict[tuple[object, ...], list[str]] = {}  # what `names` has found
+        # answers of `names`; with factors of adapters in turns, each round has its own
+        self._names: BoundedCache[tuple[object, ...], list[str]] = BoundedCache(max_entries=64)
 
     @cached_property
     def samples(self) -> Sequence[Example]:
@@ -78,11 +79,7 @@ class TrainableModel:
             ValueError: For blocks without a number of them.
         """
         question = mode, freeze_embeddings, round, layers
-        if question not in self._names:
-            if len(self._names) >= _KEPT_NAMES:
-                self._names.clear()
-            self._names[question] = self._find_names(mode, freeze_embeddings, round, layers)
-        return list(self._names[question])
+        return list(self._names.find(question, lambda: self._find_names(*question)))
 
     def _find_names(self, mode: TrainMode, freeze_embeddings: bool, round: int, layers: int | None) -> list[str]:
         blocks = self._last_blocks(layers) if mode == "blocks" else frozenset[str]()

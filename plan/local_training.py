@@ -18,14 +18,21 @@ _MAX_RATE = 1e3  # far above any useful rate; a single step with a much larger o
 class LocalTraining(ConfigTable):
     """How an organization trains in one round (the `local` table of a plan)."""
 
-    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="started afresh in every round")
-    learning_rate: float = Field(0.5, gt=0, le=_MAX_RATE, description="length of a step along the mean gradient")
-    head_learning_rate: float | None = Field(
-        None, gt=0, le=_MAX_RATE, description="for the head where the stage trains more; default: the same"
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(
+        "sgd", description="the local optimizer; its state starts anew in every round"
     )
-    schedule: Schedule = Field("constant", description="how the rates fall over the rounds of a stage; within a round they stay")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(0.0, ge=0, le=10, description="pull of the trained parameters toward zero, of the optimizer")
+    learning_rate: float = Field(0.5, gt=0, le=_MAX_RATE, description="learning rate of the local optimizer")
+    head_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=_MAX_RATE,
+        description="learning rate of the head where the stage trains more than the head; default: learning_rate",
+    )
+    schedule: Schedule = Field(
+        "constant", description="how learning rates decay over the rounds of a stage; they are constant within a round"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="weight decay of the optimizer, toward zero")
     base_decay: float = Field(
         0.0,
         ge=0,
@@ -45,15 +52,17 @@ class LocalTraining(ConfigTable):
         description="expected records per step, at most 1,000,000; below 1: the fraction of the records; all: every record in"
         " every step, which nothing amplifies",
     )
-    steps: int | None = Field(20, ge=1, le=100_000, description="optimizer steps per round; null where epochs are given")
-    epochs: float | None = Field(None, gt=0, le=1000, description="instead of steps: passes over the own records per round")
+    steps: int | None = Field(20, ge=1, le=100_000, description="optimizer steps per round; null if epochs are given")
+    epochs: float | None = Field(
+        None, gt=0, le=1000, description="passes over the organization's records per round, instead of steps"
+    )
     physical_batch_size: int = Field(
         32, ge=1, le=65_536, description="records held in memory at a time; no influence on the result"
     )
     activation_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="compute what layers hold again in the backward pass: less memory, a third more time, the same result (auto:"
-        " for models of a billion parameters and more)",
+        description="recompute activations in the backward pass: less memory, a third more time, the same result (auto: "
+        "for models of a billion parameters and more)",
     )
 
     keep_lower_layers: Literal["auto", "on", "off"] = Field(
@@ -127,11 +136,11 @@ class Stage(ConfigTable):
     mode: TrainMode = Field(
         description="head, lora (adapters and head), blocks (the encoder's last `layers`, and head) or full (encoder and head)"
     )
-    rounds: int = Field(ge=1, le=100_000, description="of this stage")
-    local: LocalTraining = Field(LocalTraining(), description="what differs from the plan's [local]")
-    freeze_embeddings: bool = Field(True, description="in full: leave the embedding tables as they are")
+    rounds: int = Field(ge=1, le=100_000, description="number of rounds of this stage")
+    local: LocalTraining = Field(LocalTraining(), description="keys that override the plan's [local] in this stage")
+    freeze_embeddings: bool = Field(True, description="with full: do not train the embedding tables")
     layers: int | None = Field(
-        None, ge=1, description="in blocks: how many of the last transformer blocks are trained; default: the plan's `layers`"
+        None, ge=1, description="with blocks: how many of the last transformer blocks are trained; default: the plan's `layers`"
     )
 
     @model_validator(mode="after")

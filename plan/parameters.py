@@ -70,7 +70,17 @@ def get_own_model(plan: Plan, device: str, base: str) -> TrainableModel:
 
 
 def trained_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
-    """Return the names of the parameters that organizations train in a round, in the model's order."""
+    """Return the names of the parameters that organizations train in a round, in the model's order.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        round: Number of the round, from 1.
+
+    Raises:
+        PlanError: If the plan has no such round.
+        ModelError: If a stage trains no parameter of the model.
+    """
     return stage_names(plan, plan.get_stage(round), model, round)
 
 
@@ -95,6 +105,15 @@ def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
     These are the parameters that they train, without personal ones. If only predictions are shared, it is the single array of
     predictions.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        round: Number of the round, from 1.
+
+    Raises:
+        PlanError: If the plan has no such round.
+        ModelError: If a stage trains no parameter of the model.
     """
     if plan.shares_predictions:
         return [SCORES]
@@ -127,6 +146,14 @@ def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """Return the names of the personal parameters that organizations have trained up to a round.
 
     For a personal copy of the model, these are all parameters that it has trained.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        round: Number of the round, from 1.
+
+    Returns:
+        The names in the model's order; empty if the plan keeps nothing personal.
     """
     if not plan.keeps_personal and not plan.shares_predictions:
         return []
@@ -155,6 +182,14 @@ def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
 
     These are other factors of adapters, or the weights that they adapt. A fusion in a file is not executed here, so it may change
     any of them.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        round: Number of the round, from 1.
+
+    Returns:
+        The names; empty in a stage without adapters.
     """
     if plan.get_stage(round).mode != "lora":
         return []
@@ -168,6 +203,14 @@ def state_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tup
 
     These are the parameters that rounds up to it share, and those that their fusions change. All others are those of the base
     model, which all organizations have.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        round: Number of the round, from 1.
+
+    Returns:
+        Parameter name -> shape.
     """
     own = dict(model.parameters())
     names = (
@@ -184,7 +227,16 @@ def scores_shape(plan: Plan) -> tuple[int, int]:
 
 
 def student_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of the parameters that the student may have trained up to a round."""
+    """Return name -> shape of the parameters that the student may have trained up to a round.
+
+    Args:
+        plan: The plan.
+        model: Of the plan.
+        round: Number of the round, from 1.
+
+    Returns:
+        Parameter name -> shape.
+    """
     own = dict(model.parameters())
     names = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}
     return {name: tuple(own[name].shape) for name in own if name in names}

@@ -24,18 +24,19 @@ class PersonalConfig(ConfigTable):
     )
     order: Literal["together", "own_first"] = Field(
         "together",
-        description="of parts: whether one step trains both, or each round trains the own parts first, and then what is shared"
-        " (FedRep, Collins et al., ICML 2021, https://arxiv.org/abs/2102.07078, algorithm 1)",
+        description="with parts: whether each step trains personal and shared parameters together, or each round trains "
+        "the personal parts first and the shared ones afterwards (FedRep, Collins et al., ICML 2021, "
+        "https://arxiv.org/abs/2102.07078, algorithm 1)",
     )
     own_steps: int | None = Field(
         None,
         ge=1,
         le=100_000,
-        description="of own_first: steps of a round on the own parts; default: as many as on what is shared",
+        description="with own_first: steps of a round on the personal parts; default: as many as on the shared ones",
     )
     method: Literal["parts", "ditto", "pfedme"] = Field(
         "parts",
-        description="instead of parts, a copy of all that is trained. ditto: pulled toward the shared model that came (Li et al.,"
+        description="instead of parts, a copy of all that is trained. ditto: pulled toward the received shared model (Li et al.,"
         " ICML 2021, https://arxiv.org/abs/2012.04221, algorithm 1), in as many steps again, after those of the shared"
         " model, which never reads it; pfedme: pulled toward the shared model, which follows it (T. Dinh et al., NeurIPS 2020,"
         " https://arxiv.org/abs/2006.08848, algorithm 1)",
@@ -44,10 +45,13 @@ class PersonalConfig(ConfigTable):
         0.1, ge=0, le=1e3, description="λ of ditto and pfedme, per step; local.learning_rate · pull must stay below 2"
     )
     inner_steps: int = Field(
-        5, ge=1, le=100_000, description="K of pfedme: steps of the copy, after which the shared model moves"
+        5, ge=1, le=100_000, description="K of pfedme: steps of the copy between two moves of the shared model"
     )
     move: float = Field(
-        0.5, gt=0, le=1, description="ηλ of pfedme: which part of the way to the copy the shared model moves each time"
+        0.5,
+        gt=0,
+        le=1,
+        description="ηλ of pfedme: the fraction of its distance to the copy by which the shared model moves each time",
     )
     noise: bool = Field(
         True,
@@ -109,7 +113,7 @@ class PersonalConfig(ConfigTable):
             )
         if "norm" in self.parts and "head" in modes:
             yield (
-                'personal.parts has "norm", and a stage with train = head leaves the encoder with its norms as it came: expected'
+                'personal.parts has "norm", and a stage with train = head leaves the encoder and its norms unchanged: expected'
                 " train = lora, blocks or full in all rounds"
             )
         if "adapter" in self.parts and any(mode != "lora" for mode in modes):
@@ -162,6 +166,7 @@ def explain(personal: PersonalConfig, *, private: bool) -> str | None:
         return f"{stays}, with noise in the same steps and under the same ε as what is shared, whose gradients follow from it"
     if personal.noise:
         return (
-            f"{stays}, with noise in as many steps again, which are charged to the same ε: the copy and what it tells may leave"
+            f"{stays}, with noise in as many steps again, which are charged to the same ε: the copy and what it discloses may"
+            " leave"
         )
-    return f"{stays}, without noise and without ε, as the shared model never reads it: neither it nor what it tells may leave"
+    return f"{stays}, without noise and without ε, as the shared model never reads it: neither it nor what it discloses may leave"

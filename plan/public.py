@@ -42,25 +42,31 @@ class PublicConfig(ConfigTable):
     column: str | None = Field(
         None, min_length=1, max_length=1000, description='the column that holds the inputs; absent: "text", or "image"'
     )
-    encoding: str = Field("utf-8", max_length=40, description="of a CSV, TSV or JSON file")
-    license: str = Field("", max_length=200, description="of the inputs, for the record")
+    encoding: str = Field("utf-8", max_length=40, description="text encoding of a CSV, TSV or JSON file")
+    license: str = Field("", max_length=200, description="license of the inputs, for information only")
     sha256: str = Field(
-        "", pattern=r"^([0-9a-f]{64})?$", description="over the inputs in their order; filled in by a run; others are refused"
+        "",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the inputs in their order; filled in by a run; other inputs are refused",
     )
     answers: int = Field(
-        0, ge=0, le=10_000_000, description="predictions that the inputs ask for, one each or one a word; filled in by a run"
+        0, ge=0, le=10_000_000, description="number of predictions for the inputs, one for each input or word; filled in by a run"
     )
     share: Share = Field(
         "scores",
-        description="with collaboration = predictions: the scores of all classes, or votes, of which each names one class alone",
+        description="with collaboration = predictions: what is shared, the scores of all classes or a vote for one class",
     )
     max_score: float = Field(
-        20.0, gt=0, le=100, description="scores are centered, and cut at plus and minus this; what lies beyond is refused"
+        20.0, gt=0, le=100, description="bound on centered scores, which are clipped to it; the server refuses larger ones"
     )
-    temperature: float = Field(1.0, gt=0, le=100, description="of the loss by which models learn what all predict together")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="of Adam, for the same; it falls to 0 over all steps")
-    epochs: int = Field(3, ge=1, le=1000, description="passes over the inputs, for the same")
-    batch_size: int = Field(64, ge=1, le=65536, description="inputs of a step, for the same")
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="temperature of the distillation loss, by which models learn the fused predictions"
+    )
+    learning_rate: float = Field(
+        1e-3, gt=0, le=10, description="learning rate of Adam in distillation; it decays to 0 over all steps"
+    )
+    epochs: int = Field(3, ge=1, le=1000, description="passes over the inputs in distillation")
+    batch_size: int = Field(64, ge=1, le=65536, description="inputs per step of distillation")
 
     @property
     def bound(self) -> float:

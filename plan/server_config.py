@@ -20,20 +20,22 @@ class RoundsConfig(ConfigTable):
         0,
         ge=0,
         le=1_000_000,
-        description="exactly so many are asked, drawn without replacement from the plan's seed; 0: by sample_rate",
+        description="number of organizations that are asked in each round, drawn without replacement from the plan's "
+        "seed; 0: as sample_rate says",
     )
     quorum: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="fraction of the asked organizations whose updates a round needs; absent: half, and where real ones are all"
-        " asked at least two, as one update is no fusion",
+        description="fraction of the asked organizations whose updates a round needs; absent: half, and at least two "
+        "where all real organizations are asked, as one update alone is no fusion",
     )
     over_selection: float = Field(
         0.0,
         ge=0,
         le=10,
-        description="asked beyond sample_size, as a fraction of it; a round closes with its first sample_size updates",
+        description="organizations that are asked beyond sample_size, as a fraction of it; a round closes after its first"
+        " sample_size updates",
     )
     deadline_seconds: float = Field(
         3600.0, gt=0, le=_MAX_WAIT_SECONDS, description="how long a round waits for an organization that was asked"
@@ -42,14 +44,15 @@ class RoundsConfig(ConfigTable):
         10.0,
         ge=0,
         le=1e6,
-        description="once half of the asked organizations have answered, the others are waited for so many times their median"
-        " time; anyone who needs longer gets a strike; 0: always deadline_seconds",
+        description="once half of the asked organizations have answered, the server waits for the others up to their "
+        "median time times this factor; an organization that takes longer gets a strike; 0: always "
+        "deadline_seconds",
     )
     min_timeout_seconds: float = Field(
         300.0,
         gt=0,
         le=_MAX_WAIT_SECONDS,
-        description="an organization that was asked is waited for at least so long, whatever timeout_factor gives",
+        description="the least time for which the server waits for an organization, whatever timeout_factor gives",
     )
     absent_seconds: float = Field(
         60.0,
@@ -71,14 +74,15 @@ class RoundsConfig(ConfigTable):
         " stops, to be resumed",
     )
     late: Literal["ignore", "fold"] = Field(
-        "ignore", description="of updates that come after their round: fold them into a later one, with less weight"
+        "ignore", description="what happens to late updates: fold uses them in a later round, with less weight"
     )
-    max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: rounds that an update may be late")
+    max_staleness: int = Field(2, ge=1, le=100, description="with late = fold: by how many rounds an update may be late")
     max_update_norm: float | None = Field(
         None,
         gt=0,
         le=1e12,
-        description="updates with a larger L2 norm are refused; absent: as far as training can go by the plan",
+        description="the largest L2 norm of an update; larger ones are refused; absent: the most that training by the "
+        "plan can reach",
     )
     max_accuracy_drop: float = Field(
         0.1,
@@ -87,15 +91,17 @@ class RoundsConfig(ConfigTable):
         description="a round after which the accuracy on the coordinator's validation records, or in a real run without them on"
         " its test set, has fallen by more is not applied; 1: never",
     )
-    max_examples: int = Field(10_000_000, ge=1, le=10**12, description="updates that declare more records are refused")
+    max_examples: int = Field(
+        10_000_000, ge=1, le=10**12, description="the largest number of records that an update may declare; others are refused"
+    )
     strikes: int = Field(
         3,
         ge=0,
         le=100_000,
-        description="refused updates and time-outs after which an organization is left out of the run; 0: never",
+        description="number of refused updates and timeouts after which an organization is excluded from the run; 0: never",
     )
     visibility: Literal["updates", "sum"] = Field(
-        "updates", description="sum: only strategies for which the server need not see a single update, but their sum alone"
+        "updates", description="sum: allow only strategies that need the sum of the updates and no single update"
     )
 
     def needed(self, updates: int, *, fuses: bool) -> int:
@@ -126,7 +132,7 @@ class RoundsConfig(ConfigTable):
     def _one_way_to_sample(self) -> Self:
         if self.sample_size and self.sample_rate < 1:
             raise ValueError(
-                f"sample_size = {self.sample_size} asks exactly so many, and sample_rate = {self.sample_rate:g} each by chance:"
+                f"sample_size = {self.sample_size} asks a fixed number, and sample_rate = {self.sample_rate:g} each by chance:"
                 " expected one of the two"
             )
         if self.over_selection and not self.sample_size:

@@ -19,15 +19,16 @@ class TaskConfig(ConfigTable):
     """One of several tasks that share an encoder (the `tasks` tables of a plan); each has a head of its own."""
 
     name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="of the task, and of the folder that its model is exported to"
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="name of the task, and of the folder that its model is exported to"
     )
     type: Literal["sequence-classification", "image-classification"] = Field(
-        "sequence-classification", description="as `task` of a plan; all tasks read the same input, so that they are of one type"
+        "sequence-classification",
+        description="kind of task, as `task` of a plan; all tasks read the same input and are of one kind",
     )
     label: str | None = Field(
         None,
         min_length=1,
-        description="the column that holds its labels, an empty cell being none; default: called like the task",
+        description="the column that holds its labels; an empty cell is no label; default: the column called like the task",
     )
     labels: tuple[str, ...] = Field((), description="its class names in the order of its head; empty: as found in the data")
     weight: float = Field(
@@ -102,7 +103,7 @@ def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Seque
         yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected one type"
     if tasks and all(mode == "head" for mode in modes):
         yield (
-            "train = head leaves the encoder as it came, so that tasks would share nothing: expected train = lora, blocks or"
+            "train = head leaves the encoder unchanged, so that tasks would share nothing: expected train = lora, blocks or"
             " full, or a plan for each task"
         )
     unknown = sorted({name for each in held for name in each} - set(names))

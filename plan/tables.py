@@ -40,16 +40,17 @@ class PersonalizeConfig(ConfigTable):
 
     methods: tuple[Literal["prior", "head", "mix", "alone"], ...] = Field(
         ("prior", "head", "mix", "alone"),
-        description="tried beside the model as it came, on own records; empty: nothing is adapted",
+        description="methods that are compared with the unchanged model on an organization's own records; empty: nothing "
+        "is adapted",
     )
-    folds: int = Field(5, ge=2, le=20, description="parts that the own records are cut into, to choose a method by")
+    folds: int = Field(5, ge=2, le=20, description="folds of the cross-validation on own records that chooses a method")
 
 
 class GenerateConfig(ConfigTable):
     """What language models write after prompts of the common test set, at the end (the `generate` table)."""
 
-    examples: int = Field(100, ge=1, le=10_000, description="test records, at most, drawn from the seed")
-    max_new_tokens: int = Field(64, ge=1, le=4096, description="of each text, at most")
+    examples: int = Field(100, ge=1, le=10_000, description="the most test records, drawn by the seed")
+    max_new_tokens: int = Field(64, ge=1, le=4096, description="the most tokens of each text")
 
 
 class SimulationConfig(ConfigTable):
@@ -60,12 +61,14 @@ class SimulationConfig(ConfigTable):
         "dirichlet:0.5",
         description="iid, dirichlet:ALPHA (label skew), quantity:ALPHA, shards:K, or column:NAME (as a column of the file says)",
     )
-    min_examples: int = Field(20, ge=1, le=10**9, description="per organization")
+    min_examples: int = Field(20, ge=1, le=10**9, description="the fewest records of each organization")
     epsilons: tuple[float, ...] = Field(
-        (), description="own ε of each organization, in their order, where it is smaller than the plan's; empty: the plan's"
+        (),
+        description="ε that the policy of each organization allows, in their order, if smaller than the plan's; empty: "
+        "the plan's",
     )
     ranks: tuple[int, ...] = Field(
-        (), description="rank of adapters that each organization trains, in their order, at most lora.rank; empty: that"
+        (), description="rank of the adapters that each organization trains, in their order, at most lora.rank; empty: lora.rank"
     )
     bases: tuple[str, ...] = Field(
         (),
@@ -82,7 +85,7 @@ class SimulationConfig(ConfigTable):
         " the same run for each task by itself",
     )
     pooled: LocalTraining | None = Field(
-        None, description="how models without privacy are trained for comparison, where not like [local]"
+        None, description="keys that override [local] for models that are trained without privacy, for comparison"
     )
 
     @field_validator("epsilons")
@@ -97,9 +100,11 @@ class PlanTables(ConfigTable):
     """A plan but for its strategy, whose parts must be imported, and for what tables must be together (see `schema.Plan`)."""
 
     name: str = Field(
-        "plan", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="of the plan and its runs; default: the file's"
+        "plan",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of the plan and its runs; default: the name of the file",
     )
-    seed: int = Field(7, ge=0, lt=2**31, description="of everything random but privacy noise and private sampling")
+    seed: int = Field(7, ge=0, lt=2**31, description="seed of all randomness except privacy noise and private sampling")
     task: TaskName = Field(
         "sequence-classification",
         description="a class for a text (sequence-), for each word of one (token-), or for an image; any number of labels for a"

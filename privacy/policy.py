@@ -43,9 +43,14 @@ class BudgetRules(ConfigTable):
     epsilon_per_run: float = Field(3.0, gt=0, description="a plan that would spend more in one run is declined")
     delta_per_run: float | str = Field("1/n^1.5", description='δ at most: a number or "1/n^p"; a plan with more is declined')
     delta_times_records: float = Field(
-        0.1, gt=0, le=1, description="δ times the number of records at most: of so many records all may become known"
+        0.1,
+        gt=0,
+        le=1,
+        description="the most that δ times the number of records may be: how many records may be fully disclosed in expectation",
     )
-    epsilon_total: float = Field(8.0, gt=0, description="over all runs and years of this site, or of each collection in it")
+    epsilon_total: float = Field(
+        8.0, gt=0, description="total ε over all runs and years of this site, or of each collection in it"
+    )
     delta_total: float | str = Field("1/n^1.5", description="δ at which epsilon_total is measured")
 
     def epsilon_for(self, planned: float) -> float:

@@ -155,7 +155,9 @@ def decode_tensors(content: RecordDict, key: str, header: str, codec: Codec = "f
     if isinstance(record, HeldArrays):
         return record.copies(codec)
     if not isinstance(record, ArrayRecord):
-        raise RunError(f"a message came without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message")
+        raise RunError(
+            f"received a message without its arrays: expected an ArrayRecord named {key}", code="run.malformed_message"
+        )
     about = content[header]
     assert isinstance(about, ConfigRecord), "its fields were read before"
     salt = read_salt(about)

@@ -110,7 +110,7 @@ def unpack(codec: Codec, data: bytes, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     if len(data) != (expected := packed_bytes(codec, count)):
         raise RunError(
-            f"an array of {len(data):,} bytes came, expected {expected:,} for {count:,} values as {codec}",
+            f"received an array of {len(data):,} bytes, expected {expected:,} for {count:,} values as {codec}",
             code="run.malformed_update",
         )
     values = _FORMATS[codec].unpack(np.frombuffer(data, dtype=np.uint8), count)

@@ -57,7 +57,7 @@ class Document(ConfigTable):
 
     format: int = Field(description="of this file")
     protocol: int = Field(description="of the messages; the same everywhere")
-    name: str = Field(max_length=100, description="of the federation")
+    name: str = Field(max_length=100, description="name of the federation")
     id: str = Field(pattern=r"^[0-9a-f]{32}$", description="of the federation: what it signs holds for no other")
     server: Server
 

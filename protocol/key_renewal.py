@@ -196,7 +196,7 @@ class ServerRenewal(_Document):
             count = 0
         if count != 1 or about.authority != _compute_digest(self.certificates):
             raise RunError(
-                "the statement of the server's new key came with another authority than was signed: expected that one",
+                "the statement of the server's new key has another authority than the signed one: expected the signed one",
                 code="run.other_authority",
             )
 

@@ -133,7 +133,7 @@ def get_salt(content: RecordDict) -> bytes:
         if isinstance(record := content.get(key), ConfigRecord):
             return read_salt(record)
     raise RunError(
-        "a message came without its header: expected a ConfigRecord named update or receipt", code="run.malformed_message"
+        "received a message without its header: expected a ConfigRecord named update or receipt", code="run.malformed_message"
     )
 
 
@@ -210,7 +210,7 @@ def decode_update(content: RecordDict, plan_id: str, *, codec: Codec = "float32"
     fields = _decode_fields(content, "update", types)
     if fields["plan_id"] != plan_id:
         raise RunError(
-            f"an update for plan {str(fields['plan_id'])[:12]} came, expected one for {plan_id[:12]}", code="run.other_plan"
+            f"received an update for plan {str(fields['plan_id'])[:12]}, expected one for {plan_id[:12]}", code="run.other_plan"
         )
     stated = fields["epsilon"]
     if not math.isfinite(stated):
@@ -296,7 +296,7 @@ def _decode_reported(content: RecordDict) -> dict[str, float]:
     for name, value in _without_salt(record):
         if type(value) is not float or not math.isfinite(value):
             raise RunError(
-                f"an update tells {name[:80]!r} = {value!r:.60}: expected a finite number", code="run.malformed_message"
+                f"an update discloses {name[:80]!r} = {value!r:.60}: expected a finite number", code="run.malformed_message"
             )
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
@@ -308,10 +308,12 @@ def _without_salt(record: ConfigRecord | MetricRecord) -> Iterator[tuple[str, ob
 def _decode_fields(content: RecordDict, key: str, types: Mapping[str, type]) -> dict[str, Any]:
     record = content.get(key)
     if not isinstance(record, ConfigRecord):
-        raise RunError(f"a message came without its header: expected a ConfigRecord named {key}", code="run.malformed_message")
+        raise RunError(
+            f"received a message without its header: expected a ConfigRecord named {key}", code="run.malformed_message"
+        )
     if record.get("protocol") != PROTOCOL:
         raise RunError(
-            f"a message of protocol {record.get('protocol')!r:.20} came, expected {PROTOCOL}: use the same cotune everywhere",
+            f"received a message of protocol {record.get('protocol')!r:.20}, expected {PROTOCOL}: use the same cotune everywhere",
             code="run.other_protocol",
         )
     surplus = sorted(record.keys() - types.keys() - _COMMON_FIELDS)

@@ -62,7 +62,7 @@ class Statement:
             statement = None
         if statement is None or statement.text() != text:
             raise RunError(
-                f"a signature came with {text!r:.80}: expected the canonical text of a {cls.__name__}",
+                f"a signature contains {text!r:.80}: expected the canonical text of a {cls.__name__}",
                 code="run.malformed_signature",
             )
         return statement
@@ -220,7 +220,7 @@ def detach(content: RecordDict) -> tuple[RecordDict, Signed | None]:
     about = {name: value for name, value in values.items() if isinstance(value, str)}
     if "statement" not in about or "signature" not in about:
         raise RunError(
-            "a message came with a malformed signature: expected the texts statement and signature",
+            "received a message with a malformed signature: expected the texts statement and signature",
             code="run.malformed_signature",
         )
     return rest, Signed(about.pop("statement"), about.pop("signature"), about)

@@ -132,7 +132,7 @@ def few_seeds(found: Comparison) -> str | None:
     seeds = len(found.seeds)
     if seeds >= _ENOUGH_SEEDS:
         return None
-    told = "One seed tells no difference from chance" if seeds == 1 else f"{seeds} seeds tell large differences only"
+    told = "One seed shows no difference from chance" if seeds == 1 else f"{seeds} seeds show only large differences"
     return f"{told}: with --seeds {_ENOUGH_SEEDS} the same command plays the {_ENOUGH_SEEDS - seeds} further ones alone."
 
 

@@ -148,7 +148,7 @@ class Variation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out: cells in the order of the grid, and their rows. `cells[i].folder` is relative to `folder`."""
+    """The results: cells in the order of the grid, and their rows. `cells[i].folder` is relative to `folder`."""
 
     folder: Path
     plan: str

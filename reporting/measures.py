@@ -17,7 +17,7 @@ class Measure:
     Attributes:
         key: In `metrics` of summary.json.
         name: In a sentence or a heading.
-        share: Whether it is a share, shown in percent and compared in points; else it is a number as it stands.
+        share: Whether it is a share, shown in percent and compared in points; else it is shown as a plain number.
         less_is_better: Whether a smaller one is better.
         unit: Of a difference.
         floor: What needs no training, and every model is compared with.

@@ -195,7 +195,7 @@ _MEANS = {  # by the figure that decides
     "loss": "loss is in nats per target token",
     "token_f1": "F1 is of the words of an answer and of the nearest true one, as in SQuAD",
     "mse": "errors are in the units of the numbers",
-    "micro_f1": "a label is told where its probability is above a half",
+    "micro_f1": "a label is predicted where its probability is above one half",
 }
 
 

@@ -16,7 +16,7 @@ from cotune.reporting.measures import Measure, get_measures, measures_of
 Summary = RunSummary | Mapping[str, Any]
 _MOST_NAMES = 5
 _FLOORS = {  # in a sentence
-    "base model": "the base model as it came",
+    "base model": "the unchanged base model",
     "the mean": "always giving the mean",
     "frequencies": "giving each label the probability of its frequency",
 }

@@ -85,12 +85,12 @@ EVERY_RUN = (
     File(
         "inbox/",
         "during a round",
-        "Updates that came before their turn, as safetensors; emptied after every round and at every start.",
+        "Updates that arrived before their turn, as safetensors; emptied after every round and at every start.",
     ),
     File(
         "quarantine/round-00003-<organization>.safetensors",
         "when an update is rejected",
-        "The update as it came: the bytes of every array as `uint8`. The last ten of an organization stay; of one whose"
+        "The update as received: the bytes of every array as `uint8`. The last ten of an organization stay; of one whose"
         " arrays have"
         " more than 64 MiB only the description.",
         QuarantineHeader,

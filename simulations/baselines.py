@@ -310,7 +310,7 @@ def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: Stat
 
 
 def _features(model: TrainableModel, plan: Plan, served: State, held: Dataset) -> Tensor:
-    """Of an encoder as it came they are kept on disk; of one that this run has trained they are computed."""
+    """Of an unchanged encoder they are kept on disk; of one that this run has trained they are computed."""
     model.load(served)
     if any(name.startswith(model.prefix) for name in served):
         return encode_batch(model, encoded_examples(held, model), plan.model.precision)

@@ -14,7 +14,7 @@ import numpy as np
 
 from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier
 from cotune.client.site_folder import SiteFile, SitePaths
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.data.dataset import write_manifest
 from cotune.data.metrics.text_metrics import check_text_metrics
@@ -181,7 +181,14 @@ def _noise_of(plan: Plan, privacy: RecordPrivacy, share: Share) -> float:
 
 
 def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFolder:
-    """Writes the run's folder with its sites and its test set."""
+    """Write the folder of a run with its sites and its test set, and return it.
+
+    Args:
+        prepared: The plan with the rows of each organization and of the test set.
+        path: The folder of the run.
+        engine: "in-process", "ray" or "flower".
+        device: Such as "cpu".
+    """
     plan = prepared.plan
     for share in prepared.shares:
         make_site(path / "sites" / share.name, share.name, plan, [share], device)
@@ -198,7 +205,15 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
 
 
 def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
-    """A simulated organization's folder; its ledger and outbox are left alone where they exist."""
+    """Write the folder of a simulated organization; an existing ledger and outbox are left alone.
+
+    Args:
+        folder: Of the site.
+        name: Of the organization.
+        plan: The plan; its columns describe the records.
+        shares: The rows that it holds, one share for each file or organization that is joined in it.
+        device: Such as "cpu".
+    """
     site = SitePaths(folder)
     portions = [(share.file, np.asarray(share.rows)) for share in shares]
     write_manifest(site.records, plan.data, portions, plan.task, [share.tasks for share in shares])

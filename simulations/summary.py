@@ -1,4 +1,4 @@
-"""summary.json of a simulation: what came out of it, documented in docs/run-folder.md and stable."""
+"""summary.json of a simulation: its results, documented in docs/run-folder.md and stable."""
 
 from __future__ import annotations
 

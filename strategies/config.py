@@ -31,8 +31,8 @@ class Component(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    name: str = Field(description="of a part (`cotune strategies` lists them), or file.py:function")
-    sha256: str | None = Field(None, description="of the file, where the name is file.py:function")
+    name: str = Field(description="name of a component (`cotune strategies` lists them), or file.py:function")
+    sha256: str | None = Field(None, description="SHA-256 of the file, if the name is file.py:function")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _complete(kind: Kind, part: Any) -> Any:
     if kind == "client_term":
         raise ValueError(f'"{name}" names code: {CLIENT_TERM_ADVICE}')
     if is_file(name) and sha256 is None:
-        raise ValueError(f'"{name}" came without the SHA-256 of the file: expected a plan that was read from its own file')
+        raise ValueError(f'"{name}" has no SHA-256 of its file: expected a plan that was read from its own file')
     return {"name": name, "sha256": sha256, **table}
 
 
@@ -82,14 +82,14 @@ class StrategyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weighting: Component = Field(_DEFAULT_COMPONENTS["weighting"], description="who counts how much")
-    fusion: Component = Field(_DEFAULT_COMPONENTS["fusion"], description="how the deltas become one")
+    weighting: Component = Field(_DEFAULT_COMPONENTS["weighting"], description="how much each update counts")
+    fusion: Component = Field(_DEFAULT_COMPONENTS["fusion"], description="how deltas are fused into one")
     server_optimizer: Component = Field(
         _DEFAULT_COMPONENTS["server_optimizer"],
-        description="how the one delta moves the model",
+        description="how the fused delta moves the model",
     )
     client_term: Component | None = Field(None, description="what organizations add to their gradients; absent: nothing")
-    sends: tuple[Payload, ...] = Field((), description="what organizations send beside their deltas; found from the parts")
+    sends: tuple[Payload, ...] = Field((), description="what organizations send beside their deltas; follows from the components")
 
     @field_validator(*FOLDERS, mode="before")
     @classmethod

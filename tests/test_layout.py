@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,14 @@ def test_every_folder_is_a_room() -> None:
     assert len(folders) > 20
     missing = [str(f) for f in folders if str(f) not in OTHERS and not (ROOMS / f / "__init__.py").is_file()]
     assert missing == []
+
+
+def test_every_folder_of_a_room_is_packaged() -> None:
+    packages = tomllib.loads((ROOMS / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    rooms = [file.parent for file in ROOMS.glob("*/__init__.py")]
+    folders = {file.parent.relative_to(ROOMS) for room in rooms for file in room.rglob("*.py")}
+    assert set(packages) == {"cotune", *(".".join(("cotune", *folder.parts)) for folder in folders)}
+    assert len(packages) == len(set(packages))
 
 
 @pytest.mark.parametrize("room", [path.parent.name for path in ROOMS.glob("*/__init__.py")])

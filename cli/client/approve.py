@@ -8,8 +8,8 @@ import typer
 from rich.markup import escape
 
 from cotune.cli.screen import screen
-from cotune.client.approvals import Approvals
-from cotune.client.plan_summary import diff_plans, summarize_plan
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.plan_summary import diff_plans, summarize_plan
 from cotune.client.site import Site
 
 

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from cotune.cli.options import SiteOptions
 from cotune.cli.screen import print_json, screen
+from cotune.client.consent.policy_check import Violation
+from cotune.client.consent.preflight import PreflightReport, run_preflight
 from cotune.client.node.connector import ConnectionReport, check_connection, versions
-from cotune.client.policy_check import Violation
-from cotune.client.preflight import PreflightReport, run_preflight
 from cotune.client.site import Site
 from cotune.client.site_setup import set_base_model, set_prediction_sources, set_records
 from cotune.data.skipped_records import format_left_out

@@ -104,7 +104,7 @@ def trust(
     site: SitePath,
     renewal: Annotated[Path, typer.Argument(metavar="FILE", help="The server-renewals.jsonl that the coordinator gave you.")],
 ) -> None:
-    """Trust the server's new keys by a statement signed with the old ones, if none came with a request."""
+    """Trust the server's new keys by a statement signed with the old ones, if no request brought one."""
     from cotune.cli.client.keys import trust_renewal  # loads PyTorch
 
     trust_renewal(site, renewal)

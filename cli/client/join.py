@@ -16,11 +16,11 @@ from rich.markup import escape
 from cotune.cli.client.check import keep_site_options, show_broken
 from cotune.cli.options import SiteOptions
 from cotune.cli.screen import screen
-from cotune.client.approvals import Approvals
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.plan_summary import summarize_plan
+from cotune.client.consent.policy_check import find_violations
 from cotune.client.node.serve import run_node
 from cotune.client.node.trust import Trust
-from cotune.client.plan_summary import summarize_plan
-from cotune.client.policy_check import find_violations
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site

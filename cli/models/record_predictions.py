@@ -65,7 +65,7 @@ def _answers_to(
     predictor: Classifier, inputs: Path | Sequence[str], column: str | None, question: str | None, encoding: str
 ) -> list[dict[str, Any]]:
     """One plain table for each question, in order, with the part of its text that answers it."""
-    assert isinstance(predictor, Predictor), "fused models tell classes"
+    assert isinstance(predictor, Predictor), "fused models predict classes"
     task = predictor.task
     with own_options():
         if isinstance(inputs, Path):

@@ -254,7 +254,7 @@ class Node:
 
     def _send(self, fleet: FleetClient, request: AnnouncedRequest, reply: Message) -> None:
         if self._is_late():
-            return self._drop(fleet, "its answer came too late")
+            return self._drop(fleet, "its answer was too late")
         seconds = time.monotonic() - self._began
         fleet.send(reply, seconds)
         _log.info("round %s of run %s is answered after %.1f seconds", request.round, request.run, seconds)

@@ -13,9 +13,9 @@ from functools import lru_cache
 
 from flwr.app import Message, MessageType
 
-from cotune.client.approvals import Approvals
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.policy_check import check_base_model, check_plan
 from cotune.client.node.requests import verify_request
-from cotune.client.policy_check import check_base_model, check_plan
 from cotune.client.site import Site
 from cotune.client.site_setup import load_site_model
 from cotune.errors import CotuneError, RunError
@@ -88,7 +88,7 @@ def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finis
     check(plan, policy)
     if not 1 <= round <= plan.rounds:
         raise RunError(
-            f"a request came for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
+            f"received a request for round {round}: expected one of the plan's {plan.rounds} rounds", code="run.wrong_round"
         )
     if plan.shares_predictions and not finished:
         return {SCORES: scores_shape(plan)}

@@ -13,7 +13,7 @@ overestimated here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,7 +123,7 @@ def _check_units(own: OwnRecords) -> None:
     if (units := len(np.unique(own.units))) < 2:
         raise DataError(
             f"{own.count} records of {units} units (equal ones are one) can be used to adapt a model: expected two units or more;"
-            " use the model as it came, with `cotune predict` and `cotune evaluate`",
+            " use the unchanged model, with `cotune predict` and `cotune evaluate`",
             code="data.too_few_records",
         )
 
@@ -155,7 +155,7 @@ def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: Persona
         DataError: If all records belong to one unit.
     """
     _check_units(own)
-    candidates = _candidates(has_layer=last_layer(model) is not None)
+    candidates = _candidates({SHARED, "alone", *config.methods}, has_layer=last_layer(model) is not None)
     scores = {candidate: _Score() for candidate in candidates}
     start = load_base_head(model)
     for train, judge in split_folds(own, config.folds, seed):
@@ -192,21 +192,23 @@ class _Score:
         return self.accuracy, -self.loss
 
 
-def _candidates(*, has_layer: bool) -> list[Candidate]:
+def _candidates(methods: Collection[str], *, has_layer: bool) -> list[Candidate]:
     """Return the candidates in the order in which they are fitted: a mix needs the head that was fitted alone."""
-    return [
+    known = [
         Candidate(SHARED),
         *([Candidate("prior")] if has_layer else []),
         *(Candidate("head", pull) for pull in _PULLS),
         *(Candidate("alone", pull) for pull in _PULLS),
         *(Candidate("mix", pull, part) for pull in _PULLS for part in _PARTS),
     ]
+    return [candidate for candidate in known if candidate.method in methods]
 
 
 def _needed(*chosen: Candidate) -> list[Candidate]:
     """Return the chosen candidates, and those that their fits start from."""
     wanted = set(chosen) | {Candidate("alone", candidate.value) for candidate in chosen if candidate.method == "mix"}
-    return [candidate for candidate in _candidates(has_layer=True) if candidate in wanted]
+    methods = {candidate.method for candidate in wanted}
+    return [candidate for candidate in _candidates(methods, has_layer=True) if candidate in wanted]
 
 
 def _fitted(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cotune.client.approvals import Approvals
+from cotune.client.consent.approvals import Approvals
 from cotune.client.final_model import ABOUT
 from cotune.client.personalization.adaptation import (
     Adaptation,
@@ -118,7 +118,7 @@ def open_final_model(site: Site, wanted: str = "") -> Received:
     if feature_head(model) is None:
         raise ModelError(
             f"the head of the model of the plan {plan.name} cannot be run without its encoder: expected one that can be fitted by"
-            " itself; use it as it came, with `cotune predict` and `cotune evaluate`",
+            " itself; use it unchanged, with `cotune predict` and `cotune evaluate`",
             code="model.no_feature_head",
         )
     return Received(folder, plan, model, head)
@@ -140,7 +140,7 @@ def _chosen(site: Site, wanted: str) -> tuple[Path, Plan]:
     plan = parse_plan(about["plan"]) if "plan" in about else Approvals(site).find(about["plan_id"])
     if plan.plan_id != about["plan_id"]:
         raise RunError(
-            f"{newest / ABOUT} does not hold the plan of its model: expected it as it came; remove the folder",
+            f"{newest / ABOUT} does not hold the plan of its model: expected it unchanged; remove the folder",
             code="run.damaged_document",
         )
     return newest, plan

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from cotune.client.run_account import Account
-from cotune.client.training.context import BEFORE_CHARGE, run_checks
+from cotune.client.training.checks.gradient_checks import check_gradients_of_state
+from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
+from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.disclosures import disclose, reported_noise
-from cotune.client.training.gradient_checks import check_gradients_of_state
 from cotune.client.training.observe import notify
 from cotune.client.training.personal.ditto_pfedme import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.setup import build_optimizer
 from cotune.errors import PolicyError
 from cotune.privacy.accounting.composition import Steps
@@ -191,7 +191,7 @@ def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: Sani
     """Take the steps, check the first, tell local observers of each, and return how many were taken.
 
     Args:
-        checks: None where even a failure would tell of records that no noise protects.
+        checks: None where even a failure would reveal something about records that no noise protects.
         epsilon: ε with this round, which is reserved already.
     """
     taken = 0

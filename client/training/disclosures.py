@@ -141,6 +141,11 @@ def disclose(account: Account, round: int, setup: TrainingSetup) -> dict[str, fl
     Returns:
         Figure -> value; each is charged before a record takes part in it.
 
+    Args:
+        account: Of the run; every disclosure is charged to it.
+        round: Number of the round, from 1.
+        setup: The records, and the model as received.
+
     Raises:
         RunError: The received model's loss is not finite.
     """

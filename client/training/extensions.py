@@ -91,7 +91,13 @@ class ClientTermState:
             yield
 
     def keep(self, round: int, stage: Stage, delta: Delta) -> None:
-        """Keep the term's state after training, before the update is finished."""
+        """Keep the term's state after training, before the update is finished.
+
+        Args:
+            round: Number of the round, from 1.
+            stage: That the round is in.
+            delta: As it leaves the organization, clipped and noised.
+        """
         if self.plan.strategy.keeps_state:
             assert stage.local.steps is not None, "a plan whose term keeps state gives steps"
             local = LocalSteps(stage.local.learning_rate, stage.local.momentum, stage.local.steps)

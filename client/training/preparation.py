@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.context import LocalContext
 from cotune.client.training.extensions import ClientTermState, RankMask
 from cotune.client.training.personal.ditto_pfedme import open_personal
@@ -16,7 +17,6 @@ from cotune.client.training.personal.parameters import PersonalParameters
 from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.regularization import Regularization
 from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.setup import build_optimizer, build_setup
 from cotune.models.trainable import State
 from cotune.plan.parameters import held_names, trained_names

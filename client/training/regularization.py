@@ -67,6 +67,11 @@ class Regularization:
 def find_dropout(local: LocalTraining, model: TrainableModel, names: Iterable[str]) -> list[nn.Module]:
     """Return the layers of dropout that take part: those of the blocks that are trained, and of the head; none where p is 0.
 
+    Args:
+        local: The probability p is `local.dropout`.
+        model: The model.
+        names: Names of the trained parameters.
+
     Raises:
         ModelError: Where there are none, or layers are computed again in the backward pass, with other masks.
     """
@@ -94,7 +99,13 @@ def find_dropout(local: LocalTraining, model: TrainableModel, names: Iterable[st
 
 @contextmanager
 def dropping(layers: Iterable[nn.Module], probability: float, generator: np.random.Generator) -> Iterator[None]:
-    """During the block, each entry of what the layers give is 0 with that probability, and else 1 / (1 − p) of what it was."""
+    """During the block, set each entry of the layers' outputs to 0 with probability p, and multiply the others by 1 / (1 − p).
+
+    Args:
+        layers: Dropout layers (`find_dropout`).
+        probability: p, in [0, 1).
+        generator: Draws the masks.
+    """
 
     def drop(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         drawn = torch.from_numpy(generator.random(tuple(output.shape), dtype=np.float32))

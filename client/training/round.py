@@ -8,13 +8,8 @@ from torch import Tensor
 
 from cotune.client.site import Site
 from cotune.client.training.charged_steps import TrainedRound, train_with_privacy, train_without_privacy
-from cotune.client.training.context import (
-    BEFORE_RECORDS,
-    BEFORE_TRAINING,
-    BY_PUBLIC_NUMBER,
-    LocalContext,
-    run_checks,
-)
+from cotune.client.training.checks.request_checks import BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, run_checks
+from cotune.client.training.context import LocalContext
 from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound, prepare_round
 from cotune.client.training.statistics import statistics_of
@@ -42,10 +37,10 @@ def train_round(
 
     The order is a promise: nothing reads a record before the plan is approved and allowed, what the server can see depends on the
     public number of records alone, and no record takes part in training or in what is disclosed before it is charged (see
-    `client.training.context`).
+    `client.training.checks.request_checks`).
 
     Args:
-        plan: As it came, verified.
+        plan: As received, verified.
         site: Of the organization.
         round: Which one, from 1.
         state: The shared parameters.

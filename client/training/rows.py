@@ -49,7 +49,16 @@ class TrainingSetup:
 
 
 def build_slot_probe(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:
-    """A batch -> all that training or what is told may take from it: scores, losses, and gradients."""
+    """Return a function from a batch to all that training or disclosures may take from it.
+
+    Args:
+        module: The model, of which trained parameters require gradients.
+        loss: A batch -> the loss of each slot, (b,).
+        scores: A batch -> the scores of each slot, (b, ...).
+
+    Returns:
+        A function from a batch to [scores, losses, gradients of each parameter with one row for each slot].
+    """
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.no_grad():

@@ -82,7 +82,14 @@ def build_setup(
 
 
 def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
-    """Build the stage's training setup on made-up records, as long as the plan allows: what it costs, without a record."""
+    """Build the stage's training setup on made-up records, as long as the plan allows: what it costs, without a record.
+
+    Args:
+        plan: The plan.
+        stage: Of the plan.
+        model: Of the plan.
+        records: Number of made-up records.
+    """
     task = model.loaded.task
     reader = model.loaded.reader
     samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
@@ -183,7 +190,7 @@ def _on_examples(
             return task.scores(model.module, rest)
 
     def correct(batch: Batch) -> Tensor:
-        """Rows, whatever the task: of tags, all words of a record must be told rightly."""
+        """Rows, whatever the task: of tags, all words of a record must be predicted correctly."""
         return task.are_right(scores(batch), batch["labels"])
 
     def samples() -> TrainingSetup:
@@ -222,7 +229,14 @@ def _find_lower_layers(stage: Stage, model: TrainableModel) -> LowerLayers | Non
 def build_optimizer(
     local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Build the stage's optimizer, with the head in a group of its own learning rate."""
+    """Build the stage's optimizer, with the head in a group of its own learning rate.
+
+    Args:
+        local: Optimizer, learning rates, momentum and weight decay.
+        model: Tells parameters of the head from those of the encoder.
+        names: Names of the trained parameters.
+        parameters: The parameters, in the order of the names.
+    """
     head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
     encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
     head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate

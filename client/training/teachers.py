@@ -9,7 +9,7 @@ largest of them by 1. With counts n_j, noise multiplier s and plan values T (a p
 
 Each released vote is a Gaussian mechanism at the multiplier s, each check one at c·s. At most `answers` votes are released, and
 all of them and all checks are charged before a record is touched, whatever comes (the data-independent bound: the data-dependent
-one is smaller, and itself tells of the records).
+one is smaller, and itself reveals something about the records).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from cotune.client.run_account import Account
 from cotune.client.training.charged_steps import TrainedRound
-from cotune.client.training.context import BEFORE_CHARGE, run_checks
+from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
 from cotune.client.training.disclosures import disclose
 from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound
@@ -127,5 +127,5 @@ def _train_teacher(prepared: PreparedRound, units: Sequence[int]) -> State:
         for _, batch in setup.batches(rows):
             (setup.loss(batch).sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    state = context.model.state(names)  # one that diverged votes all the same: a failure would tell of its records
+    state = context.model.state(names)  # one that diverged votes all the same: a failure would reveal something about its records
     return {name: tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for name, tensor in state.items()}

@@ -196,16 +196,21 @@ def _write(template: _Template, chats: Sequence[Chat]) -> Iterator[_Reply]:
 
 
 def _start(template: _Template) -> subprocess.Popen[bytes]:
-    """A process that waits for chats. It imports nothing from the folder that this one was started in."""
-    process = subprocess.Popen(
+    """A process that waits for chats."""
+    process = _new_process()
+    _send(process, {"template": template.text, "tokens": dict(template.tokens)})
+    return process
+
+
+def _new_process() -> subprocess.Popen[bytes]:
+    """A process that waits for a template. It imports nothing from the folder that this one was started in."""
+    return subprocess.Popen(
         [sys.executable, "-P", "-m", "cotune.data.inputs.chat_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONHASHSEED": "0", "HF_HUB_OFFLINE": "1"},
     )
-    _send(process, {"template": template.text, "tokens": dict(template.tokens)})
-    return process
 
 
 def _ask(process: subprocess.Popen[bytes], chat: Chat) -> _Reply | None:

@@ -68,7 +68,7 @@ class ImageProcessor:
         return prepared
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the configuration into the folder of a model, as it came."""
+        """Write the unchanged configuration into the folder of a model."""
         shutil.copy(self.file, folder / self.file.name)
 
     def _prepare(self, pixels: Pillow.Image) -> Tensor:

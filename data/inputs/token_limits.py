@@ -1,7 +1,7 @@
 """What a model can read: which token numbers, and how many of them in a row. Both are found when it is loaded.
 
 A number beyond the embedding table fails only where a record holds its word, and a row beyond the positions only where a record
-is that long: whether an organization answers would tell of single records.
+is that long: whether an organization answers would reveal something about single records.
 """
 
 from __future__ import annotations

@@ -191,7 +191,13 @@ def compute_label_set_metrics(truth: Sequence[int], probabilities: Sequence[floa
 
 
 def compute_metrics(truth: Sequence[int], predicted: Sequence[int], classes: int) -> ClassMetrics:
-    """Metrics of predicted against true class numbers; a class that is never predicted has precision 0."""
+    """Return accuracy, macro F1, and precision, recall and F1 of each class; a class that is never predicted has precision 0.
+
+    Args:
+        truth: True class numbers, from 0.
+        predicted: As many predicted ones.
+        classes: Number of classes.
+    """
     import numpy as np
 
     true = np.asarray(truth, dtype=np.int64)
@@ -214,7 +220,13 @@ def _count_classes(numbers: NDArray[np.int64], classes: int) -> NDArray[np.int64
 
 
 def majority_metrics(train: Sequence[int], truth: Sequence[int], classes: int) -> ClassMetrics:
-    """What always answering the most frequent class of the training data reaches."""
+    """Return the metrics of always answering the most frequent class of the training data.
+
+    Args:
+        train: Class numbers of the training data; of equally frequent classes the first is taken.
+        truth: True class numbers of the test set.
+        classes: Number of classes.
+    """
     most = max(range(classes), key=lambda c: (list(train).count(c), -c))
     return compute_metrics(truth, [most] * len(truth), classes)
 

@@ -1,4 +1,4 @@
-"""CSV and TSV files, read with pandas: every field as it stands, only the columns that are used, a part of the file at a time."""
+"""CSV and TSV files, read with pandas: every field unchanged, only the columns that are used, a part of the file at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_csv(file: DataFile, separator: str) -> Columns:
     wanted = {name: names.index(name) for name in file.columns if name in names}
     if not wanted and not _is_header(text, separator, names, file.columns):
         raise missing_header_error(file, separator)
-    if file.target == "label" and file.config.label in wanted:
+    if file.targets.has_classes and file.config.label in wanted:
         known = frozenset(file.labels) if file.lenient else None
         text = escape_stray_quotes(text, separator, len(names), wanted[file.config.label], known)
     if not file.lenient and (lines := find_torn_field(text, separator)) is not None:

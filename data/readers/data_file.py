@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from cotune.data.config import DataConfig
+from cotune.data.tasks.target_columns import TARGET_COLUMNS, TargetColumns
 from cotune.errors import DataError
 
 
@@ -24,7 +25,7 @@ class DataFile:
         config: Which columns are used.
         key: The entry of the configuration that names the column of the inputs.
         target: The entry that names the column of the targets.
-        lenient: Whether a line that cannot be read is left out and counted, as a failure would tell that somebody holds it.
+        lenient: Whether a line that cannot be read is left out and counted, as a failure would reveal that somebody holds it.
         labels: The plan's classes, where they are known.
         skipped: How many lines were left out, by the reason.
     """
@@ -45,31 +46,24 @@ class DataFile:
 
     @property
     def wanted(self) -> tuple[str, str]:
-        """The columns of the inputs and of the labels; of several tasks, those of the first one."""
-        given = str(getattr(self.config, self.key))
-        return (given, self.config.tasks[0][1]) if self.is_multi_task else (given, str(getattr(self.config, self.target)))
+        """The columns of the inputs and of the labels; of several tasks, those of the first one; of answers, theirs."""
+        labels = self.label_columns
+        return str(getattr(self.config, self.key)), labels[-1] if self.targets.entries else labels[0]
 
     @property
-    def is_multi_task(self) -> bool:
-        """Whether there is a column of labels for each of several tasks."""
-        return self.target == "tasks"
+    def targets(self) -> TargetColumns:
+        """What the columns of the targets hold."""
+        return TARGET_COLUMNS[self.target]
 
     @property
     def label_columns(self) -> tuple[str, ...]:
         """The columns of the labels: one, one for each task, or the questions before their answers."""
-        if self.target == "answers":
-            return self.config.question, self.config.answers
-        return tuple(column for _, column in self.config.tasks) if self.is_multi_task else self.wanted[1:]
-
-    @property
-    def has_label_tuples(self) -> bool:
-        """Whether a record's label is a tuple with a value of each label column, be it one; else it is the value itself."""
-        return self.is_multi_task or self.target == "answers"
+        return self.targets.names(self.config)
 
     @property
     def label_entries(self) -> tuple[str, ...]:
         """The entries of the configuration that name them."""
-        return ("question", "answers") if self.target == "answers" else (self.target,) * len(self.label_columns)
+        return self.targets.entries or (self.target,) * len(self.label_columns)
 
     @property
     def columns(self) -> tuple[str, ...]:

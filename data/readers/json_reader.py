@@ -83,8 +83,7 @@ def read_json(file: DataFile) -> Columns:
                 code="data.malformed_json",
             )
         rows.append(row)
-    holds_lists = file.target == "messages"  # in every record
-    if len(rows) == 1 and not file.lenient and not holds_lists and _is_whole_table(rows[0], file.columns):
+    if len(rows) == 1 and not file.lenient and not file.targets.has_lists and _is_whole_table(rows[0], file.columns):
         raise DataError(
             f"{file.name} holds all of its records in one object: expected one object per line, or one array of objects, as in"
             f' {_example(file)}; with pandas, save it with to_json(orient="records", lines=True)',

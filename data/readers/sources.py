@@ -87,7 +87,7 @@ def is_lfs_pointer(start: bytes) -> bool:
 
 
 def find_lfs_pointer(files: dict[str, Path]) -> str | None:
-    """Return the name of the first file that is a pointer; None without one. What cannot be read is told by who loads it."""
+    """Return the name of the first pointer among files, or None. Unreadable files are reported when they are loaded."""
     for name, file in files.items():
         try:
             if file.stat().st_size <= _MAX_POINTER_BYTES and is_lfs_pointer(file.read_bytes()):

@@ -45,7 +45,7 @@ class CausalLanguageModeling(SequenceClassification):
     problem_type: str | None = None
     pools = False
     keeps_head = True
-    floor = "the base model as it came"
+    floor = "the unchanged base model"
 
     def __init__(self, max_target: int | None = None) -> None:
         self.max_target = max_target
@@ -172,7 +172,7 @@ class CausalLanguageModeling(SequenceClassification):
         return TextMetrics(**values)
 
     def constant(self, held: Sequence[Label], classes: Sequence[str]) -> None:
-        """No text is right most often: the base model as it came is what training is compared with."""
+        """No text is right most often: the unchanged base model is what training is compared with."""
 
 
 def _answer(scores: Tensor, labels: Sequence[int]) -> TextAnswer:

@@ -1,7 +1,7 @@
 """Regression: a text has a number, such as a rating or a similarity.
 
 A model is trained on numbers between −1 and 1: those of a plan's range, moved and scaled; what lies beyond the range counts as
-its nearer end. The range is public. A mean or a deviation that is computed from records would tell of them.
+its nearer end. The range is public. A mean or a deviation that is computed from records would reveal something about them.
 """
 
 from __future__ import annotations

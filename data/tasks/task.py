@@ -1,4 +1,4 @@
-"""The tasks: what a record is, what of it a model is to tell, how far it is from that, and how good it is on a test set.
+"""The tasks: what a record is, what a model is to predict for it, how far it is from that, and how good it is on a test set.
 
 A task is one object, in a file of its own, which answers what the rest of the program must know of it; nobody else tells tasks
 apart.
@@ -46,11 +46,17 @@ class Task(Protocol):
     has_several_heads: bool  # whether there is a head for each of several tasks
     keeps_head: bool  # whether the head is the base model's own, so that it is neither new nor a part of every stage
     keeps_trained_head: bool  # whether training goes on from a head that the folder has for the same labels
-    floor: str  # what anyone can tell without training, as a model card calls it
+    floor: str  # what anyone can predict without training, as a model card calls it
     label_dtype: dtype  # of the labels of a batch
 
     def suited(self, target_range: tuple[float, float] | None, labels: Sequence[str], max_target: int | None = None) -> Task:
-        """The task for a model: with the range of a plan's numbers, its labels, and the most tokens of a target."""
+        """Return the task for one model.
+
+        Args:
+            target_range: The smallest and largest target of regression; None for other tasks.
+            labels: Class names in the order of the head.
+            max_target: The most tokens of a target; None: as many as the model reads.
+        """
 
     def head_names(self, labels: tuple[str, ...]) -> tuple[str, ...]:
         """A name for each output of the head."""
@@ -65,19 +71,38 @@ class Task(Protocol):
         """The class of transformers that loads a model with a head for this task."""
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
-        """The record with a number in a file, or the reason to leave it out. Raises DataError."""
+        """Return the input and the label of a record, or the reason to leave it out.
+
+        Args:
+            file: The file and its columns.
+            number: Of the record, from 1; errors name it.
+            given: The value of the input's column.
+            label: The value of the target's column, or a tuple of several (see `target_columns`).
+
+        Raises:
+            DataError: If the value cannot be read, unless the file is read leniently.
+        """
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
-        """As `record`, of an input without a label: the label is made up."""
+        """Return an input without a label, with a made-up label, or the reason to leave it out.
+
+        Args:
+            file: The file and its columns.
+            number: Of the record, from 1; errors name it.
+            given: The value of the input's column.
+
+        Raises:
+            DataError: If the value cannot be read.
+        """
 
     def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
-        """What a model is to tell of records with these labels, of each a `Target`; IGNORED for a label that is no class."""
+        """What a model is to predict for records with these labels, of each a `Target`; IGNORED for a label that is no class."""
 
     def is_unknown(self, label: Label, known: Collection[str]) -> bool:
         """Whether a label makes its record one without a loss, as the plan does not list it."""
 
     def encode_target(self, target: Any) -> Any:
-        """A target as it stands among the labels of a batch."""
+        """The value that stands for a target among the labels of a batch."""
 
     def missing_target(self, given: Any) -> Any:
         """The target that stands for the unknown one of an input without a label; nothing is learned or measured with it."""
@@ -92,16 +117,41 @@ class Task(Protocol):
         """Makes reader and model agree. Raises ModelError when they cannot."""
 
     def longest(self, reader: Any, module: Any, wanted: int) -> int:
-        """How many tokens of a record, of the wanted number at most, the model reads."""
+        """Return the most tokens of a record that the model reads, at most the wanted number.
+
+        Args:
+            reader: Turns inputs into numbers.
+            module: The model.
+            wanted: The number of tokens that the plan asks for.
+        """
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
-        """What the collator takes, for each record; for one that cannot be encoded, a blank example (see `blank`)."""
+        """Return what the collator takes for each record; for one that cannot be encoded, a blank example (see `blank`).
+
+        Args:
+            reader: Turns inputs into numbers.
+            max_length: Most tokens of a record.
+            inputs: Of the records.
+            targets: As many, each a `Target`.
+        """
 
     def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
-        """How many of the inputs are longer than the model reads, so that their ends are not seen."""
+        """Return the number of inputs that are longer than the model reads, so that their ends are cut off.
+
+        Args:
+            reader: Turns inputs into numbers.
+            max_length: Most tokens of a record.
+            inputs: Of the records.
+        """
 
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
-        """How many of them have a target of which nothing is seen, so that they contribute nothing."""
+        """Return the number of inputs whose target is cut off entirely, so that they contribute nothing.
+
+        Args:
+            reader: Turns inputs into numbers.
+            max_length: Most tokens of a record.
+            inputs: Of the records.
+        """
 
     def refused(self, reader: Any, inputs: Sequence[Any]) -> int:
         """How many of them are chats that the chat template cannot write, so that they contribute nothing."""
@@ -113,10 +163,22 @@ class Task(Protocol):
         """What stands in a slot of a batch that has no record: at most `length` long, and labeled IGNORED."""
 
     def bucket(self, example: Example, max_length: int, lengths: Sequence[int] = LENGTHS) -> int:
-        """The length, out of these, of the batches that an example is in: decided by it alone (see `batching`)."""
+        """Return the length of the batches that an example is in; it depends on this example alone (see `batching`).
+
+        Args:
+            example: An encoded record.
+            max_length: Most tokens of a record.
+            lengths: Lengths of batches, ascending.
+        """
 
     def collator(self, module: nn.Module, reader: Any, to: device) -> Collate:
-        """Examples -> a batch on the device, with "labels"; of a fixed shape where one is given."""
+        """Return a function from examples to a batch with "labels" on the device; of a fixed shape where one is given.
+
+        Args:
+            module: The model.
+            reader: Turns inputs into numbers; knows the padding.
+            to: The device of the batches.
+        """
 
     def order(self, example: Example) -> tuple[Any, ...]:
         """A key for sorting: like examples stand together, and equal keys mean equal inputs."""
@@ -139,7 +201,16 @@ class Task(Protocol):
         """
 
     def losses_from_scores(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The same from `scores`, for a task whose head can be trained on features."""
+        """Return the losses from scores, for a task whose head can be trained on features.
+
+        Args:
+            scores: Of a head on features, (b, outputs).
+            labels: As in a batch.
+            weights: (classes,) how much a label of each class counts; None: all the same.
+
+        Returns:
+            (b,) the loss of each row; exactly 0 for one without a target.
+        """
 
     def scores(self, module: nn.Module, batch: Batch) -> Tensor:
         """What the model says of each slot, in float32: (b, ...)."""

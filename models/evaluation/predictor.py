@@ -209,8 +209,8 @@ def _refine(task: TaskName, problem_type: object) -> TaskName:
     if task == "sequence-classification" and isinstance(problem_type, str) and problem_type in _BY_PROBLEM:
         return _BY_PROBLEM[problem_type]
     raise ModelError(
-        f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that tells one class of"
-        " several (single_label_classification), or of texts a number or several labels",
+        f"the model's config.json says problem_type = {json.dumps(problem_type)[:40]}: expected a model that predicts one class"
+        " of several (single_label_classification), or of texts a number or several labels",
         code="model.no_classifier",
     )
 

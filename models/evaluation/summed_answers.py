@@ -69,7 +69,7 @@ JUDGMENTS = {
 
 @dataclass(frozen=True)
 class SummedAnswers:
-    """What a model tells.
+    """What a model predicts.
 
     Attributes:
         judgment: Of the task.

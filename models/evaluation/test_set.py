@@ -23,12 +23,28 @@ _BATCH = 64
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
-    """Return the metrics of a model in a state on the test set; for the arguments see `predict`."""
+    """Return the metrics of a model in a state on the test set; for the arguments see `predict`.
+
+    Args:
+        model: The model, which is set to the state.
+        state: Its trained parameters by name.
+        test: The records.
+        precision: As in the plan.
+
+    Raises:
+        DataError: If the records have classes that the plan does not list.
+    """
     return measure(model, test, predict(model, state, test, precision))
 
 
 def measure(model: TrainableModel, test: Dataset, predicted: Sequence[Any]) -> Metrics:
-    """Return the metrics of a model's predictions on the test set, in the order of `test.truth`."""
+    """Return the metrics of a model's predictions on the test set, in the order of `test.truth`.
+
+    Args:
+        model: Its task decides which metrics there are.
+        test: The records.
+        predicted: As many answers as `test.truth` has.
+    """
     return model.loaded.task.metrics(test.truth, predicted, len(test.labels))
 
 

@@ -43,6 +43,16 @@ def get_features(
 
     The last features stay in memory: the next organization with records in the same file, and the next round, want them too.
     Nobody may change the tensor.
+
+    Args:
+        model: The model, set to `state`.
+        inputs: The inputs of n records, or of records with n words in all.
+        state: What was trained in the encoder so far; it is part of the key on disk.
+        precision: `model.precision` of the plan: "auto", "float32" or "bfloat16".
+        progress: Called as features are computed; None: no reports.
+
+    Returns:
+        A tensor (n, d), where d is the width of what the head reads.
     """
     global _last
     reading = get_readout(model)
@@ -107,7 +117,13 @@ def _find(
 
 
 def are_cached(model: TrainableModel, inputs: Sequence[Input], precision: str) -> bool:
-    """Whether the features of these inputs are on disk, of the encoder as it came."""
+    """Whether the features of these inputs are on disk, of the unchanged encoder.
+
+    Args:
+        model: The model.
+        inputs: The inputs of the records.
+        precision: As in the plan.
+    """
     reading = get_readout(model)
     if reading is None:
         return False
@@ -123,7 +139,18 @@ def _cache_file(model: TrainableModel, inputs: Sequence[Input], state: State, re
 
 
 def get_key(model: TrainableModel, inputs: Sequence[Input], state: State, reading: str, dtype: torch.dtype) -> str:
-    """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the inputs."""
+    """Identifies features: the base model, what was trained in the encoder so far, how it is read, and the inputs.
+
+    Args:
+        model: The model.
+        inputs: The inputs, in the order of the features.
+        state: What was trained in the encoder so far.
+        reading: Which vectors of the encoder the head reads (`get_readout`).
+        dtype: Type in which the encoder computes.
+
+    Returns:
+        A SHA-256 as hex; equal keys mean equal features, to the bit.
+    """
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
@@ -188,7 +215,16 @@ def _write(file: Path, features: Tensor) -> None:
 
 
 def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str) -> Tensor:
-    """As `get_features`, of examples as the collator takes them. Computed, not looked up."""
+    """As `get_features`, of examples as the collator takes them. Computed, not looked up.
+
+    Args:
+        model: The model, whose encoder is used in its present state.
+        examples: n encoded records.
+        precision: As in the plan.
+
+    Returns:
+        Features (n, d) in float32 on the CPU.
+    """
     return _encode(model, examples, feature_dtype(model, precision), None)
 
 

@@ -125,7 +125,13 @@ def feature_head(model: TrainableModel) -> FeatureHead | None:
 
 @torch.no_grad()
 def encode_vectors(model: TrainableModel, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """What the head reads in each row of a batch: (b, d), of tags (b, t, d) for all tokens; in float32 on the CPU."""
+    """What the head reads in each row of a batch: (b, d), of tags (b, t, d) for all tokens; in float32 on the CPU.
+
+    Args:
+        model: The model.
+        batch: Encoded examples on the model's device; labels are ignored.
+        dtype: torch.bfloat16 for autocast; any other type computes as the model is stored.
+    """
     reading = get_readout(model)
     assert reading is not None, "feature_head said that there are none"
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -48,7 +48,13 @@ def _require_last_layer(model: TrainableModel) -> tuple[str, str]:
 
 @torch.no_grad()
 def head_scores(model: TrainableModel, head: Mapping[str, Tensor], features: Tensor) -> Tensor:
-    """Scores of a head on features (n, d): (n, classes) on the CPU."""
+    """Scores of a head on features (n, d): (n, classes) on the CPU.
+
+    Args:
+        model: The model, which is set to the base model with this head.
+        head: The head's parameters by name.
+        features: What the head reads of n records, (n, d).
+    """
     model.load(head)
     reader = feature_head(model)
     assert reader is not None, "anyone who has features has a head on them"
@@ -100,6 +106,15 @@ def correct_head(model: TrainableModel, head: State, features: Tensor, targets: 
     with the log of the priors' ratio (Saerens et al., Neural Computation 14, 2002), the priors of training being estimated. The
     scale is a temperature (Guo et al., ICML 2017, section 4.2), as noise makes a head surer than it should be. One record's worth
     of penalty keeps the shift of a class without records finite. The head must have a last layer (`last_layer`).
+
+    Args:
+        model: The model.
+        head: The head's parameters by name.
+        features: What the head reads of n records, (n, d).
+        targets: Class numbers, (n,).
+
+    Returns:
+        The parameters of the corrected head.
     """
     weight, bias = _require_last_layer(model)
     scores = head_scores(model, head, features)

@@ -132,6 +132,12 @@ def get_states(reader: StateReader, dataset: Dataset, state: State, progress: En
     """Return the states of an organization's records.
 
     All records of a file are computed, no matter who holds them: the next one who asks finds them, in memory or on disk.
+
+    Args:
+        reader: Computes the states of the layers below the trained ones.
+        dataset: The organization's records.
+        state: The shared parameters.
+        progress: Called with each file as its records are computed; None: no reports.
     """
     places: list[tuple[_File, int]] = []
     for records, own in dataset.parts:

@@ -157,7 +157,7 @@ class AwaitingApproval(Event):
 
     event: Literal["awaiting_approval"] = "awaiting_approval"
     round: _Round
-    organizations: list[str] = Field(description="Where nobody has approved the plan yet; empty: none is left.")
+    organizations: list[str] = Field(description="Organizations that have not approved the plan yet; empty: none.")
 
 
 class OrganizationLeft(Event):

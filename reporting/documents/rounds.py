@@ -1,4 +1,4 @@
-"""A round as it stands in the history of a run: in its checkpoints, in `rounds` of summary.json, and in `round_finished`."""
+"""A round in the history of a run: in its checkpoints, in `rounds` of summary.json, and in `round_finished`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MetricsEntry(Document):
     exact_answer: Number = Field(
         0.0, description="Questions: share of the answers that are true ones but for case, punctuation and articles, of 1."
     )
-    exact: Number = Field(0.0, description="Label sets: share of the records of which every label is predicted correctly, of 1.")
+    exact: Number = Field(0.0, description="Label sets: share of the records with every label predicted correctly, from 0 to 1.")
 
     @property
     def score(self) -> float:

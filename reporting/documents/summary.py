@@ -1,4 +1,4 @@
-"""summary.json as models: what came out of a run, simulated or real."""
+"""summary.json as models: the results of a run, simulated or real."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class OverallWorth(Document):
     """Is it worth joining, over all organizations."""
 
     answer: str = Field(description="`yes`, `no`, `it depends` or `too close to tell`.")
-    answers: dict[str, int] = Field(description="How many organizations got which answer.")
+    answers: dict[str, int] = Field(description="Number of organizations for each answer.")
     own_means: dict[str, MetricsEntry | None] = Field(description="Column → mean metrics on own held-out records.")
 
 
@@ -113,9 +113,9 @@ class PersonalGain(Document):
 class TaskGain(Document):
     """What sharing the encoder changes for one task, on some test records with a label of it."""
 
-    records: int = Field(description="How many there are.")
+    records: int = Field(description="Number of its test records.")
     federated: Number = Field(description="Accuracy of this run.")
-    single: Number | None = Field(description="Accuracy of the same run for this task by itself; null where not measured.")
+    single: Number | None = Field(description="Accuracy of the same run with this task alone; null where not measured.")
     gain: Number | None = Field(description="`federated` less `single`; below 0: negative transfer.")
     interval: list[Number] = Field(description="95 % interval of the gain.")
     p: Number | None = Field(description="p-value of the paired test.")
@@ -126,7 +126,7 @@ class TaskSummary(Document):
 
     name: str = Field(description="Its name.")
     weight: Number = Field(description="λ, as in the plan.")
-    classes: int = Field(description="How many it has.")
+    classes: int = Field(description="Number of its classes.")
     holders: list[str] = Field(description="The organizations that have labels of it.")
     all: TaskGain | None = Field(description="On the common test set.")
     organizations: dict[str, TaskGain | None] = Field(description="Organization → the same on its own held-out records.")
@@ -155,8 +155,9 @@ class WrittenSummary(Document):
     left_out: int = Field(description="Others, whose prompts are longer than the model reads.")
     max_new_tokens: int = Field(description="Most tokens of a text.")
     figures: dict[str, WrittenFigures] = Field(
-        description="`first_sentence` of the prompt, `base` (the base model as it came), `federated`; of a simulation also"
-        " `alone`, `alone_without_privacy` (means over the organizations) and `pooled`, where they were trained."
+        description="`first_sentence` of the prompt, `base` (the unchanged base model), `federated`; of a simulation also"
+        " `alone`, `alone_without_privacy` (means over the organizations) and `pooled`, where they were "
+        "trained."
     )
     shown: list[dict[str, str]] = Field(
         description="Ten of the records: `prompt`, `target`, and the texts `base` and `federated`."
@@ -171,7 +172,7 @@ class TestSummary(Document):
     examples: int = Field(description="Size of the test set; 0: there is none.")
     majority: MetricsEntry | None = Field(
         description="Always answering the most frequent class of the training data (in a real run: of the test set); of texts,"
-        " the base model as it came."
+        " the unchanged base model."
     )
     alone: Repeated | None = Field(
         description=f"Each organization training by itself: same plan, privacy and number of steps; {_WHERE_REAL}."
@@ -208,7 +209,7 @@ class OwnFigures(Document):
     records: int = Field(description="Size of the test set.")
     accuracy: Number | None = Field(description="Of the federated model; null where the task has none.")
     majority: ColumnFigures | None = Field(
-        description="Always answering its most frequent class; of texts, the base model as it came."
+        description="Always answering its most frequent class; of texts, the unchanged base model."
     )
     alone: ColumnFigures | None = Field(description="The model that it trained alone.")
     alone_without_privacy: ColumnFigures | None = Field(description="The same without privacy.")
@@ -251,15 +252,14 @@ class OrganizationSummary(Document):
     personal: MetricsEntry | None = Field(None, description="Its own model; null where the model is common.")
     epsilon_spent: Number | None = Field(
         None,
-        description="ε composed from its ledger; in a real run as it stated it with its last update in the model, so without"
-        " what it"
-        " spent on updates that did not come.",
+        description="ε composed from its ledger; in a real run as stated with its last update in the model, so without "
+        "what it spent on updates that did not arrive.",
     )
     epsilon_allowed: Number | None = Field(
         None, description="The largest ε that it spends; in a real run that of the plan: its own policy may allow less."
     )
     epsilon_all_models: Number | None = Field(
-        None, description="ε of this run and of the model that it trained alone, together, as their figures stand in one summary."
+        None, description="ε of this run and of the model that it trained alone, composed, as both are reported in one summary."
     )
     delta: Number | None = Field(None, description="δ of these figures.")
     noise_multiplier: Number | None = Field(None, description="σ of its steps.")
@@ -335,7 +335,7 @@ class RunSummary(Document):
     test: TestSummary = Field(description="Figures on the common test set.")
     organizations: list[OrganizationSummary] = Field(description="The organizations.")
     rounds: list[RoundEntry] = Field(description="The rounds.")
-    bytes: BytesSummary = Field(description="What traveled.")
+    bytes: BytesSummary = Field(description="Size of what was exchanged.")
     seconds: Number = Field(
         description="Wall clock, preparation and baselines included; of a resumed run without rounds that were lost; of a"
         " real run,"

@@ -23,6 +23,6 @@ class ReplySigned(Event):
 
     event: Literal["reply"] = "reply"
     round: int = Field(description="Number of the round.")
-    words: str = Field("", description="Of a refusal: what it says.")
+    words: str = Field("", description="The text of a refusal.")
     statement: str = Field(description="The statement that is signed, as canonical JSON.")
     signature: str = Field(description="ECDSA signature of the statement, by the organization's key.")

@@ -24,19 +24,23 @@ from cotune.storage.toml_edit import edit_toml
 class ServerConfig(ConfigTable):
     """server.toml."""
 
-    name: str = Field(description="of the federation")
-    id: str = Field("", pattern=r"^([0-9a-f]{32})?$", description="drawn once: what the federation signs holds for no other")
-    hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses that organizations reach the server by")
-    listen: str = Field("0.0.0.0", description="the address that the public port is opened at")
-    port: int = Field(9092, ge=1, le=65535, description="the public port")
-    superlink_port: int = Field(9093, ge=1, le=65535, description="of the SuperLink, on loopback")
-    database: bool = Field(
-        True, description="the SuperLink keeps messages in a file, so that its restart does not end a round; false: in memory"
+    name: str = Field(description="name of the federation")
+    id: str = Field(
+        "", pattern=r"^([0-9a-f]{32})?$", description="random id of the federation; what it signs is valid for no other"
     )
-    test: Path | None = Field(None, description="records that every round's model is judged by, if the coordinator has any")
-    base: Path | None = Field(None, description="the folder of the base model, of which the plan tells members the name alone")
+    hosts: tuple[str, ...] = Field(min_length=1, description="names and addresses by which organizations reach the server")
+    listen: str = Field("0.0.0.0", description="the address that the public port listens on")
+    port: int = Field(9092, ge=1, le=65535, description="the public port")
+    superlink_port: int = Field(9093, ge=1, le=65535, description="port of the SuperLink, on loopback")
+    database: bool = Field(
+        True, description="whether the SuperLink keeps messages in a file, so that a round survives its restart; false: in memory"
+    )
+    test: Path | None = Field(
+        None, description="records on which the model of every round is evaluated, if the coordinator has any"
+    )
+    base: Path | None = Field(None, description="the folder of the base model, of which the plan gives members only the name")
     quotas: Quotas = Field(Quotas(), description="of the server that one member may take; reply is drawn from the base model")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N: for judging and exporting the model")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N: the device for evaluating and exporting the model")
 
 
 class FederationFolder:

@@ -228,4 +228,4 @@ class _Notices(_Delivery):
     def _verify(self, message: Message, name: str) -> Outcome:
         if message.has_error():
             self._trail.accept_refusal(message, RECEIPT, self._round, name)
-        return Declined("it was left out of the run, and was told so")
+        return Declined("it was excluded from the run and informed of it")

@@ -1,4 +1,4 @@
-"""What came out of a run: summary.json, and for a real run the exported model and the report.
+"""The results of a run: summary.json, and for a real run the exported model and the report.
 
 The parts of the summary that the server knows by itself are shared with simulations. Of a real run a coordinator knows less:
 nothing of an organization's records, and of its ε what it states. What is not known is None, and the report does not mention it.

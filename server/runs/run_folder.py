@@ -9,8 +9,8 @@ client-privacy.jsonl    with client-level privacy: its account; of a real run it
 selection.key           with amplification by sampling: the secret that draws who takes part
 stopped.json            why the run ended before its last round, if it did
 trail.jsonl             of a real run: requests and answers with their signatures (deployment/trail.py)
-inbox/                  during a round: updates that came before their turn
-quarantine/             updates that were refused, as they came (rounds/updates/buffers.py)
+inbox/                  during a round: updates that arrived before their turn
+quarantine/             rejected updates, as received (rounds/updates/buffers.py)
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
 test/data.json          the common test set (validation/data.json: of the strategies that need one)
 sites/<organization>/   the simulated organizations (only in simulations)
@@ -74,9 +74,7 @@ class RunFile(BaseModel):
     participants: tuple[Participant, ...] = Field(description="Organizations, in the order in which updates are added.")
     data: str = Field("", description="Simulation: fingerprint of the records.")
     federation: str = Field("", description="Real run: folder of the federation.")
-    base: str = Field(
-        "", description="Folder of the base model, where the plan tells members its name alone; empty: as the plan says."
-    )
+    base: str = Field("", description="Folder of the base model, if the plan gives members only its name; empty: as in the plan.")
     silent: bool = Field(False, description="Whether it is a baseline, whose events are written and not shown.")
 
 

@@ -22,7 +22,7 @@ class CheckpointHeader(Document):
 class QuarantineHeader(Document):
     """What a file in quarantine says beside its arrays."""
 
-    organization: str = Field(description="Who has sent it.")
+    organization: str = Field(description="The organization that sent it.")
     round: int = Field(description="Number of the round.")
     reason: str = Field(description="What is wrong with it.")
     at: str = Field(description="When it was rejected (UTC).")

@@ -98,8 +98,8 @@ def _check_alike(first: GridPoint, cell: GridPoint) -> None:
     """Raise PlanError where a record that tests one plan could train another, or the promises are made to different units."""
     if (cell.data, cell.promise.held_out) != (first.data, first.promise.held_out):
         raise PlanError(
-            f"{first.combination} and {cell.combination} are tested on different records, so that the score of one would tell of"
-            " records that train the other: expected keys that leave the records and the test set as they are",
+            f"{first.combination} and {cell.combination} are tested on different records, so that the score of one would depend"
+            " on records that train the other: expected keys that leave the records and the test set as they are",
             code="plan.not_selectable",
         )
     if _unit(cell) != _unit(first):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cotune.client.consent.policy_check import find_violations
 from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier, planned_charges
-from cotune.client.policy_check import find_violations
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.data.config import has_labels
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base.folder import read_base_labels

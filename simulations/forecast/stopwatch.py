@@ -86,7 +86,7 @@ def by_length(costs: dict[int, Seconds], length: int) -> Seconds:
 
 
 class Stopwatch:
-    """Measures with one model. Nothing that it trains is kept: the model is as it came whenever something begins.
+    """Measures with one model. Nothing that it trains is kept: the model is unchanged whenever something begins.
 
     Args:
         plan: The plan.

@@ -118,7 +118,7 @@ class _Work:
         return local.sample_rate(examples) * examples
 
     def _judging(self, stages: Sequence[Stage]) -> Seconds:
-        """The records of test and validation after each round in which the encoder is not as it came: no features are kept."""
+        """The records of test and validation after each round in which the encoder has been trained: no features are kept."""
         held = sum(len(rows) for _, rows in (*self.prepared.test, *self.prepared.validation))
         trained = (stage.rounds for number, stage in enumerate(stages) if _trains_encoder(stages[: number + 1]))
         return self._read(held) * sum(trained)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.client.policy_check import find_violations
+from cotune.client.consent.policy_check import find_violations
 from cotune.plan.load import parse_plan
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps

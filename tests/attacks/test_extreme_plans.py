@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.plan_summary import summarize_plan
+from cotune.client.consent.plan_summary import summarize_plan
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.round import train_round

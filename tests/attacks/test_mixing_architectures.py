@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from cotune.client.training.gradient_checks import check_gradients
+from cotune.client.training.checks.gradient_checks import check_gradients
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cotune.client.approvals import Approvals
+from cotune.client.consent.approvals import Approvals
 from cotune.client.node.request_limits import read_plan
 from cotune.client.site import Site
 from cotune.data.class_names import class_name

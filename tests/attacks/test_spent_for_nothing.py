@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
-from cotune.client.preflight import run_preflight
+from cotune.client.consent.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.plan import Plan

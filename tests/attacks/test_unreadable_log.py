@@ -1,7 +1,7 @@
 """Requests that make an organization's own log unreadable, so that it can prove nothing, or takes no request of anybody any more.
 
 On commit 15d5778 a server could sign a statement of 1,001 to 4,096 characters (a long reason for an earlier refusal): it was entered
-cut to 1,000, and from then on every request, of this and of every other federation, was refused as "a signature came with ...". A
+cut to 1,000, and from then on every request, of this and of every other federation, was refused as "a signature contains ...". A
 roster of 200 made-up keys of 100 wide letters made a line of 80 kB, of which the next one saw the last 64 kB: `cotune client sent` said that
 somebody had changed the log, and `verify-trail` blamed the organization. And a server could renew its keys without end, 16 at each
 request, each kept for ever.

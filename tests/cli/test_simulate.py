@@ -286,11 +286,12 @@ def test_the_live_display_on_a_terminal(folder: Path) -> None:
     assert "rounds" in shown
 
 
-def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: Path) -> None:
-    changes = ("privacy={epsilon=3}", "train=full", "local.steps=1", 'simulation.baselines=["pooled"]')
+@pytest.mark.parametrize(("train", "baselines"), [("head", ""), pytest.param("full", '"pooled"', marks=pytest.mark.long)])
+def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: Path, train: str, baselines: str) -> None:
+    changes = ("privacy={epsilon=3}", f"train={train}", "local.steps=1", f"simulation.baselines=[{baselines}]")
     shown = script("simulate", "toy.toml", "--out", "run", *(word for change in changes for word in ("--set", change)))
     assert shown.code == 0
     assert shown.err == ""
     assert "\x1b" not in shown.out
-    assert "round 1/2 (full), 2 organizations" in shown.out
+    assert f"round 1/2 ({train}), 2 organizations" in shown.out
     assert (folder / "run" / "report.html").exists()

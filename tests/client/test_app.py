@@ -386,12 +386,12 @@ def test_what_was_not_agreed_on_is_stopped(
     monkeypatch.setattr(client_app, "train_round", leaky)
     got = reason(ask(request(plan, state, site=str(site.folder)), SIMULATED if simulated else {"site": str(site.folder)}))
     if simulated:
-        assert "nothing was sent: the update tells 'records', which plan and policy do not agree on" in got
+        assert "nothing was sent: the update discloses 'records', which plan and policy do not agree on" in got
     else:
         assert got == SANITIZED
         _, entry = AuditLog(site.folder).entries()
         assert (entry["what"], entry["said"]) == ("blocked", SANITIZED)
-        assert "the update tells 'records'" in entry["reason"]
+        assert "the update discloses 'records'" in entry["reason"]
 
 
 def test_nothing_leaves_that_cannot_be_entered(plan: Plan, state: State, make_site: MakeSite) -> None:

@@ -164,7 +164,7 @@ def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path])
 
 def for_chat(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:
     """Chats, a tiny model that answers in the place of the plan's, and the plan in a file."""
-    write_chat_model(folder / "base-of-chats", reader=word_tokenizer())
+    write_chat_model(folder / "base-of-chats", reader=word_tokenizer(), positions=64)
     write_chats(folder / "chats.jsonl", 120)
     write_chats(folder / "labeled.jsonl", 10, seed=1)
     write_chats(folder / "new.jsonl", 3, seed=2)

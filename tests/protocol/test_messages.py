@@ -346,7 +346,7 @@ def test_an_array_in_another_serialization_is_refused() -> None:
 
 def test_an_update_for_another_plan_is_refused() -> None:
     message = refusal(encode_update(UPDATE, "a" * 64), "b" * 64)
-    assert message == "an update for plan aaaaaaaaaaaa came, expected one for bbbbbbbbbbbb"
+    assert message == "received an update for plan aaaaaaaaaaaa, expected one for bbbbbbbbbbbb"
 
 
 @pytest.mark.parametrize("protocol", [0, 1, PROTOCOL - 1, PROTOCOL + 1, str(PROTOCOL), PROTOCOL + 0.5, None])
@@ -518,7 +518,7 @@ def test_a_receipt_comes_through() -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (RecordDict(), "came without its header: expected a ConfigRecord named receipt"),
+        (RecordDict(), "received a message without its header: expected a ConfigRecord named receipt"),
         (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL - 1})}), f"expected {PROTOCOL}: use the same cotune"),
         (RecordDict({"receipt": ConfigRecord({"protocol": PROTOCOL, "organization": 3})}), "has organization = 3: expected str"),
     ],

@@ -67,7 +67,7 @@ def test_private_run_learns_to_answer(private: Run) -> None:
     test = private.summary.test
     assert test.federated
     assert test.majority
-    assert test.federated.loss < test.majority.loss - 0.02, "the base model as it came"
+    assert test.federated.loss < test.majority.loss - 0.02, "the unchanged base model"
     assert all(0 < (each.epsilon_spent or 0) <= 8 for each in private.summary.organizations)
 
 

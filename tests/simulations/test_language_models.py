@@ -69,7 +69,7 @@ def test_a_private_run_learns_beyond_the_base_model(private: Run) -> None:
     assert test.federated
     assert test.majority
     assert test.alone
-    assert test.federated.loss < test.majority.loss - 0.02, "the base model as it came"
+    assert test.federated.loss < test.majority.loss - 0.02, "the unchanged base model"
     assert test.federated.loss < test.alone.mean.loss + 0.05  # at this size as good as alone, with or without noise
     assert set(test.federated) == {"loss", "perplexity", "accuracy"}
     for organization in private.summary.organizations:

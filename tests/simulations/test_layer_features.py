@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cotune.client.plan_summary import summarize_plan
+from cotune.client.consent.plan_summary import summarize_plan
 from cotune.data.config import DataConfig
 from cotune.data.record_reading import read_records
 from cotune.errors import PlanError

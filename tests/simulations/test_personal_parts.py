@@ -147,7 +147,7 @@ def test_killed_run_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune
     [
         ({"train": "head"}, "trains the head alone, so that nothing would be shared"),
         ({"train": [{"mode": "head", "rounds": 1}, {"mode": "lora", "rounds": 1}]}, "nothing would be shared"),
-        ({"personal": ["norm"], "train": "head"}, "leaves the encoder with its norms as it came"),
+        ({"personal": ["norm"], "train": "head"}, "leaves the encoder and its norms unchanged"),
         ({"personal": ["head", "head"]}, "names a part twice"),
         ({"personal": ["tail"]}, "personal.parts"),
         ({"strategy": "fedsa"}, r"lora\.keep"),

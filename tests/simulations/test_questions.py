@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from cotune.client.site import Site
-from cotune.client.training import gradient_checks, setup
+from cotune.client.training import setup
+from cotune.client.training.checks import gradient_checks
 from cotune.data.record_reading import read_records
 from cotune.errors import PlanError
 from cotune.plan.load import parse_plan

@@ -51,7 +51,7 @@ def test_a_private_run_learns_beyond_the_base_model(private: Run) -> None:
     test = private.summary.test
     assert test.federated
     assert test.majority
-    assert test.federated.loss < test.majority.loss - 0.1, "the base model as it came"
+    assert test.federated.loss < test.majority.loss - 0.1, "the unchanged base model"
     assert set(test.federated) == {"loss", "perplexity", "accuracy"}
     for organization in private.summary.organizations:
         assert Site(private.folder / "sites" / organization.name).ledger().spent()

@@ -51,8 +51,8 @@ def test_the_server_judges_each_update(toy_plan: NewPlan, tmp_path: Path) -> Non
     ("told", "reason"),
     [
         ({}, "it does not disclose the loss that the strategy of the plan needs"),
-        ({"loss": -0.5}, "it tells a loss of -0.5, expected 0 to 1e+06"),
-        ({"loss": float("inf")}, "it tells a loss of inf, expected 0 to 1e+06"),
+        ({"loss": -0.5}, "it discloses a loss of -0.5, expected 0 to 1e+06"),
+        ({"loss": float("inf")}, "it discloses a loss of inf, expected 0 to 1e+06"),
         ({"loss": 0.0}, None),
     ],
 )

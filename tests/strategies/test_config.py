@@ -112,7 +112,7 @@ def test_a_finished_part_is_checked_too() -> None:
         ({"weighting": {"name": "examples", "update": 1}}, 'weighting "examples" has no parameter "update"'),
         ({"weighting": {"name": "uniform", "context": 1}}, 'has no parameter "context"'),
         ({"optimizer": "sgd"}, "Extra inputs are not permitted"),
-        ({"fusion": "rules.py:best"}, "came without the SHA-256 of the file"),
+        ({"fusion": "rules.py:best"}, "has no SHA-256 of its file"),
         ({"client_term": "rules.py:best"}, "expected one of cotune, or of a package that every organization has"),
     ],
 )

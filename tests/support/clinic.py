@@ -29,7 +29,7 @@ def make_plan(base: Path, records: Path, **tables: Any) -> Plan:
         "lora": {"rank": 2},
         "local": {"learning_rate": 0.5, "batch_size": 0.2, "steps": 4, "physical_batch_size": 5},
         "privacy": "none",
-        "personalize": {"folds": 2},  # each fits a dozen heads
+        "personalize": {"folds": 2, "methods": ["prior", "mix", "alone"]},  # each fold fits six heads, with "head" a dozen
     }
     for key, value in tables.items():
         given[key] = {**given[key], **value} if isinstance(given.get(key), dict) and key != "privacy" else value

@@ -36,6 +36,7 @@ steps = 3
 
 [personalize]
 folds = 2
+methods = ["prior", "mix", "alone"]
 
 [simulation]
 clients = 2

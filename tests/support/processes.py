@@ -32,6 +32,7 @@ _PRELOADED = (
     "cotune.simulations.run",
     "cotune.simulations.comparison.compare",
     "cotune.client.app",
+    "cotune.data.inputs.chat_worker",
     "opacus",
     "transformers.models.bert.modeling_bert",
     "scipy.stats",

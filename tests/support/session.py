@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cotune.data.inputs import chat_template
 from cotune.models import independence
 from cotune.worker_process import WorkerProcess
+from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
 from tests.support.independence import VerdictsByContent
 from tests.support.processes import preloaded
@@ -52,9 +54,10 @@ def _import_paths_stay() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _preloaded_workers() -> Iterator[None]:
-    """Worker processes of cotune need not import PyTorch each."""
+    """Worker processes of cotune need not import PyTorch each, and those that write chats need not import transformers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WorkerProcess, "context", preloaded())
+        patch.setattr(chat_template, "_new_process", ChatProcess)
         yield
 
 

@@ -34,7 +34,7 @@ class OwnCopy(PersonalParameters):
     """The copy of a plan with `personal.method = "ditto"`; kept and tied to rounds as personal parts are."""
 
     def join(self, state: State) -> State:
-        """Return what the shared model trains from: the received state as it came."""
+        """Return what the shared model trains from: the received state unchanged."""
         return state
 
     @contextmanager
@@ -54,7 +54,7 @@ class OwnCopy(PersonalParameters):
             self.model.load(shared)
 
     def _adopt(self, trained: State) -> None:
-        """A copy that diverged is dropped, and no failure is told: without noise, whether it did follows from single records."""
+        """Drop a copy that diverged without reporting a failure: without noise, whether it diverges depends on single records."""
         if find_not_finite(trained):
             _log.warning("the own copy diverged in round %d and stays as it was: lower local.learning_rate", self.round)
         else:

@@ -207,7 +207,7 @@ class UpdateSpec:
         """Check that only what was asked for is disclosed, in a plausible range, as it stays in the history forever."""
         surplus = sorted(update.disclosures.keys() - set(self.disclosures)) if self.disclosures is not None else []
         if surplus:
-            return f"it tells {surplus[0][:80]!r}, which the plan does not ask for"
+            return f"it discloses {surplus[0][:80]!r}, which the plan does not ask for"
         stated = update.epsilon
         if stated is not None and self.epsilon is None:
             return f"it states ε = {stated:g}, which a plan without privacy does not have"
@@ -215,9 +215,9 @@ class UpdateSpec:
             return f"it states ε = {stated:g}, expected 0 to {self.epsilon:g}, which the plan allows"
         for name, value in update.disclosures.items():
             if name == "loss" and not 0 <= value <= _MAX_LOSS:
-                return f"it tells a loss of {value:g}, expected 0 to {_MAX_LOSS:g}"
+                return f"it discloses a loss of {value:g}, expected 0 to {_MAX_LOSS:g}"
             if name != "loss" and not abs(value) <= self.max_disclosed:  # noised sums may be negative
-                return f"it tells {name[:80]!r} = {value:g}, expected -{self.max_disclosed:g} to {self.max_disclosed:g}"
+                return f"it discloses {name[:80]!r} = {value:g}, expected -{self.max_disclosed:g} to {self.max_disclosed:g}"
         return ""
 
     def _check_shapes(self, delta: Mapping[str, Tensor]) -> str:

@@ -58,7 +58,7 @@ def _loss(update: WeightedUpdate) -> float:
     if not 0 <= loss < math.inf:
         raise RunError(
             f"the update of {update.update.organization[:80]} states the loss {loss}: expected a finite number, 0 or more; let"
-            " its policy tell the loss, or choose another fusion",
+            " its policy disclose the loss, or choose another fusion",
             code="run.invalid_loss",
         )
     return loss

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from cotune.cli.client.join import Shown
-from cotune.client.approvals import Approvals
 from cotune.client.audit_log import AuditLog
+from cotune.client.consent.approvals import Approvals
 from cotune.client.site import Site
 from cotune.client.site_setup import get_key_fingerprint
 from cotune.models.base.lookup import find_base

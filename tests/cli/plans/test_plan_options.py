@@ -153,13 +153,22 @@ MISSING = [
     (("server", "run", "fed", "--set", "local.stepss=2"), "'steps'"),
     (("client", "policy", "site", "--set", "training.min_example=9"), "'training.min_examples'"),
 ]
+QUICKLY = (
+    ("--help",),
+    ("plan", "list"),
+    ("plan", "new", "tweets"),
+    ("client", "policy"),
+    ("server", "status", "founded"),
+)
+SIMULATE = ("simulate", "toy.toml")
 
 
 @pytest.fixture(scope="module")
 def ended(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Ended]:
-    """What became of each of these commands."""
-    commands = [arguments for arguments, _ in MISSING]
+    """What became of each command of these tests, of one interpreter."""
+    commands = [*(arguments for arguments, _ in MISSING), *QUICKLY, SIMULATE]
     write_folder(folder := tmp_path_factory.mktemp("missing"), base_model("bert"))
+    founded(folder / "founded", base_model("bert"), "org-1")
     with chdir(folder):
         return dict(zip(commands, without_torch(*commands), strict=True))
 
@@ -174,24 +183,16 @@ def test_what_is_missing_is_named_before_torch_is_imported(
     assert named in err
 
 
-def test_quick_commands_load_no_torch(base_model: Callable[[str], Path], tmp_path: Path) -> None:
-    founded(tmp_path / "fed", base_model("bert"), "org-1")
-    quick = (
-        ("--help",),
-        ("plan", "list"),
-        ("plan", "new", "tweets"),
-        ("client", "policy"),
-        ("server", "status", str(tmp_path / "fed")),
-    )
-    ended = without_torch(*quick)
-    assert [(each.code, each.err) for each in ended] == [(0, "")] * len(quick)
-    assert all(each.out for each in ended)
+@pytest.mark.parametrize("arguments", QUICKLY, ids=" ".join)
+def test_quick_commands_load_no_torch(ended: dict[tuple[str, ...], Ended], arguments: tuple[str, ...]) -> None:
+    code, out, err = ended[arguments]
+    assert (code, err) == (0, "")
+    assert out
 
 
-def test_simulate_says_something_before_torch_is_imported(folder: Path) -> None:
-    [ended] = without_torch(("simulate", "toy.toml"))
-    assert ended.code == 70
-    assert "toy.toml" in ended.out
+def test_simulate_says_something_before_torch_is_imported(ended: dict[tuple[str, ...], Ended]) -> None:
+    assert ended[SIMULATE].code == 70
+    assert "toy.toml" in ended[SIMULATE].out
 
 
 def test_what_is_varied_need_not_be_there_in_the_plan(cotune: Cotune, folder: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from cotune.client.plan_summary import summarize_plan
+from cotune.client.consent.plan_summary import summarize_plan
 from cotune.client.site import Site
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.client.training.regularization import dropping, find_dropout
 from cotune.client.training.round import train_round
 from cotune.client.training.setup import synthetic_setup

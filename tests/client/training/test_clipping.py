@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.client.training import gradient_checks
-from cotune.client.training.gradient_checks import check_gradients, check_stages
+from cotune.client.training.checks import gradient_checks
+from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.client.site import Site
-from cotune.client.training.gradient_checks import check_gradients, check_stages
+from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
 from cotune.client.training.round import train_round
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_setup

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.client.policy_check import check_consent
+from cotune.client.consent.policy_check import check_consent
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State, TrainableModel

@@ -14,7 +14,8 @@ from cotune.client.site import Site
 from cotune.client.training import charged_steps, preparation
 from cotune.client.training import context as context_module
 from cotune.client.training import round as training
-from cotune.client.training.context import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
+from cotune.client.training.checks import request_checks
+from cotune.client.training.checks.request_checks import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
 from cotune.client.training.round import train_round
 from cotune.client.training.rows import TrainingSetup
 from cotune.data.dataset import Dataset
@@ -64,7 +65,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return noted
 
     for group, module in GROUPS.items():
-        monkeypatch.setattr(module, group, tuple(map(noted_check, getattr(context_module, group))))
+        monkeypatch.setattr(module, group, tuple(map(noted_check, getattr(request_checks, group))))
     noting(Site, "counted_dataset", lambda *_: "records are counted")
     noting(Site, "finished_update", lambda *_: "the outbox is read")
     noting(context_module, "load_trained_model", lambda *_: "the model is loaded")
@@ -253,7 +254,7 @@ def test_check_refuses_in_its_place(name: str, refuse: Refuse) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_missing_check_would_show(name: str, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
     for group, module in GROUPS.items():
-        kept = tuple(check for check in getattr(context_module, group) if check.__name__ != name)
+        kept = tuple(check for check in getattr(request_checks, group) if check.__name__ != name)
         monkeypatch.setattr(module, group, kept)
     records_are_read = CHECKS[name] not in BEFORE_RECORDS
     assert refuse(CASES[name]) != (CASES[name].code, records_are_read, 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import synthetic_setup
 from cotune.errors import PrivacyError

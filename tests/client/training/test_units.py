@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.client.preflight import run_preflight
+from cotune.client.consent.preflight import run_preflight
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.config import DataConfig

@@ -24,6 +24,7 @@ TASK = get_task("causal-lm")
 CHATML = TEMPLATES["chatml"]
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<>[]"), max_size=20)
 ANSWERS = WORDS.filter(str.strip)
+NEW_INTERPRETER = chat_template._new_process  # before a fixture of the session replaces it
 
 
 def chat(*contents: str, system: str = "") -> Chat:
@@ -139,9 +140,24 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name == "power" else ()) for name in LIMITS])
 def test_template_that_takes_too_much_is_refused(name: str) -> None:
     assert refusal(LIMITS[name]) == "model.chat_template_limit"
+
+
+def test_template_by_which_the_process_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by "power", in less time."""
+    monkeypatch.setattr(chat_template, "_ask", lambda process, each: os.kill(process.pid, signal.SIGXCPU))
+    assert refusal("{# ends #}" + CHATML) == "model.chat_template_limit"
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("gigabytes at run time", "chat_template_limit"), ("class", "unusable_chat_template")]
+)
+def test_new_interpreter_has_the_same_limits(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests fork the process that writes chats."""
+    monkeypatch.setattr(chat_template, "_new_process", NEW_INTERPRETER)
+    assert refusal("{# new #}" + {**LIMITS, **HOSTILE}[name]) == f"model.{code}"
 
 
 def test_base_without_a_template_is_refused() -> None:

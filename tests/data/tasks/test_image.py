@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from cotune.client.training.gradient_checks import check_stages
+from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.data.config import DataConfig
 from cotune.data.readers.images import Image
 from cotune.data.record_reading import organization_files, read_records

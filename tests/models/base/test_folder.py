@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
-import os
+import locale
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cotune.errors import ModelError
 from cotune.models.base.folder import read_base_labels, read_settings
+from cotune.models.base.load import load_model
+from cotune.models.config import ModelConfig
+from tests.support.processes import forked, preloaded
+
+__all__ = ["forked"]  # fixture
 
 
 def labels(folder: Path, names: object) -> tuple[str, ...]:
@@ -47,20 +53,18 @@ def test_what_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes | N
         read_settings(tmp_path)
 
 
-ASCII = """
-import locale, sys
-assert locale.getencoding().upper() in ("ASCII", "ANSI_X3.4-1968", "US-ASCII"), locale.getencoding()
-import safetensors.torch
-from cotune.models.base.load import ModelConfig, load_model
-from cotune.models.base.folder import read_base_labels
-from pathlib import Path
-labels = read_base_labels(Path(sys.argv[1]))
-head = load_model(ModelConfig(base=sys.argv[1]), labels, 9).module.classifier.weight
-print(ascii(labels), bool((head == safetensors.torch.load_file(sys.argv[1] + "/model.safetensors")["classifier.weight"]).all()))
-"""
+def _read_by_the_locale(folder: str, answer: Connection) -> None:
+    """Tell the classes, and whether the head is that of the file, where the locale has no more than ASCII."""
+    locale.setlocale(locale.LC_ALL, "C")
+    assert locale.getencoding().upper() in ("ASCII", "ANSI_X3.4-1968", "US-ASCII"), locale.getencoding()
+    labels = read_base_labels(Path(folder))
+    head = load_model(ModelConfig(base=folder), labels, 9).module.classifier.weight
+    answer.send((labels, torch.equal(head, load_file(f"{folder}/model.safetensors")["classifier.weight"])))
 
 
-def test_names_are_utf_8_whatever_the_locale_says(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_names_are_utf_8_whatever_the_locale_says(
+    base_model: Callable[[str], Path], tmp_path: Path, forked: Callable[..., BaseProcess]
+) -> None:
     """Read in the locale's encoding they were others, and the trained head was replaced by a new one without a word."""
     labels = ("n\u00e9gatif", "positif")
     folder = Path(shutil.copytree(base_model("bert"), tmp_path / "base"))
@@ -71,7 +75,7 @@ def test_names_are_utf_8_whatever_the_locale_says(base_model: Callable[[str], Pa
     AutoModelForSequenceClassification.from_pretrained(folder, config=config).save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG", "PYTHONIOENCODING"))}
-    env = {**plain, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", ASCII, str(folder)], capture_output=True, text=True, env=env, check=False)
-    assert done.stdout.strip() == f"{labels!a} True", done.stderr
+    told, answer = preloaded().Pipe(duplex=False)
+    forked(_read_by_the_locale, str(folder), answer)
+    answer.close()
+    assert told.recv() == (labels, True)

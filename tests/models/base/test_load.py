@@ -5,9 +5,10 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.errors import ModelError
 from cotune.models.base import folder as base_files
@@ -25,6 +26,9 @@ from cotune.models.base.load_checks import make_deterministic
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from tests.support.failures import fails_with
+from tests.support.processes import forked, preloaded
+
+__all__ = ["forked"]  # fixture
 
 LABELS = ("bad", "good", "so")
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
@@ -289,22 +293,25 @@ def test_hash_covers_every_tokenizer_file() -> None:
     assert [name for name in names if not base_files.is_model_file(name)] == []
 
 
-def test_the_hash_covers_every_file_that_a_tokenizer_opens(folder: Path) -> None:
+def _open_tokenizer(folder: str, answer: Connection) -> None:
+    """Tell which files under the folder Python itself opens; nobody takes the hook away again."""
+    opened: list[str] = []
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answer.send((set(tokenizer.chat_template), [name for name in opened if name.startswith(folder)]))
+
+
+def test_the_hash_covers_every_file_that_a_tokenizer_opens(folder: Path, forked: Callable[..., BaseProcess]) -> None:
     """By the paths that Python itself opens, whatever transformers calls them."""
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-    script = (
-        "import json, sys\n"
-        "from transformers import AutoTokenizer\n"
-        "opened = []\n"
-        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert set(tokenizer.chat_template) == {'default', 'tool_use'}\n"
-        "print(json.dumps([name for name in opened if name.startswith(sys.argv[1])]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
-    opened = {Path(name).relative_to(folder).as_posix() for name in json.loads(done.stdout.splitlines()[-1])}
+    told, answer = preloaded().Pipe(duplex=False)
+    forked(_open_tokenizer, str(folder), answer)
+    answer.close()
+    templates, names = told.recv()
+    assert templates == {"default", "tool_use"}
+    opened = {Path(name).relative_to(folder).as_posix() for name in names}
     assert {"tokenizer_config.json", "additional_chat_templates/tool_use.jinja"} <= opened
     assert opened <= base_files.list_model_files(folder).keys()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.training.gradient_checks import check_gradients
+from cotune.client.training.checks.gradient_checks import check_gradients
 from cotune.client.training.setup import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records

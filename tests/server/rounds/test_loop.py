@@ -269,12 +269,12 @@ def test_refused_message_in_process_is_kept_as_written(new_run: NewRun) -> None:
         (
             {"weighting": {"name": "q_fair", "q": 2.0}},
             {"disclosures": {"loss": 1e200}},
-            "it tells a loss of 1e+200, expected 0 to 1e+06",
+            "it discloses a loss of 1e+200, expected 0 to 1e+06",
         ),
         (
             {"recipe": "qfedavg", "fusion": {"q": 2.0}},
             {"disclosures": {"loss": 1e200}},
-            "it tells a loss of 1e+200, expected 0 to 1e+06",
+            "it discloses a loss of 1e+200, expected 0 to 1e+06",
         ),
     ],
 )
@@ -310,7 +310,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
     "other name": (lambda r: update(r, ones(r), organization="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
-    "protocol": (lambda r: record(r, protocol=99), f"protocol 99 came, expected {PROTOCOL}"),
+    "protocol": (lambda r: record(r, protocol=99), f"protocol 99, expected {PROTOCOL}"),
     "type": (lambda r: record(r, examples="many"), "examples = 'many': expected int"),
     "noise": (lambda r: update(r, ones(r), noise_variance={"classifier.bias": 1.0}), "it states noise for 1 parameters"),
     "float64": (lambda r: record(r, {"classifier.bias": Array(np.ones(3))}), "has the type float64"),

@@ -421,7 +421,7 @@ def test_disclosure_not_asked_for_is_rejected_and_sanitized(new_run: NewRun) -> 
 
     progress = play(folder, wild(folder, {"org-1": adding(1.0), "org-2": chats, "org-3": paints}))
     assert dropped(progress)[0] == {
-        "org-2": "it tells 'my opinion', which the plan does not ask for",
+        "org-2": "it discloses 'my opinion', which the plan does not ask for",
         "org-3": "it has 1 parameters too many and lacks 0 (\\u001b[2J all is well)",
     }
 

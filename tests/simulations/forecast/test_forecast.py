@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from cotune.client.consent.policy_check import check_consent, find_violations
 from cotune.client.noise_calibration import planned_disclosures
-from cotune.client.policy_check import check_consent, find_violations
 from cotune.client.site import Site
 from cotune.errors import PlanError, PolicyError
 from cotune.privacy.accounting.composition import Steps, epsilon

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.client.policy_check import find_violations
+from cotune.client.consent.policy_check import find_violations
 from cotune.client.site import Site
 from cotune.client.training.personal import ditto_pfedme
 from cotune.client.training.personal.ditto_pfedme import open_personal
@@ -104,7 +104,7 @@ def test_steps_with_noise_are_charged_and_those_without_are_not(make_plan: MakeP
 
 
 def test_a_copy_that_diverges_is_dropped_and_nobody_is_told(make_plan: MakePlan, make_site: MakeSite) -> None:
-    """A refusal would tell of records that no noise protects."""
+    """A refusal would reveal something about records that no noise protects."""
     plan = make_plan(personal=UNNOISED, privacy=PRIVATE)
     site = make_site()
     model = get_plan_model(plan, "cpu")

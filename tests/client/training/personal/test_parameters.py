@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cotune.client.site import Site
+from cotune.client.training.checks.gradient_checks import check_gradients
 from cotune.client.training.context import LocalContext
-from cotune.client.training.gradient_checks import check_gradients
 from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.preparation import prepare_round
 from cotune.client.training.round import train_round

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cotune.client.consent.policy_check import check_plan
 from cotune.client.egress_guard import EgressBlocked, check_update
-from cotune.client.policy_check import check_plan
 from cotune.client.site import Site
 from cotune.client.site_folder import SiteFile
 from cotune.client.training.personal.prediction_model import OwnModel, load_trained_model

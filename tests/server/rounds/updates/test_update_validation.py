@@ -139,7 +139,7 @@ def test_what_the_plan_does_not_ask_for_is_not_kept_for_ever() -> None:
         return reason_of(update, disclosures=told)
 
     assert refused({"loss", "my opinion"}) is None
-    assert refused({"loss"}) == "it tells 'my opinion', which the plan does not ask for"
+    assert refused({"loss"}) == "it discloses 'my opinion', which the plan does not ask for"
 
 
 def test_an_update_must_name_the_model_that_it_was_trained_from() -> None:

@@ -15,15 +15,15 @@ from typing import TypeVar
 import torch
 
 from cotune.client.audit_log import AuditLog
+from cotune.client.consent.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.node.requests import last_declarable_range
 from cotune.client.noise_calibration import check_examples
-from cotune.client.policy_check import Violation, find_number_violations, find_violations, limit_gpu_memory
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base
-from cotune.client.training.gradient_checks import check_gradients
+from cotune.client.training.checks.gradient_checks import check_gradients
+from cotune.client.training.checks.sanity_checks import SanityChecks
 from cotune.client.training.personal.prediction_model import load_trained_model, read_public
-from cotune.client.training.sanity_checks import SanityChecks
 from cotune.client.training.setup import build_optimizer, synthetic_setup
 from cotune.data.config import has_labels
 from cotune.data.skipped_records import count_cut_texts
@@ -239,7 +239,7 @@ def _warnings(account: Account) -> Iterator[str]:
         )
     if plan.tasks:
         yield (
-            f"updates will have the heads of {', '.join(dataset.tasks)}, which tells the coordinator what labels there are"
+            f"updates will have the heads of {', '.join(dataset.tasks)}, which shows the coordinator which labels there are"
             " here; a head that nobody else has is not averaged with another, and is released as it was trained, with its noise"
         )
     declared = account.public_examples

@@ -66,7 +66,7 @@ def _refuse_trained_ties(model: TrainableModel, stage: Stage) -> None:
 
 
 def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, privacy: RecordPrivacy) -> None:
-    """Of one model as it came, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
+    """Of one unchanged model, and of all that decides how its gradients are taken; nothing of rounds, strategy or partition.
 
     What has passed is kept on disk, as every process of a comparison and every command asks again.
     """
@@ -84,6 +84,11 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
 
 def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
     """Return the relative error of the clipped sum over made-up rows against gradients taken one row at a time, without padding.
+
+    Args:
+        setup: What the stage trains; its own records are not read.
+        privacy: Clipping mode and clip norm.
+        mode: What the stage trains, for the error.
 
     Raises:
         PrivacyError: When it is more than rounding, or when a row's numbers depend on its place in a batch or on its neighbors:

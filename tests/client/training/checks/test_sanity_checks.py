@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.training.sanity_checks import SanityChecks
+from cotune.client.training.checks.sanity_checks import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import get_plan_model

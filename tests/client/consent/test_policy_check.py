@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cotune.client.policy_check import check_consent
+from cotune.client.consent.policy_check import check_consent
 from cotune.client.site import Site
 from cotune.client.training import charged_steps, preparation
 from cotune.client.training.round import train_round

@@ -127,6 +127,7 @@ class Approvals:
             ) from None
         if plan.plan_id != file.stem:
             raise RunError(
-                f"{file} is not the plan that came under this id: somebody has changed it; remove it", code="run.changed_plan"
+                f"{file} is not the plan that was received under this id: somebody has changed it; remove it",
+                code="run.changed_plan",
             )
         return plan

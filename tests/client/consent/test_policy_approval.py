@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cotune.client.approvals import Approvals
-from cotune.client.plan_summary import diff_plans, summarize_plan
+from cotune.client.consent.approvals import Approvals
+from cotune.client.consent.plan_summary import diff_plans, summarize_plan
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import PolicyError
