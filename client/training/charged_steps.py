@@ -12,7 +12,7 @@ import torch
 from cotune.client.run_account import Account
 from cotune.client.training.checks.gradient_checks import check_gradients, check_gradients_of_state
 from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
-from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks
+from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks, trials_allowed
 from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.observe import notify
 from cotune.client.training.personal.ditto_pfedme import OwnCopy
@@ -119,6 +119,7 @@ class _FittedSums:
     def __init__(self, prepared: PreparedRound, privacy: RecordPrivacy) -> None:
         self._setup = prepared.setup
         self._stage = prepared.context.stage
+        self._model = prepared.context.model
         self._privacy = privacy
         self._checked = prepared.setup.physical.rows
 
@@ -139,7 +140,8 @@ class _FittedSums:
                 " ask again, or set a smaller local.physical_batch_size in the plan",
                 code="device.out_of_memory_with_dropout",
             )
-        check_gradients(self._setup, self._privacy, self._stage.mode)
+        with trials_allowed(self._model):
+            check_gradients(self._setup, self._privacy, self._stage.mode)
 
 
 def _train_own_first(prepared: PreparedRound, take: Take) -> int:

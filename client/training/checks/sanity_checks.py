@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from weakref import WeakKeyDictionary
+from contextlib import contextmanager
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ class SanityChecks:
         """Watch from here on: trials before the first step write parameters and restore them."""
         self._writes = self._count_writes()
         self._buffers = self._sum_buffers()
+        _watching[self.model] = ref(self)
+
+    @contextmanager
+    def allowing_trials(self) -> Iterator[None]:
+        """Let frozen parameters be written during the block, if they have their values again at its end. Raises RunError."""
+        _check_same(self._writes, self._count_writes())
+        sums = self._sum_frozen()
+        yield
+        _check_same(sums, self._sum_frozen())
+        self._writes = self._count_writes()
 
     def after_step(self, report: StepReport) -> None:
         """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
@@ -115,6 +126,21 @@ class SanityChecks:
     def _sum_frozen(self) -> dict[str, int]:
         """The sum of the bits of each of them."""
         return {name: _checksum(tensor, self.summed_at_once) for name, tensor in self._frozen()}
+
+
+_watching: WeakKeyDictionary[TrainableModel, ReferenceType[SanityChecks]] = WeakKeyDictionary()  # the last that has begun
+
+
+@contextmanager
+def trials_allowed(model: TrainableModel) -> Iterator[None]:
+    """Allow trials in the middle of a round, which write what is frozen and restore it (`SanityChecks.allowing_trials`)."""
+    watching = _watching.get(model)
+    checks = None if watching is None else watching()
+    if checks is None:
+        yield
+        return
+    with checks.allowing_trials():
+        yield
 
 
 def _count_writes(tensor: Tensor) -> _Writes:
