@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import sys
@@ -95,15 +96,35 @@ def limit_memory(device: torch.device, gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole), index)
 
 
+_FULL = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory", "_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, or this machine, has had no room for what was computed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+
+
+def free_unused_memory(device: torch.device) -> None:
+    """Let go of what nobody uses any more, so that the next allocation finds all the room that there is."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def explained_out_of_memory(advice: str) -> Iterator[None]:
-    """Raise DeviceError for a GPU that is full; the advice says what to do."""
+    """Raise DeviceError for a GPU or a machine that is full; the advice says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0].split(". ")[0][:120]
+        where = "this machine" if "DefaultCPUAllocator" in str(error) else "the GPU"
         raise DeviceError(
-            f"the GPU has no memory left ({str(error).splitlines()[0].split('. ')[0][:120]}): expected room for the model and one"
-            f" batch; {advice}",
+            f"{where} has no memory left ({reason}): expected room for the model and one batch; {advice}",
             code="device.out_of_memory",
         ) from None
 

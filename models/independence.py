@@ -34,7 +34,7 @@ from cotune.data.tasks.text import Example
 from cotune.errors import PrivacyError
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import TrainMode
-from cotune.models.device import bfloat16_is_fast, kernel_key
+from cotune.models.device import bfloat16_is_fast, is_out_of_memory, kernel_key
 from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.lower_layers import STATES
 from cotune.models.features.precision import FEATURE_SLOTS, features_mix
@@ -93,6 +93,8 @@ def check_independence(
             else:
                 mixing = _examples_mix(model, mode, dtype, per_slot, slots, lengths or bucket_lengths(model), read_below)
         except _FAILURES as raised:
+            if is_out_of_memory(raised):
+                raise
             raise PrivacyError(_not_independent(model, _reason(raised)), code="privacy.records_mix") from None
         if not mixing:
             return dtype
@@ -222,6 +224,8 @@ def _known_padding_error(model: TrainableModel) -> float | str:
                 with in_float64(model.loaded.module):
                     error = padding_error(model, model.loaded.task.samples(model.loaded.reader))
     except _FAILURES as raised:
+        if is_out_of_memory(raised):
+            raise
         return _reason(raised)
     if error <= MAX_PADDING_ERROR:
         write_check("padding", key, error)

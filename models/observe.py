@@ -1,4 +1,4 @@
-"""Events for a local observer while a model is prepared, before anything is trained."""
+"""Events for a local observer: what takes long while a model is prepared, and what did not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ _observers = Registry[Observer]()
 
 
 def observe_models(observer: Observer) -> AbstractContextManager[None]:
-    """Call the observer for everything that takes long before a model can be used in this process, during the block.
+    """Call the observer for everything that this process has to tell of its models, during the block.
 
     Args:
         observer: Called with the event and its fields: "map" with `base`, `done` and `total` texts, while the map of a
-            base model's feature is fitted.
+            base model's feature is fitted; "physical_batch" with `rows`, `before` and `device`, where so many rows of a batch
+            as before did not fit into memory (`models.physical_batch`).
     """
     return _observers.register(observer)
 

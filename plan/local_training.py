@@ -12,6 +12,7 @@ from cotune.storage.config_table import ConfigTable
 from cotune.strategies.server_optimizers.schedules import Schedule, decay
 
 _MOST_RECORDS = 1_000_000  # per step
+_MOST_ROWS = 65_536  # in memory at a time
 _MAX_RATE = 1e3  # far above any useful rate; a single step with a much larger one could amplify rounding errors
 
 
@@ -56,8 +57,10 @@ class LocalTraining(ConfigTable):
     epochs: float | None = Field(
         None, gt=0, le=1000, description="passes over the organization's records per round, instead of steps"
     )
-    physical_batch_size: int = Field(
-        32, ge=1, le=65_536, description="records held in memory at a time; no influence on the result"
+    physical_batch_size: int | Literal["auto"] = Field(
+        32,
+        description="records held in memory at a time, 1 to 65,536; no influence on the result but rounding; auto: as many as a"
+        " step has, up to 512 on a GPU and 32 on a CPU, and half of that, again and again, while they do not fit into memory",
     )
     activation_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -81,6 +84,13 @@ class LocalTraining(ConfigTable):
         if value >= 1 and value != int(value):
             raise ValueError(f"expected a whole number of records, or a fraction below 1, got {value}")
         return float(value)
+
+    @field_validator("physical_batch_size", mode="before")
+    @classmethod
+    def _rows_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_ROWS):
+            raise ValueError(f'expected a whole number from 1 to {_MOST_ROWS:,}, or "auto", got {value!r}')
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ from made_up import plan_for, records, tokenizer, write_base
 from transformers import BertConfig
 
 from cotune.errors import CotuneError
-from cotune.server.runs.events import observe_run
+from cotune.models.observe import observe_models
 from cotune.simulations.run import simulate
 
 
@@ -32,7 +32,7 @@ def measure_memory_limit(bench: Bench) -> None:
     except CotuneError as error:
         raise Skipped(f"this version of cotune finds no physical batch size by itself ({reason_of_failure(error)})") from None
     told: list[Row] = []
-    with limited_memory(bench, gib=2.0), observe_run(lambda what, fields: told.append({"event": what, **fields})):
+    with limited_memory(bench, gib=2.0), observe_models(lambda what, fields: told.append({"event": what, **fields})):
         run = simulate(plan, folder / "run", device=str(bench.device))
     said = [str(row) for row in told if "physical" in str(row)]
     bench.add(**{"rounds": len(run.summary.rounds), "limit GiB": 2.0 if bench.on_gpu else None, "said": " ".join(said)[:200]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -259,7 +260,7 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
     names = stage_names(plan, stage, model)
     parameters = model.train_only(names)
     setup = synthetic_setup(plan, stage, model, max(1, round(batch)))
-    error = check_gradients(setup, plan.privacy, stage.mode)
+    error = setup.physical.fit(partial(check_gradients, setup, plan.privacy, stage.mode))
     guard = SanityChecks(model, model.state(names), noise=True)
     guard.begin()
     on_gpu = model.device.type == "cuda"
@@ -274,7 +275,7 @@ def _try(plan: Plan, stage: Stage, model: TrainableModel, examples: int, sigma: 
         clipping_mode=plan.privacy.clipping,
     )
     optimizer = build_optimizer(stage.local, model, names, parameters)
-    steps = DPSGDSetup(setup.module, optimizer, setup.loss, setup.units, setup.batches)
+    steps = DPSGDSetup(setup.module, optimizer, setup.loss, setup.units, setup.batches, fit=setup.physical.fit)
     began = time.perf_counter()
     for report in DPSGD(config).run(steps):
         guard.after_step(report)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from cotune.client.run_account import Account
-from cotune.client.training.checks.gradient_checks import check_gradients_of_state
+from cotune.client.training.checks.gradient_checks import check_gradients, check_gradients_of_state
 from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
 from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks
 from cotune.client.training.disclosures import disclose, reported_noise
@@ -18,10 +19,10 @@ from cotune.client.training.personal.ditto_pfedme import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import build_optimizer
-from cotune.errors import PolicyError
+from cotune.errors import DeviceError, PolicyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
+from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, Sums
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.protocol.messages import state_digest
 
@@ -79,7 +80,8 @@ def _private_training(prepared: PreparedRound) -> int:
     privacy = plan.privacy
     assert isinstance(privacy, RecordPrivacy)
     trained_from = plan.plan_id, context.round, state_digest(prepared.received)
-    check_gradients_of_state(prepared.setup, privacy, context.stage.mode, context.model, trained_from)
+    checked = partial(check_gradients_of_state, prepared.setup, privacy, context.stage.mode, context.model, trained_from)
+    prepared.setup.physical.fit(checked)
     rate = context.stage.local.sample_rate(context.examples)
     charged = Steps(context.noise_multiplier, rate, plan.charged_steps(context.stage, context.examples))
     charge = account.reserve(context.round, charged)
@@ -94,9 +96,10 @@ def _private_training(prepared: PreparedRound) -> int:
         clipping_mode=privacy.clipping,
     )
     rows = prepared.setup
+    fit = _FittedSums(prepared, privacy)
 
     def private_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
-        setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches)
+        setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches, fit=fit)
         return _within_hours(DPSGD(replace(config, steps=steps)).run(setup), account)
 
     def plain_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
@@ -108,6 +111,35 @@ def _private_training(prepared: PreparedRound) -> int:
     copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
     account.ledger.settle(charge, first + taken + (copied if noise else 0), time.monotonic() - began)
     return taken
+
+
+class _FittedSums:
+    """Sums of a step under privacy, begun again where memory ran out; batches of another shape are checked before they train."""
+
+    def __init__(self, prepared: PreparedRound, privacy: RecordPrivacy) -> None:
+        self._setup = prepared.setup
+        self._stage = prepared.context.stage
+        self._privacy = privacy
+        self._checked = prepared.setup.physical.rows
+
+    def __call__(self, work: Callable[[], Sums]) -> Sums:
+        return self._setup.physical.fit(partial(self._checked_sums, work))
+
+    def _checked_sums(self, work: Callable[[], Sums]) -> Sums:
+        if self._setup.physical.rows != self._checked:
+            self._check()
+            self._checked = self._setup.physical.rows
+        return work()
+
+    def _check(self) -> None:
+        """On made-up records. Raises PrivacyError, and DeviceError where dropout would let two passes differ."""
+        if self._stage.local.dropout:
+            raise DeviceError(
+                "memory ran out in the middle of a round with local.dropout, whose batches cannot be checked in another size now:"
+                " ask again, or set a smaller local.physical_batch_size in the plan",
+                code="device.out_of_memory_with_dropout",
+            )
+        check_gradients(self._setup, self._privacy, self._stage.mode)
 
 
 def _train_own_first(prepared: PreparedRound, take: Take) -> int:
@@ -176,15 +208,10 @@ def _sampler(prepared: PreparedRound, steps: int, purpose: str) -> PoissonSample
 def _plain_steps(setup: TrainingSetup, optimizer: torch.optim.Optimizer, sampler: PoissonSampler) -> Iterator[StepReport]:
     """Steps without clipping and noise; an empty batch takes none."""
     for step, batch in enumerate(sampler, start=1):
-        optimizer.zero_grad()
-        total = 0.0
-        for _, rows in setup.batches(batch):
-            loss = setup.loss(rows).sum() / len(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        loss = setup.set_mean_gradients(optimizer, batch)
         if batch:
             optimizer.step()
-        yield StepReport(step, len(sampler), total if batch else None)
+        yield StepReport(step, len(sampler), loss if batch else None)
 
 
 def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: SanityChecks | None, epsilon: float | None) -> int:

@@ -160,8 +160,12 @@ def disclose(account: Account, round: int, setup: TrainingSetup) -> dict[str, fl
 @torch.no_grad()
 def count_correct(setup: TrainingSetup) -> tuple[float, int]:
     """Count the units that the module classifies correctly (of a unit: the fraction of its records), and all units."""
-    right = (float(setup.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setup.everything())
-    return sum(right), len(setup.units)
+
+    def right() -> float:
+        found = (float(setup.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setup.everything())
+        return sum(found)
+
+    return setup.physical.fit(right), len(setup.units)
 
 
 @torch.no_grad()
@@ -170,6 +174,10 @@ def total_loss(setup: TrainingSetup, ceiling: float) -> float:
 
     A record whose loss is not a number counts for the ceiling, as a failure would reveal it.
     """
-    losses = ((setup.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setup.everything())
-    known = ((loss.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling), weights) for loss, weights in losses)
-    return sum(float(loss @ weights) for loss, weights in known)
+
+    def total() -> float:
+        losses = ((setup.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setup.everything())
+        known = ((loss.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling), weights) for loss, weights in losses)
+        return sum(float(loss @ weights) for loss, weights in known)
+
+    return setup.physical.fit(total)

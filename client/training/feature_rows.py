@@ -21,6 +21,7 @@ from cotune.data.tasks.task import Target
 from cotune.models.encoding import FeatureRows
 from cotune.models.features.head import FeatureHead
 from cotune.models.independence import check_independence
+from cotune.models.physical_batch import PhysicalBatch
 from cotune.models.probes import bucket_lengths
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.per_example import Batch, Unit
@@ -115,6 +116,7 @@ def _on_vectors(given: _Given, features: FeatureRows, targets: Sequence[Target],
         correct=given.correct,
         samples=samples,
         check_independent_rows=lambda: given.check_independent_rows(slots, width, None),
+        physical=PhysicalBatch(slots, given.model.device),
     )
 
 
@@ -159,6 +161,7 @@ def _on_words(given: _Given, features: FeatureRows, targets: Sequence[Target], u
         correct=given.correct,
         samples=samples,
         check_independent_rows=lambda: given.check_independent_rows(slots, width, bucket_lengths(given.model)),
+        physical=PhysicalBatch(slots, given.model.device),
     )
 
 

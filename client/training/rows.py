@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from cotune.models.physical_batch import PhysicalBatch
 from cotune.models.probes import PerSlot
 from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_example
 
@@ -26,6 +28,7 @@ class TrainingSetup:
         correct: A batch -> which slots the module classifies rightly.
         samples: The same setup on three made-up rows, to check gradients with.
         check_independent_rows: Raises PrivacyError where a row's numbers depend on more than the row.
+        physical: The rows of a batch as they are now; `batches` follows it.
     """
 
     module: nn.Module
@@ -38,6 +41,7 @@ class TrainingSetup:
     correct: Callable[[Batch], Tensor]
     samples: Callable[[], TrainingSetup]
     check_independent_rows: Callable[[], object]
+    physical: PhysicalBatch
 
     def everything(self) -> Iterator[tuple[Tensor, Batch]]:
         """All rows once: what each filled slot of a batch counts for, on the CPU, so that a unit counts for one; the batch."""
@@ -46,6 +50,19 @@ class TrainingSetup:
             weights[list(unit)] = 1 / len(unit)
         for positions, batch in self.batches(range(self.rows)):
             yield weights[list(positions)], batch
+
+    def set_mean_gradients(self, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> float:
+        """Set the gradients of a step without privacy: of the mean loss of some rows, which is returned."""
+        return self.physical.fit(partial(self._mean_gradients, optimizer, rows))
+
+    def _mean_gradients(self, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        for _, batch in self.batches(rows):
+            loss = self.loss(batch).sum() / len(rows)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
 
 
 def build_slot_probe(module: nn.Module, loss: Callable[[Batch], Tensor], scores: Callable[[Batch], Tensor]) -> PerSlot:

@@ -11,12 +11,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
+from cotune.client.training.regularization import dropping, find_dropout
 from cotune.client.training.rows import TrainingSetup, build_slot_probe
+from cotune.client.training.trial_step import try_step
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
@@ -32,12 +35,14 @@ from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import KeptStates, StateReader, attach_states, get_states, is_small
 from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
 from cotune.models.independence import check_independence
+from cotune.models.physical_batch import PhysicalBatch, first_rows, open_batch
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 
+_FEWEST_SLOTS = 2  # of batches of fixed shapes: a record, and a blank one
 States = KeptStates | Sequence[Tensor]  # row number -> (tokens, width)
 
 
@@ -78,10 +83,13 @@ def build_setup(
 
     told = partial(notify, "features", organization=name)
     may_keep = stage.local.keep_lower_layers == "on" or is_small(model, dataset)
-    return _on_examples(plan, stage, model, rows, dataset.units, kept if may_keep else None)
+    physical = _find_physical_batch(plan, stage, model, expected_batch)
+    return _on_examples(plan, stage, model, rows, dataset.units, physical, kept if may_keep else None)
 
 
-def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: int) -> TrainingSetup:
+def synthetic_setup(
+    plan: Plan, stage: Stage, model: TrainableModel, records: int, *, expected_batch: float | None = None
+) -> TrainingSetup:
     """Build the stage's training setup on made-up records, as long as the plan allows: what it costs, without a record.
 
     Args:
@@ -89,10 +97,9 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
         stage: Of the plan.
         model: Of the plan.
         records: Number of made-up records.
+        expected_batch: Rows of a step, which decide how many are in memory at a time if the plan leaves that open; default: all.
     """
-    task = model.loaded.task
-    reader = model.loaded.reader
-    samples = [_lengthened(example, model.loaded.max_length) for example in task.samples(reader)]
+    samples = _long_samples(model)
     numbers = [i % len(samples) for i in range(records)]
     units = [[i] for i in range(records)]
     head = feature_head(model) if stage.mode == "head" else None
@@ -104,7 +111,45 @@ def synthetic_setup(plan: Plan, stage: Stage, model: TrainableModel, records: in
         chosen = [targets[i] for i in numbers]
         weights = _weights_of(plan, model)
         return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)
-    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units, partial(_exact_states, samples, numbers))
+    physical = _find_physical_batch(plan, stage, model, float(records) if expected_batch is None else expected_batch)
+    return _on_made_up(plan, stage, model, records, physical)
+
+
+def _long_samples(model: TrainableModel) -> list[Example]:
+    return [_lengthened(example, model.loaded.max_length) for example in model.loaded.task.samples(model.loaded.reader)]
+
+
+def _on_made_up(plan: Plan, stage: Stage, model: TrainableModel, records: int, physical: PhysicalBatch) -> TrainingSetup:
+    samples = _long_samples(model)
+    numbers = [i % len(samples) for i in range(records)]
+    units = [[i] for i in range(records)]
+    states = partial(_exact_states, samples, numbers)
+    return _on_examples(plan, stage, model, [samples[i] for i in numbers], units, physical, states)
+
+
+def _find_physical_batch(plan: Plan, stage: Stage, model: TrainableModel, expected_batch: float) -> PhysicalBatch:
+    """Return the rows that are held in memory at a time; where the plan leaves them open, as many as fit, by made-up records.
+
+    The model's trained parameters are chosen. One slot of every batch is blank under privacy.
+    """
+    privacy = plan.privacy if isinstance(plan.privacy, RecordPrivacy) else None
+    local = stage.local
+    if local.physical_batch_size != "auto":
+        return PhysicalBatch(max(_FEWEST_SLOTS, local.physical_batch_size), model.device)
+    trained = tuple(name for name, parameter in model.parameters() if parameter.requires_grad)
+    how = local.activation_checkpointing, local.keep_lower_layers, local.dropout > 0, plan.model.precision
+    clipped = None if privacy is None else (privacy.clipping, privacy.unit)
+    rows = first_rows(model.device, expected_batch)
+    physical = open_batch(model, (trained, how, clipped), rows, least=1 if privacy is None else _FEWEST_SLOTS)
+
+    def attempt() -> None:
+        made_up = _on_made_up(plan, stage, model, max(1, physical.rows - (privacy is not None)), physical)
+        layers = find_dropout(local, model, trained)
+        with dropping(layers, local.dropout, np.random.default_rng(0)):
+            try_step(made_up, privacy)
+
+    physical.fit_first(attempt)
+    return physical
 
 
 def _exact_states(samples: Sequence[Example], numbers: Sequence[int], reader: StateReader) -> Sequence[Tensor]:
@@ -147,6 +192,7 @@ def _on_examples(
     model: TrainableModel,
     rows: Sequence[Example],
     units: Sequence[Unit],
+    physical: PhysicalBatch,
     find_states: Callable[[StateReader], States] | None = None,
 ) -> TrainingSetup:
     """find_states: Of the rows, where they may be kept (see `features.lower_layers`)."""
@@ -154,23 +200,23 @@ def _on_examples(
     longest = model.loaded.max_length
     collate = task.collator(model.module, model.loaded.reader, model.device)
     private = isinstance(plan.privacy, RecordPrivacy)
-    slots = max(2, stage.local.physical_batch_size)
     low_precision = plan.model.precision == "bfloat16" or (
         not private and plan.model.precision == "auto" and model.device.type == "cuda" and bfloat16_is_fast(model.device)
     )
 
     lower = None if find_states is None else _find_lower_layers(stage, model)
-    reader = None if lower is None else StateReader(model, lower, slots, low_precision)
+    reader = None if lower is None else StateReader(model, lower, max(_FEWEST_SLOTS, physical.rows), low_precision)
     states = None if find_states is None or reader is None else find_states(reader)
 
     def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         places = range(len(numbers))
         if private or states is not None:
+            slots = max(_FEWEST_SLOTS, physical.rows)
             for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
                 batch = collate([rows[numbers[p]] for p in positions], length, slots)
                 yield positions, batch if states is None else attach_states(batch, [states[numbers[p]] for p in positions])
             return
-        for positions in sorted_batches(places, lambda p: task.order(rows[numbers[p]]), slots):
+        for positions in sorted_batches(places, lambda p: task.order(rows[numbers[p]]), physical.rows):
             yield positions, collate([rows[numbers[p]] for p in positions])
 
     skipping = nullcontext if lower is None else lower.skipped
@@ -196,7 +242,7 @@ def _on_examples(
     def samples() -> TrainingSetup:
         made_up = task.samples(model.loaded.reader)
         found = None if states is None else partial(_exact_states, made_up, range(len(made_up)))
-        return _on_examples(plan, stage, model, made_up, [[0], [1], [2]], found)
+        return _on_examples(plan, stage, model, made_up, [[0], [1], [2]], physical, found)
 
     return TrainingSetup(
         module=model.module,
@@ -213,9 +259,10 @@ def _on_examples(
             stage.mode,
             "bfloat16" if low_precision else "float32",
             build_slot_probe(model.module, loss, scores),
-            slots=slots,
+            slots=max(_FEWEST_SLOTS, physical.rows),
             read_below=None if reader is None else reader.read_batch,
         ),
+        physical=physical,
     )
 
 

@@ -73,10 +73,16 @@ def _grams(model: TrainableModel, names: Sequence[str], setup: TrainingSetup) ->
         size = layer.in_features + with_bias
         grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
         hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
-    try:
+
+    def add_all() -> None:
+        for gram in grams.values():
+            gram.zero_()
         for _, batch in setup.everything():
             mask.now = batch.get("attention_mask")
             setup.exact(batch)
+
+    try:
+        setup.physical.fit(add_all)
     finally:
         for hook in hooks:
             hook.remove()

@@ -123,9 +123,7 @@ def _train_teacher(prepared: PreparedRound, units: Sequence[int]) -> State:
     rows = [row for unit in units for row in setup.units[unit]]
     optimizer = build_optimizer(context.stage.local, context.model, names, list(prepared.parameters.values()))
     for _ in range(context.stage.local.steps_per_round(context.examples) if rows else 0):
-        optimizer.zero_grad()
-        for _, batch in setup.batches(rows):
-            (setup.loss(batch).sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
+        setup.set_mean_gradients(optimizer, rows)
         optimizer.step()
     state = context.model.state(names)  # one that diverged votes all the same: a failure would reveal something about its records
     return {name: tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for name, tensor in state.items()}

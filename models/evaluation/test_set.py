@@ -17,9 +17,10 @@ from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import StateReader, attach_states, get_states, is_small
 from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
+from cotune.models.physical_batch import PhysicalBatch, open_batch
 from cotune.models.trainable import State, TrainableModel
 
-_BATCH = 64
+_BATCH = 64  # rows at a time; fewer where so many do not fit into memory
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
@@ -89,22 +90,30 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
             low = autocasts(precision, model.device)
             lower = _find_lower_layers(model, state, test)
-            return _predict(model, test) if lower is None else _predict_above(StateReader(model, lower, _BATCH, low), test, state)
+            physical = open_batch(model, "evaluation", _BATCH, least=1)
+            if lower is None:
+                return _predict(model, test, physical)
+            return physical.fit(lambda: _predict_above(StateReader(model, lower, max(2, physical.rows), low), test, state))
     scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
     return model.loaded.task.answers_from_scores(scores)
 
 
-def _predict(model: TrainableModel, test: Dataset) -> list[Any]:
+def _predict(model: TrainableModel, test: Dataset, physical: PhysicalBatch) -> list[Any]:
     examples = encoded_examples(test, model)
     task = model.loaded.task
-    order = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
+    left = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
     collate = task.collator(model.module, model.loaded.reader, model.device)
     predicted: list[tuple[Any, ...]] = [()] * len(examples)
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-        batch = [examples[i] for i in rows]
-        for row, answer in zip(rows, task.answers(task.scores(model.module, collate(batch)), batch), strict=True):
+
+    def answer_next() -> Sequence[tuple[Any, ...]]:
+        batch = [examples[i] for i in left[: physical.rows]]
+        return task.answers(task.scores(model.module, collate(batch)), batch)
+
+    while left:
+        answers = physical.fit(answer_next)
+        for row, answer in zip(left[: len(answers)], answers, strict=True):
             predicted[row] = answer
+        del left[: len(answers)]
     return [each for answers in predicted for each in answers]
 
 

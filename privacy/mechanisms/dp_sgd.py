@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -101,6 +102,13 @@ class DPSGDConfig:
             raise ValueError(f"expected clipping_mode to be one of {get_args(ClippingMode)}, got {self.clipping_mode!r}")
 
 
+Sums = tuple[list[Tensor], float | None]  # the exact sum of the units' contributions; the mean loss of their rows
+
+
+def _at_once(work: Callable[[], Sums]) -> Sums:
+    return work()
+
+
 @dataclass(frozen=True)
 class DPSGDSetup:
     """What a run trains, on which units, and how that is computed.
@@ -112,6 +120,8 @@ class DPSGDSetup:
         units: The row numbers of each unit that is protected as a whole; a row belongs to one unit.
         batches: Row numbers -> batches of fixed shapes (see `per_example.Batches`). Their size changes speed and memory only.
         max_held_entries: How many entries of summed unit gradients are held at a time (float32): a limit on memory only.
+        fit: Calls what adds up a step's contributions, again from nothing where memory ran out, with smaller batches. The sample
+            is the same every time, and noise is added to what is returned.
         noise_generator: Of the noise; None: a cryptographic one. For tests and audits only, no plan can reach it.
         sampling_generator: Of the Poisson samples; None: a cryptographic one. For tests only.
     """
@@ -122,6 +132,7 @@ class DPSGDSetup:
     units: Sequence[Unit]
     batches: Batches
     max_held_entries: int = MAX_HELD_ENTRIES
+    fit: Callable[[Callable[[], Sums]], Sums] = _at_once
     noise_generator: np.random.Generator | None = None
     sampling_generator: np.random.Generator | None = None
 
@@ -146,19 +157,16 @@ class DPSGD:
             PrivacyError: When the parameters are not finite after a step: better no update than a wrong one.
         """
         config = self.config
-        with per_example(setup.module, setup.loss) as gradients:
+        with _Sums(setup, config) as sums:
             noise = setup.noise_generator or private_generator()
             samples = setup.sampling_generator or private_generator()
             sampler = PoissonSampler(len(setup.units), config.sample_rate, config.steps, samples)
             for step, sample in enumerate(sampler, start=1):
-                units = [setup.units[i] for i in sample]
-                blocks = unit_gradients(gradients, units, setup.batches, setup.max_held_entries)
-                total = ClippedSum(gradients.parameters, config.clip_norm, config.noise_multiplier, config.clipping_mode)
-                totals, mean_loss = _add_up(total, blocks)
-                self._set_gradients(gradients.parameters, totals, noise)
+                totals, mean_loss = setup.fit(partial(sums.add_up, [setup.units[i] for i in sample]))
+                self._set_gradients(sums.parameters, totals, noise)
                 setup.optimizer.step()
                 setup.optimizer.zero_grad()
-                _check_finite(gradients.parameters)
+                _check_finite(sums.parameters)
                 yield StepReport(step, config.steps, mean_loss)
 
     def _set_gradients(self, parameters: Sequence[nn.Parameter], totals: Sequence[Tensor], noise: np.random.Generator) -> None:
@@ -168,7 +176,37 @@ class DPSGD:
             p.grad = noised.div_(self.config.expected_batch).to(p.dtype)
 
 
-def _add_up(total: ClippedSum, blocks: Iterable[UnitGradients]) -> tuple[list[Tensor], float | None]:
+class _Sums(ExitStack):
+    """Sums of contributions, step by step. After one that failed half-way, nothing is left on the module until the next."""
+
+    def __init__(self, setup: DPSGDSetup, config: DPSGDConfig) -> None:
+        super().__init__()
+        self.setup = setup
+        self.config = config
+        self.parameters = tuple(p for p in setup.module.parameters() if p.requires_grad)
+        self._gradients: PerExample | None = None
+
+    def add_up(self, units: Sequence[Unit]) -> Sums:
+        """Return the sum of the contributions of some units, and the mean loss of their rows."""
+        setup = self.setup
+        config = self.config
+        try:
+            self._gradients = self._gradients or self.enter_context(per_example(setup.module, setup.loss))
+            total = ClippedSum(self.parameters, config.clip_norm, config.noise_multiplier, config.clipping_mode)
+            return _add_up(total, unit_gradients(self._gradients, units, setup.batches, setup.max_held_entries))
+        except BaseException:
+            self._gradients = None
+            self.close()
+            raise
+
+
+def clipped_sum(setup: DPSGDSetup, config: DPSGDConfig, units: Sequence[Unit]) -> Sums:
+    """Return the exact sum of what some units contribute to a step, without noise: not for anyone else to see."""
+    with _Sums(setup, config) as sums:
+        return sums.add_up(units)
+
+
+def _add_up(total: ClippedSum, blocks: Iterable[UnitGradients]) -> Sums:
     """Return the exact sum of the units' contributions, and the mean loss of their rows."""
     rows = 0
     losses = 0.0

@@ -116,6 +116,13 @@ class _HooksBesideLinear(GradSampleHooks):  # type: ignore[misc]
         self.linear: list[nn.Linear] = []
         super().__init__(module, loss_reduction="sum", strict=True)
 
+    def cleanup(self) -> None:
+        """Leave nothing of a pass that failed half-way either: a later one would read inputs and sizes of that one's batch."""
+        super().cleanup()
+        for layer in self._module.modules():
+            for left in ("activations", "max_batch_len"):
+                layer.__dict__.pop(left, None)
+
     def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
         """Called by Opacus for the module, and by itself for each of its parts."""
         for layer in super().iterate_submodules(module):

@@ -73,9 +73,9 @@ def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - began
 
 
-def rows_at_once(stage: Stage, *, private: bool) -> int:
+def rows_at_once(setting: TrainingSetup, *, private: bool) -> int:
     """Return how many records a batch of a step has; with privacy a slot is blank."""
-    return max(2, stage.local.physical_batch_size) - private
+    return max(2, setting.physical.rows) - private
 
 
 def by_length(costs: dict[int, Seconds], length: int) -> Seconds:
@@ -133,18 +133,19 @@ class Stopwatch:
         setting = self._made_up(stage, max(1, batch))
         return self._step(setting, stage, range(setting.rows), private=private)
 
-    def on_examples(self, stage: Stage, *, private: bool) -> dict[int, Seconds]:
-        """Length -> what a batch of a step costs, forward and backward; 0 -> what a step costs beside its batches."""
+    def on_examples(self, stage: Stage, expected_batch: float, *, private: bool) -> tuple[int, dict[int, Seconds]]:
+        """How many records a batch has; length -> what a batch of a step costs, forward and backward; 0 -> a step beside them."""
         self.model.load({})
+        self.model.train_only(stage_names(self.plan, stage, self.model))
         plan = self.plan if private else self.plan.model_copy(update={"privacy": "none"})
-        setting = build_setup(plan, stage, self.model, self.sample, {}, "sample", expected_batch=1.0)
-        rows = rows_at_once(stage, private=private)
+        setting = build_setup(plan, stage, self.model, self.sample, {}, "sample", expected_batch=expected_batch)
+        rows = rows_at_once(setting, private=private)
         nothing = self._step(setting, stage, (), private=private)
         found = {0: nothing}
         for length, chosen in self._chosen(LENGTHS, rows):
             whole = self._step(setting, stage, chosen, private=private)
             found[length] = Seconds(max(0.0, whole.low - nothing.high), max(0.0, whole.high - nothing.low))
-        return found
+        return rows, found
 
     def fit(self, records: int) -> Seconds:
         """One head fitted to so many features, see `client.adaptation`."""
@@ -187,7 +188,8 @@ class Stopwatch:
                 steps=1,
                 clipping_mode=privacy.clipping,
             )
-            for _ in DPSGD(config).run(DPSGDSetup(setting.module, optimizer, setting.loss, units, setting.batches)):
+            fit = setting.physical.fit
+            for _ in DPSGD(config).run(DPSGDSetup(setting.module, optimizer, setting.loss, units, setting.batches, fit=fit)):
                 pass
 
         return self.measure(step)

@@ -23,7 +23,7 @@ from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.baselines import fits_alone
-from cotune.simulations.forecast.stopwatch import Measure, Seconds, Stopwatch, by_length, measure, rows_at_once
+from cotune.simulations.forecast.stopwatch import Measure, Seconds, Stopwatch, by_length, measure
 from cotune.simulations.prepare import Prepared
 
 _SAMPLE = 1000  # records whose lengths are looked at
@@ -107,8 +107,8 @@ class _Work:
             batch = round(sum(self._batch(stage.local, n) for n in self.sizes) / len(self.sizes))
             again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()
             return again + self.stopwatch.on_features(stage, batch, private=private) * sum(steps) + beside
-        costs = self.stopwatch.on_examples(stage, private=private)
-        rows = rows_at_once(stage, private=private)
+        expected = max(self._batch(stage.local, n) for n in self.sizes)
+        rows, costs = self.stopwatch.on_examples(stage, expected, private=private)
         counts = [self._counted(LENGTHS, self._batch(stage.local, n), rows) for n in self.sizes]
         taken = [(_total(costs, count) + costs[0]) * times for count, times in zip(counts, steps, strict=True)]
         return reduce(Seconds.__add__, taken) + beside

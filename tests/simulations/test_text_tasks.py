@@ -131,7 +131,7 @@ def test_classes_are_wanted_where_one_is_right(private: tuple[str, Run], new_pla
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [TASKS[0], *(pytest.param(task, marks=pytest.mark.long) for task in TASKS[1:])])
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(task: str, new_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = new_plan(task, train="lora", privacy="none", rounds=2, simulation={"baselines": []})  # noise differs from run to run
     whole, run = play_whole_and_killed(cotune, plan, tmp_path)

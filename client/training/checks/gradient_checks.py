@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -13,10 +15,10 @@ from cotune.client.training.rows import TrainingSetup
 from cotune.client.training.setup import _weights_of, synthetic_setup
 from cotune.errors import PrivacyError
 from cotune.models.check_cache import model_key, read_check, write_check
-from cotune.models.device import kernel_key
+from cotune.models.device import is_out_of_memory, kernel_key
 from cotune.models.independence import check_padding, fits_in_float64, in_float64
 from cotune.models.trainable import TrainableModel
-from cotune.plan.local_training import Stage
+from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
@@ -76,10 +78,17 @@ def _check_gradients_once(plan: Plan, stage: Stage, model: TrainableModel, priva
     known = _checked.setdefault(model, set())
     if key in known:
         return
+    setup = synthetic_setup(plan, stage, model, 3, expected_batch=_known_batch(stage.local))
     decides = (*model_key(model), *key, _MAX_GRADIENT_ERROR)
-    if read_check("gradients", decides) is None:
-        write_check("gradients", decides, check_gradients(synthetic_setup(plan, stage, model, 3), privacy, stage.mode))
+    if read_check("gradients", (*decides, setup.physical.rows)) is None:
+        error = setup.physical.fit(partial(check_gradients, setup, privacy, stage.mode))
+        write_check("gradients", (*decides, setup.physical.rows), error)
     known.add(key)
+
+
+def _known_batch(local: LocalTraining) -> float:
+    """Rows of a step, where the plan alone decides them; else infinity."""
+    return local.batch_size if local.batch_size != "all" and local.batch_size >= 1 else math.inf
 
 
 def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> float:
@@ -97,6 +106,8 @@ def check_gradients(setup: TrainingSetup, privacy: RecordPrivacy, mode: str) -> 
     try:
         error = _clipping_error(setup.samples(), privacy)
     except (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError) as raised:
+        if is_out_of_memory(raised):
+            raise
         reason = _why_no_gradients(raised, setup.module)
         raise PrivacyError(
             f"train = {mode} does not support per-example gradients for this model ({reason}): use another train mode or model",

@@ -16,6 +16,7 @@ from cotune.client.training.setup import _on_examples, build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.models.encoding import encoded_examples
+from cotune.models.physical_batch import PhysicalBatch
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.plan.parameters import get_plan_model
@@ -51,7 +52,11 @@ def both(plan: Plan) -> tuple[TrainableModel, TrainingSetup, TrainingSetup]:
     records = read_records(plan.data, task=plan.task)
     held = Dataset(((records, np.arange(len(records))),), plan.labels, plan.task)
     on_features = build_setup(plan, stage, model, held, {}, "clinic", expected_batch=4)
-    return model, on_features, _on_examples(plan, stage, model, encoded_examples(held, model), held.units)
+    return (
+        model,
+        on_features,
+        _on_examples(plan, stage, model, encoded_examples(held, model), held.units, PhysicalBatch(32, model.device)),
+    )
 
 
 def seen(given: TrainingSetup) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:

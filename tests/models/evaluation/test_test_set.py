@@ -9,8 +9,8 @@ import torch
 
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset, DatasetManifest, write_manifest
-from cotune.models.config import ModelConfig, TrainMode
-from cotune.models.evaluation.test_set import evaluate
+from cotune.models.config import LoraConfig, ModelConfig, TrainMode
+from cotune.models.evaluation.test_set import evaluate, predict
 from cotune.models.trainable import State, TrainableModel, get_model
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.matrix import crossed
@@ -138,3 +138,28 @@ def test_a_class_that_is_never_predicted_counts_as_zero(base_model: Callable[[st
     assert got.as_dict() == pytest.approx(
         {"accuracy": share, "precision": share / 3, "recall": 1 / 3, "f1": 2 * share / (1 + share) / 3}
     )
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_predictions_in_smaller_batches_are_the_same(
+    base_model: Callable[[str], Path], test_set: Dataset, mode: TrainMode
+) -> None:
+    """Memory runs out in the first batch, again in the middle, and in the last one; with adapters, lower layers are kept."""
+    lora = LoraConfig(targets=("query",), layers=1) if mode == "lora" else None
+    get_model.cache_clear()
+    model = get_model(ModelConfig(base=str(base_model("bert")), max_length=16, precision="float32"), LABELS, lora, 1, "cpu")
+    state = moved(model, mode)
+    expected = predict(model, state, test_set, "float32")
+    get_model.cache_clear()
+    again = get_model(ModelConfig(base=str(base_model("bert")), max_length=16, precision="float32"), LABELS, lora, 1, "cpu")
+    shapes: list[int] = []
+
+    def short(_: object, __: object, output: torch.Tensor) -> None:
+        shapes.append(len(output))
+        if len(output) > 16 or len(shapes) in (5, 9):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with again.module.classifier.register_forward_hook(short):
+        assert predict(again, state, test_set, "float32") == expected
+    assert max(shapes) == 64
+    assert shapes[-1] <= 16
