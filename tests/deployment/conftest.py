@@ -15,5 +15,5 @@ def page() -> Iterator[Page]:
     file = os.environ.get("FAULTS_PAGE")
     made = Page.read(Path(file)) if file else Page()
     yield made
-    if file and made.added:
-        Path(file).write_text(made.text(), encoding="utf-8")
+    if file and made.new:
+        made.write(Path(file))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+
+from cotune.storage.files import exclusive_lock
 
 _INTRODUCTION = """# What may be killed, who may attack, and what becomes of the run
 
 Real processes on one machine, over TLS and with keys: `make test-faults`. Every line is a run of its own: four rounds of two
 organizations on a tiny model, struck in the second, or again and again until the run is over. "Seconds" are from
-the (first) fault to the end of the run, start of new processes included, and of the whole run where it attacks "every round"; they vary with the machine (those of
-2026-11-27: two cores that five others used, several times slower than those before). "All in all rounds" is of the
+the (first) fault to the end of the run, start of new processes included, and of the whole run where it attacks "every round"; they vary with the machine
+(those of 2026-11-28: three runs at a time on two cores that others used, too). "All in all rounds" is of the
 organizations that are honest. "The same" compares every bit of the final model with that of a run in which nothing
 happened (where a third member attacks: of one in which that member stayed away), where no privacy noise makes every run another;
 then the ledgers have been checked to hold every step. Lines that were not run again keep the day on which they were.
@@ -35,7 +38,7 @@ class Page:
     """docs/results/faults.md, line by line."""
 
     lines: dict[tuple[str, ...], str] = field(default_factory=dict)
-    added: int = 0
+    new: list[tuple[str, str, str]] = field(default_factory=list)
 
     @classmethod
     def read(cls, file: Path) -> Page:
@@ -51,7 +54,14 @@ class Page:
         model = {True: "the same", False: "ANOTHER", None: "noisy; charged"}[same]
         cells = [fault, moment, kind, f"{seconds:.0f}", "yes" if complete else "NO", model, shown, f"{date.today()}"]
         self.lines[fault, moment, kind] = f"| {' | '.join(cells)} |"
-        self.added += 1
+        self.new.append((fault, moment, kind))
+
+    def write(self, file: Path) -> None:
+        """Write it with the lines that other processes have added since it was read."""
+        with exclusive_lock(Path(tempfile.gettempdir()) / "cotune-faults-page.lock"):
+            newest = Page.read(file)
+            newest.lines.update({key: self.lines[key] for key in self.new})
+            file.write_text(newest.text(), encoding="utf-8")
 
     def text(self) -> str:
         return _INTRODUCTION + "\n".join(self.lines.values()) + "\n"
