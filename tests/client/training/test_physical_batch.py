@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from numpy.random import default_rng
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cotune.client.site import Site
@@ -16,15 +21,23 @@ from cotune.client.training import charged_steps as training
 from cotune.client.training.round import train_round
 from cotune.models.observe import observe_models
 from cotune.models.trainable import State, get_model
+from cotune.plan.load import dump_plan, parse_plan
 from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDSetup, StepReport
+from cotune.storage.json_documents import parse_toml
 from cotune.strategies.types import Delta
 from tests.support.failures import fails_with
+from tests.support.processes import forked
+
+__all__ = ["forked"]  # fixtures
 
 MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
 StateFor = Callable[..., State]
+Finished = tuple[Delta, list[Steps]]
+pytestmark = pytest.mark.usefixtures("small_heap")  # every failure collects garbage
 PRIVATE = {"epsilon": 4.0, "delta": 1e-3}
 LOCAL = {"batch_size": 0.5, "steps": 2, "learning_rate": 0.25}
 MODES = {
@@ -55,7 +68,7 @@ class Memory:
         if self.counted:
             self.passes += 1
             if self.passes == self.killed:
-                raise SystemExit
+                os.kill(os.getpid(), signal.SIGKILL)
         if rows > self.most_rows or (self.counted and self.passes in self.failing):
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -72,32 +85,64 @@ def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "DPSGD", Seeded)
 
 
+def play(plan: Plan, site: Site, round: int, state: State, memory: Memory) -> Delta:
+    """Train a round on a model that this process knows nothing of; passes of `memory` are counted from the first step on."""
+    get_model.cache_clear()
+    encoder = get_plan_model(plan, "cpu").loaded.module.base_model
+    begin = training._train_shared
+
+    def counted(*given: Any) -> int:
+        memory.counted = True
+        try:
+            return begin(*given)
+        finally:
+            memory.counted = False
+
+    with pytest.MonkeyPatch.context() as patch, encoder.register_forward_hook(memory, with_kwargs=True):
+        patch.setattr(training, "_train_shared", counted)
+        return train_round(plan, site, round, state).delta
+
+
 @pytest.fixture
-def run(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, seeded: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """(name, memory, tables of the plan) -> the delta of a round, and the site."""
+def plan_of(make_plan: MakePlan) -> MakePlan:
+    """(physical_batch_size, tables of the plan) -> the plan."""
 
-    def play(name: str, memory: Memory, size: int | str = "auto", round: int = 1, **tables: Any) -> tuple[Delta, Site]:
-        get_model.cache_clear()
+    def make(size: int | str, **tables: Any) -> Plan:
         local = {**LOCAL, **tables.pop("local", {}), "physical_batch_size": size}
-        plan = make_plan(local=local, **tables)
+        return make_plan(local=local, **tables)
+
+    return make
+
+
+@pytest.fixture
+def run(plan_of: MakePlan, make_site: MakeSite, state_for: StateFor, seeded: None) -> Any:
+    """(name, memory, tables of the plan) -> the delta of a round, and what the site's ledger says is spent."""
+
+    def play_at(name: str, memory: Memory, size: int | str = "auto", round: int = 1, **tables: Any) -> Finished:
+        plan = plan_of(size, **tables)
         site = make_site(at=name)
-        encoder = get_plan_model(plan, "cpu").loaded.module.base_model
-        begin = training._train_shared
+        return play(plan, site, round, state_for(plan, round), memory), site.ledger().spent()
 
-        def counted(*given: Any) -> int:
-            memory.counted = True
-            try:
-                return begin(*given)
-            finally:
-                memory.counted = False
+    return play_at
 
-        monkeypatch.setattr(training, "_train_shared", counted)
-        with encoder.register_forward_hook(memory, with_kwargs=True):
-            delta = train_round(plan, site, round, state_for(plan, round)).delta
-        monkeypatch.setattr(training, "_train_shared", begin)
-        return delta, site
 
-    return play
+@pytest.fixture(scope="module")
+def references() -> dict[str, Finished]:
+    """Finished rounds in which memory never ran out, by what they train."""
+    return {}
+
+
+@pytest.fixture
+def undisturbed(run: Any, references: dict[str, Finished]) -> Any:
+    """(physical_batch_size, tables of the plan) -> what `run` gives with enough memory, played once for all tests."""
+
+    def look_up(size: int | str, **tables: Any) -> Finished:
+        key = repr((size, tables))
+        if key not in references:
+            references[key] = run("undisturbed", Memory(), size, **tables)
+        return references[key]
+
+    return look_up
 
 
 def assert_close(got: Delta, expected: Delta) -> None:
@@ -107,30 +152,52 @@ def assert_close(got: Delta, expected: Delta) -> None:
         torch.testing.assert_close(got[name], tensor, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("mode", "privacy"), [*((mode, PRIVATE) for mode in MODES), ("lora", "none"), ("ditto", "none")])
-def test_a_size_that_shrinks_gives_the_same_model(run: Any, mode: str, privacy: Any) -> None:
+def long(*values: Any) -> Any:
+    """A case whose claim the others also test, in parts."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("mode", "privacy"),
+    [
+        ("lora", PRIVATE),
+        ("ditto", "none"),
+        *(long(mode, PRIVATE) for mode in MODES if mode != "lora"),
+        long("lora", "none"),
+    ],
+)
+def test_a_size_that_shrinks_gives_the_same_model(run: Any, undisturbed: Any, mode: str, privacy: Any) -> None:
     tables = {**MODES[mode], "privacy": privacy}
-    expected, fixed = run("fixed", Memory(), 8, **tables)
+    expected, paid = undisturbed(8, **tables)
     memory = Memory(most_rows=4)
-    found, site = run("auto", memory, **tables)
+    found, spent = run("auto", memory, **tables)
     assert memory.failures
     assert_close(found, expected)
-    assert site.ledger().spent() == fixed.ledger().spent()
+    assert spent == paid
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
-@pytest.mark.parametrize("failing", [(1, 2), (2, 3), (4,), (5, 6)], ids=str)
-def test_a_step_that_fails_half_way_counts_nothing_twice(run: Any, failing: tuple[int, ...], privacy: Any) -> None:
+@pytest.mark.parametrize(
+    ("failing", "privacy"),
+    [
+        ((2, 3), PRIVATE),
+        ((5, 6), "none"),
+        *(long(failing, PRIVATE) for failing in ((1, 2), (4,), (5, 6))),
+        *(long(failing, "none") for failing in ((1, 2), (2, 3), (4,))),
+    ],
+)
+def test_a_step_that_fails_half_way_counts_nothing_twice(
+    run: Any, undisturbed: Any, failing: tuple[int, ...], privacy: Any
+) -> None:
     """In the first pass of a round, in the middle of a sum, once and twice in a row, and in a later step."""
-    expected, fixed = run("fixed", Memory(), 8, train="full", privacy=privacy)
+    expected, paid = undisturbed(8, train="full", privacy=privacy)
     memory = Memory(failing=failing)
-    found, site = run("auto", memory, train="full", privacy=privacy)
+    found, spent = run("auto", memory, train="full", privacy=privacy)
     assert memory.failures == len(failing)
     assert_close(found, expected)
-    assert site.ledger().spent() == fixed.ledger().spent()
+    assert spent == paid
 
 
-@pytest.mark.parametrize("privacy", ["none", PRIVATE])
+@pytest.mark.parametrize("privacy", [PRIVATE, long("none")])
 def test_one_failure_repeats_the_same_batches_to_the_bit(run: Any, privacy: Any) -> None:
     """No record's memory may change the shapes that others are computed in: freed memory is tried first."""
     expected, _ = run("untroubled", Memory(), train="full", privacy=privacy)
@@ -139,11 +206,29 @@ def test_one_failure_repeats_the_same_batches_to_the_bit(run: Any, privacy: Any)
         assert torch.equal(found[name], tensor), name
 
 
-def test_a_killed_round_is_trained_again_to_the_same_bits(run: Any) -> None:
+def play_alone(document: str, site: Path, state: Path, memory: Memory) -> None:
+    """In a process of its own."""
+    play(parse_plan(parse_toml(document)), Site(site), 1, load_file(state), memory)
+
+
+@pytest.mark.crash
+def test_a_killed_round_is_trained_again_to_the_same_bits(
+    run: Any,
+    plan_of: MakePlan,
+    make_site: MakeSite,
+    state_for: StateFor,
+    forked: Callable[..., BaseProcess],
+    tmp_path: Path,
+) -> None:
     """The process that comes after knows nothing of what did not fit, and finds the same size before it trains."""
+    plan = plan_of("auto", train="full")
+    site = make_site(at="killed")
+    state = tmp_path / "state.safetensors"
+    save_file(state_for(plan), state)
+    process = forked(play_alone, dump_plan(plan), site.folder, state, Memory(most_rows=4, killed=5))
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL
     expected, _ = run("whole", Memory(most_rows=4), train="full")
-    with pytest.raises(SystemExit):
-        run("killed", Memory(most_rows=4, killed=5), train="full")
     found, _ = run("killed", Memory(most_rows=4), train="full")
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -193,9 +278,9 @@ def test_a_fixed_size_that_does_not_fit_is_one_sentence(run: Any) -> None:
         run("fixed", Memory(most_rows=4), 8, train="lora", privacy=PRIVATE)
 
 
-def test_a_failure_inside_the_backward_pass_leaves_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_inside_the_backward_pass_leaves_nothing(run: Any, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks of Opacus keep inputs and sizes of a pass on the layers; a smaller batch after it must not read them."""
-    expected, _ = run("fixed", Memory(), 8, train="full", privacy=PRIVATE)
+    expected, _ = undisturbed(8, train="full", privacy=PRIVATE)
     backward = Tensor.backward
     calls: list[int] = []
     memory = Memory()
