@@ -306,7 +306,7 @@ BAD: dict[str, tuple[Answer, str]] = {
     "too many": (lambda r: update(r, {**ones(r), "bert.x": torch.ones(3)}), "1 parameters too many"),
     "empty": (lambda r: update(r, {}), "lacks 2"),
     "huge": (lambda r: update(r, {n: 1e6 * t for n, t in ones(r).items()}), "expected at most 10000"),
-    "other plan": (lambda r: record(r, plan_id="0" * 64), "an update for plan 000000000000 came"),
+    "other plan": (lambda r: record(r, plan_id="0" * 64), "received an update for plan 000000000000"),
     "other round": (lambda r: update(r, ones(r), round=r.round + 1), "it is for round"),
     "other name": (lambda r: update(r, ones(r), organization="good-1"), "it is from good-1, expected bad"),
     "no examples": (lambda r: update(r, ones(r), examples=0), "it declares 0 examples"),
