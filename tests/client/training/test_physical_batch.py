@@ -197,7 +197,7 @@ def test_a_step_that_fails_half_way_counts_nothing_twice(
     assert spent == paid
 
 
-@pytest.mark.parametrize("privacy", [PRIVATE, long("none")])
+@pytest.mark.parametrize("privacy", ["none", PRIVATE])
 def test_one_failure_repeats_the_same_batches_to_the_bit(run: Any, privacy: Any) -> None:
     """No record's memory may change the shapes that others are computed in: freed memory is tried first."""
     expected, _ = run("untroubled", Memory(), train="full", privacy=privacy)
