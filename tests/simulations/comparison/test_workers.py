@@ -93,6 +93,7 @@ def test_a_killed_comparison_leaves_nobody_and_goes_on(
 
 
 @in_proc
+@pytest.mark.long
 def test_an_interrupt_ends_the_workers_too(plan_file: Path, tmp_path: Path, cotune: Callable[..., BaseProcess]) -> None:
     assert interrupt(cotune, plan_file, tmp_path / "out", 0, signal.SIGINT) == 130
     told = (tmp_path / "cotune.log").read_text(encoding="utf-8").splitlines()
