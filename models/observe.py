@@ -15,8 +15,8 @@ def observe_models(observer: Observer) -> AbstractContextManager[None]:
 
     Args:
         observer: Called with the event and its fields: "map" with `base`, `done` and `total` texts, while the map of a
-            base model's feature is fitted; "physical_batch" with `rows`, `before` and `device`, where so many rows of a batch
-            as before did not fit into memory (`models.physical_batch`).
+            base model's feature is fitted; "physical_batch" with `rows`, `before` and `device`, when a batch of `before`
+            rows did not fit into memory and `rows` are tried (`models.physical_batch`).
     """
     return _observers.register(observer)
 

@@ -25,6 +25,7 @@ from cotune.models.observe import notify
 from cotune.models.trainable import TrainableModel
 
 _MOST_ROWS = {"cuda": 512, "cpu": 32}  # a GPU idles on fewer; a CPU gains nothing by more, and fails late where memory is short
+FEWEST_SLOTS = 2  # of a batch of a fixed shape: a record, and a blank one
 T = TypeVar("T")
 
 
@@ -41,7 +42,7 @@ def first_rows(device: torch.device, expected_batch: float) -> int:
 
 @dataclass
 class _Found:
-    """What a process knows of one computation. most: Rows beyond which memory ran out; tried: so many have fitted."""
+    """What a process knows of one computation. most: Rows above which memory ran out; tried: the most rows that have fitted."""
 
     most: float = math.inf
     tried: int = 0
@@ -65,6 +66,11 @@ class PhysicalBatch:
     least: int | None = None
     _known: _Found = field(default_factory=_Found)
 
+    @property
+    def slots(self) -> int:
+        """Slots of a batch of a fixed shape, in which some may be blank."""
+        return max(FEWEST_SLOTS, self.rows)
+
     def fit(self, work: Callable[[], T]) -> T:
         """Return the result of `work`, which begins from nothing whenever it is called, and reads `rows`.
 
@@ -86,7 +92,7 @@ class PhysicalBatch:
                 self._halve()
 
     def fit_first(self, work: Callable[[], object]) -> None:
-        """Do what shows whether so many rows fit, unless this process has seen it; see `fit`."""
+        """Try whether the rows fit, unless this process has already seen as many fit; see `fit`."""
         if self.least is not None and self.rows > self._known.tried:
             self.fit(work)
             free_unused_memory(self.device)

@@ -20,7 +20,7 @@ class LocalTraining(ConfigTable):
     """How an organization trains in one round (the `local` table of a plan)."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = Field(
-        "sgd", description="the local optimizer; its state starts anew in every round"
+        "sgd", description="the local optimizer; its state is reset in every round"
     )
     learning_rate: float = Field(0.5, gt=0, le=_MAX_RATE, description="learning rate of the local optimizer")
     head_learning_rate: float | None = Field(

@@ -31,18 +31,17 @@ from cotune.models.checkpointing import checkpointing, is_checkpointed
 from cotune.models.device import bfloat16_is_fast
 from cotune.models.encoding import FeatureRows, encoded_examples, find_features
 from cotune.models.features.cached import encode_batch
-from cotune.models.features.head import feature_head
+from cotune.models.features.head import FeatureHead, feature_head
 from cotune.models.features.kept_states import KeptStates, StateReader, attach_states, get_states, is_small
 from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
 from cotune.models.independence import check_independence
-from cotune.models.physical_batch import PhysicalBatch, first_rows, open_batch
+from cotune.models.physical_batch import FEWEST_SLOTS, PhysicalBatch, first_rows, open_batch
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 
-_FEWEST_SLOTS = 2  # of batches of fixed shapes: a record, and a blank one
 States = KeptStates | Sequence[Tensor]  # row number -> (tokens, width)
 
 
@@ -99,30 +98,32 @@ def synthetic_setup(
         records: Number of made-up records.
         expected_batch: Rows of a step, which decide how many are in memory at a time if the plan leaves that open; default: all.
     """
-    samples = _long_samples(model)
-    numbers = [i % len(samples) for i in range(records)]
-    units = [[i] for i in range(records)]
     head = feature_head(model) if stage.mode == "head" else None
     if head is not None:
-        vectors = encode_batch(model, samples, plan.model.precision)
-        targets = [_target_of(example) for example in samples]
-        parts = torch.split(vectors, [len(example["starts"]) if "starts" in example else 1 for example in samples])
-        features = FeatureRows.of(torch.cat([parts[i] for i in numbers]))
-        chosen = [targets[i] for i in numbers]
-        weights = _weights_of(plan, model)
-        return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)
+        return _on_made_up_features(plan, model, head, records)
     physical = _find_physical_batch(plan, stage, model, float(records) if expected_batch is None else expected_batch)
     return _on_made_up(plan, stage, model, records, physical)
 
 
-def _long_samples(model: TrainableModel) -> list[Example]:
-    return [_lengthened(example, model.loaded.max_length) for example in model.loaded.task.samples(model.loaded.reader)]
+def _made_up(model: TrainableModel, records: int) -> tuple[list[Example], list[int], list[list[int]]]:
+    """A few long examples, the number of one of them for each record, and units of one record each."""
+    samples = [_lengthened(example, model.loaded.max_length) for example in model.loaded.task.samples(model.loaded.reader)]
+    return samples, [i % len(samples) for i in range(records)], [[i] for i in range(records)]
+
+
+def _on_made_up_features(plan: Plan, model: TrainableModel, head: FeatureHead, records: int) -> TrainingSetup:
+    samples, numbers, units = _made_up(model, records)
+    vectors = encode_batch(model, samples, plan.model.precision)
+    targets = [_target_of(example) for example in samples]
+    parts = torch.split(vectors, [len(example["starts"]) if "starts" in example else 1 for example in samples])
+    features = FeatureRows.of(torch.cat([parts[i] for i in numbers]))
+    chosen = [targets[i] for i in numbers]
+    weights = _weights_of(plan, model)
+    return build_feature_setup(plan.model.precision, model, head, features, chosen, float(records), units, weights)
 
 
 def _on_made_up(plan: Plan, stage: Stage, model: TrainableModel, records: int, physical: PhysicalBatch) -> TrainingSetup:
-    samples = _long_samples(model)
-    numbers = [i % len(samples) for i in range(records)]
-    units = [[i] for i in range(records)]
+    samples, numbers, units = _made_up(model, records)
     states = partial(_exact_states, samples, numbers)
     return _on_examples(plan, stage, model, [samples[i] for i in numbers], units, physical, states)
 
@@ -135,12 +136,12 @@ def _find_physical_batch(plan: Plan, stage: Stage, model: TrainableModel, expect
     privacy = plan.privacy if isinstance(plan.privacy, RecordPrivacy) else None
     local = stage.local
     if local.physical_batch_size != "auto":
-        return PhysicalBatch(max(_FEWEST_SLOTS, local.physical_batch_size), model.device)
+        return PhysicalBatch(max(FEWEST_SLOTS, local.physical_batch_size), model.device)
     trained = tuple(name for name, parameter in model.parameters() if parameter.requires_grad)
     how = local.activation_checkpointing, local.keep_lower_layers, local.dropout > 0, plan.model.precision
     clipped = None if privacy is None else (privacy.clipping, privacy.unit)
     rows = first_rows(model.device, expected_batch)
-    physical = open_batch(model, (trained, how, clipped), rows, least=1 if privacy is None else _FEWEST_SLOTS)
+    physical = open_batch(model, (trained, how, clipped), rows, least=1 if privacy is None else FEWEST_SLOTS)
 
     def attempt() -> None:
         made_up = _on_made_up(plan, stage, model, max(1, physical.rows - (privacy is not None)), physical)
@@ -205,13 +206,13 @@ def _on_examples(
     )
 
     lower = None if find_states is None else _find_lower_layers(stage, model)
-    reader = None if lower is None else StateReader(model, lower, max(_FEWEST_SLOTS, physical.rows), low_precision)
+    reader = None if lower is None else StateReader(model, lower, physical.slots, low_precision)
     states = None if find_states is None or reader is None else find_states(reader)
 
     def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
         places = range(len(numbers))
         if private or states is not None:
-            slots = max(_FEWEST_SLOTS, physical.rows)
+            slots = physical.slots
             for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
                 batch = collate([rows[numbers[p]] for p in positions], length, slots)
                 yield positions, batch if states is None else attach_states(batch, [states[numbers[p]] for p in positions])
@@ -259,7 +260,7 @@ def _on_examples(
             stage.mode,
             "bfloat16" if low_precision else "float32",
             build_slot_probe(model.module, loss, scores),
-            slots=max(_FEWEST_SLOTS, physical.rows),
+            slots=physical.slots,
             read_below=None if reader is None else reader.read_batch,
         ),
         physical=physical,

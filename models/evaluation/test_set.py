@@ -20,7 +20,7 @@ from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
 from cotune.models.physical_batch import PhysicalBatch, open_batch
 from cotune.models.trainable import State, TrainableModel
 
-_BATCH = 64  # rows at a time; fewer where so many do not fit into memory
+_BATCH = 64  # rows at a time, or fewer if they do not fit into memory
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
@@ -93,7 +93,7 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
             physical = open_batch(model, "evaluation", _BATCH, least=1)
             if lower is None:
                 return _predict(model, test, physical)
-            return physical.fit(lambda: _predict_above(StateReader(model, lower, max(2, physical.rows), low), test, state))
+            return physical.fit(lambda: _predict_above(StateReader(model, lower, physical.slots, low), test, state))
     scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
     return model.loaded.task.answers_from_scores(scores)
 

@@ -75,7 +75,7 @@ def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
 
 def rows_at_once(setting: TrainingSetup, *, private: bool) -> int:
     """Return how many records a batch of a step has; with privacy a slot is blank."""
-    return max(2, setting.physical.rows) - private
+    return setting.physical.slots - private
 
 
 def by_length(costs: dict[int, Seconds], length: int) -> Seconds:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fault_runs import Kind, play_undisturbed
 from tests.support.faults_page import Page
 
 
@@ -17,3 +18,8 @@ def page() -> Iterator[Page]:
     yield made
     if file and made.new:
         made.write(Path(file))
+
+
+@pytest.fixture(scope="module")
+def with_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
+    yield from play_undisturbed(tmp_path_factory.mktemp("database"), "with a database")

@@ -31,11 +31,6 @@ SUSPICIOUS = {  # the quorum is the honest two, with mallory and without, so tha
 
 
 @pytest.fixture(scope="module")
-def with_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
-    yield from play_undisturbed(tmp_path_factory.mktemp("database"), "with a database")
-
-
-@pytest.fixture(scope="module")
 def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
     yield from play_undisturbed(tmp_path_factory.mktemp("memory"), "in memory", database=False)
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import itertools
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests.support.attackers import ADDRESSES, IDLE, flood, locked
 from tests.support.deployment import bring_back
-from tests.support.fault_runs import WHAT, WHEN, Kind, check_end, is_training, kill, play_undisturbed, strike
+from tests.support.fault_runs import WHAT, WHEN, Kind, check_end, is_training, kill, strike
 from tests.support.faults_page import Page
 
 pytestmark = [pytest.mark.long, pytest.mark.crash]
 
 LOCKED_SECONDS = 50.0
-
-
-@pytest.fixture(scope="module")
-def with_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
-    yield from play_undisturbed(tmp_path_factory.mktemp("database"), "with a database")
 
 
 @pytest.mark.parametrize(("what", "when"), list(itertools.product(WHAT, WHEN)))

@@ -1,4 +1,4 @@
-"""A cache folder that several users share: what another user may have written, or what is no features, is computed anew."""
+"""A cache folder that several users share: what another user may have written, or what is no features, is computed again."""
 
 from __future__ import annotations
 
