@@ -40,6 +40,8 @@ _PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "scipy.stats",
     "dp_accounting",
+    "cotune.cli.simulate",
+    "tests.support.warm",
     "peft",
 )
 Cotune = Callable[..., BaseProcess]
