@@ -20,8 +20,8 @@ from cotune.server.deployment.front_refusals import RefusalLog
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.server.deployment.members import Members
-from cotune.server.proxy.allowed_calls import Limits
 from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import ignore_refusal
 from cotune.server.proxy.server import ProxySetup, serve

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.limits import Limits
 
 
 class Traffic:
