@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cotune.cli.client.check import keep_site_options, show_broken
+from cotune.cli.console import open_console
 from cotune.cli.options import SiteOptions
-from cotune.cli.screen import screen
 from cotune.client.consent.approvals import Approvals
 from cotune.client.consent.plan_summary import summarize_plan
 from cotune.client.consent.policy_check import find_violations
@@ -43,7 +43,7 @@ def create_site(site: Path, name: str, *, device: str, key: Path | None) -> None
     """
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
     folder = shlex.quote(str(made.folder))
-    console = screen()
+    console = open_console()
     console.print(f"{escape(folder)} is the site of [bold]{escape(name)}[/bold]; it holds a private key, so keep it to yourself")
     console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
     console.print(f"   {get_key_fingerprint(made)}")
@@ -64,7 +64,7 @@ def join_federation(site: Path, federation: Path, options: SiteOptions) -> None:
     os.umask(0o077)  # what is written into a site is the organization's own
     logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
     invitation = read_invitation(federation.expanduser())
-    console = screen()
+    console = open_console()
     opened = keep_site_options(Site(site.expanduser()), invitation.plan, options)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cotune.client.run_account import Account
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import RunError
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.accounting.composition import Steps

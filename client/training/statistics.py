@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.parameters import gram_layers

@@ -11,7 +11,7 @@ import h11
 from cotune.server.proxy.allowed_calls import Refusal, content_length, get_call, reason_to_refuse
 from cotune.server.proxy.authentication import FindMember, authenticate
 from cotune.server.proxy.connection_slots import Slot, Slots, get_address_group
-from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.fleet_types import FleetFormat
 from cotune.server.proxy.in_flight_limits import Traffic
 from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas, Usage

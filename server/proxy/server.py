@@ -20,7 +20,7 @@ from cotune.errors import RunError
 from cotune.server.proxy.authentication import FindMember
 from cotune.server.proxy.connection import CHUNK_BYTES, ClientConnection
 from cotune.server.proxy.connection_slots import Slot, get_address_group
-from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.fleet_types import FleetFormat
 from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import RequestGuard, ignore_refusal

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 
 from cotune.protocol.refusals import AWAITS_APPROVAL, parse_refusal
-from cotune.server.wait_times import TIME_LIMITS, TimeLimits
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
 

@@ -34,7 +34,7 @@ from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import build_grid, get_baseline
-from cotune.simulations.comparison.selected import Selected, read_released, release
+from cotune.simulations.comparison.selection_release import Selected, read_released, release
 from cotune.simulations.comparison.workers import (
     Task,
     WorkerSlots,

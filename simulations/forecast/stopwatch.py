@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_optimizer, build_setup, synthetic_setup
+from cotune.client.training.stage_setup.from_records import build_setup, synthetic_setup
+from cotune.client.training.stage_setup.optimizer import build_optimizer
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
 from cotune.data.tasks.classes import logits

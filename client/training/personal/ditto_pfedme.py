@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.site import Site
-from cotune.client.training.extensions import adding_to_gradients
+from cotune.client.training.gradient_hooks import adding_to_gradients
 from cotune.client.training.personal.parameters import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.parameters import trained_names

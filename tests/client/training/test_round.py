@@ -17,7 +17,7 @@ from cotune.client.noise_calibration import check_examples, get_budget, noise_mu
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import charged_steps as training
-from cotune.client.training import context
+from cotune.client.training import request_context
 from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
 from cotune.data.tasks import classes
@@ -505,7 +505,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
         raise AssertionError("nothing is to be trained")
 
     monkeypatch.setattr(training, "DPSGD", untouched)
-    monkeypatch.setattr(context, "load_trained_model", untouched)
+    monkeypatch.setattr(request_context, "load_trained_model", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})

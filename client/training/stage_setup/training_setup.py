@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.models.physical_batch import PhysicalBatch
-from cotune.models.probes import PerSlot
+from cotune.models.synthetic_batches import PerSlot
 from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_example
 
 
