@@ -39,7 +39,7 @@ from cotune.storage.files import atomic_write
 from cotune.storage.json_documents import JsonDocument
 
 RECORD = "distillation.json"  # what the student was made from, in its folder
-_HELD_OUT = 10  # one of so many inputs is held out to measure the student on
+_HELD_OUT = 10  # one input of this number is held out to measure the student on
 _SETTINGS = "settings.json"
 _TAUGHT = "taught.safetensors"
 

@@ -36,7 +36,7 @@ class Limits(BaseModel):
     grace: float = Field(10.0, ge=0)  # seconds for requests in progress when the front stops
 
     def get_transfer_seconds(self, size: int) -> float:
-        """Return the seconds that a transfer of so many bytes may take."""
+        """Return the seconds that a transfer of `size` bytes may take."""
         return self.timeout + size / self.bytes_per_second
 
     def get_content_limit(self, call: str) -> tuple[str, int]:

@@ -135,7 +135,13 @@ def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Fo
 
 
 def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> Forecast:
-    """The same for organizations with so many records each: no data are looked at. Raises what `build_members` raises."""
+    """Forecast a plan for organizations with given numbers of records: no data are read. Raises what `build_members` raises.
+
+    Args:
+        plan: What they carry out.
+        examples: The number of records of each organization.
+        device: auto, cpu, cuda or cuda:N.
+    """
     return _forecast(build_members(plan, examples, device), None)
 
 
