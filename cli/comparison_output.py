@@ -35,8 +35,8 @@ from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import Measure, get_measures
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
-from cotune.simulations.comparison.selection import select
-from cotune.simulations.comparison.selection_release import Selected, build_statement
+from cotune.simulations.comparison.private_selection import select
+from cotune.simulations.comparison.private_selection_release import Selected, build_statement
 
 _WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
 

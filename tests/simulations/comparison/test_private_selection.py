@@ -20,8 +20,8 @@ from cotune.server.runs.events import observe_run
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import build_grid, parse_variation
-from cotune.simulations.comparison.selection import select
-from cotune.simulations.comparison.selection_release import Selected
+from cotune.simulations.comparison.private_selection import select
+from cotune.simulations.comparison.private_selection_release import Selected
 from cotune.simulations.released_models import get_steps_by_organization, max_divergences
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
