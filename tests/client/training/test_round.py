@@ -286,7 +286,7 @@ def test_a_state_that_is_not_finite_costs_nothing(
 def test_a_class_that_the_plan_lacks_costs_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE, labels=("bad", "good"))
     site = make_site(simulated=True)
-    with pytest.raises(DataError, match="classes so, which the plan does not list"):
+    with fails_with("data.unknown_class", "so"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
 
