@@ -18,8 +18,8 @@ from cotune.client.training.disclosures import disclose, reported_noise
 from cotune.client.training.observe import notify
 from cotune.client.training.personal.ditto_pfedme import OwnCopy
 from cotune.client.training.preparation import PreparedRound
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_optimizer
+from cotune.client.training.stage_setup.optimizer import build_optimizer
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import DeviceError, PolicyError
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy

@@ -7,6 +7,7 @@ with SIGKILL, right after something that the test names has happened: at the sam
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,6 +26,7 @@ import pytest
 from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
+from cotune.worker_process import WorkerProcess
 
 _PRELOADED = (
     "pytest",
@@ -37,6 +40,8 @@ _PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "scipy.stats",
     "dp_accounting",
+    "cotune.cli.simulate",
+    "tests.support.warm",
     "peft",
 )
 Cotune = Callable[..., BaseProcess]
@@ -96,6 +101,13 @@ def preloaded() -> ForkServerContext:
     return context
 
 
+def start_from_the_same_server() -> None:
+    """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = resource_tracker.ensure_running  # its address is known here; CPython starts another all the same
+    WorkerProcess.context = preloaded()
+
+
 @pytest.fixture
 def forked() -> Iterator[Callable[..., BaseProcess]]:
     """(function, *arguments) -> a process that calls it; whatever is left of it at the end of the test is killed."""
@@ -141,6 +153,7 @@ def _console(arguments: list[str], environ: Mapping[str, str], folder: Path, kil
     from cotune.cli.main import run
 
     torch.set_num_threads(1)
+    start_from_the_same_server()
     if killed_at is not None:
         end_at(killed_at)
     run()

@@ -171,7 +171,11 @@ def _labels(example: Example) -> Any:
 
 
 def stretch_example(example: Example, length: int) -> Example:
-    """An example of exactly that many tokens: its own, cut off or repeated (labels with them), and the last as it was."""
+    """Return an example of exactly `length` tokens: its own, cut off or repeated (labels with them), and the last as it was.
+
+    Raises:
+        ModelError: If the example has no token.
+    """
     ids = example["input_ids"]
     labels = example["labels"]
     if not ids:
