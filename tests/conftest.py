@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -24,6 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 def pytest_configure(config: pytest.Config) -> None:
     """Load what tests share; a process that only hands tests out to the workers of pytest-xdist does without PyTorch."""
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        gc.disable()  # until the first test: what is imported stays, and looking for garbage in it is a fifth of the time
         config.pluginmanager.import_plugin("tests.support.session")
 
 

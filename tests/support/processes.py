@@ -41,8 +41,8 @@ _PRELOADED = (
     "scipy.stats",
     "dp_accounting",
     "cotune.cli.simulate",
-    "tests.support.warm",
     "peft",
+    "tests.support.warm",  # the last
 )
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process

@@ -13,7 +13,9 @@ import torch
 
 from cotune.data.inputs import chat_template
 from cotune.models import record_independence
+from cotune.models.base import load
 from cotune.worker_process import WorkerProcess
+from tests.support.built_models import BuiltOnce
 from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
 from tests.support.independence import VerdictsByContent
@@ -62,12 +64,18 @@ def _preloaded_workers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def small_heap() -> Iterator[None]:
-    """Collections of garbage look only at what the test has made: those of all that is imported take a third of a second each."""
+@pytest.fixture(scope="session", autouse=True)
+def _small_heap() -> None:
+    """Collections of garbage look only at what tests have made: those of all that is imported take a third of a second each."""
     gc.freeze()
-    yield
-    gc.unfreeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_models_are_built_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "_build", BuiltOnce(load._build))
+        yield
 
 
 @pytest.fixture(scope="session")
