@@ -26,6 +26,7 @@ from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.support.attackers import Attacker, Deed
 from tests.support.commands import Command
 from tests.support.loopback import free_port, until, write_model, write_sentences
+from tests.support.processes import find_worker
 
 _Found = TypeVar("_Found")
 _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does other things too
@@ -33,12 +34,16 @@ _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does othe
 
 @dataclass
 class Deployment:
-    """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'."""
+    """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'.
+
+    new_workers: whether training processes are new interpreters, as outside of tests; otherwise they are forked.
+    """
 
     folder: Path
     organizations: tuple[str, ...]
     processes: dict[str, Command | subprocess.Popen[bytes]] = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # organization -> of its first `client join`
+    new_workers: bool = False
 
     @property
     def fed(self) -> Path:
@@ -62,7 +67,8 @@ class Deployment:
 
     def start(self, name: str, *words: str | Path) -> None:
         """A command that stays; what it prints goes to <name>.log."""
-        self.processes[name] = Command(words, self.folder, _environment(), log=self.folder / f"{name}.log")
+        log = self.folder / f"{name}.log"
+        self.processes[name] = Command(words, self.folder, _environment(), log, new_workers=self.new_workers)
 
     def start_server(self) -> None:
         """In an interpreter of its own: it starts Flower's programs, and imports little itself."""
@@ -171,7 +177,8 @@ class Deployment:
         if what in self.processes:
             return psutil.Process(self.processes[what].pid)
         if what.startswith("trainer:"):
-            return _below(self.processes[what.removeprefix("trainer:")].pid, "spawn_main")
+            node = self.processes[what.removeprefix("trainer:")].pid
+            return _below(node, "spawn_main") if self.new_workers else find_worker(node, self.folder)
         words = {"superlink": "flower-superlink", "superexec": "flower-superexec", "front": "cotune.server.proxy_process"}
         words["serverapp"] = "flwr-serverapp"
         return _below(self.processes["server"].pid, words[what])
@@ -238,12 +245,13 @@ def deployment(
     absent: tuple[str, ...] = (),
     write: Callable[[Path, int], object] = write_sentences,
     options: Mapping[str, tuple[str, ...]] | None = None,
+    new_workers: bool = False,
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
     members beside them that have a site and join nothing. write: makes a file of records from a seed. options: organization -> further ones of its first
     `client join`.
     """
-    made = Deployment(folder, organizations, options=options or {})
+    made = Deployment(folder, organizations, options=options or {}, new_workers=new_workers)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
     for number, name in enumerate((*organizations, "test")):

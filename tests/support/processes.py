@@ -14,16 +14,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from multiprocessing.context import ForkServerContext
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
+from cotune.worker_process import WorkerProcess
 
 _PRELOADED = (
     "pytest",
@@ -38,6 +41,7 @@ _PRELOADED = (
     "scipy.stats",
     "dp_accounting",
     "peft",
+    "tests.support.frozen_heap",
 )
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process
@@ -94,6 +98,38 @@ def preloaded() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     return context
+
+
+def fork_workers(folder: Path) -> None:
+    """Fork the worker processes of this process, too, and note the number of each in a folder: see `find_worker`."""
+
+    class Noted(ForkServerProcess):
+        def start(self) -> None:
+            super().start()
+            _note_of(os.getpid(), folder).write_text(str(self.pid), encoding="ascii")
+
+        def __reduce__(self) -> tuple[Callable[..., ForkServerProcess], tuple[()], dict[str, Any]]:
+            return ForkServerProcess, (), self.__dict__
+
+    class Forking(ForkServerContext):
+        Process = Noted
+
+    server = forkserver._forkserver  # of this process's own parent; `ensure_running` would start, and preload, another
+    assert server._forkserver_address is not None
+    setattr(server, "ensure_running", lambda: None)
+    WorkerProcess.context = Forking()
+
+
+def find_worker(parent: int, folder: Path) -> psutil.Process:
+    """Find the newest worker process of a process that forks them. Raises LookupError, psutil.NoSuchProcess."""
+    note = _note_of(parent, folder)
+    if not note.exists():
+        raise LookupError(f"process {parent} has started no worker")
+    return psutil.Process(int(note.read_text(encoding="ascii")))
+
+
+def _note_of(parent: int, folder: Path) -> Path:
+    return folder / f"worker-of-{parent}"
 
 
 @pytest.fixture
