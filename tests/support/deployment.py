@@ -12,17 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import tomli_w
 
 from cotune.client.site_setup import make_site
+from cotune.data.dataset import write_manifest
+from cotune.data.record_reading import read_records
 from cotune.plan.load import load_plan
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import read_events
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder, manifest_file
+from cotune.simulations.engines import run_on
+from cotune.simulations.prepare import make_site as make_simulated_site
+from cotune.simulations.split import Share
 from tests.support.attackers import Attacker, Deed
 from tests.support.commands import Command
 from tests.support.loopback import free_port, until, write_model, write_sentences
@@ -302,6 +308,27 @@ def _plan(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
 def weights(progress: Progress) -> dict[str, bytes]:
     """A run's model, bit by bit."""
     return {name: tensor.numpy().tobytes() for name, tensor in progress.state.items()}
+
+
+def play_in_process(fed: Deployment, rounds: int) -> dict[str, bytes]:
+    """The model that the federation's plan makes of its records when it is simulated in this process, where nothing goes wrong."""
+    federation = FederationFolder(fed.fed)
+    agreed = federation.plan.model
+    plan = federation.plan.model_copy(
+        update={"rounds": rounds, "model": agreed.model_copy(update={"base": str(federation.config.base)})}
+    )
+    path = fed.folder / "in-process"
+    files = {name: fed.folder / f"{name}.csv" for name in (*fed.organizations, "test")}
+    rows = {name: np.arange(len(read_records(plan.data, file, plan.task))) for name, file in files.items()}
+    for name in fed.organizations:
+        make_simulated_site(path / "sites" / name, name, plan, [Share(name, files[name], rows[name], len(rows[name]))], "cpu")
+    held_out = manifest_file(path, "validation")  # by which a simulation accepts a round, as a coordinator does by the test set
+    write_manifest(held_out, plan.data, [(files["test"], rows["test"])], plan.task)
+    people = tuple(Participant(name=name, site=f"sites/{name}") for name in fed.organizations)
+    file = RunFile(run="in-process", created="", engine="in-process", device="cpu", participants=people)
+    run = RunFolder.create(path, plan, file)
+    run_on("in-process", run)
+    return weights(run.load())
 
 
 def bring_back(fed: Deployment, what: str) -> None:

@@ -116,7 +116,7 @@ def fork_workers(folder: Path) -> None:
 
     server = forkserver._forkserver  # of this process's own parent; `ensure_running` would start, and preload, another
     assert server._forkserver_address is not None
-    setattr(server, "ensure_running", lambda: None)
+    server.ensure_running = lambda: None
     WorkerProcess.context = Forking()
 
 
