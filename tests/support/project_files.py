@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,7 @@ _OUTSIDE = {"build", "dist", "runs"}  # at the top level; and hidden folders any
 
 def find_project_files(*suffixes: str) -> Iterator[Path]:
     """Yield the files with one of the suffixes, in order, as paths below the top level."""
-    for file in sorted(TOP.rglob("*")):
-        inner = file.relative_to(TOP)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        if file.suffix in suffixes and not hidden and inner.parts[0] not in _OUTSIDE and file.is_file():
-            yield inner
+    for folder, inner, files in os.walk(TOP):
+        here = Path(folder).relative_to(TOP)
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and not (here == Path() and name in _OUTSIDE))
+        yield from (here / name for name in sorted(files) if Path(name).suffix in suffixes and not name.startswith("."))
