@@ -104,16 +104,12 @@ def shared_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     """Return the names of the arrays that organizations send in a round.
 
     These are the parameters that they train, without personal ones. If only predictions are shared, it is the single array of
-    predictions.
+    predictions, for which the model is not asked.
 
     Args:
-        plan: The plan.
-        model: Of the plan.
-        round: Number of the round, from 1.
-
-    Raises:
-        PlanError: If the plan has no such round.
-        ModelError: If a stage trains no parameter of the model.
+        plan: Decides what is shared, and what stays with the organizations.
+        model: Of the plan, whose order the names have.
+        round: From 1; see `trained_names`, which raises what this raises.
     """
     if plan.shares_predictions:
         return [SCORES]
@@ -148,12 +144,12 @@ def personal_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
     For a personal copy of the model, these are all parameters that it has trained.
 
     Args:
-        plan: The plan.
-        model: Of the plan.
-        round: Number of the round, from 1.
+        plan: Decides what is personal.
+        model: Of the plan, whose order the names have.
+        round: The last of these rounds.
 
     Returns:
-        The names in the model's order; empty if the plan keeps nothing personal.
+        The names; empty if the plan keeps nothing personal.
     """
     if not plan.keeps_personal and not plan.shares_predictions:
         return []
@@ -205,12 +201,9 @@ def state_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, tup
     model, which all organizations have.
 
     Args:
-        plan: The plan.
+        plan: Decides what is shared and how it is fused.
         model: Of the plan.
-        round: Number of the round, from 1.
-
-    Returns:
-        Parameter name -> shape.
+        round: The last round that may have changed the state.
     """
     own = dict(model.parameters())
     names = (
@@ -230,12 +223,9 @@ def student_shapes(plan: Plan, model: TrainableModel, round: int) -> dict[str, t
     """Return name -> shape of the parameters that the student may have trained up to a round.
 
     Args:
-        plan: The plan.
-        model: Of the plan.
-        round: Number of the round, from 1.
-
-    Returns:
-        Parameter name -> shape.
+        plan: One whose organizations share predictions.
+        model: Of the plan, which the student is.
+        round: The last round that the student has learned from.
     """
     own = dict(model.parameters())
     names = {name for number in _rounds_that_differ(plan, round) for name in trained_names(plan, model, number)}

@@ -52,7 +52,7 @@ from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, 
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Evaluator
+from cotune.server.rounds.registered_evaluator import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site

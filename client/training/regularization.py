@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.context import LocalContext
-from cotune.client.training.extensions import adding_to_gradients
+from cotune.client.training.gradient_hooks import adding_to_gradients
+from cotune.client.training.request_context import RequestContext
 from cotune.errors import ModelError
 from cotune.models.blocks import block_of
 from cotune.models.checkpointing import is_checkpointed
@@ -39,7 +39,7 @@ class Regularization:
         ModelError: See `find_dropout`.
     """
 
-    def __init__(self, context: LocalContext, names: Sequence[str]) -> None:
+    def __init__(self, context: RequestContext, names: Sequence[str]) -> None:
         model = context.model
         self.local = context.stage.local
         self.dropout = find_dropout(self.local, model, names)

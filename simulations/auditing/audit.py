@@ -151,7 +151,7 @@ def audit(
     Args:
         source: A plan, or the folder of a run, which is only read.
         organization: Whose records; None: the first organization's.
-        canaries: How many targets of each kind (records as far as there are so many).
+        canaries: How many targets of each kind (of records, no more than there are).
         rounds: How many of the plan's are audited; the claim is that of the audited ones. None: all.
         tight: Audit `tightened` steps instead of the plan's own.
         confidence: Of all lower bounds together.

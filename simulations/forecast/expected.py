@@ -73,12 +73,17 @@ def get_members(prepared: Prepared, model: TrainableModel) -> Expected:
 
 
 def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> Expected:
-    """Return organizations with so many records each, of which none is read.
+    """Return organizations with given numbers of records, of which none is read.
 
     Their policies allow the plan, and tell what a new policy tells: the number of records with noise, which is charged, too.
 
+    Args:
+        plan: What they carry out.
+        examples: The number of records of each organization.
+        device: auto, cpu, cuda or cuda:N.
+
     Raises:
-        PlanError, PrivacyError, DataError, ModelError, DeviceError: For a plan that so many organizations cannot carry out.
+        PlanError, PrivacyError, DataError, ModelError, DeviceError: For a plan that these organizations cannot carry out.
     """
     pick_device(device)
     resolved, notes = open_plan(plan)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cotune.client.training.disclosures import count_correct, total_loss
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records

@@ -21,8 +21,8 @@ from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
 from cotune.client.training.checks.gradient_checks import check_gradients
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows

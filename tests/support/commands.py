@@ -17,7 +17,7 @@ from threading import Thread
 from types import TracebackType
 from typing import TextIO
 
-from tests.support.processes import fork_workers, preloaded
+from tests.support.processes import preloaded, start_from_the_same_server
 
 
 class Command:
@@ -145,5 +145,5 @@ def _play(
 
     torch.set_num_threads(1)
     if not new_workers:
-        fork_workers(folder)
+        start_from_the_same_server()
     run()

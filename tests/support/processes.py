@@ -7,6 +7,7 @@ with SIGKILL, right after something that the test names has happened: at the sam
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -40,6 +41,8 @@ _PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "scipy.stats",
     "dp_accounting",
+    "cotune.cli.simulate",
+    "tests.support.warm",
     "peft",
     "tests.support.frozen_heap",
 )
@@ -100,28 +103,27 @@ def preloaded() -> ForkServerContext:
     return context
 
 
-def fork_workers(folder: Path) -> None:
-    """Fork the worker processes of this process, too, and note the number of each in a folder: see `find_worker`."""
+class _NotedProcess(ForkServerProcess):
+    """Its number is noted in the folder where its parent works: see `find_worker`."""
 
-    class Noted(ForkServerProcess):
-        def start(self) -> None:
-            super().start()
-            _note_of(os.getpid(), folder).write_text(str(self.pid), encoding="ascii")
+    def start(self) -> None:
+        super().start()
+        _note_of(os.getpid(), Path.cwd()).write_text(str(self.pid), encoding="ascii")
 
-        def __reduce__(self) -> tuple[Callable[..., ForkServerProcess], tuple[()], dict[str, Any]]:
-            return ForkServerProcess, (), self.__dict__
 
-    class Forking(ForkServerContext):
-        Process = Noted
+class _NotingContext(ForkServerContext):
+    Process = _NotedProcess
 
-    server = forkserver._forkserver  # of this process's own parent; `ensure_running` would start, and preload, another
-    assert server._forkserver_address is not None
-    server.ensure_running = lambda: None
-    WorkerProcess.context = Forking()
+
+def start_from_the_same_server() -> None:
+    """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = resource_tracker.ensure_running  # its address is known here; CPython starts another all the same
+    WorkerProcess.context = _NotingContext()
 
 
 def find_worker(parent: int, folder: Path) -> psutil.Process:
-    """Find the newest worker process of a process that forks them. Raises LookupError, psutil.NoSuchProcess."""
+    """Find the newest worker of a process that works in a folder. Raises LookupError, psutil.NoSuchProcess."""
     note = _note_of(parent, folder)
     if not note.exists():
         raise LookupError(f"process {parent} has started no worker")
@@ -177,6 +179,7 @@ def _console(arguments: list[str], environ: Mapping[str, str], folder: Path, kil
     from cotune.cli.main import run
 
     torch.set_num_threads(1)
+    start_from_the_same_server()
     if killed_at is not None:
         end_at(killed_at)
     run()

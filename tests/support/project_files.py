@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 TOP = Path(__file__).parent.parent.parent
 _OUTSIDE = {"build", "dist", "runs"}  # at the top level; and hidden folders anywhere
 
 
-def find_project_files(*suffixes: str) -> Iterator[Path]:
-    """Yield the files with one of the suffixes, in order, as paths below the top level."""
-    for folder, inner, files in os.walk(TOP):
-        here = Path(folder).relative_to(TOP)
-        inner[:] = sorted(name for name in inner if not name.startswith(".") and not (here == Path() and name in _OUTSIDE))
-        yield from (here / name for name in sorted(files) if Path(name).suffix in suffixes and not name.startswith("."))
+@cache
+def find_project_files(*suffixes: str) -> tuple[Path, ...]:
+    """Return the files with one of the suffixes, in order, as paths below the top level."""
+    return tuple(file for file in _project_files() if file.suffix in suffixes)
+
+
+@cache
+def _project_files() -> tuple[Path, ...]:
+    """Folders that are no part of the project are not entered: an environment holds more files than the project."""
+    found = []
+    for folder, inner, names in os.walk(TOP):
+        at_top = Path(folder) == TOP
+        inner[:] = [name for name in inner if not name.startswith(".") and not (at_top and name in _OUTSIDE)]
+        found += [Path(folder, name).relative_to(TOP) for name in names if not name.startswith(".")]
+    return tuple(sorted(found))

@@ -70,7 +70,13 @@ class PersonalParameters:
 
     @contextmanager
     def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
-        """During the block the shared part trains: what is personal has a part in its steps where the method says so."""
+        """During the block, let the method take part in every step of the shared parameters; parts that stay here do not.
+
+        Args:
+            optimizer: Whose steps they are.
+            parameters: That are trained, by their names.
+            received: The shared state as the server has sent it.
+        """
         yield
 
     def keep(self) -> None:

@@ -21,7 +21,7 @@ from cotune.plan.wire import Codec
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.codecs import packed_bytes
-from cotune.server.rounds.session import ExampleBounds
+from cotune.server.rounds.run_environment import ExampleBounds
 from cotune.strategies.blocks import is_finite
 from cotune.strategies.sums import norm
 from cotune.strategies.types import MAX_VALUE, RoundContext, Update, find_extreme, find_not_finite

@@ -15,7 +15,7 @@ from cotune.client.site import Site
 from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.client.training.regularization import dropping, find_dropout
 from cotune.client.training.round import train_round
-from cotune.client.training.setup import synthetic_setup
+from cotune.client.training.stage_setup.from_records import synthetic_setup
 from cotune.errors import ModelError, PlanError
 from cotune.models.blocks import block_of
 from cotune.models.trainable import State

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from cotune.client.training.checks import gradient_checks
 from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.data.tasks import classes

@@ -16,7 +16,7 @@ from cotune.client.site import Site
 from cotune.client.training import disclosures
 from cotune.client.training.disclosures import Disclosures
 from cotune.client.training.round import train_round
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.models.encoding import encoded_examples

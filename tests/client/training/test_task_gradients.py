@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cotune.client.training.checks.gradient_checks import check_stages
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import synthetic_setup
+from cotune.client.training.stage_setup.from_records import synthetic_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan

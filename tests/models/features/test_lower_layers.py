@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cotune.client.training.checks.gradient_checks import check_gradients
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.models.evaluation.test_set import evaluate, predict

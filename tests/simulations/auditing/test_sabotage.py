@@ -235,7 +235,7 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
             update = train_round(resolved, site, round, state)
             state = {name: tensor + update.delta[name] for name, tensor in state.items()}
             between_rounds(site)
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
     for (sigma, rate), count in Counter(ran).items():
         accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)), count)
     truth = accountant.get_epsilon(resolved.privacy.delta_for(prepared.shares[0].public_examples(resolved)))

@@ -12,8 +12,8 @@ from cotune.protocol.messages import Recipient
 from cotune.protocol.refusals import parse_refusal
 from cotune.server.runs.exclusions import StrikeRecord
 from cotune.server.runs.run_folder import RunFolder
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Transport
-from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 ExampleBounds = tuple[int, int]  # the smallest and largest number of records that an organization may declare
 
@@ -98,7 +98,7 @@ class NoTrail:
 
 
 @dataclass(frozen=True)
-class Session:
+class RunEnvironment:
     """One process's work on a run.
 
     Attributes:

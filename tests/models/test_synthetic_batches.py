@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cotune.data.tasks.classes import IGNORED, Batch
 from cotune.data.tasks.text import synthetic_rows
-from cotune.models.probes import feature_probes, mixes_records
+from cotune.models.synthetic_batches import feature_probes, mixes_records
 
 Answer = Callable[[Batch], Sequence[Tensor]]
 

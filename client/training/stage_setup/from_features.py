@@ -14,15 +14,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import TrainingSetup, build_slot_probe
+from cotune.client.training.stage_setup.training_setup import TrainingSetup, build_slot_probe
 from cotune.data.inputs.batching import bucket_of_length, fixed_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.task import Target
 from cotune.models.encoding import FeatureRows
 from cotune.models.features.head import FeatureHead
-from cotune.models.independence import check_independence
 from cotune.models.physical_batch import PhysicalBatch
-from cotune.models.probes import bucket_lengths
+from cotune.models.record_independence import check_independence
+from cotune.models.synthetic_batches import bucket_lengths
 from cotune.models.trainable import TrainableModel
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 

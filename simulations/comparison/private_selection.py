@@ -1,7 +1,7 @@
 """Private selection: of a secret number of runs, each of a plan drawn by chance, only the best is released.
 
 Papernot & Steinke, "Hyperparameter Tuning with Renyi Differential Privacy", ICLR 2022, https://arxiv.org/abs/2110.03620; the
-arithmetic is in `cotune.privacy.accounting.selection`. Its premises, and how they hold here:
+arithmetic is in `cotune.privacy.accounting.private_selection`. Its premises, and how they hold here:
 
 - The number of runs is drawn secretly, once: `private/draws.json` is durable before the first run begins, so that anyone who
 kills
@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from cotune.errors import RunError
 from cotune.observers import Observer
-from cotune.privacy.accounting.selection import draw_repetitions
+from cotune.privacy.accounting.private_selection import draw_repetitions
 from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.reporting.comparison_statistics import Variation
 from cotune.reporting.documents.summary import RunSummary
@@ -34,7 +34,7 @@ from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.candidates import Candidates
 from cotune.simulations.comparison.grid import build_grid, get_baseline
-from cotune.simulations.comparison.selected import Selected, read_released, release
+from cotune.simulations.comparison.private_selection_release import Selected, read_released, release
 from cotune.simulations.comparison.workers import (
     Task,
     WorkerSlots,

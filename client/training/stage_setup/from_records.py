@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cotune.client.training.feature_rows import build_feature_setup
 from cotune.client.training.observe import notify
 from cotune.client.training.regularization import dropping, find_dropout
-from cotune.client.training.rows import TrainingSetup, build_slot_probe
-from cotune.client.training.trial_step import try_step
+from cotune.client.training.stage_setup.from_features import build_feature_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup, build_slot_probe
+from cotune.client.training.stage_setup.trial_step import try_step
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import fixed_batches, sorted_batches
 from cotune.data.tasks.classes import IGNORED
@@ -34,10 +33,10 @@ from cotune.models.features.cached import encode_batch
 from cotune.models.features.head import FeatureHead, feature_head
 from cotune.models.features.kept_states import KeptStates, StateReader, attach_states, get_states, is_small
 from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
-from cotune.models.independence import check_independence
 from cotune.models.physical_batch import FEWEST_SLOTS, PhysicalBatch, first_rows, open_batch
+from cotune.models.record_independence import check_independence
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.local_training import LocalTraining, Stage
+from cotune.plan.local_training import Stage
 from cotune.plan.plan import Plan
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch, Unit
@@ -272,25 +271,3 @@ def _find_lower_layers(stage: Stage, model: TrainableModel) -> LowerLayers | Non
     if stage.local.keep_lower_layers == "off":
         return None
     return find_lower_layers(model, [name for name, parameter in model.parameters() if parameter.requires_grad])
-
-
-def build_optimizer(
-    local: LocalTraining, model: TrainableModel, names: list[str], parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Build the stage's optimizer, with the head in a group of its own learning rate.
-
-    Args:
-        local: Optimizer, learning rates, momentum and weight decay.
-        model: Tells parameters of the head from those of the encoder.
-        names: Names of the trained parameters.
-        parameters: The parameters, in the order of the names.
-    """
-    head = [p for n, p in zip(names, parameters, strict=True) if not n.startswith(model.prefix)]
-    encoder = [p for n, p in zip(names, parameters, strict=True) if n.startswith(model.prefix)]
-    head_rate = local.head_learning_rate if encoder and local.head_learning_rate else local.learning_rate
-    groups: list[dict[str, Any]] = [{"params": encoder, "lr": local.learning_rate}] if encoder else []
-    groups.append({"params": head, "lr": head_rate})
-    if local.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=local.momentum, weight_decay=local.weight_decay)
-    adam = torch.optim.AdamW if local.optimizer == "adamw" else torch.optim.Adam
-    return adam(groups, weight_decay=local.weight_decay)

@@ -36,7 +36,7 @@ from cotune.protocol.signatures import (
     roster_digest,
     sign,
 )
-from cotune.reporting.documents.trail import ReplySigned, RequestSigned
+from cotune.reporting.documents.trail_lines import ReplySigned, RequestSigned
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.keys.key_rotation import read_renewals
 from cotune.server.deployment.keys.signing import next_serial, public_keys, read_signing_key
@@ -46,7 +46,7 @@ from cotune.server.runs.run_folder import RunFolder
 
 
 class SignedTrail:
-    """The trail of one run of a federation (see `rounds.session.Trail`)."""
+    """The trail of one run of a federation (see `rounds.run_environment.Trail`)."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._run = folder.file.id
@@ -65,7 +65,7 @@ class SignedTrail:
         cohort: Iterable[str],
         fates: Mapping[str, StrikeRecord] | None = None,
     ) -> None:
-        """See `rounds.session.Trail.sign`: recorded in trail.jsonl."""
+        """See `rounds.run_environment.Trail.sign`: recorded in trail.jsonl."""
         folder = self._federation.certificates
         key = read_signing_key(folder)
         serial = next_serial(folder)

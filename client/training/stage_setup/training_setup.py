@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cotune.models.physical_batch import PhysicalBatch
-from cotune.models.probes import PerSlot
+from cotune.models.synthetic_batches import PerSlot
 from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_example
 
 
@@ -50,6 +50,35 @@ class TrainingSetup:
             weights[list(unit)] = 1 / len(unit)
         for positions, batch in self.batches(range(self.rows)):
             yield weights[list(positions)], batch
+
+    def visit_all(self, begin: Callable[[], object], visit: Callable[[Tensor, Batch], object]) -> None:
+        """Visit all rows once, in batches that fit into memory.
+
+        Args:
+            begin: Sets what is summed up to zero; called again where a batch did not fit and a smaller one is tried.
+            visit: Takes what each filled slot counts for, and the batch, as `everything` yields them.
+        """
+
+        def visit_from_the_start() -> None:
+            begin()
+            for weights, batch in self.everything():
+                visit(weights, batch)
+
+        self.physical.fit(visit_from_the_start)
+
+    def sum_over_units(self, figure: Callable[[Batch], Tensor]) -> float:
+        """Sum a figure of each row over all units, in float64; of a unit it is the mean over its rows.
+
+        Args:
+            figure: A batch -> the figure of each slot, (b,); those of blank slots are left out.
+        """
+        sums: list[float] = []
+
+        def add(weights: Tensor, batch: Batch) -> None:
+            sums.append(float(figure(batch)[: len(weights)].double().cpu() @ weights))
+
+        self.visit_all(sums.clear, add)
+        return sum(sums)
 
     def set_mean_gradients(self, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> float:
         """Set the gradients of a step without privacy: of the mean loss of some rows, which is returned."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.strategies.own_names import check_own_names, find_own_name
+from cotune.strategies.own_rule_hints import check_own_names, find_own_name
 
 
 def test_name_is_found_in_a_folder_without_running_code(tmp_path: Path) -> None:

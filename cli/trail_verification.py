@@ -7,14 +7,14 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from cotune.cli.screen import screen
+from cotune.cli.console import open_console
 from cotune.client.audit_log import AuditLog
 from cotune.client.node.keys import read_public_keys
 from cotune.client.node.trust import Trust
 from cotune.client.site import Site
 from cotune.errors import RunError
-from cotune.protocol.trail import TrailComparison, TrailEnd, compare_ends, read_coordinator_end, read_organization_end
-from cotune.server.deployment.trail import read_trail, read_verification_keys
+from cotune.protocol.trail_comparison import TrailComparison, TrailEnd, compare_ends, read_coordinator_end, read_organization_end
+from cotune.server.deployment.signed_trail import read_trail, read_verification_keys
 from cotune.server.runs.run_folder import RunFolder
 
 
@@ -67,7 +67,7 @@ def _of_the_same_runs(own: TrailEnd, other: TrailEnd) -> TrailEnd:
 
 def _show(name: str, found: TrailComparison) -> None:
     """Exits with 1 where the two ends contradict each other."""
-    console = screen()
+    console = open_console()
     for line in found.one_sided:
         console.print(f"at one end only: {escape(line)}")
     for line in found.contradictions:

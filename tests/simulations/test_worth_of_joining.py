@@ -16,7 +16,7 @@ from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.simulations.run import Run, simulate
 from cotune.simulations.split import Share
-from cotune.simulations.worth import TestSet, held_labels, organization_worth
+from cotune.simulations.worth_of_joining import TestSet, held_labels, organization_worth
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.simulations import COMPARED, UNADAPTED, NewPlan
 

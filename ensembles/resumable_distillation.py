@@ -23,9 +23,9 @@ from cotune.data.types import Input, answer_count
 from cotune.data.unlabeled import inputs_hash
 from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.config import DistillationConfig
-from cotune.ensembles.distillation import Lessons, train_student
 from cotune.ensembles.fusion import weighted_mean
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
+from cotune.ensembles.student_training import Lessons, train_student
 from cotune.errors import DataError, RunError
 from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.base.load import load_model
@@ -39,7 +39,7 @@ from cotune.storage.files import atomic_write
 from cotune.storage.json_documents import JsonDocument
 
 RECORD = "distillation.json"  # what the student was made from, in its folder
-_HELD_OUT = 10  # one of so many inputs is held out to measure the student on
+_HELD_OUT = 10  # one input of this number is held out to measure the student on
 _SETTINGS = "settings.json"
 _TAUGHT = "taught.safetensors"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, clipped_sum
 from cotune.privacy.mechanisms.per_example import MAX_HELD_ENTRIES

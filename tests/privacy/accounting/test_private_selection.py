@@ -8,7 +8,7 @@ from scipy import stats
 
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.filters import renyi
-from cotune.privacy.accounting.selection import draw_repetitions, selection_epsilon
+from cotune.privacy.accounting.private_selection import draw_repetitions, selection_epsilon
 from tests.support.failures import fails_with
 
 ORDERS = [1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64]

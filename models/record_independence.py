@@ -38,7 +38,14 @@ from cotune.models.device import bfloat16_is_fast, is_out_of_memory, kernel_key
 from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.lower_layers import STATES
 from cotune.models.features.precision import FEATURE_SLOTS, features_mix
-from cotune.models.probes import PerSlot, bucket_lengths, example_probes, feature_probes, mixes_records, stretch_example
+from cotune.models.synthetic_batches import (
+    PerSlot,
+    bucket_lengths,
+    example_probes,
+    feature_probes,
+    mixes_records,
+    stretch_example,
+)
 from cotune.models.trainable import TrainableModel
 
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import _on_examples, build_setup
+from cotune.client.training.stage_setup.from_records import _on_examples, build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.models.encoding import encoded_examples

@@ -13,15 +13,15 @@ from torch import Tensor
 from cotune.data.inputs.batching import fixed_batches
 from cotune.data.tasks.classes import Batch, logits
 from cotune.errors import PrivacyError
-from cotune.models import independence
+from cotune.models import record_independence
 from cotune.models.base.load import load_model
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features import precision
 from cotune.models.features.cached import get_features
 from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.precision import feature_dtype
-from cotune.models.independence import MAX_PADDING_ERROR, check_independence, padding_error
-from cotune.models.probes import bucket_lengths, example_probes, mixes_records
+from cotune.models.record_independence import MAX_PADDING_ERROR, check_independence, padding_error
+from cotune.models.synthetic_batches import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 from tests.support.architectures import READ_PADDING, REFUSED, folder_of, loaded_from
 from tests.support.language_models import write_language_model
@@ -164,7 +164,7 @@ def test_gradients_that_mix_are_refused_and_auto_falls_back(shared: Make, monkey
         gradient = torch.randn(len(batch["labels"]), 3, generator=torch.Generator().manual_seed(1))
         return [gradient if torch.is_autocast_enabled("cpu") else torch.ones_like(gradient)]
 
-    monkeypatch.setattr(independence, "bfloat16_is_fast", lambda _: True)
+    monkeypatch.setattr(record_independence, "bfloat16_is_fast", lambda _: True)
     options: Any = {"per_slot": mixing_in_bfloat16, "slots": 5, "lengths": [8]}
     assert check_independence(model, "full", "auto", **options) == torch.float32
     with pytest.raises(PrivacyError):
@@ -246,7 +246,7 @@ def test_a_fault_that_one_draw_of_weights_hides_is_found(shared: Make) -> None:
 
 
 def test_a_verdict_is_kept_for_what_decides_it(shared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(independence, "features_mix", lambda *_: False)
+    monkeypatch.setattr(record_independence, "features_mix", lambda *_: False)
     model = shared("bert")
     calls = list[int]()
     model.train_only(model.names("head"))
@@ -330,17 +330,17 @@ def test_rounding_alone_is_told_from_reading_padding(shared: Make, monkeypatch: 
     model = shared("bert")
     rounding = error_of(model)
     assert rounding > 0
-    monkeypatch.setattr(independence, "MAX_PADDING_ERROR", rounding / 2)
-    independence._padding.pop(model, None)
-    independence.check_padding(model)
-    independence._padding.pop(model, None)
+    monkeypatch.setattr(record_independence, "MAX_PADDING_ERROR", rounding / 2)
+    record_independence._padding.pop(model, None)
+    record_independence.check_padding(model)
+    record_independence._padding.pop(model, None)
 
 
 def test_float64_is_for_the_block_alone(shared: Make) -> None:
     model = shared("llama")
     held = [*model.module.parameters(), *model.module.buffers()]
     before = [(tensor.data_ptr(), tensor.dtype, tensor.clone()) for tensor in held]
-    with pytest.raises(ValueError, match="inside"), independence.in_float64(model.module):
+    with pytest.raises(ValueError, match="inside"), record_independence.in_float64(model.module):
         assert {p.dtype for p in model.module.parameters()} == {torch.float64}
         raise ValueError("inside")
     for tensor, (place, dtype, value) in zip(held, before, strict=True):
@@ -357,7 +357,7 @@ def test_loud_padding_leaves_a_tied_output_layer_alone(tmp_path: Path) -> None:
     table = model.loaded.module.get_input_embeddings()
     with torch.no_grad():
         quiet = loaded.task.scores(model.module, batch)
-        with independence._loud_padding(model):
+        with record_independence._loud_padding(model):
             assert torch.equal(loaded.task.scores(model.module, batch), quiet)
             loud = table(padded["input_ids"])
         assert float(loud.norm()) > 10 * float(table(padded["input_ids"]).norm())

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cotune.ensembles import distill as distill_module
+from cotune.ensembles import resumable_distillation
 from cotune.ensembles.config import DistillationConfig
-from cotune.ensembles.distill import RECORD, Distillation, distill
-from cotune.ensembles.distillation import distillation_loss
 from cotune.ensembles.predictor import open_model
+from cotune.ensembles.resumable_distillation import RECORD, Distillation, distill
+from cotune.ensembles.student_training import distillation_loss
 from cotune.errors import RunError
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.predictor import open_predictor
@@ -101,18 +101,18 @@ def test_an_interrupted_distillation_goes_on_to_the_same_student(
 ) -> None:
     """Interrupted right after a pass was kept, or before the first one."""
     whole = distill(replace(work, out=work.out.with_name("whole")))
-    keep = distill_module._keep
+    keep = resumable_distillation._keep
 
     def keep_and_stop(part: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
         if epoch > passes:
             raise KeyboardInterrupt
         keep(part, epoch, state)
 
-    monkeypatch.setattr(distill_module, "_keep", keep_and_stop)
+    monkeypatch.setattr(resumable_distillation, "_keep", keep_and_stop)
     with pytest.raises(KeyboardInterrupt):
         distill(work)
     assert not work.out.exists()
-    monkeypatch.setattr(distill_module, "_keep", keep)
+    monkeypatch.setattr(resumable_distillation, "_keep", keep)
     again = distill(work)
     assert again == whole
     assert (work.out / "model.safetensors").read_bytes() == (work.out.with_name("whole") / "model.safetensors").read_bytes()

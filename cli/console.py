@@ -25,7 +25,7 @@ _TAG = re.compile(r"(\\*)\[([a-z#/@][^[]*?)]")  # as rich.markup finds them
 _OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "italic", "red", "yellow"})
 
 
-class Screen(Console):
+class SafeConsole(Console):
     """A console that interprets only the markup of commands, not of untrusted text. stderr: for everything but the result."""
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False, width: int | None = None) -> None:
@@ -53,20 +53,20 @@ class Screen(Console):
             yield segment if segment.control else _clean(segment)
 
 
-def screen(*, stderr: bool = False, quiet: bool = False) -> Screen:
+def open_console(*, stderr: bool = False, quiet: bool = False) -> SafeConsole:
     """For logs and pipes, colored or not, as wide as what is printed: a line that is broken cannot be searched for."""
-    found = Screen(stderr=stderr, quiet=quiet)
-    return found if found.file.isatty() else Screen(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
+    found = SafeConsole(stderr=stderr, quiet=quiet)
+    return found if found.file.isatty() else SafeConsole(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
 
 
-def beginning(what: str, *, quiet: bool = False) -> None:
+def announce(what: str, *, quiet: bool = False) -> None:
     """Print an early message to standard error, if that is a terminal, as importing PyTorch takes seconds.
 
     Args:
         what: What the command does, in one line.
         quiet: Whether to print nothing, as a program reads the output.
     """
-    console = Screen(stderr=True, quiet=quiet)
+    console = SafeConsole(stderr=True, quiet=quiet)
     if console.is_terminal:
         console.print(what, style="dim", markup=False)
 

@@ -20,7 +20,7 @@ from cotune.protocol.messages import received_digest
 
 
 @dataclass(frozen=True)
-class LocalContext:
+class RequestContext:
     """A request to train one round, with the plan and the site that it concerns.
 
     Attributes:
