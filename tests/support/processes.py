@@ -72,7 +72,7 @@ class Moment:
 
 def end_at(moment: Moment) -> None:
     """Let this process end with SIGKILL at a moment."""
-    from cotune.client.training.observe import observe_client
+    from cotune.client.local_events import observe_client
     from cotune.server.runs.events import observe_run
 
     left = moment.nth
