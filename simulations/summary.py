@@ -10,8 +10,8 @@ from cotune.data.dataset import DatasetManifest
 from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.claimed_guarantee import Claim, build_claim, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy

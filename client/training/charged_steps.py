@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
+from cotune.client.local_events import notify
 from cotune.client.run_account import Account
 from cotune.client.training.checks.gradient_checks import check_gradients, check_gradients_of_state
 from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
 from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks, trials_allowed
 from cotune.client.training.disclosures import disclose, reported_noise
-from cotune.client.training.observe import notify
 from cotune.client.training.personal.ditto_pfedme import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.stage_setup.optimizer import build_optimizer

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cotune.client.noise_calibration import planned_charges, planned_steps
-from cotune.plan.parameters import get_plan_model, statistic_shapes
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, statistic_shapes
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claimed_guarantee import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy

@@ -12,8 +12,8 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import write_manifest
 from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.policy import Policy, dump_policy
 
 LABELS = ("bad", "good", "so")

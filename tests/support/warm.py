@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import get_args
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -14,4 +13,3 @@ get_checkpoint_conversion_mapping("bert")  # compiles a thousand regular express
 page_environment().get_template("report.html.j2")
 for _kind in get_args(Kind):
     get_builtin_components(_kind)
-gc.freeze()  # collections in forked processes look at none of this, and copy no page of it
