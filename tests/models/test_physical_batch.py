@@ -19,6 +19,7 @@ from cotune.models.trainable import TrainableModel
 from tests.support.failures import fails_with
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("small_heap")
 
 
 def full() -> RuntimeError:

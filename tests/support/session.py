@@ -13,13 +13,11 @@ import torch
 
 from cotune.data.inputs import chat_template
 from cotune.models import record_independence
-from cotune.models.base import load
 from cotune.worker_process import WorkerProcess
-from tests.support.built_models import BuiltOnce
 from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
+from tests.support.fork_server import preloaded
 from tests.support.independence import VerdictsByContent
-from tests.support.processes import preloaded
 from tests.support.tiny_models import base_model
 
 __all__ = ["base_model"]  # fixtures
@@ -36,10 +34,11 @@ def reviews(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cotune-cache"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever started this worker has named it
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COTUNE_CACHE", str(folder))
+        patch.setenv("COTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cotune-cache"))
         yield
 
 
@@ -64,18 +63,10 @@ def _preloaded_workers() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _small_heap() -> None:
-    """Collections of garbage look only at what tests have made: those of all that is imported take a third of a second each."""
+@pytest.fixture
+def small_heap() -> None:
+    """Collections of garbage look only at what the test has made; what was there before stays out of them, as after collection."""
     gc.freeze()
-    gc.enable()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _equal_models_are_built_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "_build", BuiltOnce(load._build))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ MakePlan = Callable[..., Plan]
 MakeSite = Callable[..., Site]
 StateFor = Callable[..., State]
 Finished = tuple[Delta, list[Steps]]
+pytestmark = pytest.mark.usefixtures("small_heap")  # every failure collects garbage
 PRIVATE = {"epsilon": 4.0, "delta": 1e-3}
 LOCAL = {"batch_size": 0.5, "steps": 2, "learning_rate": 0.25}
 MODES = {

@@ -140,6 +140,7 @@ def test_a_class_that_is_never_predicted_counts_as_zero(base_model: Callable[[st
     )
 
 
+@pytest.mark.usefixtures("small_heap")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_predictions_in_smaller_batches_are_the_same(
     base_model: Callable[[str], Path], test_set: Dataset, mode: TrainMode
