@@ -7,7 +7,7 @@ from typing import Any
 
 import tomlkit
 from tomlkit.container import Container
-from tomlkit.items import Table
+from tomlkit.items import AbstractTable
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
@@ -27,13 +27,13 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
     return tomlkit.dumps(document)
 
 
-def _update(table: Container | Table, changes: Mapping[str, Any]) -> None:
+def _update(table: Container | AbstractTable, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         if isinstance(value, Mapping):
             if key not in table:
                 table[key] = tomlkit.table()
             inner = table[key]
-            assert isinstance(inner, Container | Table), f"{key} is no table"
+            assert isinstance(inner, Container | AbstractTable), f"{key} is no table"
             _update(inner, value)
         elif value is None:
             table.remove(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from cotune.cli.options import AsJson, Device, with_options
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.screen import beginning, print_json, screen
 from cotune.errors import PlanError
-from cotune.plan.load import preset_names, preset_summary, preset_text
+from cotune.plan.load import preset_names, preset_summary, preset_text, read_document
 from cotune.plan.plan import Plan
 from cotune.plan.reference import Key, explain_key, list_keys
 
@@ -66,6 +67,22 @@ def check(
         print_json(found.as_dict())
     else:
         show_forecast(screen(), found)
+
+
+def pin(
+    plan: Annotated[str, typer.Argument(help="A preset or a TOML file.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the base model, if it is elsewhere than the plan says; the plan keeps its name.")
+    ] = None,
+) -> None:
+    """Print a plan with the hashes of its base model: `cotune plan pin my.toml > pinned.toml`.
+
+    With them, a server needs no weights of the base model.
+    """
+    read_document(plan)
+    from cotune.plan.pinned_base import pin_base  # loads PyTorch
+
+    typer.echo(pin_base(plan, model), nl=False)
 
 
 def keys(

@@ -14,16 +14,18 @@ from typing import Any
 
 from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import get_task
+from cotune.models.adapters.export import has_adapters_alone
+from cotune.models.base.lookup import FOLDER
 from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
-from cotune.models.export import export_model
-from cotune.models.trainable import State
+from cotune.models.export import export_adapters_alone, export_model
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claim import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.base import Document
-from cotune.reporting.documents.events import Event, RunFinalized
+from cotune.reporting.documents.events import Event, Note, RunFinalized
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD, model_card
@@ -170,7 +172,8 @@ _NOT_KNOWN = (
 def finalize_run(folder: RunFolder) -> RunSummary:
     """Write model/, summary.json and report.html, each in one step, and return the summary.
 
-    Where every organization has a model of its own there is no model/. The folder must have a finished round.
+    Where every organization has a model of its own there is no model/, and without the base model's weights at most adapter/. The
+    folder must have a finished round.
     """
     progress = folder.load()
     summary = summarize(folder, progress)
@@ -185,7 +188,23 @@ def finalize_run(folder: RunFolder) -> RunSummary:
 def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
     model = load_run_model(folder)
     model.load(final_params(folder.plan, progress))
+    if not model.loaded.folder.has_weights:
+        return _export_without_weights(folder, model)
     export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
+
+
+def _export_without_weights(folder: RunFolder, model: TrainableModel) -> None:
+    """Write adapter/ where adapters are of use alone, and say what is not written."""
+    alone = has_adapters_alone(model)
+    if alone:
+        export_adapters_alone(model, folder.path / "adapter", folder.plan.model.base.removeprefix(FOLDER))
+    kept = "the adapters are in adapter/" if alone else "what was trained is in checkpoints/"
+    folder.events.write(
+        Note(
+            text="the final model is not written whole, as the server does not hold the weights of the base model:"
+            f" {kept}, and organizations have the whole model"
+        )
+    )
 
 
 def summarize(folder: RunFolder, progress: Progress) -> RunSummary:

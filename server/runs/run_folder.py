@@ -75,6 +75,7 @@ class RunFile(BaseModel):
     data: str = Field("", description="Simulation: fingerprint of the records.")
     federation: str = Field("", description="Real run: folder of the federation.")
     base: str = Field("", description="Folder of the base model, if the plan gives members only its name; empty: as in the plan.")
+    weights: bool = Field(True, description="False: the server may lack the base model's weights, and evaluates nothing.")
     silent: bool = Field(False, description="Whether it is a baseline, whose events are written and not shown.")
 
 
