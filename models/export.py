@@ -72,7 +72,7 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
             (part / name).write_text(text, encoding="utf-8")
 
 
-def export_adapters_alone(model: TrainableModel, folder: Path, base: str) -> None:
+def export_adapters_alone(model: TrainableModel, folder: Path, base: str, card: str) -> None:
     """Write a model's adapters for peft, and what reads its inputs; the base model's weights need not be there.
 
     An earlier export in the folder is replaced once the new one is complete.
@@ -81,9 +81,11 @@ def export_adapters_alone(model: TrainableModel, folder: Path, base: str) -> Non
         model: In the state that is to be exported; its adapters are of use alone (`has_adapters_alone`).
         folder: Where to.
         base: Name of the base model.
+        card: What is said of them, as README.md.
     """
     with _replacing(folder) as part:
         export_adapters(model, part, base)
+        (part / "README.md").write_text(card, encoding="utf-8")
         model.loaded.reader.save_pretrained(part)
         _limit_length(part, model.loaded.max_length)
 

@@ -72,10 +72,11 @@ def check(
 def pin(
     plan: Annotated[str, typer.Argument(help="A preset or a TOML file.")],
     model: Annotated[
-        Path | None, typer.Option(help="Folder of the base model, if it is elsewhere than the plan says; the plan keeps its name.")
+        Path | None,
+        typer.Option(help="Folder of the base model, if it is not where the plan says; its name stays."),
     ] = None,
 ) -> None:
-    """Print a plan with the hashes of its base model: `cotune plan pin my.toml > pinned.toml`.
+    """Print a plan with its base model's hashes: `cotune plan pin my.toml > pinned.toml`.
 
     With them, a server needs no weights of the base model.
     """

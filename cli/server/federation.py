@@ -37,7 +37,7 @@ def init(
     test: Annotated[Path | None, typer.Option(help="Records that every round's model is judged by.")] = None,
     model: Annotated[
         Path | None,
-        typer.Option(help="Your copy of the plan's base model. It may lack the weights, if the plan says its hashes (`plan pin`)."),
+        typer.Option(help="Your copy of the plan's base model; without weights, if the plan says its hashes (`plan pin`)."),
     ] = None,
     memory: Annotated[
         bool, typer.Option("--memory", help="The SuperLink keeps messages in memory: faster, but its restart costs the round.")

@@ -25,8 +25,8 @@ def has_adapters_alone(model: TrainableModel) -> bool:
 def export_adapters(model: TrainableModel, folder: Path, base: str | None = None) -> None:
     """Write `adapter_config.json` and the factors, small beside the merged model, as peft saves them.
 
-    The base model is named as the plan names it: where it is a folder, by the folder's name alone. Its hash is in the metadata of
-    the factors. It takes no weights of the base model.
+    The base model is named as the plan names it: where it is a folder, by the folder's name alone. No weights of
+    it are needed.
 
     Args:
         model: In the state that is to be exported, with adapters, of a task that keeps its base model's head, or with heads of
@@ -50,7 +50,7 @@ def export_adapters(model: TrainableModel, folder: Path, base: str | None = None
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {f"base_model.model.{n.removeprefix(prefix).replace('.default.', '.')}": tensor for n, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "base_sha256": model.loaded.folder.content_hash})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _side_by_side(model: TrainableModel) -> State:

@@ -117,13 +117,14 @@ def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, 
     }
 
 
-def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
+def build_model_card(plan: Plan, summary: RunSummary, length: int, *, adapters: bool = False) -> str:
     """Return the model card of a run's final model.
 
     Args:
         plan: Of the run.
         summary: Of the run, for metrics and privacy.
         length: Number of tokens of a text that the model reads.
+        adapters: Whether the card is for the adapters alone.
     """
     test = summary.test
     more = [] if summary.client_privacy is None else summary.client_privacy.statement
@@ -133,6 +134,7 @@ def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
         length=length,
         test={"this model": _values(test.federated), get_task(plan.task).floor: _values(test.majority)},
         examples=test.examples,
+        adapters=adapters,
     )
 
 
@@ -189,15 +191,16 @@ def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
     model = load_run_model(folder)
     model.load(final_params(folder.plan, progress))
     if not model.loaded.folder.has_weights:
-        return _export_without_weights(folder, model)
+        return _export_without_weights(folder, model, summary)
     export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
 
 
-def _export_without_weights(folder: RunFolder, model: TrainableModel) -> None:
+def _export_without_weights(folder: RunFolder, model: TrainableModel, summary: RunSummary) -> None:
     """Write adapter/ where adapters are of use alone, and say what is not written."""
     alone = has_adapters_alone(model)
     if alone:
-        export_adapters_alone(model, folder.path / "adapter", folder.plan.model.base.removeprefix(FOLDER))
+        card = build_model_card(folder.plan, summary, model.loaded.max_length, adapters=True)
+        export_adapters_alone(model, folder.path / "adapter", folder.plan.model.base.removeprefix(FOLDER), card)
     kept = "the adapters are in adapter/" if alone else "what was trained is in checkpoints/"
     folder.events.write(
         Note(

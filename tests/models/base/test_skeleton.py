@@ -59,7 +59,14 @@ def assert_same_but_values(whole: TrainableModel, found: TrainableModel, *modes:
 
 @pytest.mark.parametrize(
     ("kind", "pooling"),
-    [("bert", "mean"), ("bert", "native"), ("distilbert", "mean"), ("roberta", "native"), ("gpt2", "native"), ("qwen2", "native")],
+    [
+        ("bert", "mean"),
+        ("bert", "native"),
+        ("distilbert", "mean"),
+        ("roberta", "native"),
+        ("gpt2", "native"),
+        ("qwen2", "native"),
+    ],
 )
 def test_classifier_has_the_same_new_head_and_adapters(
     base_model: Callable[[str], Path], tmp_path: Path, kind: str, pooling: str
@@ -109,7 +116,9 @@ def test_map_that_the_plan_does_not_bind_is_refused(base_model: Callable[[str], 
         pin_model(config, find_base(config, needs_weights=False))
 
 
-def test_new_head_follows_from_the_seed_and_not_from_a_head_in_the_folder(base_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_new_head_follows_from_the_seed_and_not_from_a_head_in_the_folder(
+    base_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     """A head for other labels is drawn anew; what it was, and whether there was one, nobody can see."""
     base = base_model("bert")
     without = open_model(ModelConfig(base=str(base)), LABELS, None, 3, "cpu")
@@ -159,8 +168,14 @@ def test_targets_that_no_layer_has_are_refused(language_model: Callable[..., Pat
 def test_large_model_takes_no_memory(tmp_path: Path) -> None:
     """24 layers of 1,024: 1.3 GB of weights in float32; all that is in memory are adapters, and buffers."""
     config = LlamaConfig(
-        **{"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
-        **{"intermediate_size": 2816, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+        vocab_size=32000,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=2816,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
