@@ -50,16 +50,9 @@ def model_card(
     """
     task = get_task(plan.task)
     how = _use_of_adapters(plan) if adapters else _how(plan, task.pipeline, length)
+    library = "peft" if adapters else "transformers"
     lines = [
-        *(
-            "---",
-            f"library_name: {'peft' if adapters else 'transformers'}",
-            f"pipeline_tag: {task.pipeline}",
-            "---",
-            "",
-            f"# {_shown(plan.name)}",
-            "",
-        ),
+        *("---", f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
         *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),

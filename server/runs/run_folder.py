@@ -14,7 +14,7 @@ quarantine/             rejected updates, as received (rounds/updates/buffers.py
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
 test/data.json          the common test set (validation/data.json: of the strategies that need one)
 sites/<organization>/   the simulated organizations (only in simulations)
-model/ summary.json report.html    at the end
+model/ summary.json report.html    at the end (adapter/ in place of model/: without the base model's weights)
 """
 
 from __future__ import annotations
