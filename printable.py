@@ -2,7 +2,7 @@
 
 Two places make it so. `Clean` stands before a process's standard output and error, no matter who writes there; lines of a command
 are
-made printable before they are laid out (`cli/screen.py`), and reach the terminal past it, as only they may move the cursor.
+made printable before they are laid out (`cli/console.py`), and reach the terminal past it, as only they may move the cursor.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.options import AsJson, with_options
 from cotune.cli.plans.plan_options import PlanOptions
-from cotune.cli.screen import beginning, print_json, screen
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import SPACE, duration, percent, scientific
 
@@ -78,11 +78,11 @@ def audit(
         raise typer.BadParameter("a run is audited as it was: --set is for plans, and so are --data and the like")
     if not run:
         options.check_files()
-    beginning(f"{options.source}: loading PyTorch, then records and base model; then training with canaries", quiet=as_json)
+    announce(f"{options.source}: loading PyTorch, then records and base model; then training with canaries", quiet=as_json)
     from cotune.simulations.auditing.audit import audit as run_audit  # loads PyTorch
 
-    console = screen()
-    with screen(stderr=True, quiet=as_json).status("training with canaries"):
+    console = open_console()
+    with open_console(stderr=True, quiet=as_json).status("training with canaries"):
         result = run_audit(
             Path(options.source) if run else options.load(),
             organization=organization,

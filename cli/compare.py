@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cotune.cli.console import announce
 from cotune.cli.options import AsJson, Device, with_options
 from cotune.cli.plans.plan_options import PlanOptions
-from cotune.cli.screen import beginning
 
 
 @with_options(PlanOptions)
@@ -51,7 +51,7 @@ def compare(
             "a private selection takes no --seeds and no --baseline: another seed would test on records that train"
         )
     options.check_files(vary or ())
-    beginning(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
+    announce(f"plan {options.source}: loading PyTorch; every combination is checked, then played", quiet=as_json)
     from cotune.cli import comparison_output  # loads PyTorch
 
     given = [*options.overrides, *(['simulation.baselines=["alone"]'] if gain else [])]

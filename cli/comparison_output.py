@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.comparison_progress import showing_cells, showing_selection
-from cotune.cli.screen import screen
+from cotune.cli.console import open_console
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.comparison_report import (
     GAIN,
@@ -35,8 +35,8 @@ from cotune.reporting.formatting import duration, size
 from cotune.reporting.measures import Measure, get_measures
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
-from cotune.simulations.comparison.selected import Selected, build_statement
-from cotune.simulations.comparison.selection import select
+from cotune.simulations.comparison.private_selection import select
+from cotune.simulations.comparison.private_selection_release import Selected, build_statement
 
 _WIDE = 100  # characters; a narrower terminal leaves bytes and time to the page
 
@@ -75,7 +75,7 @@ def compare_grid(grid: Grid, seeds: int, baseline: str | None, *, as_json: bool)
     Raises:
         typer.Exit: With 1, where a run failed.
     """
-    console = screen(stderr=as_json)
+    console = open_console(stderr=as_json)
     with showing_cells(console) as listener:
         found = compare(grid.source, grid.variations, seeds=seeds, baseline=baseline, listener=listener, **grid.options)
     if as_json:
@@ -94,7 +94,7 @@ def select_privately(grid: Grid, expected_runs: float, *, as_json: bool) -> None
         expected_runs: The mean of the secret number of runs.
         as_json: Whether a program reads the output.
     """
-    console = screen(stderr=as_json)
+    console = open_console(stderr=as_json)
     with showing_selection(console) as listener:
         found, folder = select(grid.source, grid.variations, expected_runs=expected_runs, listener=listener, **grid.options)
     if as_json:

@@ -12,10 +12,10 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
-from cotune.cli.lazy import LazyCommand, lazy_group
-from cotune.cli.waiting import Waiting
+from cotune.cli.lazy_commands import LazyCommand, lazy_group
+from cotune.cli.preparation_progress import Waiting
 from cotune.errors import CotuneError, DeviceError
-from cotune.models.observe import observe_models
+from cotune.models.local_events import observe_models
 from cotune.printable import clean_output, printable
 
 COMMANDS = {

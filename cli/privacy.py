@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import open_console, print_json
 from cotune.cli.options import AsJson
-from cotune.cli.screen import print_json, screen
 from cotune.errors import DataError
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.storage.json_documents import parse_json
@@ -36,7 +36,7 @@ def verify(
     if as_json:
         print_json(found)
     else:
-        _show(screen(), found)
+        _show(open_console(), found)
     if not found["valid"]:
         raise typer.Exit(1)
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import open_console, print_json
 from cotune.cli.options import AsJson, with_options
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.cli.progress import showing_progress
-from cotune.cli.screen import print_json, screen
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.formatting import duration, size
@@ -53,7 +53,7 @@ def simulate(
         options.plan is not None or options.given or any(each is not None for each in (out, engine, device))
     ):
         raise typer.BadParameter("a run is continued as it was started: --resume takes no plan, engine, device or overrides")
-    told = screen(stderr=as_json)
+    told = open_console(stderr=as_json)
     _begin(told, options, resume)
     from cotune.simulations import run as simulations  # loads PyTorch
 

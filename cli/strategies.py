@@ -17,15 +17,15 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from cotune.cli.console import open_console, print_json
 from cotune.cli.options import AsJson
-from cotune.cli.screen import print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import parse_value
 from cotune.reporting.pages import render_text
 from cotune.storage.files import atomic_write
 from cotune.strategies import catalog as catalog
 from cotune.strategies import plugins
-from cotune.strategies.own_names import find_own_name
+from cotune.strategies.own_rule_hints import find_own_name
 from cotune.strategies.plugins import is_code
 from cotune.strategies.registry import FOLDERS, get_kind_label
 
@@ -130,7 +130,7 @@ def overview(
     elif as_json:
         print_json(found)
     else:
-        _list(screen(), found)
+        _list(open_console(), found)
 
 
 def _renew(page: Path) -> None:
@@ -167,7 +167,7 @@ def show(
     if as_json:
         print_json(found)
         return
-    console = screen()
+    console = open_console()
     for part in found:
         _explain(console, part)
 
@@ -252,7 +252,7 @@ def check(
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
-        _show_findings(screen(), info, findings)
+        _show_findings(open_console(), info, findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
 

@@ -20,9 +20,9 @@ from cotune.client.site_setup import load_site_model
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import held_names, shared_names, statistic_shapes
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import held_names, shared_names, statistic_shapes
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
@@ -44,11 +44,11 @@ from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, find_not_finite
 
 _OF_RECORDS = {  # rules that depend on the number of records, which their names would reveal over several plans
-    ("budget", "delta_per_run"),
-    ("budget", "delta_times_records"),
-    ("training", "min_examples"),
-    ("training", "min_batch"),
-    ("disclosures", "declared_examples"),
+    "budget.delta_per_run",
+    "budget.delta_times_records",
+    "training.min_examples",
+    "training.min_batch",
+    "disclosures.declared_examples",
 }
 
 
@@ -120,7 +120,8 @@ def check_reason(reason: str) -> None:
     """Raise EgressBlocked unless the text of a refusal is one of those that reveal nothing about the records."""
     rule = find_declining_rule(reason)
     rules = Policy().model_dump()
-    known = rule is not None and rule[1] in rules.get(rule[0], {}) and rule not in _OF_RECORDS
+    table, _, name = (rule or "").partition(".")
+    known = name in rules.get(table, {}) and rule not in _OF_RECORDS
     if reason != GENERIC_REFUSAL and not known:
         raise EgressBlocked("a refusal has other words than the few that are allowed")
 

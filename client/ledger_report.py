@@ -7,7 +7,7 @@ from typing import Any
 
 from cotune.client.site_ledger import SiteWithLedger
 from cotune.privacy.accounting.filters import describe_composition, epsilon_over_runs, epsilon_spent, true_positive_rate_over_runs
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
+from cotune.privacy.claimed_guarantee import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
 from cotune.privacy.config import compute_delta
 from cotune.privacy.ledger.charges import (
     Charge,

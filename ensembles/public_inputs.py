@@ -26,7 +26,7 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count
 from cotune.data.unlabeled import inputs_hash, read_unlabeled
 from cotune.ensembles.config import DistillationConfig
-from cotune.ensembles.distillation import Lessons, Score, score_by_model, train_student
+from cotune.ensembles.student_training import Lessons, Score, score_by_model, train_student
 from cotune.errors import DataError
 from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.features.cached import encode_batch, get_features

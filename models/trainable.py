@@ -24,10 +24,10 @@ from cotune.models.adapters.adapter import Adapter, parameter_seed
 from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
 from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
-from cotune.models.blocks import last_blocks
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.multi_head import load_multi_task
+from cotune.models.transformer_blocks import last_blocks
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 

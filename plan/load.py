@@ -23,7 +23,7 @@ from cotune.storage.config_table import check_path, format_validation_error
 from cotune.storage.json_documents import parse_toml
 from cotune.strategies.compatibility import find_problem
 from cotune.strategies.config import COMPLETE, expand
-from cotune.strategies.own_names import check_own_names
+from cotune.strategies.own_rule_hints import check_own_names
 from cotune.strategies.plugins import pin_code
 
 

@@ -171,7 +171,7 @@ def _largest_adam_factor() -> float:
 
 
 def _noise(plan: Plan, privacy: RecordPrivacy, examples: int) -> float | None:
-    """At least σ, as it follows from the plan for so many records; None where no noise reaches the plan's ε.
+    """At least σ, as it follows from the plan for `examples` records; None where no noise reaches the plan's ε.
 
     A batch is a smaller part of more records, which takes less noise: σ is that of a rate of `_SMALLEST_RATE` at least, at the δ
     of all records.

@@ -134,7 +134,7 @@ class _Format(Protocol):
     """How the values of a codec are rounded and written."""
 
     def size(self, count: int) -> int:
-        """Bytes for so many values."""
+        """Return the bytes that `count` values take."""
 
     def round(self, values: Floats, generator: np.random.Generator) -> Floats:
         """Round (n,) -> (n,); a value that cannot be written becomes one that is not finite."""

@@ -13,9 +13,9 @@ from cotune.protocol.signatures import Signed, Statement
 
 REFUSED = 1001  # the error code of the reply
 GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
-AWAITS_APPROVAL = PolicyError("training.approval", "").public  # a person has to approve the plan first: asked again later
+APPROVAL = "training.approval"  # the rule by which a person has to approve the plan first: asked again later
 MIN_COHORT = "training.min_cohort"  # the rule by which an organization waits for others
-_DECLINED = re.compile(re.escape(PolicyError("RULE", "").public).replace("RULE", r"([a-z_]+)\.([a-z_]+)"))
+_DECLINED = re.compile(re.escape(PolicyError("RULE", "").public).replace("RULE", r"([a-z_]+\.[a-z_]+)"))
 
 
 def refusal(message: Message, reason: str) -> Message:
@@ -23,10 +23,10 @@ def refusal(message: Message, reason: str) -> Message:
     return Message(Error(REFUSED, reason), reply_to=message)
 
 
-def find_declining_rule(reason: str) -> tuple[str, str] | None:
-    """Return the table and the name of the rule that a reason names; None for any other sentence than `PolicyError.public`."""
+def find_declining_rule(reason: str) -> str | None:
+    """Return the rule that a reason names, as `table.name`; None for any other sentence than `PolicyError.public`."""
     found = _DECLINED.fullmatch(reason)
-    return None if found is None else (found[1], found[2])
+    return None if found is None else found[1]
 
 
 def refusal_digest(words: str) -> str:

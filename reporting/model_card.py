@@ -17,7 +17,7 @@ from cotune.data.tasks.task import get_task
 from cotune.models.base.lookup import FOLDER
 from cotune.models.config import FeatureConfig
 from cotune.plan.plan import Plan
-from cotune.privacy.claim import build_claim
+from cotune.privacy.claimed_guarantee import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.measures import get_measures
 

@@ -222,7 +222,7 @@ def personal_note(summary: Summary) -> Iterator[str]:
 
 
 def _chance_note(test: Summary) -> str:
-    """The 95 % interval of an accuracy on so many examples."""
+    """The 95 % interval of an accuracy that was measured on the test examples."""
     key = get_measures(test["federated"])[0].key
     if key != "accuracy":
         return f"Measured on {'the target tokens of ' if key == 'loss' else ''}{test['examples']:,} test examples."

@@ -24,20 +24,20 @@ from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.front_refusals import RefusalWatch
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.members import Members
-from cotune.server.deployment.trail import SignedTrail
-from cotune.server.rounds.evaluation import get_registered_evaluator
+from cotune.server.deployment.signed_trail import SignedTrail
 from cotune.server.rounds.loop import Evaluate, run_rounds
 from cotune.server.rounds.model_delivery import deliver
-from cotune.server.rounds.session import NoTrail, Session
-from cotune.server.rounds.step import Score
+from cotune.server.rounds.registered_evaluator import get_registered_evaluator
+from cotune.server.rounds.run_environment import NoTrail, RunEnvironment
+from cotune.server.rounds.strategy_step import Score
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.results import finalize_run
 from cotune.server.runs.run_folder import Progress, RunFolder, manifest_file
 from cotune.server.runs.run_model import load_run_model
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import InProcessTransport
 from cotune.server.transport.node_registry import RegisteredNodes, Roster, SimulatedNodes
 from cotune.server.transport.superlink import SuperLinkTransport
-from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 app = ServerApp()
 
@@ -148,8 +148,8 @@ def deliver_model(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMIT
     return deliver(open_session(grid, folder, limits))
 
 
-def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> Session:
-    """Create the session of a run: in-process nodes for a simulation; SuperLink, members and signatures for a real run.
+def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS) -> RunEnvironment:
+    """Create the environment of a run: in-process nodes for a simulation; SuperLink, members and signatures for a real run.
 
     Args:
         grid: Connection to the nodes.
@@ -158,7 +158,7 @@ def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS
     """
     names = [participant.name for participant in folder.file.participants]
     if not folder.file.federation:
-        return Session(
+        return RunEnvironment(
             folder,
             open_transport=lambda: InProcessTransport(grid, SimulatedNodes(grid, names)),
             read_members=lambda: dict.fromkeys(names),
@@ -167,7 +167,7 @@ def open_session(grid: Grid, folder: RunFolder, limits: TimeLimits = TIME_LIMITS
             in_process=isinstance(grid, InProcessGrid),
         )
     members = FederationFolder(Path(folder.file.federation)).members
-    return Session(
+    return RunEnvironment(
         folder,
         open_transport=lambda: _open_superlink(grid, folder, members, limits),
         read_members=lambda: {member.name: member.examples for member in members.active()},

@@ -14,14 +14,14 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from cotune.errors import CotuneError, RunError
-from cotune.flower import fleet_format
+from cotune.flower import fleet_parsers
 from cotune.printable import clean_output, printable
 from cotune.server.deployment.front_refusals import RefusalLog
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.layout import CertificateFiles
 from cotune.server.deployment.members import Members
-from cotune.server.proxy.allowed_calls import Limits
-from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.fleet_types import FleetFormat
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import ignore_refusal
 from cotune.server.proxy.server import ProxySetup, serve
@@ -31,14 +31,14 @@ from cotune.storage.json_documents import parse_toml
 log = logging.getLogger("cotune.front")
 
 FLEET_FORMAT = FleetFormat(
-    key_header=fleet_format.KEY_HEADER,
-    signature_header=fleet_format.SIGNATURE_HEADER,
-    time_header=fleet_format.TIME_HEADER,
-    max_age=fleet_format.MAX_AGE,
-    clock_tolerance=fleet_format.CLOCK_TOLERANCE,
-    server_node=fleet_format.SERVER_NODE,
-    parse_push=fleet_format.parse_push,
-    parse_pull=fleet_format.parse_pull,
+    key_header=fleet_parsers.KEY_HEADER,
+    signature_header=fleet_parsers.SIGNATURE_HEADER,
+    time_header=fleet_parsers.TIME_HEADER,
+    max_age=fleet_parsers.MAX_AGE,
+    clock_tolerance=fleet_parsers.CLOCK_TOLERANCE,
+    server_node=fleet_parsers.SERVER_NODE,
+    parse_push=fleet_parsers.parse_push,
+    parse_pull=fleet_parsers.parse_pull,
 )
 
 

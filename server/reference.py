@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from cotune.reporting.documents.events import Event, known_events
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.reporting.documents.summary import RunSummary
-from cotune.reporting.documents.trail import ReplySigned, RequestSigned
+from cotune.reporting.documents.trail_lines import ReplySigned, RequestSigned
 from cotune.server.deployment.execution.submission import Submission
 from cotune.server.rounds.selection import WaitingFile
 from cotune.server.runs.run_folder import RunFile, StoppedFile

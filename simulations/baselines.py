@@ -44,15 +44,15 @@ from cotune.models.features.head import feature_head
 from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, own_model_config
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
-from cotune.server.rounds.evaluation import Evaluator
+from cotune.server.rounds.registered_evaluator import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site

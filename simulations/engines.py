@@ -16,7 +16,7 @@ from cotune.client.app import app as client_app
 from cotune.errors import CotuneError, PlanError, RunError, nearest
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.server.app import app as server_app
-from cotune.server.rounds.evaluation import register_evaluator
+from cotune.server.rounds.registered_evaluator import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import build_personal_evaluate
 

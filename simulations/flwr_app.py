@@ -15,7 +15,7 @@ from flwr.app import Context
 from cotune.plan.load import load_plan
 from cotune.printable import clean_output
 from cotune.server.app import app as server_app
-from cotune.server.rounds.evaluation import register_evaluator
+from cotune.server.rounds.registered_evaluator import register_evaluator
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder, pick_run_folder
 from cotune.simulations.baselines import build_personal_evaluate

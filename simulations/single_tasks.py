@@ -20,7 +20,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.plan.plan import Plan
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.split import Share, count_units
-from cotune.simulations.worth import TestSet
+from cotune.simulations.worth_of_joining import TestSet
 
 SINGLE = "single"
 Predicted = tuple[Any, ...]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.strategies.blocks import BlockTensors, Entries, flatten
+from cotune.strategies.tensor_blocks import BlockTensors, Entries, flatten
 from cotune.strategies.types import Update
 
 _IN_MEMORY = 2**22  # bytes of all updates of a round together
@@ -149,5 +149,11 @@ class HeldTensors(BlockTensors):
         return self._places[name].dtype
 
     def read(self, name: str, start: int, out: Entries) -> None:
-        """Read entries of a tensor; see `BlockTensors.read`."""
+        """Read entries of a tensor, in the order of its memory; see `BlockTensors.read`.
+
+        Args:
+            name: Of the tensor.
+            start: The first entry to read.
+            out: (n,), filled with the n entries from there.
+        """
         self._file.read(self._places[name], start, out)

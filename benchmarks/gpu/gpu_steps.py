@@ -11,7 +11,7 @@ from gpu_bench import Bench, Row
 from made_up import LENGTH, Case, build_model, build_setup
 from torch import nn
 
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
 CASES = [

@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, PreTrainedTokenizerFast, Qwen2Config
 
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import synthetic_setup
+from cotune.client.training.stage_setup.from_records import synthetic_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.tasks.task import get_task
 from cotune.models.base.load import LoadedModel
 from cotune.models.base.lookup import BaseModelFolder

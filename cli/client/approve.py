@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from cotune.cli.screen import screen
+from cotune.cli.console import open_console
 from cotune.client.consent.approvals import Approvals
 from cotune.client.consent.plan_summary import diff_plans, summarize_plan
 from cotune.client.site import Site
@@ -25,7 +25,7 @@ def approve_plan(site: Path, plan_id: str, *, asks: bool) -> None:
         typer.Exit: With 1, where the answer is no.
     """
     opened = Site(site.expanduser())
-    console = screen()
+    console = open_console()
     approvals = Approvals(opened)
     plan = approvals.find(plan_id)
     last = approvals.last()

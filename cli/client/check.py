@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import open_console, print_json
 from cotune.cli.options import SiteOptions
-from cotune.cli.screen import print_json, screen
 from cotune.client.consent.policy_check import Violation
 from cotune.client.consent.preflight import PreflightReport, run_preflight
 from cotune.client.node.connector import ConnectionReport, check_connection, versions
@@ -45,9 +45,9 @@ def check_site(site: Path, federation: str, options: SiteOptions, *, offline: bo
         typer.Exit: With 1, where the plan is declined or the server does not let the organization in.
     """
     opened = Site(site.expanduser())
-    console = screen()
+    console = open_console()
     invitation, plan = _read(federation)
-    with screen(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
+    with open_console(stderr=True, quiet=as_json).status("checking policy, data, model and gradients"):
         opened = keep_site_options(opened, plan, options)
         found = run_preflight(plan, opened)
         tried = None

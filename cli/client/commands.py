@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cotune.cli.console import announce
 from cotune.cli.options import AsJson, SiteOptions, SitePath, with_options
-from cotune.cli.screen import beginning
 from cotune.data.readers.sources import check_source
 
 WantedPlan = Annotated[str, typer.Option("--plan", metavar="ID", help="First digits of a plan's id; default: the newest model.")]
@@ -23,7 +23,7 @@ def init(
     ] = None,
 ) -> None:
     """Create an organization's site: a key pair, a strict policy and an empty ledger, readable by you alone."""
-    beginning(f"making {site}")
+    announce(f"making {site}")
     from cotune.cli.client.join import create_site  # loads PyTorch
 
     create_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
@@ -39,7 +39,7 @@ def check(
 ) -> None:
     """Show what joining means here: policy, noise, ε, cost of one step, and whether the server admits you."""
     check_source(options.data)
-    beginning("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
+    announce("loading PyTorch, then policy, records and base model; then one step on made-up records", quiet=as_json)
     from cotune.cli.client.check import check_site  # loads PyTorch
 
     check_site(site, federation, options, offline=offline, as_json=as_json)
@@ -53,7 +53,7 @@ def join(
 ) -> None:
     """Approve the plan in a federation.toml, connect, and train when asked, until Ctrl-C or SIGTERM."""
     check_source(options.data)
-    beginning("loading PyTorch, then records and base model")
+    announce("loading PyTorch, then records and base model")
     from cotune.cli.client.join import join_federation  # loads PyTorch
 
     join_federation(site, federation, options)
@@ -117,7 +117,7 @@ def adapt(
     as_json: AsJson = False,
 ) -> None:
     """Adapt the received model to the site's own records. Sends nothing and spends no ε."""
-    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
+    announce("loading PyTorch, then the received model and own records", quiet=as_json)
     from cotune.cli.client.model import adapt_model  # loads PyTorch
 
     adapt_model(site, out, plan, as_json=as_json)
@@ -134,7 +134,7 @@ def evaluate(
 ) -> None:
     """Compare the received model with training alone on own records. Sends nothing and spends no ε."""
     check_source(data)
-    beginning("loading PyTorch, then the received model and own records", quiet=as_json)
+    announce("loading PyTorch, then the received model and own records", quiet=as_json)
     from cotune.cli.client.model import evaluate_model  # loads PyTorch
 
     evaluate_model(site, data, plan, as_json=as_json)

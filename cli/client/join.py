@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
-from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from cotune.cli.client.check import keep_site_options, show_broken
+from cotune.cli.client.node_output import NodeOutput, limit_log
+from cotune.cli.console import open_console
 from cotune.cli.options import SiteOptions
-from cotune.cli.screen import screen
 from cotune.client.consent.approvals import Approvals
 from cotune.client.consent.plan_summary import summarize_plan
 from cotune.client.consent.policy_check import find_violations
+from cotune.client.local_events import observe_client
 from cotune.client.node.serve import run_node
 from cotune.client.node.trust import Trust
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site
-from cotune.client.training.observe import observe_client
 from cotune.plan.plan import Plan
-from cotune.privacy.accounting.display_rounding import round_up
 from cotune.protocol.federation_file import read_invitation
-from cotune.reporting.formatting import SPACE, duration, size
 from cotune.storage.files import atomic_write
 
 
@@ -43,7 +38,7 @@ def create_site(site: Path, name: str, *, device: str, key: Path | None) -> None
     """
     made = make_site(site.expanduser(), name, device=device, key=None if key is None else key.expanduser())
     folder = shlex.quote(str(made.folder))
-    console = screen()
+    console = open_console()
     console.print(f"{escape(folder)} is the site of [bold]{escape(name)}[/bold]; it holds a private key, so keep it to yourself")
     console.print(f"1. send {folder}/node.pub to the coordinator, who invites you; SHA-256 of the key, to compare:")
     console.print(f"   {get_key_fingerprint(made)}")
@@ -62,9 +57,9 @@ def join_federation(site: Path, federation: Path, options: SiteOptions) -> None:
         options: Where records and base model are; kept in the site.
     """
     os.umask(0o077)  # what is written into a site is the organization's own
-    logging.getLogger("cotune").setLevel(logging.ERROR)  # what people want to know is shown below, once
+    limit_log()
     invitation = read_invitation(federation.expanduser())
-    console = screen()
+    console = open_console()
     opened = keep_site_options(Site(site.expanduser()), invitation.plan, options)
     _show_plan(console, opened, invitation.plan)
     Approvals(opened).approve(invitation.plan, f"cotune client join {federation}")
@@ -72,7 +67,7 @@ def join_federation(site: Path, federation: Path, options: SiteOptions) -> None:
     atomic_write(authority, Trust.join(opened.folder, invitation).certificates())
     where = f"{escape(invitation.name)} at {escape(invitation.address)}"
     console.print(f"joining {where} as {escape(opened.organization)}; Ctrl-C leaves it")
-    with observe_client(Shown(console)):
+    with observe_client(NodeOutput(console)):
         run_node(opened.folder, invitation.address, root_certificates=authority, key=opened.private_key)
     console.print("left the federation; what was spent is in the ledger, and the same command joins again")
 
@@ -91,61 +86,3 @@ def _show_plan(console: Console, site: Site, plan: Plan) -> None:
         console.print("[bold yellow]this plan is declined whenever it is asked for, until the policy allows it[/bold yellow]")
     else:
         find_site_base(plan, site.file)
-
-
-class Shown:
-    """Prints a line for each event of the node; why it is not connected, or sends nothing, is printed once until it changes."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._problem = ""
-        self._withheld = ("", "")
-        self._has_begun = False
-
-    def __call__(self, what: str, about: dict[str, Any]) -> None:
-        line = getattr(self, f"_{what}", lambda **_: None)(**about)
-        if line is not None:
-            with suppress(OSError):  # a closed pipe is no reason to stop training
-                self._console.print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line.replace(SPACE, ' ')}")
-
-    def _connected(self, node: int) -> str:
-        self._problem = ""
-        return "connected"
-
-    def _disconnected(self, reason: str) -> str | None:
-        known = self._problem
-        self._problem = reason
-        return None if known == reason else f"[yellow]not connected[/yellow]: {escape(reason)}; it is tried again and again"
-
-    def _begun(self, round: str, trains: bool) -> str | None:
-        if not trains or self._withheld[0] == round:
-            return None  # it gets the finished model, or is asked again for what it has declined
-        first = not self._has_begun
-        self._has_begun = True
-        return f"round {escape(round)} begins" + ("; first, records are encoded, which may take minutes" if first else "")
-
-    def _again(self, round: str, reason: str) -> str:
-        return f"[yellow]round {escape(round)} begins again[/yellow]: {escape(reason)}"
-
-    def _dropped(self, round: str, reason: str) -> str:
-        return f"round {escape(round)} is not answered: {escape(reason)}"
-
-    def _answered(self, round: str, seconds: float, entry: dict[str, Any]) -> str | None:
-        if entry.get("what") == "receipt":
-            return f"the finished model is in {escape(str(entry.get('model')))}"
-        if entry.get("what") != "update":
-            return self._nothing_sent(round, str(entry.get("reason", "see the log")))
-        self._withheld = ("", "")
-        spent = "without privacy"
-        if entry.get("epsilon_spent") is not None:
-            spent = f"ε {round_up(entry['epsilon_spent'])} of {entry['epsilon_allowed']:g} spent"
-        return f"round {escape(round)} is answered: {size(entry['bytes'])} sent after {duration(seconds)}, {spent}"
-
-    def _nothing_sent(self, round: str, why: str) -> str | None:
-        """Return nothing if the same request was repeated, and the reason was printed before."""
-        known = self._withheld
-        self._withheld = (round, why)
-        if known == (round, why):
-            return None
-        told = ", for the same reason" if known[1] == why else f": {escape(why)}"
-        return f"[yellow]round {escape(round)}: no update was sent[/yellow]{told}"

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cotune.cli.screen import print_json, screen
+from cotune.cli.console import open_console, print_json
 from cotune.client import ledger_report
 from cotune.client.site_ledger import SiteWithLedger
 from cotune.privacy.accounting.display_rounding import round_up
-from cotune.privacy.claim import SMALL_DELTA, describe_attack
+from cotune.privacy.claimed_guarantee import SMALL_DELTA, describe_attack
 from cotune.storage.files import atomic_write
 
 
@@ -34,7 +34,7 @@ def show_ledger(site: Path, export: Path | None, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        _show_ledger(screen(), found)
+        _show_ledger(open_console(), found)
 
 
 def _show_ledger(console: Console, found: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import open_console, print_json
 from cotune.cli.models.evaluate import figure, with_interval
-from cotune.cli.screen import print_json, screen
 from cotune.client.personalization.evaluation import STAYS, adapt_site, evaluate_site, open_final_model
 from cotune.client.site import Site
 from cotune.data.dataset import Dataset, DatasetManifest
@@ -36,8 +36,8 @@ def adapt_model(site: Path, out: Path | None, plan: str, *, as_json: bool) -> No
         as_json: Whether a program reads the output.
     """
     opened = Site(site.expanduser())
-    console = screen()
-    with screen(stderr=True, quiet=as_json).status("fitting to own records"):
+    console = open_console()
+    with open_console(stderr=True, quiet=as_json).status("fitting to own records"):
         done = adapt_site(opened, out, plan)
     found = done.adapted
     if as_json:
@@ -62,13 +62,13 @@ def evaluate_model(site: Path, data: str | None, plan: str, *, as_json: bool) ->
         as_json: Whether a program reads the output.
     """
     opened = Site(site.expanduser())
-    with screen(stderr=True, quiet=as_json).status("fitting to own records"):
+    with open_console(stderr=True, quiet=as_json).status("fitting to own records"):
         new = None if data is None else _new_records(opened, data, open_final_model(opened, plan).plan.labels)
         found = evaluate_site(opened, new, plan)
     if as_json:
         print_json(found)
     else:
-        _show(screen(), found)
+        _show(open_console(), found)
 
 
 def _new_records(site: Site, data: str, labels: tuple[str, ...]) -> Dataset:

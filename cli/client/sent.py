@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from cotune.cli.screen import print_json, screen
-from cotune.cli.trail import verify_sent
+from cotune.cli.console import open_console, print_json
+from cotune.cli.trail_verification import verify_sent
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.errors import CotuneError
@@ -35,7 +35,7 @@ def show_sent(site: Path, trail: Path | None, *, verify: bool, as_json: bool) ->
     if as_json:
         print_json({"entries": entries, "head": head})
         return
-    console = screen()
+    console = open_console()
     for entry in entries:
         console.print(escape(_line(entry).replace(SPACE, " ")))
     console.print(f"{len(entries)} lines, none changed; SHA-256 of the last: {head}")

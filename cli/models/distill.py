@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.models.evaluate import figure
 from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice
-from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_base, check_file, check_new
 from cotune.ensembles.config import DistillationConfig, Loss
 from cotune.models.config import ModelConfig, TrainMode
@@ -57,7 +57,7 @@ def distill(
     check_file(data)
     check_base(student)
     check_new(out)
-    beginning(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
+    announce(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
     from cotune.cli.models.record_predictions import distill_models  # loads PyTorch
 
     base = ModelConfig.model_validate({"base": student, "max_length": max_length})
@@ -67,7 +67,7 @@ def distill(
     if as_json:
         print_json(found)
     else:
-        _show(screen(), found, out)
+        _show(open_console(), found, out)
 
 
 def _show(console: Console, found: dict[str, Any], out: Path) -> None:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.models.predict import Length, ModelSource, ThresholdOption
 from cotune.cli.options import Device, RecordOptions, with_options
-from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_source
 from cotune.reporting.measures import get_measures
 
@@ -32,7 +32,7 @@ def evaluate(
 ) -> None:
     """Evaluate a fine-tuned model on labeled records: metrics by class, calibration, entities. Nothing is sent."""
     check_source(data)
-    beginning(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
+    announce(f"loading PyTorch, then {model}, to evaluate it on {data}", quiet=as_json)
     from cotune.cli.models.generated_texts import evaluate_texts, find_writer
     from cotune.cli.models.record_predictions import evaluate_records  # loads PyTorch
 
@@ -45,9 +45,9 @@ def evaluate(
     if as_json:
         print_json(found)
     elif "figures" in found:
-        _show_figures(screen(), found)
+        _show_figures(open_console(), found)
     else:
-        _show(screen(), found)
+        _show(open_console(), found)
 
 
 def _show_figures(console: Console, found: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.models.evaluate import figure, with_interval
 from cotune.cli.models.predict import Length
 from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice, with_options
-from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_new, check_source
 from cotune.ensembles.config import Method
 
@@ -43,7 +43,7 @@ def fuse(
     check_source(data)
     if out is not None:
         check_new(out)
-    beginning(f"loading PyTorch, then {len(models)} models", quiet=as_json)
+    announce(f"loading PyTorch, then {len(models)} models", quiet=as_json)
     from cotune.cli.models.record_predictions import fuse_models  # loads PyTorch
 
     target = None if out is None else out.expanduser()
@@ -51,7 +51,7 @@ def fuse(
     if as_json:
         print_json(found)
     else:
-        _show(screen(), found)
+        _show(open_console(), found)
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:

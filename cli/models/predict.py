@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.options import Device
-from cotune.cli.screen import beginning, print_json, screen
 from cotune.data.readers.sources import check_file
 from cotune.errors import DataError, ModelError
 from cotune.storage.files import atomic_write
@@ -71,7 +71,7 @@ def predict(
         raise typer.BadParameter(f"--out {out} is of no known format: expected a name ending in .csv, .json or .jsonl")
     if file is not None:
         check_file(file)
-    beginning(f"loading PyTorch, then {model}", quiet=as_json)
+    announce(f"loading PyTorch, then {model}", quiet=as_json)
     from cotune.cli.models.generated_texts import find_writer, write_rows
     from cotune.cli.models.record_predictions import predict_rows  # loads PyTorch
 
@@ -98,7 +98,7 @@ def predict(
     elif as_json:
         print_json(found)
     else:
-        _show(screen(), found)
+        _show(open_console(), found)
     if all(each["reason"] for each in found):
         raise typer.Exit(1)
 

@@ -15,9 +15,9 @@ from cotune.data.record_reading import read_records
 from cotune.data.types import Input, Question
 from cotune.data.unlabeled import Row, read_questions, read_typed, read_typed_questions, read_unlabeled
 from cotune.ensembles.config import DistillationConfig, Method
-from cotune.ensembles.distill import Distillation, distill
 from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion
 from cotune.ensembles.predictor import open_model, require_classifiers
+from cotune.ensembles.resumable_distillation import Distillation, distill
 from cotune.errors import DataError, ModelError
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.answers import evaluate_answers

@@ -12,7 +12,7 @@ from cotune.cli.plans.plan_options import PlanOptions
 from cotune.plan.personal import explain
 from cotune.plan.public import explain_predictions
 from cotune.privacy.accounting.display_rounding import round_up
-from cotune.privacy.claim import SMALL_DELTA, Figures, describe_attack
+from cotune.privacy.claimed_guarantee import SMALL_DELTA, Figures, describe_attack
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.formatting import duration, size
 from cotune.simulations.forecast.expected import NewPolicy, OwnBound, Refusal, parse_examples

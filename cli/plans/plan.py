@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.options import AsJson, Device, with_options
 from cotune.cli.plans.plan_options import PlanOptions
-from cotune.cli.screen import beginning, print_json, screen
 from cotune.errors import PlanError
 from cotune.plan.load import preset_names, preset_summary, preset_text, read_document
 from cotune.plan.plan import Plan
@@ -57,16 +57,16 @@ def check(
         )
     else:
         options.check_tables()
-    beginning(f"plan {options.source}: loading PyTorch, then base model and records", quiet=as_json)
+    announce(f"plan {options.source}: loading PyTorch, then base model and records", quiet=as_json)
 
     from cotune.cli.plans.forecast import make_forecast, show_forecast  # loads PyTorch
 
-    with screen(stderr=True, quiet=as_json).status("checking data, model and privacy"):
+    with open_console(stderr=True, quiet=as_json).status("checking data, model and privacy"):
         found = make_forecast(options, examples, device, began)
     if as_json:
         print_json(found.as_dict())
     else:
-        show_forecast(screen(), found)
+        show_forecast(open_console(), found)
 
 
 def pin(
@@ -101,7 +101,7 @@ def keys(
     if as_json:
         print_json([asdict(key) for key in found])
     else:
-        show_keys(screen(), found)
+        show_keys(open_console(), found)
 
 
 def explain(
@@ -114,7 +114,7 @@ def explain(
     if as_json:
         print_json([asdict(each) for each in found])
     else:
-        show_explained(screen(), found)
+        show_explained(open_console(), found)
 
 
 _PARTS = ("strategy.weighting", "strategy.fusion", "strategy.server_optimizer", "strategy.client_term")

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from cotune.cli.console import announce, open_console
 from cotune.cli.options import FederationPath
 from cotune.cli.plans.plan_options import Set
-from cotune.cli.screen import beginning, screen
 from cotune.data.readers.sources import check_base, check_new, check_source
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan, read_document
@@ -51,7 +51,7 @@ def init(
     check_source(None if test is None else str(test))
     check_base(None if model is None else str(model.expanduser().absolute()))
     check_new(folder)
-    beginning(f"making {folder}: loading PyTorch, then base model and test records")
+    announce(f"making {folder}: loading PyTorch, then base model and test records")
     from cotune.server.deployment import creation  # loads PyTorch
     from cotune.server.runs.base_weights import describe_weights, holds_weights
 
@@ -68,7 +68,7 @@ def init(
         device=device,
     )
     made = creation.create_federation(folder, loaded, config)
-    console = screen()
+    console = open_console()
     console.print(f"{escape(str(made.path))} is the federation [bold]{escape(config.name)}[/bold]")
     console.print(escape(describe_weights(made.config.base, held=holds_weights(str(made.config.base or made.plan.model.base)))))
     console.print(f"labels: {escape(', '.join(made.plan.labels))}")
@@ -79,9 +79,9 @@ def init(
 
 def start(folder: FederationPath) -> None:
     """Serve organizations until Ctrl-C: Flower's SuperLink, the TLS proxy in front of it, an executor for runs."""
-    beginning(f"starting {folder}; it takes some seconds until it is ready")
+    announce(f"starting {folder}; it takes some seconds until it is ready")
 
-    console = screen()
+    console = open_console()
     supervise(
         FederationFolder(folder),
         lambda line: console.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}"),
@@ -141,6 +141,6 @@ def verify_trail(
     site_log: Annotated[Path, typer.Option("--site-log", help="An organization's audit.jsonl, or a copy of it.")],
 ) -> None:
     """Compare a run's trail with an organization's log: check signatures, list what either side lacks."""
-    from cotune.cli.trail import verify_run  # loads PyTorch
+    from cotune.cli.trail_verification import verify_run  # loads PyTorch
 
     verify_run(run, site_log)

@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import open_console
 from cotune.cli.options import AsJson, FederationPath
-from cotune.cli.screen import screen
 from cotune.errors import PlanError
 from cotune.protocol.key_renewal import read_node_renewal
 from cotune.server.deployment.federation import FederationFolder
@@ -29,7 +29,9 @@ def invite(
     """Admit an organization by its public key."""
     opened = FederationFolder(folder)
     member = opened.members.invite(name, read_public_key(key.expanduser()), _range(examples))
-    screen().print(f"{escape(member.name)} is invited; its key's fingerprint, to be compared by telephone: {member.fingerprint}")
+    open_console().print(
+        f"{escape(member.name)} is invited; its key's fingerprint, to be compared by telephone: {member.fingerprint}"
+    )
 
 
 def _range(text: str | None) -> tuple[int, int] | None:
@@ -47,7 +49,7 @@ def _range(text: str | None) -> tuple[int, int] | None:
 def revoke(folder: FederationPath, name: Annotated[str, typer.Argument(help="Of the organization.")]) -> None:
     """Shut an organization out. Its key is never admitted again."""
     member = FederationFolder(folder).members.revoke(name)
-    screen().print(f"{escape(member.name)} is revoked; invite it with another key to let it in again")
+    open_console().print(f"{escape(member.name)} is revoked; invite it with another key to let it in again")
 
 
 def accept_key(
@@ -65,7 +67,7 @@ def members(folder: FederationPath, as_json: AsJson = False) -> None:
     opened = FederationFolder(folder)
     found = opened.members.all()
     fingerprint = opened.invitation.fingerprint
-    console = screen()
+    console = open_console()
     if as_json:
         people = [{**member.model_dump(), "fingerprint": member.fingerprint} for member in found]
         typer.echo(json.dumps({"federation": opened.config.name, "fingerprint": fingerprint, "members": people}, indent=1))

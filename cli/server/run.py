@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import announce, open_console
 from cotune.cli.options import FederationPath
 from cotune.cli.plans.plan_options import Set
 from cotune.cli.progress import showing_remote_progress
-from cotune.cli.screen import beginning, screen
 from cotune.flower.control_client import open_control
 from cotune.plan.load import check_tables, parse_overrides, read_document
 from cotune.privacy.accounting.display_rounding import round_up
@@ -51,9 +51,9 @@ def run(
     if resume and (new or override):
         raise typer.BadParameter("a run is continued as it was begun: --resume takes neither --new nor --set")
     _check_overrides(FederationFiles(folder).plan, override or ())
-    beginning(f"reading {folder}")
+    announce(f"reading {folder}")
     federation = FederationFolder(folder)
-    console = screen()
+    console = open_console()
     with lock_runs(federation), open_control(federation.superlink_address, federation.files.certificates.authority) as executor:
         kept_running = partial(is_superlink_kept_running, federation)
         if not resume:

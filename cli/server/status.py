@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from cotune.cli.console import open_console
 from cotune.cli.options import AsJson, FederationPath
-from cotune.cli.screen import screen
 from cotune.flower.control_client import open_control
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import instant, size
@@ -37,7 +37,7 @@ def status(
         raise typer.BadParameter("--watch is for people: --json prints once")
 
     federation = FederationFolder(folder)
-    console = screen()
+    console = open_console()
     with open_control(federation.superlink_address, federation.files.certificates.authority) as asked:
 
         def now() -> Status:

@@ -25,15 +25,16 @@ from cotune.client.site_setup import find_site_base
 from cotune.client.training.checks.gradient_checks import check_gradients
 from cotune.client.training.checks.sanity_checks import SanityChecks
 from cotune.client.training.personal.prediction_model import load_trained_model, read_public
-from cotune.client.training.setup import build_optimizer, synthetic_setup
+from cotune.client.training.stage_setup.from_records import synthetic_setup
+from cotune.client.training.stage_setup.optimizer import build_optimizer
 from cotune.data.config import has_labels
 from cotune.data.skipped_records import count_cut_texts
 from cotune.errors import DataError, ModelError, PlanError, PolicyError, PrivacyError
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import stage_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 

@@ -12,15 +12,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cotune.client.run_account import Account
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import RunError
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.delta_noise_variance import LocalOptimizer, delta_noise_variance
+from cotune.privacy.mechanisms.per_example import Batch
 
 
 class Disclosures:
@@ -160,12 +161,7 @@ def disclose(account: Account, round: int, setup: TrainingSetup) -> dict[str, fl
 @torch.no_grad()
 def count_correct(setup: TrainingSetup) -> tuple[float, int]:
     """Count the units that the module classifies correctly (of a unit: the fraction of its records), and all units."""
-
-    def right() -> float:
-        found = (float(setup.correct(batch)[: len(weights)].double().cpu() @ weights) for weights, batch in setup.everything())
-        return sum(found)
-
-    return setup.physical.fit(right), len(setup.units)
+    return setup.sum_over_units(setup.correct), len(setup.units)
 
 
 @torch.no_grad()
@@ -175,9 +171,8 @@ def total_loss(setup: TrainingSetup, ceiling: float) -> float:
     A record whose loss is not a number counts for the ceiling, as a failure would reveal it.
     """
 
-    def total() -> float:
-        losses = ((setup.loss(batch)[: len(weights)].double().cpu(), weights) for weights, batch in setup.everything())
-        known = ((loss.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling), weights) for loss, weights in losses)
-        return sum(float(loss @ weights) for loss, weights in known)
+    def bounded(batch: Batch) -> Tensor:
+        losses = setup.loss(batch).double()  # first: the ceiling in another precision might be above it
+        return losses.nan_to_num(nan=ceiling, posinf=ceiling).clamp(0.0, ceiling)
 
-    return setup.physical.fit(total)
+    return setup.sum_over_units(bounded)

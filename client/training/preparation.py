@@ -10,23 +10,25 @@ import torch
 from torch import nn
 
 from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks
-from cotune.client.training.context import LocalContext
-from cotune.client.training.extensions import ClientTermState, RankMask
+from cotune.client.training.client_terms import ClientTermState
 from cotune.client.training.personal.ditto_pfedme import open_personal
 from cotune.client.training.personal.parameters import PersonalParameters
 from cotune.client.training.personal.prediction_model import OwnModel
+from cotune.client.training.rank_mask import RankMask
 from cotune.client.training.regularization import Regularization
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_optimizer, build_setup
+from cotune.client.training.request_context import RequestContext
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.optimizer import build_optimizer
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.models.trainable import State
-from cotune.plan.parameters import held_names, trained_names
+from cotune.plan.trained_parameters import held_names, trained_names
 
 
 @dataclass(frozen=True)
 class PreparedRound:
     """A round that is ready to be trained: the model holds what was received, and only the stage's parameters are trained."""
 
-    context: LocalContext
+    context: RequestContext
     setup: TrainingSetup
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, nn.Parameter]  # those that are trained
@@ -60,14 +62,14 @@ class PreparedRound:
         )
 
 
-def _open_kept(context: LocalContext) -> PersonalParameters:
+def _open_kept(context: RequestContext) -> PersonalParameters:
     """What the plan keeps here, with the model set to what was received; of an own model, to its base."""
     kind = OwnModel if context.plan.shares_predictions else open_personal
     context.model.load({} if context.plan.shares_predictions else context.state)
     return kind(context.plan, context.site, context.model, context.round, context.admitted)
 
 
-def prepare_round(context: LocalContext) -> PreparedRound:
+def prepare_round(context: RequestContext) -> PreparedRound:
     """Set the model to what was received, and encode the records by its frozen part; nothing of it leaves."""
     plan = context.plan
     site = context.site

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.context import LocalContext
-from cotune.client.training.extensions import adding_to_gradients
+from cotune.client.training.gradient_hooks import adding_to_gradients
+from cotune.client.training.request_context import RequestContext
 from cotune.errors import ModelError
-from cotune.models.blocks import block_of
 from cotune.models.checkpointing import is_checkpointed
 from cotune.models.trainable import TrainableModel
+from cotune.models.transformer_blocks import block_of
 from cotune.plan.local_training import LocalTraining
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.random_generators import private_generator, seeded_generator
@@ -39,7 +39,7 @@ class Regularization:
         ModelError: See `find_dropout`.
     """
 
-    def __init__(self, context: LocalContext, names: Sequence[str]) -> None:
+    def __init__(self, context: RequestContext, names: Sequence[str]) -> None:
         model = context.model
         self.local = context.stage.local
         self.dropout = find_dropout(self.local, model, names)

@@ -9,9 +9,9 @@ from torch import Tensor
 from cotune.client.site import Site
 from cotune.client.training.charged_steps import TrainedRound, train_with_privacy, train_without_privacy
 from cotune.client.training.checks.request_checks import BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, run_checks
-from cotune.client.training.context import LocalContext
 from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound, prepare_round
+from cotune.client.training.request_context import RequestContext
 from cotune.client.training.statistics import statistics_of
 from cotune.client.training.teachers import vote_with_privacy
 from cotune.errors import RunError
@@ -55,7 +55,7 @@ def train_round(
         RunError: The request is not one that the plan makes, or training failed.
         DeviceError: The GPU is full; what was charged for the round stays charged.
     """
-    context = LocalContext(plan, site, site.policy(), round, state, admitted, sent or {}, declarable)
+    context = RequestContext(plan, site, site.policy(), round, state, admitted, sent or {}, declarable)
     run_checks(BEFORE_RECORDS, context)
     run_checks(BY_PUBLIC_NUMBER, context)
     finished = site.finished_update(plan.plan_id, round, context.received)
@@ -110,7 +110,7 @@ def _what_leaves(prepared: PreparedRound) -> Delta:
     return prepared.own_rank.trim(difference(model.state(personal.shared), prepared.received))
 
 
-def _round_delta(context: LocalContext, delta: Delta) -> Delta:
+def _round_delta(context: RequestContext, delta: Delta) -> Delta:
     """The values that travel, from here on the only ones: what is kept, checked, logged and sent. Noise was added before.
 
     Repeatable, as a request that comes again is answered with the same update. Raises RunError for a value that the codec cannot

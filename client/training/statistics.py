@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import gram_layers
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import gram_layers
 from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.mechanisms.per_example import Batch
 
 
 def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setup: TrainingSetup) -> dict[str, Tensor]:
@@ -30,7 +31,7 @@ def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setup
         names: The parameters that are shared.
 
     Returns:
-        The arrays of `plan.parameters.statistic_shapes`.
+        The arrays of `plan.trained_parameters.statistic_shapes`.
 
     Raises:
         PrivacyError: The plan promises record-level privacy, which these would break.
@@ -74,15 +75,16 @@ def _grams(model: TrainableModel, names: Sequence[str], setup: TrainingSetup) ->
         grams[name] = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
         hooks.append(layer.register_forward_pre_hook(_adding(grams[name], with_bias, mask)))
 
-    def add_all() -> None:
+    def begin() -> None:
         for gram in grams.values():
             gram.zero_()
-        for _, batch in setup.everything():
-            mask.now = batch.get("attention_mask")
-            setup.exact(batch)
+
+    def add(_: Tensor, batch: Batch) -> None:
+        mask.now = batch.get("attention_mask")
+        setup.exact(batch)
 
     try:
-        setup.physical.fit(add_all)
+        setup.visit_all(begin, add)
     finally:
         for hook in hooks:
             hook.remove()

@@ -28,7 +28,7 @@ from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_chec
 from cotune.client.training.disclosures import disclose
 from cotune.client.training.personal.prediction_model import OwnModel
 from cotune.client.training.preparation import PreparedRound
-from cotune.client.training.setup import build_optimizer
+from cotune.client.training.stage_setup.optimizer import build_optimizer
 from cotune.models.trainable import State
 from cotune.plan.public import SCORES
 from cotune.privacy.accounting.composition import Steps

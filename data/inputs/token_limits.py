@@ -64,7 +64,7 @@ class _Embedded(Exception):
 
 @torch.no_grad()
 def _can_embed(reader: Any, module: nn.Module, length: int) -> bool:
-    """Whether a row of so many ordinary tokens reaches the first layer."""
+    """Whether a row of that number of ordinary tokens reaches the first layer."""
 
     def stop(*_: Any) -> None:
         raise _Embedded

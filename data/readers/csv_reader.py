@@ -32,7 +32,11 @@ _CHARACTERS = 2**18  # that are parsed, or encoded, at once, where fields are lo
 
 
 def read_csv(file: DataFile, separator: str) -> Columns:
-    """Return the columns of a file whose suffix means this separator; its first line may show another one."""
+    """Return the columns of a file whose suffix means this separator; its first line may show another one.
+
+    Raises:
+        DataError: If it has none of the wanted columns, or a quote that no other one closes.
+    """
     named, text = read_separator_line(decode_text(file.name, file.suffix, file.raw, file.config.encoding, lenient=file.lenient))
     separator = named or guess_separator(text, file.columns, separator)
     names = _header(file, text, separator)

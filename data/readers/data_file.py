@@ -76,7 +76,17 @@ Columns = tuple[list[str], dict[str, list[object]]]  # the names of all columns;
 
 
 def format_value(file: DataFile, column: str, number: int, value: object) -> str:
-    """A value as the string that every format would give it; "" if it is missing."""
+    """Return a value as the string that every format would give it; "" if it is missing.
+
+    Args:
+        file: That holds it.
+        column: Its column.
+        number: Of its record, from 1.
+        value: As the format's reader has read it.
+
+    Raises:
+        DataError: If it is no text, number, truth value or date.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):

@@ -16,7 +16,11 @@ _MAX_CHECKED_ROWS = 1000  # rows of a sheet, in which a column's name is none of
 
 
 def read_excel(file: DataFile) -> Columns:
-    """The one sheet of an Excel workbook that holds something."""
+    """Return the columns of the one sheet of an Excel workbook that holds something.
+
+    Raises:
+        DataError: If openpyxl is not installed, the file is no workbook, or another number of sheets than one holds records.
+    """
     try:
         sheets = pandas.read_excel(
             io.BytesIO(file.raw), sheet_name=None, header=None, dtype=object, keep_default_na=False, engine="openpyxl"

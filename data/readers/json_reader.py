@@ -64,7 +64,11 @@ def _after_space(text: str, at: int) -> int:
 
 
 def read_json(file: DataFile) -> Columns:
-    """One object per line, or one array of objects."""
+    """Return the columns of a file with one object per line, or one array of objects.
+
+    Raises:
+        DataError: If it is not JSON, or holds something else than objects, and the file is not read leniently.
+    """
     text = _decode(file)
     found: list[tuple[str, Any]]
     if text.lstrip().startswith("[") and not (file.lenient and _is_lines(text)):

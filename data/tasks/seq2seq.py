@@ -104,7 +104,7 @@ def _shifted(labels: Tensor, start: int, pad: int) -> Tensor:
 
 
 def _pairs(reader: Any, passages: Sequence[Any], most: int) -> list[_Pair]:
-    """The tokens of prompts and of targets, of each at most so many; both with the end token that the tokenizer gives texts."""
+    """The tokens of prompts and of targets, of each at most `most`; both with the end token that the tokenizer gives texts."""
     prompts = encode(reader, [passage.prompt for passage in passages], most)
     targets = reader(text_target=[passage.target for passage in passages], truncation=True, max_length=most, padding=False)
     return [(prompt, list(target)) for prompt, target in zip(prompts, targets["input_ids"], strict=True)]

@@ -63,7 +63,11 @@ class SequenceClassification(ClassTargets):
         return self.record(file, number, given, _PLACEHOLDER_LABEL)
 
     def reader(self, folder: Path) -> Any:
-        """The tokenizer. Without its files, transformers makes one that knows no word."""
+        """Return the tokenizer.
+
+        Raises:
+            ModelError: If it knows no word, as one that transformers makes where its files are missing.
+        """
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ModelError(
@@ -74,7 +78,11 @@ class SequenceClassification(ClassTargets):
         return tokenizer
 
     def fit(self, reader: Any, module: Any) -> None:
-        """Decoders often have no padding token; their classification heads need to know where a text ends."""
+        """Fit tokenizer and model to each other: decoders often have no padding token, and their heads need the end of a text.
+
+        Raises:
+            ModelError: If the tokenizer has neither a padding nor an end token, or does not end texts as the model expects.
+        """
         if reader.pad_token_id is None:
             if reader.eos_token is None:
                 raise ModelError(

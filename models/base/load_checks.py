@@ -17,7 +17,11 @@ if TYPE_CHECKING:  # takes seconds to import, which commands that load no model 
 
 
 def check_no_code_is_named(settings: Any) -> None:
-    """transformers can fetch kernels from the hub and run them, if a configuration names some; no hash of files covers that."""
+    """Check that a configuration names no code of the hub: transformers would fetch and run it, and no hash of files covers it.
+
+    Raises:
+        ModelError: If it names some.
+    """
     if isinstance(settings, dict):
         for key, value in settings.items():
             if key.endswith("_implementation") and "/" in json.dumps(value):
@@ -30,7 +34,11 @@ def check_no_code_is_named(settings: Any) -> None:
 
 
 def check_padding_row(config: Any) -> None:
-    """A padding token has a row of the table of tokens; what its tokenizer says is looked at by `token_limits.check_tokens`."""
+    """Check that the padding token has a row in the table of tokens; `token_limits.check_tokens` checks the tokenizer's.
+
+    Raises:
+        ModelError: If it has none.
+    """
     pad = getattr(config, "pad_token_id", None)
     rows = getattr(config, "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
@@ -66,7 +74,11 @@ def _asks_for_mode(kind: type[nn.Module]) -> bool:
 
 
 def check_finite(module: nn.Module) -> None:
-    """Weights that are no numbers make every answer none."""
+    """Check that weights and buffers are numbers: one that is not would make every answer none.
+
+    Raises:
+        ModelError: If a parameter is not finite, or a buffer holds NaN.
+    """
     broken = [name for name, tensor in module.named_parameters() if _has(tensor, lambda t: ~t.isfinite())]
     broken += [name for name, tensor in module.named_buffers() if _has(tensor, Tensor.isnan)]  # a mask may hold infinity
     if broken:

@@ -10,7 +10,7 @@ from cotune.data.inputs.batching import FINE_LENGTHS
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.device import bfloat16_is_fast, kernel_key
 from cotune.models.features.head import encode_vectors, get_readout
-from cotune.models.probes import bucket_lengths, example_probes, mixes_records
+from cotune.models.synthetic_batches import bucket_lengths, example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 
 FEATURE_SLOTS = 64  # rows of every forward pass: a public constant

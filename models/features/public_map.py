@@ -37,7 +37,7 @@ from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_reading import check_layers, read_layers
-from cotune.models.observe import notify
+from cotune.models.local_events import notify
 from cotune.storage.files import atomic_write
 
 _RECIPE = 2  # counts changes of anything below that changes the map

@@ -22,7 +22,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, self_compose
+from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, find_epsilon, self_compose
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
@@ -174,7 +174,7 @@ def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
     if not merged:
         return 0.0
     with np.errstate(over="ignore"):  # with next to no noise ε is infinite, and that is what comes out
-        return float(_composed(merged, interval).get_epsilon_for_delta(delta))
+        return find_epsilon(_composed(merged, interval), delta)
 
 
 @lru_cache(maxsize=16)

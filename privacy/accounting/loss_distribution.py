@@ -18,7 +18,9 @@ from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPriv
 from scipy import fft
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
+_MOST_ROUNDING = 1e-12
 _TAIL = 1e-15  # mass that a composition may cut off, and counts as an infinite loss: dp-accounting's default
+_MOST_SPARSE = 1000  # points of a distribution that is kept, and composed, as a dictionary: dp-accounting's
 _ORDERS = 20  # of the moments, on either side of zero, that bound the tails: dp-accounting's
 
 
@@ -49,8 +51,9 @@ def self_compose(distribution: PrivacyLossDistribution, count: int) -> PrivacyLo
 
 
 def _self_compose(pmf: PLDPmf, count: int) -> PLDPmf:
-    if count <= 1 or not isinstance(pmf, DensePLDPmf):  # a sparse one has few points
-        return pmf.self_compose(count, _TAIL)
+    if count < 1 or (not isinstance(pmf, DensePLDPmf) and (count == 1 or pmf.size**count <= _MOST_SPARSE)):
+        return pmf.self_compose(count, _TAIL)  # of few points, one by one
+    pmf = pmf.to_dense_pmf()
     lowest, highest = _find_range(pmf._probs, count)
     size = highest - lowest + 1
     length = fft.next_fast_len(max(size, pmf.size))
@@ -105,12 +108,61 @@ def _find_deltas(pmf: DensePLDPmf, epsilons: Curve) -> Curve:
     return found
 
 
+def find_epsilon(distribution: PrivacyLossDistribution, delta: float) -> float:
+    """Return the least ε ≥ 0 at δ, infinity where there is none: that of dp-accounting's `get_epsilon_for_delta`."""
+    removed = _find_epsilon(distribution._pmf_remove, delta)
+    return removed if distribution._symmetric else max(removed, _find_epsilon(distribution._pmf_add, delta))
+
+
+def _find_epsilon(pmf: PLDPmf, delta: float) -> float:
+    """From the largest loss down, add up the mass above and the mass / e^loss, until together they meet δ above the next loss.
+
+    The losses and sums are those of dp-accounting's loop, in its order; where ε is no ordinary number, the loop itself says so.
+    """
+    if not isinstance(pmf, DensePLDPmf) or pmf._infinity_mass > delta:
+        return float(pmf.get_epsilon_for_delta(delta))
+    downwards = np.full(pmf.size, -pmf._discretization)
+    downwards[0] = (pmf._lower_loss + pmf.size - 1) * pmf._discretization
+    losses = np.cumsum(downwards)
+    losses = losses[losses > 0]
+    probs = pmf._probs[::-1][: len(losses)]
+    upper = np.cumsum(np.append(pmf._infinity_mass, probs))[:-1]
+    lower = np.cumsum(np.append(0.0, np.fromiter(map(math.exp, -losses), np.float64, len(losses)) * probs))[:-1]
+    meets = np.full(len(losses), -np.inf)
+    known = (upper > delta) & (lower > 0)
+    with np.errstate(over="ignore"):
+        meets[known] = np.log((upper[known] - delta) / lower[known])
+    [found] = np.nonzero(meets >= losses)
+    if not len(found) or np.any((upper >= delta) & (lower == 0)):
+        return float(pmf.get_epsilon_for_delta(delta))
+    return math.log((upper[found[0]] - delta) / lower[found[0]])
+
+
 def _pmf(loss: _ArrayGaussianLoss, width: float) -> PLDPmf:
     bounds = loss.connect_dots_bounds()
     lowest = math.floor(bounds.epsilon_lower / width)
     highest = math.ceil(bounds.epsilon_upper / width)
     deltas = loss.get_delta_for_epsilon(np.arange(lowest, highest + 1) * width)
-    return create_pmf_pessimistic_connect_dots_fixed_gap(width, lowest, highest, deltas)
+    if len(deltas) <= _MOST_SPARSE:
+        return create_pmf_pessimistic_connect_dots_fixed_gap(width, lowest, highest, deltas)
+    return DensePLDPmf(width, lowest, _connect_dots(width, deltas), deltas.min(), True)
+
+
+def _connect_dots(width: float, deltas: Curve) -> Curve:
+    """Return the mass of each loss: that of `create_pmf_pessimistic_connect_dots_fixed_gap`, which puts it into a dictionary.
+
+    Raises:
+        ValueError: For δ that grow with ε by more than rounding.
+    """
+    if np.diff(deltas).max() > _MOST_ROUNDING:
+        raise ValueError("deltas grow with ε: expected those of a privacy curve")
+    steps = np.diff(np.minimum.accumulate(deltas))
+    probs = np.zeros_like(deltas)
+    probs[0] = 1 - deltas[0] + steps[0] / math.expm1(width)
+    probs[1:-1] = (steps[1:] - steps[:-1] * math.exp(width)) / math.expm1(width)
+    probs[-1] = steps[-1] / math.expm1(-width)
+    mass: Curve = np.maximum(0.0, probs)
+    return mass
 
 
 class _ArrayGaussianLoss(GaussianPrivacyLoss):  # type: ignore[misc]  # dp-accounting has no types

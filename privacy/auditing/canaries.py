@@ -81,7 +81,7 @@ def plant(
     Args:
         canaries_in: (m,), which canaries are in.
         units_in: (n,), which units are; there must be at least one unit.
-        rows_each: Rows of a canary, each with the canary's gradient: clipped by itself, it would contribute so many times C.
+        rows_each: Rows of a canary, each with the canary's gradient: clipped by itself, it would contribute `rows_each` times C.
 
     Guarantee: a unit that is in has the losses, and the gradient in the module, that it would have without canaries; a canary's
     gradient is 100·C in its own parameter and zero elsewhere; what is held out has a gradient of zero.

@@ -206,7 +206,7 @@ def _curve(steps: tuple[Steps, ...]) -> TradeOff:
 
 
 def _is_refuted(curve: TradeOff, targets: int, guess: Guess, error: float) -> bool:
-    """Whether so many right guesses have a probability below `error` under the curve; with k = 2 candidates for each guess."""
+    """Whether at least `guess.right` right guesses have a probability below `error` under the curve; k = 2 candidates each."""
     right = guess.right
     wrong = guess.count - guess.right
     r = error * right / targets

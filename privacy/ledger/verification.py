@@ -21,7 +21,7 @@ from cotune.privacy.accounting.filters import (
     epsilon_spent,
     true_positive_rate_over_runs,
 )
-from cotune.privacy.claim import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
+from cotune.privacy.claimed_guarantee import FALSE_POSITIVE_RATE, SMALL_DELTA, compute_run_figures
 from cotune.privacy.ledger.charges import (
     Charge,
     DataSet,

@@ -27,7 +27,7 @@ class ClippedSum:
         clipping_mode: What is clipped to the norm: the gradient as a whole, or each parameter tensor to its share.
 
     Raises:
-        PrivacyError: For so many parameters that rounding alone could take half of C.
+        PrivacyError: If the parameters are so numerous that rounding alone could take half of C.
     """
 
     def __init__(self, like: Sequence[Tensor], clip_norm: float, noise_multiplier: float, clipping_mode: ClippingMode) -> None:

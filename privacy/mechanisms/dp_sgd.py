@@ -201,7 +201,13 @@ class _Sums(ExitStack):
 
 
 def clipped_sum(setup: DPSGDSetup, config: DPSGDConfig, units: Sequence[Unit]) -> Sums:
-    """Return the exact sum of what some units contribute to a step, without noise: not for anyone else to see."""
+    """Return the exact sum of what some units contribute to a step, without noise: it must not leave the organization.
+
+    Args:
+        setup: The model and its records.
+        config: Clip norm and clipping mode; σ only decides how contributions are rounded.
+        units: The row numbers of each unit.
+    """
     with _Sums(setup, config) as sums:
         return sums.add_up(units)
 

@@ -36,8 +36,8 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
 
     Raises:
         RunError: If there are no members, or the folder cannot be written.
-        PlanError: If an override is not valid, or the plan cannot run with so many organizations.
-        PrivacyError: If client-level privacy is impossible with so many organizations.
+        PlanError: If an override is not valid, or the plan cannot run with that many members.
+        PrivacyError: If client-level privacy is impossible with that many members.
         DataError: If the test set cannot be read.
         ModelError: If the base model's weights are not there, and the run could not do without.
     """

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from cotune.server.proxy.allowed_calls import Refusal
-from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.fleet_types import FleetFormat
 
 FindMember = Callable[[bytes], str | None]  # public key (PEM) -> the member that it belongs to
 

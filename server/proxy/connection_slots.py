@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.limits import Limits
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.limits import Limits
 
 
 class Traffic:
@@ -45,7 +45,7 @@ class Traffic:
             lock.release()
 
     def _has_room(self, member: str, size: int) -> bool:
-        """Return whether so many more bytes fit; the content of a single request always does."""
+        """Return whether `size` more bytes fit; the content of a single request always does."""
         own = self._by_member[member]
         everybody = self._by_member.total()
         if own and own + size > self._limits.in_flight_per_member:

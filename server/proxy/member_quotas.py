@@ -107,7 +107,7 @@ class Usage:
         self._members: dict[str, _MemberUsage] = {}
 
     def record_requests(self, member: str, requests: int) -> None:
-        """Credit a member with what it needs for so many requests, before it receives them."""
+        """Credit a member with what it needs to answer `requests` requests, before it receives them."""
         used = self._get_usage(member)
         reply = self._quotas.reply
         for _ in range(requests):

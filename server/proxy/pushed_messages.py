@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 
 from google.protobuf.message import DecodeError
 
-from cotune.server.proxy.fleet_format import FleetFormat, Metadata, ObjectTree
-from cotune.server.proxy.wire_format import MalformedMessage, TooManyFields, get_field_length, iterate_fields
+from cotune.server.proxy.fleet_types import FleetFormat, Metadata, ObjectTree
+from cotune.server.proxy.protobuf_fields import MalformedMessage, TooManyFields, get_field_length, iterate_fields
 
 MAX_DEPTH = 5  # levels: message, content, record, array, chunk
 _MAX_HEADER_BYTES = 16 * 2**10  # bytes of a message without its content: addresses, or the text of an error

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import h11
 
-from cotune.server.proxy.allowed_calls import Limits, Refusal, content_length, get_call, reason_to_refuse
+from cotune.server.proxy.allowed_calls import Refusal, content_length, get_call, reason_to_refuse
 from cotune.server.proxy.authentication import FindMember, authenticate
 from cotune.server.proxy.connection_slots import Slot, Slots, get_address_group
-from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.fleet_types import FleetFormat
 from cotune.server.proxy.in_flight_limits import Traffic
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas, Usage
 from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
 from cotune.server.proxy.rate_limited_log import RateLimitedLog

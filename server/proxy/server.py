@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Self
 
 from cotune.errors import RunError
-from cotune.server.proxy.allowed_calls import Limits
 from cotune.server.proxy.authentication import FindMember
 from cotune.server.proxy.connection import CHUNK_BYTES, ClientConnection
 from cotune.server.proxy.connection_slots import Slot, get_address_group
-from cotune.server.proxy.fleet_format import FleetFormat
+from cotune.server.proxy.fleet_types import FleetFormat
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import RequestGuard, ignore_refusal
 from cotune.server.proxy.upstream import SuperLink

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 import h11
 import httpx
 
-from cotune.server.proxy.allowed_calls import Limits, forwarded_headers
+from cotune.server.proxy.allowed_calls import forwarded_headers
+from cotune.server.proxy.limits import Limits
 
 
 class SuperLink:

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from cotune.protocol.refusals import AWAITS_APPROVAL, parse_refusal
-from cotune.server.wait_times import TIME_LIMITS, TimeLimits
+from cotune.protocol.refusals import APPROVAL, find_declining_rule, parse_refusal
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 
 NOT_APPROVED = "nobody there has approved the plan yet; it is asked again, and joins once somebody has"
 
 
 def awaits_approval(message: Message | None) -> bool:
     """Return whether a reply declines for one reason only: that a person has to approve the plan first."""
-    return message is not None and message.has_error() and parse_refusal(message.error.reason or "")[0] == AWAITS_APPROVAL
+    if message is None or not message.has_error():
+        return False
+    return find_declining_rule(parse_refusal(message.error.reason or "")[0]) == APPROVAL
 
 
 @dataclass(frozen=True)

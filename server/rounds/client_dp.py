@@ -36,7 +36,11 @@ class ClientLevelPrivacy:
         return None if folder.plan.client_privacy is None else cls(folder, folder.plan.client_privacy)
 
     def reason_to_stop(self, progress: Progress) -> str | None:
-        """Return why the next round must not be trained; None if it may. Call it before any organization is asked."""
+        """Return why the next round must not be trained; None if it may. Call it before any organization is asked.
+
+        Raises:
+            PrivacyError: If the account lacks the charge of a round that was played.
+        """
         charged = {round for round, _ in self.account.charges()}
         missing = [round for round in range(1, progress.round + 1) if round not in charged]
         if missing:

@@ -16,13 +16,13 @@ _MAX_FAILURE_RATE = 1e-3  # accepted probability that a run ends because a round
 
 
 def check_feasible(plan: Plan, organizations: int, *, server_data: bool) -> None:
-    """Check that a plan can run with so many organizations, and that its components in files are compatible with it.
+    """Check that a plan can run with a number of organizations, and that its components in files are compatible with it.
 
     It executes these files, which happens only on the coordinator's machine.
 
     Args:
         plan: The plan.
-        organizations: Their number.
+        organizations: How many take part.
         server_data: Whether the server has validation records.
 
     Raises:

@@ -20,9 +20,9 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.ensembles.public_inputs import PublicPredictions
 from cotune.errors import PrivacyError, RunError
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import statistic_shapes
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import statistic_shapes
 from cotune.privacy.client_dp import PrivateMean
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
 from cotune.protocol.signatures import TRAIN
@@ -43,9 +43,9 @@ from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult, metrics_entry
+from cotune.server.rounds.run_environment import ExampleBounds, RunEnvironment
 from cotune.server.rounds.selection import build_cohort, count_to_complete, record_waiting, select
-from cotune.server.rounds.session import ExampleBounds, Session
-from cotune.server.rounds.step import Score, apply_update, begin_round, broadcast_extras, round_context
+from cotune.server.rounds.strategy_step import Score, apply_update, begin_round, broadcast_extras, round_context
 from cotune.server.rounds.student import teach_student
 from cotune.server.rounds.updates.buffers import UpdateStore
 from cotune.server.rounds.updates.replies import UpdateReceiver
@@ -66,7 +66,7 @@ Evaluate = Callable[[State], Metrics | None]
 class _Run:
     """What all rounds of a run share."""
 
-    session: Session
+    environment: RunEnvironment
     transport: Transport
     model: TrainableModel
     evaluate: Evaluate
@@ -78,11 +78,11 @@ class _Run:
 
     @property
     def folder(self) -> RunFolder:
-        return self.session.folder
+        return self.environment.folder
 
     @property
     def plan(self) -> Plan:
-        return self.session.folder.plan
+        return self.environment.folder.plan
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _Start:
 
 
 def run_rounds(
-    session: Session,
+    environment: RunEnvironment,
     model: TrainableModel,
     evaluate: Evaluate,
     score: Score | None = None,
@@ -114,7 +114,7 @@ def run_rounds(
     """Train the rounds that are not finished yet.
 
     Args:
-        session: The run.
+        environment: The run.
         model: The model of its plan.
         evaluate: State -> metrics on the common test set; None if there is none.
         score: State -> accuracy on the server's validation records, for rules and the accuracy guard. Without it, the guard uses
@@ -127,7 +127,7 @@ def run_rounds(
     Raises:
         RunError: If a round does not reach its quorum; all earlier rounds are kept.
     """
-    folder = session.folder
+    folder = environment.folder
     plan = folder.plan
     progress = folder.load()
     client_level = ClientLevelPrivacy.of(folder)
@@ -140,10 +140,10 @@ def run_rounds(
             resumed_after=progress.round,
         )
     )
-    guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=session.is_real)
-    with closing(session.open_transport()) as transport:
+    guard = AccuracyGuard(plan.server.max_accuracy_drop, score, by_test_set=environment.is_real)
+    with closing(environment.open_transport()) as transport:
         store = UpdateStore.open(folder)
-        return _train(_Run(session, transport, model, evaluate, score, public, client_level, store, guard), progress)
+        return _train(_Run(environment, transport, model, evaluate, score, public, client_level, store, guard), progress)
 
 
 def _train(run: _Run, progress: Progress) -> Progress:
@@ -178,7 +178,7 @@ def _stop(folder: RunFolder, progress: Progress, reason: str) -> Progress:
 
 def _train_round(run: _Run, before: Progress, number: int) -> Progress:
     began = time.monotonic()
-    example_bounds = run.session.read_members()
+    example_bounds = run.environment.read_members()
     selection = _select(run, before, number, example_bounds)
     start = _begin(run, before, number)
     stage = run.plan.get_stage(number).mode
@@ -216,7 +216,7 @@ def _collect(
     received = received_digest(start.state, sent)
     statistics = statistic_shapes(run.plan, run.model, list(start.shared))
     spec = UpdateSpec.build(run.plan, start.context, start.shared, statistics, received=received, example_bounds=bounds)
-    receiver = UpdateReceiver(run.session, run.transport, run.store, selection.asked, spec, combination)
+    receiver = UpdateReceiver(run.environment, run.transport, run.store, selection.asked, spec, combination)
     result = Round(
         run.transport,
         run.plan.server,
@@ -224,8 +224,8 @@ def _collect(
         _requests(run, start, selection, sent, spec),
         receiver,
         run.folder.events.write,
-        is_real=run.session.is_real,
-        limits=run.session.limits,
+        is_real=run.environment.is_real,
+        limits=run.environment.limits,
     ).collect()
     receiver.end_round()
     return result
@@ -237,12 +237,12 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     before = start.before
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
-    stays = run.session.in_process
+    stays = run.environment.in_process
     encoded = encode_requests(run.plan.canonical(), start.number, start.state, recipients, sent, stays=stays)
     contents = dict(zip(asked, encoded, strict=True))
     cohort = build_cohort(folder, before.history, asked)
     fates = read_strike_records(folder, before.history)
-    run.session.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)
+    run.environment.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)
     return Requests(start.number, MessageType.TRAIN, contents, spec.max_bytes)
 
 
@@ -337,7 +337,7 @@ def _select(run: _Run, before: Progress, number: int, members: Mapping[str, Any]
     folder = run.folder
     config = run.plan.server
     excluded = _excluded(run, before, number, members)
-    needs_several = run.session.is_real and len(folder.file.participants) >= 2
+    needs_several = run.environment.is_real and len(folder.file.participants) >= 2
     asked = [person.name for person in select(folder, number, excluded)]
     complete = count_to_complete(run.plan, len(asked))
     needed = config.needed(complete, fuses=needs_several) if asked else 0

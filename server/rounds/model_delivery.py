@@ -18,9 +18,9 @@ from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import Recipient, decode_receipt, encode_requests, received_digest
 from cotune.protocol.signatures import FINISHED, RECEIPT
 from cotune.reporting.documents.events import Delivered, DeliveryFailed, DeliveryStarted
-from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
+from cotune.server.request_outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
-from cotune.server.rounds.session import ExampleBounds, Session
+from cotune.server.rounds.run_environment import ExampleBounds, RunEnvironment
 from cotune.server.rounds.updates.replies import refuse_unsigned
 from cotune.server.rounds.updates.update_validation import one_line
 from cotune.server.runs.deliveries import read_deliveries, record_delivery
@@ -35,7 +35,7 @@ _MAX_REQUESTS = 3
 Members = Mapping[str, ExampleBounds | None]
 
 
-def deliver(session: Session) -> list[str]:
+def deliver(environment: RunEnvironment) -> list[str]:
     """Deliver the final model to the members of a run that do not have it yet.
 
     It waits `server.absent_seconds` for those that are not connected. Excluded and revoked organizations get no model; excluded
@@ -44,15 +44,15 @@ def deliver(session: Session) -> list[str]:
     Returns:
         The organizations that still lack the model.
     """
-    progress = session.folder.load()
-    members = session.read_members()
-    lacking = _deliver_model(session, progress, members)
-    _notify_excluded(session, progress, members)
+    progress = environment.folder.load()
+    members = environment.read_members()
+    lacking = _deliver_model(environment, progress, members)
+    _notify_excluded(environment, progress, members)
     return lacking
 
 
-def _deliver_model(session: Session, progress: Progress, members: Members) -> list[str]:
-    folder = session.folder
+def _deliver_model(environment: RunEnvironment, progress: Progress, members: Members) -> list[str]:
+    folder = environment.folder
     without = {*find_excluded(folder, progress.history), *read_deliveries(folder)}
     lacking = [p.name for p in folder.file.participants if p.name in members and p.name not in without]
     folder.events.write(DeliveryStarted(organizations=lacking))
@@ -63,14 +63,14 @@ def _deliver_model(session: Session, progress: Progress, members: Members) -> li
     recipients = [Recipient(name, last.get(name, 0)) for name in lacking]
     contents = dict(zip(lacking, encode_requests(folder.plan.canonical(), progress.round, state, recipients), strict=True))
     received = received_digest(state)
-    _sign(session, progress, contents, recipients, received)
-    with closing(session.open_transport()) as transport:
-        return _Delivery(session, transport, _requests(progress, contents), received).run()
+    _sign(environment, progress, contents, recipients, received)
+    with closing(environment.open_transport()) as transport:
+        return _Delivery(environment, transport, _requests(progress, contents), received).run()
 
 
-def _notify_excluded(session: Session, progress: Progress, members: Members) -> None:
+def _notify_excluded(environment: RunEnvironment, progress: Progress, members: Members) -> None:
     """Send excluded organizations a request without a model, which they decline and enter in their audit logs."""
-    folder = session.folder
+    folder = environment.folder
     out = find_excluded(folder, progress.history)
     fates = read_strike_records(folder, progress.history)
     fates = {p.name: fates[p.name] for p in folder.file.participants if p.name in out and p.name in members}
@@ -79,13 +79,13 @@ def _notify_excluded(session: Session, progress: Progress, members: Members) -> 
     recipients = [Recipient(name) for name in fates]
     contents = dict(zip(fates, encode_requests(folder.plan.canonical(), progress.round, {}, recipients), strict=True))
     received = received_digest({})
-    _sign(session, progress, contents, recipients, received, fates)
-    with closing(session.open_transport()) as transport:
-        _Notices(session, transport, _requests(progress, contents), received).run()
+    _sign(environment, progress, contents, recipients, received, fates)
+    with closing(environment.open_transport()) as transport:
+        _Notices(environment, transport, _requests(progress, contents), received).run()
 
 
 def _sign(
-    session: Session,
+    environment: RunEnvironment,
     progress: Progress,
     contents: Mapping[str, RecordDict],
     recipients: list[Recipient],
@@ -93,7 +93,7 @@ def _sign(
     fates: Mapping[str, StrikeRecord] | None = None,
 ) -> None:
     cohort = progress.history[-1].participants
-    session.trail.sign(FINISHED, progress.round, contents, recipients, received, cohort, fates)
+    environment.trail.sign(FINISHED, progress.round, contents, recipients, received, cohort, fates)
 
 
 def _requests(progress: Progress, contents: Mapping[str, RecordDict]) -> Requests:
@@ -103,14 +103,14 @@ def _requests(progress: Progress, contents: Mapping[str, RecordDict]) -> Request
 class _Delivery:
     """Sends the final model and waits for receipts."""
 
-    def __init__(self, session: Session, transport: Transport, requests: Requests, received: str) -> None:
-        self._folder: RunFolder = session.folder
-        self._trail = session.trail
+    def __init__(self, environment: RunEnvironment, transport: Transport, requests: Requests, received: str) -> None:
+        self._folder: RunFolder = environment.folder
+        self._trail = environment.trail
         self._transport = transport
         self._round = requests.round
         self._received = received
         config = self._folder.plan.server
-        self._limits = session.limits
+        self._limits = environment.limits
         lifetime = config.absent_seconds + self._limits.export
         retries = RetryLimits(max_losses=_MAX_REQUESTS, max_requests=_MAX_REQUESTS, backoff=self._limits.retry_backoff)
         self._tracker = RequestTracker(transport, requests, retries, lambda name: lifetime)

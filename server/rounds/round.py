@@ -32,13 +32,13 @@ from cotune.reporting.documents.events import (
     Waiting,
 )
 from cotune.reporting.documents.rounds import LateEntry
-from cotune.server.outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
+from cotune.server.request_outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.approvals import NOT_APPROVED, PendingApprovals, awaits_approval
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.rounds.round_result import RoundResult
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Reply, Transport
 from cotune.server.transport.node_registry import LEFT, REVOKED, Node
-from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 _CONNECTION_POLL = 0.02  # seconds
 _COMPLETE = "the round was complete before it answered"

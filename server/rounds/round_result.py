@@ -10,7 +10,7 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.errors import RunError
 from cotune.plan.plan import Plan
 from cotune.reporting.documents.rounds import DroppedEntry, LateEntry, MetricsEntry, RoundEntry
-from cotune.server.outcomes import Accepted, Lost, Outcome, Rejected, TimedOut
+from cotune.server.request_outcomes import Accepted, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.selection import explain_waiting
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from cotune.errors import PlanError, RunError
 from cotune.plan.plan import Plan
 from cotune.privacy.mechanisms.random_generators import keyed_generator, seeded_generator
-from cotune.protocol.refusals import MIN_COHORT
+from cotune.protocol.refusals import MIN_COHORT, find_declining_rule
 from cotune.reporting.documents.rounds import RoundEntry
 from cotune.server.runs.run_folder import Participant, RunFolder
 from cotune.storage.files import atomic_write
@@ -123,7 +123,7 @@ def find_waiting(dropped: Mapping[str, str]) -> list[str]:
     Args:
         dropped: Organization -> why its update does not enter the model.
     """
-    return [name for name, reason in dropped.items() if MIN_COHORT in reason]
+    return [name for name, reason in dropped.items() if find_declining_rule(reason) == MIN_COHORT]
 
 
 def record_waiting(folder: RunFolder, round: int, dropped: Mapping[str, str]) -> None:

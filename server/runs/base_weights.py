@@ -8,8 +8,8 @@ from cotune.data.readers.sources import get_base_path
 from cotune.errors import ModelError
 from cotune.models.base.folder import has_weights
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import state_shapes
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import state_shapes
 from cotune.server.runs.run_model import open_server_model
 
 _COPY = "copy the base model's *.safetensors to its folder on this machine, or"

@@ -22,7 +22,7 @@ from cotune.models.export import export_adapters_alone, export_model
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.claim import build_claim
+from cotune.privacy.claimed_guarantee import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.base import Document
 from cotune.reporting.documents.events import Event, Note, RunFinalized

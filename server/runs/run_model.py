@@ -15,8 +15,8 @@ from torch import Tensor
 from cotune.data.readers.sources import get_base_path
 from cotune.models.base.lookup import FOLDER
 from cotune.models.trainable import State, TrainableModel, strip_prefix
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
 

@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from cotune.flower.chunks import pull_reply
-from cotune.server.outcomes import Lost, Rejected
+from cotune.server.request_outcomes import Lost, Rejected
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
 _POLL_SECONDS = 0.02

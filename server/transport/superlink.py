@@ -23,10 +23,10 @@ from cotune.errors import RunError
 from cotune.flower.chunks import Aborted, Malformed, TooLarge
 from cotune.flower.runtime_client import RunStopped, RuntimeClient
 from cotune.reporting.documents.events import ConnectionLost, ConnectionRestored, Event, OrganizationLeft
-from cotune.server.outcomes import Lost, Rejected
+from cotune.server.request_outcomes import Lost, Rejected
+from cotune.server.time_limits import TIME_LIMITS, TimeLimits
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node, NodeRegistry
-from cotune.server.wait_times import TIME_LIMITS, TimeLimits
 
 _POLL_GROWTH = 0.05  # interval between polls, as a fraction of the time without a reply, which bounds the relative delay
 _MAX_REPLIES = 4  # being fetched or waiting to be read at a time; each is as large as the model

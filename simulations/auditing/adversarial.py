@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.features.head import feature_head

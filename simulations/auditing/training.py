@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.training.personal.ditto_pfedme import followed, pulled
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_optimizer, build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.optimizer import build_optimizer
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import held_names, personal_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import held_names, personal_names, trained_names
 from cotune.privacy.auditing.canaries import Coins, PlantedCanaries, build_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
 from cotune.privacy.auditing.stepwise import log_likelihood_ratios

@@ -10,7 +10,7 @@ from typing import Self
 
 from cotune.errors import PlanError
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.accounting.selection import selection_epsilon
+from cotune.privacy.accounting.private_selection import selection_epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.comparison.grid import GridPoint
 from cotune.simulations.released_models import get_steps_by_organization, max_divergences

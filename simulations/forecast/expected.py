@@ -18,8 +18,8 @@ from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
@@ -73,12 +73,17 @@ def get_members(prepared: Prepared, model: TrainableModel) -> Expected:
 
 
 def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> Expected:
-    """Return organizations with so many records each, of which none is read.
+    """Return organizations with given numbers of records, of which none is read.
 
     Their policies allow the plan, and tell what a new policy tells: the number of records with noise, which is charged, too.
 
+    Args:
+        plan: What they carry out.
+        examples: The number of records of each organization.
+        device: auto, cpu, cuda or cuda:N.
+
     Raises:
-        PlanError, PrivacyError, DataError, ModelError, DeviceError: For a plan that so many organizations cannot carry out.
+        PlanError, PrivacyError, DataError, ModelError, DeviceError: For a plan that these organizations cannot carry out.
     """
     pick_device(device)
     resolved, notes = open_plan(plan)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from cotune.client.noise_calibration import planned_charges, planned_steps
-from cotune.plan.parameters import get_plan_model, statistic_shapes
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, statistic_shapes
 from cotune.privacy.accounting.composition import epsilon
-from cotune.privacy.claim import Figures, compute_figures, max_figures
+from cotune.privacy.claimed_guarantee import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
 from cotune.reporting.privacy_statement import client_statement
-from cotune.server.rounds.step import begin_round
+from cotune.server.rounds.strategy_step import begin_round
 from cotune.server.runs.client_privacy import compute_round_noise
 from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, build_members, get_members, new_policy
 from cotune.simulations.forecast.stopwatch import Seconds
@@ -135,7 +135,13 @@ def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Fo
 
 
 def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> Forecast:
-    """The same for organizations with so many records each: no data are looked at. Raises what `build_members` raises."""
+    """Forecast a plan for organizations with given numbers of records: no data are read. Raises what `build_members` raises.
+
+    Args:
+        plan: What they carry out.
+        examples: The number of records of each organization.
+        device: auto, cpu, cuda or cuda:N.
+    """
     return _forecast(build_members(plan, examples, device), None)
 
 

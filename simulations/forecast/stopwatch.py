@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_optimizer, build_setup, synthetic_setup
+from cotune.client.training.stage_setup.from_records import build_setup, synthetic_setup
+from cotune.client.training.stage_setup.optimizer import build_optimizer
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
 from cotune.data.tasks.classes import logits
@@ -22,8 +23,8 @@ from cotune.models.features.head_fit import fit_head, head_names
 from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import stage_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 
@@ -129,7 +130,7 @@ class Stopwatch:
         return found
 
     def on_features(self, stage: Stage, batch: int, *, private: bool) -> Seconds:
-        """One step of a head on so many features."""
+        """Measure one step of a head on the features of `batch` records."""
         setting = self._made_up(stage, max(1, batch))
         return self._step(setting, stage, range(setting.rows), private=private)
 
@@ -148,7 +149,7 @@ class Stopwatch:
         return rows, found
 
     def fit(self, records: int) -> Seconds:
-        """One head fitted to so many features, see `client.adaptation`."""
+        """Measure one head fitted to the features of `records` records, see `client.adaptation`."""
         self.model.load({})
         head = self.model.state(head_names(self.model))
         vectors = encode_batch(self.model, self.examples[:8], self.plan.model.precision).nan_to_num()

@@ -147,7 +147,7 @@ class _Work:
         return all(are_cached(self.model, records.inputs, precision) for records in self.prepared.records.values())
 
     def _read(self, records: int) -> Seconds:
-        """So many records, sorted, forward alone."""
+        """Return the seconds for `records` records, sorted, forward alone."""
         if not self.encoding:  # tags: a head that reads every vector
             self.encoding = self.stopwatch.reading()
         lengths = Counter(self.stopwatch.lengths(FINE_LENGTHS))
@@ -155,13 +155,13 @@ class _Work:
         return _total(self.encoding, {length: n * filled for length, n in lengths.items()})
 
     def _encode(self, records: int) -> Seconds:
-        """So many records, forward alone, in batches that their lengths alone decide."""
+        """Return the seconds for `records` records, forward alone, in batches that their lengths alone decide."""
         if not records:
             return Seconds()
         return _total(self.encoding, self._counted(FINE_LENGTHS, records, FEATURE_SLOTS - 1))
 
     def _counted(self, buckets: Sequence[int], records: float, rows: int) -> dict[int, float]:
-        """Length -> how many batches so many records are in, with the lengths of the sample."""
+        """Length -> how many batches `records` records are in, with the lengths of the sample."""
         lengths = self.stopwatch.lengths(buckets)
         return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
 

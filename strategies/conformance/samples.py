@@ -149,7 +149,16 @@ class LinearInputs:
     def distill(
         self, delta: Delta, taught: Tensor, *, temperature: float, learning_rate: float, epochs: int, batch_size: int
     ) -> Delta:
-        """Take one step of gradient descent on all inputs in each epoch; for the arguments see `types.PublicInputs`."""
+        """Take one step of gradient descent on all inputs in each epoch, for θ + delta; see `types.PublicInputs.distill`.
+
+        Args:
+            delta: Where the student starts, relative to θ.
+            taught: (n, classes), the probabilities to learn.
+            temperature: Of the student's softmax.
+            learning_rate: Of a step.
+            epochs: How many steps are taken.
+            batch_size: Ignored: every step takes all inputs.
+        """
         found = {name: tensor.double().clone() for name, tensor in delta.items()}
         for _ in range(epochs):
             apart = functional.softmax(self.predict(found) / temperature, dim=1) - taught

@@ -26,16 +26,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.models.encoding import encoded_examples
 from cotune.models.features.head import encode_vectors
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.per_example import per_example, unit_gradients
 from tests.support.datasets import COLORS, write_csv, write_images

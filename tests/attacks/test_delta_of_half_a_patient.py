@@ -13,7 +13,7 @@ from cotune.client.consent.policy_check import find_violations
 from cotune.plan.load import parse_plan
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps
-from cotune.privacy.claim import SMALL_DELTA, compute_figures
+from cotune.privacy.claimed_guarantee import SMALL_DELTA, compute_figures
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy
 

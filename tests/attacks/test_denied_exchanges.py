@@ -30,7 +30,7 @@ from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.refusals import dump_refusal, refusal_digest
 from cotune.protocol.signatures import RECEIPT, REFUSAL, ReplyStatement, RequestStatement, detach, sign
 from cotune.server.deployment.keys.signing import public_hex, read_signing_key
-from cotune.server.deployment.trail import read_trail
+from cotune.server.deployment.signed_trail import read_trail
 from cotune.server.runs.deliveries import read_deliveries
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.delivery import deliver

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from cotune.client.training.disclosures import count_correct, total_loss
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 
 CEILING = 0.01  # every loss is above it, so that each record counts for all of it
 

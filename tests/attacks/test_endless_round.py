@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.errors import PolicyError
 from cotune.plan.server_config import RoundsConfig
-from cotune.server.outcomes import Accepted, Declined, Outcome
+from cotune.server.request_outcomes import Accepted, Declined, Outcome
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.rounds.round_result import RoundResult

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.proxy.allowed_calls import Limits
 from cotune.server.proxy.connection_slots import Slot, Slots
+from cotune.server.proxy.limits import Limits
 
 
 class Door:

@@ -13,8 +13,9 @@ import h11
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.allowed_calls import Refusal
 from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy_process import FLEET_FORMAT

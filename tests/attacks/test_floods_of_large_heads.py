@@ -15,8 +15,9 @@ import pytest
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.front_refusals import RefusalLog
 from cotune.server.deployment.status import look
-from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.allowed_calls import Refusal
 from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy_process import FLEET_FORMAT

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from cotune.cli.screen import screen
+from cotune.cli.console import open_console
 from cotune.client.audit_log import AuditLog
 from cotune.client.site_setup import make_site
 from cotune.printable import Clean
@@ -243,7 +243,7 @@ def test_words_cannot_style_themselves_nor_link(monkeypatch: pytest.MonkeyPatch)
     """Not even where a command forgot to escape them: markup that is not the commands' own is text."""
     below = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", Clean(io.TextIOWrapper(below, encoding="utf-8")))
-    console = screen()
+    console = open_console()
     for words in ("[link=http://h]here[/link]", "[reverse]x", "[@click=f]x[/]", "a[/bold]b", ":smile:", HOSTILE):
         console.print(f"[bold]{words}[/bold]")
     sys.stdout.flush()
@@ -255,6 +255,6 @@ def test_words_cannot_style_themselves_nor_link(monkeypatch: pytest.MonkeyPatch)
 
 def test_commands_have_no_other_screen() -> None:
     """Anyone who makes a console of its own prints past what is looked at here."""
-    rooms = [Path(screen.__code__.co_filename).parents[1] / room for room in ("cli", "client", "server", "simulations")]
+    rooms = [Path(open_console.__code__.co_filename).parents[1] / room for room in ("cli", "client", "server", "simulations")]
     found = [file.name for room in rooms for file in room.rglob("*.py") if re.search(r"\bConsole\(", file.read_text("utf-8"))]
     assert found == []

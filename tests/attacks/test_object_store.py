@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 
 from cotune.protocol.messages import Recipient, encode_requests, encode_update
-from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
 from cotune.server.proxy_process import FLEET_FORMAT
 from cotune.strategies import Update

@@ -21,15 +21,15 @@ from torch.nn import functional
 from transformers import AutoModel, BertConfig, RobertaConfig
 
 from cotune.client.training.checks.gradient_checks import check_gradients
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms import clipped_sum, dp_sgd
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup

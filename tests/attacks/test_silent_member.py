@@ -10,7 +10,7 @@ import pytest
 from flwr.app import MessageType
 
 from cotune.plan.server_config import RoundsConfig
-from cotune.server.outcomes import Accepted
+from cotune.server.request_outcomes import Accepted
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
 from cotune.server.runs.exclusions import count_strikes, find_excluded

@@ -24,12 +24,12 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from cotune.flower.chunks import TooLarge
 from cotune.flower.runtime_client import RuntimeClient
-from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
 from cotune.server.proxy_process import FLEET_FORMAT
+from cotune.server.time_limits import TimeLimits
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
-from cotune.server.wait_times import TimeLimits
 from tests.support.calls import announcement
 
 NO_TIMES = (math.nan, math.inf, -math.inf, -1.0, 1e300)

@@ -13,7 +13,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cotune.client.audit_log import AuditLog, record_sizes
-from cotune.errors import RunError
 from cotune.protocol.signatures import content_digest
 from tests.support.failures import fails_with
 
@@ -88,7 +87,7 @@ def test_several_at_once(tmp_path: Path) -> None:
 def test_on_a_full_disk_nothing_is_promised(tmp_path: Path) -> None:
     log = AuditLog(tmp_path)
     os.symlink("/dev/full", log.file)
-    with pytest.raises(RunError, match="cannot be written .*: nothing is sent that is not entered there"):
+    with fails_with("run.not_writable", "audit.jsonl"):
         log.append("update", round=1)
 
 

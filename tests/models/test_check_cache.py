@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cotune.errors import PrivacyError
-from cotune.models import independence
+from cotune.models import record_independence
 from cotune.models.base.load import load_model
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.config import LoraConfig, ModelConfig
-from cotune.models.independence import check_padding
+from cotune.models.record_independence import check_padding
 from cotune.models.trainable import TrainableModel
 
 KEY = ("model", 1, ("a", None), torch.float32)
@@ -98,8 +98,8 @@ def test_key_of_a_model_holds_what_its_numbers_follow_from(base_model: Callable[
 def test_padding_is_tried_once_for_a_model(base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process makes a model of its own, which it need not try again."""
     tried: list[int] = []
-    measure = independence.padding_error
-    monkeypatch.setattr(independence, "padding_error", lambda *given: (tried.append(1), measure(*given))[1])
+    measure = record_independence.padding_error
+    monkeypatch.setattr(record_independence, "padding_error", lambda *given: (tried.append(1), measure(*given))[1])
     for _ in range(2):
         check_padding(make(base_model("bert")))
     assert len(tried) == 1
@@ -108,7 +108,7 @@ def test_padding_is_tried_once_for_a_model(base_model: Callable[[str], Path], mo
 
 
 def test_failed_check_is_made_again(base_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(independence, "padding_error", lambda *_: 1.0)
+    monkeypatch.setattr(record_independence, "padding_error", lambda *_: 1.0)
     with pytest.raises(PrivacyError):
         check_padding(make(base_model("bert")))
     assert not list(cache.rglob("*.json"))

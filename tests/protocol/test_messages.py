@@ -392,7 +392,7 @@ def test_a_message_without_a_part_is_refused(key: str) -> None:
 
 def test_a_broken_request_is_refused() -> None:
     (content,) = encode_requests("{}", 1, STATE, [Recipient("a")])
-    with pytest.raises(RunError, match="named request"):
+    with fails_with("run.malformed_message", "request"):
         decode_request(encode_update(UPDATE, "plan"))
     content["request"] = ConfigRecord({**cast(ConfigRecord, content["request"]), "round": "one"})
     with fails_with("run.malformed_message", "one"):

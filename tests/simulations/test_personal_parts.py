@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from cotune.client.site import Site
 from cotune.client.training.personal.parameters import PERSONAL
 from cotune.errors import PlanError
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.run import Run, simulate

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from cotune.client.site import Site
-from cotune.client.training import setup
 from cotune.client.training.checks import gradient_checks
+from cotune.client.training.stage_setup import from_records
 from cotune.data.record_reading import read_records
 from cotune.errors import PlanError
 from cotune.models.physical_batch import PhysicalBatch
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.run import Run, simulate
 from tests.support.console import Cotune as CommandLine
@@ -126,7 +126,7 @@ def test_clipped_gradients_are_those_of_one_record_at_a_time(new_plan: NewPlan, 
     model.train_only(model.names(stage.mode))
     records = read_records(plan.data, task=plan.task).select(range(7))
     examples = model.loaded.task.examples(model.loaded.reader, model.loaded.max_length, records.inputs, [0] * 7)
-    made = setup._on_examples(plan, stage, model, examples, [[row] for row in range(7)], PhysicalBatch(32, model.device))
+    made = from_records._on_examples(plan, stage, model, examples, [[row] for row in range(7)], PhysicalBatch(32, model.device))
     assert isinstance(plan.privacy, RecordPrivacy)
     assert gradient_checks._clipping_error(made, plan.privacy) < 1e-5
 

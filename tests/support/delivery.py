@@ -12,7 +12,7 @@ from cotune.protocol.messages import Receipt, Request, decode_request, encode_re
 from cotune.protocol.signatures import RECEIPT, detach
 from cotune.server import app
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.wait_times import TimeLimits
+from cotune.server.time_limits import TimeLimits
 from tests.support.organizations import adding
 from tests.support.rounds import IMPATIENT, NAMES, play
 from tests.support.run_folders import NewRun

@@ -7,6 +7,7 @@ with SIGKILL, right after something that the test names has happened: at the sam
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -14,16 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from multiprocessing.context import ForkServerContext
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
+from cotune.worker_process import WorkerProcess
 
 _PRELOADED = (
     "pytest",
@@ -37,7 +41,10 @@ _PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "scipy.stats",
     "dp_accounting",
+    "cotune.cli.simulate",
+    "tests.support.warm",
     "peft",
+    "tests.support.frozen_heap",
 )
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process
@@ -64,7 +71,7 @@ class Moment:
 
 def end_at(moment: Moment) -> None:
     """Let this process end with SIGKILL at a moment."""
-    from cotune.client.training.observe import observe_client
+    from cotune.client.local_events import observe_client
     from cotune.server.runs.events import observe_run
 
     left = moment.nth
@@ -94,6 +101,37 @@ def preloaded() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     return context
+
+
+class _NotedProcess(ForkServerProcess):
+    """Its number is noted in the folder where its parent works: see `find_worker`."""
+
+    def start(self) -> None:
+        super().start()
+        _note_of(os.getpid(), Path.cwd()).write_text(str(self.pid), encoding="ascii")
+
+
+class _NotingContext(ForkServerContext):
+    Process = _NotedProcess
+
+
+def start_from_the_same_server() -> None:
+    """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = resource_tracker.ensure_running  # its address is known here; CPython starts another all the same
+    WorkerProcess.context = _NotingContext()
+
+
+def find_worker(parent: int, folder: Path) -> psutil.Process:
+    """Find the newest worker of a process that works in a folder. Raises LookupError, psutil.NoSuchProcess."""
+    note = _note_of(parent, folder)
+    if not note.exists():
+        raise LookupError(f"process {parent} has started no worker")
+    return psutil.Process(int(note.read_text(encoding="ascii")))
+
+
+def _note_of(parent: int, folder: Path) -> Path:
+    return folder / f"worker-of-{parent}"
 
 
 @pytest.fixture
@@ -141,6 +179,7 @@ def _console(arguments: list[str], environ: Mapping[str, str], folder: Path, kil
     from cotune.cli.main import run
 
     torch.set_num_threads(1)
+    start_from_the_same_server()
     if killed_at is not None:
         end_at(killed_at)
     run()

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members
-from cotune.server.proxy.allowed_calls import Limits
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.server import TlsProxy
 from cotune.server.proxy_process import FrontConfig, setup

@@ -12,7 +12,7 @@ from cotune.models.trainable import State
 from cotune.protocol.messages import Request
 from cotune.server.app import train_rounds
 from cotune.server.runs.run_folder import Progress, RunFolder
-from cotune.server.wait_times import TimeLimits
+from cotune.server.time_limits import TimeLimits
 from tests.support.organizations import Answer, adding, federation, model_of, update
 
 NAMES = ("org-1", "org-2", "org-3")

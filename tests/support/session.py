@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cotune.data.inputs import chat_template
-from cotune.models import independence
+from cotune.models import record_independence
 from cotune.worker_process import WorkerProcess
 from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
@@ -79,4 +79,4 @@ def verdicts() -> VerdictsByContent:
 @pytest.fixture(autouse=True)
 def _equal_models_are_tried_once(_import_paths_stay: None, verdicts: VerdictsByContent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether records mix is tried for a second with every model that is loaded, and most tests load the same tiny ones."""
-    monkeypatch.setattr(independence, "_mixing", verdicts)
+    monkeypatch.setattr(record_independence, "_mixing", verdicts)

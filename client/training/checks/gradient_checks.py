@@ -11,16 +11,16 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from cotune.client.training.regularization import find_dropout
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import _weights_of, synthetic_setup
+from cotune.client.training.stage_setup.from_records import _weights_of, synthetic_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.device import is_out_of_memory, kernel_key
-from cotune.models.independence import check_padding, fits_in_float64, in_float64
+from cotune.models.record_independence import check_padding, fits_in_float64, in_float64
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import stage_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, kinds_without_rule

@@ -9,7 +9,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from cotune.client.training.context import LocalContext
+from cotune.client.training.request_context import RequestContext
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport
@@ -161,7 +161,7 @@ def _check_same(before: Mapping[str, object], now: Mapping[str, object]) -> None
         )
 
 
-def build_sanity_checks(context: LocalContext, before: State, *, noise: bool) -> SanityChecks:
+def build_sanity_checks(context: RequestContext, before: State, *, noise: bool) -> SanityChecks:
     """Return thorough checks in every round of a real organization, and in the last one of a simulation, with one model for all.
 
     Args:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from cotune.client.site import Site
-from cotune.client.training.extensions import adding_to_gradients
+from cotune.client.training.gradient_hooks import adding_to_gradients
 from cotune.client.training.personal.parameters import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import trained_names
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import trained_names
 from cotune.strategies.types import find_not_finite
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,13 @@ class OwnCopy(PersonalParameters):
     def pull(
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State
     ) -> AbstractContextManager[None]:
-        """During the block, add λ(v − w) to the gradient of every step, after its noise: w is what came, a released value."""
+        """During the block, add λ(v − w) to the gradient of every step, after its noise (algorithm 1).
+
+        Args:
+            optimizer: Of the copy.
+            parameters: v, by their names.
+            received: w, the shared model as it was received: a released value.
+        """
         toward = {name: received[name].to(p.device, p.dtype) for name, p in parameters.items()}
         return pulled(optimizer, parameters, toward, self.plan.personal.pull)
 
@@ -99,7 +105,14 @@ def pulled(
     toward: Mapping[str, Tensor],
     strength: float,
 ) -> AbstractContextManager[None]:
-    """During the block, add strength · (v − toward) to the gradient of every step, after its noise."""
+    """During the block, add strength · (v − toward) to the gradient of every step, after its noise.
+
+    Args:
+        optimizer: Whose steps they are.
+        parameters: v, by their names.
+        toward: The same names -> a tensor of the parameter's shape, type and device.
+        strength: λ, per unit of distance.
+    """
     return adding_to_gradients(optimizer, parameters, lambda name, p: strength * (p.detach() - toward[name]))
 
 
@@ -147,5 +160,16 @@ _KINDS: Mapping[str, type[PersonalParameters]] = {"parts": PersonalParameters, "
 
 
 def open_personal(plan: Plan, site: Site, model: TrainableModel, round: int, admitted: int) -> PersonalParameters:
-    """Return what the plan keeps at an organization (see `PersonalParameters`)."""
+    """Return what the plan keeps at an organization, as its `personal.method` says.
+
+    Args:
+        plan: Its `personal` table decides what is kept.
+        site: Where it is kept.
+        model: Of the plan.
+        round: Number of the round, from 1.
+        admitted: The last round whose update of this organization is in the model; 0: none.
+
+    Raises:
+        RunError: What was kept is lost.
+    """
     return _KINDS[plan.personal.method](plan, site, model, round, admitted)

@@ -15,8 +15,8 @@ from torch import nn
 from cotune.client.site import Site
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import personal_names, shared_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import personal_names, shared_names, trained_names
 from cotune.strategies.types import find_not_finite
 
 PERSONAL = "personal"  # the folder of what is kept
@@ -70,7 +70,13 @@ class PersonalParameters:
 
     @contextmanager
     def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], received: State) -> Iterator[None]:
-        """During the block the shared part trains: what is personal has a part in its steps where the method says so."""
+        """During the block, let the method take part in every step of the shared parameters; parts that stay here do not.
+
+        Args:
+            optimizer: Whose steps they are.
+            parameters: That are trained, by their names.
+            received: The shared state as the server has sent it.
+        """
         yield
 
     def keep(self) -> None:

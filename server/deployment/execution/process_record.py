@@ -97,7 +97,7 @@ def terminate_all(processes: Iterable[psutil.Process], grace: float) -> int:
 
 
 def _wait_for(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Wait until the processes have ended, at most so many seconds; return those that still run."""
+    """Wait until the processes have ended, for `seconds` at most; return those that still run."""
     deadline = time.monotonic() + seconds
     while (left := [process for process in processes if _is_running(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -14,8 +14,8 @@ from flwr.app import Message, RecordDict
 from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import decode_update, payload_bytes, write_out
 from cotune.protocol.signatures import UPDATE
-from cotune.server.outcomes import Accepted, Declined, Outcome, Rejected
-from cotune.server.rounds.session import Session, Trail
+from cotune.server.request_outcomes import Accepted, Declined, Outcome, Rejected
+from cotune.server.rounds.run_environment import RunEnvironment, Trail
 from cotune.server.rounds.updates.buffers import ReorderBuffer, UpdateStore
 from cotune.server.rounds.updates.update_validation import UpdateSpec, one_line
 from cotune.server.transport.base import Reply, Transport
@@ -54,7 +54,7 @@ class UpdateReceiver:
 
     def __init__(
         self,
-        session: Session,
+        environment: RunEnvironment,
         transport: Transport,
         store: UpdateStore,
         asked: Sequence[str],
@@ -64,16 +64,16 @@ class UpdateReceiver:
         """Create the receiver of a round; it also receives updates of earlier rounds.
 
         Args:
-            session: The run.
+            environment: The run.
             transport: It drops replies that are no longer needed at the end of the round.
             store: Buffers and quarantine.
             asked: Organizations, in the order in which their updates are added.
             spec: Requirements on their updates.
             combination: Where updates are added.
         """
-        folder = session.folder
+        folder = environment.folder
         self._transport = transport
-        self._trail = session.trail
+        self._trail = environment.trail
         self._plan_id = folder.plan.plan_id
         self._codec = folder.plan.wire
         self._everybody = [participant.name for participant in folder.file.participants]

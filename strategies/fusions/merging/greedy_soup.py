@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cotune.strategies.fusions.robust.robust_ops import unweighted_mean
+from cotune.strategies.fusions.robust.update_geometry import unweighted_mean
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, RoundContext, WeightedUpdate
 

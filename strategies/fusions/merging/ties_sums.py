@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.merging.merging_ops import trim_to_density
+from cotune.strategies.fusions.merging.trimming import trim_to_density
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums
 from cotune.strategies.types import WeightedUpdate

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.robust.robust_ops import MAX_PASSES, SMOOTHING, weiszfeld
+from cotune.strategies.fusions.robust.update_geometry import MAX_PASSES, SMOOTHING, weiszfeld
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums
 

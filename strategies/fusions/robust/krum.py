@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.fusions.robust.robust_ops import compute_squared_distances, rank_by_krum_score
+from cotune.strategies.fusions.robust.update_geometry import compute_squared_distances, rank_by_krum_score
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.types import Delta, WeightedUpdate
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.robust.robust_ops import clip_to_norm
+from cotune.strategies.fusions.robust.update_geometry import clip_to_norm
 from cotune.strategies.registry import Needs, fusion
 from cotune.strategies.sums import Sums, weighted, weighted_mean
 from cotune.strategies.types import WeightedUpdate

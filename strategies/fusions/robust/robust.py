@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.fusions.robust.robust_ops import MAX_PASSES, SMOOTHING, clip_to_norm, weiszfeld
+from cotune.strategies.fusions.robust.update_geometry import MAX_PASSES, SMOOTHING, clip_to_norm, weiszfeld
 from cotune.strategies.registry import Needs, Visibility, fusion
 from cotune.strategies.sums import Sums, norm, total
 from cotune.strategies.types import Aggregate, Delta, WeightedUpdate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cotune.privacy.accounting.display_rounding import round_up
-from cotune.privacy.claim import describe_attack
+from cotune.privacy.claimed_guarantee import describe_attack
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
 from tests.support.console import Cotune

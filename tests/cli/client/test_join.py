@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cotune.cli.client.join import Shown
+from cotune.cli.client.node_output import NodeOutput
 from cotune.client.audit_log import AuditLog
 from cotune.client.consent.approvals import Approvals
 from cotune.client.site import Site
@@ -251,7 +251,7 @@ def test_what_was_sent_is_shown_and_checked(cotune: Cotune, site: Path) -> None:
 
 def test_a_node_says_a_thing_once_until_it_changes() -> None:
     console = Console(width=200, record=True, force_terminal=False, highlight=False)
-    shown = Shown(console)
+    shown = NodeOutput(console)
     for round in ("1", "2"):
         shown("begun", {"round": round, "trains": True})
         shown("answered", {"round": round, "seconds": 1.0, "entry": {"what": "refusal", "reason": "the rule budget says no"}})

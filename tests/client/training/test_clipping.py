@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from cotune.client.training.checks import gradient_checks
 from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.data.tasks import classes
@@ -30,8 +30,8 @@ from cotune.errors import PlanError
 from cotune.models.base.load import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import COLORS, TAGS, write_csv, write_images

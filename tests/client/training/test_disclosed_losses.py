@@ -16,13 +16,13 @@ from cotune.client.site import Site
 from cotune.client.training import disclosures
 from cotune.client.training.disclosures import Disclosures
 from cotune.client.training.round import train_round
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
 from tests.support.failures import fails_with

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from cotune.client.site import Site
-from cotune.client.training import setup
 from cotune.client.training.round import train_round
+from cotune.client.training.stage_setup import from_records
 from cotune.data import dataset
 from cotune.models.encoding import FeatureRows, find_features
 from cotune.models.trainable import State
@@ -38,7 +38,7 @@ def test_rounds_with_and_without_kept_data_are_the_same(
     def copied(*given: Any) -> FeatureRows:
         return FeatureRows.of(find_features(*given).copy())
 
-    monkeypatch.setattr(setup, "find_features", copied)
+    monkeypatch.setattr(from_records, "find_features", copied)
     site = make_site(at="fresh", rows=rows)
     for number, before in zip((1, 2), kept, strict=True):
         dataset._kept.clear()

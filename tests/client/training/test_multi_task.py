@@ -15,15 +15,15 @@ from torch.nn import functional
 from cotune.client.site import Site
 from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
 from cotune.client.training.round import train_round
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.multi_task import keep_tasks
 from cotune.data.record_reading import read_records
 from cotune.data.tasks.classes import IGNORED
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.per_example import per_example, unit_gradients

@@ -13,12 +13,12 @@ from dp_accounting.rdp import RdpAccountant
 from torch import Tensor
 from torch.nn import functional
 
+from cotune.client.local_events import observe_client
 from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier, planned_steps
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import charged_steps as training
-from cotune.client.training import context
-from cotune.client.training.observe import observe_client
+from cotune.client.training import request_context
 from cotune.client.training.round import train_round
 from cotune.data.tasks import classes
 from cotune.data.tasks.classes import example_losses, logits
@@ -28,8 +28,8 @@ from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.local_training import LocalTraining
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
@@ -286,7 +286,7 @@ def test_a_state_that_is_not_finite_costs_nothing(
 def test_a_class_that_the_plan_lacks_costs_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
     plan = make_plan(privacy=PRIVATE, labels=("bad", "good"))
     site = make_site(simulated=True)
-    with pytest.raises(DataError, match="classes so, which the plan does not list"):
+    with fails_with("data.unknown_class", "so"):
         train_round(plan, site, 1, state_for(plan))
     assert site.ledger().spent() == []
 
@@ -505,7 +505,7 @@ def test_a_repeated_request_gets_the_same_update_for_nothing(
         raise AssertionError("nothing is to be trained")
 
     monkeypatch.setattr(training, "DPSGD", untouched)
-    monkeypatch.setattr(context, "load_trained_model", untouched)
+    monkeypatch.setattr(request_context, "load_trained_model", untouched)
     again = train_round(plan, Site(site.folder), 1, {name: t.clone() for name, t in state.items()})
     assert same(first.delta, again.delta)
     assert replace(first, delta={}) == replace(again, delta={})

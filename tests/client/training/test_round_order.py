@@ -11,13 +11,12 @@ import torch
 
 from cotune.client.run_account import Account
 from cotune.client.site import Site
-from cotune.client.training import charged_steps, preparation
-from cotune.client.training import context as context_module
+from cotune.client.training import charged_steps, preparation, request_context
 from cotune.client.training import round as training
 from cotune.client.training.checks import request_checks
 from cotune.client.training.checks.request_checks import BEFORE_CHARGE, BEFORE_RECORDS, BEFORE_TRAINING, BY_PUBLIC_NUMBER, Check
 from cotune.client.training.round import train_round
-from cotune.client.training.rows import TrainingSetup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.errors import CotuneError
 from cotune.models.trainable import State
@@ -68,7 +67,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(module, group, tuple(map(noted_check, getattr(request_checks, group))))
     noting(Site, "counted_dataset", lambda *_: "records are counted")
     noting(Site, "finished_update", lambda *_: "the outbox is read")
-    noting(context_module, "load_trained_model", lambda *_: "the model is loaded")
+    noting(request_context, "load_trained_model", lambda *_: "the model is loaded")
     noting(Ledger, "reserve", lambda *_, purpose, **__: f"charge: {purpose}")
     noting(Ledger, "record_unprotected", lambda self, plan_id, round, what, **_: f"unprotected: {what}")
     noting(Dataset, "label_counts", lambda *_: "labels take part")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cotune.client.training.checks.gradient_checks import check_stages
-from cotune.client.training.rows import TrainingSetup
-from cotune.client.training.setup import synthetic_setup
+from cotune.client.training.stage_setup.from_records import synthetic_setup
+from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model, stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, stage_names
 from cotune.privacy.mechanisms.per_example import per_example
 from tests.support.paired_models import PAIRED, paired_model, pairs_table
 from tests.support.simulations import merged

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cotune.client.training.checks.gradient_checks import check_gradients
-from cotune.client.training.setup import build_setup
+from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.models.evaluation.test_set import evaluate, predict
@@ -19,8 +19,8 @@ from cotune.models.features.kept_states import StateReader
 from cotune.models.features.lower_layers import STATES, find_lower_layers
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.per_example import per_example
 from tests.support.language_models import write_dialogs
 from tests.support.multi_task import NewPlan

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
 from cotune.privacy.auditing.stepwise import (
@@ -122,7 +121,7 @@ def test_randomized_response_is_bounded_tightly() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(PrivacyError, match="a score of the audit is not finite"):
+    with fails_with("privacy.audit_not_finite"):
         separation(np.array([bad, 0.0]), np.array([True, False]), 1.0)
 
 

@@ -141,7 +141,7 @@ def test_a_failure_leaves_nothing_behind(
 def test_what_is_there_stays_as_it_is(plan: Callable[..., Plan], tmp_path: Path) -> None:
     made = create_federation(tmp_path / "fed", plan(), config())
     before = {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()}
-    with pytest.raises(RunError, match=r"fed is there already: expected the name of a new folder"):
+    with fails_with("run.folder_exists", "fed"):
         create_federation(tmp_path / "fed", plan(), config())
     assert {path: path.read_bytes() for path in made.path.rglob("*") if path.is_file()} == before
 

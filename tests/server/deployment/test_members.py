@@ -93,7 +93,7 @@ def test_a_damaged_list_is_one_sentence(tmp_path: Path, content: str) -> None:
 def test_a_list_with_one_key_twice_is_damaged(tmp_path: Path) -> None:
     member = {"public_key": KEYS[0], "invited": "2026-01-01"}
     (tmp_path / "members.json").write_text(json.dumps({"members": [{"name": "a", **member}, {"name": "b", **member}]}))
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_document", "members.json"):
         Members(tmp_path / "members.json").active()
 
 
@@ -102,14 +102,14 @@ def test_a_name_that_was_put_in_by_hand_is_checked_again(tmp_path: Path, name: s
     """It becomes the name of files."""
     member = {"name": name, "public_key": KEYS[0], "invited": "2026-01-01"}
     (tmp_path / "members.json").write_text(json.dumps({"members": [member]}))
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_document", "members.json"):
         Members(tmp_path / "members.json").active()
 
 
 def test_a_key_that_was_put_in_by_hand_and_is_none(tmp_path: Path) -> None:
     member = {"name": "a", "public_key": "ssh-unheard-of AAAA", "invited": "2026-01-01"}
     (tmp_path / "members.json").write_text(json.dumps({"members": [member]}))
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_document", "members.json"):
         Members(tmp_path / "members.json").active()
 
 
@@ -124,5 +124,5 @@ def test_a_public_key_is_read_without_its_comment(tmp_path: Path) -> None:
 )
 def test_what_is_no_key_of_a_node_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "node.pub").write_text(content, encoding="utf-8")
-    with pytest.raises(RunError, match="is not the public key of an organization"):
+    with fails_with("run.invalid_key", "node.pub"):
         read_public_key(tmp_path / "node.pub")

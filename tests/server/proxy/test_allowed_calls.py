@@ -11,8 +11,9 @@ from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.proxy.allowed_calls import Limits, Refusal, content_length, forwarded_headers, get_call, reason_to_refuse
+from cotune.server.proxy.allowed_calls import Refusal, content_length, forwarded_headers, get_call, reason_to_refuse
 from cotune.server.proxy.authentication import authenticate
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy_process import FLEET_FORMAT
 
 LIMITS = Limits(body=1024)

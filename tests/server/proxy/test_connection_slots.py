@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.server.proxy.allowed_calls import Limits
 from cotune.server.proxy.connection_slots import Slot, Slots, get_address_group
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.rate_limited_log import LINES, SECONDS, RateLimitedLog
 
 

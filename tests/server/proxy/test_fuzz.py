@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotune.server import proxy
-from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.allowed_calls import Refusal
 from cotune.server.proxy.authentication import authenticate
 from cotune.server.proxy.connection import ClientConnection
 from cotune.server.proxy.connection_slots import Slot
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import Quotas
 from cotune.server.proxy.request_guard import RequestGuard
 from cotune.server.proxy_process import FLEET_FORMAT

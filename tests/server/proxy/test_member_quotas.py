@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cotune.server.proxy.allowed_calls import Limits, Refusal
+from cotune.server.proxy.allowed_calls import Refusal
+from cotune.server.proxy.limits import Limits
 from cotune.server.proxy.member_quotas import DAY, HOUR, Allowance, Quotas, Usage
 
 MIB = 2**20

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.protocol.messages import Recipient, encode_requests, encode_update
+from cotune.server.proxy.protobuf_fields import MalformedMessage, iterate_fields
 from cotune.server.proxy.pushed_messages import SentObjects, find_push_problem
-from cotune.server.proxy.wire_format import MalformedMessage, iterate_fields
 from cotune.server.proxy_process import FLEET_FORMAT
 from cotune.strategies import Update
 from tests.support.calls import NODE, announcement, identifier, tree

@@ -21,7 +21,7 @@ from cotune.server.runs.events import observe_run
 from cotune.server.runs.exclusions import count_strikes
 from cotune.server.runs.results import summarize
 from cotune.server.runs.run_folder import RunFolder
-from cotune.server.wait_times import TimeLimits
+from cotune.server.time_limits import TimeLimits
 from tests.support.failures import fails_with
 from tests.support.organizations import adding
 from tests.support.rounds import assert_moved, dropped, initial, play

@@ -230,7 +230,7 @@ def test_amplified_selection_draws_by_a_secret_kept_on_resume(new_run: NewRun) -
     assert drawn == [names(RunFolder(one.path), round) for round in range(1, 11)]
     assert drawn != [names(other, round) for round in range(1, 11)]
     (one.path / "selection.key").write_text("")
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_document", "selection.key"):
         select(one, 1)
 
 
@@ -293,5 +293,5 @@ def test_a_checkpoint_of_before_clip_norms_were_kept_can_be_read(new_run: NewRun
     (folder.path / "stopped.json").write_text(json.dumps({"reason": "enough"}))
     assert folder.stopped == "enough"
     (folder.path / "stopped.json").write_text("{")
-    with pytest.raises(RunError, match="is damaged"):
+    with fails_with("run.damaged_document", "stopped.json"):
         _ = folder.stopped

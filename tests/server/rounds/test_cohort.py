@@ -81,6 +81,12 @@ def test_one_that_declines_otherwise_does_not_count(new_run: NewRun) -> None:
     assert sorted(build_cohort(folder, (entry,), ["a", "b", "c"])) == ["a", "c"]
 
 
+def test_a_sentence_that_only_contains_the_rule_does_not_count(new_run: NewRun) -> None:
+    folder = new_run("a", "b")
+    record_waiting(folder, 2, {"a": WAITS, "b": f"its answer is no update: {WAITS}"})
+    assert sorted(build_cohort(folder, (round_entry(participants=[]),), ["a", "b"])) == ["a"]
+
+
 def test_who_waited_in_another_round_does_not_count(new_run: NewRun) -> None:
     folder = new_run("a", "b")
     record_waiting(folder, 3, {"a": WAITS})

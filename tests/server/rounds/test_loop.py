@@ -24,7 +24,7 @@ from cotune.protocol.version import PROTOCOL
 from cotune.server.app import train_rounds
 from cotune.server.runs.events import read_events
 from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder
-from cotune.server.wait_times import TimeLimits
+from cotune.server.time_limits import TimeLimits
 from cotune.strategies.sums import weighted
 from cotune.strategies.types import Update, WeightedUpdate
 from tests.support.failures import fails_with

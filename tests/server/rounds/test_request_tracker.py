@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from cotune.server.outcomes import Lost
+from cotune.server.request_outcomes import Lost
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node

@@ -87,7 +87,7 @@ def test_test_records_of_a_class_that_the_plan_lacks_are_refused(tmp_path: Path,
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, base_model: Base) -> None:
     federation = founded(tmp_path / "fed", base_model("bert"), "a")
     create_run(federation, name="one")
-    with pytest.raises(CotuneError, match="holds a run already"):
+    with fails_with("run.folder_exists", "one"):
         create_run(federation, name="one")
 
 

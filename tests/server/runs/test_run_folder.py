@@ -324,7 +324,7 @@ def test_one_that_only_looks_keeps_nobody_off(new_run: NewRun) -> None:
 def test_a_folder_that_is_gone_is_said(new_run: NewRun) -> None:
     folder = new_run()
     shutil.rmtree(folder.path)
-    with pytest.raises(RunError, match="cannot be written .*No such file or directory"), folder.locked():
+    with fails_with("run.not_writable", "run-1"), folder.locked():
         pass
 
 

@@ -14,10 +14,10 @@ from flwr.app import Message
 
 from cotune.flower.chunks import TooLarge
 from cotune.flower.runtime_client import RuntimeClient
-from cotune.server.outcomes import Rejected
+from cotune.server.request_outcomes import Rejected
+from cotune.server.time_limits import TimeLimits
 from cotune.server.transport.node_registry import Node
 from cotune.server.transport.superlink import SuperLinkTransport
-from cotune.server.wait_times import TimeLimits
 
 
 class FakeLine:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from cotune.client.site import Site
+from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport
 from cotune.simulations.auditing import training as audited_training
-from cotune.simulations.auditing.audit import audit
+from cotune.simulations.auditing.audit import AuditResult, audit
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import simulate
@@ -60,11 +61,31 @@ def test_audited_is_what_the_plan_would_do(toy_plan: NewPlan, called: list[tuple
     assert all(0 <= a.auc <= 1 and math.isfinite(a.at_least) and a.at_least <= a.power for a in result.attacks)
 
 
-def test_fewer_rounds_claim_less(toy_plan: NewPlan) -> None:
-    result = audit(toy_plan(**SMALL), rounds=1, device="cpu", **QUICK)
+@pytest.fixture(scope="module")
+def audits(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[AuditResult], Path]:
+    """Two audits of the first of two rounds of a plan, and the folder that was the current one."""
+    folder = tmp_path_factory.mktemp("current")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        settings: dict[str, Any] = {"canaries": 200, "rounds": 1, "confidence": CERTAIN, "device": "cpu"}
+        return [audit(toy_plan(**SMALL), **settings) for _ in range(2)], folder
+
+
+def test_fewer_rounds_claim_less(audits: tuple[list[AuditResult], Path]) -> None:
+    [result, _], _ = audits
     assert (result.rounds, result.rounds_planned, result.steps) == (1, 2, 5)
     assert result.epsilon == pytest.approx(epsilon([Steps(result.noise_multiplier, 0.5, 5)], result.delta))
     assert result.epsilon < 3
+
+
+def test_two_audits_are_two_draws(audits: tuple[list[AuditResult], Path]) -> None:
+    [one, other], _ = audits
+    assert [a.auc for a in one.attacks] != [a.auc for a in other.attacks]
+
+
+def test_an_audit_of_a_plan_leaves_nothing(audits: tuple[list[AuditResult], Path]) -> None:
+    _, folder = audits
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.long), "full"])
@@ -98,29 +119,6 @@ def test_steps_on_what_is_personal_are_audited_too(toy_plan: NewPlan, personal: 
     assert result.attacks[0].auc > 0.55
 
 
-def test_a_run_is_only_read(toy_plan: NewPlan, tmp_path: Path) -> None:
-    folder = simulate(toy_plan(**SMALL), tmp_path / "run", device="cpu").folder
-    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    spent = Site(folder / "sites" / "org-1").ledger().spent()
-    result = audit(folder, **QUICK)
-    assert result.organization == "org-1"
-    assert result.epsilon == pytest.approx(epsilon(spent, result.delta))  # what the run claims, and spent
-    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
-    assert audit(folder, organization="org-2", **QUICK).organization == "org-2"
-
-
-def test_an_audit_of_a_plan_leaves_nothing(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    audit(toy_plan(**SMALL), rounds=1, device="cpu", **QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_audits_are_two_draws(toy_plan: NewPlan) -> None:
-    settings: dict[str, Any] = {"canaries": 200, "rounds": 1, "confidence": CERTAIN, "device": "cpu"}
-    one, other = (audit(toy_plan(**SMALL), **settings) for _ in range(2))
-    assert [a.auc for a in one.attacks] != [a.auc for a in other.attacks]
-
-
 def test_what_cannot_be_audited_is_one_sentence(toy_plan: NewPlan) -> None:
     with fails_with("privacy.nothing_to_audit"):
         audit(toy_plan())
@@ -150,7 +148,7 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     import torch
 
     from cotune.data.dataset import Dataset
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")
@@ -179,12 +177,25 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     assert found == pytest.approx(expected, rel=0.02, abs=2e-3)
 
 
-def test_an_organization_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPlan, tmp_path: Path) -> None:
-    changes = {**SMALL, "simulation": {**SMALL.get("simulation", {}), "epsilons": [0.5, 2.0]}}
-    plan = toy_plan(**changes)
-    noise = prepare(plan, "cpu").noise
+def test_an_organization_with_an_own_epsilon_is_audited_at_that(toy_plan: NewPlan) -> None:
+    plan = with_own_epsilons(toy_plan)
     result = audit(plan, device="cpu", **QUICK)
-    assert result.noise_multiplier == noise["org-1"]
+    assert result.noise_multiplier == prepare(plan, "cpu").noise["org-1"]
     assert 0.45 < result.epsilon <= 0.5
+
+
+def test_a_run_is_only_read_and_audited_at_what_each_has_spent(toy_plan: NewPlan, tmp_path: Path) -> None:
+    plan = with_own_epsilons(toy_plan)
     folder = simulate(plan, tmp_path / "run", device="cpu").folder
-    assert audit(folder, **QUICK).noise_multiplier == noise["org-1"]
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    for chosen, name in ((None, "org-1"), ("org-2", "org-2")):
+        result = audit(folder, organization=chosen, **QUICK)
+        assert result.organization == name
+        spent = Site(folder / "sites" / name).ledger().spent()
+        assert result.epsilon == pytest.approx(epsilon(spent, result.delta))  # what the run claims, and spent
+        assert result.noise_multiplier == prepare(plan, "cpu").noise[name]
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+
+
+def with_own_epsilons(toy_plan: NewPlan) -> Plan:
+    return toy_plan(**{**SMALL, "simulation": {**SMALL["simulation"], "epsilons": [0.5, 2.0]}})

@@ -33,8 +33,8 @@ from torch.nn import functional
 from cotune.client.site import Site
 from cotune.client.training import charged_steps as training
 from cotune.client.training.round import train_round
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
@@ -235,7 +235,7 @@ def check_composition(plan: Plan, folder: Path, between_rounds: Callable[[Site],
             update = train_round(resolved, site, round, state)
             state = {name: tensor + update.delta[name] for name, tensor in state.items()}
             between_rounds(site)
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
     for (sigma, rate), count in Counter(ran).items():
         accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)), count)
     truth = accountant.get_epsilon(resolved.privacy.delta_for(prepared.shares[0].public_examples(resolved)))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.client.training.observe import observe_client
-from cotune.errors import PlanError, RunError
+from cotune.client.local_events import observe_client
+from cotune.errors import PlanError
 from cotune.reporting.comparison_statistics import Comparison, Variation
 from cotune.server.runs.run_folder import lock_folder
 from cotune.simulations.comparison.compare import compare
@@ -206,7 +206,7 @@ def test_two_comparisons_in_one_folder_at_a_time(plan_file: Path, tmp_path: Path
     with lock_folder(tmp_path), fails_with("run.locked"):
         compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path, jobs=1, device="cpu")
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"file cannot be written \(File exists\): choose another with --out"):
+    with fails_with("run.not_writable", "file"):
         compare(plan_file, [WEIGHTINGS], seeds=1, out=tmp_path / "file", jobs=1, device="cpu")
 
 

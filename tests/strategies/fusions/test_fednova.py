@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotune.errors import RunError
 from cotune.strategies.fusions.averaging.fednova import effective_steps
 from cotune.strategies.types import LocalSteps, RoundContext
+from tests.support.failures import fails_with
 
 CONTEXT = RoundContext(local=LocalSteps(steps=20))
 
@@ -81,5 +81,5 @@ def test_a_parameter_that_one_alone_trains_moves_as_it_did(fuse: Any) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 21])
 def test_more_or_fewer_steps_than_can_be_are_refused(fuse: Any, steps: int) -> None:
-    with pytest.raises(RunError, match=f"org-1 states {steps} local steps: expected 1 to 20"):
+    with fails_with("run.invalid_steps", "org-1", str(steps)):
         fuse("fednova", [[1.0], [1.0]], context=CONTEXT, changes=[{"steps": 1}, {"steps": steps}])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cotune.strategies.fusions.robust.robust_ops import clip_to_norm
+from cotune.strategies.fusions.robust.update_geometry import clip_to_norm
 
 
 def test_by_hand(fuse: Any) -> None:

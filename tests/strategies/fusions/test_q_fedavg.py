@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy.qfedavg import compute_delta_and_h
 
-from cotune.errors import RunError
 from cotune.strategies.types import LocalSteps, RoundContext
 from tests.support.failures import fails_with
 
@@ -56,5 +55,5 @@ def test_an_update_without_a_loss_is_refused(fuse: Any, changes: list[dict[str, 
 
 
 def test_a_loss_beyond_all_measure_ends_in_words(fuse: Any) -> None:
-    with pytest.raises(RunError, match="not finite"):
+    with fails_with("run.invalid_aggregate", "q_fedavg", "x"):
         fuse("q_fedavg", [[1.0], [1.0]], q=2.0, lipschitz=1.0, changes=told(1e200, 1.0))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from cotune.strategies.fusions.merging.merging_ops import trim_to_density
+from cotune.strategies.fusions.merging.trimming import trim_to_density
 
 
 def test_by_hand(fuse: Any) -> None:

@@ -10,15 +10,15 @@ import torch
 
 from cotune.client.site import Site
 from cotune.client.training.checks.gradient_checks import check_gradients
-from cotune.client.training.context import LocalContext
 from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.preparation import prepare_round
+from cotune.client.training.request_context import RequestContext
 from cotune.client.training.round import train_round
-from cotune.client.training.setup import synthetic_setup
+from cotune.client.training.stage_setup.from_records import synthetic_setup
 from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names, trained_names
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with
@@ -262,7 +262,7 @@ def test_own_part_is_trained_first_and_then_held(make_plan: MakePlan, make_site:
 def train_only_shared(plan: Plan, site: Site, state: State) -> dict[str, torch.Tensor]:
     """Plain steps on what is not the head, on the batches of the round, by autograd."""
     model = get_plan_model(plan, "cpu")
-    context = LocalContext(plan, site, site.policy(), 1, state)
+    context = RequestContext(plan, site, site.policy(), 1, state)
     prepared = prepare_round(context)
     names = [name for name in prepared.parameters if name.startswith(model.prefix)]
     parameters = model.train_only(names)

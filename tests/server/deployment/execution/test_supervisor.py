@@ -78,7 +78,7 @@ def test_a_damaged_list_of_members_is_one_sentence(folder: FederationFolder) -> 
 def test_a_folder_that_cannot_be_used_is_one_sentence(folder: FederationFolder) -> None:
     folder.superlink.rmdir()
     folder.superlink.write_text("")
-    with pytest.raises(RunError, match=r"superlink cannot be used \(.*\): check the permissions and the space there$"):
+    with fails_with("run.not_writable", "superlink"):
         supervise(folder, print)
 
 

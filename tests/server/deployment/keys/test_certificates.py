@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from cotune.errors import RunError
 from cotune.server.deployment.keys.certificates import check_certificate, create_authority, renew_certificate
 from tests.support.failures import fails_with
 
@@ -124,10 +123,10 @@ def test_the_key_of_another_certificate_is_refused(folder: Path, tmp_path: Path)
 @pytest.mark.parametrize("name", ["ca.crt", "server.crt", "server.key"])
 def test_missing_and_broken_files_are_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"-----BEGIN NOTHING-----")
-    with pytest.raises(RunError, match=f"{name} is not "):
+    with fails_with("run.invalid_key" if name.endswith(".key") else "run.invalid_certificate", name):
         check_certificate(folder)
     (folder / name).unlink()
-    with pytest.raises(RunError, match=f"{name} cannot be read"):
+    with fails_with("run.not_readable", name):
         check_certificate(folder)
 
 
@@ -139,7 +138,7 @@ def test_keys_are_for_their_owner_alone(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["ca.crt", "ca.key", "server.crt", "server.key"])
 def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(RunError, match=f"holds {name} already"):
+    with fails_with("run.folder_exists", name):
         create_authority(tmp_path, ["fed.example.org"])
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
@@ -156,7 +155,7 @@ def test_what_is_no_host_is_refused_before_anything_is_written(tmp_path: Path, h
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be (written|read)"):
+    with fails_with("run.not_writable", "ca.key"):
         create_authority(tmp_path / "file" / "certificates", [])
 
 

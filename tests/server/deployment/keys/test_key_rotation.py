@@ -23,14 +23,14 @@ from cotune.plan.load import parse_plan
 from cotune.protocol.key_renewal import read_node_renewal, read_server_renewals
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.signatures import TRAIN, UPDATE, content_digest
-from cotune.protocol.trail import compare_ends, read_coordinator_end, read_organization_end
+from cotune.protocol.trail_comparison import compare_ends, read_coordinator_end, read_organization_end
 from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys import key_rotation as rotation
 from cotune.server.deployment.keys.signing import public_hex, public_keys, read_signing_key
 from cotune.server.deployment.members import read_public_key
-from cotune.server.deployment.trail import SignedTrail, read_trail, read_verification_keys
+from cotune.server.deployment.signed_trail import SignedTrail, read_trail, read_verification_keys
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder
 from tests.support.kills import killed_before_each_change
 
