@@ -40,6 +40,7 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     plan = seen.plan
     console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}")
     console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
+    console.print(f"of its files but the weights {escape(str(plan.model.config_hash))}", soft_wrap=True)
     tested = "no data were read" if seen.test_examples is None else f"{seen.test_examples:,} test examples"
     classes = f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), " if plan.labels else ""
     console.print(f"{classes}{tested}")

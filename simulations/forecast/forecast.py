@@ -110,7 +110,7 @@ class Forecast:
         """Return plain values; of the plan, what identifies it."""
         plan = self.plan
         about = {"plan": plan.name, "plan_id": plan.plan_id, "labels": plan.labels, "rounds": plan.rounds}
-        base = {"base": plan.model.base, "base_hash": plan.model.base_hash}
+        base = {"base": plan.model.base, "base_hash": plan.model.base_hash, "config_hash": plan.model.config_hash}
         privacy = plan.privacy if plan.privacy == "none" else plan.privacy.model_dump(mode="json")
         values = {key: value for key, value in asdict(self).items() if key != "plan"}
         return {"schema": 1, **about, **base, "privacy": privacy, **values}
