@@ -53,6 +53,10 @@ PLAN = {
         "cotune.cli.plans.plan:check",
         "Forecast a plan: organizations, rounds, steps, noise, ε, bytes and time. Trains nothing.",
     ),
+    "pin": (
+        "cotune.cli.plans.plan:pin",
+        "Print a plan with its base model's hashes: `cotune plan pin my.toml > pinned.toml`.",
+    ),
     "keys": ("cotune.cli.plans.plan:keys", "List every key of a plan: its type, default, bounds and meaning."),
     "explain": ("cotune.cli.plans.plan:explain", "Explain what a key of a plan means and how to set it."),
 }

@@ -20,6 +20,7 @@ from cotune.client.site_setup import make_site
 from cotune.data.dataset import write_manifest
 from cotune.data.record_reading import read_records
 from cotune.plan.load import load_plan
+from cotune.plan.pinned_base import pin_base
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
@@ -251,11 +252,12 @@ def deployment(
     absent: tuple[str, ...] = (),
     write: Callable[[Path, int], object] = write_sentences,
     options: Mapping[str, tuple[str, ...]] | None = None,
+    server_base: Path | None = None,
     new_workers: bool = False,
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
     members beside them that have a site and join nothing. write: makes a file of records from a seed. options: organization -> further ones of its first
-    `client join`.
+    `client join`. server_base: the server's copy of the base model, without weights; it has no test set then.
     """
     made = Deployment(folder, organizations, options=options or {}, new_workers=new_workers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,8 +270,12 @@ def deployment(
         port=free_port(),
         superlink_port=free_port(),
         database=database,
-        test=folder / "test.csv",
+        test=folder / "test.csv" if server_base is None else None,
+        base=server_base,
     )
+    if server_base is not None:
+        pinned = pin_base(str(folder / "plan.toml"))
+        (folder / "plan.toml").write_text(pinned, encoding="utf-8")
     federation = create_federation(made.fed, load_plan(folder / "plan.toml"), config)
     for name in (*organizations, *absent):
         make_site(made.site(name), name, device="cpu")
