@@ -31,8 +31,8 @@ from cotune.simulations.baselines import (
     personal_metrics,
     personal_states,
 )
+from cotune.simulations.joint_privacy_loss import get_charged_steps
 from cotune.simulations.prepare import Prepared
-from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.single_tasks import SINGLE, describe_tasks
 from cotune.simulations.split import Share
 from cotune.simulations.worth_of_joining import (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models and matrices: more 
 
 import pytest
 from hypothesis import settings
+
+from tests.support.fork_server import share_server
 
 # how long an example takes says something of the machine; `make test-faults` plays the property tests with "thorough"
 settings.register_profile("thorough", deadline=None)
@@ -27,6 +31,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load what tests share; a process that only hands tests out to the workers of pytest-xdist does without PyTorch."""
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         config.pluginmanager.import_plugin("tests.support.session")
+    else:
+        os.environ["COTUNE_CACHE"] = tempfile.mkdtemp(prefix="cotune-tests-")
+        share_server()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cache that all workers of the session shared."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["COTUNE_CACHE"], ignore_errors=True)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -15,8 +15,8 @@ from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claimed_guarantee import SMALL_DELTA, Figures, describe_attack
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.formatting import duration, size
-from cotune.simulations.forecast.expected import NewPolicy, OwnBound, Refusal, parse_examples
 from cotune.simulations.forecast.forecast import ClientForecast, Forecast, forecast, forecast_for
+from cotune.simulations.forecast.members import NewPolicy, OwnBound, Refusal, parse_examples
 
 _RULE = "budget.epsilon_per_run"
 

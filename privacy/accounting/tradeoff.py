@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from scipy.special import log_ndtr
 
 from cotune.privacy.accounting.composition import Steps, deltas
 
@@ -62,6 +61,8 @@ def gaussian_delta(mu: float, eps: float) -> float:
     8)."""
     if mu == 0:
         return 0.0
+    from scipy.special import log_ndtr
+
     return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
 
 

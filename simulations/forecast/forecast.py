@@ -21,7 +21,7 @@ from cotune.protocol.messages import Recipient, encode_requests, encode_update, 
 from cotune.reporting.privacy_statement import client_statement
 from cotune.server.rounds.strategy_step import begin_round
 from cotune.server.runs.client_privacy import compute_round_noise
-from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, build_members, get_members, new_policy
+from cotune.simulations.forecast.members import Expected, Member, NewPolicy, build_members, get_members, new_policy
 from cotune.simulations.forecast.stopwatch import Seconds
 from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import prepare

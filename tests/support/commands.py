@@ -17,7 +17,8 @@ from threading import Thread
 from types import TracebackType
 from typing import TextIO
 
-from tests.support.processes import preloaded, start_from_the_same_server
+from tests.support.fork_server import preloaded
+from tests.support.processes import start_from_the_same_server
 
 
 class Command:

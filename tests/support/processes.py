@@ -6,8 +6,6 @@ with SIGKILL, right after something that the test names has happened: at the sam
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -15,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,25 +25,8 @@ from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
 from cotune.worker_process import WorkerProcess
+from tests.support.fork_server import preloaded, use_parents_server
 
-_PRELOADED = (
-    "pytest",
-    "cotune.cli.main",
-    "cotune.cli.progress",
-    "cotune.simulations.run",
-    "cotune.simulations.comparison.compare",
-    "cotune.client.app",
-    "cotune.data.inputs.chat_worker",
-    "opacus",
-    "transformers.models.bert.modeling_bert",
-    "scipy.stats",
-    "cotune.privacy.accounting.loss_distribution",
-    "scipy.optimize",
-    "cotune.cli.simulate",
-    "tests.support.warm",
-    "peft",
-    "tests.support.frozen_heap",
-)
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process
 
@@ -97,13 +77,6 @@ def _then(rename: Callable[..., None], look: Callable[[object], None]) -> Callab
     return renames
 
 
-def preloaded() -> ForkServerContext:
-    """Starts processes from a server that has imported what they need, and shares nothing else with this process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    return context
-
-
 class _NotedProcess(ForkServerProcess):
     """Its number is noted in the folder where its parent works: see `find_worker`."""
 
@@ -118,8 +91,7 @@ class _NotingContext(ForkServerContext):
 
 def start_from_the_same_server() -> None:
     """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    server.ensure_running = resource_tracker.ensure_running  # its address is known here; CPython starts another all the same
+    use_parents_server()
     WorkerProcess.context = _NotingContext()
 
 

@@ -1,0 +1,64 @@
+"""The server from which the tests' processes are forked: it has imported what they need, and runs nothing itself.
+
+One serves all workers of pytest-xdist. The process that hands tests out to them starts it, and imports none of that itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from functools import cache
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+_ADDRESS = "COTUNE_TESTS_FORK_SERVER"  # environment variable: of the shared server
+_PRELOADED = (
+    "pytest",
+    "cotune.cli.main",
+    "cotune.cli.progress",
+    "cotune.simulations.run",
+    "cotune.simulations.comparison.compare",
+    "cotune.client.app",
+    "cotune.data.inputs.chat_worker",
+    "opacus",
+    "transformers.models.bert.modeling_bert",
+    "scipy.stats",
+    "cotune.privacy.accounting.loss_distribution",
+    "scipy.optimize",
+    "cotune.cli.simulate",
+    "tests.support.warm",
+    "peft",
+    "tests.support.frozen_heap",
+)
+_server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+
+
+def preloaded() -> ForkServerContext:
+    """Start processes from the server, which shares nothing else with this process. They have the server's environment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    if address := os.environ.get(_ADDRESS):
+        _connect(address)
+    return context
+
+
+def share_server() -> None:
+    """Start the server for the workers of this process; it ends with this process. Its environment is that of now."""
+    multiprocessing.set_forkserver_preload(list(_PRELOADED))
+    forkserver.ensure_running()
+    os.environ[_ADDRESS] = _server._forkserver_address
+
+
+def use_parents_server() -> None:
+    """Let a process that was forked from the server start others from it, too; CPython would start another server."""
+    _server.ensure_running = resource_tracker.ensure_running
+
+
+@cache
+def _connect(address: str) -> None:
+    _server._forkserver_address = address
+    _server._forkserver_alive_fd = os.open(
+        os.devnull, os.O_WRONLY
+    )  # in place of the pipe by which a server learns that nobody is left
+    _server.ensure_running = resource_tracker.ensure_running
