@@ -112,7 +112,8 @@ def load_model(
                 kept = False
             if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
                 draw_head(module, seed)  # whatever has been drawn before
-                check_finite(module)
+                if not folder.has_weights:
+                    check_finite(module)  # of what is drawn; the rest is checked where it is read
             does.fit(reader, module)
             with CheckedLookups():
                 longest = does.longest(reader, module, config.max_length)

@@ -112,7 +112,7 @@ def pin_model(config: ModelConfig, folder: BaseModelFolder) -> ModelConfig:
     if config.feature is None or config.feature.whiten == "none":
         return pinned
     if not folder.has_weights:
-        unknown_map(config.feature, 0)
+        _check_hash_given(config.feature)
         return pinned
     found = get_public_map(folder, config.feature)
     return pinned.model_copy(update={"feature": config.feature.model_copy(update={"map_hash": found.hash})})
@@ -128,14 +128,18 @@ def unknown_map(feature: FeatureConfig, hidden: int) -> AffineMap:
     Raises:
         ModelError: The plan does not say the map's hash, so that organizations could use different maps.
     """
+    _check_hash_given(feature)
+    width = (len(feature.layers) + feature.cls) * hidden
+    return AffineMap(torch.empty(width, device="meta"), torch.empty(width, width, device="meta"))
+
+
+def _check_hash_given(feature: FeatureConfig) -> None:
     if feature.map_hash is None:
         raise ModelError(
             "the plan does not say the hash of the map of model.feature, and without the base model's weights it cannot be"
             " fitted: expected model.feature.map_hash; let `cotune plan pin` write it on a machine with the whole model",
             code="model.unpinned_base",
         )
-    width = (len(feature.layers) + feature.cls) * hidden
-    return AffineMap(torch.empty(width, device="meta"), torch.empty(width, width, device="meta"))
 
 
 def get_public_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap:

@@ -34,7 +34,7 @@ def reviews(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever started this worker has named it
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its parent has named a folder
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

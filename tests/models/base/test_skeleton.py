@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModel, LlamaConfig
 
 from cotune.data.config import TaskName
 from cotune.models.base.folder import config_hash
 from cotune.models.base.lookup import find_base
-from cotune.models.base.skeleton import build_skeleton
+from cotune.models.base.skeleton import CheckedLookups, build_skeleton
 from cotune.models.config import FeatureConfig, LoraConfig, ModelConfig, TrainMode
 from cotune.models.export import export_model
 from cotune.models.features.public_map import pin_model
@@ -193,3 +194,16 @@ def test_parameters_that_are_not_made_empty_are_on_meta_too(base_model: Callable
     for kind in ("llama", "vit"):
         module = build_skeleton(AutoModel, AutoConfig.from_pretrained(base_model(kind)))
         assert all(parameter.is_meta for parameter in module.parameters())
+
+
+def test_number_beyond_a_table_without_values_is_an_error() -> None:
+    """As it is in a table with them, which are looked up as ever."""
+    meta = torch.empty(5, 3, device="meta")
+    held = torch.arange(15.0).reshape(5, 3)
+    with CheckedLookups():
+        found = functional.embedding(torch.tensor([[0, 4]]), meta)
+        assert (found.is_meta, found.shape) == (True, (1, 2, 3))
+        assert torch.equal(functional.embedding(torch.tensor([4]), held), held[4:])
+        for table in (meta, held):
+            with pytest.raises(IndexError):
+                functional.embedding(torch.tensor([[0, 5]]), table)
