@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from cotune.client.consent.policy_check import check_consent
+from cotune.client.local_events import observe_client
 from cotune.client.site import Site
 from cotune.client.training import charged_steps, preparation
-from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
 from cotune.errors import PolicyError
 from cotune.models.base.lookup import find_base
