@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("tests.support.session")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the server from which tests fork processes once for all workers of pytest-xdist."""
+    if not hasattr(session.config, "workerinput") and session.config.getoption("dist", "no") != "no":
+        from tests.support.fork_server import CACHE, start_for_workers
+
+        start_for_workers(session.config._tmp_path_factory.getbasetemp() / CACHE)  # type: ignore[attr-defined]
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """Start more workers than there are cores: tests that start processes wait for them more than they compute."""
     return (os.cpu_count() or 2) * 3 // 2

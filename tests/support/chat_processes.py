@@ -7,7 +7,7 @@ import sys
 from multiprocessing.connection import Connection
 
 from cotune.data.inputs import chat_worker
-from tests.support.processes import preloaded
+from tests.support.fork_server import preloaded
 
 
 class ChatProcess:

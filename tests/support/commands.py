@@ -17,7 +17,7 @@ from threading import Thread
 from types import TracebackType
 from typing import TextIO
 
-from tests.support.processes import preloaded
+from tests.support.fork_server import preloaded
 
 
 class Command:

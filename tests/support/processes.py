@@ -6,8 +6,6 @@ with SIGKILL, right after something that the test names has happened: at the sam
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -15,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from multiprocessing import resource_tracker
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,23 +23,8 @@ from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
 from cotune.worker_process import WorkerProcess
+from tests.support.fork_server import preloaded, start_from_the_same_server
 
-_PRELOADED = (
-    "pytest",
-    "cotune.cli.main",
-    "cotune.cli.progress",
-    "cotune.simulations.run",
-    "cotune.simulations.comparison.compare",
-    "cotune.client.app",
-    "cotune.data.inputs.chat_worker",
-    "opacus",
-    "transformers.models.bert.modeling_bert",
-    "scipy.stats",
-    "dp_accounting",
-    "cotune.cli.simulate",
-    "tests.support.warm",
-    "peft",
-)
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process
 
@@ -94,20 +75,6 @@ def _then(rename: Callable[..., None], look: Callable[[object], None]) -> Callab
     return renames
 
 
-def preloaded() -> ForkServerContext:
-    """Starts processes from a server that has imported what they need, and shares nothing else with this process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    return context
-
-
-def start_from_the_same_server() -> None:
-    """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
-    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
-    server.ensure_running = resource_tracker.ensure_running  # its address is known here; CPython starts another all the same
-    WorkerProcess.context = preloaded()
-
-
 @pytest.fixture
 def forked() -> Iterator[Callable[..., BaseProcess]]:
     """(function, *arguments) -> a process that calls it; whatever is left of it at the end of the test is killed."""
@@ -154,6 +121,7 @@ def _console(arguments: list[str], environ: Mapping[str, str], folder: Path, kil
 
     torch.set_num_threads(1)
     start_from_the_same_server()
+    WorkerProcess.context = preloaded()
     if killed_at is not None:
         end_at(killed_at)
     run()

@@ -16,8 +16,8 @@ from cotune.models import record_independence
 from cotune.worker_process import WorkerProcess
 from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
+from tests.support.fork_server import CACHE, preloaded
 from tests.support.independence import VerdictsByContent
-from tests.support.processes import preloaded
 from tests.support.tiny_models import base_model
 
 __all__ = ["base_model"]  # fixtures
@@ -35,7 +35,7 @@ def reviews(tmp_path: Path) -> Path:
 def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
     own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cotune-cache"
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / CACHE
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COTUNE_CACHE", str(folder))
         yield

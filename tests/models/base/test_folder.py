@@ -17,7 +17,8 @@ from cotune.errors import ModelError
 from cotune.models.base.folder import read_base_labels, read_settings
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
-from tests.support.processes import forked, preloaded
+from tests.support.fork_server import preloaded
+from tests.support.processes import forked
 
 __all__ = ["forked"]  # fixture
 

@@ -26,7 +26,8 @@ from cotune.models.base.load_checks import make_deterministic
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from tests.support.failures import fails_with
-from tests.support.processes import forked, preloaded
+from tests.support.fork_server import preloaded
+from tests.support.processes import forked
 
 __all__ = ["forked"]  # fixture
 

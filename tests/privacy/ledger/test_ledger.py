@@ -22,8 +22,9 @@ from cotune.privacy.ledger.charges import Limit
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.storage.log_entries import entry_hash
 from tests.support.failures import fails_with
+from tests.support.fork_server import preloaded
 from tests.support.ledger_processes import reserve_and_settle, reserve_and_wait, reserve_to_the_limit
-from tests.support.processes import forked, preloaded
+from tests.support.processes import forked
 
 __all__ = ["forked"]  # fixtures
 
