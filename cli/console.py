@@ -26,7 +26,7 @@ _OWN = frozenset({"bold", "bold red", "bold yellow", "dim", "green", "italic", "
 
 
 class SafeConsole(Console):
-    """A console that interprets only the markup of commands, not of untrusted text. stderr: for everything but the result."""
+    """A console that interprets only the markup of commands, not of untrusted text."""
 
     def __init__(self, *, stderr: bool = False, quiet: bool = False, width: int | None = None) -> None:
         super().__init__(
@@ -54,7 +54,12 @@ class SafeConsole(Console):
 
 
 def open_console(*, stderr: bool = False, quiet: bool = False) -> SafeConsole:
-    """For logs and pipes, colored or not, as wide as what is printed: a line that is broken cannot be searched for."""
+    """Return a console as wide as the terminal; elsewhere it breaks no line, so that logs can be searched.
+
+    Args:
+        stderr: Whether it prints to standard error, where everything but a command's result belongs.
+        quiet: Whether it prints nothing.
+    """
     found = SafeConsole(stderr=stderr, quiet=quiet)
     return found if found.file.isatty() else SafeConsole(stderr=stderr, quiet=quiet, width=_ANY_WIDTH)
 

@@ -12,10 +12,10 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
-from cotune.cli.lazy import LazyCommand, lazy_group
-from cotune.cli.waiting import Waiting
+from cotune.cli.lazy_commands import LazyCommand, lazy_group
+from cotune.cli.preparation_progress import Waiting
 from cotune.errors import CotuneError, DeviceError
-from cotune.models.observe import observe_models
+from cotune.models.local_events import observe_models
 from cotune.printable import clean_output, printable
 
 COMMANDS = {
@@ -52,6 +52,10 @@ PLAN = {
     "check": (
         "cotune.cli.plans.plan:check",
         "Forecast a plan: organizations, rounds, steps, noise, ε, bytes and time. Trains nothing.",
+    ),
+    "pin": (
+        "cotune.cli.plans.plan:pin",
+        "Print a plan with its base model's hashes: `cotune plan pin my.toml > pinned.toml`.",
     ),
     "keys": ("cotune.cli.plans.plan:keys", "List every key of a plan: its type, default, bounds and meaning."),
     "explain": ("cotune.cli.plans.plan:explain", "Explain what a key of a plan means and how to set it."),

@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cotune.client.training.observe import observe_client
+from cotune.client.local_events import observe_client
 from cotune.observers import Observer
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import duration, size

@@ -20,9 +20,9 @@ from cotune.client.site_setup import load_site_model
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import held_names, shared_names, statistic_shapes
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import held_names, shared_names, statistic_shapes
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy

@@ -28,8 +28,8 @@ from cotune.errors import DataError, ModelError, PlanError, RunError
 from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, own_model_config
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.protocol.federation_file import check_name
 from cotune.storage.files import atomic_write
@@ -70,7 +70,7 @@ def read_certificates(file: Path | None) -> bytes | None:
 
 
 def load_site_model(plan: Plan, site: Site) -> TrainableModel:
-    """Return the plan's model on the site's device, and raise errors, as `plan.parameters.get_plan_model` does."""
+    """Return the plan's model on the site's device, and raise errors, as `plan.trained_parameters.get_plan_model` does."""
     return get_plan_model(_with_own_base(plan, site.file), site.file.device)
 
 

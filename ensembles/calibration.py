@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
 Floats = NDArray[np.float64]
@@ -42,6 +41,7 @@ def fit_temperature(probabilities: Floats, truth: Numbers) -> float:
     """
     if not len(truth):
         return 1.0
+    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
         return negative_log_likelihood(scaled(probabilities, math.exp(log_temperature)), truth)

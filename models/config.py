@@ -67,6 +67,11 @@ class ModelConfig(ConfigTable):
     base_hash: str | None = Field(
         None, description="SHA-256 of the base model's weights, configuration, tokenizer and chat templates; checked when given"
     )
+    config_hash: str | None = Field(
+        None,
+        description="SHA-256 of the base model's files but its weights; checked when given, and all that a server without"
+        " the weights can check",
+    )
     revision: str | None = Field(
         None, description="for a hub id, the commit, tag or branch that is fetched; the plan of a federation pins the commit"
     )

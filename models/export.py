@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoConfig
 
-from cotune.models.adapters.export import export_adapters
+from cotune.errors import ModelError
+from cotune.models.adapters.export import export_adapters, has_adapters_alone
 from cotune.models.adapters.lora import merge_adapters
 from cotune.models.base.folder import ENCODER
 from cotune.models.base.load import dropout_settings
@@ -40,12 +42,19 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
         model: In the state that is to be exported.
         folder: Where to.
         beside: Name -> text of further files, such as a model card.
+
+    Raises:
+        ModelError: The base model's weights are not there.
     """
     task = model.loaded.task
     module: Any = model.loaded.module
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
-    try:
+    if not model.loaded.folder.has_weights:
+        raise ModelError(
+            "the model cannot be written whole, as the weights of its base model are not on this machine: expected the base"
+            " model's *.safetensors here; the adapters alone can be written, and organizations have the whole model",
+            code="model.weights_needed",
+        )
+    with _replacing(folder) as part:
         if isinstance(module, LayerClassifier):
             write_layer_head(module, part)
             _save(model, _merged(module.encoder.base), part / ENCODER)
@@ -57,10 +66,37 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
             merged = _merged(module)
             task.finish(merged)
             _save(model, merged, part)
-        if model.lora is not None and (task.keeps_head or task.has_several_heads):
+        if has_adapters_alone(model):
             export_adapters(model, part / ADAPTERS)
         for name, text in (beside or {}).items():
             (part / name).write_text(text, encoding="utf-8")
+
+
+def export_adapters_alone(model: TrainableModel, folder: Path, base: str, card: str) -> None:
+    """Write a model's adapters for peft, and what reads its inputs; the base model's weights need not be there.
+
+    An earlier export in the folder is replaced once the new one is complete.
+
+    Args:
+        model: In the state that is to be exported; its adapters are of use alone (`has_adapters_alone`).
+        folder: Where to.
+        base: Name of the base model.
+        card: What is said of them, as README.md.
+    """
+    with _replacing(folder) as part:
+        export_adapters(model, part, base)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        model.loaded.reader.save_pretrained(part)
+        _limit_length(part, model.loaded.max_length)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder, which takes the place of the old one after the block, and which everybody can read."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".model."))
+    try:
+        yield part
         _open_to_readers(part)
         if folder.exists():
             shutil.rmtree(folder)

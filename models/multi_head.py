@@ -103,7 +103,9 @@ def head_prefix(task: str) -> str:
     return f"{_HEAD}{task}."
 
 
-def load_multi_task(config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName) -> LoadedModel:
+def load_multi_task(
+    config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName, *, needs_weights: bool = True
+) -> LoadedModel:
     """Load a base model with a head for each task.
 
     Args:
@@ -111,19 +113,21 @@ def load_multi_task(config: ModelConfig, labels: tuple[str, ...], seed: int, tas
         labels: Qualified class names, which name the tasks.
         seed: From which each head's own seed is derived.
         task: The task with several tasks.
+        needs_weights: As for `load_model`.
 
     Raises:
         ModelError: If the base model cannot be used, or its classifiers read more of the encoder than its output.
     """
     kind = next(one for one, several in MULTI_TASK.items() if several == task)
     parts = {
-        name: load_model(config, classes, parameter_seed(seed, name), cast(TaskName, kind))
+        name: load_model(config, classes, parameter_seed(seed, name), cast(TaskName, kind), needs_weights=needs_weights)
         for name, classes in split_labels(labels).items()
     }
     first = next(iter(parts.values()))
     does = cast(MultiTask, get_task(task)).for_labels(labels)
     module = MultiHead({name: part.module for name, part in parts.items()}, labels)
-    _check_heads(module, first, does)
+    if first.folder.has_weights:
+        _check_heads(module, first, does)
     return LoadedModel(cast(Any, module), first.reader, first.folder, first.frozen, first.max_length, does)
 
 

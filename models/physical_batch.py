@@ -21,7 +21,7 @@ import torch
 
 from cotune.errors import DeviceError
 from cotune.models.device import free_unused_memory, is_out_of_memory
-from cotune.models.observe import notify
+from cotune.models.local_events import notify
 from cotune.models.trainable import TrainableModel
 
 _MOST_ROWS = {"cuda": 512, "cpu": 32}  # a GPU idles on fewer; a CPU gains nothing by more, and fails late where memory is short

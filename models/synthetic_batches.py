@@ -22,7 +22,7 @@ from cotune.models.trainable import TrainableModel
 PerSlot = Callable[
     [Batch], Sequence[Tensor]
 ]  # a batch -> tensors (slots, ...), each row of which is about the record in the slot
-Operation = tuple[str, tuple[torch.Size, ...]]
+Operation = tuple[Any, tuple[torch.Size, ...]]  # an overload of an operator, and the shapes of its tensors
 
 
 def bucket_lengths(model: TrainableModel, lengths: Sequence[int] = LENGTHS) -> tuple[int, ...]:
@@ -55,31 +55,45 @@ def mixes_records(answer: PerSlot, probes: Iterable[tuple[Batch, Sequence[int]]]
         first = first or (operations.seen, [row[:1] for row in rows])
         finite = all(bool(tensor[places].isfinite().all()) for tensor in answers)  # NaNs would hide what a kernel does
         same = all(bool((row == expected).all()) for row, expected in zip(rows, first[1], strict=True))
-        if not (finite and same) or operations.seen != first[0] or any("grouped" in name for name, _ in operations.seen):
+        if not (finite and same) or operations.seen != first[0] or operations.are_grouped():
             return True
     return False
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what is computed inside the block: the name of each operation, and the shapes of its tensors."""
+    """Keeps what is computed inside the block: each operation, and the shapes of its tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[Operation] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here; keeping the compiler out of every single operation takes longer than to note it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.seen.append((str(func), tuple(_shapes_in((*args, *(kwargs or {}).values(), found)))))
+        found = func(*args, **kwargs) if kwargs else func(*args)
+        shapes: list[torch.Size] = []
+        _add_shapes(args, shapes)
+        if kwargs:
+            _add_shapes(kwargs.values(), shapes)
+        _add_shapes((found,), shapes)
+        self.seen.append((func, tuple(shapes)))
         return found
 
+    def are_grouped(self) -> bool:
+        """Return whether an operation computes groups of rows whose sizes are data."""
+        return any("grouped" in str(func) for func in {func for func, _ in self.seen})
 
-def _shapes_in(values: Iterable[Any]) -> Iterator[torch.Size]:
-    """The shapes of tensors among what an operation was given or returned, and in its lists: it has no other containers."""
+
+def _add_shapes(values: Iterable[Any], shapes: list[torch.Size]) -> None:
+    """Add the shapes of tensors among what an operation was given or returned, and in its lists: it has no other containers."""
     for value in values:
         if isinstance(value, Tensor):
-            yield value.shape
+            shapes.append(value.shape)
         elif isinstance(value, list | tuple):
-            yield from _shapes_in(value)
+            _add_shapes(value, shapes)
 
 
 def feature_probes(

@@ -24,10 +24,10 @@ from cotune.models.adapters.adapter import Adapter, parameter_seed
 from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
 from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
-from cotune.models.blocks import last_blocks
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.multi_head import load_multi_task
+from cotune.models.transformer_blocks import last_blocks
 
 State = dict[str, Tensor]  # parameter name -> float32 tensor on the CPU
 
@@ -48,8 +48,9 @@ class TrainableModel:
         self.loaded = loaded
         self.lora = lora
         self.seed = seed
-        self.device = device
-        self.module: nn.Module = loaded.module.to(device)  # on its device before peft wraps it
+        whole = loaded.folder.has_weights
+        self.device = device if whole else torch.device("cpu")
+        self.module: nn.Module = loaded.module.to(device) if whole else loaded.module  # on its device before peft wraps it
         self.prefix = encoder_prefixes(loaded.module)
         if lora is not None:
             inject_adapters(loaded, lora, seed, own=own_adapters)
@@ -133,8 +134,8 @@ class TrainableModel:
         return chosen
 
     def state(self, names: Iterable[str]) -> State:
-        """Copies of the named parameters, in float32 on the CPU."""
-        return {name: self._own[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+        """Copies of the named parameters, in float32 on the CPU. Raises ModelError for one whose value is not here."""
+        return {name: _copy(name, self._own[name]).float() for name in names}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -178,12 +179,16 @@ class TrainableModel:
         """Keeps the base value of every tensor that is about to be changed for the first time."""
         for name in names:
             if name not in self._initial:
-                self._initial[name] = own[name].detach().to("cpu", copy=True)
+                self._initial[name] = _copy(name, own[name])
 
     def base_state(self, names: Iterable[str]) -> State:
         """Copies of the named parameters as the base model has them, in float32 on the CPU."""
         values: Mapping[str, Tensor] = {**self._own, **self._initial}
-        return {name: values[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+        return {name: _copy(name, values[name]).float() for name in names}
+
+    def names_without_value(self) -> frozenset[str]:
+        """The parameters whose values are those of a base model without weights here."""
+        return frozenset(name for name, parameter in self._own.items() if parameter.is_meta)
 
     def norm_names(self) -> list[str]:
         """The parameters of the encoder's normalization layers (LayerNorm, RMSNorm), but for those that are never trained."""
@@ -207,6 +212,17 @@ class TrainableModel:
     def parameter_count(self) -> int:
         """All parameters of the model, adapters included."""
         return sum(p.numel() for p in self.module.parameters())
+
+
+def _copy(name: str, tensor: Tensor) -> Tensor:
+    """A copy on the CPU."""
+    if tensor.is_meta:
+        raise ModelError(
+            f"the values of {name} begin with the base model's, whose weights are not on this machine: expected the base model's"
+            " *.safetensors here, or a plan that trains adapters or a new head (train = lora or head)",
+            code="model.weights_needed",
+        )
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _is_trained(name: str, factors: Factors, round: int) -> bool:
@@ -239,6 +255,7 @@ def open_model(
     device: str,
     task: TaskName = "sequence-classification",
     own_adapters: bool = False,
+    needs_weights: bool = True,
 ) -> TrainableModel:
     """Load a new model, which is not shared with other callers.
 
@@ -250,12 +267,13 @@ def open_model(
         device: Such as "cpu" or "cuda:0".
         task: Of the model.
         own_adapters: Whether organizations may have adapters of their own rank.
+        needs_weights: False: where the base model's folder has no weights, the model does without (see `load_model`).
 
     Raises:
         ModelError: If it cannot be loaded.
     """
     load = load_multi_task if is_multi_task(task) else load_model
-    loaded = load(model, labels, parameter_seed(seed, "head"), task)
+    loaded = load(model, labels, parameter_seed(seed, "head"), task, needs_weights=needs_weights)
     return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)
 
 

@@ -59,24 +59,31 @@ def read_document(source: str | Path = "tweets", overrides: Sequence[str] = ()) 
     Raises:
         PlanError: If the source cannot be read, or an override is malformed.
     """
-    path = Path(source)
-    if path.suffix == ".toml" or path.exists():
-        text = _read(path)
-        name = path.stem
-    else:
-        text = preset_text(str(source))
-        name = str(source)
+    table = parse_plan_text(read_text(source), source)
+    table.setdefault("name", Path(source).stem if _is_file(source) else str(source))
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def read_text(source: str | Path) -> str:
+    """Return the text of a TOML file or a preset. Raises PlanError if it cannot be read."""
+    return _read(Path(source)) if _is_file(source) else preset_text(str(source))
+
+
+def parse_plan_text(text: str, source: str | Path) -> dict[str, Any]:
+    """Return the tables in the text of a plan, which came from a source. Raises PlanError if it is not TOML."""
     try:
-        table = parse_toml(text)
+        return parse_toml(text)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(
             f"{source} is not valid TOML ({error}): expected a plan as `cotune plan new tweets` prints it",
             code="plan.malformed_toml",
         ) from None
-    table.setdefault("name", name)
-    for override in overrides:
-        _override(table, override)
-    return table
+
+
+def _is_file(source: str | Path) -> bool:
+    return Path(source).suffix == ".toml" or Path(source).exists()
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def model_card(
     test: Measured | None = None,
     examples: int = 0,
     about: str = "Fine-tuned with cotune by organizations that did not share their records.",
+    adapters: bool = False,
 ) -> str:
     """Return the card.
 
@@ -45,11 +46,14 @@ def model_card(
         test: Metrics of the model and of what it is compared with.
         examples: How many records they were measured on.
         about: What it is, in one sentence.
+        adapters: Whether it is for the adapters alone, as a PEFT folder.
     """
     task = get_task(plan.task)
+    how = _use_of_adapters(plan) if adapters else _how(plan, task.pipeline, length)
+    library = "peft" if adapters else "transformers"
     lines = [
-        *("---", "library_name: transformers", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
-        *(about, "", *_how(plan, task.pipeline, length), "", "## Model", "", "| | |", "|---|---|"),
+        *("---", f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
+        *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
         *_results(test or {}, examples),
@@ -71,6 +75,26 @@ def promised(plan: Plan) -> list[str]:
 
 def _how(plan: Plan, pipeline: str, length: int) -> Iterator[str]:
     return _use(pipeline, length, plan) if plan.model.feature is None else _use_of_layers(plan.model.feature, length)
+
+
+def _use_of_adapters(plan: Plan) -> Iterator[str]:
+    """The base model is named below, with its hash."""
+    task = get_task(plan.task)
+    kind = "AutoModel" if task.has_several_heads else task.model_class().__name__
+    yield from (
+        "## How to use",
+        "",
+        "These are the adapters alone. `BASE` is a copy of the base model below.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'model = PeftModel.from_pretrained({kind}.from_pretrained("BASE"), "FOLDER").merge_and_unload()',
+        "```",
+    )
+    if task.has_several_heads:
+        yield from ("", "They are for the encoder; the heads of the tasks are not here. Organizations have the whole model.")
 
 
 def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:

@@ -124,6 +124,13 @@ EVERY_RUN = (
         " adapters are merged. With personal parts there is no common model, and each organization's is in"
         " `sites/<organization>/model/`.",
     ),
+    File(
+        "adapter/",
+        "after the last round",
+        "In place of `model/` where the server does not hold the base model's weights"
+        " ([coordinate.md](coordinate.md#a-server-without-the-base-models-weights)): the adapters as a PEFT folder, with the"
+        " tokenizer, if they are of use without a new head.",
+    ),
     File("summary.json", "at the end", "The results; see below."),
     File("report.html", "at the end", "The same as one self-contained page."),
 )

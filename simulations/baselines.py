@@ -44,9 +44,9 @@ from cotune.models.features.head import feature_head
 from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import get_plan_model, own_model_config
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, own_model_config
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
 from cotune.reporting.documents.rounds import MetricsEntry

@@ -29,9 +29,9 @@ from cotune.models.base.folder import read_base_labels
 from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
 from cotune.plan.public import PublicConfig
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible

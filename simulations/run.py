@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cotune.errors import RunError
 from cotune.models.export import export_model
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD
 from cotune.reporting.run_report import write_report

@@ -10,8 +10,8 @@ from cotune.data.dataset import DatasetManifest
 from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.claimed_guarantee import Claim, build_claim, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
@@ -31,8 +31,8 @@ from cotune.simulations.baselines import (
     personal_metrics,
     personal_states,
 )
+from cotune.simulations.joint_privacy_loss import get_charged_steps
 from cotune.simulations.prepare import Prepared
-from cotune.simulations.released_models import get_charged_steps
 from cotune.simulations.single_tasks import SINGLE, describe_tasks
 from cotune.simulations.split import Share
 from cotune.simulations.worth_of_joining import (

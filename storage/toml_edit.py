@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import tomlkit
-from tomlkit.container import Container
-from tomlkit.items import Table
 
 
 def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
@@ -27,15 +25,15 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
     return tomlkit.dumps(document)
 
 
-def _update(table: Container | Table, changes: Mapping[str, Any]) -> None:
+def _update(table: MutableMapping[str, Any], changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
         if isinstance(value, Mapping):
             if key not in table:
                 table[key] = tomlkit.table()
             inner = table[key]
-            assert isinstance(inner, Container | Table), f"{key} is no table"
+            assert isinstance(inner, MutableMapping), f"{key} is no table"
             _update(inner, value)
         elif value is None:
-            table.remove(key)
+            del table[key]
         else:
             table[key] = value

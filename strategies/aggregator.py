@@ -22,13 +22,13 @@ import numpy as np
 from torch import Tensor
 
 from cotune.errors import RunError
-from cotune.strategies.blocks import is_finite, read_stacks, shape_of
 from cotune.strategies.client_terms.base import ClientTerm
 from cotune.strategies.config import StrategyConfig
 from cotune.strategies.order_statistics import sort_rows
 from cotune.strategies.registry import ComponentInfo, Visibility
 from cotune.strategies.server_optimizers.base import ServerOptimizer
 from cotune.strategies.sums import Contribution, add_weighted, norm, total, weighted
+from cotune.strategies.tensor_blocks import is_finite, read_stacks, shape_of
 from cotune.strategies.types import Aggregate, Delta, RoundContext, Update, WeightedUpdate, find_not_finite
 from cotune.strategies.update_store import HeldUpdates
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from cotune.strategies.blocks import Entries, empty, flatten, read_stacks, shape_of
+from cotune.strategies.tensor_blocks import Entries, empty, flatten, read_stacks, shape_of
 
 _MAX_NETWORK = 24  # rows; for more, NumPy's sort of every column is as fast
 

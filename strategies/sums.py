@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.strategies.blocks import add_exactly, empty, flatten, measure, read_blocks, shape_of, sum_squares
+from cotune.strategies.tensor_blocks import add_exactly, empty, flatten, measure, read_blocks, shape_of, sum_squares
 from cotune.strategies.types import Aggregate, Delta, WeightedUpdate
 
 Contribution = Callable[[WeightedUpdate], Mapping[str, Tensor]]  # of one update, in float64

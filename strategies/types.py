@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cotune.models.adapters.adapter import Adapter
-from cotune.strategies.blocks import empty, flatten, is_finite, max_abs, read_blocks, shape_of
+from cotune.strategies.tensor_blocks import empty, flatten, is_finite, max_abs, read_blocks, shape_of
 
 # The largest magnitude of a parameter. Those of usable models are below 100; an attacker could use extreme ones to amplify
 # rounding errors, so sites refuse them.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.strategies.blocks import BlockTensors, Entries, flatten
+from cotune.strategies.tensor_blocks import BlockTensors, Entries, flatten
 from cotune.strategies.types import Update
 
 _IN_MEMORY = 2**22  # bytes of all updates of a round together

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import signal
+import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -11,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models and matrices: more 
 
 import pytest
 from hypothesis import settings
+
+from tests.support.fork_server import share_server
 
 # how long an example takes says something of the machine; `make test-faults` plays the property tests with "thorough"
 settings.register_profile("thorough", deadline=None)
@@ -25,19 +31,31 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load what tests share; a process that only hands tests out to the workers of pytest-xdist does without PyTorch."""
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         config.pluginmanager.import_plugin("tests.support.session")
+    else:
+        os.environ["COTUNE_CACHE"] = tempfile.mkdtemp(prefix="cotune-tests-")
+        share_server()
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Start the server from which tests fork processes once for all workers of pytest-xdist."""
-    if not hasattr(session.config, "workerinput") and session.config.getoption("dist", "no") != "no":
-        from tests.support.fork_server import CACHE, start_for_workers
-
-        start_for_workers(session.config._tmp_path_factory.getbasetemp() / CACHE)  # type: ignore[attr-defined]
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the cache that all workers of the session shared."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["COTUNE_CACHE"], ignore_errors=True)
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """Start more workers than there are cores: tests that start processes wait for them more than they compute."""
     return (os.cpu_count() or 2) * 3 // 2
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Keep the garbage collector from what lasts: the libraries, and the tests themselves."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,11 +13,12 @@ ROOT = Path(cotune.__file__).parent
 ROOMS = sorted(file.parent for file in ROOT.glob("*/__init__.py") if (ROOT / ".typing" / "cotune" / file.parent.name).exists())
 HEAVY = {  # packages that take tenths of a second to import, or are not always installed
     *("torch", "transformers", "peft", "numpy", "scipy", "sklearn", "datasets", "pyarrow", "safetensors", "huggingface_hub"),
-    *("flwr", "jax_privacy", "rouge_score", "sacrebleu"),
+    *("dp_accounting", "flwr", "jax_privacy", "rouge_score", "sacrebleu"),
 }
 LOADED_LATE = {  # cotune's own modules: who imports them late, and why
     "client/node/worker.py": "the process that trains loads PyTorch, and the node that starts it does not",
     "models/base/gguf_folder.py": "few base models are GGUF files, and finding one is asked before PyTorch is loaded",
+    "privacy/accounting/composition.py": "most processes of a deployment compute no ε, and loss distributions load scipy.signal",
     "server/runs/run_folder.py": "a run's folder is read by commands that load no model",
     "simulations/comparison/workers.py": "a worker loads PyTorch after its threads are limited",
     "strategies/plugins.py": "few plans name a strategy of Flower",

@@ -31,7 +31,7 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.random_generators import seeded_generator
 from cotune.protocol.messages import decode_request, encode_update
 from cotune.server.app import train

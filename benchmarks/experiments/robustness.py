@@ -34,8 +34,8 @@ from cotune.flower.inprocess_grid import InProcessGrid
 from cotune.models.encoding import encoded_features
 from cotune.models.trainable import State
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import calibrate
 from cotune.privacy.config import compute_delta
 from cotune.protocol.messages import Request, decode_request, encode_update, received_digest

@@ -11,7 +11,7 @@ from made_up import plan_for, records, tokenizer, write_base
 from transformers import BertConfig
 
 from cotune.errors import CotuneError
-from cotune.models.observe import observe_models
+from cotune.models.local_events import observe_models
 from cotune.simulations.run import simulate
 
 

@@ -57,7 +57,7 @@ def work_of(mode: str, smoke: bool) -> Work:
     """The setting on made-up rows of full length."""
     from cotune import load_plan
     from cotune.client.training.stage_setup.from_records import synthetic_setup
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
 
     chosen = (SMOKE if smoke else MODES)[mode]
     overrides = [

@@ -40,7 +40,7 @@ def bare(meter: Meter, folder: Path, smoke: bool, bfloat16: bool) -> None:
     import torch
 
     from cotune import load_plan
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
 
     model = get_plan_model(load_plan(inputs.NARROW, ['labels=["0", "1", "2"]']), "cpu")  # for the same weights and tokenizer
     tokenizer = model.loaded.reader
@@ -72,7 +72,7 @@ def cotune(meter: Meter, folder: Path, smoke: bool, precision: str) -> None:
     from cotune import load_plan
     from cotune.models.features.cached import get_features
     from cotune.models.features.precision import feature_dtype
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
 
     plan = load_plan(inputs.NARROW, [f"model.precision={precision}", 'labels=["0", "1", "2"]'])
     model = get_plan_model(plan, "cpu")

@@ -82,7 +82,7 @@ def _encoding(plan: Any, folder: Path, smoke: bool) -> tuple[int, float]:
     from cotune.data.record_reading import read_records
     from cotune.models.features.cached import get_features
     from cotune.models.features.precision import feature_dtype
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
 
     source = list(dict.fromkeys(read_records(plan.data).inputs))
     plan = plan.model_copy(update={"labels": ("0", "1", "2")})
@@ -175,7 +175,7 @@ def _split(plan: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, Any], list[str]
     import torch
 
     from cotune.models.features.cached import get_features
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(plan, "cpu")
@@ -194,7 +194,7 @@ def _pass_cost(plan: Any, texts: list[str], size: int) -> float:
     """CPU seconds of a record in a batch of random texts through the encoder, without gradients."""
     import torch
 
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
 
     model = get_plan_model(plan.model_copy(update={"labels": ("0", "1", "2")}), "cpu")
     encoder: Any = model.module.base_model

@@ -16,12 +16,12 @@ from cotune.cli.options import SiteOptions
 from cotune.client.consent.approvals import Approvals
 from cotune.client.consent.plan_summary import summarize_plan
 from cotune.client.consent.policy_check import find_violations
+from cotune.client.local_events import observe_client
 from cotune.client.node.serve import run_node
 from cotune.client.node.trust import Trust
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_setup import find_site_base, get_key_fingerprint, make_site
-from cotune.client.training.observe import observe_client
 from cotune.plan.plan import Plan
 from cotune.protocol.federation_file import read_invitation
 from cotune.storage.files import atomic_write

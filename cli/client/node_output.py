@@ -1,6 +1,6 @@
 """What a running node prints: a line on standard output for each event, and its log on standard error.
 
-The events are those of `client.training.observe`. The log is that of Python's `logging`: every module of cotune has a logger of
+The events are those of `client.local_events`. The log is that of Python's `logging`: every module of cotune has a logger of
 its own name, and nothing is written to a file; who runs the node as a service keeps both streams. The record of what has left the
 organization is not printed but kept in the site (`client.audit_log`).
 """

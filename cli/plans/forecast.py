@@ -15,8 +15,8 @@ from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claimed_guarantee import SMALL_DELTA, Figures, describe_attack
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.formatting import duration, size
-from cotune.simulations.forecast.expected import NewPolicy, OwnBound, Refusal, parse_examples
 from cotune.simulations.forecast.forecast import ClientForecast, Forecast, forecast, forecast_for
+from cotune.simulations.forecast.members import NewPolicy, OwnBound, Refusal, parse_examples
 
 _RULE = "budget.epsilon_per_run"
 
@@ -40,6 +40,7 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     plan = seen.plan
     console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}")
     console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
+    console.print(f"of its files but the weights {escape(str(plan.model.config_hash))}", soft_wrap=True)
     tested = "no data were read" if seen.test_examples is None else f"{seen.test_examples:,} test examples"
     classes = f"{len(plan.labels)} classes ({escape(', '.join(plan.labels))}), " if plan.labels else ""
     console.print(f"{classes}{tested}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from cotune.cli.console import announce, open_console, print_json
 from cotune.cli.options import AsJson, Device, with_options
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.errors import PlanError
-from cotune.plan.load import preset_names, preset_summary, preset_text
+from cotune.plan.load import preset_names, preset_summary, preset_text, read_document
 from cotune.plan.plan import Plan
 from cotune.plan.reference import Key, explain_key, list_keys
 
@@ -66,6 +67,23 @@ def check(
         print_json(found.as_dict())
     else:
         show_forecast(open_console(), found)
+
+
+def pin(
+    plan: Annotated[str, typer.Argument(help="A preset or a TOML file.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the base model, if it is not where the plan says; its name stays."),
+    ] = None,
+) -> None:
+    """Print a plan with its base model's hashes: `cotune plan pin my.toml > pinned.toml`.
+
+    With them, a server needs no weights of the base model.
+    """
+    read_document(plan)
+    from cotune.plan.pinned_base import pin_base  # loads PyTorch
+
+    typer.echo(pin_base(plan, model), nl=False)
 
 
 def keys(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from cotune.cli.console import announce, open_console
 from cotune.cli.options import FederationPath
 from cotune.cli.plans.plan_options import Set
-from cotune.data.readers.sources import check_new, check_source
+from cotune.data.readers.sources import check_base, check_new, check_source
 from cotune.errors import PlanError, RunError
 from cotune.plan.load import load_plan, read_document
 from cotune.server.deployment.execution.supervisor import supervise
@@ -35,6 +35,10 @@ def init(
     ] = "0.0.0.0",
     name: Annotated[str | None, typer.Option(help="Of the federation; default: the plan's.")] = None,
     test: Annotated[Path | None, typer.Option(help="Records that every round's model is judged by.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Your copy of the plan's base model; without weights, if the plan says its hashes (`plan pin`)."),
+    ] = None,
     memory: Annotated[
         bool, typer.Option("--memory", help="The SuperLink keeps messages in memory: faster, but its restart costs the round.")
     ] = False,
@@ -45,9 +49,11 @@ def init(
         raise PlanError(f"--port and --superlink-port are both {port}: expected two different ports", code="plan.same_ports")
     read_document(plan, override or [])
     check_source(None if test is None else str(test))
+    check_base(None if model is None else str(model.expanduser().absolute()))
     check_new(folder)
     announce(f"making {folder}: loading PyTorch, then base model and test records")
     from cotune.server.deployment import creation  # loads PyTorch
+    from cotune.server.runs.base_weights import describe_weights, holds_weights
 
     loaded = load_plan(plan, override or [])
     config = ServerConfig(
@@ -58,11 +64,13 @@ def init(
         superlink_port=superlink_port,
         database=not memory,
         test=None if test is None else test.expanduser().resolve(),
+        base=None if model is None else model.expanduser().resolve(),
         device=device,
     )
     made = creation.create_federation(folder, loaded, config)
     console = open_console()
     console.print(f"{escape(str(made.path))} is the federation [bold]{escape(config.name)}[/bold]")
+    console.print(escape(describe_weights(made.config.base, held=holds_weights(str(made.config.base or made.plan.model.base)))))
     console.print(f"labels: {escape(', '.join(made.plan.labels))}")
     console.print(f"give {escape(str(made.path / 'federation.toml'))} and JOIN.md to every organization;")
     console.print(f"its fingerprint, to be compared by telephone: {made.invitation.fingerprint}")

@@ -109,7 +109,7 @@ def _show_result(console: Console, played: RunFolder) -> None:
         floor = f"{constant}: {measure.show(test['majority'][measure.key])}"
         console.print(f"{measure.name} {reached} on {test['examples']:,} test examples ({floor})")
     console.print(f"{len(summary['rounds'])} rounds, {size(summary['bytes']['up'])} up, {size(summary['bytes']['down'])} down")
-    for file in ("report.html", "summary.json", "model"):
+    for file in ("report.html", "summary.json", "model", "adapter"):
         if (played.path / file).exists():
             console.print(f"{file:<13} {played.path / file}")
 

@@ -93,6 +93,8 @@ def _run_lines(found: Status) -> list[str]:
         lines.append(f"the last round took {size(at.bytes_up)} up, as {at.wire}, and {size(at.bytes_down)} down")
     if at.collaboration == "predictions":
         lines.append("organizations train models of their own, and share predictions for public inputs alone")
+    if not at.holds_base:
+        lines.append("the server does not hold the weights of the base model, and evaluates nothing")
     if at.round:
         members = [o for o in found.organizations if o.revoked is None or o.last_round]
         lines.append(f"{sum(1 for o in members if o.last_round)} of {len(members)} organizations are in this model")

@@ -33,8 +33,8 @@ from cotune.errors import DataError, ModelError, PlanError, PolicyError, Privacy
 from cotune.models.device import peak_memory_bytes
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import stage_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 

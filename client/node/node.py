@@ -27,10 +27,10 @@ from typing import Any, Protocol
 from flwr.app import Message, MessageType
 
 from cotune.client.audit_log import AuditLog
+from cotune.client.local_events import notify
 from cotune.client.node.bundle import reason_to_refuse
 from cotune.client.node.worker import TrainerDied
 from cotune.client.site_folder import NodePaths
-from cotune.client.training.observe import notify
 from cotune.errors import RunError
 from cotune.flower.chunks import Aborted, ChunkedMessage
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient

@@ -21,9 +21,9 @@ from cotune.client.site_setup import load_site_model
 from cotune.errors import CotuneError, RunError
 from cotune.flower.chunks import ChunkedMessage
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import scores_shape, state_shapes, student_shapes
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import scores_shape, state_shapes, student_shapes
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request, decode_header
 from cotune.protocol.signatures import SIGNED
@@ -64,7 +64,7 @@ def _parse(text: str) -> Plan:
 
 
 def expected_shapes(plan: Plan, site: Site, round: int, check: Consent, *, finished: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return what the state of a request may contain; see `plan.parameters.state_shapes`.
+    """Return what the state of a request may contain; see `plan.trained_parameters.state_shapes`.
 
     No record is read, and no model is loaded before the plan is approved and the policy allows it.
 

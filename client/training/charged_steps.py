@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from cotune.client.local_events import notify
 from cotune.client.run_account import Account
 from cotune.client.training.checks.gradient_checks import check_gradients, check_gradients_of_state
 from cotune.client.training.checks.request_checks import BEFORE_CHARGE, run_checks
 from cotune.client.training.checks.sanity_checks import SanityChecks, build_sanity_checks, trials_allowed
 from cotune.client.training.disclosures import disclose, reported_noise
-from cotune.client.training.observe import notify
 from cotune.client.training.personal.ditto_pfedme import OwnCopy
 from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.stage_setup.optimizer import build_optimizer
@@ -192,11 +193,26 @@ def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[S
     began = time.monotonic()
     before = account.hours()
     allowed = account.policy.training.max_hours
-    for report in reports:
-        yield report
-        hours = before + (time.monotonic() - began) / 3600
-        if hours >= allowed and report.step < report.steps:
-            raise PolicyError("training.max_hours", f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}")
+    with _closing(reports):
+        for report in reports:
+            yield report
+            hours = before + (time.monotonic() - began) / 3600
+            if hours >= allowed and report.step < report.steps:
+                reason = f"the plan has trained for {hours:.1f} hours, expected at most {allowed:g}"
+                raise PolicyError("training.max_hours", reason)
+
+
+@contextmanager
+def _closing(reports: Iterator[StepReport]) -> Iterator[None]:
+    """However the block ends, steps that are not taken to their end leave no hooks in the model, which trains again.
+
+    Without it they would stay for as long as a traceback refers to them.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(reports, Generator):
+            reports.close()
 
 
 def _sampler(prepared: PreparedRound, steps: int, purpose: str) -> PoissonSampler:
@@ -226,19 +242,20 @@ def _follow(reports: Iterator[StepReport], prepared: PreparedRound, checks: Sani
     taken = 0
     if checks is not None:
         checks.begin()
-    for report in reports:
-        if checks is not None:
-            checks.after_step(report)
-        taken = report.step
-        notify(
-            "step",
-            organization=prepared.context.site.organization,
-            round=prepared.context.round,
-            step=report.step,
-            steps=report.steps,
-            loss=report.loss,
-            epsilon=epsilon,
-        )
+    with _closing(reports):
+        for report in reports:
+            if checks is not None:
+                checks.after_step(report)
+            taken = report.step
+            notify(
+                "step",
+                organization=prepared.context.site.organization,
+                round=prepared.context.round,
+                step=report.step,
+                steps=report.steps,
+                loss=report.loss,
+                epsilon=epsilon,
+            )
     if checks is not None:
         checks.after_round()
     return taken

@@ -21,7 +21,7 @@ from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.client.training.stage_setup.optimizer import build_optimizer
 from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.models.trainable import State
-from cotune.plan.parameters import held_names, trained_names
+from cotune.plan.trained_parameters import held_names, trained_names
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from cotune.client.training.gradient_hooks import adding_to_gradients
 from cotune.client.training.request_context import RequestContext
 from cotune.errors import ModelError
-from cotune.models.blocks import block_of
 from cotune.models.checkpointing import is_checkpointed
 from cotune.models.trainable import TrainableModel
+from cotune.models.transformer_blocks import block_of
 from cotune.plan.local_training import LocalTraining
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.random_generators import private_generator, seeded_generator

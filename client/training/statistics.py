@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import gram_layers
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import gram_layers
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch
 
@@ -31,7 +31,7 @@ def statistics_of(plan: Plan, model: TrainableModel, names: Sequence[str], setup
         names: The parameters that are shared.
 
     Returns:
-        The arrays of `plan.parameters.statistic_shapes`.
+        The arrays of `plan.trained_parameters.statistic_shapes`.
 
     Raises:
         PrivacyError: The plan promises record-level privacy, which these would break.

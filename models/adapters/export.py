@@ -17,21 +17,28 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def export_adapters(model: TrainableModel, folder: Path) -> None:
+def has_adapters_alone(model: TrainableModel) -> bool:
+    """Return whether the adapters are of use without the rest: the head is the base model's own, or there is one per task."""
+    return model.lora is not None and (model.loaded.task.keeps_head or model.loaded.task.has_several_heads)
+
+
+def export_adapters(model: TrainableModel, folder: Path, base: str | None = None) -> None:
     """Write `adapter_config.json` and the factors, small beside the merged model, as peft saves them.
 
-    The base model is named as the plan names it: where it is a folder, by the folder's name alone.
+    The base model is named as the plan names it: where it is a folder, by the folder's name alone. No weights of
+    it are needed.
 
     Args:
         model: In the state that is to be exported, with adapters, of a task that keeps its base model's head, or with heads of
             several tasks: then the adapters are for the encoder alone, as `AutoModel` loads it.
         folder: Where to; it is made.
+        base: Name of the base model; by default that of its folder.
     """
     assert model.lora is not None, "there are adapters"
     state = _side_by_side(model)
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = build_peft_config(model.loaded, model.lora)
-    config.base_model_name_or_path = model.loaded.folder.path.name
+    config.base_model_name_or_path = base or model.loaded.folder.path.name
     if model.own_adapter_names():  # one adapter of twice the rank, at the same scale
         config.r = 2 * model.lora.rank
         config.lora_alpha = model.lora.alpha * (math.sqrt(2) if config.use_rslora else 2)

@@ -44,6 +44,9 @@ def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int, *, own: bo
         for layer in loaded.module.modules():
             if isinstance(layer, LoraLayer):
                 layer.set_adapter(["default", OWN])
+    for name, layer in loaded.module.named_modules():
+        if isinstance(layer, nn.Linear) and ".lora_" in name and layer.weight.is_meta:  # beside a layer without its weights
+            nn.init.zeros_(layer.to_empty(device="cpu").weight)
     for name, parameter in loaded.module.named_parameters():
         if ".lora_A." in name:
             parameter.data.copy_(init_lora_a(tuple(parameter.shape), parameter_seed(seed, name)))

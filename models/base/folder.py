@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from cotune.errors import ModelError
 
 # Weights and their index, configuration, tokenizer, preprocessor, chat templates: whatever transformers opens. Code and pickles
 # are never opened, and a README decides nothing.
-_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
+_JSON = ".json"
+_WEIGHTS = ".safetensors"
+_INDEX = ".safetensors.index.json"  # which of several files holds which weight
+_SUFFIXES = (_WEIGHTS, _JSON, ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
 ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `features.layer_folder`)
 _TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
@@ -45,14 +48,30 @@ def is_model_file(name: str) -> bool:
     return name.endswith(_SUFFIXES) and not name.startswith(".")
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether anything in the folder is called *.safetensors, be it whole, damaged or a broken link."""
+    return any(folder.glob(f"*{_WEIGHTS}"))
+
+
 def content_hash(folder: Path) -> str:
     """SHA-256 (hex) over the names and contents of the deciding files: equal for every copy of the folder.
 
     Files are streamed, and one that is unchanged by size and time is read once per process. Raises ModelError.
     """
+    return _hash_files(folder, lambda name: True)
+
+
+def config_hash(folder: Path) -> str:
+    """Return the same hash over all of these files but the weights and their index. Raises ModelError."""
+    return _hash_files(folder, lambda name: not name.endswith((_WEIGHTS, _INDEX)))
+
+
+def _hash_files(folder: Path, is_wanted: Callable[[str], bool]) -> str:
     total = hashlib.sha256()
     try:
         for name, file in list_model_files(folder).items():
+            if not is_wanted(name):
+                continue
             status = file.stat()
             total.update(f"{name}\0{_digest(str(file), status.st_size, status.st_mtime_ns)}\n".encode())
     except OSError as error:
@@ -72,7 +91,7 @@ def _digest(file: str, size: int, mtime_ns: int) -> str:
 def check_named_weights(folder: Path) -> None:
     """Refuses a folder whose files name weights that the hash does not cover. Raises ModelError."""
     for source, name in _named_weights(folder):
-        if "/" in name or "\\" in name or not name.endswith((".safetensors", ".safetensors.index.json")):
+        if "/" in name or "\\" in name or not name.endswith((_WEIGHTS, _INDEX)):
             raise ModelError(
                 f"the base model's {source} names the weights {name[:80]!r}: expected *.safetensors in the folder itself, as"
                 " the hash covers no others; save the model again with save_pretrained()",
@@ -100,10 +119,6 @@ def _read(file: Path) -> dict[str, Any]:
 def get_revision(folder: Path) -> str | None:
     """The commit of a snapshot of the Hugging Face hub, which its folder is named for; None for another folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-
-
-_JSON = ".json"
-_WEIGHTS = ".safetensors"
 
 
 def find_damage(folder: Path) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from cotune.data.config import TaskName
 from cotune.data.tasks.task import Task, get_task
@@ -23,10 +23,11 @@ from cotune.models.base.folder import (
     read_settings,
 )
 from cotune.models.base.silence import silence_transformers
+from cotune.models.base.skeleton import CheckedLookups, materialize, read_weights
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_features import build_on_layers
 from cotune.models.features.layer_folder import read_layer_model
-from cotune.models.features.public_map import AffineMap, get_public_map
+from cotune.models.features.public_map import AffineMap, get_public_map, unknown_map
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     from transformers import PreTrainedModel
@@ -74,6 +75,7 @@ def load_model(
     task: TaskName = "sequence-classification",
     *,
     finished: bool = False,
+    needs_weights: bool = True,
 ) -> LoadedModel:
     """Load the base model with a head of the task for the labels.
 
@@ -86,30 +88,35 @@ def load_model(
         seed: That a new head is drawn from.
         task: What the model is for.
         finished: Whether the folder must hold a trained head; that of a task that keeps the base model's it must in any case.
+        needs_weights: False: from a folder without weights the model is built, too, its frozen parameters on the meta device
+            (see `skeleton`); a new head is the same as with them.
 
     Raises:
         ModelError: For a base model that cannot be used.
     """
-    folder = find_base(config)
+    folder = find_base(config, needs_weights=needs_weights)
     does = get_task(task).suited(config.target_range, labels, config.max_target_length)
     names = does.head_names(labels)
     try:
         model_config = _configure(folder.path, names)
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
-            map = None if config.feature is None else _get_map(folder, config.feature)
-            torch.manual_seed(seed)
+            map = None if config.feature is None else _get_map(folder, config.feature, model_config)
+            torch.manual_seed(seed)  # of a pooler that the folder lacks
             kept = finished or does.keeps_trained_head
             if config.feature is None:
                 mean = _use_mean_pooling(config, model_config, folder.path, does)
-                module, frozen = _build(folder.path, model_config, mean, does, finished or does.keeps_head)
+                module, frozen = _build(folder, model_config, mean, does, finished or does.keeps_head)
             else:
-                module, frozen = _build_on_layers(folder.path, model_config, config.feature, map)
+                module, frozen = _build_on_layers(folder, model_config, config.feature, map)
                 kept = False
             if not (does.keeps_head or (kept and _head_is_for(folder.path, names, type(module).__name__))):
-                _draw_head(module)
+                draw_head(module, seed)  # whatever has been drawn before
+                if not folder.has_weights:
+                    check_finite(module)  # of what is drawn; the rest is checked where it is read
             does.fit(reader, module)
-            longest = does.longest(reader, module, config.max_length)
+            with CheckedLookups():
+                longest = does.longest(reader, module, config.max_length)
     except ModelError:
         raise
     except Exception as error:
@@ -149,7 +156,7 @@ def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -
         with silence_transformers(), torch.random.fork_rng(devices=[]):
             map = AffineMap(tensors["center"], tensors["matrix"]) if "matrix" in tensors else None
             feature = FeatureConfig(layers=document.layers, cls=document.cls)
-            module, _ = _build_on_layers(path, config, feature, map)
+            module, _ = _build_on_layers(replace(folder, path=path), config, feature, map)
             cast(Any, module).classifier.load_state_dict({name: tensors[name] for name in ("weight", "bias")})
             does.fit(reader, module)
             longest = does.longest(reader, module, max_length)
@@ -164,14 +171,17 @@ def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -
     return LoadedModel(module, reader, folder, (), longest, does, _describe_feature(feature, map))
 
 
-def _get_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap | None:
-    return get_public_map(folder, feature) if feature.whiten == "public" else None
+def _get_map(folder: BaseModelFolder, feature: FeatureConfig, config: Any) -> AffineMap | None:
+    if feature.whiten == "none":
+        return None
+    return get_public_map(folder, feature) if folder.has_weights else unknown_map(feature, int(config.hidden_size))
 
 
 def _build_on_layers(
-    path: Path, config: Any, feature: FeatureConfig, map: AffineMap | None
+    folder: BaseModelFolder, config: Any, feature: FeatureConfig, map: AffineMap | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    module, report = build_on_layers(path, config, feature.layers, feature.cls, map, config.num_labels)
+    base, report = read_weights(AutoModel, folder, config)
+    module = build_on_layers(base, feature.layers, feature.cls, map, config.num_labels)
     check_complete(report, ("",), (), finished=False)
     check_finite(module)
     module.requires_grad_(False)
@@ -182,7 +192,7 @@ def _build_on_layers(
 def _describe_feature(feature: FeatureConfig | None, map: AffineMap | None) -> tuple[str, ...]:
     if feature is None:
         return ()
-    return (str(feature.layers), str(feature.cls), "" if map is None else map.hash)
+    return (str(feature.layers), str(feature.cls), "" if map is None else feature.map_hash or map.hash)
 
 
 def _with_article(noun: str) -> str:
@@ -209,7 +219,7 @@ def _draw_head(module: PreTrainedModel) -> None:
     for name, layer in module.named_modules():
         own = list(layer.parameters(recurse=False))
         if own and not f"{name}.".startswith(f"{encoder}."):
-            for parameter in own:
+            for parameter in materialize(layer):
                 cast(Any, parameter)._is_hf_initialized = False  # transformers leaves alone what it has loaded
             module._init_weights(layer)
 
@@ -253,17 +263,11 @@ def _use_mean_pooling(config: ModelConfig, model_config: Any, path: Path, task: 
     return config.pooling == "mean" or (config.pooling == "auto" and can_pool_mean(model_config) and wants_mean_pooling(path))
 
 
-def _build(path: Path, config: Any, mean_pooling: bool, task: Task, finished: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def _build(
+    folder: BaseModelFolder, config: Any, mean_pooling: bool, task: Task, finished: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
-    module, report = task.model_class().from_pretrained(
-        str(path),
-        config=config,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
+    module, report = read_weights(task.model_class(), folder, config)
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
     check_complete(report, encoder_prefixes(module), frozen, finished)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import ModelError
@@ -78,14 +79,19 @@ def check_finite(module: nn.Module) -> None:
     Raises:
         ModelError: If a parameter is not finite, or a buffer holds NaN.
     """
-    broken = [name for name, tensor in module.named_parameters() if not bool(tensor.isfinite().all())]
-    broken += [name for name, tensor in module.named_buffers() if bool(tensor.isnan().any())]  # a mask may hold infinity
+    broken = [name for name, tensor in module.named_parameters() if _has(tensor, lambda t: ~t.isfinite())]
+    broken += [name for name, tensor in module.named_buffers() if _has(tensor, Tensor.isnan)]  # a mask may hold infinity
     if broken:
         raise ModelError(
             f"the base model's weights hold NaN or infinite values ({len(broken)} of its tensors, such as {broken[0]}): expected"
             " numbers; download the folder again, or use another base model",
             code="model.not_finite",
         )
+
+
+def _has(tensor: Tensor, is_broken: Callable[[Tensor], Tensor]) -> bool:
+    """Whether any value of a tensor is broken; of one on the meta device there are none."""
+    return not tensor.is_meta and bool(is_broken(tensor).any())
 
 
 def check_complete(report: Any, prefixes: tuple[str, ...], frozen: tuple[str, ...], finished: bool) -> None:

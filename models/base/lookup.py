@@ -12,8 +12,10 @@ from cotune.errors import ModelError
 from cotune.models.base.folder import (
     HUB_FILES,
     check_named_weights,
+    config_hash,
     content_hash,
     get_revision,
+    has_weights,
     list_model_files,
 )
 from cotune.models.base.gguf_folder import find_gguf, get_converted
@@ -33,34 +35,75 @@ class BaseModelFolder:
         name: As the plan names it.
         path: The folder.
         content_hash: SHA-256 over the names and contents of the files that decide what is computed
-            (`base_folder.list_model_files`).
+            (`base_folder.list_model_files`); without weights, what the plan says of it.
         revision: The commit, where the folder is a snapshot of the Hugging Face hub.
+        config_hash: The same over these files but the weights.
+        has_weights: Whether the folder holds the weights.
     """
 
     name: str
     path: Path
     content_hash: str
     revision: str | None = None
+    config_hash: str | None = None
+    has_weights: bool = True
 
     @property
     def pins(self) -> dict[str, str]:
         """The entries of a plan's `model` table that fix the folder."""
         pinned = {} if self.revision is None else {"revision": self.revision}
-        return {"base_hash": self.content_hash, **pinned}
+        others = {} if self.config_hash is None else {"config_hash": self.config_hash}
+        return {"base_hash": self.content_hash, **others, **pinned}
 
 
-def find_base(config: ModelConfig) -> BaseModelFolder:
-    """Finds the folder, checks that it holds a configuration and safetensors, and hashes it. Raises ModelError."""
+def find_base(config: ModelConfig, *, needs_weights: bool = True) -> BaseModelFolder:
+    """Find the folder, check that it holds a configuration and safetensors, and hash it.
+
+    Args:
+        config: Which base model.
+        needs_weights: False: a folder without any safetensors will do, if the plan says the hash of its other files. Where
+            there are weights, they are checked in any case.
+
+    Raises:
+        ModelError: It is not there, is not whole, or is another one than the plan's.
+    """
     path = _locate(config.base, config.revision)
-    _check_folder(path, config.base)
-    folder = BaseModelFolder(config.base, path, content_hash(path), get_revision(path))
+    _check_folder(path, config.base, needs_weights)
+    others = config_hash(path)
+    if not has_weights(path):
+        _check_hashes_given(config)
+        _check_config(config, others)
+        return BaseModelFolder(config.base, path, str(config.base_hash), get_revision(path), others, has_weights=False)
+    folder = BaseModelFolder(config.base, path, content_hash(path), get_revision(path), others)
     if config.base_hash not in (None, folder.content_hash):
         raise ModelError(
             f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
             " plan: get the same weights, configuration, tokenizer and chat templates as the other organizations",
             code="model.other_hash",
         )
+    _check_config(config, others)
     return folder
+
+
+def _check_hashes_given(config: ModelConfig) -> None:
+    if config.base_hash is None or config.config_hash is None:
+        raise ModelError(
+            f"the base model {config.base} has no weights here, and the plan does not say which model it is: expected"
+            " model.base_hash and model.config_hash in the plan; let `cotune plan pin` write them on a machine with the whole"
+            " model, or copy its *.safetensors to this folder",
+            code="model.unpinned_base",
+        )
+
+
+def _check_config(config: ModelConfig, found: str) -> None:
+    """Without the weights, these files are all that can be compared; with them, both hashes must be of one model."""
+    if config.config_hash not in (None, found):
+        raise ModelError(
+            f"the files of the base model {config.base} beside its weights have the hash {found[:16]}…, expected"
+            f" {config.config_hash[:16]}… (model.config_hash): get the same configuration, tokenizer and chat templates, or"
+            " correct that key if the plan is for this model",
+            code="model.other_config",
+        )
 
 
 def _locate(base: str, revision: str | None) -> Path:
@@ -104,7 +147,7 @@ def _from_hub(base: str, revision: str | None) -> Path:
         ) from None
 
 
-def _check_folder(path: Path, name: str) -> None:
+def _check_folder(path: Path, name: str, needs_weights: bool) -> None:
     if not path.is_dir():
         raise missing_base_error(name)
     if (path / "adapter_config.json").is_file():
@@ -117,7 +160,7 @@ def _check_folder(path: Path, name: str) -> None:
         raise ModelError(
             f"the base model {name} has no config.json: expected a Hugging Face model folder", code="model.missing_config"
         )
-    if not any(path.glob("*.safetensors")):
+    if not has_weights(path):
         pickles = sorted(f.name for pattern in _PICKLES for f in path.glob(pattern))
         if pickles:
             raise ModelError(
@@ -125,9 +168,11 @@ def _check_folder(path: Path, name: str) -> None:
                 " *.safetensors; convert it with save_pretrained(safe_serialization=True) on a machine you trust",
                 code="model.pickled_weights",
             )
-        raise ModelError(
-            f"the base model {name} has no weights: expected *.safetensors in its folder", code="model.missing_weights"
-        )
+        if needs_weights:
+            raise ModelError(
+                f"the base model {name} has no weights: expected *.safetensors in its folder; only a server can do without them",
+                code="model.missing_weights",
+            )
     check_named_weights(path)
     pointer = find_lfs_pointer(list_model_files(path))
     if pointer is not None:

@@ -9,13 +9,11 @@ A record's feature depends on its own row alone: means are over its own tokens, 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, SequenceClassifierOutput
 
 from cotune.models.architecture import AlignedRows
@@ -92,14 +90,11 @@ class LayerClassifier(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier(feature))
 
 
-def build_on_layers(
-    path: Path, config: Any, layers: tuple[int, ...], cls: bool, map: AffineMap | None, classes: int
-) -> tuple[LayerClassifier, Any]:
-    """Return a classifier on the layers of the encoder in a folder, and transformers' report on what it has loaded.
+def build_on_layers(base: Any, layers: tuple[int, ...], cls: bool, map: AffineMap | None, classes: int) -> LayerClassifier:
+    """Return a classifier on the layers of an encoder.
 
     Args:
-        path: The folder.
-        config: Of the encoder.
+        base: The encoder.
         layers: Whose means are read.
         cls: Whether the first token's vector is read.
         map: Of the feature; None: it is taken as it is.
@@ -108,8 +103,5 @@ def build_on_layers(
     Raises:
         ModelError: The architecture has no such layers.
     """
-    check_layers(config, layers)
-    base, report = AutoModel.from_pretrained(
-        str(path), config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-    )
-    return LayerClassifier(LayerEncoder(base, layers, cls, map), classes), report
+    check_layers(base.config, layers)
+    return LayerClassifier(LayerEncoder(base, layers, cls, map), classes)

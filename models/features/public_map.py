@@ -37,7 +37,7 @@ from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_reading import check_layers, read_layers
-from cotune.models.observe import notify
+from cotune.models.local_events import notify
 from cotune.storage.files import atomic_write
 
 _RECIPE = 2  # counts changes of anything below that changes the map
@@ -111,8 +111,35 @@ def pin_model(config: ModelConfig, folder: BaseModelFolder) -> ModelConfig:
     pinned = config.model_copy(update=folder.pins)
     if config.feature is None or config.feature.whiten == "none":
         return pinned
+    if not folder.has_weights:
+        _check_hash_given(config.feature)
+        return pinned
     found = get_public_map(folder, config.feature)
     return pinned.model_copy(update={"feature": config.feature.model_copy(update={"map_hash": found.hash})})
+
+
+def unknown_map(feature: FeatureConfig, hidden: int) -> AffineMap:
+    """Return a map of the right shape on the meta device, where there are no weights to fit it to.
+
+    Args:
+        feature: What is read, and the hash of its map.
+        hidden: Width of a layer.
+
+    Raises:
+        ModelError: The plan does not say the map's hash, so that organizations could use different maps.
+    """
+    _check_hash_given(feature)
+    width = (len(feature.layers) + feature.cls) * hidden
+    return AffineMap(torch.empty(width, device="meta"), torch.empty(width, width, device="meta"))
+
+
+def _check_hash_given(feature: FeatureConfig) -> None:
+    if feature.map_hash is None:
+        raise ModelError(
+            "the plan does not say the hash of the map of model.feature, and without the base model's weights it cannot be"
+            " fitted: expected model.feature.map_hash; let `cotune plan pin` write it on a machine with the whole model",
+            code="model.unpinned_base",
+        )
 
 
 def get_public_map(folder: BaseModelFolder, feature: FeatureConfig) -> AffineMap:

@@ -12,18 +12,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from dp_accounting import dp_event
-from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
-from dp_accounting.rdp import RdpAccountant
-from scipy.optimize import brentq
 
 from cotune.errors import PrivacyError
-from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, find_epsilon, self_compose
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
+
+if TYPE_CHECKING:
+    from dp_accounting import dp_event
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 Curve = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -66,6 +64,8 @@ class Steps:
 
     def event(self) -> dp_event.DpEvent:
         """Return the steps as an event of dp-accounting."""
+        from dp_accounting import dp_event
+
         gaussian = dp_event.GaussianDpEvent(self.noise_multiplier)
         step = gaussian if self.sample_rate >= 1 else dp_event.PoissonSampledDpEvent(self.sample_rate, gaussian)
         return dp_event.SelfComposedDpEvent(step, self.count)
@@ -96,6 +96,8 @@ def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
 
 def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
     """Return δ at each ε; for ε < 0 it is 1 - e^ε·(1 - δ(-ε)), by exchanging the two neighbors."""
+    from cotune.privacy.accounting.loss_distribution import find_deltas
+
     size = np.abs(epsilons)
     found = find_deltas(_composed(merged, _COARSE), size) if merged else np.zeros_like(size)
     return np.where(epsilons < 0, 1 - np.exp(-size) * (1 - found), found)
@@ -103,6 +105,8 @@ def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
 
 def epsilon_rdp(spent: Iterable[Steps], delta: float) -> float:
     """Return ε as `epsilon` does, by the Rényi accountant of dp-accounting: looser, independent of PLD, for cross-checks only."""
+    from dp_accounting.rdp import RdpAccountant
+
     pure, merged = _merge(spent)
     accountant = RdpAccountant()
     for steps in merged:
@@ -130,6 +134,8 @@ def _epsilon_below(merged: tuple[Steps, ...], delta: float) -> float:
 
 @lru_cache(maxsize=16)
 def _step_below(sigma: float, rate: float, interval: float) -> PrivacyLossDistribution:
+    from dp_accounting.pld import privacy_loss_distribution
+
     return privacy_loss_distribution.from_gaussian_mechanism(
         sigma,
         value_discretization_interval=interval,
@@ -173,6 +179,8 @@ def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
     if not merged:
         return 0.0
+    from cotune.privacy.accounting.loss_distribution import find_epsilon
+
     with np.errstate(over="ignore"):  # with next to no noise ε is infinite, and that is what comes out
         return find_epsilon(_composed(merged, interval), delta)
 
@@ -183,6 +191,8 @@ def _composed(merged: tuple[Steps, ...], interval: float) -> PrivacyLossDistribu
 
     Composing is expensive; reading ε at several δ from it is not.
     """
+    from dp_accounting.pld import privacy_loss_distribution
+
     width = min(interval, interval / _FINE * 0.2 * _spread(merged))
     return reduce(
         lambda whole, steps: whole.compose(_of_steps(steps, width)),
@@ -193,6 +203,8 @@ def _composed(merged: tuple[Steps, ...], interval: float) -> PrivacyLossDistribu
 
 def _of_steps(steps: Steps, width: float) -> PrivacyLossDistribution:
     """Steps without sampling are one Gaussian mechanism with less noise; of others, one is computed and composed with itself."""
+    from cotune.privacy.accounting.loss_distribution import self_compose
+
     if steps.sample_rate >= 1:
         return _of_one_step(steps.noise_multiplier / math.sqrt(steps.count), 1.0, width)
     return self_compose(_of_one_step(steps.noise_multiplier, steps.sample_rate, width), steps.count)
@@ -201,6 +213,8 @@ def _of_steps(steps: Steps, width: float) -> PrivacyLossDistribution:
 @lru_cache(maxsize=64)
 def _of_one_step(sigma: float, rate: float, width: float) -> PrivacyLossDistribution:
     """Discretizing one step takes most of the time, and all rounds of a run have the same."""
+    from cotune.privacy.accounting.loss_distribution import discretize_gaussian
+
     return discretize_gaussian(sigma, rate, width)
 
 
@@ -238,6 +252,7 @@ def calibrate(planned: Sequence[tuple[float, int]], *, epsilon: float, delta: fl
 @lru_cache(maxsize=1024)
 def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: float, spent: tuple[Steps, ...]) -> float | None:
     """Return σ, or None where none suffices."""
+    from scipy.optimize import brentq
 
     def gap(sigma: float, interval: float = _FINE) -> float:
         return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target

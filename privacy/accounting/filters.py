@@ -26,9 +26,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from dp_accounting.rdp import RdpAccountant
-from scipy.optimize import brentq, minimize_scalar
-
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, add_counts, epsilon, epsilon_lower_bound
 from cotune.privacy.accounting.tradeoff import true_positive_rate
@@ -52,6 +49,8 @@ def filter_order(limit: float, delta: float) -> int:
 
 @lru_cache(maxsize=1024)
 def _filter_order(limit: float, delta: float) -> int:
+    from scipy.optimize import brentq, minimize_scalar
+
     def best(mu: float) -> tuple[float, float]:
         """(ε, α) of a Gaussian mechanism of sensitivity μ; the search is over log(α - 1)."""
         found = minimize_scalar(
@@ -79,6 +78,8 @@ def _renyi_of(step: Steps, order: float) -> float:
         return geometric_renyi(geometric_epsilon(step.noise_multiplier), order)
     if step.sample_rate >= 1:
         return order / (2 * step.noise_multiplier**2)
+    from dp_accounting.rdp import RdpAccountant
+
     accountant = RdpAccountant(orders=[order])
     accountant.compose(step.event())
     return max(float(accountant._rdp[0]), 0.0)

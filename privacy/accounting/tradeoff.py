@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 from cotune.privacy.accounting.composition import Steps, deltas
 
@@ -63,11 +61,15 @@ def gaussian_delta(mu: float, eps: float) -> float:
     8)."""
     if mu == 0:
         return 0.0
+    from scipy.special import log_ndtr
+
     return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
 
 
 def _mu_through(eps: float, delta: float, low: float) -> float:
     """Return the μ > low whose Gaussian curve passes through (ε, δ)."""
+    from scipy.optimize import brentq
+
     high = max(2 * low, 1.0)
     while gaussian_delta(high, eps) < delta:
         high *= 2

@@ -20,7 +20,7 @@ from cotune.data.records import check_labels
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError, RunError
 from cotune.models.base.folder import read_base_labels
-from cotune.models.base.lookup import find_base
+from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
 from cotune.plan.load import dump_plan
@@ -31,7 +31,8 @@ from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import create_signing_key
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.plan_for_members import with_robust_default
-from cotune.server.runs.run_model import hide_base_folder
+from cotune.server.runs.base_weights import check_without_weights
+from cotune.server.runs.run_model import hide_base_folder, with_base
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import get_content
 
@@ -46,7 +47,8 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
     Args:
         path: The folder, which must not exist.
         plan: The plan of the federation's runs.
-        config: The content of server.toml; a missing id, reply quota and path of the base model are filled in.
+        config: The content of server.toml; a missing id, reply quota and path of the base model are filled in. The path may be
+            that of a copy of the plan's base model.
 
     Raises:
         RunError: If the folder exists or cannot be written, or a host name is not valid.
@@ -55,8 +57,15 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
     path = path.expanduser().absolute()
     check_new(path)
     pick_device(config.device)
-    resolved = with_robust_default(_with_public(_resolve_plan(plan, config)))
-    config = _with_quotas(config.model_copy(update={"base": get_base_path(plan.model.base)}), plan)
+    place = str(config.base or get_base_path(plan.model.base) or "")
+    base = find_base(with_base(plan, place).model if place else plan.model, needs_weights=False)
+    resolved = with_robust_default(_with_public(_resolve_plan(plan, config, base)))
+    config = config.model_copy(update={"base": Path(place) if place else None})
+    if base.has_weights:
+        parameters = _count_parameters(base.path)
+    else:
+        parameters = check_without_weights(resolved, place, has_test=config.test is not None).parameter_count()
+    config = _with_quotas(config, parameters)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))  # 0700
@@ -105,14 +114,14 @@ def with_federation_id(config: ServerConfig) -> ServerConfig:
     return config if config.id else config.model_copy(update={"id": secrets.token_hex(16)})
 
 
-def _with_quotas(config: ServerConfig, plan: Plan) -> ServerConfig:
-    """Set the quota for replies, unless the coordinator did, to the largest that a plan on this base model can have.
+def _with_quotas(config: ServerConfig, parameters: int) -> ServerConfig:
+    """Set the quota for replies, unless the coordinator did, to the largest that a plan with so many parameters can have.
 
     That is a delta and a statistic of all its parameters in float32, with a margin.
     """
     if "reply" in config.quotas.model_fields_set:
         return config
-    reply = _BYTES_PER_PARAMETER * _count_parameters(find_base(plan.model).path) + _MAX_OTHER_BYTES
+    reply = _BYTES_PER_PARAMETER * parameters + _MAX_OTHER_BYTES
     return config.model_copy(update={"quotas": config.quotas.model_copy(update={"reply": reply})})
 
 
@@ -125,11 +134,10 @@ def _count_parameters(base: Path) -> int:
     return count
 
 
-def _resolve_plan(plan: Plan, config: ServerConfig) -> Plan:
-    """Return the plan with the base model's hash and the class names, and without the path of the base model."""
+def _resolve_plan(plan: Plan, config: ServerConfig, base: BaseModelFolder) -> Plan:
+    """Return the plan with the base model's hashes and the class names, and without the path of the base model."""
     if plan.generate is not None and config.test is not None:
         check_text_metrics()
-    base = find_base(plan.model)
     labels = _determine_labels(plan, config.test, read_base_labels(base.path))
     model = pin_model(plan.model, base)
     return hide_base_folder(plan.model_copy(update={"labels": labels, "model": model}))

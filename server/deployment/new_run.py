@@ -20,6 +20,7 @@ from cotune.reporting.documents.events import Note
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.plan_for_members import build_notes, check_example_bounds
 from cotune.server.rounds.feasibility import check_feasible
+from cotune.server.runs.base_weights import check_without_weights, describe_weights, holds_weights
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, check_run_folder, manifest_file, pick_run_folder
 from cotune.server.runs.run_model import hide_base_folder
 from cotune.storage.json_documents import JsonDocument
@@ -38,6 +39,7 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         PlanError: If an override is not valid, or the plan cannot run with that many members.
         PrivacyError: If client-level privacy is impossible with that many members.
         DataError: If the test set cannot be read.
+        ModelError: If the base model's weights are not there, and the run could not do without.
     """
     plan, base = _with_base(federation, load_plan(federation.files.plan, overrides))
     people = tuple(Participant(name=member.name) for member in federation.members.active())
@@ -49,6 +51,10 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
         found = read_records(plan.data.without_units(), test, plan.task)
         if has_labels(plan.task):
             check_labels(found, plan.labels)
+    place = base or plan.model.base
+    weights = holds_weights(place)
+    if not weights:
+        check_without_weights(plan, base, has_test=test is not None)
     if plan.shares_predictions:
         plan = pin_public(plan, federation.path)
     else:
@@ -58,7 +64,7 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
     device = federation.config.device
     home = str(federation.path)
     file = RunFile(run=path.name, created=created, engine="superlink", device=device, participants=people, federation=home)
-    file = file.model_copy(update={"base": base})
+    file = file.model_copy(update={"base": base, "weights": weights})
     try:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         _write_test(federation, plan, path)
@@ -68,7 +74,8 @@ def create_run(federation: FederationFolder, overrides: Sequence[str] = (), name
             f"the folder {path} cannot be written ({error.strerror}): free space for it, or give write access",
             code="run.not_writable",
         ) from None
-    for note in build_notes(plan, federation.members.active()):
+    notes = build_notes(plan, federation.members.active())
+    for note in notes if weights else [describe_weights(get_base_path(place), held=False), *notes]:
         folder.events.write(Note(text=note))
     return folder
 

@@ -78,6 +78,7 @@ class RunStatus:
         bytes_down: Size of its requests.
         wire: The codec of updates, in words.
         collaboration: What is shared: parameters, or predictions for public inputs.
+        holds_base: Whether the server held the base model's weights when the run was made.
     """
 
     run: str
@@ -96,6 +97,7 @@ class RunStatus:
     bytes_down: int | None
     wire: str
     collaboration: str = "parameters"
+    holds_base: bool = True
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,7 @@ def _build_run_status(run: RunFolder, history: History, events: Sequence[Event],
         bytes_down=history[-1].bytes_down if history else None,
         wire=run.plan.wire,
         collaboration=run.plan.collaboration,
+        holds_base=run.file.weights,
     )
 
 

@@ -20,9 +20,9 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.ensembles.public_inputs import PublicPredictions
 from cotune.errors import PrivacyError, RunError
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import statistic_shapes
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import statistic_shapes
 from cotune.privacy.client_dp import PrivateMean
 from cotune.protocol.messages import Recipient, encode_requests, received_digest
 from cotune.protocol.signatures import TRAIN

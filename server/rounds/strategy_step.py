@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cotune.models.trainable import State, TrainableModel, strip_prefix
-from cotune.plan.parameters import rewritten_names, scores_shape, shared_names
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import rewritten_names, scores_shape, shared_names
 from cotune.server.runs.run_folder import Progress
 from cotune.strategies.aggregator import build_client_term, build_server_optimizer
 from cotune.strategies.types import Aggregate, Delta, LocalSteps, PublicInputs, RoundContext, apply_delta

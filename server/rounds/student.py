@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cotune.ensembles.public_inputs import PublicPredictions, learning_config, to_taught
 from cotune.models.trainable import State, TrainableModel, strip_prefix
-from cotune.plan.parameters import trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import trained_names
 from cotune.server.runs.run_model import STUDENT
 
 

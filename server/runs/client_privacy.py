@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cotune.plan.plan import Plan
 from cotune.privacy.client_dp import RoundNoise, calibrate_round_noise
-from cotune.privacy.client_level_account import ClientLevelAccount
+from cotune.privacy.client_dp_account import ClientLevelAccount
 from cotune.privacy.config import ClientPrivacy
 from cotune.server.runs.run_folder import RunFolder
 

@@ -14,16 +14,18 @@ from typing import Any
 
 from cotune.data.dataset import DatasetManifest
 from cotune.data.tasks.task import get_task
+from cotune.models.adapters.export import has_adapters_alone
+from cotune.models.base.lookup import FOLDER
 from cotune.models.device import peak_gpu_memory_bytes, peak_memory_bytes
 from cotune.models.evaluation.test_set import Floor, measure
-from cotune.models.export import export_model
-from cotune.models.trainable import State
+from cotune.models.export import export_adapters_alone, export_model
+from cotune.models.trainable import State, TrainableModel
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claimed_guarantee import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.documents.base import Document
-from cotune.reporting.documents.events import Event, RunFinalized
+from cotune.reporting.documents.events import Event, Note, RunFinalized
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.model_card import CARD, model_card
@@ -115,13 +117,14 @@ def describe_client_privacy(folder: RunFolder, progress: Progress) -> dict[str, 
     }
 
 
-def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
+def build_model_card(plan: Plan, summary: RunSummary, length: int, *, adapters: bool = False) -> str:
     """Return the model card of a run's final model.
 
     Args:
         plan: Of the run.
         summary: Of the run, for metrics and privacy.
         length: Number of tokens of a text that the model reads.
+        adapters: Whether the card is for the adapters alone.
     """
     test = summary.test
     more = [] if summary.client_privacy is None else summary.client_privacy.statement
@@ -131,6 +134,7 @@ def build_model_card(plan: Plan, summary: RunSummary, length: int) -> str:
         length=length,
         test={"this model": _values(test.federated), get_task(plan.task).floor: _values(test.majority)},
         examples=test.examples,
+        adapters=adapters,
     )
 
 
@@ -170,7 +174,8 @@ _NOT_KNOWN = (
 def finalize_run(folder: RunFolder) -> RunSummary:
     """Write model/, summary.json and report.html, each in one step, and return the summary.
 
-    Where every organization has a model of its own there is no model/. The folder must have a finished round.
+    Where every organization has a model of its own there is no model/, and without the base model's weights at most adapter/. The
+    folder must have a finished round.
     """
     progress = folder.load()
     summary = summarize(folder, progress)
@@ -185,7 +190,24 @@ def finalize_run(folder: RunFolder) -> RunSummary:
 def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
     model = load_run_model(folder)
     model.load(final_params(folder.plan, progress))
+    if not model.loaded.folder.has_weights:
+        return _export_without_weights(folder, model, summary)
     export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
+
+
+def _export_without_weights(folder: RunFolder, model: TrainableModel, summary: RunSummary) -> None:
+    """Write adapter/ where adapters are of use alone, and say what is not written."""
+    alone = has_adapters_alone(model)
+    if alone:
+        card = build_model_card(folder.plan, summary, model.loaded.max_length, adapters=True)
+        export_adapters_alone(model, folder.path / "adapter", folder.plan.model.base.removeprefix(FOLDER), card)
+    kept = "the adapters are in adapter/" if alone else "what was trained is in checkpoints/"
+    folder.events.write(
+        Note(
+            text="the final model is not written whole, as the server does not hold the weights of the base model:"
+            f" {kept}, and organizations have the whole model"
+        )
+    )
 
 
 def summarize(folder: RunFolder, progress: Progress) -> RunSummary:

@@ -14,7 +14,7 @@ quarantine/             rejected updates, as received (rounds/updates/buffers.py
 delivered.json          who has confirmed the finished model (rounds/model_delivery.py)
 test/data.json          the common test set (validation/data.json: of the strategies that need one)
 sites/<organization>/   the simulated organizations (only in simulations)
-model/ summary.json report.html    at the end
+model/ summary.json report.html    at the end (adapter/ in place of model/: without the base model's weights)
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class RunFile(BaseModel):
     data: str = Field("", description="Simulation: fingerprint of the records.")
     federation: str = Field("", description="Real run: folder of the federation.")
     base: str = Field("", description="Folder of the base model, if the plan gives members only its name; empty: as in the plan.")
+    weights: bool = Field(True, description="False: the server may lack the base model's weights, and evaluates nothing.")
     silent: bool = Field(False, description="Whether it is a baseline, whose events are written and not shown.")
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from cotune.data.readers.sources import get_base_path
 from cotune.models.base.lookup import FOLDER
 from cotune.models.trainable import State, TrainableModel, strip_prefix
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.strategies.aggregator import build_server_optimizer
 
@@ -26,13 +26,24 @@ STUDENT = "student/"  # before the names of its parameters in what a run remembe
 def hide_base_folder(plan: Plan) -> Plan:
     """Return the plan as members see it: of a base model in a folder, the folder's last name alone."""
     place = get_base_path(plan.model.base)
-    return plan if place is None else _with_base(plan, f"{FOLDER}{place.name}")
+    return plan if place is None else with_base(plan, f"{FOLDER}{place.name}")
 
 
 def load_run_model(folder: RunFolder) -> TrainableModel:
-    """Load the model of a run's plan on the run's device."""
-    plan = folder.plan if not folder.file.base else _with_base(folder.plan, folder.file.base)
-    return get_plan_model(plan, folder.file.device)
+    """Load the model of a run's plan on the run's device, without weights where run.json allows that and they are not there."""
+    return open_server_model(folder.plan, folder.file.base, folder.file.device, needs_weights=folder.file.weights)
+
+
+def open_server_model(plan: Plan, base: str, device: str, *, needs_weights: bool) -> TrainableModel:
+    """Return the model of a plan on the coordinator's machine.
+
+    Args:
+        plan: As members see it.
+        base: Where the base model is on this machine; empty: as in the plan.
+        device: Such as "cpu".
+        needs_weights: False: without weights in its folder, the model does without.
+    """
+    return get_plan_model(with_base(plan, base) if base else plan, device, needs_weights=needs_weights)
 
 
 def inference_params(plan: Plan, state: State, memory: Mapping[str, Tensor]) -> State:
@@ -56,5 +67,6 @@ def final_params(plan: Plan, progress: Progress) -> State:
     return inference_params(plan, progress.state, progress.memory)
 
 
-def _with_base(plan: Plan, base: str) -> Plan:
+def with_base(plan: Plan, base: str) -> Plan:
+    """Return the plan with another name of its base model."""
     return plan.model_copy(update={"model": plan.model.model_copy(update={"base": base})})

@@ -21,9 +21,9 @@ from cotune.client.site import Site
 from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
 from cotune.plan.required_classes import require_classes
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
 from cotune.privacy.auditing import stepwise

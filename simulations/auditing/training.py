@@ -22,8 +22,8 @@ from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import held_names, personal_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import held_names, personal_names, trained_names
 from cotune.privacy.auditing.canaries import Coins, PlantedCanaries, build_canaries, plant
 from cotune.privacy.auditing.drawn_noise import DrawnNoise
 from cotune.privacy.auditing.stepwise import log_likelihood_ratios

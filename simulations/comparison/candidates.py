@@ -13,7 +13,7 @@ from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.accounting.private_selection import selection_epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.comparison.grid import GridPoint
-from cotune.simulations.released_models import get_steps_by_organization, max_divergences
+from cotune.simulations.joint_privacy_loss import get_steps_by_organization, max_divergences
 
 
 @dataclass(frozen=True)

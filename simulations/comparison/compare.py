@@ -27,7 +27,7 @@ from cotune.simulations.comparison.grid import (
     read_measured,
 )
 from cotune.simulations.comparison.workers import WorkerSlots, build_task, import_all, make_folder, read_run_summary, run_all
-from cotune.simulations.released_models import compose_epsilon, get_steps_by_organization
+from cotune.simulations.joint_privacy_loss import compose_epsilon, get_steps_by_organization
 from cotune.storage.files import atomic_write
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cotune.client.noise_calibration import planned_charges, planned_steps
-from cotune.plan.parameters import get_plan_model, statistic_shapes
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, statistic_shapes
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claimed_guarantee import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
@@ -21,7 +21,7 @@ from cotune.protocol.messages import Recipient, encode_requests, encode_update, 
 from cotune.reporting.privacy_statement import client_statement
 from cotune.server.rounds.strategy_step import begin_round
 from cotune.server.runs.client_privacy import compute_round_noise
-from cotune.simulations.forecast.expected import Expected, Member, NewPolicy, build_members, get_members, new_policy
+from cotune.simulations.forecast.members import Expected, Member, NewPolicy, build_members, get_members, new_policy
 from cotune.simulations.forecast.stopwatch import Seconds
 from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import prepare
@@ -110,7 +110,7 @@ class Forecast:
         """Return plain values; of the plan, what identifies it."""
         plan = self.plan
         about = {"plan": plan.name, "plan_id": plan.plan_id, "labels": plan.labels, "rounds": plan.rounds}
-        base = {"base": plan.model.base, "base_hash": plan.model.base_hash}
+        base = {"base": plan.model.base, "base_hash": plan.model.base_hash, "config_hash": plan.model.config_hash}
         privacy = plan.privacy if plan.privacy == "none" else plan.privacy.model_dump(mode="json")
         values = {key: value for key, value in asdict(self).items() if key != "plan"}
         return {"schema": 1, **about, **base, "privacy": privacy, **values}

@@ -23,8 +23,8 @@ from cotune.models.features.head_fit import fit_head, head_names
 from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import stage_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cotune.strategies.blocks import add_exactly, read_stacks
 from cotune.strategies.registry import Needs, weighting
+from cotune.strategies.tensor_blocks import add_exactly, read_stacks
 from cotune.strategies.types import Update
 
 _MIN_RELATIVE_VARIANCE = (

@@ -34,8 +34,8 @@ from cotune.models.encoding import encoded_examples
 from cotune.models.features.head import encode_vectors
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.per_example import per_example, unit_gradients
 from tests.support.datasets import COLORS, write_csv, write_images

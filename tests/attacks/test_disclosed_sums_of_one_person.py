@@ -17,7 +17,7 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 
 CEILING = 0.01  # every loss is above it, so that each record counts for all of it
 

@@ -24,8 +24,8 @@ from cotune.data.dataset import write_manifest
 from cotune.errors import PlanError
 from cotune.models.trainable import State, get_model
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.policy import Policy, dump_policy
 from tests.support.failures import fails_with
 

@@ -26,7 +26,7 @@ from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from cotune.privacy.mechanisms.grid_noise import grid_step
 from tests.support.datasets import write_csv

@@ -15,7 +15,7 @@ from cotune.client.site import Site
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation
-from cotune.simulations.released_models import compose_epsilon
+from cotune.simulations.joint_privacy_loss import compose_epsilon
 from cotune.simulations.run import simulate
 from tests.support.oracle_epsilon import oracle_epsilon
 from tests.support.simulations import UNADAPTED, NewPlan, plan_file, toy_data, toy_plan

@@ -15,8 +15,8 @@ import pytest
 from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.errors import PrivacyError
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from tests.support.architectures import REFUSED, folder_of
 from tests.support.datasets import sentences, write_csv
 from tests.support.matrix import crossed

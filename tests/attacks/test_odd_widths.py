@@ -28,8 +28,8 @@ from cotune.data.records import Records
 from cotune.models.architecture import AlignedRows
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms import clipped_sum, dp_sgd
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup

@@ -18,8 +18,8 @@ from cotune.client.app import app
 from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model, state_shapes
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, state_shapes
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.refusals import GENERIC_REFUSAL, parse_refusal
 from tests.support.signing import sign_request

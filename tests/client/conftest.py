@@ -16,9 +16,9 @@ __all__ = ["make_plan", "make_site", "multi_plan", "records", "state_for"]  # fi
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_model_at_a_time() -> Iterator[None]:
-    """No test sees the resident model of another."""
+    """The tests of a file share its resident models, as simulated clients do, and none of another file."""
     get_model.cache_clear()
     yield
     get_model.cache_clear()

@@ -20,8 +20,8 @@ from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.errors import PolicyError, RunError
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model, personal_names, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, personal_names, shared_names
 from cotune.plan.wire import BLOCK
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.policy import Policy, dump_policy

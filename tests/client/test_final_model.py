@@ -25,8 +25,8 @@ from cotune.client.training.round import train_round
 from cotune.errors import RunError
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
 from cotune.protocol.refusals import parse_refusal

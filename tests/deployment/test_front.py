@@ -10,14 +10,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
+from cotune.client.site_setup import read_private_key
+from cotune.errors import RunError
+from cotune.flower.control_client import ControlClient, open_control
+from cotune.flower.fleet_client import FleetClient, connect
+from cotune.flower.fleet_errors import NodeRejected
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 
@@ -37,6 +43,17 @@ class Federation:
     def members(self) -> Members:
         return Members(self.folder / "members.json")
 
+    @property
+    def authority(self) -> Path:
+        return self.folder / "certificates" / "ca.crt"
+
+    def connect(self, key: Path) -> AbstractContextManager[FleetClient]:
+        """As an organization's node."""
+        return connect(f"127.0.0.1:{self.front_port}", self.authority.read_bytes(), read_private_key(key))
+
+    def control(self, port: int) -> AbstractContextManager[ControlClient]:
+        return open_control(f"127.0.0.1:{port}", self.authority)
+
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(BINARIES / "flwr"), *arguments]
         return subprocess.run(command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE)
@@ -51,6 +68,7 @@ def key_pair(folder: Path, name: str) -> Path:
     """As `ssh-keygen -t ecdsa -b 384` writes it; the public half has the suffix .pub."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    (folder / name).touch(mode=0o600)
     (folder / name).write_bytes(private)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     (folder / f"{name}.pub").write_bytes(public)
@@ -142,7 +160,7 @@ def test_registered_organization_joins_through_the_proxy(federation: Federation)
     federation.members.invite("hospital-a", read_public_key(key.with_suffix(".pub")))
     registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "hospital-a")
     assert registered.returncode == 0, registered.stdout + registered.stderr
-    trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
+    trust = ("--root-certificates", str(federation.authority))
     log = federation.folder / "supernode.log"
     command = supernode(federation, *trust, "--auth-supernode-private-key", str(key))
     with process(log, federation.environment, *command):
@@ -154,7 +172,7 @@ def test_registered_organization_joins_through_the_proxy(federation: Federation)
 def test_unknown_key_is_refused_in_the_superlinks_words(federation: Federation) -> None:
     key = key_pair(federation.folder, "stranger")
     log = federation.folder / "stranger.log"
-    trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
+    trust = ("--root-certificates", str(federation.authority))
     command = supernode(federation, *trust, "--auth-supernode-private-key", str(key))
     with process(log, federation.environment, *command) as running:
         assert running.wait(PATIENCE) != 0
@@ -163,31 +181,30 @@ def test_unknown_key_is_refused_in_the_superlinks_words(federation: Federation) 
 
 def test_a_revoked_key_is_turned_away_like_an_unknown_one(federation: Federation) -> None:
     key = key_pair(federation.folder, "revoked")
-    log = federation.folder / "revoked.log"
-    registered = federation.flwr("supernode", "register", f"{key}.pub", "inner", "--name", "revoked", "--format", "json")
-    assert registered.returncode == 0, registered.stdout + registered.stderr
     federation.members.invite("revoked", read_public_key(key.with_suffix(".pub")))
-    federation.members.revoke("revoked")
-    number = str(json.loads(registered.stdout)["node-id"])
-    removed = federation.flwr("supernode", "unregister", number, "inner")
-    assert removed.returncode == 0, removed.stdout + removed.stderr
-    trust = ("--root-certificates", str(federation.folder / "certificates" / "ca.crt"))
-    command = supernode(federation, *trust, "--auth-supernode-private-key", str(key))
-    with process(log, federation.environment, *command) as running:
-        assert running.wait(PATIENCE) != 0
-    assert "[code: 2004]" in log.read_text()
+    public = load_ssh_public_key(key.with_suffix(".pub").read_bytes())
+    with federation.control(federation.superlink_port) as control:
+        node = control.register(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), "revoked")
+        with federation.connect(key) as fleet:
+            assert fleet.node_id == node
+        federation.members.revoke("revoked")
+        control.unregister(node)
+    with pytest.raises(NodeRejected), federation.connect(key):
+        pass
 
 
 def test_the_control_api_is_not_there(federation: Federation) -> None:
-    inside = federation.flwr("list", "inner")
-    outside = federation.flwr("list", "outer")
-    assert inside.returncode == 0, inside.stdout + inside.stderr
-    assert outside.returncode != 0
+    with federation.control(federation.superlink_port) as inside:
+        assert inside.running() == ()
+    with federation.control(federation.front_port) as outside, pytest.raises(RunError):
+        outside.running()
     assert "/v1/control/list-runs" in (federation.folder / "front.log").read_text()
     assert "404" in (federation.folder / "front.log").read_text()
 
 
+@pytest.mark.long
 def test_plain_http_ends_a_supernode_without_retries(federation: Federation) -> None:
+    """In short: tests/server/proxy/test_server.py, without a SuperNode."""
     log = federation.folder / "plain.log"  # not a pipe: it would stay open as long as any child of the SuperNode lives
     with process(log, federation.environment, *supernode(federation, "--insecure")) as running:
         assert running.wait(PATIENCE) != 0

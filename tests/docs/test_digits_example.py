@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from cotune.data.record_reading import read_records
 from cotune.models.features.head import feature_head
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import parse_variation

@@ -15,11 +15,11 @@ import click
 import pandas as pd
 import pytest
 
-from cotune.cli.lazy import LazyCommand
+from cotune.cli.lazy_commands import LazyCommand
 from cotune.cli.main import build_command
 from cotune.client.final_model import store_final_model
 from cotune.models.export import export_model
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.policy import Policy
 from cotune.protocol.messages import Request
 from tests.support import clinic

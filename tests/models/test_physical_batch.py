@@ -13,7 +13,7 @@ import torch
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from cotune.models.device import is_out_of_memory
-from cotune.models.observe import observe_models
+from cotune.models.local_events import observe_models
 from cotune.models.physical_batch import PhysicalBatch, first_rows, open_batch
 from cotune.models.trainable import TrainableModel
 from tests.support.failures import fails_with

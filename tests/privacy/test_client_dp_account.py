@@ -7,7 +7,7 @@ import pytest
 
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.client_level_account import ClientLevelAccount
+from cotune.privacy.client_dp_account import ClientLevelAccount
 from tests.support.failures import fails_with
 
 ROUND = Steps(2.0, 1.0, 1)

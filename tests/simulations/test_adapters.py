@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cotune.client.site import Site
 from cotune.errors import PlanError
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.run import simulate

@@ -17,8 +17,8 @@ from cotune.data.record_reading import read_records
 from cotune.data.skipped_records import count_cut_texts
 from cotune.errors import ModelError, PlanError
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
 from tests.support.chats import TEMPLATES, chats, said, write_chat_model, write_chats

@@ -16,8 +16,8 @@ from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs
 from cotune.errors import CotuneError
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head import feature_head
-from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.run import simulate
 from tests.support.datasets import sentences, write_csv

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cotune.client.site import Site
 from cotune.errors import PlanError, PrivacyError
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
 from cotune.plan.required_classes import require_classes
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.reporting.documents.summary import RunSummary
 from cotune.reporting.verdict import conclude_verdict
 from cotune.simulations.comparison.compare import compare

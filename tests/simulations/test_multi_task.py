@@ -16,7 +16,7 @@ from cotune.client.site import Site
 from cotune.data.dataset import DatasetManifest
 from cotune.errors import CotuneError
 from cotune.models.evaluation.predictor import open_predictor
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.auditing.audit import audit

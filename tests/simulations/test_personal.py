@@ -16,8 +16,8 @@ from cotune.cli.simulate import show
 from cotune.client.site import Site
 from cotune.client.training.personal.parameters import PERSONAL
 from cotune.errors import PlanError
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.reporting.verdict import conclude_verdict
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from cotune.client.site import Site
 from cotune.client.training.personal.parameters import PERSONAL
 from cotune.errors import PlanError
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
-from cotune.simulations.released_models import get_charged_steps
+from cotune.simulations.joint_privacy_loss import get_charged_steps
 from cotune.simulations.run import Run, simulate
 from tests.support.processes import Cotune, Moment, play_killed
 from tests.support.simulations import NewPlan, same, tensors_of

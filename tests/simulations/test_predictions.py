@@ -16,9 +16,9 @@ from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.personal.prediction_model import load_trained_model
 from cotune.ensembles.public_inputs import PublicPredictions, read_public_inputs, to_shared, to_taught
 from cotune.errors import CotuneError
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.runs.run_model import final_params
 from cotune.simulations.run import Run, simulate

@@ -18,8 +18,8 @@ from cotune.data.record_reading import read_records
 from cotune.errors import PlanError
 from cotune.models.physical_batch import PhysicalBatch
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.run import Run, simulate
 from tests.support.console import Cotune as CommandLine

@@ -16,8 +16,8 @@ from transformers import AutoModel, ResNetConfig, pipeline
 from cotune.client.site import Site
 from cotune.errors import ModelError
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.simulations.forecast.forecast import forecast
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import resume, simulate

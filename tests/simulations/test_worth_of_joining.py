@@ -11,7 +11,7 @@ import pytest
 from cotune.data.dataset import Dataset
 from cotune.data.tasks.task import get_task
 from cotune.models.evaluation.test_set import predict
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import Prepared, prepare
 from cotune.simulations.run import Run, simulate

@@ -12,8 +12,8 @@ from cotune.data.config import DataConfig
 from cotune.data.dataset import write_manifest
 from cotune.models.trainable import State
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.policy import Policy, dump_policy
 
 LABELS = ("bad", "good", "so")
@@ -24,7 +24,7 @@ def make_plan(base: Path, records: Path, **tables: Any) -> Plan:
     given: dict[str, Any] = {
         "labels": LABELS,
         "rounds": 3,
-        "model": {"base": str(base), "max_length": 32, "precision": "float32"},
+        "model": {"base": str(base), "max_length": 16, "precision": "float32"},
         "data": {"source": str(records)},
         "lora": {"rank": 2},
         "local": {"learning_rate": 0.5, "batch_size": 0.2, "steps": 4, "physical_batch_size": 5},

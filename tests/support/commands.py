@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TextIO
 
 from tests.support.fork_server import preloaded
+from tests.support.processes import start_from_the_same_server
 
 
 class Command:
@@ -28,6 +29,7 @@ class Command:
         folder: The working directory.
         environ: All of its environment.
         log: File to which its output is appended; without one, output is read from `stdout` and `stderr`.
+        new_workers: Whether its worker processes are new interpreters, as outside of tests. Otherwise they are forked as well.
 
     Attributes:
         pid: Its number.
@@ -36,12 +38,18 @@ class Command:
     """
 
     def __init__(
-        self, arguments: Sequence[str | Path], folder: Path, environ: Mapping[str, str], log: Path | None = None
+        self,
+        arguments: Sequence[str | Path],
+        folder: Path,
+        environ: Mapping[str, str],
+        log: Path | None = None,
+        *,
+        new_workers: bool = False,
     ) -> None:
         ends = [_pipe(), _pipe()] if log is None else [(None, _append(log)), (None, _append(log))]
         (self.stdout, out), (self.stderr, err) = ends
         words = [str(word) for word in arguments]
-        self._process = preloaded().Process(target=_play, args=(words, str(folder), dict(environ), out, err))
+        self._process = preloaded().Process(target=_play, args=(words, folder, dict(environ), out, err, new_workers))
         self._process.start()
         out.close()
         err.close()
@@ -117,7 +125,9 @@ def _drain(stream: TextIO | None, found: dict[str, str], name: str) -> None:
         found[name] = stream.read()
 
 
-def _play(arguments: list[str], folder: str, environ: dict[str, str], out: Connection, err: Connection) -> None:
+def _play(
+    arguments: list[str], folder: Path, environ: dict[str, str], out: Connection, err: Connection, new_workers: bool
+) -> None:
     """What the console script does."""
     os.setsid()
     os.environ.clear()
@@ -135,4 +145,6 @@ def _play(arguments: list[str], folder: str, environ: dict[str, str], out: Conne
     from cotune.cli.main import run
 
     torch.set_num_threads(1)
+    if not new_workers:
+        start_from_the_same_server()
     run()

@@ -12,20 +12,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import tomli_w
 
 from cotune.client.site_setup import make_site
+from cotune.data.dataset import write_manifest
+from cotune.data.record_reading import read_records
 from cotune.plan.load import load_plan
+from cotune.plan.pinned_base import pin_base
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.deployment.creation import create_federation
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
 from cotune.server.deployment.members import read_public_key
 from cotune.server.runs.events import read_events
-from cotune.server.runs.run_folder import Progress, RunFolder
+from cotune.server.runs.run_folder import Participant, Progress, RunFile, RunFolder, manifest_file
+from cotune.simulations.engines import run_on
+from cotune.simulations.prepare import make_site as make_simulated_site
+from cotune.simulations.split import Share
 from tests.support.attackers import Attacker, Deed
 from tests.support.commands import Command
 from tests.support.loopback import free_port, until, write_model, write_sentences
+from tests.support.processes import find_worker
 
 _Found = TypeVar("_Found")
 _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does other things too
@@ -33,12 +41,16 @@ _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does othe
 
 @dataclass
 class Deployment:
-    """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'."""
+    """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'.
+
+    new_workers: whether training processes are new interpreters, as outside of tests; otherwise they are forked.
+    """
 
     folder: Path
     organizations: tuple[str, ...]
     processes: dict[str, Command | subprocess.Popen[bytes]] = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # organization -> of its first `client join`
+    new_workers: bool = False
 
     @property
     def fed(self) -> Path:
@@ -62,7 +74,8 @@ class Deployment:
 
     def start(self, name: str, *words: str | Path) -> None:
         """A command that stays; what it prints goes to <name>.log."""
-        self.processes[name] = Command(words, self.folder, _environment(), log=self.folder / f"{name}.log")
+        log = self.folder / f"{name}.log"
+        self.processes[name] = Command(words, self.folder, _environment(), log, new_workers=self.new_workers)
 
     def start_server(self) -> None:
         """In an interpreter of its own: it starts Flower's programs, and imports little itself."""
@@ -171,7 +184,8 @@ class Deployment:
         if what in self.processes:
             return psutil.Process(self.processes[what].pid)
         if what.startswith("trainer:"):
-            return _below(self.processes[what.removeprefix("trainer:")].pid, "spawn_main")
+            node = self.processes[what.removeprefix("trainer:")].pid
+            return _below(node, "spawn_main") if self.new_workers else find_worker(node, self.folder)
         words = {"superlink": "flower-superlink", "superexec": "flower-superexec", "front": "cotune.server.proxy_process"}
         words["serverapp"] = "flwr-serverapp"
         return _below(self.processes["server"].pid, words[what])
@@ -238,12 +252,14 @@ def deployment(
     absent: tuple[str, ...] = (),
     write: Callable[[Path, int], object] = write_sentences,
     options: Mapping[str, tuple[str, ...]] | None = None,
+    server_base: Path | None = None,
+    new_workers: bool = False,
 ) -> Iterator[Deployment]:
     """A federation that is set up, its server started and its organizations joined. plan: tables over the default's. absent:
     members beside them that have a site and join nothing. write: makes a file of records from a seed. options: organization -> further ones of its first
-    `client join`.
+    `client join`. server_base: the server's copy of the base model, without weights; it has no test set then.
     """
-    made = Deployment(folder, organizations, options=options or {})
+    made = Deployment(folder, organizations, options=options or {}, new_workers=new_workers)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.toml").write_text(tomli_w.dumps(_plan(folder, plan or {})), encoding="utf-8")
     for number, name in enumerate((*organizations, "test")):
@@ -254,8 +270,12 @@ def deployment(
         port=free_port(),
         superlink_port=free_port(),
         database=database,
-        test=folder / "test.csv",
+        test=folder / "test.csv" if server_base is None else None,
+        base=server_base,
     )
+    if server_base is not None:
+        pinned = pin_base(str(folder / "plan.toml"))
+        (folder / "plan.toml").write_text(pinned, encoding="utf-8")
     federation = create_federation(made.fed, load_plan(folder / "plan.toml"), config)
     for name in (*organizations, *absent):
         make_site(made.site(name), name, device="cpu")
@@ -294,6 +314,27 @@ def _plan(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
 def weights(progress: Progress) -> dict[str, bytes]:
     """A run's model, bit by bit."""
     return {name: tensor.numpy().tobytes() for name, tensor in progress.state.items()}
+
+
+def play_in_process(fed: Deployment, rounds: int) -> dict[str, bytes]:
+    """The model that the federation's plan makes of its records when it is simulated in this process, where nothing goes wrong."""
+    federation = FederationFolder(fed.fed)
+    agreed = federation.plan.model
+    plan = federation.plan.model_copy(
+        update={"rounds": rounds, "model": agreed.model_copy(update={"base": str(federation.config.base)})}
+    )
+    path = fed.folder / "in-process"
+    files = {name: fed.folder / f"{name}.csv" for name in (*fed.organizations, "test")}
+    rows = {name: np.arange(len(read_records(plan.data, file, plan.task))) for name, file in files.items()}
+    for name in fed.organizations:
+        make_simulated_site(path / "sites" / name, name, plan, [Share(name, files[name], rows[name], len(rows[name]))], "cpu")
+    held_out = manifest_file(path, "validation")  # by which a simulation accepts a round, as a coordinator does by the test set
+    write_manifest(held_out, plan.data, [(files["test"], rows["test"])], plan.task)
+    people = tuple(Participant(name=name, site=f"sites/{name}") for name in fed.organizations)
+    file = RunFile(run="in-process", created="", engine="in-process", device="cpu", participants=people)
+    run = RunFolder.create(path, plan, file)
+    run_on("in-process", run)
+    return weights(run.load())
 
 
 def bring_back(fed: Deployment, what: str) -> None:

@@ -30,7 +30,7 @@ class Kind:
 
 def play_undisturbed(folder: Path, name: str, privacy: object = "none", *, database: bool = True) -> Iterator[Kind]:
     plan = {"rounds": ROUNDS, "local": LOCAL, "privacy": privacy}
-    with deployment(folder, "north", "south", plan=plan, database=database) as fed:
+    with deployment(folder, "north", "south", plan=plan, database=database, new_workers=True) as fed:
         if privacy != "none":
             yield Kind(name, fed, None)
             return

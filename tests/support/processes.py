@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
 from cotune.worker_process import WorkerProcess
-from tests.support.fork_server import preloaded, start_from_the_same_server
+from tests.support.fork_server import preloaded, use_parents_server
 
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process
@@ -50,7 +52,7 @@ class Moment:
 
 def end_at(moment: Moment) -> None:
     """Let this process end with SIGKILL at a moment."""
-    from cotune.client.training.observe import observe_client
+    from cotune.client.local_events import observe_client
     from cotune.server.runs.events import observe_run
 
     left = moment.nth
@@ -73,6 +75,36 @@ def _then(rename: Callable[..., None], look: Callable[[object], None]) -> Callab
         look(target)
 
     return renames
+
+
+class _NotedProcess(ForkServerProcess):
+    """Its number is noted in the folder where its parent works: see `find_worker`."""
+
+    def start(self) -> None:
+        super().start()
+        _note_of(os.getpid(), Path.cwd()).write_text(str(self.pid), encoding="ascii")
+
+
+class _NotingContext(ForkServerContext):
+    Process = _NotedProcess
+
+
+def start_from_the_same_server() -> None:
+    """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
+    use_parents_server()
+    WorkerProcess.context = _NotingContext()
+
+
+def find_worker(parent: int, folder: Path) -> psutil.Process:
+    """Find the newest worker of a process that works in a folder. Raises LookupError, psutil.NoSuchProcess."""
+    note = _note_of(parent, folder)
+    if not note.exists():
+        raise LookupError(f"process {parent} has started no worker")
+    return psutil.Process(int(note.read_text(encoding="ascii")))
+
+
+def _note_of(parent: int, folder: Path) -> Path:
+    return folder / f"worker-of-{parent}"
 
 
 @pytest.fixture
@@ -121,7 +153,6 @@ def _console(arguments: list[str], environ: Mapping[str, str], folder: Path, kil
 
     torch.set_num_threads(1)
     start_from_the_same_server()
-    WorkerProcess.context = preloaded()
     if killed_at is not None:
         end_at(killed_at)
     run()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from functools import cache
 from pathlib import Path
 
 TOP = Path(__file__).parent.parent.parent
 _OUTSIDE = {"build", "dist", "runs"}  # at the top level; and hidden folders anywhere
 
 
-def find_project_files(*suffixes: str) -> Iterator[Path]:
-    """Yield the files with one of the suffixes, in order, as paths below the top level."""
-    for file in sorted(TOP.rglob("*")):
-        inner = file.relative_to(TOP)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        if file.suffix in suffixes and not hidden and inner.parts[0] not in _OUTSIDE and file.is_file():
-            yield inner
+@cache
+def find_project_files(*suffixes: str) -> tuple[Path, ...]:
+    """Return the files with one of the suffixes, in order, as paths below the top level."""
+    return tuple(file for file in _project_files() if file.suffix in suffixes)
+
+
+@cache
+def _project_files() -> tuple[Path, ...]:
+    """Folders that are no part of the project are not entered: an environment holds more files than the project."""
+    found = []
+    for folder, inner, names in os.walk(TOP):
+        at_top = Path(folder) == TOP
+        inner[:] = [name for name in inner if not name.startswith(".") and not (at_top and name in _OUTSIDE)]
+        found += [Path(folder, name).relative_to(TOP) for name in names if not name.startswith(".")]
+    return tuple(sorted(found))

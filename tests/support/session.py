@@ -16,7 +16,7 @@ from cotune.models import record_independence
 from cotune.worker_process import WorkerProcess
 from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
-from tests.support.fork_server import CACHE, preloaded
+from tests.support.fork_server import preloaded
 from tests.support.independence import VerdictsByContent
 from tests.support.tiny_models import base_model
 
@@ -34,10 +34,11 @@ def reviews(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / CACHE
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever started this worker has named it
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COTUNE_CACHE", str(folder))
+        patch.setenv("COTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cotune-cache"))
         yield
 
 

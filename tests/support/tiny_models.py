@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,3 +168,8 @@ def shared(base_model: Callable[[str], Path]) -> Callable[..., TrainableModel]:
         return TrainableModel(load_model(config, LABELS, seed), lora, seed, torch.device("cpu"))
 
     return make
+
+
+def copy_without_weights(base: Path, to: Path) -> Path:
+    """The other files of a base model: what a server has that does not hold it."""
+    return Path(shutil.copytree(base, to, ignore=shutil.ignore_patterns("*.safetensors")))

@@ -19,8 +19,8 @@ from cotune.models.device import is_out_of_memory, kernel_key
 from cotune.models.record_independence import check_padding, fits_in_float64, in_float64
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
-from cotune.plan.parameters import stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import stage_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
 from cotune.privacy.mechanisms.per_example import Batch, kinds_without_rule

@@ -12,8 +12,8 @@ from cotune.client.noise_calibration import check_examples
 from cotune.client.training.request_context import RequestContext
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.errors import RunError
-from cotune.plan.parameters import scores_shape, shared_names
 from cotune.plan.public import SCORES
+from cotune.plan.trained_parameters import scores_shape, shared_names
 from cotune.strategies.types import MAX_VALUE, find_extreme
 
 Check = Callable[[RequestContext], None]

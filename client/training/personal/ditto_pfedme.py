@@ -22,9 +22,9 @@ from cotune.client.site import Site
 from cotune.client.training.gradient_hooks import adding_to_gradients
 from cotune.client.training.personal.parameters import PERSONAL, PersonalParameters
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import trained_names
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import trained_names
 from cotune.strategies.types import find_not_finite
 
 _log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from torch import nn
 from cotune.client.site import Site
 from cotune.errors import RunError
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import personal_names, shared_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import personal_names, shared_names, trained_names
 from cotune.strategies.types import find_not_finite
 
 PERSONAL = "personal"  # the folder of what is kept

@@ -19,9 +19,9 @@ from cotune.ensembles.public_inputs import PublicPredictions, learning_config, r
 from cotune.errors import DataError, RunError
 from cotune.models.export import export_model
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import get_own_model
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES, PublicConfig
+from cotune.plan.trained_parameters import get_own_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.storage.files import atomic_write

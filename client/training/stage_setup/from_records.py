@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.client.training.observe import notify
+from cotune.client.local_events import notify
 from cotune.client.training.regularization import dropping, find_dropout
 from cotune.client.training.stage_setup.from_features import build_feature_setup
 from cotune.client.training.stage_setup.training_setup import TrainingSetup, build_slot_probe

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from cotune.ensembles.public_inputs import find_extreme_score
 from cotune.models.adapters.adapter import Adapter
-from cotune.plan.parameters import heads_of
 from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES, PublicConfig
+from cotune.plan.trained_parameters import heads_of
 from cotune.plan.update_norm import bound_update_norm
 from cotune.plan.wire import Codec
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
 from cotune.protocol.codecs import packed_bytes
 from cotune.server.rounds.run_environment import ExampleBounds
-from cotune.strategies.blocks import is_finite
 from cotune.strategies.sums import norm
+from cotune.strategies.tensor_blocks import is_finite
 from cotune.strategies.types import MAX_VALUE, RoundContext, Update, find_extreme, find_not_finite
 
 _ARRAY_HEAD = 1024  # bytes of an array beside its values and its name, with a margin

@@ -8,10 +8,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from cotune.strategies.blocks import Entries
 from cotune.strategies.fusions.merging.trimming import smallest_kept
 from cotune.strategies.order_statistics import fuse_coordinates, sum_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.tensor_blocks import Entries
 from cotune.strategies.types import Delta, WeightedUpdate
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.strategies.blocks import dtype_of, read_blocks, shape_of
+from cotune.strategies.tensor_blocks import dtype_of, read_blocks, shape_of
 
 
 def smallest_kept(delta: Mapping[str, Tensor], density: float) -> float:

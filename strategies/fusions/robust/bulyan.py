@@ -9,10 +9,10 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from cotune.strategies.blocks import Entries
 from cotune.strategies.fusions.robust.update_geometry import compute_squared_distances, rank_by_krum_score
 from cotune.strategies.order_statistics import fuse_coordinates, mean_rows, sort_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.tensor_blocks import Entries
 from cotune.strategies.types import Delta, WeightedUpdate
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cotune.strategies.blocks import Entries
 from cotune.strategies.order_statistics import fuse_coordinates, mean_rows, sort_rows
 from cotune.strategies.registry import Needs, Visibility, fusion
+from cotune.strategies.tensor_blocks import Entries
 from cotune.strategies.types import Delta, WeightedUpdate
 
 _ROUNDING = 1e-9  # added to β·n before it is rounded down, as 0.1 · 10 should give 1

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cotune.strategies.blocks import read_stacks
 from cotune.strategies.order_statistics import fuse_coordinates, mean_rows
 from cotune.strategies.sums import Sums, norm, weighted, weighted_mean
+from cotune.strategies.tensor_blocks import read_stacks
 from cotune.strategies.types import WeightedUpdate, difference
 
 MAX_PASSES = 50  # of the geometric median; without outliers it converges after about twenty

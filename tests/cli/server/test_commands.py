@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cotune.client.node.trust import Trust
 from cotune.protocol.federation_file import read_invitation
 from tests.support.console import Cotune
+from tests.support.tiny_models import copy_without_weights
 
 
 @pytest.fixture
@@ -170,3 +171,25 @@ def test_a_folder_that_is_no_federation_is_one_sentence(cotune: Cotune, folder: 
     done = cotune("server", command[0], "base", *command[1:])
     assert done.code == 1
     assert "expected one that `cotune server init` made" in done.err
+
+
+def test_init_says_whether_the_server_holds_the_base_model(cotune: Cotune, folder: Path) -> None:
+    """A server whose copy lacks the weights takes a plan that was pinned where they are, and tells it; with a test set it does not."""
+    lacking = copy_without_weights(folder / "base", folder / "lacking")
+    settings = ("--set", 'labels=["bad", "good", "so"]', "--set", "name=toy")
+    init = ("server", "init", "--host", "fed.example.org", *settings)
+    whole = cotune(*init, "a", "--plan", "toy.toml")
+    assert "the server holds the base model" in whole.out
+    refused = cotune(*init, "b", "--plan", "toy.toml", "--model", lacking)
+    assert (refused.code, "cotune plan pin" in refused.err) == (2, True)
+    pinned = cotune("plan", "pin", "toy.toml")
+    assert (pinned.code, pinned.err) == (0, "")
+    (folder / "pinned.toml").write_text(pinned.out, encoding="utf-8")
+    tested = cotune(*init, "b", "--plan", "pinned.toml", "--model", lacking, "--test", "reviews.csv")
+    assert (tested.code, "the test set cannot be evaluated" in tested.err) == (2, True)
+    assert not (folder / "b").exists()
+    made = cotune(*init, "b", "--plan", "pinned.toml", "--model", lacking)
+    assert (made.code, made.err) == (0, "")
+    assert "the server does not hold the weights of the base model" in made.out
+    plans = [(folder / fed / "plan.toml").read_text(encoding="utf-8") for fed in ("a", "b")]
+    assert plans[0] == plans[1]

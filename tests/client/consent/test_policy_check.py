@@ -156,6 +156,17 @@ def test_hours_are_watched_within_a_round(make_plan: MakePlan, make_site: MakeSi
     assert not (site.folder / "outbox").exists()
 
 
+def test_a_round_that_was_stopped_leaves_no_hooks(
+    make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
+) -> None:
+    """The process's model trains for the next organization, even while something refers to the error."""
+    plan = make_plan(privacy=PRIVATE)
+    with pytest.raises(PolicyError) as stopped:
+        train_round(plan, make_site(policy=policy(training={"max_hours": 1e-9})), 1, state_for(plan))
+    assert train_round(plan, make_site(at="another"), 1, state_for(plan)).steps == 4
+    assert stopped.value.rule == "training.max_hours"
+
+
 def test_a_tighter_policy_holds_for_what_is_finished_too(
     make_plan: MakePlan, make_site: MakeSite, state_for: Callable[..., State]
 ) -> None:

@@ -24,10 +24,10 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.task_identity import TaskIdentity
 
 from cotune.client.audit_log import AuditLog
+from cotune.client.local_events import observe_client
 from cotune.client.node.node import Node
 from cotune.client.node.serve import run_node
 from cotune.client.node.worker import TrainerDied
-from cotune.client.training.observe import observe_client
 from cotune.flower.chunks import Aborted
 from cotune.flower.fleet_client import AnnouncedRequest, FleetClient, _restore_ttl
 from cotune.flower.fleet_errors import FleetError, NodeRejected, RequestExpired

@@ -25,8 +25,8 @@ from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.features.head_fit import head_scores
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.protocol.messages import Request
 from tests.support.datasets import TAGS, tagged, write_csv, write_tagged
 

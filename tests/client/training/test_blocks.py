@@ -17,11 +17,11 @@ from cotune.client.training.regularization import dropping, find_dropout
 from cotune.client.training.round import train_round
 from cotune.client.training.stage_setup.from_records import synthetic_setup
 from cotune.errors import ModelError, PlanError
-from cotune.models.blocks import block_of
 from cotune.models.trainable import State
+from cotune.models.transformer_blocks import block_of
 from cotune.plan.local_training import LocalTraining
-from cotune.plan.parameters import get_plan_model, stage_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, stage_names, trained_names
 from cotune.plan.update_norm import bound_update_norm
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 

@@ -30,8 +30,8 @@ from cotune.errors import PlanError
 from cotune.models.base.load import load_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
 from tests.support.datasets import COLORS, TAGS, write_csv, write_images

@@ -21,8 +21,8 @@ from cotune.data.tasks.classes import example_losses
 from cotune.data.tasks.text import collator
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.policy import DisclosureRules, Policy
 from tests.support.failures import fails_with

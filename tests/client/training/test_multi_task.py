@@ -22,8 +22,8 @@ from cotune.data.multi_task import keep_tasks
 from cotune.data.record_reading import read_records
 from cotune.data.tasks.classes import IGNORED
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model, shared_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.per_example import per_example, unit_gradients

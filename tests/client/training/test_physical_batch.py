@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from cotune.client.site import Site
 from cotune.client.training import charged_steps as training
 from cotune.client.training.round import train_round
-from cotune.models.observe import observe_models
+from cotune.models.local_events import observe_models
 from cotune.models.trainable import State, get_model
 from cotune.plan.load import dump_plan, parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDSetup, StepReport
 from cotune.storage.json_documents import parse_toml

@@ -13,8 +13,8 @@ from cotune.client.consent.policy_check import check_consent
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import get_plan_model, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, trained_names
 from cotune.privacy.mechanisms import dp_sgd
 from cotune.privacy.policy import Policy
 from tests.support.failures import fails_with

@@ -13,12 +13,12 @@ from dp_accounting.rdp import RdpAccountant
 from torch import Tensor
 from torch.nn import functional
 
+from cotune.client.local_events import observe_client
 from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier, planned_steps
 from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.training import charged_steps as training
 from cotune.client.training import request_context
-from cotune.client.training.observe import observe_client
 from cotune.client.training.round import train_round
 from cotune.data.tasks import classes
 from cotune.data.tasks.classes import example_losses, logits
@@ -28,8 +28,8 @@ from cotune.models.config import TrainMode
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel, get_model
 from cotune.plan.local_training import LocalTraining
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport

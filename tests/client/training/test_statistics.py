@@ -17,8 +17,8 @@ from cotune.data.tasks.text import collator
 from cotune.errors import PlanError
 from cotune.models.encoding import encoded_examples
 from cotune.models.trainable import State, TrainableModel
-from cotune.plan.parameters import get_plan_model, gram_layers, statistic_shapes, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, gram_layers, statistic_shapes, trained_names
 from cotune.protocol.messages import decode_update, encode_update
 from cotune.strategies.types import Update, apply_delta
 from tests.support.failures import fails_with

@@ -16,8 +16,8 @@ from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import PrivacyError
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model, stage_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, stage_names
 from cotune.privacy.mechanisms.per_example import per_example
 from tests.support.paired_models import PAIRED, paired_model, pairs_table
 from tests.support.simulations import merged

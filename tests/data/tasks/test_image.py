@@ -26,7 +26,7 @@ from cotune.models.features.cached import get_features
 from cotune.models.features.head import feature_head
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
+from cotune.plan.trained_parameters import get_plan_model
 from tests.support.datasets import COLORS, write_images
 from tests.support.failures import fails_with
 from tests.support.tiny_models import PROCESSOR

@@ -357,8 +357,9 @@ def test_a_snapshot_of_the_hub_shows_its_commit(folder: Path, tmp_path: Path) ->
     commit = "0123456789abcdef" * 2 + "01234567"
     found = find_base(ModelConfig(base=str(shutil.copytree(folder, tmp_path / "snapshots" / commit))))
     assert found.revision == commit
-    assert found.pins == {"base_hash": found.content_hash, "revision": commit}
-    assert find_base(ModelConfig(base=str(folder))).pins == {"base_hash": found.content_hash}
+    both = {"base_hash": found.content_hash, "config_hash": found.config_hash}
+    assert found.pins == {**both, "revision": commit}
+    assert find_base(ModelConfig(base=str(folder))).pins == both
 
 
 # --- nothing in the folder is executed

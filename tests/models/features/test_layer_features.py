@@ -32,7 +32,7 @@ from cotune.models.features.public_map import (
     get_public_map,
     pin_model,
 )
-from cotune.models.observe import observe_models
+from cotune.models.local_events import observe_models
 from cotune.models.record_independence import MAX_PADDING_ERROR, padding_error
 from cotune.models.trainable import TrainableModel
 

@@ -19,8 +19,8 @@ from cotune.models.features.kept_states import StateReader
 from cotune.models.features.lower_layers import STATES, find_lower_layers
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import load_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.per_example import per_example
 from tests.support.language_models import write_dialogs
 from tests.support.multi_task import NewPlan

@@ -18,6 +18,7 @@ from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
+from tests.support.tiny_models import copy_without_weights
 
 LABELS = ["bad", "good", "so"]
 RULES = """
@@ -197,3 +198,43 @@ def test_older_federation_gets_signing_key_with_certificate(plan: Callable[..., 
     assert old.invitation.signing_key == public_hex(read_signing_key(made.certificates))
     assert old.invitation.id == FederationFolder(made.path).config.id != made.config.id
     assert not renew_server(old)
+
+
+@pytest.fixture
+def without_weights(plan: Callable[..., Plan], tmp_path: Path) -> Callable[..., Plan]:
+    """(changes) -> the plan with the base model's hashes, which is looked for where its weights are not."""
+    whole = plan().model
+    lacking = copy_without_weights(Path(whole.base), tmp_path / Path(whole.base).name)
+    return lambda **changes: plan(model={"base": str(lacking), **find_base(whole).pins}, **changes)
+
+
+def test_server_without_weights_makes_the_same_plan(
+    plan: Callable[..., Plan], without_weights: Callable[..., Plan], tmp_path: Path
+) -> None:
+    whole = create_federation(tmp_path / "a", plan(), config())
+    made = create_federation(tmp_path / "b", without_weights(), config())
+    assert made.plan.plan_id == whole.plan.plan_id
+    assert made.config.quotas.reply == pytest.approx(whole.config.quotas.reply, rel=0.01)
+    assert not list((made.config.base or tmp_path).glob("*.safetensors"))
+
+
+def test_what_needs_the_weights_is_refused_at_once(without_weights: Callable[..., Plan], tmp_path: Path) -> None:
+    test = write_csv(tmp_path / "test.csv", sentences(30))
+    public = {"public": {"source": str(test)}, "strategy": "feddf"}
+    for wanted, test_set in ((without_weights(), test), (without_weights(train="full"), None), (without_weights(**public), None)):
+        with fails_with("model.weights_needed"):
+            create_federation(tmp_path / "fed", wanted, config(test=test_set))
+    with fails_with("model.lora_targets"):
+        create_federation(tmp_path / "fed", without_weights(train="lora", lora={"targets": ["nothing"]}), config())
+    assert not (tmp_path / "fed").exists()
+
+
+def test_base_of_the_configuration_stands_for_the_one_of_the_plan(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    """The plan keeps its name, such as a hub id."""
+    whole = plan().model
+    named = plan(model={"base": "some/model", **find_base(whole).pins})
+    made = create_federation(tmp_path / "fed", named, config(base=Path(whole.base)))
+    assert (made.plan.model.base, made.config.base) == ("some/model", Path(whole.base))
+    wrong = plan(model={"base": "some/model", "base_hash": "0" * 64})
+    with fails_with("model.other_hash"):
+        create_federation(tmp_path / "other", wrong, config(base=Path(whole.base)))

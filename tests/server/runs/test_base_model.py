@@ -33,7 +33,8 @@ def test_run_has_federation_plan_and_coordinators_base_folder(fed: FederationFol
 def test_a_folder_that_set_names_is_not_told_either(fed: FederationFolder, base_model: Callable[[str], Path]) -> None:
     other = base_model("distilbert").resolve()
     wanted = find_base(ModelConfig(base=str(other)))
-    run = create_run(fed, [f"model.base={other}", f"model.base_hash={wanted.content_hash}"])
+    pins = [f"model.{key}={value}" for key, value in wanted.pins.items()]
+    run = create_run(fed, [f"model.base={other}", *pins])
     assert run.plan.model.base == f"folder:{other.name}"
     assert load_run_model(run).loaded.folder.path == other
 

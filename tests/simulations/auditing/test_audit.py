@@ -148,7 +148,7 @@ def test_the_difference_quotient_is_the_gradient_along_the_delta(toy_plan: NewPl
     import torch
 
     from cotune.data.dataset import Dataset
-    from cotune.plan.parameters import get_plan_model
+    from cotune.plan.trained_parameters import get_plan_model
     from cotune.simulations.prepare import prepare
 
     prepared = prepare(toy_plan(train="full", **SMALL), "cpu")

@@ -33,8 +33,8 @@ from torch.nn import functional
 from cotune.client.site import Site
 from cotune.client.training import charged_steps as training
 from cotune.client.training.round import train_round
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cotune.client.training.observe import observe_client
+from cotune.client.local_events import observe_client
 from cotune.errors import PlanError
 from cotune.reporting.comparison_statistics import Comparison, Variation
 from cotune.server.runs.run_folder import lock_folder

@@ -22,7 +22,7 @@ from cotune.simulations.comparison.compare import compare
 from cotune.simulations.comparison.grid import build_grid, parse_variation
 from cotune.simulations.comparison.private_selection import select
 from cotune.simulations.comparison.private_selection_release import Selected
-from cotune.simulations.released_models import get_steps_by_organization, max_divergences
+from cotune.simulations.joint_privacy_loss import get_steps_by_organization, max_divergences
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
 from tests.support.processes import Cotune, Moment, kill_at

@@ -11,8 +11,8 @@ from cotune.errors import PlanError, PolicyError
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.policy import BudgetRules, Policy
-from cotune.simulations.forecast.expected import parse_examples
 from cotune.simulations.forecast.forecast import forecast, forecast_for
+from cotune.simulations.forecast.members import parse_examples
 from cotune.simulations.run import simulate
 from tests.support.simulations import NewPlan
 

@@ -13,8 +13,8 @@ from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
 from cotune.models.features.precision import FEATURE_SLOTS
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure
 from cotune.simulations.forecast.timing import estimate
 from cotune.simulations.prepare import Prepared, prepare

@@ -9,8 +9,8 @@ import torch
 from cotune.client.training.checks.sanity_checks import SanityChecks
 from cotune.errors import RunError
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 from tests.support.failures import fails_with
 

@@ -16,8 +16,8 @@ from cotune.client.training.personal.parameters import PERSONAL
 from cotune.client.training.round import train_round
 from cotune.errors import PlanError
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names, trained_names
 from cotune.privacy.policy import Policy, change_policy
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with

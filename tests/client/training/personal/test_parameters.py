@@ -17,8 +17,8 @@ from cotune.client.training.round import train_round
 from cotune.client.training.stage_setup.from_records import synthetic_setup
 from cotune.errors import PlanError, RunError
 from cotune.models.trainable import State
-from cotune.plan.parameters import get_plan_model, shared_names, trained_names
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model, shared_names, trained_names
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.strategies.types import apply_delta
 from tests.support.failures import fails_with

@@ -19,8 +19,8 @@ from cotune.models.encoding import encoded_examples
 from cotune.models.physical_batch import PhysicalBatch
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.per_example import per_example
 
 TEXTS = ["great", "the table is very sad and this", "awful road", "a happy day to the tree", "of", "the " * 12]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 import pytest
 
-from cotune.cli.lazy import LazyCommand
+from cotune.cli.lazy_commands import LazyCommand
 from cotune.cli.main import build_command
 
 

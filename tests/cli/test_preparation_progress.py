@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.cli.waiting import Waiting
+from cotune.cli.preparation_progress import Waiting
 from cotune.models.features import public_map
 from tests.support.console import Cotune
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from cotune.errors import ModelError
-from cotune.models.blocks import block_of, last_blocks
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel
+from cotune.models.transformer_blocks import block_of, last_blocks
 
 Make = Callable[..., TrainableModel]
 LAST = {  # of two blocks the last one

@@ -23,17 +23,23 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.strategies.plugins import is_code
 
 
-def get_plan_model(plan: Plan, device: str) -> TrainableModel:
+def get_plan_model(plan: Plan, device: str, *, needs_weights: bool = True) -> TrainableModel:
     """Return the plan's base model with its head, and with adapters if a stage trains them.
 
     There is one per process, which all callers share.
+
+    Args:
+        plan: The plan.
+        device: Such as "cpu" or "cuda:0".
+        needs_weights: False: where the base model's folder has no weights, the model does without (see `load_model`).
 
     Raises:
         ModelError: If it cannot be loaded, or cannot write the plan's chats.
         PrivacyError: If it mixes records of a batch, which record-level privacy rules out.
     """
     lora = plan.lora if plan.uses_lora else None
-    model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, "adapter" in plan.personal.parts)
+    own_adapters = "adapter" in plan.personal.parts
+    model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, own_adapters, needs_weights)
     if plan.data.messages is not None:
         check_chat_template(model.loaded.reader)
     if isinstance(plan.privacy, RecordPrivacy):
@@ -46,7 +52,7 @@ _open_own_model = lru_cache(maxsize=4)(open_model)  # simulated organizations tr
 
 def own_model_config(plan: Plan, base: str) -> ModelConfig:
     """Return the plan's `model` table for another base model."""
-    return plan.model.model_copy(update={"base": base, "base_hash": None, "revision": None, "feature": None})
+    return plan.model.model_copy(update={"base": base, "base_hash": None, "config_hash": None, "revision": None, "feature": None})
 
 
 def get_own_model(plan: Plan, device: str, base: str) -> TrainableModel:

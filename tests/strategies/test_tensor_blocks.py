@@ -26,11 +26,11 @@ from cotune.strategies import (
     weighted_mean,
 )
 from cotune.strategies.aggregator import Aggregator, build_aggregator
-from cotune.strategies.blocks import BLOCK, is_finite
 from cotune.strategies.conformance.samples import complete, sample
 from cotune.strategies.order_statistics import sort_rows
 from cotune.strategies.registry import get_builtin_components, infer_component
 from cotune.strategies.sums import add_weighted, divide, total
+from cotune.strategies.tensor_blocks import BLOCK, is_finite
 from cotune.strategies.update_store import HeldUpdates
 
 SHAPES = {"embedding": (300, 700), "bias": (7,), "scalar": (), "nothing": (0, 3)}  # the first is longer than three blocks

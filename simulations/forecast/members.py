@@ -18,8 +18,8 @@ from cotune.models.base.lookup import find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
 from cotune.models.trainable import TrainableModel
-from cotune.plan.parameters import get_plan_model
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
