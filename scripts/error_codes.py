@@ -89,6 +89,12 @@ def _class_code(node: ast.ClassDef) -> str | None:
     return None
 
 
+@lru_cache(maxsize=2)
+def raised_below(root: Path) -> tuple[Raised, ...]:
+    """Return every call of an exception's class in the package."""
+    return tuple(raised(sources(root)))
+
+
 def raised(modules: dict[str, ast.Module]) -> Iterator[Raised]:
     """Find every call of an exception's class."""
     classes = exception_classes(modules)
@@ -124,7 +130,7 @@ def _text(node: ast.expr) -> str:
 
 def missing_codes(root: Path = ROOT) -> list[Raised]:
     """Return what is raised without a code, or with one of another area."""
-    return [each for each in raised(sources(root)) if each.code is None or (each.code and not _fits(each))]
+    return [each for each in raised_below(root) if each.code is None or (each.code and not _fits(each))]
 
 
 def _fits(each: Raised) -> bool:
@@ -135,7 +141,7 @@ def _fits(each: Raised) -> bool:
 def page(root: Path = ROOT) -> str:
     """Return docs/errors.md."""
     by_code: dict[str, list[Raised]] = {}
-    for each in raised(sources(root)):
+    for each in raised_below(root):
         if each.code:
             by_code.setdefault(each.code, []).append(each)
     lines = [INTRODUCTION]

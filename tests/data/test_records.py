@@ -752,41 +752,30 @@ def test_threads_share_what_was_parsed(tmp_path: Path) -> None:
 
 
 READ_ALL = """
-import os, sys, pathlib
+import os, sys
 def refuse(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise SystemExit(event)
 sys.addaudithook(refuse)
+import datasets, pyarrow.parquet
 from cotune.data.config import DataConfig
 from cotune.data.record_reading import read_records
-for path in sys.argv[1:]:
+parquet, *others = sys.argv[1:]
+before = len(os.listdir("/proc/self/task"))
+print(len(read_records(DataConfig(source=parquet))))
+print("threads", len(os.listdir("/proc/self/task")) - before)
+for path in others:
     print(len(read_records(DataConfig(source=path))), flush=True)
 os._exit(0)  # Arrow's threads sometimes abort an interpreter that ends in the regular way on a loaded machine
 """
 
 
-THREADS = """
-import os, sys
-import datasets, pyarrow.parquet
-from cotune.data.config import DataConfig
-from cotune.data.record_reading import read_records
-before = len(os.listdir("/proc/self/task"))
-print(len(read_records(DataConfig(source=sys.argv[1]))), len(os.listdir("/proc/self/task")) - before)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
-def test_reading_parquet_starts_no_threads(tmp_path: Path) -> None:
-    """Arrow's pool sometimes aborted a program that had read its records and ended in the regular way."""
-    path = write_parquet(tmp_path / "a.parquet", text=["a"] * 100, label=["x", "y"] * 50, other=list(range(100)))
-    done = subprocess.run([sys.executable, "-c", THREADS, str(path)], capture_output=True, text=True, check=False)
-    assert (done.stdout.split(), done.returncode) == (["100", "0"], 0), done.stderr
-
-
 def test_reading_leaves_nothing_behind_and_stays_offline(tmp_path: Path) -> None:
-    rows = {"text": [t for t, _ in PAIRS], "label": [x for _, x in PAIRS]}
-    paths = [write(tmp_path / "a.csv", separated(PAIRS, ",")), write(tmp_path / "a.jsonl", lines(PAIRS))]
-    paths.append(write_parquet(tmp_path / "a.parquet", **rows))
+    """Of Parquet without threads either: Arrow's pool sometimes aborted a program that had read its records."""
+    rows = {"text": [t for t, _ in PAIRS] * 50, "label": ["x", "y", "z"] * 50, "other": list(range(150))}
+    paths = [write_parquet(tmp_path / "a.parquet", **rows)]
+    paths += [write(tmp_path / "a.csv", separated(PAIRS, ",")), write(tmp_path / "a.jsonl", lines(PAIRS))]
     home = tmp_path / "home"
     temporary = tmp_path / "temporary"
     home.mkdir()
@@ -795,7 +784,7 @@ def test_reading_leaves_nothing_behind_and_stays_offline(tmp_path: Path) -> None
     env |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", READ_ALL, *map(str, paths)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert (done.stdout.split(), done.returncode) == (["3", "3", "3"], 0), done.stderr
+    assert (done.stdout.split(), done.returncode) == (["150", "threads", "0", "3", "3"], 0), done.stderr
     assert list(home.iterdir()) + list(temporary.iterdir()) == []
 
 

@@ -34,7 +34,7 @@ def reviews(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Features and checks of models are cached in one folder for all processes of the session, not in the user's."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whoever started this worker has named it
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its parent has named a folder
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -64,11 +64,9 @@ def _preloaded_workers() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_heap() -> Iterator[None]:
-    """Collections of garbage look only at what the test has made: those of all that is imported take a third of a second each."""
+def small_heap() -> None:
+    """Collections of garbage look only at what the test has made; what was there before stays out of them, as after collection."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
