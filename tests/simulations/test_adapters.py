@@ -43,7 +43,10 @@ def merged(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [
-        *((recipe, "bert") for recipe in ("fedit", "ffa_lora", "rolora", "fedsvd", "fedex", "flora", "flexlora", "hetlora")),
+        *(
+            (recipe, "shallow-bert")
+            for recipe in ("fedit", "ffa_lora", "rolora", "fedsvd", "fedex", "flora", "flexlora", "hetlora")
+        ),
         *((recipe, "gpt2") for recipe in ("fedex", "flora")),  # whose weights are kept transposed
     ],
 )

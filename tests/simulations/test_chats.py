@@ -49,7 +49,7 @@ def new_plan(base: Path, tmp_path_factory: pytest.TempPathFactory) -> NewPlan:
             "model": {"base": str(base), "max_length": 128, "precision": "float32"},
             "data": {"source": str(source), "messages": "messages"},
             "lora": {"rank": 4, "factors": "ab", "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]},
-            "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 16},
+            "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 32},
             "simulation": {"clients": 2, "partition": "iid", "min_examples": 10, "baselines": []},
         }
         return parse_plan(merged(table, changes))

@@ -36,7 +36,7 @@ def test_killed_between_state_and_update(
 ) -> None:
     local = {"learning_rate": 0.02, "momentum": 0.0, "steps": 6}
     stages = [{"mode": "head", "rounds": 2, "local": local}, {"mode": "full", "rounds": 2, "local": local}]
-    plan = toy_plan(train=stages, strategy=strategy, local={"momentum": 0.0}, simulation={"baselines": []})
+    plan = toy_plan("shallow-bert", train=stages, strategy=strategy, local={"momentum": 0.0}, simulation={"baselines": []})
     whole = tmp_path / "whole"
     run = tmp_path / "other"
     simulate(plan, whole, device="cpu")

@@ -50,7 +50,7 @@ def new_plan(language_model: Callable[..., Path], records: Path) -> NewPlan:
             "model": {"base": str(language_model("llama", tied=tied)), "max_length": 16, "precision": "float32"},
             "data": {"source": str(records), "prompt": "prompt", "target": "target"},
             "lora": {"rank": 4, "factors": "ab", "targets": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
-            "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 16},
+            "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 64},
             "simulation": {"clients": 2, "partition": "iid", "min_examples": 10},
         }
         return parse_plan(merged(table, changes))

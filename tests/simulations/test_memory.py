@@ -37,7 +37,7 @@ class Aborted(Exception):
 def test_cut_off_after_every_update(toy_plan: NewPlan, tmp_path: Path, kind: str) -> None:
     tables = RUNS[kind]
     local = {"learning_rate": 0.5, "steps": 2, **tables.get("local", {})}
-    plan = toy_plan(**{**tables, "local": local, "simulation": {"baselines": []}})
+    plan = toy_plan("shallow-bert", **{**tables, "local": local, "simulation": {"baselines": []}})
     whole = tmp_path / "whole"
     run = tmp_path / "other"
     simulate(plan, whole, device="cpu")

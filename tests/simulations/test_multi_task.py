@@ -151,12 +151,11 @@ def test_an_audit_finds_no_more_than_is_claimed(multi_plan: NewPlan) -> None:
         local={"batch_size": 16},
         simulation={"min_examples": 5, "tasks": [["mood", "length"], ["mood"]]},
     )
-    result = audit(plan, organization="org-1", canaries=32, device="cpu")
+    result = audit(plan, organization="org-1", canaries=32, rounds=1, device="cpu")
     assert all(attack.at_least <= result.epsilon for attack in result.attacks)
 
 
 MOMENTS = (
-    Moment("update_received", {"round": 1, "organization": "org-1"}),
     Moment("step", {"round": 2, "organization": "org-2"}, nth=2),
     Moment("renamed", {"path": "*/checkpoints/round-00002.safetensors"}),
     Moment("baseline_started", {"baseline": "single/length"}),

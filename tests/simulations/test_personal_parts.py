@@ -24,7 +24,7 @@ from tests.support.simulations import NewPlan, same, tensors_of
 
 def plan_of(toy_plan: NewPlan, parts: Sequence[str], **changes: Any) -> Plan:
     given = {"train": "lora", "lora": {"rank": 2}, "local": {"learning_rate": 1.0, "momentum": 0.0}, "personal": list(parts)}
-    return toy_plan(**{**given, **changes})
+    return toy_plan("shallow-bert", **{**given, **changes})
 
 
 def own_models(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -163,7 +163,8 @@ def test_killed_run_ends_as_if_it_had_not_been(
 ) -> None:
     bases = [str(base_model("bert")), str(base_model("distilbert"))]
     local = {"learning_rate": 1.0, "momentum": 0.0}
-    plan = plan_of(toy_plan, public, train=train, lora={"rank": 2}, local=local, simulation={"bases": bases})
+    changes = {"public": {"epochs": 4}, "simulation": {"bases": bases}}
+    plan = plan_of(toy_plan, public, train=train, lora={"rank": 2}, local=local, **changes)
     simulate(plan, tmp_path / "whole", device="cpu")
     play_killed(cotune, plan, tmp_path / "other", MOMENTS)
     assert tensors_of(tmp_path / "other") == tensors_of(tmp_path / "whole")

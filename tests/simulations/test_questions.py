@@ -39,7 +39,7 @@ def new_plan(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     source = write_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl", 300)
 
     def make(**changes: Any) -> Plan:
-        return parse_plan(merged(questions_table(base_model("bert"), source), changes))
+        return parse_plan(merged(questions_table(base_model("shallow-bert"), source), changes))
 
     return make
 

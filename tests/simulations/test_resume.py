@@ -35,6 +35,7 @@ def slow(toy_plan: NewPlan, **changes: Any) -> Plan:
     """Two stages whose rounds take long enough to be killed in; with server momentum, which the checkpoints must carry."""
     full = {"learning_rate": 0.02, "optimizer": "adam", "momentum": 0.0, "steps": 6}
     return toy_plan(
+        "shallow-bert",
         train=[{"mode": "head", "rounds": 2}, {"mode": "full", "rounds": 2, "local": full}],
         strategy={"server_optimizer": {"name": "sgd", "lr": 0.7, "momentum": 0.3}},
         **changes,
@@ -138,6 +139,7 @@ def spent(rows: list[tuple[int, float, float, int, str]], delta: float) -> float
 @pytest.mark.crash
 def test_killed_in_training_the_steps_count_and_the_budget_holds(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = toy_plan(
+        "shallow-bert",
         train="full",
         rounds=3,
         privacy={"epsilon": 1.5},

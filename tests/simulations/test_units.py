@@ -67,7 +67,7 @@ def plan(base_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pla
                 "task": task,
                 "rounds": 2,
                 "train": "lora" if task == "token-classification" else "head",
-                "model": {"base": str(base_model("vit" if images else "bert")), "max_length": 16},
+                "model": {"base": str(base_model("vit" if images else "shallow-bert")), "max_length": 16},
                 "data": {"source": str(file)},
                 "local": {"learning_rate": 1.0, "batch_size": 0.3, "steps": 3},
                 "privacy": PRIVATE,

@@ -33,7 +33,7 @@ def multi_plan(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempP
     """Changes of top-level keys -> a plan of two tasks whose adapters and heads are trained; tables are merged."""
     source = write_tasks(tmp_path_factory.mktemp("tasks") / "two.csv")
 
-    def make(kind: str = "bert", **changes: Any) -> Plan:
+    def make(kind: str = "shallow-bert", **changes: Any) -> Plan:
         table: dict[str, Any] = {
             "name": "two",
             "tasks": [

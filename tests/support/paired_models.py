@@ -63,6 +63,6 @@ def pairs_table(kind: str, base: Path, source: Path) -> dict[str, Any]:
         "model": {"base": str(base), "max_length": 16, "precision": "float32"},
         "data": {"source": str(source), "prompt": "prompt", "target": "target"},
         "lora": {"rank": 4, "factors": "ab", "targets": _TARGETS.get(kind, ["q_proj", "v_proj", "fc1", "fc2"])},
-        "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 16},
+        "local": {"learning_rate": 0.02, "optimizer": "adam", "batch_size": 0.25, "steps": 4, "physical_batch_size": 64},
         "simulation": {"clients": 2, "partition": "iid", "min_examples": 10},
     }

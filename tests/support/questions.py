@@ -34,11 +34,11 @@ def questions_table(base: Path, source: Path) -> dict[str, Any]:
         "name": "questions",
         "task": "question-answering",
         "train": "lora",
-        "rounds": 3,
+        "rounds": 2,
         "privacy": PRIVATE,
         "model": {"base": str(base), "max_length": 24, "precision": "float32"},
         "data": {"source": str(source)},
         "lora": {"rank": 4, "factors": "ab"},
-        "local": {"learning_rate": 0.05, "optimizer": "adam", "batch_size": 0.5, "steps": 6, "physical_batch_size": 32},
+        "local": {"learning_rate": 0.05, "optimizer": "adam", "batch_size": 0.5, "steps": 6, "physical_batch_size": 96},
         "simulation": {"clients": 2, "partition": "iid", "min_examples": 10, "baselines": ["alone"]},
     }

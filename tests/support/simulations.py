@@ -44,7 +44,11 @@ def toy_plan(base_model: Callable[[str], Path], toy_data: Path) -> NewPlan:
             "name": "toy",
             "rounds": 3,
             "privacy": "none",
-            "model": {**TOY_MODEL, "base": str(base_model(kind)), "pooling": "mean" if kind == "bert" else "auto"},
+            "model": {
+                **TOY_MODEL,
+                "base": str(base_model(kind)),
+                "pooling": "mean" if kind.endswith("-bert") or kind == "bert" else "auto",
+            },
             "data": {"source": str(toy_data)},
             "local": {"learning_rate": 5.0, "momentum": 0.9, "batch_size": 0.5, "steps": 5},
             "personalize": {"folds": 2},  # each fits a dozen heads

@@ -34,6 +34,7 @@ from cotune.models.trainable import TrainableModel
 from tests.support.datasets import FILLERS, WORDS
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(w for words in WORDS.values() for w in words), *FILLERS]
+_OTHER_DEPTHS = {"shallow-bert": 1, "deep-bert": 6}
 ARCHITECTURES = ("bert", "distilbert", "gpt2", "llama", "qwen2")
 
 
@@ -44,8 +45,9 @@ def config_of(kind: str) -> Any:
         return ViTConfig(image_size=16, patch_size=4, **small)
     if kind == "bert":
         return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **small)
-    if kind == "deep-bert":
-        return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **{**small, "num_hidden_layers": 6})
+    if kind in _OTHER_DEPTHS:
+        deep = {**small, "num_hidden_layers": _OTHER_DEPTHS[kind]}
+        return BertConfig(vocab_size=size, max_position_embeddings=32, pad_token_id=0, **deep)
     if kind == "roberta":
         return RobertaConfig(vocab_size=size, max_position_embeddings=34, pad_token_id=0, type_vocab_size=1, **small)
     if kind == "distilbert":

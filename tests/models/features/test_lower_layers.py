@@ -207,7 +207,7 @@ def test_the_module_is_left_as_it_was(plan_of: Callable[..., Plan]) -> None:
 def test_evaluation_begins_with_kept_states(
     plan_of: Callable[..., Plan], multi_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, tasks: str
 ) -> None:
-    plan = plan_of() if tasks == "one" else multi_plan(lora={"layers": 1})
+    plan = plan_of() if tasks == "one" else multi_plan("bert", lora={"layers": 1})
     model, held = prepared(plan)
     assert find_lower_layers(model, model.adapter_names()) is not None, "else nothing is kept"
     state = model.state(model.names("lora"))

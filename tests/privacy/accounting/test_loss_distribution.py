@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cotune.privacy.accounting.loss_distribution import discretize_gaussian, find_deltas, find_epsilon, self_compose
@@ -37,6 +37,8 @@ def test_every_digit_is_that_of_dp_accounting(sigma: float, rate: float, width: 
     count=st.one_of(st.integers(1, 3), st.integers(1, 20_000)),
     width=st.sampled_from([5e-4, 2e-3, 0.5]),
 )
+@example(sigma=1.0, rate=0.5, count=2, width=0.5)
+@example(sigma=1.0, rate=0.5, count=3, width=0.5)
 def test_equal_steps_compose_as_in_dp_accounting(sigma: float, rate: float, count: int, width: float) -> None:
     """A width of 0.5 leaves few points, for which dp-accounting has another way."""
     one = discretize_gaussian(sigma, rate, width)

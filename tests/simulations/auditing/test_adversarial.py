@@ -36,9 +36,8 @@ def audited(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch, subject: Any, mo
     monkeypatch.setattr(audited_training, "DPSGD", subject)
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.9, "steps": 1}
     lora = {"lora": {"rank": 2}} if mode == "lora" else {}
-    plan = toy_plan(
-        train=mode, rounds=1, privacy={"epsilon": claim, "delta": 1e-5}, local=local, simulation={"baselines": []}, **lora
-    )
+    privacy = {"epsilon": claim, "delta": 1e-5}
+    plan = toy_plan("shallow-bert", train=mode, rounds=1, privacy=privacy, local=local, simulation={"baselines": []}, **lora)
     return audit(plan, canaries=64, confidence=1 - 1e-7, device="cpu")
 
 

@@ -93,7 +93,7 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
     """Also after a stage of another kind, and in ghost clipping."""
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
     stages = [{"mode": "head", "rounds": 1}, {"mode": mode, "rounds": 1, "local": local}]
-    plan = toy_plan(train=stages, lora={"rank": 2}, **{k: v for k, v in SMALL.items() if k != "rounds"})
+    plan = toy_plan("shallow-bert", train=stages, lora={"rank": 2}, **{k: v for k, v in SMALL.items() if k != "rounds"})
     result = audit(plan, canaries=500, confidence=CERTAIN, device="cpu")
     assert (result.steps, result.broken) == (7, False)
     assert result.attacks[0].auc > 0.55  # about 0.7, give or take 0.02: canaries are seen
@@ -113,7 +113,7 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
 def test_steps_on_what_is_personal_are_audited_too(toy_plan: NewPlan, personal: Any, train: str, steps: int) -> None:
     """All that has noise and is charged; canaries are seen in it, and nothing breaks the claim."""
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
-    plan = toy_plan(**{**SMALL, "rounds": 1}, train=train, lora={"rank": 2}, local=local, personal=personal)
+    plan = toy_plan("shallow-bert", **{**SMALL, "rounds": 1}, train=train, lora={"rank": 2}, local=local, personal=personal)
     result = audit(plan, canaries=500, confidence=CERTAIN, device="cpu")
     assert (result.steps, result.broken) == (steps, False)
     assert result.attacks[0].auc > 0.55
