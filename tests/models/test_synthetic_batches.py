@@ -57,6 +57,22 @@ def told_by_the_loudest(batch: Batch) -> Sequence[Tensor]:
     return [scores(batch).contiguous() if float(batch["features"].max()) < 100 else scores(batch) * 1.0]
 
 
+def told_by_the_operation(batch: Batch) -> Sequence[Tensor]:
+    """The same numbers, and as many operations of the same shapes."""
+    found = scores(batch)
+    return [found.mul(1.0) if float(batch["features"].max()) < 100 else found.div(1.0)]
+
+
+@torch.library.custom_op("cotune_tests::grouped_scores", mutates_args=())
+def grouped_scores(found: Tensor) -> Tensor:
+    return found.clone()
+
+
+def in_groups(batch: Batch) -> Sequence[Tensor]:
+    """The same numbers by an operation on groups of rows, of which no one outside knows who is in them."""
+    return [grouped_scores(scores(batch))]
+
+
 def only_what_is_filled(batch: Batch) -> Sequence[Tensor]:
     """Blank rows are left out of the product, so that its shape depends on how many there are."""
     found = torch.zeros(len(batch["labels"]), 3)
@@ -77,7 +93,10 @@ def test_rows_that_are_computed_alike_pass() -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [centered, averaged_by_weight, by_place, by_parity, never_a_number, told_by_the_loudest, only_what_is_filled],
+    [
+        *(centered, averaged_by_weight, by_place, by_parity, never_a_number),
+        *(told_by_the_loudest, told_by_the_operation, in_groups, only_what_is_filled),
+    ],
 )
 def test_what_a_row_owes_to_others_is_found(fault: Answer) -> None:
     assert tried(fault)
