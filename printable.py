@@ -1,8 +1,7 @@
 """What files and strangers say, fit for a terminal and a log: it shows every character, and none is obeyed.
 
 Two places make it so. `Clean` stands before a process's standard output and error, no matter who writes there; lines of a command
-are
-made printable before they are laid out (`cli/console.py`), and reach the terminal past it, as only they may move the cursor.
+are made printable before they are laid out (`cli/console.py`), and reach the terminal past it, as only they may move the cursor.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ IGNORABLE = frozenset(
     for first, last in ((0x34F, 0x34F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F))
     for code in range(first, last + 1)
 ) | frozenset(map(chr, (0xFFA0, *range(0xE0000, 0xE1000))))  # Unicode's Default_Ignorable_Code_Point beyond the category Cf
-_SUSPECT = re.compile(f"[{''.join(sorted(IGNORABLE))}]")
 _STYLE = re.compile(r"\x1b\[(?:(?:[0-47]|2[2-47]|3[1-79]|9[1-7])(?:;(?!m)|(?=m)))*m")  # weight and color; nothing that conceals
 
 
@@ -48,7 +46,7 @@ def _is_plain(text: str) -> bool:
     """Printable by Python's rule, other spaces than the ordinary one among it, and visible."""
     if not text.isprintable() and any(unicodedata.category(char) != "Zs" for char in text if not char.isprintable()):
         return False
-    return _SUSPECT.search(text) is None
+    return text.isascii() or IGNORABLE.isdisjoint(text)
 
 
 def _written_out(char: str) -> str:

@@ -1,4 +1,7 @@
-"""The limits of the proxy, in bytes, connections and seconds: every number that a coordinator may change stands here."""
+"""How much of the proxy a connection may use, in bytes and seconds, and how many there may be at a time.
+
+What a member may use in an hour or a day is in `member_quotas`.
+"""
 
 from __future__ import annotations
 
