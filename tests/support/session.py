@@ -13,11 +13,13 @@ import torch
 
 from cotune.data.inputs import chat_template
 from cotune.models import record_independence
+from cotune.models.base import load
 from cotune.worker_process import WorkerProcess
 from tests.support.chat_processes import ChatProcess
 from tests.support.datasets import sentences, write_csv
 from tests.support.fork_server import preloaded
 from tests.support.independence import VerdictsByContent
+from tests.support.loaded_weights import WeightsByContent
 from tests.support.tiny_models import base_model
 
 __all__ = ["base_model"]  # fixtures
@@ -60,6 +62,13 @@ def _preloaded_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WorkerProcess, "context", preloaded())
         patch.setattr(chat_template, "_new_process", ChatProcess)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_models_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "read_weights", WeightsByContent(load.read_weights))
         yield
 
 
