@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -44,10 +46,30 @@ def preloaded() -> ForkServerContext:
 
 
 def share_server() -> None:
-    """Start the server for the workers of this process; it ends with this process. Its environment is that of now."""
+    """Start the server for the workers of this process; it ends with this process. Its environment is that of now.
+
+    What its processes print, unless a test looks at it, is not shown between the results; without workers it is, with the test.
+    """
     multiprocessing.set_forkserver_preload(list(_PRELOADED))
-    forkserver.ensure_running()
+    with _silence():
+        forkserver.ensure_running()
     os.environ[_ADDRESS] = _server._forkserver_address
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Give processes that are started within the block an output that nobody reads."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, saved in kept.items():
+            os.dup2(saved, number)
+            os.close(saved)
+        os.close(nowhere)
 
 
 def use_parents_server() -> None:
