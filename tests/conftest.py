@@ -20,7 +20,7 @@ from tests.support.fork_server import share_server
 
 # how long an example takes says something of the machine; `make test-faults` plays the property tests with "thorough"
 settings.register_profile("thorough", deadline=None)
-settings.register_profile("cotune", deadline=None, max_examples=40)
+settings.register_profile("cotune", deadline=None, max_examples=25)
 settings.load_profile("cotune")
 _LONGEST = ("deployment", "simulations", "docs", "cli", "attacks", "client")  # rooms by CPU seconds of a test
 

@@ -7,6 +7,7 @@ tests/deployment/test_guides.py, together and with real processes.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = ["_logging_as_it_was", "cotune", "folder"]  # fixtures
 
 PLAYED = ("bash", "python", "toml")
 DRAWN = ("mermaid",)
+LONG = ("docs/simulate.md", "docs/audit.md")  # take seconds to play; in short, the commands of their blocks exist
 STORIES = {"docs/join.md", "docs/coordinate.md"}  # tests/deployment/test_guides.py
 NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, which says why
     ("README.md", "make demo"),
@@ -188,7 +190,9 @@ PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
 }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if played_here(page)])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.long if page in LONG else ()) for page in PAGES if played_here(page)]
+)
 def test_what_the_page_says_can_be_done(
     page: str,
     cotune: Cotune,
@@ -224,7 +228,16 @@ def test_pages_with_a_story_have_one() -> None:
     assert all(page in told for page in STORIES | {"README.md"})
 
 
-SPOKEN = [(page, words) for page in PAGES for words in spoken_in(page)]
+SPOKEN = [
+    *((page, words) for page in PAGES for words in spoken_in(page)),
+    *(
+        (page, shlex.split(line))
+        for page in LONG
+        for block in played_here(page)
+        for line in commands_of(block)
+        if line.startswith("cotune ")
+    ),
+]
 
 
 @pytest.mark.parametrize(("page", "words"), SPOKEN, ids=[f"{page}: {' '.join(words)}" for page, words in SPOKEN])

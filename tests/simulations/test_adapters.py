@@ -43,11 +43,10 @@ def merged(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("recipe", "kind"),
     [
-        *(
-            (recipe, "shallow-bert")
-            for recipe in ("fedit", "ffa_lora", "rolora", "fedsvd", "fedex", "flora", "flexlora", "hetlora")
-        ),
-        *((recipe, "gpt2") for recipe in ("fedex", "flora")),  # whose weights are kept transposed
+        *((recipe, "shallow-bert") for recipe in ("ffa_lora", "fedsvd", "fedex", "flexlora")),
+        *(pytest.param(recipe, "shallow-bert", marks=pytest.mark.long) for recipe in ("fedit", "rolora", "flora", "hetlora")),
+        ("flora", "gpt2"),  # whose weights are kept transposed
+        pytest.param("fedex", "gpt2", marks=pytest.mark.long),
     ],
 )
 def test_every_recipe_trains_a_model_that_can_be_handed_out(toy_plan: NewPlan, tmp_path: Path, recipe: str, kind: str) -> None:
