@@ -56,6 +56,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        gc.set_threshold(50_000, 20, 20)  # objects: tests make few cycles, and looking for them takes a thirtieth of the time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

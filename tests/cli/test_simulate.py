@@ -17,7 +17,7 @@ from scipy.stats import norm
 from cotune.cli.progress import showing_progress
 from cotune.plan.load import load_plan, preset_names
 from cotune.simulations.run import simulate
-from tests.support.console import Cotune
+from tests.support.console import Cotune, Started
 from tests.support.datasets import sentences, write_csv, write_images, write_tagged
 
 
@@ -286,7 +286,20 @@ def test_the_live_display_on_a_terminal(folder: Path) -> None:
     assert "rounds" in shown
 
 
-@pytest.mark.parametrize(("train", "baselines"), [("head", ""), pytest.param("full", '"pooled"', marks=pytest.mark.long)])
+def test_a_process_writes_lines_and_nothing_on_stderr(started: Started, folder: Path) -> None:
+    """In short: forked, so that nothing is imported, which is where libraries warn."""
+    changes = ("privacy={epsilon=3}", "local.steps=1", "simulation.baselines=[]")
+    words = ("simulate", "toy.toml", "--out", "run", *(word for change in changes for word in ("--set", change)))
+    with started(*words) as process:
+        out, err = process.communicate(600)
+    assert (process.wait(), err) == (0, "")
+    assert "\x1b" not in out
+    assert "round 1/2 (head), 2 organizations" in out
+    assert (folder / "run" / "report.html").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("train", "baselines"), [("head", ""), ("full", '"pooled"')])
 def test_the_script_writes_lines_and_nothing_on_stderr(script: Cotune, folder: Path, train: str, baselines: str) -> None:
     changes = ("privacy={epsilon=3}", f"train={train}", "local.steps=1", f"simulation.baselines=[{baselines}]")
     shown = script("simulate", "toy.toml", "--out", "run", *(word for change in changes for word in ("--set", change)))

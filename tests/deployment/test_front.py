@@ -169,7 +169,15 @@ def test_registered_organization_joins_through_the_proxy(federation: Federation)
     assert [node["status"] for node in listed["nodes"]] == ["online"]
 
 
+def test_unknown_key_is_refused(federation: Federation) -> None:
+    key = key_pair(federation.folder, "stranger")
+    with pytest.raises(NodeRejected), federation.connect(key):
+        pass
+
+
+@pytest.mark.long
 def test_unknown_key_is_refused_in_the_superlinks_words(federation: Federation) -> None:
+    """By Flower's own node; the code is seen without one in tests/server/proxy/test_server.py, too."""
     key = key_pair(federation.folder, "stranger")
     log = federation.folder / "stranger.log"
     trust = ("--root-certificates", str(federation.authority))

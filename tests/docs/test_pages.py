@@ -35,7 +35,7 @@ __all__ = ["_logging_as_it_was", "cotune", "folder"]  # fixtures
 
 PLAYED = ("bash", "python", "toml")
 DRAWN = ("mermaid",)
-LONG = ("docs/simulate.md", "docs/audit.md")  # take seconds to play; in short, the commands of their blocks exist
+LONG = ("docs/simulate.md", "docs/audit.md", "docs/chat.md")  # take seconds to play; in short, the commands of their blocks exist
 STORIES = {"docs/join.md", "docs/coordinate.md"}  # tests/deployment/test_guides.py
 NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, which says why
     ("README.md", "make demo"),
