@@ -22,7 +22,18 @@ from tests.support.fork_server import share_server
 settings.register_profile("thorough", deadline=None)
 settings.register_profile("cotune", deadline=None, max_examples=25)
 settings.load_profile("cotune")
-_LONGEST = ("deployment", "simulations", "docs", "cli", "attacks", "client")  # rooms by CPU seconds of a test
+_LONGEST = (
+    "deployment",
+    "simulations",
+    "docs",
+    "cli",
+    "attacks",
+    "client",
+    "",
+    "models",
+    "privacy",
+    "data",
+)  # by CPU seconds; "": no room
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not
 
@@ -61,5 +72,10 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder)."""
-    rank = {("tests", room): place for place, room in enumerate(_LONGEST)}
-    items.sort(key=lambda item: rank.get(tuple(item.nodeid.split("/")[:2]), len(rank)))
+    rank = {room: place for place, room in enumerate(_LONGEST)}
+
+    def place(item: pytest.Item) -> int:
+        _, *rooms, _ = item.nodeid.partition("::")[0].split("/")
+        return rank.get(rooms[0] if rooms else "", len(rank))
+
+    items.sort(key=place)
