@@ -81,7 +81,7 @@ def export_adapters_alone(model: TrainableModel, folder: Path, base: str, card: 
         model: In the state that is to be exported; its adapters are of use alone (`has_adapters_alone`).
         folder: Where to.
         base: Name of the base model.
-        card: What is said of them, as README.md.
+        card: Text of the model card, written as README.md.
     """
     with _replacing(folder) as part:
         export_adapters(model, part, base)

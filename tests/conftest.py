@@ -22,18 +22,8 @@ from tests.support.fork_server import share_server
 settings.register_profile("thorough", deadline=None)
 settings.register_profile("cotune", deadline=None, max_examples=25)
 settings.load_profile("cotune")
-_LONGEST = (
-    "deployment",
-    "simulations",
-    "docs",
-    "cli",
-    "attacks",
-    "client",
-    "",
-    "models",
-    "privacy",
-    "data",
-)  # by CPU seconds; "": no room
+# rooms by CPU seconds; "": files at the top level
+_LONGEST = ("deployment", "simulations", "docs", "cli", "attacks", "client", "", "models", "privacy", "data")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not
 

@@ -115,7 +115,7 @@ def with_federation_id(config: ServerConfig) -> ServerConfig:
 
 
 def _with_quotas(config: ServerConfig, parameters: int) -> ServerConfig:
-    """Set the quota for replies, unless the coordinator did, to the largest that a plan with so many parameters can have.
+    """Set the quota for replies, unless the coordinator did, to the largest reply to a plan of this number of parameters.
 
     That is a delta and a statistic of all its parameters in float32, with a margin.
     """

@@ -72,15 +72,17 @@ def _silence() -> Iterator[None]:
         os.close(nowhere)
 
 
-def use_parents_server() -> None:
-    """Let a process that was forked from the server start others from it, too; CPython would start another server."""
+def keep_server() -> None:
+    """Start processes from the server whose address is known here, such as that which forked this process.
+
+    CPython knows the address and starts another server all the same.
+    """
     _server.ensure_running = resource_tracker.ensure_running
 
 
 @cache
 def _connect(address: str) -> None:
     _server._forkserver_address = address
-    _server._forkserver_alive_fd = os.open(
-        os.devnull, os.O_WRONLY
-    )  # in place of the pipe by which a server learns that nobody is left
-    _server.ensure_running = resource_tracker.ensure_running
+    # in place of the pipe whose end tells a server that no process needs it any more
+    _server._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)
+    keep_server()

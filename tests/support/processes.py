@@ -25,7 +25,7 @@ from cotune.plan.load import dump_plan
 from cotune.plan.plan import Plan
 from cotune.simulations.run import simulate
 from cotune.worker_process import WorkerProcess
-from tests.support.fork_server import preloaded, use_parents_server
+from tests.support.fork_server import keep_server, preloaded
 
 Cotune = Callable[..., BaseProcess]
 _observing = ExitStack()  # to the end of the process
@@ -91,7 +91,7 @@ class _NotingContext(ForkServerContext):
 
 def start_from_the_same_server() -> None:
     """Let the worker processes of this process, itself a forked one, be forked from the server that it comes from."""
-    use_parents_server()
+    keep_server()
     WorkerProcess.context = _NotingContext()
 
 

@@ -91,7 +91,7 @@ class ReorderBuffer:
         self._spill = spill
         self._sink = sink
         self._next = 0
-        # index of an organization whose turn has not come -> whether its update is on disk
+        # index of an organization whose update is not yet aggregated -> whether that update is on disk
         self._settled: dict[int, bool] = {}
 
     def put(self, name: str, update: Update | None) -> None:

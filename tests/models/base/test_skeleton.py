@@ -120,7 +120,7 @@ def test_map_that_the_plan_does_not_bind_is_refused(base_model: Callable[[str], 
 def test_new_head_follows_from_the_seed_and_not_from_a_head_in_the_folder(
     base_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A head for other labels is drawn anew; what it was, and whether there was one, nobody can see."""
+    """A head for other labels is initialized from the seed, whether or not the base model has a head."""
     base = base_model("bert")
     without = open_model(ModelConfig(base=str(base)), LABELS, None, 3, "cpu")
     export_model(open_model(ModelConfig(base=str(base)), ("x", "y", "z"), None, 4, "cpu"), tmp_path / "fitted")
