@@ -110,7 +110,7 @@ def _private_training(prepared: PreparedRound) -> int:
     first = _train_own_first(prepared, private_steps)
     taken = _train_shared(prepared, private_steps, epsilon)
     copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
-    account.ledger.settle(charge, first + taken + (copied if noise else 0), time.monotonic() - began)
+    account.settle(charge, charged, first + taken + (copied if noise else 0), time.monotonic() - began)
     return taken
 
 
