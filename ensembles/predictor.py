@@ -14,9 +14,10 @@ from cotune.data.class_names import shown
 from cotune.data.config import TaskName, has_classes
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats
-from cotune.ensembles.folder import fusion_hash, is_fused, member_folder, read_fused
+from cotune.ensembles.folder import fusion_hash, read_fused
 from cotune.ensembles.fusion import PredictionFusion
 from cotune.errors import ModelError
+from cotune.models.base.folder import is_fused, member_folder
 from cotune.models.evaluation.predictor import Classifier, Predictor, open_predictor
 
 

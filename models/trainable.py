@@ -26,6 +26,7 @@ from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
+from cotune.models.features.stacked_folder import is_stack, load_stack
 from cotune.models.multi_head import load_multi_task
 from cotune.models.transformer_blocks import last_blocks
 
@@ -272,8 +273,11 @@ def open_model(
     Raises:
         ModelError: If it cannot be loaded.
     """
-    load = load_multi_task if is_multi_task(task) else load_model
-    loaded = load(model, labels, parameter_seed(seed, "head"), task, needs_weights=needs_weights)
+    if model.members or is_stack(model):
+        loaded = load_stack(model, labels, task)
+    else:
+        load = load_multi_task if is_multi_task(task) else load_model
+        loaded = load(model, labels, parameter_seed(seed, "head"), task, needs_weights=needs_weights)
     return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)
 
 

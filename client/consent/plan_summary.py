@@ -17,7 +17,7 @@ _MANY_RECORDS = 10_000  # assumed records, if the number of steps depends on it 
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
+    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is stacked or personal."""
     stages = ", ".join(f"{stage.rounds} of {_trained(stage)} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.disclosures.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
@@ -35,7 +35,8 @@ def summarize_plan(plan: Plan) -> list[str]:
     stays = (
         explain_predictions(plan.public, private=private) if plan.shares_predictions else explain(plan.personal, private=private)
     )
-    return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
+    stacked = [_members(plan)] if plan.model.members else []
+    return [printable(line) for line in (*lines, *stacked, *([] if stays is None else [stays]))]
 
 
 def _trained(stage: Stage) -> str:
@@ -48,6 +49,22 @@ def _feature(plan: Plan) -> str:
         return ""
     read = f"; read by the means of layers {', '.join(map(str, feature.layers))}{' and the first token' if feature.cls else ''}"
     return f"{read}, whitened by random tokens" if feature.whiten == "public" else read
+
+
+def _members(plan: Plan) -> str:
+    """Say what is stacked, what leaves, and what it costs."""
+    each = ", ".join(
+        f"{member.name} (NO privacy: handed over as it is, may reveal single records to all)"
+        if member.handed_over
+        else f"{member.name} (ε = {member.epsilon:g} at δ = {member.delta:g})"
+        for member in plan.model.members
+    )
+    cost = (
+        "its ε is that of this plan, and adds to what was charged for the same records before"
+        if isinstance(plan.privacy, RecordPrivacy)
+        else "NO noise protects it, so that single records may show"
+    )
+    return f"stacking: a meta-model on what {len(plan.model.members)} frozen models predict, {each}; it alone leaves; {cost}"
 
 
 def _classes(plan: Plan) -> str:

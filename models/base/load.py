@@ -19,6 +19,7 @@ from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_
 from cotune.models.base.folder import (
     ENCODER,
     find_damage,
+    is_fused,
     read_base_labels,
     read_settings,
 )
@@ -95,6 +96,12 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config, needs_weights=needs_weights)
+    if is_fused(folder.path):
+        raise ModelError(
+            f"the base model {config.base} is a fused model, of which nothing can be trained but a meta-model: expected a plan"
+            ' with train = "head" and [[model.members]], or a single model',
+            code="model.fused_base",
+        )
     does = get_task(task).suited(config.target_range, labels, config.max_target_length)
     names = does.head_names(labels)
     try:

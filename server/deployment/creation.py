@@ -19,7 +19,7 @@ from cotune.data.record_reading import read_records
 from cotune.data.records import check_labels
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError, RunError
-from cotune.models.base.folder import read_base_labels
+from cotune.models.base.folder import list_model_files, read_base_labels
 from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
@@ -128,7 +128,9 @@ def _with_quotas(config: ServerConfig, parameters: int) -> ServerConfig:
 def _count_parameters(base: Path) -> int:
     """Count a model's parameters from the headers of its files, without loading it."""
     count = 0
-    for file in base.glob("*.safetensors"):
+    for file in list_model_files(base).values():
+        if file.suffix != ".safetensors":
+            continue
         with safe_open(file, framework="pt") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return count

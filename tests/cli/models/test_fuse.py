@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cotune.ensembles.config import Method
-from cotune.ensembles.folder import FUSION_FILE, member_folder
 from cotune.ensembles.predictor import FusedPredictor, open_model
 from cotune.errors import ModelError
+from cotune.models.base.folder import FUSION_FILE, member_folder
+from cotune.models.config import Method
 from cotune.models.evaluation.predictor import open_predictor
 from tests.support.console import Cotune
 from tests.support.datasets import sentences, write_csv, write_tagged
