@@ -77,7 +77,7 @@ def _feature(plan: PlanTables, facts: TaskFacts, modes: Sequence[str]) -> Iterat
 
 
 def _members(plan: PlanTables, modes: Sequence[str]) -> Iterator[str]:
-    """Check what plans support whose base model is a fused one: a meta-model on what its members predict is all that is trained."""
+    """Check what plans of stacking support: a meta-model on what the members predict is all that is trained."""
     if not plan.model.members:
         return
     if plan.task != "sequence-classification":

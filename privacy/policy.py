@@ -182,6 +182,7 @@ class Policy(ConfigTable):
                 approval="none",
                 record_privacy=False,
                 personal_without_noise=True,
+                handed_over_members=True,
                 units=_EVERYTHING,
                 min_examples=0,
                 min_batch=0,

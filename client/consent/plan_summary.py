@@ -17,7 +17,10 @@ _MANY_RECORDS = 10_000  # assumed records, if the number of steps depends on it 
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is stacked or personal."""
+    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels.
+
+    One more says what is stacked, and one what stays with the organizations, where the plan has it.
+    """
     stages = ", ".join(f"{stage.rounds} of {_trained(stage)} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.disclosures.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term

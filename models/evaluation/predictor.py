@@ -166,7 +166,11 @@ def folder_of(source: str) -> str:
     """Return the model in the folder of a run, or the folder itself."""
     folder = Path(source).expanduser()
     inner = folder / "model"
-    return str(inner) if not (folder / "config.json").exists() and (inner / "config.json").exists() else source
+    return str(inner) if not _is_model(folder) and _is_model(inner) else source
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists() or is_fused(folder)
 
 
 _SHOWN = 5  # unknown classes that an error names
