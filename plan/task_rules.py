@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from cotune.data.config import TASK_FACTS, TaskFacts
 from cotune.plan.local_training import Stage
 from cotune.plan.several_tasks import find_problems
+from cotune.plan.stacking import find_stacking_problems
 from cotune.plan.tables import PlanTables
 
 
@@ -25,7 +26,7 @@ def find_task_problems(plan: PlanTables, stages: Sequence[Stage], *, keeps_perso
         yield f"train = head trains a new head, and task = {plan.task} keeps that of its base model: expected train = lora"
     yield from _targets(plan, facts)
     yield from _feature(plan, facts, modes)
-    yield from _members(plan, modes)
+    yield from find_stacking_problems(plan, modes)
     yield from _several(plan, facts, modes, keeps_personal)
 
 
@@ -74,22 +75,6 @@ def _feature(plan: PlanTables, facts: TaskFacts, modes: Sequence[str]) -> Iterat
         yield "model.feature is of an encoder that nobody trains: expected train = head in all rounds, or leave it out (none)"
     if plan.model.pooling != "auto":
         yield f"model.feature says what a head reads, and so does model.pooling = {plan.model.pooling}: expected one"
-
-
-def _members(plan: PlanTables, modes: Sequence[str]) -> Iterator[str]:
-    """Check what plans of stacking support: a meta-model on what the members predict is all that is trained."""
-    if not plan.model.members:
-        return
-    if plan.task != "sequence-classification":
-        yield f"[[model.members]] is for task = sequence-classification, got {plan.task}: leave it out"
-    if any(mode != "head" for mode in modes):
-        yield "[[model.members]] names models that nobody trains: expected train = head in all rounds, or a single base model"
-    if plan.collaboration != "parameters":
-        yield '[[model.members]] is for a meta-model that all have in common: expected collaboration = "parameters"'
-    others = {"model.feature": plan.model.feature is not None, "model.pooling": plan.model.pooling != "auto"}
-    for key, found in others.items():
-        if found:
-            yield f"{key} says what a head reads of one encoder, and here it reads what members predict: leave it out"
 
 
 def _several(plan: PlanTables, facts: TaskFacts, modes: Sequence[str], keeps_personal: bool) -> Iterator[str]:

@@ -9,6 +9,7 @@ from cotune.plan.local_training import Stage
 from cotune.plan.personal import explain
 from cotune.plan.plan import Plan
 from cotune.plan.public import explain_predictions
+from cotune.plan.stacking import explain_stacking
 from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
@@ -38,7 +39,7 @@ def summarize_plan(plan: Plan) -> list[str]:
     stays = (
         explain_predictions(plan.public, private=private) if plan.shares_predictions else explain(plan.personal, private=private)
     )
-    stacked = [_members(plan)] if plan.model.members else []
+    stacked = [explain_stacking(plan.model.members, private=private)] if plan.model.members else []
     return [printable(line) for line in (*lines, *stacked, *([] if stays is None else [stays]))]
 
 
@@ -52,22 +53,6 @@ def _feature(plan: Plan) -> str:
         return ""
     read = f"; read by the means of layers {', '.join(map(str, feature.layers))}{' and the first token' if feature.cls else ''}"
     return f"{read}, whitened by random tokens" if feature.whiten == "public" else read
-
-
-def _members(plan: Plan) -> str:
-    """Say what is stacked, what leaves, and what it costs."""
-    each = ", ".join(
-        f"{member.name} (NO privacy: handed over as it is, may reveal single records to all)"
-        if member.handed_over
-        else f"{member.name} (ε = {member.epsilon:g} at δ = {member.delta:g})"
-        for member in plan.model.members
-    )
-    cost = (
-        "its ε is that of this plan, and adds to what was charged for the same records before"
-        if isinstance(plan.privacy, RecordPrivacy)
-        else "NO noise protects it, so that single records may show"
-    )
-    return f"stacking: a meta-model on what {len(plan.model.members)} frozen models predict, {each}; it alone leaves; {cost}"
 
 
 def _classes(plan: Plan) -> str:

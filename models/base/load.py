@@ -51,9 +51,10 @@ class LoadedModel:
         reader: Its tokenizer or image processor.
         folder: Where it came from.
         frozen: Prefixes of parameters that are never trained.
-        max_length: Tokens that it reads of a text.
+        max_length: Tokens of its longest row.
         task: What it is for.
         feature: What decides the feature that its head reads, beside the folder; empty where the architecture does.
+        members: Of stacked models, how many have their tokens in a row.
     """
 
     module: PreTrainedModel
@@ -63,6 +64,12 @@ class LoadedModel:
     max_length: int
     task: Task
     feature: tuple[str, ...] = ()
+    members: int = 1
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that it reads of a text; of stacked models, the one that reads most."""
+        return self.max_length // self.members
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
         """Return what the collator takes for inputs without labels."""

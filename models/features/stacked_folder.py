@@ -55,7 +55,14 @@ def load_stack(config: ModelConfig, labels: tuple[str, ...], task: str) -> Loade
         )
     document = read_fusion_document(folder.path)
     _check_stated(config, document)
-    return _load(folder, document, labels, task, config.max_length)
+    loaded = _load(folder, document, labels, task, None)
+    if loaded.text_length > config.max_length:
+        raise ModelError(
+            f"a member of the base model {config.base} reads {loaded.text_length} tokens of a text, and model.max_length ="
+            f" {config.max_length}: expected at least {loaded.text_length}, as members read what they were trained to read",
+            code="model.stacked_length",
+        )
+    return loaded
 
 
 def load_stacked_model(folder: BaseModelFolder, max_length: int | None) -> tuple[LoadedModel, tuple[str, ...]]:
@@ -147,7 +154,7 @@ def _load(
     make_deterministic(module)
     does = get_task("sequence-classification").suited(None, labels, None)
     feature = (str(labels), str(limits))
-    return LoadedModel(cast(Any, module), reader, folder, (), reader.longest, does, feature)
+    return LoadedModel(cast(Any, module), reader, folder, (), reader.longest, does, feature, len(members))
 
 
 def _member(one: LoadedModel, names: Sequence[str], task: str, labels: tuple[str, ...], temperature: float, path: Path) -> Member:
