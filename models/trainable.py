@@ -273,7 +273,7 @@ def open_model(
     Raises:
         ModelError: If it cannot be loaded.
     """
-    if model.members or is_stack(model):
+    if model.members or is_stack(model, needs_weights=needs_weights):
         loaded = load_stack(model, labels, task)
     else:
         load = load_multi_task if is_multi_task(task) else load_model

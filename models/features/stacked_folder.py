@@ -28,9 +28,9 @@ from cotune.models.features.stacked_members import Member, StackedClassifier, St
 _TASK = "sequence-classification"
 
 
-def is_stack(config: ModelConfig) -> bool:
-    """Whether the base model of a plan is a fused model, whose members are stacked. Raises ModelError if it is not here."""
-    return is_fused(find_base(config, needs_weights=False).path)
+def is_stack(config: ModelConfig, *, needs_weights: bool) -> bool:
+    """Whether the base model of a plan is a fused model, whose members are stacked. Raises ModelError as `find_base` does."""
+    return is_fused(find_base(config, needs_weights=needs_weights).path)
 
 
 def load_stack(config: ModelConfig, labels: tuple[str, ...], task: str) -> LoadedModel:
