@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -51,6 +52,7 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """Keep the garbage collector from what lasts: the libraries, and the tests themselves."""
+    session.config.args = _begin_elsewhere(session.config)
     gc.disable()
     try:
         return (yield)
@@ -60,12 +62,24 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         gc.set_threshold(50_000, 20, 20)  # objects: tests make few cycles, and looking for them takes a thirtieth of the time
 
 
+def _begin_elsewhere(config: pytest.Config) -> list[str]:
+    """Let each worker begin to collect at another place, so that not every one compiles all tests; later ones find them compiled."""
+    tests = Path(__file__).parent
+    if not hasattr(config, "workerinput") or [Path(each).resolve() for each in config.args] != [tests]:
+        return config.args
+    places = sorted(str(path) for path in tests.iterdir() if path.is_dir() or path.match("test_*.py"))
+    worker = int(config.workerinput["workerid"].removeprefix("gw"))
+    first = worker * len(places) // config.workerinput["workercount"] % len(places)
+    return places[first:] + places[:first]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder)."""
+    """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder); the same in every worker."""
     rank = {room: place for place, room in enumerate(_LONGEST)}
 
-    def place(item: pytest.Item) -> int:
-        _, *rooms, _ = item.nodeid.partition("::")[0].split("/")
-        return rank.get(rooms[0] if rooms else "", len(rank))
+    def place(item: pytest.Item) -> tuple[int, str]:
+        file = item.nodeid.partition("::")[0]
+        _, *rooms, _ = file.split("/")
+        return rank.get(rooms[0] if rooms else "", len(rank)), file
 
     items.sort(key=place)
