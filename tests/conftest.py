@@ -23,8 +23,20 @@ from tests.support.fork_server import share_server
 settings.register_profile("thorough", deadline=None)
 settings.register_profile("cotune", deadline=None, max_examples=25)
 settings.load_profile("cotune")
-# rooms by CPU seconds; "": files at the top level
-_LONGEST = ("deployment", "simulations", "docs", "cli", "attacks", "client", "", "models", "privacy", "data")
+# by CPU seconds, but tests that mostly wait for processes not beside each other; "test_": files at the top level
+_ORDER = (
+    "deployment/test_faults",
+    "simulations",
+    "deployment",
+    "docs",
+    "cli",
+    "attacks",
+    "client",
+    "test_",
+    "models",
+    "privacy",
+    "data",
+)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not
 
@@ -75,11 +87,10 @@ def _begin_elsewhere(config: pytest.Config) -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder); the same in every worker."""
-    rank = {room: place for place, room in enumerate(_LONGEST)}
 
     def place(item: pytest.Item) -> tuple[int, str]:
         file = item.nodeid.partition("::")[0]
-        _, *rooms, _ = file.split("/")
-        return rank.get(rooms[0] if rooms else "", len(rank)), file
+        inside = file.removeprefix("tests/")
+        return next((rank for rank, start in enumerate(_ORDER) if inside.startswith(start)), len(_ORDER)), file
 
     items.sort(key=place)
