@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoConfig
 
+from cotune.data.tasks.multi_task import MultiTask
 from cotune.errors import ModelError
 from cotune.models.adapters.export import export_adapters, has_adapters_alone
 from cotune.models.adapters.lora import merge_adapters
@@ -61,15 +62,15 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
             write_stack(module, model.loaded.folder.path, part)
         elif isinstance(module, LayerClassifier):
             write_layer_head(module, part)
-            _save(model, _merged(module.encoder.base), part / ENCODER)
+            _save(model, _merged(module.encoder.base), part / ENCODER, task.problem_type)
         elif isinstance(module, MultiHead):
             merged = _merged(module)
             for name in module.tasks:
-                _save(model, merged.classifier(name), part / name)
+                _save(model, merged.classifier(name), part / name, cast(MultiTask, task).part(name).problem_type)
         else:
             merged = _merged(module)
             task.finish(merged)
-            _save(model, merged, part)
+            _save(model, merged, part, task.problem_type)
         if has_adapters_alone(model):
             export_adapters(model, part / ADAPTERS)
         for name, text in (beside or {}).items():
@@ -116,11 +117,11 @@ def _merged(module: Any) -> Any:
     return copied
 
 
-def _save(model: TrainableModel, module: Any, folder: Path) -> None:
+def _save(model: TrainableModel, module: Any, folder: Path, problem_type: str | None) -> None:
     """Write a plain model of transformers, or an encoder alone, with what reads its inputs."""
     source = model.loaded.folder.path
     _restore_dropout(module.config, source / ENCODER if is_layer_model(source) else source)
-    module.config.problem_type = model.loaded.task.problem_type
+    module.config.problem_type = problem_type
     with silence_transformers():
         module.save_pretrained(folder)
     model.loaded.reader.save_pretrained(folder)

@@ -84,9 +84,14 @@ def _several(plan: PlanTables, facts: TaskFacts, modes: Sequence[str], keeps_per
     if not plan.tasks:
         if plan.balance != "plan":
             yield f'balance = "{plan.balance}" is for plans with [[tasks]]: leave it out'
-        if plan.simulation.tasks or plan.data.tasks:
-            yield "simulation.tasks and data.tasks are for plans with [[tasks]]: expected neither"
+        if plan.simulation.tasks or plan.data.tasks or plan.data.tags:
+            yield "simulation.tasks, data.tasks and data.tags are for plans with [[tasks]]: expected none of them"
         return
+    if plan.data.tags and plan.model.pooling == "mean":
+        yield (
+            "model.pooling = mean is a layer of the encoder, which tags would be read above, too: expected auto or native beside"
+            f" tasks with tags ({', '.join(plan.data.tags)})"
+        )
     yield from find_problems(plan.tasks, modes, plan.simulation.tasks)
     cannot = {
         "a [personal] table, or lora.keep": keeps_personal,
