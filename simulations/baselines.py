@@ -219,7 +219,7 @@ def export_each(folder: RunFolder, state: State) -> None:
     said = [UNNOISED] if unnoised else promised(folder.plan)
     for name, own in personal_states(folder, state).items():
         model.load(own)
-        card = model_card(folder.plan, privacy=said, length=model.loaded.max_length)
+        card = model_card(folder.plan, privacy=said, length=model.loaded.text_length)
         export_model(model, folder.path / "sites" / name / "model", {CARD: card})
 
 

@@ -122,6 +122,18 @@ def losses_from_scores(scores: Tensor, labels: Tensor, weights: Tensor | None = 
     return losses if labels.dim() == 1 else mean_over_labels(losses, labels)
 
 
+def count_labels(labels: Any) -> int:
+    """Return the number of labels of a row where each token may have one; 0 where a row has one label.
+
+    Rows of about as many labels, side by side in batches, cost a language model the fewest scores (see
+    `data.tasks.token_losses`). The number depends on the row alone, and so does the order of the rows of a unit.
+
+    Args:
+        labels: Of an encoded record.
+    """
+    return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 0
+
+
 def mean_over_labels(losses: Tensor, labels: Tensor) -> Tensor:
     """Return (b,) means of losses (b, l) over the positions of each row that have a label; 0 for a row without one."""
     return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)

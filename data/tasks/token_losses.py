@@ -6,7 +6,8 @@ in float32, and their gradient as much. The gradient of a loss with respect to t
 into losses and gradients, and forgotten (as in Hsu et al. 2024, https://arxiv.org/abs/2410.10989, section 3.2).
 
 How many positions are taken at a time follows from the shape of the batch alone: what is computed for a record must not depend on
-what other records hold.
+what other records hold. Positions at which no row has a label are left out, which changes nothing: their losses and gradients are
+exactly 0. Batches whose rows have about as many labels (`data.tasks.classes.count_labels`) leave out the most.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional
 from cotune.data.tasks.classes import IGNORED, Batch
 
 _MAX_SCORES = 2**25  # entries that are in memory at a time: 128 MiB in float32
+_MAX_SCORES_CPU = 2**23  # smaller parts leave out more positions, and keep a product fast all the same
 _TOLERANCE = 1e-3  # relative, between two ways to the same scores
 _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -88,7 +90,9 @@ def _losses_of_scores(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _losses_of_hidden(hidden: Tensor, labels: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    size = max(1, _MAX_SCORES // (len(hidden) * layer.weight.shape[0]))
+    most = _MAX_SCORES_CPU if hidden.device.type == "cpu" else _MAX_SCORES
+    fitting = max(1, most // (len(hidden) * layer.weight.shape[0]))
+    size = 2 ** (fitting.bit_length() - 1)  # all parts but the last have a number of rows for which kernels are made
     losses, behind = _FrozenOutput.apply(hidden, labels, layer, size)  # type: ignore[no-untyped-call]
     return losses, behind
 
@@ -99,14 +103,19 @@ class _FrozenOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, layer: nn.Linear, size: int) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[0]
-        parts = [
-            _part(hidden[:, at : at + size], labels[:, at : at + size], layer, wanted) for at in range(0, hidden.shape[1], size)
-        ]
-        losses, behind, gradients = ([part[i] for part in parts] for i in range(3))
-        ctx.save_for_backward(*([torch.cat(gradients, dim=1)] if wanted else []))
-        found = torch.cat(behind, dim=1)
-        ctx.mark_non_differentiable(found)
-        return torch.cat(losses, dim=1), found
+        losses = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        behind = torch.zeros_like(losses)
+        gradients = torch.zeros_like(hidden) if wanted else None
+        used = (labels != IGNORED).any(dim=0).tolist()
+        for at in range(0, len(used), size):
+            if any(used[at : at + size]):
+                part = slice(at, at + size)
+                losses[:, part], behind[:, part], slope = _part(hidden[:, part], labels[:, part], layer, wanted)
+                if gradients is not None and slope is not None:
+                    gradients[:, part] = slope
+        ctx.save_for_backward(*([] if gradients is None else [gradients]))
+        ctx.mark_non_differentiable(behind)
+        return losses, behind
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -114,16 +123,24 @@ class _FrozenOutput(torch.autograd.Function):
         return gradient * gradients[0][..., None].to(gradient.dtype), None, None, None
 
 
-def _part(hidden: Tensor, labels: Tensor, layer: nn.Linear, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What `token_losses` returns, and where wanted the gradient of each loss with respect to its own hidden state."""
-    made = layer(hidden)
+def _part(hidden: Tensor, labels: Tensor, layer: nn.Linear, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `token_losses` returns, and where wanted the gradient of each loss with respect to its own hidden state.
+
+    Scores are overwritten by their softmax: at this size each copy costs as much time as it costs memory.
+    """
+    made = layer(hidden.contiguous())  # a product with rows that do not follow each other is made eight times as slowly
+    dtype = made.dtype
     scores = made.float()
-    losses, behind = _losses_of_scores(scores, labels)
-    if not wanted:
-        return losses, behind, hidden
     there = labels != IGNORED
-    slope = functional.softmax(scores, dim=-1)
-    slope.scatter_add_(-1, labels.clamp(min=0)[..., None], -torch.ones_like(losses)[..., None])
-    slope *= there[..., None]
-    below = slope.to(made.dtype) @ layer.weight.to(made.dtype)
-    return losses, behind, below.to(hidden.dtype)
+    place = labels.clamp(min=0)[..., None]
+    highest = scores.amax(dim=-1, keepdim=True)
+    behind = highest - scores.gather(-1, place)
+    scores.sub_(highest).exp_()
+    total = scores.sum(dim=-1, keepdim=True)
+    losses = (total.log() + behind)[..., 0].masked_fill(~there, 0.0)
+    behind = behind[..., 0].masked_fill(~there, 0.0)
+    if not wanted:
+        return losses, behind, None
+    scores.div_(total).scatter_add_(-1, place, -torch.ones_like(total))
+    below = (scores.to(dtype) @ layer.weight.to(dtype)).to(hidden.dtype)
+    return losses, behind, below.masked_fill(~there[..., None], 0.0)

@@ -11,6 +11,7 @@ import torch
 
 from cotune.data.dataset import Dataset
 from cotune.data.metrics.metrics import Metrics
+from cotune.data.tasks.classes import count_labels
 from cotune.data.types import Label
 from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features
@@ -21,6 +22,7 @@ from cotune.models.physical_batch import PhysicalBatch, open_batch
 from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64  # rows at a time, or fewer if they do not fit into memory
+_BATCH_ABOVE = 32  # where what is below is kept: as many as train by default, so that it is computed once for both
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
@@ -90,9 +92,9 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
             low = autocasts(precision, model.device)
             lower = _find_lower_layers(model, state, test)
-            physical = open_batch(model, "evaluation", _BATCH, least=1)
             if lower is None:
-                return _predict(model, test, physical)
+                return _predict(model, test, open_batch(model, "evaluation", _BATCH, least=1))
+            physical = open_batch(model, "evaluation above kept states", _BATCH_ABOVE, least=1)
             return physical.fit(lambda: _predict_above(StateReader(model, lower, physical.slots, low), test, state))
     scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
     return model.loaded.task.answers_from_scores(scores)
@@ -129,7 +131,9 @@ def _predict_above(reader: StateReader, test: Dataset, state: State) -> list[Any
     collate = loaded.task.collator(reader.model.module, loaded.reader, reader.model.device)
     states = get_states(reader, test, state)
     predicted: list[tuple[Any, ...]] = [()] * len(examples)
-    for rows, length in reader.rows_of_batches(examples):
+    order = sorted(range(len(examples)), key=lambda row: count_labels(examples[row]["labels"]))
+    for places, length in reader.rows_of_batches([examples[row] for row in order]):
+        rows = [order[place] for place in places]
         chosen = [examples[row] for row in rows]
         batch = attach_states(collate(chosen, length, reader.slots), [states[row] for row in rows])
         with reader.lower.skipped(batch) as rest:

@@ -21,7 +21,7 @@ from cotune.client.training.stage_setup.training_setup import TrainingSetup, bui
 from cotune.client.training.stage_setup.trial_step import try_step
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import fixed_batches, sorted_batches
-from cotune.data.tasks.classes import IGNORED
+from cotune.data.tasks.classes import IGNORED, count_labels
 from cotune.data.tasks.task import Target
 from cotune.data.tasks.text import Example
 from cotune.errors import DataError, PlanError
@@ -209,9 +209,10 @@ def _on_examples(
     states = None if find_states is None or reader is None else find_states(reader)
 
     def batches(numbers: Sequence[int]) -> Iterator[tuple[Sequence[int], Batch]]:
-        places = range(len(numbers))
+        places: Sequence[int] = range(len(numbers))
         if private or states is not None:
             slots = physical.slots
+            places = sorted(places, key=lambda p: count_labels(rows[numbers[p]]["labels"]))
             for positions, length in fixed_batches(places, lambda p: task.bucket(rows[numbers[p]], longest), slots):
                 batch = collate([rows[numbers[p]] for p in positions], length, slots)
                 yield positions, batch if states is None else attach_states(batch, [states[numbers[p]] for p in positions])

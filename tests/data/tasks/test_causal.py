@@ -186,10 +186,48 @@ def test_the_scores_of_a_batch_are_never_in_memory_at_once(loaded: Loaded, monke
     TASK.losses(model.module, batch)  # finds out how scores are made
     shapes.clear()
     words = model.module.config.vocab_size
-    monkeypatch.setattr(token_losses, "_MAX_SCORES", 8 * words * 3)
+    monkeypatch.setattr(token_losses, "_MAX_SCORES_CPU", 8 * words * 3)
     TASK.losses(model.module, batch)
     handle.remove()
-    assert shapes == [(8, 3, words)] * 5 + [(8, 1, words)]
+    labeled = {column // 2 for column in (batch["labels"] != IGNORED).any(dim=0).nonzero()[:, 0].tolist()}
+    assert 0 < len(labeled) < 8
+    assert shapes == [(8, 2, words)] * len(labeled)  # a power of two, and none where no record has a label
+
+
+def test_positions_without_labels_change_no_record(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record's loss and gradient are the same to the bit beside records with more labels and beside blank ones."""
+    model = loaded()
+    collate = TASK.collator(model.module, model.reader, torch.device("cpu"))
+    few, many = TASK.examples(model.reader, 16, [Passage("w1 w2", "w3"), Passage("w1", "w3 w4 w5 w6 w7 w8")], [0, 0])
+    layer = model.module.get_output_embeddings()
+    monkeypatch.setattr(token_losses, "_MAX_SCORES_CPU", 4 * model.module.config.vocab_size * 2)
+    made = []
+    handle = layer.register_forward_hook(lambda _, __, scores: made.append(scores))
+    found = []
+    for beside in ([], [many]):
+        made.clear()
+        labels = collate([few, *beside], 16, 4)["labels"]
+        hidden = torch.randn(4, 16, layer.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        losses, behind = token_losses._losses_of_hidden(hidden, labels, layer)
+        (gradient,) = torch.autograd.grad(losses[0].sum(), hidden)
+        found.append((len(made), losses[0], behind[0], gradient[0]))
+    handle.remove()
+    (fewer, *alone), (more, *together) = found
+    assert fewer < more
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert bool((alone[0] > 0).any())
+    assert bool(alone[2].any())
+
+
+def test_a_row_that_is_not_finite_leaves_positions_without_labels_at_zero() -> None:
+    layer = torch.nn.Linear(5, 11, bias=False).requires_grad_(False)
+    hidden = torch.full((2, 2, 5), math.nan, requires_grad=True)
+    losses, behind = token_losses._losses_of_hidden(hidden, torch.tensor([[3, IGNORED], [IGNORED, IGNORED]]), layer)
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert losses.isnan().tolist() == [[True, False], [False, False]]
+    assert behind.isnan().tolist() == [[True, False], [False, False]]
+    assert not gradient[1].any()
+    assert not gradient[0, 1].any()
 
 
 # --- what is predicted

@@ -13,12 +13,14 @@ from cotune.client.training.checks.gradient_checks import check_gradients
 from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
+from cotune.data.tasks.classes import IGNORED
 from cotune.models.evaluation.test_set import evaluate, predict
 from cotune.models.features import kept_states
 from cotune.models.features.kept_states import StateReader
 from cotune.models.features.lower_layers import STATES, find_lower_layers
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import load_plan
+from cotune.plan.local_training import LocalTraining
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.mechanisms.per_example import per_example
@@ -217,3 +219,24 @@ def test_evaluation_begins_with_kept_states(
     whole = evaluate(model, state, held, "float32").as_dict()
     assert kept == pytest.approx(whole, rel=1e-6)
     assert [answer_of(each) for each in told] == [answer_of(each) for each in predict(model, state, held, "float32")]
+
+
+def test_evaluation_reads_what_training_by_default_has_kept(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_of("llama", f"local.physical_batch_size={LocalTraining().physical_batch_size}")
+    model, held = prepared(plan)
+    build_setup(plan, plan.stages[0], model, held, {}, "clinic", expected_batch=8)
+    predict(model, model.state(model.names("lora")), held, "float32")
+    assert len([file for file in (tmp_path / "cache" / "states").iterdir() if file.suffix != ".lock"]) == 1
+
+
+def test_records_with_about_as_many_targets_share_a_batch(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of()
+    model, held = prepared(plan)
+    setup = build_setup(plan, plan.stages[0], model, held, {}, "clinic", expected_batch=8)
+    batches = [
+        (batch["input_ids"].shape, *(batch["labels"] != IGNORED).sum(dim=1).tolist()) for _, batch in setup.batches(range(23))
+    ]
+    for shape in {shape for shape, *_ in batches}:
+        counts = [count for other, *held in batches if other == shape for count in held[:-1] if count]
+        assert counts == sorted(counts)
+    assert len({count for _, *counts in batches for count in counts}) > 2, "else there is nothing to sort"
