@@ -25,6 +25,8 @@ from cotune.models.base.silence import silence_transformers
 from cotune.models.base.stored_precision import widen
 from cotune.models.features.layer_features import LayerClassifier
 from cotune.models.features.layer_folder import is_layer_model, write_layer_head
+from cotune.models.features.stacked_folder import write_stack
+from cotune.models.features.stacked_members import StackedClassifier
 from cotune.models.multi_head import MultiHead
 from cotune.models.trainable import TrainableModel
 
@@ -57,7 +59,9 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
             code="model.weights_needed",
         )
     with _replacing(folder) as part:
-        if isinstance(module, LayerClassifier):
+        if isinstance(module, StackedClassifier):
+            write_stack(module, model.loaded.folder.path, part)
+        elif isinstance(module, LayerClassifier):
             write_layer_head(module, part)
             _save(model, _merged(module.encoder.base), part / ENCODER, task.problem_type)
         elif isinstance(module, MultiHead):

@@ -27,6 +27,7 @@ from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.base.stored_precision import use_plain_layers, widen
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
+from cotune.models.features.stacked_folder import is_stack, load_stack
 from cotune.models.multi_head import load_multi_task
 from cotune.models.transformer_blocks import last_blocks
 
@@ -279,7 +280,9 @@ def open_model(
         ModelError: If it cannot be loaded.
     """
     head_seed = parameter_seed(seed, "head")
-    if is_multi_task(task):
+    if model.members or is_stack(model, needs_weights=needs_weights):
+        loaded = load_stack(model, labels, task)
+    elif is_multi_task(task):
         loaded = load_multi_task(model, labels, head_seed, task, tags, needs_weights=needs_weights)
     else:
         loaded = load_model(model, labels, head_seed, task, needs_weights=needs_weights)
