@@ -186,16 +186,16 @@ def distill_models(folder: Path) -> list[Row]:
     ]
     out = folder / "student"
     if not out.exists():
-        config = DistillationConfig(train="lora", epochs=5, learning_rate=1e-3, seed=7)
-        student = ModelConfig(base=str(folder / "bases" / f"bert-{LAYERS[-1]}"), max_length=32)
+        config = DistillationConfig(train="full", epochs=10, learning_rate=2e-4, seed=7)
+        student = ModelConfig(base=str(folder / "bases" / f"bert-{LAYERS[-1]}"), pooling="mean", max_length=32)
         read = read_unlabeled(folder / "public.csv", "sequence-classification")
         inputs = [row.given for row in read if row.given is not None]
         teachers = [open_predictor(model) for model in own_models(once)]
         distill(Distillation(teachers, own_models(once), student, config, inputs, None, out, "auto", ""))
-    rows.append(judge("student of the three, by `cotune distill`", str(out), test))
-    rows.append(judge("student of one round of predictions", str(once / "model"), test))
+    rows.append(judge("student of the finished models (2 layers)", str(out), test))
+    rows.append(judge("student in a federation, one round", str(once / "model"), test))
     often = train(folder, 6)
-    rows.append(judge("student of six rounds (FedMD)", str(often / "model"), test))
+    rows.append(judge("student in a federation, six rounds", str(often / "model"), test))
     for name, model in zip(ORGANIZATIONS, own_models(often), strict=True):
         rows.append(judge(f"own model of {name}, after six rounds", model, test))
     return rows
