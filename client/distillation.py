@@ -58,9 +58,8 @@ from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.storage.files import exclusive_lock
 from cotune.storage.json_documents import JsonDocument
 
-RECORD = "distillation.json"  # what the student was made from, in its folder
+RECORD = "distillation.json"  # what the student is made from, in its folder and among what is kept
 _KEPT = "distilled"
-_SETTINGS = "distillation.json"
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def _check_plan(plan: Plan) -> None:
 
 def _begin(work: PrivateDistillation, kept: Path) -> None:
     """Keep the settings before anything is charged."""
-    document = JsonDocument(kept / _SETTINGS, dict[str, Any], advice="begin a new plan, with another seed")
+    document = JsonDocument(kept / RECORD, dict[str, Any], advice="begin a new plan, with another seed")
     settings = work.settings()
     before = document.read()
     if before is None:
