@@ -6,7 +6,7 @@ a record adds to a step is its own clipped gradient, whatever they say of it. So
 It is about this training: what a teacher was trained on shows in what it says, so that teachers must have been released with
 privacy before, or know none of these records.
 
-Nothing is asked from outside: the plan is a file of the organization, and whoever starts this approves it. The policy's rules and
+Nothing is asked from outside: the plan is a file of the organization, and starting this approves it. The policy's rules and
 the ledger's limits hold all the same. The student is kept after each round of the plan, and goes on from there after an
 interruption; an interrupted round is trained again, and charged again, as in a federation. A finished student is written again at
 no cost.
@@ -152,6 +152,9 @@ def _check_plan(plan: Plan) -> None:
         "a student that is one model": not plan.model.members,
         "no [personal] table": not plan.keeps_personal,
         "no class_weights": not plan.class_weights,
+        "no local.base_decay": not any(stage.local.base_decay for stage in plan.stages),
+        "no client_term, as there is no shared model": plan.strategy.client_term is None,
+        "no client_privacy, which is of several organizations": plan.client_privacy is None,
         "differential privacy for records: without it, distill public inputs": isinstance(plan.privacy, RecordPrivacy),
     }
     for what, found in expected.items():
