@@ -111,7 +111,7 @@ def test_student_learns_what_a_teacher_says(
     student: NewPlan, make_site: NewSite, base_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """With little noise, it comes nearer to a teacher of its kind than any constant does."""
-    teacher = str(export_fitted(base_model("bert"), tmp_path / "teacher", LABELS, seed=11, pooling="mean"))
+    teacher = str(export_fitted(base_model("bert"), tmp_path / "teacher", LABELS, seed=11, pooling="mean", scale=10.0))
     local = {"steps": 30, "batch_size": "all", "learning_rate": 4.0}
     plan = student("bert", model={"pooling": "mean"}, privacy={"epsilon": 100.0, "delta": 1e-3}, local=local)
     site = make_site()
