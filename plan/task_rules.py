@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from cotune.data.config import TASK_FACTS, TaskFacts
 from cotune.plan.local_training import Stage
 from cotune.plan.several_tasks import find_problems
+from cotune.plan.stacking import find_stacking_problems
 from cotune.plan.tables import PlanTables
 
 
@@ -25,6 +26,7 @@ def find_task_problems(plan: PlanTables, stages: Sequence[Stage], *, keeps_perso
         yield f"train = head trains a new head, and task = {plan.task} keeps that of its base model: expected train = lora"
     yield from _targets(plan, facts)
     yield from _feature(plan, facts, modes)
+    yield from find_stacking_problems(plan, modes)
     yield from _several(plan, facts, modes, keeps_personal)
 
 

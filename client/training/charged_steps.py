@@ -80,7 +80,7 @@ def _private_training(prepared: PreparedRound) -> int:
     account = context.account
     privacy = plan.privacy
     assert isinstance(privacy, RecordPrivacy)
-    trained_from = plan.plan_id, context.round, state_digest(prepared.received)
+    trained_from = _decides_gradients(prepared)
     checked = partial(check_gradients_of_state, prepared.setup, privacy, context.stage.mode, context.model, trained_from)
     prepared.setup.physical.fit(checked)
     rate = context.stage.local.sample_rate(context.examples)
@@ -101,17 +101,29 @@ def _private_training(prepared: PreparedRound) -> int:
 
     def private_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
         setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches, fit=fit)
-        return _within_hours(DPSGD(replace(config, steps=steps)).run(setup), account)
+        return within_hours(DPSGD(replace(config, steps=steps)).run(setup), account)
 
     def plain_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
-        return _within_hours(_plain_steps(rows, optimizer, _sampler(prepared, steps, purpose)), account)
+        return within_hours(_plain_steps(rows, optimizer, _sampler(prepared, steps, purpose)), account)
 
     noise = plan.personal.noise
     first = _train_own_first(prepared, private_steps)
     taken = _train_shared(prepared, private_steps, epsilon)
     copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
-    account.ledger.settle(charge, first + taken + (copied if noise else 0), time.monotonic() - began)
+    account.settle(charge, charged, first + taken + (copied if noise else 0), time.monotonic() - began)
     return taken
+
+
+def _decides_gradients(prepared: PreparedRound) -> object:
+    """What decides, beside the shapes of batches, whether gradients are right: once for all of it, they are checked.
+
+    The values of a state are whatever a server sends, so that an organization checks each. Those of a simulation come from its
+    own plan; how gradients are taken follows from plan and stage there.
+    """
+    context = prepared.context
+    if context.site.file.simulated:
+        return context.plan.plan_id, context.plan.stages.index(context.stage)
+    return context.plan.plan_id, context.round, state_digest(prepared.received)
 
 
 class _FittedSums:
@@ -188,7 +200,7 @@ def _train_copy(prepared: PreparedRound, take: Take, *, noise: bool) -> int:
             return _follow(take(optimizer, steps, OWN_BATCHES), prepared, checks, None)
 
 
-def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
+def within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
     """Pass reports on until the policy's hours are over: then PolicyError is raised, and the round counts as reserved."""
     began = time.monotonic()
     before = account.hours()

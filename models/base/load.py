@@ -19,11 +19,13 @@ from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_
 from cotune.models.base.folder import (
     ENCODER,
     find_damage,
+    is_fused,
     read_base_labels,
     read_settings,
 )
 from cotune.models.base.silence import silence_transformers
 from cotune.models.base.skeleton import CheckedLookups, materialize, read_weights
+from cotune.models.base.stored_precision import find_stored_type, narrow_weights, use_narrow_layers
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_features import build_on_layers
 from cotune.models.features.layer_folder import read_layer_model
@@ -50,9 +52,10 @@ class LoadedModel:
         reader: Its tokenizer or image processor.
         folder: Where it came from.
         frozen: Prefixes of parameters that are never trained.
-        max_length: Tokens that it reads of a text.
+        max_length: Tokens of its longest row.
         task: What it is for.
         feature: What decides the feature that its head reads, beside the folder; empty where the architecture does.
+        members: Of stacked models, how many have their tokens in a row.
     """
 
     module: PreTrainedModel
@@ -62,6 +65,12 @@ class LoadedModel:
     max_length: int
     task: Task
     feature: tuple[str, ...] = ()
+    members: int = 1
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that it reads of a text; of stacked models, the one that reads most."""
+        return self.max_length // self.members
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
         """Return what the collator takes for inputs without labels."""
@@ -95,6 +104,12 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config, needs_weights=needs_weights)
+    if is_fused(folder.path):
+        raise ModelError(
+            f"the base model {config.base} is a fused model, of which nothing can be trained but a meta-model: expected a plan"
+            ' with train = "head" and [[model.members]], or a single model',
+            code="model.fused_base",
+        )
     does = get_task(task).suited(config.target_range, labels, config.max_target_length)
     names = does.head_names(labels)
     try:
@@ -180,7 +195,11 @@ def _get_map(folder: BaseModelFolder, feature: FeatureConfig, config: Any) -> Af
 def _build_on_layers(
     folder: BaseModelFolder, config: Any, feature: FeatureConfig, map: AffineMap | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    base, report = read_weights(AutoModel, folder, config)
+    stored = find_stored_type(folder, config.model_type)
+    with narrow_weights(stored):
+        base, report = read_weights(AutoModel, folder, config)
+    if stored is not None:
+        use_narrow_layers(base)
     module = build_on_layers(base, feature.layers, feature.cls, map, config.num_labels)
     check_complete(report, ("",), (), finished=False)
     check_finite(module)
@@ -267,7 +286,11 @@ def _build(
     folder: BaseModelFolder, config: Any, mean_pooling: bool, task: Task, finished: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
-    module, report = read_weights(task.model_class(), folder, config)
+    stored = find_stored_type(folder, config.model_type)
+    with narrow_weights(stored):
+        module, report = read_weights(task.model_class(), folder, config)
+    if stored is not None:
+        use_narrow_layers(module, () if task.keeps_head else encoder_prefixes(module))
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
     check_complete(report, encoder_prefixes(module), frozen, finished)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cotune.errors import PrivacyError
+from cotune.privacy.accounting.noise_search import bracket_root, estimate_noise
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 if TYPE_CHECKING:
@@ -151,11 +152,11 @@ def add_counts(steps: Iterable[Steps]) -> tuple[Steps, ...]:
     Every ε here and in `filters` is computed from these, so that it is the same to the last digit for a log of charges and for
     their totals.
     """
-    counts: dict[Steps, int] = {}
+    counts: dict[tuple[float, float, Literal["gaussian", "geometric"]], int] = {}
     for s in steps:
-        one = replace(s, count=1)
-        counts[one] = counts.get(one, 0) + s.count
-    return tuple(replace(one, count=count) for one, count in counts.items() if count)
+        kind = s.noise_multiplier, s.sample_rate, s.mechanism
+        counts[kind] = counts.get(kind, 0) + s.count
+    return tuple(Steps(sigma, rate, count, mechanism) for (sigma, rate, mechanism), count in counts.items() if count)
 
 
 def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
@@ -257,19 +258,28 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     def gap(sigma: float, interval: float = _FINE) -> float:
         return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
 
-    low = _lowest(planned)
-    if gap(low, _COARSE) <= 0:
-        low = MIN_NOISE_MULTIPLIER
-        if gap(low, _COARSE) <= 0:
-            return low
-    grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
-    if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
-        return None
-    high = MAX_NOISE_MULTIPLIER
-    sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
+    def coarse_gap(x: float) -> float:
+        return gap(math.exp(x), _COARSE)
+
+    grid = _COARSE
+    lowest = _lowest(planned)
+    low, high = math.log(lowest), math.log(MAX_NOISE_MULTIPLIER)
+    start = math.log(max(estimate_noise(planned, target, delta), MIN_NOISE_MULTIPLIER))
+    bracket = bracket_root(coarse_gap, start, (low, high), target)
+    if bracket is None and coarse_gap(low) <= 0:
+        lowest = MIN_NOISE_MULTIPLIER
+        if gap(lowest, _COARSE) <= 0:
+            return lowest
+        bracket = math.log(lowest), low
+    elif bracket is None:
+        grid = _FINE
+        if gap(MAX_NOISE_MULTIPLIER) > 0:
+            return None
+        bracket = low, high
+    sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), *bracket, xtol=5e-4))
     while gap(sigma) > 0:  # the coarse grid found the neighborhood, on either side; the fine one decides
         sigma *= 1 + _TOLERANCE
-    while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:
+    while sigma > lowest and gap(sigma / (1 + _TOLERANCE)) <= 0:
         sigma /= 1 + _TOLERANCE
     return sigma
 

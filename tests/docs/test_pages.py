@@ -164,6 +164,10 @@ def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path])
     for seed, name in enumerate(("big", "first", "second")):
         export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
     (folder / "small-base").symlink_to(base_model("distilbert"))
+    write_csv(folder / "records.csv", sentences(120, seed=2))
+    clinic.make_site(folder / "SITE", folder / "records.csv", range(120), Policy.permissive())
+    plan = next(block.text for block in blocks_of("docs/distill.md") if "[privacy]" in block.text and "[local]" in block.text)
+    (folder / "student.toml").write_text(f'{plan}\n[data]\nsource = "records.csv"\n', encoding="utf-8")
     write_csv(folder / "public.csv", sentences(60, seed=1))
     write_csv(folder / "labeled.csv", sentences(40))
 
