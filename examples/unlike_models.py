@@ -25,14 +25,14 @@ from cotune.data.config import DataConfig
 from cotune.data.record_reading import PACKAGED, read_records
 from cotune.data.records import Records
 from cotune.data.unlabeled import read_unlabeled
-from cotune.ensembles.config import DistillationConfig, Method
+from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.fit import ask_models
 from cotune.ensembles.fusion import fit_fusion
 from cotune.ensembles.predictor import open_model
 from cotune.ensembles.resumable_distillation import Distillation, distill
 from cotune.models.base.lookup import find_base
 from cotune.models.base.silence import silence_transformers
-from cotune.models.config import ModelConfig
+from cotune.models.config import Method, ModelConfig
 from cotune.models.evaluation.predictor import evaluate_classifier, open_predictor
 from cotune.plan.load import load_plan
 from cotune.simulations.run import resume, simulate
