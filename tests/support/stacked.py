@@ -44,12 +44,11 @@ def export_fitted(
     return folder
 
 
-def write_together(folder: Path, members: Sequence[Path]) -> Path:
+def write_together(folder: Path, members: Sequence[Path], labels: tuple[str, ...] = LABELS) -> Path:
     """Fuse models with probabilities as they are, and return the folder of the fused model."""
     count = len(members)
-    write_fused(
-        folder, PredictionFusion("average", (1.0,) * count, (1 / count,) * count), members, "sequence-classification", LABELS
-    )
+    fusion = PredictionFusion("average", (1.0,) * count, (1 / count,) * count)
+    write_fused(folder, fusion, members, "sequence-classification", labels)
     return folder
 
 
