@@ -138,11 +138,11 @@ def test_a_student_is_distilled_and_charged(cotune: Cotune, site: Path, folder: 
     refused = cotune("client", "distill", site, "student.toml", toy, "--out", "small")
     assert refused.code == 2
     assert "--teachers-released" in refused.err
-    before = len(list(Ledger(site / "ledger.sqlite").charges()))
+    before = len(list(Site(site).ledger().charges()))
     done = cotune("client", "distill", site, "student.toml", toy, "--out", "small", "--teachers-released", "--json")
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)
     assert (found["steps"], found["model"]) == (4, "small")
     assert 0 < found["epsilon"] <= 2
-    assert len(list(Ledger(site / "ledger.sqlite").charges())) == before + 2
+    assert len(list(Site(site).ledger().charges())) == before + 2
     assert json.loads(cotune("predict", "small", "great day", "--json").out)
