@@ -222,7 +222,7 @@ def test_adapters_alone_travel_of_a_language_model(new_plan: NewPlan) -> None:
 
 def test_what_judges_classes_alone_is_refused(new_plan: NewPlan) -> None:
     with pytest.raises(PlanError) as raised:
-        require_classes(new_plan(), "an audit")
+        require_classes(new_plan(), "adapting the received model")
     assert raised.value.code == "plan.no_classes"
 
 
