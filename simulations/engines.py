@@ -43,7 +43,7 @@ def run_on(engine: str, folder: RunFolder) -> None:
 @contextmanager
 def frozen_heap() -> Iterator[None]:
     """Let the garbage collector pass over libraries and model, which stay: most of its work in rounds of small models."""
-    if gc.get_freeze_count():  # whoever froze it will thaw it
+    if gc.get_freeze_count():  # what froze it will thaw it
         yield
         return
     gc.freeze()
