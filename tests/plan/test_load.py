@@ -83,7 +83,7 @@ def test_a_file_is_named_after_itself_unless_it_has_a_name(tmp_path: Path, stage
 def test_an_unknown_preset() -> None:
     assert (
         refusal(source="tweet")
-        == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: debian-tasks, text, tweets, tweets-blocks, tweets-lora"
+        == "there is neither a preset nor a file \"tweet\"; did you mean 'tweets'? Known: debian, debian-tasks, text, tweets, tweets-blocks, tweets-lora"
     )
     with fails_with("plan.unknown_preset"):
         preset_text("../presets/tweets")
