@@ -80,7 +80,7 @@ def store_final_model(request: Request, plan: Plan, site: Site) -> Path:
         card = model_card(
             plan,
             privacy=[UNNOISED] if plan.personal.keeps_copy and not plan.personal.noise else promised(plan),
-            length=model.loaded.max_length,
+            length=model.loaded.text_length,
         )
         _write(model, folder, card, about)
     return folder

@@ -48,7 +48,7 @@ def export_ledger(site: SiteWithLedger) -> dict[str, Any]:
 
 
 def _books(site: SiteWithLedger, *, events: bool) -> tuple[dict[str, Any], list[Entry]]:
-    entries = site.ledger().entries() if site.ledger_file.exists() else []
+    entries = site.ledger().entries() if site.has_ledger else []
     known = list(list_data_sets(entries).values())
     rules = site.policy().budget
     names = list_collections(entries) if entries else []

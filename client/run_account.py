@@ -20,7 +20,7 @@ from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.ledger.charges import Limit
-from cotune.privacy.ledger.ledger import Ledger
+from cotune.privacy.ledger.ledger import Ledger, Settlement
 from cotune.privacy.mechanisms.geometric import add_geometric_noise
 from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.random_generators import private_generator
@@ -62,6 +62,7 @@ class Account:
         self.round = round
         self.draws = draws
         self._generator = generator
+        self._settled: Settlement | None = None  # of the round's charge, until the answer is entered
 
     @property
     def true_examples(self) -> int:
@@ -89,7 +90,7 @@ class Account:
         return max(1, math.floor(self._noised_count() + 0.5))
 
     def _noised_count(self) -> float:
-        known = self._disclosed(_COUNT) if self.draws or self.site.ledger_file.exists() else None
+        known = self._disclosed(_COUNT) if self.draws or self.site.has_ledger else None
         if known is None and not self.draws:
             return self.true_examples
         return (known or self._draw_count())[0]
@@ -153,7 +154,7 @@ class Account:
 
     def hours(self) -> float:
         """Return the hours of training that this run has taken, over finished and charged rounds."""
-        if not self.site.ledger_file.exists():
+        if not self.site.has_ledger:
             return 0.0
         return self.ledger.seconds(self.plan.plan_id) / 3600
 
@@ -182,7 +183,8 @@ class Account:
 
     def answered(self, round: int) -> None:
         """Record in the ledger that a round's update is complete and may leave."""
-        self.ledger.record_answer(self.plan.plan_id, round, data=self.data)
+        self.ledger.record_answer(self.plan.plan_id, round, data=self.data, settled=self._settled)
+        self._settled = None
 
     def plan_noise(self, round: int) -> float:
         """Return σ for a round and those after it (see `budget.noise_multiplier`), without charging training.
@@ -224,6 +226,22 @@ class Account:
             PolicyError: If they would exceed what the policy allows; nothing is charged then.
         """
         return self._reserve(round, steps, purpose, self._limits())
+
+    def settle(self, charge: int, reserved: Steps, ran: int, seconds: float = 0.0) -> None:
+        """Settle the charge of the round: where all reserved steps ran, together with the answer (see `answered`).
+
+        Until then the reservation counts as many. Fewer steps are settled at once, as the ε that is told counts what ran.
+
+        Args:
+            charge: Its number.
+            reserved: What was reserved.
+            ran: How many steps ran.
+            seconds: Duration of the training.
+        """
+        if ran == reserved.count:
+            self._settled = Settlement(charge, ran, seconds)
+        else:
+            self.ledger.settle(charge, ran, seconds)
 
     def once(self, what: str, compute: Callable[[], Sequence[float]]) -> list[float]:
         """Return noised sums, drawn once per run: they are charged, then computed and noised, then stored, and only then

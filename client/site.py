@@ -29,7 +29,7 @@ class Site(SiteWithLedger):
     def counted_dataset(self, plan: Plan) -> Dataset:
         """Read the records that the plan's promise covers: of the right collection, and no more per unit than allowed."""
         held = self.dataset(plan.labels)
-        if held.collection and self.ledger_file.exists():
+        if held.collection and self.has_ledger:
             held = held.apart(self.ledger().find_charged_elsewhere, plan.privacy)
         return held.bound_contributions(plan.privacy, plan.seed)
 

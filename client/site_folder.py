@@ -5,9 +5,11 @@ Only this module spells the names of its files and folders.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from cotune.errors import DataError, RunError
 from cotune.privacy.policy import Policy, read_policy
@@ -87,6 +89,13 @@ class SiteFile(BaseModel):
     base: Path | None = None  # folder of the base model, if this machine does not find it by the plan's name
     own_base: str | None = None  # the base model to train where only predictions are shared; None: the plan's
     public: Path | None = None  # the plan's public inputs, if predictions for them are shared
+    run_ledger: Path | None = None  # the ledgers of all organizations of a simulated run, relative to the folder; None: its own
+
+    @model_validator(mode="after")
+    def _check_ledger(self) -> Self:
+        if self.run_ledger is not None and not self.simulated:
+            raise ValueError("expected a ledger of its own at an organization that is not simulated")
+        return self
 
 
 class SiteFolder(SitePaths):
@@ -108,6 +117,8 @@ class SiteFolder(SitePaths):
                 code="data.not_a_site",
             )
         self.file = found
+        if found.run_ledger is not None:
+            self.ledger_file = _real_path(folder / found.run_ledger)
 
     @property
     def organization(self) -> str:
@@ -119,3 +130,9 @@ class SiteFolder(SitePaths):
         if self.policy_file.exists():
             return read_policy(self.policy_file)
         return Policy.permissive() if self.file.simulated else Policy()
+
+
+@lru_cache(maxsize=4096)
+def _real_path(path: Path) -> Path:
+    """Return a path as all sites of a run name it, so that they share a connection."""
+    return path.resolve()

@@ -19,6 +19,7 @@ TaskName = Literal[
     "question-answering",
     "multi-task",
     "multi-task-images",
+    "multi-task-tags",
 ]
 
 
@@ -58,6 +59,7 @@ TASK_FACTS: Mapping[str, TaskFacts] = {
     "question-answering": TaskFacts(labels=False, classes=False),
     "multi-task": TaskFacts(several=True),
     "multi-task-images": TaskFacts(several=True),
+    "multi-task-tags": TaskFacts(several=True),
 }
 
 
@@ -133,6 +135,10 @@ class DataConfig(BaseModel):
         default=(),
         description="of several tasks: each with the column of its labels, such as [['topic', 'section']]; written out from"
         " [[tasks]]",
+    )
+    tags: tuple[str, ...] = Field(
+        default=(),
+        description="of several tasks: those whose column holds a tag for each word; written out from [[tasks]]",
     )
     unit: str | None = Field(
         default=None,

@@ -14,7 +14,11 @@ from cotune.data.types import Label, class_names_in
 from cotune.errors import DataError
 
 _BETWEEN = "/"
-MULTI_TASK = {"sequence-classification": "multi-task", "image-classification": "multi-task-images"}  # type of the tasks: task
+MULTI_TASK = {  # type of the tasks: task; of texts, some with tags, that with tags
+    "sequence-classification": "multi-task",
+    "image-classification": "multi-task-images",
+    "token-classification": "multi-task-tags",
+}
 NOT_HELD = "labels of no task that is held"
 
 

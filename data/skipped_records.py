@@ -67,7 +67,7 @@ def count_cut_texts(model: TrainableModel, inputs: Sequence[Input]) -> dict[str,
     loaded = model.loaded
     task = loaded.task
     found = {
-        cut_reason(loaded.max_length): task.cut(loaded.reader, loaded.max_length, inputs),
+        cut_reason(loaded.text_length): task.cut(loaded.reader, loaded.max_length, inputs),
         _LOST: task.lost(loaded.reader, loaded.max_length, inputs),
         _REFUSED: task.refused(loaded.reader, inputs),
     }

@@ -67,6 +67,7 @@ Input = str | tuple[str, ...] | Image | Passage | Chat | Question
 Label = str | tuple[str, ...] | float
 ASSISTANT = "assistant"  # the role of what a model writes
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
+_NO_TAG_OF_TASK = "/O"  # the same, of one of several tasks
 
 
 def answer_count(given: Input) -> int:
@@ -167,5 +168,5 @@ def get_stratum(label: Label) -> str:
         return label
     if isinstance(label, float):
         return ""
-    counts = Counter(tag for tag in label if tag != _NO_TAG)
+    counts = Counter(tag for tag in label if tag != _NO_TAG and not tag.endswith(_NO_TAG_OF_TASK))
     return min(counts, key=lambda tag: (-counts[tag], tag), default=_NO_TAG)

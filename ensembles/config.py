@@ -7,7 +7,6 @@ from typing import Literal
 
 from cotune.models.config import TrainMode
 
-Method = Literal["vote", "average", "weighted", "stacking"]  # how the predictions of several models become one
 Loss = Literal["kl", "mse"]  # between teacher and student
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from cotune.data.records import Records
 from cotune.ensembles.calibration import Floats, Numbers
-from cotune.ensembles.config import Method
 from cotune.ensembles.folder import write_fused
 from cotune.ensembles.fusion import PredictionFusion, assign_folds, cross_fitted, fit_fusion
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
 from cotune.errors import DataError
+from cotune.models.config import Method
 from cotune.models.evaluation.intervals import Answers, compare_paired
 from cotune.models.evaluation.predictor import Predictor, class_numbers, unit_numbers
 from cotune.models.evaluation.quality import predict_classes, quality
@@ -126,3 +126,23 @@ def fit_and_write(method: Method, judgment: Judgment, models: Sequence[Predictor
     fusion = fit_fusion(method, judgment.probabilities, judgment.truth)
     write_fused(folder, fusion, [model.model.loaded.folder.path for model in models], models[0].task, judgment.labels)
     return fusion
+
+
+def write_unfitted(method: Method, models: Sequence[Predictor], folder: Path) -> None:
+    """Write a fused model of which nothing is fitted: probabilities as they are, and equal weights.
+
+    Args:
+        method: `vote` or `average`.
+        models: To be fused.
+        folder: Of the fused model.
+
+    Raises:
+        ModelError: The models do not have the same task and classes.
+        RunError: The folder exists already.
+    """
+    first = models[0]
+    for model in models[1:]:
+        check_same_kind(model, first.task, first.labels, model.model.loaded.folder.name)
+    count = len(models)
+    fusion = PredictionFusion(method, (1.0,) * count, (1 / count,) * count)
+    write_fused(folder, fusion, [model.model.loaded.folder.path for model in models], first.task, first.labels)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from cotune.ensembles.calibration import Floats, Numbers, fit_temperature, scaled
-from cotune.ensembles.config import Method
 from cotune.errors import DataError
+from cotune.models.config import Method
 from cotune.strategies.sums import average
 
 _EM_STEPS = 500

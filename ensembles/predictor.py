@@ -14,10 +14,11 @@ from cotune.data.class_names import shown
 from cotune.data.config import TaskName, has_classes
 from cotune.data.types import Input
 from cotune.ensembles.calibration import Floats
-from cotune.ensembles.folder import fusion_hash, is_fused, member_folder, read_fused
+from cotune.ensembles.folder import fusion_hash, read_fused
 from cotune.ensembles.fusion import PredictionFusion
 from cotune.errors import ModelError
-from cotune.models.evaluation.predictor import Classifier, Predictor, open_predictor
+from cotune.models.base.folder import is_fused, member_folder
+from cotune.models.evaluation.predictor import Classifier, Predictor, folder_of, open_predictor
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def open_model(source: str, device: str = "auto", max_length: int | None = None)
     """Open a single or a fused model.
 
     Args:
-        source: As `open_predictor` takes it, or the folder of a fused model.
+        source: As `open_predictor` takes it, or the folder of a fused model or of a run that has stacked one.
         device: auto, cpu, cuda or cuda:N.
         max_length: Tokens to read of a text; None: as many as in the training of each model.
 
@@ -65,7 +66,7 @@ def open_model(source: str, device: str = "auto", max_length: int | None = None)
         ModelError: When it cannot be used.
         DeviceError: When the device is not here.
     """
-    folder = Path(source).expanduser()
+    folder = Path(folder_of(source)).expanduser()
     if not is_fused(folder):
         return open_predictor(source, device, max_length)
     document, fusion = read_fused(folder)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cotune.storage.config_table import ConfigTable
 
 TrainMode = Literal["head", "lora", "blocks", "full"]
 Factors = Literal["b", "ab", "alternate"]
+Method = Literal["vote", "average", "weighted", "stacking"]  # how the predictions of several models become one
 
 _PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
 _UNCHECKED = "nobody has checked here that its gradients are clipped record by record"
@@ -60,6 +61,35 @@ class FeatureConfig(ConfigTable):
         return value
 
 
+class MemberConfig(ConfigTable):
+    """What is promised about the records that a member of a fused base model has learned from (`[[model.members]]`).
+
+    A member is used at every organization, and a model that was trained without privacy may reveal single records.
+    """
+
+    name: str = Field(
+        min_length=1,
+        max_length=64,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="whose model it is, such as an organization's",
+    )
+    epsilon: float | None = Field(None, gt=0, lt=1e6, description="ε of the run that it comes from, as its model card says")
+    delta: float | None = Field(None, gt=0, lt=1, description="δ of that run")
+    handed_over: bool = Field(
+        False, description="whether it was trained without privacy, and its organization hands it to all others as it is"
+    )
+
+    @model_validator(mode="after")
+    def _says_one_of_both(self) -> MemberConfig:
+        stated = self.epsilon is not None and self.delta is not None
+        if (self.epsilon is None) != (self.delta is None) or stated == self.handed_over:
+            raise ValueError(
+                f"member {self.name}: its records are protected by ε and δ, or it is handed over without: expected epsilon and"
+                " delta, or handed_over = true"
+            )
+        return self
+
+
 class ModelConfig(ConfigTable):
     """Which pretrained model, and how it reads records (the `model` table of a plan)."""
 
@@ -90,6 +120,12 @@ class ModelConfig(ConfigTable):
         description="train = head alone: a wider feature for a linear head; absent or none: what the architecture's own head"
         " reads",
     )
+    members: tuple[MemberConfig, ...] = Field(
+        (),
+        max_length=64,
+        description="of a base model that `cotune fuse` has written: one entry for each of its models, in their order; what is"
+        " trained is a meta-model on what they predict",
+    )
     max_length: int = Field(128, ge=2, le=32768, description="tokens per text; the rest is cut off")
     max_target_length: int | None = Field(
         None,
@@ -108,6 +144,13 @@ class ModelConfig(ConfigTable):
     def _none_is_absent(cls, value: Any) -> Any:
         """So that `--set model.feature=none` takes a preset's feature away."""
         return None if value == "none" else value
+
+    @field_validator("members")
+    @classmethod
+    def _members_are_distinct(cls, value: tuple[MemberConfig, ...]) -> tuple[MemberConfig, ...]:
+        if len({member.name for member in value}) < len(value):
+            raise ValueError(f"expected a name of its own for each member, got {[member.name for member in value]}")
+        return value
 
     @field_validator("target_range")
     @classmethod

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoConfig
 
+from cotune.data.tasks.multi_task import MultiTask
 from cotune.errors import ModelError
 from cotune.models.adapters.export import export_adapters, has_adapters_alone
 from cotune.models.adapters.lora import merge_adapters
@@ -23,6 +24,8 @@ from cotune.models.base.load import dropout_settings
 from cotune.models.base.silence import silence_transformers
 from cotune.models.features.layer_features import LayerClassifier
 from cotune.models.features.layer_folder import is_layer_model, write_layer_head
+from cotune.models.features.stacked_folder import write_stack
+from cotune.models.features.stacked_members import StackedClassifier
 from cotune.models.multi_head import MultiHead
 from cotune.models.trainable import TrainableModel
 
@@ -55,17 +58,19 @@ def export_model(model: TrainableModel, folder: Path, beside: Mapping[str, str] 
             code="model.weights_needed",
         )
     with _replacing(folder) as part:
-        if isinstance(module, LayerClassifier):
+        if isinstance(module, StackedClassifier):
+            write_stack(module, model.loaded.folder.path, part)
+        elif isinstance(module, LayerClassifier):
             write_layer_head(module, part)
-            _save(model, _merged(module.encoder.base), part / ENCODER)
+            _save(model, _merged(module.encoder.base), part / ENCODER, task.problem_type)
         elif isinstance(module, MultiHead):
             merged = _merged(module)
             for name in module.tasks:
-                _save(model, merged.classifier(name), part / name)
+                _save(model, merged.classifier(name), part / name, cast(MultiTask, task).part(name).problem_type)
         else:
             merged = _merged(module)
             task.finish(merged)
-            _save(model, merged, part)
+            _save(model, merged, part, task.problem_type)
         if has_adapters_alone(model):
             export_adapters(model, part / ADAPTERS)
         for name, text in (beside or {}).items():
@@ -112,11 +117,11 @@ def _merged(module: Any) -> Any:
     return copied
 
 
-def _save(model: TrainableModel, module: Any, folder: Path) -> None:
+def _save(model: TrainableModel, module: Any, folder: Path, problem_type: str | None) -> None:
     """Write a plain model of transformers, or an encoder alone, with what reads its inputs."""
     source = model.loaded.folder.path
     _restore_dropout(module.config, source / ENCODER if is_layer_model(source) else source)
-    module.config.problem_type = model.loaded.task.problem_type
+    module.config.problem_type = problem_type
     with silence_transformers():
         module.save_pretrained(folder)
     model.loaded.reader.save_pretrained(folder)

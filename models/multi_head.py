@@ -3,12 +3,15 @@
 A head is the complete classifier of its task, whose encoder is replaced by a stub that returns the shared encoder's output for
 the batch. So everything between encoder and scores is that of the architecture, and each task is exported as a plain
 classifier.
+
+Beside tasks with a tag for each word, the scores of a whole text stand at every position, so that all have one shape. What only
+one kind of classifier has of the encoder, such as BERT's pooler, is shared by those that have it, and exported with them alone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +30,7 @@ from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 
 _HEAD = "head_"
+_TAGS = "token-classification"
 
 
 class _StandIn(nn.Module):
@@ -48,18 +52,27 @@ class MultiHead(nn.Module):
         tasks: In the order of the scores.
     """
 
-    def __init__(self, classifiers: Mapping[str, Any], labels: Sequence[str]) -> None:
-        """Take classifiers of one architecture apart; the encoder is that of the first.
+    def __init__(self, classifiers: Mapping[str, Any], labels: Sequence[str], *, by_position: bool = False) -> None:
+        """Take classifiers of one architecture apart; the encoder is that of the first which has all of its parts.
 
         Args:
             classifiers: Task -> its classifier, which becomes its head.
             labels: Qualified class names of all tasks, in their order.
+            by_position: Whether there are scores for each token of a text, (b, l, classes), and not for each record.
+
+        Raises:
+            ModelError: If the classifiers do not have the same encoder.
         """
         super().__init__()
         first = next(iter(classifiers.values()))
         self.base_model_prefix = encoder_name(first)
         self.tasks = tuple(classifiers)
-        setattr(self, self.base_model_prefix, getattr(first, self.base_model_prefix))
+        self.by_position = by_position
+        encoders = {task: getattr(each, self.base_model_prefix, None) for task, each in classifiers.items()}
+        self._parts = {task: frozenset(_parts_of(encoder)) for task, encoder in encoders.items()}
+        whole = max(encoders, key=lambda task: len(self._parts[task]))  # the first of those with most
+        _check_same_encoder(encoders, whole, first.config.model_type)
+        setattr(self, self.base_model_prefix, encoders[whole])
         for task, classifier in classifiers.items():
             setattr(classifier, self.base_model_prefix, _StandIn())
             self.add_module(f"{_HEAD}{task}", classifier)
@@ -76,6 +89,9 @@ class MultiHead(nn.Module):
         """Return the scores of all tasks side by side."""
         answer = getattr(self, self.base_model_prefix)(**inputs)
         scores = [self._scores(self.head(task), answer, inputs) for task in self.tasks]
+        if self.by_position:
+            length = inputs["input_ids"].shape[1]
+            scores = [each if each.dim() == 3 else each[:, None].expand(-1, length, -1) for each in scores]
         return SequenceClassifierOutput(logits=cast(Any, torch.cat(scores, dim=-1)))
 
     def _scores(self, head: Any, answer: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -94,8 +110,35 @@ class MultiHead(nn.Module):
         """Return the classifier of a task with the encoder, whose parameters it shares: a plain model of transformers."""
         whole = copy.copy(self.head(task))
         whole.__dict__["_modules"] = dict(whole._modules)
-        setattr(whole, self.base_model_prefix, getattr(self, self.base_model_prefix))
+        setattr(whole, self.base_model_prefix, self._encoder_of(task))
         return whole
+
+    def _encoder_of(self, task: str) -> Any:
+        """The shared encoder, without the parts that the classifier of a task does not have."""
+        shared = getattr(self, self.base_model_prefix)
+        others = set(_parts_of(shared)) - self._parts[task]
+        if not others:
+            return shared
+        encoder = copy.copy(shared)
+        encoder.__dict__["_modules"] = {name: part for name, part in shared._modules.items() if name not in others}
+        for name in others:
+            setattr(encoder, name, None)
+        return encoder
+
+
+def _parts_of(encoder: Any) -> list[str]:
+    return [name for name, part in encoder.named_children() if any(True for _ in part.parameters())]
+
+
+def _check_same_encoder(encoders: Mapping[str, Any], whole: str, kind: str) -> None:
+    """Raise ModelError unless all encoders are of one class, and none has a part that the whole one lacks."""
+    for encoder in encoders.values():
+        if type(encoder) is not type(encoders[whole]) or not set(_parts_of(encoder)) <= set(_parts_of(encoders[whole])):
+            raise ModelError(
+                f"the classifiers of texts and of words of the architecture {kind} have unlike encoders and cannot share one:"
+                " expected an encoder such as bert, distilbert or roberta; use another base model, or a plan for each kind",
+                code="model.no_shared_encoder",
+            )
 
 
 def head_prefix(task: str) -> str:
@@ -104,7 +147,13 @@ def head_prefix(task: str) -> str:
 
 
 def load_multi_task(
-    config: ModelConfig, labels: tuple[str, ...], seed: int, task: TaskName, *, needs_weights: bool = True
+    config: ModelConfig,
+    labels: tuple[str, ...],
+    seed: int,
+    task: TaskName,
+    tags: tuple[str, ...] = (),
+    *,
+    needs_weights: bool = True,
 ) -> LoadedModel:
     """Load a base model with a head for each task.
 
@@ -113,22 +162,33 @@ def load_multi_task(
         labels: Qualified class names, which name the tasks.
         seed: From which each head's own seed is derived.
         task: The task with several tasks.
+        tags: The tasks that have a tag for each word. Beside them the others read the architecture's own vector of a text: mean
+            pooling is a layer of the encoder, which tags would be read above, too.
         needs_weights: As for `load_model`.
 
     Raises:
         ModelError: If the base model cannot be used, or its classifiers read more of the encoder than its output.
     """
     kind = next(one for one, several in MULTI_TASK.items() if several == task)
+    by_position = kind == _TAGS
+    if by_position and config.pooling == "auto":
+        config = config.model_copy(update={"pooling": "native"})
     parts = {
-        name: load_model(config, classes, parameter_seed(seed, name), cast(TaskName, kind), needs_weights=needs_weights)
+        name: load_model(config, classes, parameter_seed(seed, name), _kind_of(name, kind, tags), needs_weights=needs_weights)
         for name, classes in split_labels(labels).items()
     }
     first = next(iter(parts.values()))
-    does = cast(MultiTask, get_task(task)).for_labels(labels)
-    module = MultiHead({name: part.module for name, part in parts.items()}, labels)
+    does = cast(MultiTask, get_task(task)).for_labels(labels, tags)
+    module = MultiHead({name: part.module for name, part in parts.items()}, labels, by_position=by_position)
     if first.folder.has_weights:
         _check_heads(module, first, does)
     return LoadedModel(cast(Any, module), first.reader, first.folder, first.frozen, first.max_length, does)
+
+
+def _kind_of(name: str, kind: str, tags: Collection[str]) -> TaskName:
+    if kind == _TAGS and name not in tags:
+        return "sequence-classification"
+    return cast(TaskName, kind)
 
 
 @torch.no_grad()
@@ -139,7 +199,8 @@ def _check_heads(module: MultiHead, first: LoadedModel, does: MultiTask) -> None
     found = logits(module, batch)
     for block in does.blocks:
         expected = logits(module.classifier(block.task), batch)
-        if not torch.allclose(found[:, block.start : block.stop], expected, rtol=1e-4, atol=1e-5):
+        own = found[..., block.start : block.stop]
+        if not torch.allclose(own if own.dim() == expected.dim() else own[:, 0], expected, rtol=1e-4, atol=1e-5):
             raise ModelError(
                 f"the classifier of the architecture {module.config.model_type} reads more than what its encoder answers, so that"
                 " several tasks cannot share it: expected an encoder such as bert, distilbert, roberta or vit; use another base"

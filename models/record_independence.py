@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,6 +38,7 @@ from cotune.models.device import bfloat16_is_fast, is_out_of_memory, kernel_key
 from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.lower_layers import STATES
 from cotune.models.features.precision import FEATURE_SLOTS, features_mix
+from cotune.models.features.stacked_members import StackedClassifier
 from cotune.models.synthetic_batches import (
     PerSlot,
     bucket_lengths,
@@ -324,16 +325,29 @@ def _loud_padding(model: TrainableModel) -> Iterator[None]:
     Where the table of tokens is the output layer, too, only what is read changes: scores of a token with such a row would round
     so coarsely that nothing could be compared.
     """
+    module: Any = model.loaded.module
     pad = getattr(model.loaded.reader, "pad_token_id", None)
-    table: Any = model.loaded.module.get_input_embeddings() if pad is not None else None
+    if isinstance(module, StackedClassifier):
+        tables = list(module.padded_tables())
+    else:
+        tables = [] if pad is None else [(module.get_input_embeddings(), int(pad))]
+    with ExitStack() as stack:
+        for table, number in tables:
+            stack.enter_context(_loud_row(table, number))
+        yield
+
+
+@contextmanager
+def _loud_row(table: Any, number: int) -> Iterator[None]:
+    """The same of one table of tokens; nothing where it is none."""
     weight = getattr(table, "weight", None)
-    if pad is None or not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         yield
         return
     loud = weight.abs().sum(dim=0)
 
     def replace(_: object, args: tuple[Tensor, ...], read: Tensor) -> Tensor:
-        return torch.where(args[0].eq(int(pad))[..., None], loud, read)
+        return torch.where(args[0].eq(number)[..., None], loud, read)
 
     hook = table.register_forward_hook(replace)
     try:

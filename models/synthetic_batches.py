@@ -167,7 +167,9 @@ def _examples(model: TrainableModel, length: int) -> list[Example]:
 
 def _labels(example: Example) -> Any:
     labels = example["labels"]
-    return [1] if isinstance(labels, list) else 1 if isinstance(labels, int) else labels
+    if isinstance(labels, list):
+        return [1] if isinstance(labels[0], int) else labels[:1]  # of several tasks
+    return 1 if isinstance(labels, int) else labels
 
 
 def stretch_example(example: Example, length: int) -> Example:
@@ -187,7 +189,7 @@ def stretch_example(example: Example, length: int) -> Example:
     rows = (ids * times)[: length - 1] + ids[-1:] if length > 1 else ids[:1]
     if isinstance(labels, list):
         labels = (labels * (-(-length // len(labels))))[:length]
-        labels[0] = max(labels[0], 0) if labels[0] != IGNORED else 0
+        labels[0] = max(labels[0], 0) if isinstance(labels[0], int) else labels[0]
     return {"input_ids": rows, "labels": labels}
 
 

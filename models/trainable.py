@@ -26,6 +26,7 @@ from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
+from cotune.models.features.stacked_folder import is_stack, load_stack
 from cotune.models.multi_head import load_multi_task
 from cotune.models.transformer_blocks import last_blocks
 
@@ -256,6 +257,7 @@ def open_model(
     task: TaskName = "sequence-classification",
     own_adapters: bool = False,
     needs_weights: bool = True,
+    tags: tuple[str, ...] = (),
 ) -> TrainableModel:
     """Load a new model, which is not shared with other callers.
 
@@ -268,12 +270,18 @@ def open_model(
         task: Of the model.
         own_adapters: Whether organizations may have adapters of their own rank.
         needs_weights: False: where the base model's folder has no weights, the model does without (see `load_model`).
+        tags: Of several tasks, those with a tag for each word.
 
     Raises:
         ModelError: If it cannot be loaded.
     """
-    load = load_multi_task if is_multi_task(task) else load_model
-    loaded = load(model, labels, parameter_seed(seed, "head"), task, needs_weights=needs_weights)
+    head_seed = parameter_seed(seed, "head")
+    if model.members or is_stack(model, needs_weights=needs_weights):
+        loaded = load_stack(model, labels, task)
+    elif is_multi_task(task):
+        loaded = load_multi_task(model, labels, head_seed, task, tags, needs_weights=needs_weights)
+    else:
+        loaded = load_model(model, labels, head_seed, task, needs_weights=needs_weights)
     return TrainableModel(loaded, lora, seed, pick_device(device), own_adapters=own_adapters)
 
 

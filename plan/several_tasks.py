@@ -12,6 +12,14 @@ from cotune.data.class_names import class_name
 from cotune.data.multi_task import MULTI_TASK, qualify, split_labels
 from cotune.storage.config_table import ConfigTable
 
+TAGS = "token-classification"  # the type of a task with a tag for each word
+WHY_NOT = {  # types that are no part of [[tasks]]
+    "multi-label": "its answer is a yes or no for each label, and heads are trained and compared by one class for each answer",
+    "regression": "its target is a number, and heads are trained and compared by one class for each answer",
+    "question-answering": "it reads a question beside each text, and tasks read the same input",
+    "causal-lm": "it keeps the head of its base model, which is no part that tasks could have of their own",
+    "seq2seq": "it keeps the head of its base model, which is no part that tasks could have of their own",
+}
 Balance = Literal["plan", "noise_to_signal"]
 
 
@@ -21,9 +29,10 @@ class TaskConfig(ConfigTable):
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$", description="name of the task, and of the folder that its model is exported to"
     )
-    type: Literal["sequence-classification", "image-classification"] = Field(
+    type: Literal["sequence-classification", "token-classification", "image-classification"] = Field(
         "sequence-classification",
-        description="kind of task, as `task` of a plan; all tasks read the same input and are of one kind",
+        description="kind of task, as `task` of a plan; all tasks read the same input: texts, with a class for the text or a tag"
+        " for each of its words, or images",
     )
     label: str | None = Field(
         None,
@@ -34,6 +43,15 @@ class TaskConfig(ConfigTable):
     weight: float = Field(
         1.0, gt=0, le=1e3, description="λ: how much its loss counts, min over θ of Σ λ_i L(D_i, θ); before clipping"
     )
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _type_can_be_shared(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in WHY_NOT:
+            raise ValueError(
+                f"a task of type {value} cannot share an encoder with others: {WHY_NOT[value]}; give it a plan of its own"
+            )
+        return value
 
     @field_validator("labels")
     @classmethod
@@ -74,7 +92,8 @@ def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
         return table
     read = [each if isinstance(each, TaskConfig) else TaskConfig.model_validate(each) for each in tasks]
     columns = [[each.name, each.label or each.name] for each in read]
-    follows: dict[str, Any] = {"task": MULTI_TASK[read[0].type]}
+    tags = _find_tags(read, data.get("tags") or ())
+    follows: dict[str, Any] = {"task": MULTI_TASK[TAGS if tags else read[0].type]}
     if all(each.labels for each in read):
         follows["labels"] = [qualify(each.name, label) for each in read for label in each.labels]
     for key, value in follows.items():
@@ -83,7 +102,19 @@ def write_out(table: Mapping[str, Any]) -> Mapping[str, Any]:
     given = [list(pair) for pair in data.get("tasks") or columns]
     if any(column not in given for column in columns):  # it may have more columns, those of a plan that this one is a part of
         raise ValueError("data.tasks follows from [[tasks]]: expected it left out")
-    return {**table, **follows, "data": {**data, "tasks": given}}
+    return {**table, **follows, "data": {**data, "tasks": given, **({"tags": tags} if tags else {})}}
+
+
+def _find_tags(tasks: Sequence[TaskConfig], given: Sequence[str]) -> list[str]:
+    """Return the tasks with a tag for each word; a part of a plan has those of the whole, as its records are read as before.
+
+    Raises:
+        ValueError: If `data.tags` names other ones among these tasks.
+    """
+    found = [each.name for each in tasks if each.type == TAGS]
+    if given and found != [each.name for each in tasks if each.name in given]:
+        raise ValueError("data.tags follows from [[tasks]]: expected it left out")
+    return list(given) or found
 
 
 def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -98,9 +129,9 @@ def find_problems(tasks: Sequence[TaskConfig], modes: Sequence[str], held: Seque
     if len(set(names)) < len(names):
         yield f"tasks: expected distinct names, got {names}"
     types = {task.type for task in tasks}
-    if len(types) > 1:
+    if len(types) > 1 and "image-classification" in types:
         named = " and ".join(sorted(types))
-        yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected one type"
+        yield f"tasks: all share one encoder and read the same input, and their types are {named}: expected texts, or images"
     if tasks and all(mode == "head" for mode in modes):
         yield (
             "train = head leaves the encoder unchanged, so that tasks would share nothing: expected train = lora, blocks or"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from cotune.data.config import TASK_FACTS, TaskFacts
 from cotune.plan.local_training import Stage
 from cotune.plan.several_tasks import find_problems
+from cotune.plan.stacking import find_stacking_problems
 from cotune.plan.tables import PlanTables
 
 
@@ -25,6 +26,7 @@ def find_task_problems(plan: PlanTables, stages: Sequence[Stage], *, keeps_perso
         yield f"train = head trains a new head, and task = {plan.task} keeps that of its base model: expected train = lora"
     yield from _targets(plan, facts)
     yield from _feature(plan, facts, modes)
+    yield from find_stacking_problems(plan, modes)
     yield from _several(plan, facts, modes, keeps_personal)
 
 
@@ -82,9 +84,14 @@ def _several(plan: PlanTables, facts: TaskFacts, modes: Sequence[str], keeps_per
     if not plan.tasks:
         if plan.balance != "plan":
             yield f'balance = "{plan.balance}" is for plans with [[tasks]]: leave it out'
-        if plan.simulation.tasks or plan.data.tasks:
-            yield "simulation.tasks and data.tasks are for plans with [[tasks]]: expected neither"
+        if plan.simulation.tasks or plan.data.tasks or plan.data.tags:
+            yield "simulation.tasks, data.tasks and data.tags are for plans with [[tasks]]: expected none of them"
         return
+    if plan.data.tags and plan.model.pooling == "mean":
+        yield (
+            "model.pooling = mean is a layer of the encoder, which tags would be read above, too: expected auto or native beside"
+            f" tasks with tags ({', '.join(plan.data.tags)})"
+        )
     yield from find_problems(plan.tasks, modes, plan.simulation.tasks)
     cannot = {
         "a [personal] table, or lora.keep": keeps_personal,

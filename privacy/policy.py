@@ -78,6 +78,11 @@ class TrainingRules(ConfigTable):
         False,
         description="true: no own copy of the model leaves, nor what it predicts, so that a plan may train it without noise",
     )
+    handed_over_members: bool = Field(
+        False,
+        description="true: a plan may stack models that were trained without privacy and handed over; they may reveal single"
+        " records of those that they come from to everybody who takes part",
+    )
     units: tuple[str, ...] = Field(
         (), description="whom a plan may promise its privacy to: a unit such as patient_id; record, where each record is a person"
     )
@@ -177,6 +182,7 @@ class Policy(ConfigTable):
                 approval="none",
                 record_privacy=False,
                 personal_without_noise=True,
+                handed_over_members=True,
                 units=_EVERYTHING,
                 min_examples=0,
                 min_batch=0,

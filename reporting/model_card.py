@@ -17,6 +17,7 @@ from cotune.data.tasks.task import get_task
 from cotune.models.base.lookup import FOLDER
 from cotune.models.config import FeatureConfig
 from cotune.plan.plan import Plan
+from cotune.plan.stacking import list_uncovered
 from cotune.privacy.claimed_guarantee import build_claim
 from cotune.privacy.config import RecordPrivacy
 from cotune.reporting.measures import get_measures
@@ -55,7 +56,7 @@ def model_card(
         *("---", f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
         *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
-        *("", "## Privacy", "", "\n\n".join(map(_shown, privacy))),
+        *("", "## Privacy", "", "\n\n".join(map(_shown, (*privacy, *_about_members(plan))))),
         *_results(test or {}, examples),
     ]
     return "\n".join(lines) + "\n"
@@ -65,7 +66,7 @@ def promised(plan: Plan) -> list[str]:
     """Return what a plan promises about the records of every organization, where what was spent is not known."""
     if not isinstance(plan.privacy, RecordPrivacy):
         return ["No differential privacy for records: the plan says privacy = none. The model may reveal single records."]
-    claim = build_claim(plan.privacy, None)
+    claim = build_claim(plan.privacy, None, not_covered=list_uncovered(plan.model.members))
     return [
         f"Record-level differential privacy: ε at most {claim.epsilon_allowed:g} at δ = {claim.delta_rule} for what each"
         f" organization has sent, as the plan says (neighboring data sets: {claim.neighbors}). {claim.mechanism}.",
@@ -73,7 +74,20 @@ def promised(plan: Plan) -> list[str]:
     ]
 
 
+def _about_members(plan: Plan) -> Iterator[str]:
+    """The promise above is about the records that the meta-model has learned from, and not about those of its members."""
+    for member in plan.model.members:
+        yield (
+            f"The model of {member.name} was trained without privacy, and may reveal single records of its training."
+            if member.handed_over
+            else f"The model of {member.name} was trained before, with ε = {member.epsilon:g} at δ = {member.delta:g}, as the"
+            " plan says; for a record in both trainings the two add up."
+        )
+
+
 def _how(plan: Plan, pipeline: str, length: int) -> Iterator[str]:
+    if plan.model.members:
+        return _use_of_members(plan)
     return _use(pipeline, length, plan) if plan.model.feature is None else _use_of_layers(plan.model.feature, length)
 
 
@@ -95,6 +109,23 @@ def _use_of_adapters(plan: Plan) -> Iterator[str]:
     )
     if task.has_several_heads:
         yield from ("", "They are for the encoder; the heads of the tasks are not here. Organizations have the whole model.")
+
+
+def _use_of_members(plan: Plan) -> Iterator[str]:
+    yield from (
+        "## How to use",
+        "",
+        "```bash",
+        'cotune predict FOLDER "a text"',
+        "cotune evaluate FOLDER --data records.csv",
+        "```",
+    )
+    yield from (
+        "",
+        f"Each of the {len(plan.model.members)} models in `models/` predicts, and a multinomial logistic regression makes one"
+        " prediction of theirs: `meta_model.safetensors` holds its coefficients, which are multiplied by the logarithms of all"
+        " probabilities, calibrated by the temperatures in `fusion.json`. `cotune distill FOLDER` makes one model of it.",
+    )
 
 
 def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:

@@ -53,6 +53,24 @@ PICTURES: dict[str, tuple[int, int, list[Box], list[Arrow]]] = {
             (500, 75, 590, 75, ""),
         ],
     ),
+    "stacking.svg": (
+        760,
+        240,
+        [
+            (10, 10, 180, "model of hospital A\nfrozen, ε of its own", "own"),
+            (10, 94, 180, "model of hospital B\nfrozen, ε of its own", "own"),
+            (10, 178, 180, "private record\nat a site", "own"),
+            (290, 52, 190, "meta-model at the site\nDP-SGD, charged first", "own"),
+            (590, 52, 160, "server\naverages meta-models", "server"),
+        ],
+        [
+            (190, 33, 290, 66, "scores"),
+            (190, 117, 290, 84, "scores"),
+            (100, 178, 100, 140, ""),
+            (190, 201, 385, 98, "class"),
+            (480, 75, 590, 75, "noised delta"),
+        ],
+    ),
 }
 
 

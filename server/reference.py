@@ -138,9 +138,14 @@ SIMULATION = (
     File(
         "sites/<organization>/",
         "while it goes on",
-        "A simulated organization: which records it holds, `ledger.sqlite` with its anchor `ledger.sqlite.head` and its key"
-        " `ledger.key` ([ledger.md](ledger.md)), `policy.toml` where it has its own ε or rank, `outbox/` with its last finished"
-        " update, `kept/` with what it keeps from round to round.",
+        "A simulated organization: which records it holds, `policy.toml` where it has its own ε or rank, `outbox/` with its last"
+        " finished update, `kept/` with what it keeps from round to round.",
+    ),
+    File(
+        "ledger.sqlite",
+        "while it goes on",
+        "The ledgers of the organizations, each a chain of its own ([ledger.md](ledger.md)); their key is in `ledger.key`."
+        " `cotune client ledger sites/<organization>` shows one.",
     ),
     File(
         "baselines/",

@@ -55,7 +55,7 @@ from cotune.server.app import train
 from cotune.server.rounds.registered_evaluator import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
-from cotune.simulations.prepare import Prepared, make_site
+from cotune.simulations.prepare import Prepared, make_site, make_sites
 from cotune.simulations.single_tasks import SINGLE, evaluate_for, plan_for, shares_for
 from cotune.simulations.split import Share
 from cotune.strategies.config import StrategyConfig
@@ -166,9 +166,7 @@ def _without_privacy(plan: Plan) -> Plan:
 
 def _make(path: Path, name: str, plan: Plan, shares: tuple[Share, ...], parent: RunFolder) -> None:
     if name == PLAIN or name.startswith(f"{SINGLE}/"):
-        people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in shares)
-        for share in shares:
-            make_site(path / "sites" / share.name, share.name, plan, [share], parent.file.device)
+        people = make_sites(path, plan, shares, parent.file.device)
     else:
         people = (Participant(name=name.split("/")[-1], site="site"),)
         make_site(path / "site", people[0].name, plan, shares, parent.file.device)
@@ -221,7 +219,7 @@ def export_each(folder: RunFolder, state: State) -> None:
     said = [UNNOISED] if unnoised else promised(folder.plan)
     for name, own in personal_states(folder, state).items():
         model.load(own)
-        card = model_card(folder.plan, privacy=said, length=model.loaded.max_length)
+        card = model_card(folder.plan, privacy=said, length=model.loaded.text_length)
         export_model(model, folder.path / "sites" / name / "model", {CARD: card})
 
 

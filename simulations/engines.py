@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Context, RecordDict, UserConfig
@@ -34,8 +36,19 @@ def check_engine(engine: str) -> None:
 
 def run_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    with register_evaluator(build_personal_evaluate(folder)):
+    with register_evaluator(build_personal_evaluate(folder)), _frozen_heap():
         ENGINES[engine](folder)
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Let the garbage collector pass over libraries and model, which stay: most of its work in rounds of small models."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _in_process(folder: RunFolder) -> None:

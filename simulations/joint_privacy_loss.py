@@ -38,7 +38,10 @@ def get_steps_by_organization(run: Path) -> list[list[Steps]]:
 
 
 def _charged(site: Path) -> list[Steps]:
-    return Site(site).ledger().spent() if SitePaths(site).ledger_file.exists() else []
+    if not SitePaths(site).description.exists():  # a comparison that the plan does not ask for
+        return []
+    opened = Site(site)
+    return opened.ledger().spent() if opened.has_ledger else []
 
 
 def compose_epsilon(runs: Iterable[Sequence[Sequence[Steps]]], delta: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from cotune.plan.plan import Plan
 from cotune.plan.public import PublicConfig
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
+from cotune.privacy.ledger.ledger import create_run_ledger
 from cotune.privacy.policy import Policy, dump_policy
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
@@ -40,6 +42,8 @@ from cotune.simulations.record_notes import LeftOut, build_notes, count_left_out
 from cotune.simulations.split import Share, split_records
 from cotune.storage.files import atomic_write
 from cotune.storage.json_documents import JsonDocument
+
+RUN_LEDGER = "ledger.sqlite"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -190,12 +194,10 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
         device: Such as "cpu".
     """
     plan = prepared.plan
-    for share in prepared.shares:
-        make_site(path / "sites" / share.name, share.name, plan, [share], device)
+    people = make_sites(path, plan, prepared.shares, device)
     write_manifest(manifest_file(path, "test"), plan.data, list(prepared.test), plan.task)
     if prepared.validation:
         write_manifest(manifest_file(path, "validation"), plan.data, list(prepared.validation), plan.task)
-    people = tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in prepared.shares)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return RunFolder.create(
         path,
@@ -204,7 +206,23 @@ def make_run(prepared: Prepared, path: Path, engine: str, device: str) -> RunFol
     )
 
 
-def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str) -> None:
+def make_sites(run: Path, plan: Plan, shares: Sequence[Share], device: str) -> tuple[Participant, ...]:
+    """Write the folders of the organizations of a run, with one file for their ledgers, and return who takes part.
+
+    Args:
+        run: The folder of the run.
+        plan: The plan.
+        shares: One for each organization.
+        device: Such as "cpu".
+    """
+    ledger = run / RUN_LEDGER
+    create_run_ledger(ledger)
+    for share in shares:
+        make_site(run / "sites" / share.name, share.name, plan, [share], device, ledger)
+    return tuple(Participant(name=share.name, site=f"sites/{share.name}") for share in shares)
+
+
+def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], device: str, run_ledger: Path | None = None) -> None:
     """Write the folder of a simulated organization; an existing ledger and outbox are left alone.
 
     Args:
@@ -213,6 +231,7 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
         plan: The plan; its columns describe the records.
         shares: The rows that it holds, one share for each file or organization that is joined in it.
         device: Such as "cpu".
+        run_ledger: The file for the ledgers of all organizations of its run; None: it has one of its own.
     """
     site = SitePaths(folder)
     portions = [(share.file, np.asarray(share.rows)) for share in shares]
@@ -220,5 +239,6 @@ def make_site(folder: Path, name: str, plan: Plan, shares: Sequence[Share], devi
     if len(shares) == 1 and shares[0].policy(plan) != Policy.permissive():
         atomic_write(site.policy_file, dump_policy(shares[0].policy(plan)).encode(), durable=False)
     own = shares[0].base if len(shares) == 1 and plan.shares_predictions else None
-    described = SiteFile(organization=name, simulated=True, device=device, own_base=own)
+    shared = None if run_ledger is None else Path(os.path.relpath(run_ledger, folder))
+    described = SiteFile(organization=name, simulated=True, device=device, own_base=own, run_ledger=shared)
     JsonDocument(site.description, SiteFile).write(described, durable=False)

@@ -123,4 +123,4 @@ def _export(folder: RunFolder, summary: RunSummary) -> None:
         return
     model = get_plan_model(folder.plan, folder.file.device)
     model.load(state)
-    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
+    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.text_length)})

@@ -11,6 +11,7 @@ from cotune.data.metrics.metrics import Metrics
 from cotune.models.evaluation.test_set import Floor, measure, predict
 from cotune.models.trainable import State
 from cotune.plan.plan import Plan
+from cotune.plan.stacking import list_uncovered
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, epsilon
 from cotune.privacy.claimed_guarantee import Claim, build_claim, compute_figures, max_figures
@@ -213,7 +214,7 @@ def _claim(folder: RunFolder, prepared: Prepared, privacy: RecordPrivacy) -> Cla
         delta = privacy.delta_for(share.public_examples(folder.plan))
         figures[share.name] = compute_figures(spent, delta)
     clear = ("the local metrics, which organizations disclosed as they are",) if _in_clear(folder) else ()
-    return build_claim(privacy, max_figures(figures), not_covered=(*clear, *_EXACT))
+    return build_claim(privacy, max_figures(figures), not_covered=(*clear, *list_uncovered(folder.plan.model.members), *_EXACT))
 
 
 def _all_models(folder: RunFolder, share: Share, privacy: RecordPrivacy) -> float:

@@ -136,7 +136,7 @@ class DatabaseLog:
         """Bring `fold` up to date: where nobody else has written since, that is looked at and nothing is read."""
         with self._lock:
             session = self._session
-            if session is None or not self._is_untouched(session) or _data_version(session.db) != session.version:
+            if session is None or not self._is_untouched(session) or data_version(session.db) != session.version:
                 with self.transaction():
                     pass
 
@@ -146,7 +146,7 @@ class DatabaseLog:
             session = self._session
             self._session = None
             if session is not None:
-                _close(session.db, session.process)
+                close_connection(session.db, session.process)
 
     @contextmanager
     def transaction(self) -> Iterator[OpenLog]:
@@ -171,7 +171,7 @@ class DatabaseLog:
 
     def _begin(self, session: _Session) -> OpenLog:
         """Return the log as it was verified; where the database is not what it was then, verify it."""
-        version = _data_version(session.db)
+        version = data_version(session.db)
         if version == session.version:
             return OpenLog(session.db, session.count, session.head)
         session.version = -1  # until all of it is verified, or what is created here is committed
@@ -187,7 +187,7 @@ class DatabaseLog:
 
     def _committed(self, session: _Session, log: OpenLog) -> None:
         """Take in what was appended, and note it beside the database."""
-        session.version = _data_version(session.db) if session.version < 0 else session.version
+        session.version = data_version(session.db) if session.version < 0 else session.version
         for entry in log.appended:
             self.fold.add(entry)
         session.count = log.count
@@ -205,7 +205,7 @@ class DatabaseLog:
         self._create()
         db = sqlite3.connect(self.path, timeout=120, isolation_level=None, check_same_thread=False)
         session = _Session(db, os.getpid())
-        weakref.finalize(self, _close, db, session.process).atexit = False
+        weakref.finalize(self, close_connection, db, session.process).atexit = False
         self._session = session
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'OFF'}")  # FULL: what is committed survives a power cut
@@ -227,11 +227,7 @@ class DatabaseLog:
         return tuple(found)
 
     def _unusable(self, reason: str) -> PrivacyError:
-        return PrivacyError(
-            f"the privacy ledger {self.path} cannot be used ({reason}): expected the file as cotune left it, and writable;"
-            " nothing is trained without it, so repair it; an older copy has not seen what was spent since",
-            code="privacy.unusable_ledger",
-        )
+        return unusable_database(self.path, reason)
 
     def _create(self) -> None:
         """Create an empty file that only its owner can read; the database keeps the mode."""
@@ -313,11 +309,22 @@ class DatabaseLog:
         self._anchor.write(_Anchor(entries=entries, hash=hash), durable=self.durable)
 
 
-def _data_version(db: sqlite3.Connection) -> int:
+def unusable_database(path: Path, reason: str) -> PrivacyError:
+    """Return the error for a database that is not as it should be."""
+    return PrivacyError(
+        f"the privacy ledger {path} cannot be used ({reason}): expected the file as cotune left it, and writable;"
+        " nothing is trained without it, so repair it; an older copy has not seen what was spent since",
+        code="privacy.unusable_ledger",
+    )
+
+
+def data_version(db: sqlite3.Connection) -> int:
+    """Return a number that changes when another connection has committed."""
     return int(db.execute("PRAGMA data_version").fetchone()[0])
 
 
-def _close(db: sqlite3.Connection, process: int) -> None:
+def close_connection(db: sqlite3.Connection, process: int) -> None:
+    """Close a connection that a process has opened; in a process that was forked from it, keep it for good instead."""
     if process != os.getpid():
         _of_parents.append(db)
         return

@@ -87,8 +87,7 @@ class OpenLog:
     @property
     def entries(self) -> list[Entry]:
         """All entries, read from the database."""
-        rows = self.db.execute("SELECT * FROM entries ORDER BY id")
-        return [Entry(id, at, kind, parse_json(body), hash) for id, at, kind, body, hash in rows]
+        return [Entry(id, at, kind, parse_json(body), hash) for id, at, kind, body, hash in self._rows()]
 
     def append(self, kind: str, body: Mapping[str, Any], at: str | None = None) -> Entry:
         """Append an entry, and return it.
@@ -102,8 +101,14 @@ class OpenLog:
         at = at or datetime.now(UTC).isoformat(timespec="seconds")
         text = _canonical(body)
         entry = Entry(id, at, kind, parse_json(text), entry_hash(self.head, id, at, kind, text))
-        self.db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (id, at, kind, text, entry.hash))
+        self._insert(id, at, kind, text, entry.hash)
         self.appended.append(entry)
         self.count = id
         self.head = entry.hash
         return entry
+
+    def _rows(self) -> sqlite3.Cursor:
+        return self.db.execute("SELECT * FROM entries ORDER BY id")
+
+    def _insert(self, id: int, at: str, kind: str, body: str, hash: str) -> None:
+        self.db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", (id, at, kind, body, hash))

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -22,8 +23,20 @@ from tests.support.fork_server import share_server
 settings.register_profile("thorough", deadline=None)
 settings.register_profile("cotune", deadline=None, max_examples=25)
 settings.load_profile("cotune")
-# rooms by CPU seconds; "": files at the top level
-_LONGEST = ("deployment", "simulations", "docs", "cli", "attacks", "client", "", "models", "privacy", "data")
+# by CPU seconds, but tests that mostly wait for processes not beside each other; "test_": files at the top level
+_ORDER = (
+    "deployment/test_faults",
+    "simulations",
+    "deployment",
+    "docs",
+    "cli",
+    "attacks",
+    "client",
+    "test_",
+    "models",
+    "privacy",
+    "data",
+)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not
 
@@ -51,6 +64,7 @@ def pytest_xdist_auto_num_workers() -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """Keep the garbage collector from what lasts: the libraries, and the tests themselves."""
+    session.config.args = _begin_elsewhere(session.config)
     gc.disable()
     try:
         return (yield)
@@ -60,12 +74,23 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         gc.set_threshold(50_000, 20, 20)  # objects: tests make few cycles, and looking for them takes a thirtieth of the time
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder)."""
-    rank = {room: place for place, room in enumerate(_LONGEST)}
+def _begin_elsewhere(config: pytest.Config) -> list[str]:
+    """Let each worker begin to collect at another place, so that not every one compiles all tests; later ones find them compiled."""
+    tests = Path(__file__).parent
+    if not hasattr(config, "workerinput") or [Path(each).resolve() for each in config.args] != [tests]:
+        return config.args
+    places = sorted(str(path) for path in tests.iterdir() if path.is_dir() or path.match("test_*.py"))
+    worker = int(config.workerinput["workerid"].removeprefix("gw"))
+    first = worker * len(places) // config.workerinput["workercount"] % len(places)
+    return places[first:] + places[:first]
 
-    def place(item: pytest.Item) -> int:
-        _, *rooms, _ = item.nodeid.partition("::")[0].split("/")
-        return rank.get(rooms[0] if rooms else "", len(rank))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the rooms of long tests, so that workers end together (with --no-loadscope-reorder); the same in every worker."""
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        file = item.nodeid.partition("::")[0]
+        inside = file.removeprefix("tests/")
+        return next((rank for rank, start in enumerate(_ORDER) if inside.startswith(start)), len(_ORDER)), file
 
     items.sort(key=place)

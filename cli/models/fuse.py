@@ -15,9 +15,10 @@ from cotune.cli.models.evaluate import figure, with_interval
 from cotune.cli.models.predict import Length
 from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice, with_options
 from cotune.data.readers.sources import check_new, check_source
-from cotune.ensembles.config import Method
+from cotune.models.config import Method
 
 METHODS: tuple[Method, ...] = get_args(Method)
+UNFITTED: tuple[Method, ...] = ("vote", "average")  # what needs no records, with probabilities as they are
 
 
 @with_options(RecordOptions, without=("prompt", "target", "messages", "context", "question", "answers", "separator"))
@@ -26,7 +27,13 @@ def fuse(
         list[str],
         typer.Argument(metavar="MODEL...", help="Two or more fine-tuned models with the same classes."),
     ],
-    data: Annotated[str, typer.Option(help="Labeled records that no model was trained on: what is fitted is fitted on them.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Labeled records that no model was trained on: what is fitted is fitted on them. For vote and average with --out"
+            " it can be left out: nothing is fitted or measured then."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help=f"How predictions become one: {', '.join(METHODS)}.")] = "weighted",
     out: Annotated[Path | None, typer.Option(help="Write the fused model to this new folder; default: only measure.")] = None,
     *,
@@ -40,14 +47,18 @@ def fuse(
     chosen = parse_choice("--method", method, METHODS)
     if len(models) < 2:
         raise typer.BadParameter("expected two or more models: cotune fuse MODEL MODEL --data FILE")
-    check_source(data)
+    if data is not None:
+        check_source(data)
+    elif out is None or chosen not in UNFITTED:
+        raise typer.BadParameter(f"expected --data FILE, or --out with --method {' or '.join(UNFITTED)}")
     if out is not None:
         check_new(out)
     announce(f"loading PyTorch, then {len(models)} models", quiet=as_json)
     from cotune.cli.models.record_predictions import fuse_models  # loads PyTorch
 
     target = None if out is None else out.expanduser()
-    found = fuse_models(models, options.config(data), chosen, out=target, seed=seed, max_length=max_length, device=device)
+    records = None if data is None else options.config(data)
+    found = fuse_models(models, records, chosen, out=target, seed=seed, max_length=max_length, device=device)
     if as_json:
         print_json(found)
     else:
@@ -55,6 +66,13 @@ def fuse(
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
+    if "models" in found:
+        _show_measured(console, found)
+    if "out" in found:
+        console.print(f"the fused model: {escape(found['out'])}")
+
+
+def _show_measured(console: Console, found: dict[str, Any]) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model", overflow="fold")
     for heading in ("accuracy", "macro F1", "AUROC", "ECE"):
@@ -71,5 +89,3 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         f"against the best single model ({escape(against['model'])}): {answer};"
         f" difference {against['difference']:+.3f} ({low:+.3f} to {high:+.3f}), {against['test']}"
     )
-    if "out" in found:
-        console.print(f"the fused model: {escape(found['out'])}")

@@ -14,12 +14,12 @@ from cotune.data.config import DataConfig, has_classes
 from cotune.data.record_reading import read_records
 from cotune.data.types import Input, Question
 from cotune.data.unlabeled import Row, read_questions, read_typed, read_typed_questions, read_unlabeled
-from cotune.ensembles.config import DistillationConfig, Method
-from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion
+from cotune.ensembles.config import DistillationConfig
+from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion, write_unfitted
 from cotune.ensembles.predictor import open_model, require_classifiers
 from cotune.ensembles.resumable_distillation import Distillation, distill
 from cotune.errors import DataError, ModelError
-from cotune.models.config import ModelConfig
+from cotune.models.config import Method, ModelConfig
 from cotune.models.evaluation.answers import evaluate_answers
 from cotune.models.evaluation.predictor import Classifier, Predictor, class_numbers, evaluate_classifier, open_predictor
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, parse_threshold, predict_classes
@@ -104,7 +104,7 @@ def evaluate_records(
 
 def fuse_models(
     models: Sequence[str],
-    data: DataConfig,
+    data: DataConfig | None,
     method: Method,
     *,
     out: Path | None,
@@ -116,7 +116,7 @@ def fuse_models(
 
     Args:
         models: Folders of models or runs, or hub ids.
-        data: Labeled records and how they are read.
+        data: Labeled records and how they are read; None: nothing is fitted or measured.
         method: How predictions become one.
         out: A new folder for the fused model; None: it is only measured.
         seed: Of the folds on which the fusion is measured.
@@ -125,6 +125,10 @@ def fuse_models(
     """
     opened = [open_predictor(model, device, max_length) for model in models]
     require_classifiers(opened, models)
+    if data is None:
+        assert out is not None, "without records there is nothing but the fused model"
+        write_unfitted(method, opened, out)
+        return {"method": method, "out": str(out)}
     with own_options():
         records = read_records(data, None, opened[0].task)
     judgment = ask_models(opened, records)

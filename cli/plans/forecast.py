@@ -11,6 +11,7 @@ from rich.table import Table
 from cotune.cli.plans.plan_options import PlanOptions
 from cotune.plan.personal import explain
 from cotune.plan.public import explain_predictions
+from cotune.plan.stacking import explain_stacking
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claimed_guarantee import SMALL_DELTA, Figures, describe_attack
 from cotune.privacy.config import RecordPrivacy
@@ -49,6 +50,8 @@ def show_forecast(console: Console, seen: Forecast) -> None:
     stays = explain(plan.personal, private=isinstance(plan.privacy, RecordPrivacy))
     if stays is not None:
         console.print(stays)
+    if plan.model.members:
+        console.print(escape(explain_stacking(plan.model.members, private=isinstance(plan.privacy, RecordPrivacy))))
     if plan.shares_predictions:
         console.print(escape(explain_predictions(plan.public, private=isinstance(plan.privacy, RecordPrivacy))))
     console.print(_stages(seen))

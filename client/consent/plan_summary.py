@@ -9,6 +9,7 @@ from cotune.plan.local_training import Stage
 from cotune.plan.personal import explain
 from cotune.plan.plan import Plan
 from cotune.plan.public import explain_predictions
+from cotune.plan.stacking import explain_stacking
 from cotune.plan.update_norm import bound_norm_by_gradients
 from cotune.printable import printable
 from cotune.privacy.config import RecordPrivacy
@@ -17,7 +18,10 @@ _MANY_RECORDS = 10_000  # assumed records, if the number of steps depends on it 
 
 
 def summarize_plan(plan: Plan) -> list[str]:
-    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels; and what is personal."""
+    """Return six lines: plan, base model, amount of training, rates, privacy, strategy and what travels.
+
+    One more says what is stacked, and one what stays with the organizations, where the plan has it.
+    """
     stages = ", ".join(f"{stage.rounds} of {_trained(stage)} ({_amount(stage.local)})" for stage in plan.stages)
     asks = [name for name, wanted in plan.disclosures.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
@@ -35,7 +39,8 @@ def summarize_plan(plan: Plan) -> list[str]:
     stays = (
         explain_predictions(plan.public, private=private) if plan.shares_predictions else explain(plan.personal, private=private)
     )
-    return [printable(line) for line in (*lines, *([] if stays is None else [stays]))]
+    stacked = [explain_stacking(plan.model.members, private=private)] if plan.model.members else []
+    return [printable(line) for line in (*lines, *stacked, *([] if stays is None else [stays]))]
 
 
 def _trained(stage: Stage) -> str:

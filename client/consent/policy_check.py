@@ -147,8 +147,19 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
         yield Violation(
             "training.record_privacy", "the plan says privacy = none, expected record-level differential privacy", False
         )
+    yield from _handed_over(plan, policy)
     yield from _telling(plan, policy)
     yield from _undeclared(policy)
+
+
+def _handed_over(plan: Plan, policy: Policy) -> Iterator[Violation]:
+    names = [member.name for member in plan.model.members if member.handed_over]
+    if names and not policy.training.handed_over_members:
+        yield Violation(
+            "training.handed_over_members",
+            f"the plan stacks models that were trained without privacy ({', '.join(names)}), expected members with ε and δ",
+            True,
+        )
 
 
 def _telling(plan: Plan, policy: Policy) -> Iterator[Violation]:

@@ -174,7 +174,7 @@ def adapt_site(site: Site, out: Path | None = None, wanted: str = "") -> Adapted
     received.model.load(adapted.head)
     folder = (out or site.adapted_models / received.folder.name).expanduser()
     _check_free(folder)
-    length = received.model.loaded.max_length
+    length = received.model.loaded.text_length
     card = model_card(received.plan, privacy=[STAYS], length=length, about=f"{adapted.described}: {STAYS}")
     about = {"plan_id": received.plan.plan_id, "adapted": adapted.described}
     export_model(received.model, folder, {CARD: card, ABOUT: json.dumps(about)})

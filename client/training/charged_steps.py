@@ -80,7 +80,7 @@ def _private_training(prepared: PreparedRound) -> int:
     account = context.account
     privacy = plan.privacy
     assert isinstance(privacy, RecordPrivacy)
-    trained_from = plan.plan_id, context.round, state_digest(prepared.received)
+    trained_from = _decides_gradients(prepared)
     checked = partial(check_gradients_of_state, prepared.setup, privacy, context.stage.mode, context.model, trained_from)
     prepared.setup.physical.fit(checked)
     rate = context.stage.local.sample_rate(context.examples)
@@ -110,8 +110,20 @@ def _private_training(prepared: PreparedRound) -> int:
     first = _train_own_first(prepared, private_steps)
     taken = _train_shared(prepared, private_steps, epsilon)
     copied = _train_copy(prepared, private_steps if noise else plain_steps, noise=noise)
-    account.ledger.settle(charge, first + taken + (copied if noise else 0), time.monotonic() - began)
+    account.settle(charge, charged, first + taken + (copied if noise else 0), time.monotonic() - began)
     return taken
+
+
+def _decides_gradients(prepared: PreparedRound) -> object:
+    """What decides, beside the shapes of batches, whether gradients are right: once for all of it, they are checked.
+
+    The values of a state are whatever a server sends, so that an organization checks each. Those of a simulation come from its
+    own plan; how gradients are taken follows from plan and stage there.
+    """
+    context = prepared.context
+    if context.site.file.simulated:
+        return context.plan.plan_id, context.plan.stages.index(context.stage)
+    return context.plan.plan_id, context.round, state_digest(prepared.received)
 
 
 class _FittedSums:

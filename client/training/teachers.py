@@ -58,7 +58,7 @@ def vote_with_privacy(prepared: PreparedRound) -> tuple[TrainedRound, Delta]:
     charge = context.account.reserve(context.round, charged)
     counts = _count_votes(prepared, personal, plan.privacy.pate.teachers)
     released = release(counts, plan.privacy.pate, sigma, context.account)
-    context.account.ledger.settle(charge, charged.count)
+    context.account.settle(charge, charged, charged.count)
     trained = TrainedRound(context.stage.local.steps_per_round(context.examples), disclosed, context.account.reported_epsilon())
     return trained, {SCORES: released - context.state[SCORES]}
 

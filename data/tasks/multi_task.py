@@ -10,14 +10,13 @@ Classes are numbered through over all tasks: scores are (b, classes of all tasks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cotune.data.class_names import class_name
 from cotune.data.config import DataConfig
@@ -25,7 +24,7 @@ from cotune.data.inputs.batching import LENGTHS
 from cotune.data.metrics.metrics import MultiTaskMetrics, compute_metrics
 from cotune.data.multi_task import qualify, split_labels, task_of
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
-from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets, all_correct, logits
+from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets, all_correct, logits, losses_from_scores
 from cotune.data.tasks.image import ImageClassification
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.types import Input, Label, class_names_in
@@ -67,9 +66,18 @@ class MultiTask(ClassTargets):
         named = ", ".join(f"{block.task}: {block.stop - block.start}" for block in self.blocks)
         self.described = f"{one.described} of several tasks" + (f" ({named})" if named else "")
 
-    def for_labels(self, labels: Sequence[str]) -> MultiTask:
-        """Return the same for a model whose heads have these classes."""
+    def for_labels(self, labels: Sequence[str], tags: Collection[str] = ()) -> MultiTask:
+        """Return the same for a model whose heads have these classes.
+
+        Args:
+            labels: Qualified class names of all tasks.
+            tags: The tasks that have a tag for each word.
+        """
         return MultiTask(self.one, labels)
+
+    def part(self, task: str) -> SequenceClassification | ImageClassification:
+        """Return what one of the tasks is by itself."""
+        return self.one
 
     def columns(self, config: DataConfig) -> tuple[str, str]:
         return self.one.key, "tasks"
@@ -149,7 +157,7 @@ class MultiTask(ClassTargets):
 
     def collator(self, module: nn.Module, reader: Any, to: torch.device) -> Collate:
         """The collator of one task numbers the examples instead of labeling them, and what it made blank has no label here."""
-        collate_one = self.one.collator(next(_heads(module)), reader, to)  # which says what its forward pass takes
+        collate_one = self.one.collator(next(heads_of(module)), reader, to)  # which says what its forward pass takes
 
         def collate(examples: Sequence[Example], length: int | None = None, slots: int | None = None) -> Batch:
             rows = [self._row(example["labels"]) for example in examples]
@@ -194,20 +202,17 @@ class MultiTask(ClassTargets):
     def _losses(self, scores: Tensor, labels: Tensor, weights: Tensor | None) -> Iterator[Tensor]:
         for i, block in enumerate(self.blocks):
             own = None if weights is None else weights[block.start : block.stop]
-            numbers = self._own_numbers(labels, i)
-            yield functional.cross_entropy(
-                scores[:, block.start : block.stop], numbers, own, ignore_index=IGNORED, reduction="none"
-            )
+            yield losses_from_scores(scores[..., block.start : block.stop], self._own_numbers(labels, i), own)
 
     def _own_numbers(self, labels: Tensor, task: int) -> Tensor:
-        return torch.where(labels[:, task] == IGNORED, IGNORED, labels[:, task] - self.blocks[task].start)
+        return torch.where(labels[..., task] == IGNORED, IGNORED, labels[..., task] - self.blocks[task].start)
 
     def scores(self, module: nn.Module, batch: Batch) -> Tensor:
         return logits(module, batch)
 
     def are_right(self, scores: Tensor, labels: Tensor) -> Tensor:
         """A record is predicted correctly where all of its labels are."""
-        right = [all_correct(scores[:, b.start : b.stop], self._own_numbers(labels, i)) for i, b in enumerate(self.blocks)]
+        right = [all_correct(scores[..., b.start : b.stop], self._own_numbers(labels, i)) for i, b in enumerate(self.blocks)]
         return torch.stack(right).all(dim=0)
 
     def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> MultiTaskMetrics:
@@ -241,8 +246,8 @@ class MultiTask(ClassTargets):
         return self.one.stand_in(features, pad)
 
 
-def _heads(module: nn.Module) -> Iterator[nn.Module]:
-    """The classifiers of the tasks, one after the other; a module that is one by itself."""
+def heads_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the classifiers of the tasks, one after the other; a module that is one by itself."""
     tasks = getattr(module, "tasks", None)
     yield from (module.head(task) for task in tasks) if tasks else [module]  # type: ignore[operator]
 

@@ -24,6 +24,7 @@ from cotune.data.tasks.multi_task import MultiTask
 from cotune.data.tasks.question import QuestionAnswering
 from cotune.data.tasks.regression import Regression
 from cotune.data.tasks.seq2seq import SequenceToSequence
+from cotune.data.tasks.tagged_multi_task import TaggedMultiTask
 from cotune.data.tasks.text import Collate, Example, SequenceClassification
 from cotune.data.tasks.token import TokenClassification
 from cotune.data.types import Input, Label
@@ -254,6 +255,7 @@ _TASKS: dict[str, Task] = {
     "question-answering": QuestionAnswering(),
     "multi-task": MultiTask(SequenceClassification()),
     "multi-task-images": MultiTask(ImageClassification()),
+    "multi-task-tags": TaggedMultiTask(),
 }
 
 

@@ -23,7 +23,7 @@ from cotune.data.tasks.text import Example, SequenceClassification, map_or_none,
 from cotune.data.types import Input, Label
 from cotune.errors import DataError, ModelError
 
-_NOT_PREDICTED = -1  # the answer for a word that the model did not read: right for no tag
+NOT_PREDICTED = -1  # the answer for a word that the model did not read: right for no tag
 
 
 class TokenClassification(SequenceClassification):
@@ -40,18 +40,13 @@ class TokenClassification(SequenceClassification):
 
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         text_column, label_column = file.wanted
-        words = _words(file, text_column, number, given)
-        tags = tuple(class_name(tag) for tag in _words(file, label_column, number, label))
+        words = read_words(file, text_column, number, given)
+        tags = tuple(class_name(tag) for tag in read_words(file, label_column, number, label))
         if not words:
             return "blank text"
         if not tags:
             return "missing label"
-        if len(words) != len(tags):
-            raise DataError(
-                f"{file.name} has {len(words)} words and {len(tags)} tags in record {number}: expected a tag for each word; in"
-                " CSV and TSV both are separated by spaces",
-                code="data.tags_do_not_match",
-            )
+        check_tag_count(file, number, words, tags)
         if not all(word.strip() for word in words):
             return "blank word"
         if not all(tags):
@@ -59,7 +54,7 @@ class TokenClassification(SequenceClassification):
         return (words, tags) if all(map(is_unicode, (*words, *tags))) else "broken Unicode"
 
     def unlabeled(self, file: DataFile, number: int, given: object) -> tuple[Input, Label] | str:
-        return self.record(file, number, given, ["O"] * len(_words(file, file.wanted[0], number, given)))
+        return self.record(file, number, given, ["O"] * len(read_words(file, file.wanted[0], number, given)))
 
     def missing_target(self, given: Any) -> tuple[int, ...]:
         return (0,) * len(given)
@@ -105,7 +100,7 @@ class TokenClassification(SequenceClassification):
     def answers(self, scores: Tensor, examples: Sequence[Example]) -> list[tuple[Any, ...]]:
         best = scores.argmax(dim=2).tolist()
         return [
-            tuple(_NOT_PREDICTED if start is None else row[start] for start in example["starts"])
+            tuple(NOT_PREDICTED if start is None else row[start] for start in example["starts"])
             for row, example in zip(best, examples, strict=True)
         ]
 
@@ -117,8 +112,18 @@ class TokenClassification(SequenceClassification):
         ]
 
 
-def _words(file: DataFile, column: str, number: int, value: object) -> tuple[str, ...]:
-    """The words of a list, or of a text with spaces between them."""
+def check_tag_count(file: DataFile, number: int, words: Sequence[str], tags: Sequence[str]) -> None:
+    """Raise DataError unless there is a tag for each word of a record."""
+    if len(words) != len(tags):
+        raise DataError(
+            f"{file.name} has {len(words)} words and {len(tags)} tags in record {number}: expected a tag for each word; in"
+            " CSV and TSV both are separated by spaces",
+            code="data.tags_do_not_match",
+        )
+
+
+def read_words(file: DataFile, column: str, number: int, value: object) -> tuple[str, ...]:
+    """Return the words of a list, or of a text with spaces between them."""
     if isinstance(value, list | tuple):
         return tuple(format_value(file, column, number, word) for word in value)
     return tuple(format_value(file, column, number, value).split())

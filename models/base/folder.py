@@ -30,17 +30,39 @@ _INDEX = ".safetensors.index.json"  # which of several files holds which weight
 _SUFFIXES = (_WEIGHTS, _JSON, ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
 ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `features.layer_folder`)
+FUSION_FILE = "fusion.json"  # in the folder of a fused model (see `fused_folder`), with its members in `models/`
+META_MODEL = "meta_model.safetensors"
+_MEMBERS = "models"
 _TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
 
 
+def is_fused(folder: Path) -> bool:
+    """Whether a folder holds a fused model."""
+    return (folder / FUSION_FILE).is_file()
+
+
+def member_folder(folder: Path, number: int) -> Path:
+    """Return where a fused model keeps a member: the first has the number 1."""
+    return folder / _MEMBERS / str(number)
+
+
 def list_model_files(folder: Path) -> dict[str, Path]:
-    """Name within the folder -> file, in the order of names; links are followed."""
+    """Name within the folder -> file, in the order of names; links are followed. Of a fused model, with those of its members."""
+    if is_fused(folder):
+        return _list_fused_files(folder)
     found = {file.name: file for file in folder.iterdir() if is_model_file(file.name) and file.is_file()}
     inside = [folder / _POOLING, *(folder / _TEMPLATES).glob("*.jinja")]
     inside += [file for file in (folder / ENCODER).glob("*") if is_model_file(file.name)]
     found |= {file.relative_to(folder).as_posix(): file for file in inside if file.is_file()}
     return dict(sorted(found.items()))
+
+
+def _list_fused_files(folder: Path) -> dict[str, Path]:
+    own = {name: folder / name for name in (FUSION_FILE, META_MODEL) if (folder / name).is_file()}
+    members = sorted(member for member in (folder / _MEMBERS).glob("*") if member.is_dir() and not is_fused(member))
+    inside = {f"{_MEMBERS}/{m.name}/{name}": file for m in members for name, file in list_model_files(m).items()}
+    return dict(sorted({**own, **inside}.items()))
 
 
 def is_model_file(name: str) -> bool:
@@ -49,8 +71,11 @@ def is_model_file(name: str) -> bool:
 
 
 def has_weights(folder: Path) -> bool:
-    """Return whether anything in the folder is called *.safetensors, be it whole, damaged or a broken link."""
-    return any(folder.glob(f"*{_WEIGHTS}"))
+    """Return whether anything in the folder is called *.safetensors, be it whole, damaged or a broken link.
+
+    A fused model is never without the weights of its members.
+    """
+    return is_fused(folder) or any(folder.glob(f"*{_WEIGHTS}"))
 
 
 def content_hash(folder: Path) -> str:
@@ -196,9 +221,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_base_labels(folder: Path) -> tuple[str, ...]:
     """Return the label names that config.json declares, in the order of the head; empty for generic ones.
 
+    Of a fused model they are in fusion.json.
+
     Raises:
         ModelError: When `id2label` is not an object from the numbers 0, 1, … to names.
     """
+    if is_fused(folder):
+        return _read_fused_labels(folder)
     names = read_settings(folder).get("id2label") or {}
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
         raise ModelError(
@@ -208,3 +237,8 @@ def read_base_labels(folder: Path) -> tuple[str, ...]:
         )
     ordered = tuple(class_name(str(names[str(number)])) for number in range(len(names)))
     return () if all(name.startswith("LABEL_") for name in ordered) else ordered
+
+
+def _read_fused_labels(folder: Path) -> tuple[str, ...]:
+    names = _read(folder / FUSION_FILE).get("labels")
+    return tuple(class_name(str(name)) for name in names) if isinstance(names, list) else ()

@@ -19,6 +19,7 @@ from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_
 from cotune.models.base.folder import (
     ENCODER,
     find_damage,
+    is_fused,
     read_base_labels,
     read_settings,
 )
@@ -50,9 +51,10 @@ class LoadedModel:
         reader: Its tokenizer or image processor.
         folder: Where it came from.
         frozen: Prefixes of parameters that are never trained.
-        max_length: Tokens that it reads of a text.
+        max_length: Tokens of its longest row.
         task: What it is for.
         feature: What decides the feature that its head reads, beside the folder; empty where the architecture does.
+        members: Of stacked models, how many have their tokens in a row.
     """
 
     module: PreTrainedModel
@@ -62,6 +64,12 @@ class LoadedModel:
     max_length: int
     task: Task
     feature: tuple[str, ...] = ()
+    members: int = 1
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that it reads of a text; of stacked models, the one that reads most."""
+        return self.max_length // self.members
 
     def encode_unlabeled(self, inputs: Sequence[Input]) -> list[Example]:
         """Return what the collator takes for inputs without labels."""
@@ -95,6 +103,12 @@ def load_model(
         ModelError: For a base model that cannot be used.
     """
     folder = find_base(config, needs_weights=needs_weights)
+    if is_fused(folder.path):
+        raise ModelError(
+            f"the base model {config.base} is a fused model, of which nothing can be trained but a meta-model: expected a plan"
+            ' with train = "head" and [[model.members]], or a single model',
+            code="model.fused_base",
+        )
     does = get_task(task).suited(config.target_range, labels, config.max_target_length)
     names = does.head_names(labels)
     try:

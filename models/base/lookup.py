@@ -16,8 +16,11 @@ from cotune.models.base.folder import (
     content_hash,
     get_revision,
     has_weights,
+    is_fused,
     list_model_files,
+    member_folder,
 )
+from cotune.models.base.fused_folder import read_fusion_document
 from cotune.models.base.gguf_folder import find_gguf, get_converted
 from cotune.models.config import ModelConfig
 
@@ -150,6 +153,10 @@ def _from_hub(base: str, revision: str | None) -> Path:
 def _check_folder(path: Path, name: str, needs_weights: bool) -> None:
     if not path.is_dir():
         raise missing_base_error(name)
+    if is_fused(path):
+        for number in range(1, read_fusion_document(path).count + 1):
+            _check_folder(member_folder(path, number), f"{name} (its model {number})", needs_weights)
+        return
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"

@@ -18,13 +18,14 @@ from cotune.data.dataset import Dataset
 from cotune.data.inputs.chat_template import check_chat_template
 from cotune.data.records import Records
 from cotune.errors import ModelError
+from cotune.models.base.finished import length_of
 from cotune.models.base.folder import read_settings
 from cotune.models.base.load import load_model
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.intervals import TextAnswers
-from cotune.models.evaluation.predictor import folder_of, length_of, unit_numbers
+from cotune.models.evaluation.predictor import folder_of, unit_numbers
 from cotune.models.evaluation.test_set import predict
 from cotune.models.trainable import TrainableModel
 

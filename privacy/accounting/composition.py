@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -151,11 +151,11 @@ def add_counts(steps: Iterable[Steps]) -> tuple[Steps, ...]:
     Every ε here and in `filters` is computed from these, so that it is the same to the last digit for a log of charges and for
     their totals.
     """
-    counts: dict[Steps, int] = {}
+    counts: dict[tuple[float, float, Literal["gaussian", "geometric"]], int] = {}
     for s in steps:
-        one = replace(s, count=1)
-        counts[one] = counts.get(one, 0) + s.count
-    return tuple(replace(one, count=count) for one, count in counts.items() if count)
+        kind = s.noise_multiplier, s.sample_rate, s.mechanism
+        counts[kind] = counts.get(kind, 0) + s.count
+    return tuple(Steps(sigma, rate, count, mechanism) for (sigma, rate, mechanism), count in counts.items() if count)
 
 
 def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:

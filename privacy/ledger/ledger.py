@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,22 @@ from cotune.privacy.ledger.site_key import IDENTITY_BYTES, SiteKey
 from cotune.privacy.ledger.totals import ANSWER, Totals
 from cotune.storage.database_log import DatabaseLog
 from cotune.storage.log_entries import Entry, OpenLog
+from cotune.storage.shared_log import SharedLog, create_shared_database, open_shared_log
 
 _CHARGES = """
 CREATE VIEW charges AS
-SELECT r.id AS id, r.at AS at, r.body ->> '$.data' AS data, r.body ->> '$.plan_id' AS plan_id, r.body ->> '$.round' AS round,
-    r.body ->> '$.purpose' AS purpose, r.body ->> '$.noise_multiplier' AS noise_multiplier,
+SELECT {owner}r.id AS id, r.at AS at, r.body ->> '$.data' AS data, r.body ->> '$.plan_id' AS plan_id,
+    r.body ->> '$.round' AS round, r.body ->> '$.purpose' AS purpose, r.body ->> '$.noise_multiplier' AS noise_multiplier,
     r.body ->> '$.sample_rate' AS sample_rate, coalesce(s.body ->> '$.steps', r.body ->> '$.count') AS steps,
     CASE WHEN s.id IS NULL THEN 'reserved' ELSE 'settled' END AS state
-FROM entries r LEFT JOIN entries s ON s.kind = 'settle' AND s.body ->> '$.charge' = r.id
+FROM entries r LEFT JOIN entries s ON {same}s.kind = 'settle' AND s.body ->> '$.charge' = r.id
 WHERE r.kind = 'reserve'
 """  # for anyone who looks into the file with a database browser
 _TABLES = {
     "members": "CREATE TABLE members (fingerprint TEXT PRIMARY KEY, identities BLOB NOT NULL)",
-    "charges": _CHARGES,
+    "charges": _CHARGES.format(owner="", same=""),
 }
+_TABLES_OF_RUN = {**_TABLES, "charges": _CHARGES.format(owner="r.owner AS owner, ", same="s.owner = r.owner AND ")}
 
 
 def migrate_table(log: OpenLog, table: str) -> None:
@@ -83,6 +85,34 @@ def migrate_entries(log: OpenLog, entries: Sequence[Entry]) -> None:
             now[e.id] = log.append(e.kind, {**e.body, "data": ""}, e.at).id
 
 
+def create_run_ledger(path: Path) -> None:
+    """Create the database for the ledgers of all organizations of a simulated run, with its key; what is there is left as it is.
+
+    Args:
+        path: Of the file; the key lies beside it, as that of a ledger does.
+
+    Raises:
+        PrivacyError: It cannot be created (`privacy.unusable_ledger`).
+    """
+    create_shared_database(path, _TABLES_OF_RUN)
+    SiteKey.create(_key_file(path), durable=False)
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What became of a reservation.
+
+    Attributes:
+        charge: Its number.
+        steps: That ran.
+        seconds: Duration of the training.
+    """
+
+    charge: int
+    steps: int
+    seconds: float = 0.0
+
+
 _Identities = tuple[tuple[bytes, ...], tuple[bytes, ...]]  # of the units of a data set, and further ones
 
 
@@ -95,17 +125,28 @@ class Ledger:
     Args:
         path: Of the file; its key lies beside it.
         durable: Whether what is entered survives a power cut; only the ledgers of simulated organizations can do without.
+        owner: Whose ledger, where the file holds those of all organizations of a simulated run (see `create_run_ledger`), which
+            are not durable; "": the file holds one.
 
     Raises:
         PrivacyError: When the key is missing or another one, because known records would look new; and for a damaged log.
     """
 
-    def __init__(self, path: Path, *, durable: bool = True) -> None:
+    def __init__(self, path: Path, *, durable: bool = True, owner: str = "") -> None:
         self.path = path
-        self.key_file = path.with_name("ledger.key")
-        self._chain = DatabaseLog(path, _TABLES, {"charges": migrate_table}, migrate_entries, fold=Totals, durable=durable)
+        self.key_file = _key_file(path)
+        self._chain: DatabaseLog | SharedLog
+        if owner:
+            self._chain = open_shared_log(path, owner, Totals)
+        else:
+            self._chain = DatabaseLog(path, _TABLES, {"charges": migrate_table}, migrate_entries, fold=Totals, durable=durable)
         self._key = self._open_key()
         self._last: tuple[_Identities, str] = ((), ()), ""  # a data set, by all its identities, and its fingerprint
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was entered, not even the key."""
+        return self._refreshed().key_check is None
 
     def close(self) -> None:
         """Close the file; the next use opens it again, and verifies the whole log."""
@@ -123,8 +164,10 @@ class Ledger:
         return self._totals
 
     def _open_key(self) -> SiteKey:
-        """Return the key that the ledger was created with; a new ledger draws one."""
-        if self._refreshed().key_check is None:
+        """Return the key that the ledger was created with; a new ledger draws one, or enters that of its run later."""
+        if self._refreshed().key_check is None and isinstance(self._chain, SharedLog):
+            return SiteKey.read(self.key_file)
+        if self._totals.key_check is None:
             with self._chain.transaction() as log:
                 if self._totals.key_check is None:
                     log.append("key", {"check": SiteKey.create(self.key_file, durable=self._chain.durable).check})
@@ -164,7 +207,7 @@ class Ledger:
                 for content in {blob, units}:
                     log.db.execute("INSERT OR IGNORE INTO members VALUES (?, ?)", (_digest(content), content))
                 body = {"fingerprint": name, "records": len(identities), "shares": shares, "unit": unit}
-                log.append("data", body | ({"units": _digest(units)} if further else {}))
+                self._append(log, "data", body | ({"units": _digest(units)} if further else {}))
         return name
 
     def find_charged_elsewhere(self, identities: Sequence[bytes], collection: str) -> set[bytes]:
@@ -251,7 +294,7 @@ class Ledger:
             check_charge(partial(self._totals.histories, collection), plan_id, steps, limits)
             body = {"plan_id": plan_id, "plan": plan, "round": round, "data": data, "purpose": purpose, **asdict(steps)}
             body |= {"collection": collection, "limits": [asdict(limit) for limit in limits]}
-            return log.append("reserve", body).id
+            return self._append(log, "reserve", body).id
 
     def settle(self, charge: int, steps_run: int, seconds: float = 0.0) -> None:
         """Lower a reservation to the steps that really ran.
@@ -265,13 +308,23 @@ class Ledger:
             PrivacyError: If the charge is not reserved, or fewer steps were reserved.
         """
         with self._chain.transaction() as log:
-            reserved = self._totals.open_steps(charge)
-            if reserved is None or not 0 <= steps_run <= reserved.count:
-                raise PrivacyError(
-                    f"charge {charge} cannot be settled to {steps_run} steps: expected an open reservation of at least as many",
-                    code="privacy.charge_not_open",
-                )
-            log.append("settle", {"charge": charge, "steps": steps_run, "seconds": round(seconds, 3)})
+            self._settle(log, Settlement(charge, steps_run, seconds))
+
+    def _settle(self, log: OpenLog, settled: Settlement) -> None:
+        reserved = self._totals.open_steps(settled.charge)
+        if reserved is None or not 0 <= settled.steps <= reserved.count:
+            raise PrivacyError(
+                f"charge {settled.charge} cannot be settled to {settled.steps} steps: expected an open reservation of at least as"
+                " many",
+                code="privacy.charge_not_open",
+            )
+        log.append("settle", {"charge": settled.charge, "steps": settled.steps, "seconds": round(settled.seconds, 3)})
+
+    def _append(self, log: OpenLog, kind: str, body: Mapping[str, Any]) -> Entry:
+        """Append an entry; to an empty log of a run, its key before."""
+        if not log.count:
+            log.append("key", {"check": self._key.check})
+        return log.append(kind, body)
 
     def record_unprotected(self, plan_id: str, round: int, what: str, *, data: str, collection: str = "", plan: str = "") -> None:
         """Record durably, before it leaves, that something about a data set leaves without privacy.
@@ -286,7 +339,7 @@ class Ledger:
         """
         with self._chain.transaction() as log:
             body = {"plan_id": plan_id, "plan": plan, "round": round, "what": what, "data": data, "collection": collection}
-            log.append("unprotected", body)
+            self._append(log, "unprotected", body)
 
     def record_disclosure(self, plan_id: str, data: str, what: str, values: Sequence[float]) -> None:
         """Record durably the noised numbers that a run discloses, so that they are drawn only once.
@@ -298,7 +351,10 @@ class Ledger:
             values: With their noise.
         """
         with self._chain.transaction() as log:
-            log.append("disclosure", {"plan_id": plan_id, "data": data, "what": what, "values": list(values)})
+            self._disclose(log, plan_id, data, what, values)
+
+    def _disclose(self, log: OpenLog, plan_id: str, data: str, what: str, values: Sequence[float]) -> None:
+        self._append(log, "disclosure", {"plan_id": plan_id, "data": data, "what": what, "values": list(values)})
 
     def get_disclosure(self, plan_id: str, what: str) -> list[float] | None:
         """Return the numbers that were disclosed before; None: there are none.
@@ -309,15 +365,22 @@ class Ledger:
         found = None if run is None else run.disclosures.get(what)
         return None if found is None else list(found)
 
-    def record_answer(self, plan_id: str, round: int, *, data: str) -> None:
-        """Record durably that a round of a run was answered.
+    def record_answer(self, plan_id: str, round: int, *, data: str, settled: Settlement | None = None) -> None:
+        """Record durably that a round of a run was answered, and settle its charge in the same transaction.
 
         Args:
             plan_id: Of the run.
             round: That was answered.
             data: Fingerprint of the data set.
+            settled: Of the round's charge; None: it is settled already, or stays as it was reserved.
+
+        Raises:
+            PrivacyError: As `settle` does.
         """
-        self.record_disclosure(plan_id, data, ANSWER, [float(round)])
+        with self._chain.transaction() as log:
+            if settled is not None:
+                self._settle(log, settled)
+            self._disclose(log, plan_id, data, ANSWER, [float(round)])
 
     def last_answered_round(self, plan_id: str) -> int:
         """Return the last round of a run that was answered; 0: none."""
@@ -377,6 +440,10 @@ class Ledger:
             PrivacyError: Where something was.
         """
         _check_unit(self._refreshed(), data)
+
+
+def _key_file(path: Path) -> Path:
+    return path.with_name("ledger.key")
 
 
 def _digest(blob: bytes) -> str:

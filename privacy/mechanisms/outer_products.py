@@ -116,5 +116,5 @@ class OuterProductSum:
     def _on_grid(self, total: Tensor, step: float) -> Tensor:
         if self._grid_step is None or self._grid_step <= step:
             return total.double() * step
-        ratio = int(self._grid_step / step)
-        return torch.div(total + ratio // 2, ratio, rounding_mode="floor").double() * self._grid_step
+        bits = round(math.log2(self._grid_step / step))  # both are powers of two: a shift rounds down, as a division would
+        return torch.bitwise_right_shift(total + 2 ** (bits - 1), bits).double() * self._grid_step

@@ -72,7 +72,7 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
         RuntimeError, AttributeError: From `gradients`, for a trained parameter that takes no part in the forward pass.
     """
     parameters = tuple(p for p in module.parameters() if p.requires_grad)
-    hooks = _HooksBesideLinear(module)
+    hooks = _linear_alone(module) or _HooksBesideLinear(module)
     uses: list[tuple[nn.Linear, Tensor, Tensor]] = []  # of the one linear layer, where there is nothing else to train
     alone = len(hooks.linear) == 1 and _are_all_of(parameters, hooks.linear[0])
 
@@ -130,6 +130,30 @@ class _HooksBesideLinear(GradSampleHooks):  # type: ignore[misc]
                 self.linear.append(layer)
             else:
                 yield layer
+
+
+class _NoHooks:
+    """In place of Opacus' hooks, where all that is trained are plain linear layers without buffers: they record by themselves.
+
+    Attributes:
+        linear: Those layers.
+    """
+
+    def __init__(self, linear: list[nn.Linear]) -> None:
+        self.linear = linear
+
+    def cleanup(self) -> None:
+        """Leave nothing on the parameters."""
+        for layer in self.linear:
+            for parameter in layer.parameters(recurse=False):
+                parameter.__dict__.pop("grad_sample", None)
+
+
+def _linear_alone(module: nn.Module) -> _NoHooks | None:
+    """What stands for hooks, where nothing but plain linear layers is trained; else None."""
+    trained = [layer for layer in module.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
+    linear = [layer for layer in trained if type(layer) is nn.Linear and not layer._buffers]
+    return _NoHooks(linear) if trained and len(linear) == len(trained) else None
 
 
 def _are_all_of(parameters: Sequence[nn.Parameter], layer: nn.Linear) -> bool:

@@ -19,7 +19,7 @@ from cotune.data.record_reading import read_records
 from cotune.data.records import check_labels
 from cotune.ensembles.public_inputs import pin_public
 from cotune.errors import PlanError, RunError
-from cotune.models.base.folder import read_base_labels
+from cotune.models.base.folder import is_fused, read_base_labels
 from cotune.models.base.lookup import BaseModelFolder, find_base
 from cotune.models.device import pick_device
 from cotune.models.features.public_map import pin_model
@@ -32,7 +32,7 @@ from cotune.server.deployment.keys.signing import create_signing_key
 from cotune.server.deployment.layout import FederationFiles
 from cotune.server.deployment.plan_for_members import with_robust_default
 from cotune.server.runs.base_weights import check_without_weights
-from cotune.server.runs.run_model import hide_base_folder, with_base
+from cotune.server.runs.run_model import hide_base_folder, open_server_model, with_base
 from cotune.storage.files import atomic_write
 from cotune.strategies.plugins import get_content
 
@@ -61,7 +61,11 @@ def create_federation(path: Path, plan: Plan, config: ServerConfig) -> Federatio
     base = find_base(with_base(plan, place).model if place else plan.model, needs_weights=False)
     resolved = with_robust_default(_with_public(_resolve_plan(plan, config, base)))
     config = config.model_copy(update={"base": Path(place) if place else None})
-    if base.has_weights:
+    if is_fused(base.path):
+        parameters = open_server_model(
+            resolved, place, "cpu", needs_weights=True
+        ).parameter_count()  # says now what cannot be stacked
+    elif base.has_weights:
         parameters = _count_parameters(base.path)
     else:
         parameters = check_without_weights(resolved, place, has_test=config.test is not None).parameter_count()
@@ -163,9 +167,14 @@ def _copy_public(plan: Plan, resolved: Plan, folder: Path) -> None:
 
 
 def _determine_labels(plan: Plan, test: Path | None, of_base: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names: the plan's, else those of the test records, in the base model's order if it has the same."""
+    """Return the class names: the plan's, else those of the test records, in the base model's order if it has the same.
+
+    Members that are stacked have classes already.
+    """
     if not has_labels(plan.task):
         return ()
+    if test is None and not plan.labels and plan.model.members:
+        return of_base
     if test is None and not plan.labels:
         raise PlanError(
             "the plan does not list the class names, and nobody sees the records of all organizations: expected labels ="

@@ -21,6 +21,7 @@ from cotune.models.evaluation.test_set import Floor, measure
 from cotune.models.export import export_adapters_alone, export_model
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.plan import Plan
+from cotune.plan.stacking import list_uncovered
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claimed_guarantee import build_claim
 from cotune.privacy.config import RecordPrivacy
@@ -192,14 +193,14 @@ def _export(folder: RunFolder, progress: Progress, summary: RunSummary) -> None:
     model.load(final_params(folder.plan, progress))
     if not model.loaded.folder.has_weights:
         return _export_without_weights(folder, model, summary)
-    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.max_length)})
+    export_model(model, folder.path / "model", {CARD: build_model_card(folder.plan, summary, model.loaded.text_length)})
 
 
 def _export_without_weights(folder: RunFolder, model: TrainableModel, summary: RunSummary) -> None:
     """Write adapter/ where adapters are of use alone, and say what is not written."""
     alone = has_adapters_alone(model)
     if alone:
-        card = build_model_card(folder.plan, summary, model.loaded.max_length, adapters=True)
+        card = build_model_card(folder.plan, summary, model.loaded.text_length, adapters=True)
         export_adapters_alone(model, folder.path / "adapter", folder.plan.model.base.removeprefix(FOLDER), card)
     kept = "the adapters are in adapter/" if alone else "what was trained is in checkpoints/"
     folder.events.write(
@@ -231,7 +232,8 @@ def _privacy(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     privacy = folder.plan.privacy
     spent = get_reported_epsilon(progress.history)
     known = privacy if isinstance(privacy, RecordPrivacy) else None
-    claim = build_claim(known, None, not_covered=(_TOLD, "the coordinator's test set")) if known else None
+    uncovered = (_TOLD, *list_uncovered(folder.plan.model.members), "the coordinator's test set")
+    claim = build_claim(known, None, not_covered=uncovered) if known else None
     return {
         "mode": "record" if known else "none",
         "epsilon": known.epsilon if known else None,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from flwr.serverapp import Grid
@@ -104,11 +105,15 @@ class SimulatedNodes:
         """
         self._grid = grid
         self._names = tuple(names)
+        self._found: tuple[list[int], Mapping[str, Node]] = [], MappingProxyType({})  # the numbers of the grid, and what follows
 
-    def connected(self) -> dict[str, Node]:
+    def connected(self) -> Mapping[str, Node]:
         """Return organization -> node; empty if there is no node."""
-        nodes = [Node(number) for number in sorted(self._grid.get_node_ids())]
-        return {name: nodes[i % len(nodes)] for i, name in enumerate(self._names)} if nodes else {}
+        numbers = list(self._grid.get_node_ids())
+        if numbers != self._found[0]:
+            nodes = [Node(number) for number in sorted(numbers)]
+            self._found = numbers, MappingProxyType({name: nodes[i % len(nodes)] for i, name in enumerate(self._names)})
+        return self._found[1]
 
     def left(self) -> frozenset[str]:
         """Return nothing: simulated organizations do not leave."""

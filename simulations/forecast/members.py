@@ -12,6 +12,7 @@ from cotune.client.consent.policy_check import find_violations
 from cotune.client.noise_calibration import check_examples, get_budget, noise_multiplier, planned_charges
 from cotune.client.training.checks.gradient_checks import check_stages
 from cotune.data.config import has_labels
+from cotune.data.multi_task import qualify
 from cotune.errors import PlanError, PrivacyError
 from cotune.models.base.folder import read_base_labels
 from cotune.models.base.lookup import find_base
@@ -25,6 +26,7 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.policy import BudgetRules, Policy
 from cotune.server.rounds.feasibility import check_feasible
 from cotune.simulations.prepare import Prepared
+from cotune.simulations.record_notes import holder_notes
 
 _TWO_CLASSES = ("first class", "second class")  # where nobody has said which there are
 
@@ -97,19 +99,39 @@ def build_members(plan: Plan, examples: Sequence[int], device: str = "auto") -> 
     members = tuple(Member(name, count, count, policy, noise[count]) for name, count in zip(names, examples, strict=True))
     model = get_plan_model(resolved, device)
     check_stages(resolved, model)
-    return Expected(resolved, model, members, None, notes)
+    return Expected(resolved, model, members, None, (*notes, *_who_holds_what(resolved, names)))
+
+
+def _who_holds_what(plan: Plan, names: Sequence[str]) -> Iterator[str]:
+    """Yield what follows from `simulation.tasks`, where that speaks of these organizations, for the heads of several tasks."""
+    held = plan.simulation.tasks
+    if plan.tasks and len(held) == len(names):
+        pairs = list(zip(names, held, strict=True))
+        yield from holder_notes({task.name: [name for name, own in pairs if task.name in own] for task in plan.tasks})
+    elif plan.tasks and len(names) > 1:
+        yield (
+            "which organizations hold which tasks is not known here: a head that one of them alone trains is that organization's"
+            " own release, as nothing is averaged into it"
+        )
 
 
 def open_plan(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
     """Return the plan with its base model pinned and its classes named, without looking at records; what is assumed in it."""
     base = find_base(plan.model)
-    labels = plan.labels or (read_base_labels(base.path) if has_labels(plan.task) else ())
+    labels = plan.labels or (read_base_labels(base.path) if has_labels(plan.task) and not plan.tasks else ())
     notes = tuple[str, ...]()
     if not labels and has_labels(plan.task):
-        labels = _TWO_CLASSES
+        labels = _made_up_labels(plan)
         notes = ("the plan lists no labels: sizes are those of two classes; list all classes in labels for the real ones",)
     pinned = pin_model(plan.model, base)
     return plan.model_copy(update={"labels": labels, "model": pinned}), notes
+
+
+def _made_up_labels(plan: Plan) -> tuple[str, ...]:
+    """Two classes; of several tasks, two of each that does not list its own."""
+    if not plan.tasks:
+        return _TWO_CLASSES
+    return tuple(qualify(task.name, label) for task in plan.tasks for label in task.labels or _TWO_CLASSES)
 
 
 def parse_examples(text: str) -> tuple[int, ...]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cotune.models.trainable import get_model
-from tests.support.multi_task import multi_plan
+from tests.support.multi_task import multi_plan, tagged_plan
 from tests.support.sites import make_plan, make_site, records, state_for
 
-__all__ = ["make_plan", "make_site", "multi_plan", "records", "state_for"]  # fixtures
+__all__ = ["make_plan", "make_site", "multi_plan", "records", "state_for", "tagged_plan"]  # fixtures
 
 torch.set_num_threads(1)  # tensors are tiny: threads would only wait for each other
 

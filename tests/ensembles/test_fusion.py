@@ -12,9 +12,9 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from cotune.ensembles.calibration import fit_temperature, negative_log_likelihood, scaled
-from cotune.ensembles.config import Method
 from cotune.ensembles.fusion import assign_folds, cross_fitted, fit_fusion, fit_weights, weighted_mean
 from cotune.errors import DataError
+from cotune.models.config import Method
 
 METHODS = get_args(Method)
 NAN = float("nan")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+from cotune.client.site import Site
 from cotune.errors import CotuneError
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps, epsilon
-from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run
+from cotune.simulations.prepare import RUN_LEDGER
 from cotune.simulations.run import resume, simulate
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
@@ -121,15 +123,9 @@ STEPS = 4
 
 def charges(run: Path, organization: str) -> list[tuple[int, float, float, int, str]]:
     """(round, σ, q, steps, state), from the file itself."""
-    file = run / "sites" / organization / "ledger.sqlite"
-    if not file.exists():
-        return []
-    query = "SELECT round, noise_multiplier, sample_rate, steps, state FROM charges ORDER BY id"
-    try:
-        with sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True) as db:
-            return db.execute(query).fetchall()
-    except sqlite3.OperationalError:  # the table is not made yet
-        return []
+    query = "SELECT round, noise_multiplier, sample_rate, steps, state FROM charges WHERE owner = ? ORDER BY id"
+    with closing(sqlite3.connect(f"{(run / RUN_LEDGER).as_uri()}?mode=ro", uri=True)) as db:
+        return db.execute(query, (organization,)).fetchall()
 
 
 def spent(rows: list[tuple[int, float, float, int, str]], delta: float) -> float:
@@ -189,7 +185,7 @@ def test_without_any_budget_left_the_organization_says_so(toy_plan: NewPlan, tmp
 
     def spends(event: str, fields: dict[str, Any]) -> None:
         if event == "round_started" and fields["round"] == 2:
-            account = Ledger(run / "sites" / "org-2" / "ledger.sqlite")
+            account = Site(run / "sites" / "org-2").ledger()
             [charge] = account.charges()
             account.reserve(charge.plan_id, 1, replace(charge.steps, count=500), data=charge.data)
 

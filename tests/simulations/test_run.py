@@ -7,6 +7,7 @@ import re
 import sqlite3
 import statistics
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cotune.client.site import Site
 from cotune.data.config import DataConfig
 from cotune.data.record_reading import read_records
 from cotune.errors import RunError
@@ -28,6 +30,7 @@ from cotune.privacy.accounting.display_rounding import round_to_two_digits
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.run_folder import pick_run_folder
+from cotune.simulations.prepare import RUN_LEDGER
 from cotune.simulations.run import Run, simulate
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
@@ -82,7 +85,17 @@ def done(request: pytest.FixtureRequest) -> Done:
 def test_the_folder_of_a_finished_run(done: Done) -> None:
     rounds = sum(stage.rounds for stage in done.plan.stages)
     names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*") if path.is_file()}
-    expected = {"plan.toml", "run.json", "events.jsonl", "history.jsonl", "summary.json", "report.html", "test/data.json"}
+    expected = {
+        "ledger.sqlite",
+        "ledger.key",
+        "plan.toml",
+        "run.json",
+        "events.jsonl",
+        "history.jsonl",
+        "summary.json",
+        "report.html",
+        "test/data.json",
+    }
     expected |= {"model/config.json"}
     expected |= {f"checkpoints/round-{round:05d}.safetensors" for round in range(1, rounds + 1)}
     expected |= {"model/model.safetensors", "model/tokenizer.json"}
@@ -91,7 +104,7 @@ def test_the_folder_of_a_finished_run(done: Done) -> None:
     assert not [name for name in names if name.endswith(".part") or ".tmp" in name]
     assert json.loads((done.folder / "summary.json").read_text(encoding="utf-8")) == done.summary
     for i in (1, 2, 3):
-        account = Ledger(done.folder / "sites" / f"org-{i}" / "ledger.sqlite")
+        account = Site(done.folder / "sites" / f"org-{i}").ledger()
         kinds = [entry.kind for entry in account.entries()]
         assert kinds == [
             "key",
@@ -298,8 +311,11 @@ def test_baselines_and_kept_checkpoints_do_not_change_the_model(plain: Done, tmp
 
 def ledger(site: Path) -> list[tuple[float, float, int, str]]:
     """(σ, q, steps, state) of every charge, from the SQLite file itself."""
-    with sqlite3.connect(site / "ledger.sqlite") as db:
-        return db.execute("SELECT noise_multiplier, sample_rate, steps, state FROM charges ORDER BY id").fetchall()
+    own = site / "ledger.sqlite"
+    file, where, values = (own, "", ()) if own.exists() else (site.parents[1] / RUN_LEDGER, "WHERE owner = ?", (site.name,))
+    with closing(sqlite3.connect(file)) as db:
+        query = f"SELECT noise_multiplier, sample_rate, steps, state FROM charges {where} ORDER BY id"
+        return db.execute(query, values).fetchall()
 
 
 def spent(site: Path, delta: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +31,7 @@ class Command:
         environ: All of its environment.
         log: File to which its output is appended; without one, output is read from `stdout` and `stderr`.
         new_workers: Whether its worker processes are new interpreters, as outside of tests. Otherwise they are forked as well.
+        programs: Folder of programs that it starts in place of this Python's.
 
     Attributes:
         pid: Its number.
@@ -45,11 +47,12 @@ class Command:
         log: Path | None = None,
         *,
         new_workers: bool = False,
+        programs: Path | None = None,
     ) -> None:
         ends = [_pipe(), _pipe()] if log is None else [(None, _append(log)), (None, _append(log))]
         (self.stdout, out), (self.stderr, err) = ends
         words = [str(word) for word in arguments]
-        self._process = preloaded().Process(target=_play, args=(words, folder, dict(environ), out, err, new_workers))
+        self._process = preloaded().Process(target=_play, args=(words, folder, dict(environ), out, err, new_workers, programs))
         self._process.start()
         out.close()
         err.close()
@@ -126,7 +129,13 @@ def _drain(stream: TextIO | None, found: dict[str, str], name: str) -> None:
 
 
 def _play(
-    arguments: list[str], folder: Path, environ: dict[str, str], out: Connection, err: Connection, new_workers: bool
+    arguments: list[str],
+    folder: Path,
+    environ: dict[str, str],
+    out: Connection,
+    err: Connection,
+    new_workers: bool,
+    programs: Path | None,
 ) -> None:
     """What the console script does."""
     os.setsid()
@@ -147,4 +156,12 @@ def _play(
     torch.set_num_threads(1)
     if not new_workers:
         start_from_the_same_server()
+    if programs is not None:
+        _find_first(programs)
     run()
+
+
+def _find_first(programs: Path) -> None:
+    """Let `server start` look there first, and where this Python's programs are by the path."""
+    found = sysconfig.get_path
+    sysconfig.get_path = lambda name, *rest: str(programs) if name == "scripts" else found(name, *rest)

@@ -32,6 +32,7 @@ from cotune.simulations.prepare import make_site as make_simulated_site
 from cotune.simulations.split import Share
 from tests.support.attackers import Attacker, Deed
 from tests.support.commands import Command
+from tests.support.forked_serverapp import find_serverapp, write_program
 from tests.support.loopback import free_port, until, write_model, write_sentences
 from tests.support.processes import find_worker
 
@@ -43,12 +44,12 @@ _PATIENCE = 420.0  # seconds for anything to happen, on a machine that does othe
 class Deployment:
     """`fed/`, a site for each organization, and the processes that were started, by name: server, run, and the organizations'.
 
-    new_workers: whether training processes are new interpreters, as outside of tests; otherwise they are forked.
+    new_workers: whether training processes and ServerApps are new interpreters, as outside of tests; otherwise they are forked.
     """
 
     folder: Path
     organizations: tuple[str, ...]
-    processes: dict[str, Command | subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, Command] = field(default_factory=dict)
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # organization -> of its first `client join`
     new_workers: bool = False
 
@@ -72,23 +73,20 @@ class Deployment:
     def site(self, name: str) -> Path:
         return self.folder / name
 
-    def start(self, name: str, *words: str | Path) -> None:
+    @property
+    def programs(self) -> Path | None:
+        """What the server starts in place of this Python's programs."""
+        return None if self.new_workers else self.folder / "programs"
+
+    def start(self, name: str, *words: str | Path, programs: Path | None = None) -> None:
         """A command that stays; what it prints goes to <name>.log."""
         log = self.folder / f"{name}.log"
-        self.processes[name] = Command(words, self.folder, _environment(), log, new_workers=self.new_workers)
+        environ = _environment()
+        self.processes[name] = Command(words, self.folder, environ, log, new_workers=self.new_workers, programs=programs)
 
     def start_server(self) -> None:
-        """In an interpreter of its own: it starts Flower's programs, and imports little itself."""
         before = self.log("server").count("ready")
-        with (self.folder / "server.log").open("ab") as log:
-            self.processes["server"] = subprocess.Popen(
-                _command("server", "start", self.fed),
-                cwd=self.folder,
-                env=_environment(),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self.start("server", "server", "start", self.fed, programs=self.programs)
         self.wait(lambda: self.log("server").count("ready") > before)
 
     def join(self, name: str) -> None:
@@ -187,6 +185,8 @@ class Deployment:
             node = self.processes[what.removeprefix("trainer:")].pid
             return _below(node, "spawn_main") if self.new_workers else find_worker(node, self.folder)
         words = {"superlink": "flower-superlink", "superexec": "flower-superexec", "front": "cotune.server.proxy_process"}
+        if what == "serverapp" and self.programs is not None:
+            return find_serverapp(self.programs)
         words["serverapp"] = "flwr-serverapp"
         return _below(self.processes["server"].pid, words[what])
 
@@ -234,10 +234,6 @@ def _below(pid: int, words: str) -> psutil.Process:
     raise LookupError(words)
 
 
-def _command(*words: str | Path) -> list[str]:
-    return [sys.executable, "-m", "cotune.cli.main", *map(str, words)]
-
-
 def _environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
@@ -281,6 +277,8 @@ def deployment(
         make_site(made.site(name), name, device="cpu")
         federation.members.invite(name, read_public_key(made.site(name) / "node.pub"))
         _allow(made.site(name) / "policy.toml")
+    if made.programs is not None:
+        write_program(made.programs)
     try:
         made.start_server()
         for name in organizations:

@@ -36,13 +36,23 @@ _PRELOADED = (
 _server: Any = forkserver._forkserver  # type: ignore[attr-defined]
 
 
-def preloaded() -> ForkServerContext:
-    """Start processes from the server, which shares nothing else with this process. They have the server's environment."""
+def preloaded(address: str | None = None) -> ForkServerContext:
+    """Start processes from the server, which shares nothing else with this process. They have the server's environment.
+
+    address: of a running one; of that of the session by default.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
-    if address := os.environ.get(_ADDRESS):
+    if address := address or os.environ.get(_ADDRESS):
         _connect(address)
     return context
+
+
+def find_address() -> str:
+    """The address of the session's server, by which other programs can start processes from it."""
+    preloaded()
+    _server.ensure_running()
+    return str(_server._forkserver_address)
 
 
 def share_server() -> None:

@@ -29,6 +29,7 @@ from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, prepare
 from tests.support.commands import Command
+from tests.support.forked_serverapp import write_program
 
 _Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
@@ -83,6 +84,11 @@ class Federation:
         return process
 
     @property
+    def programs(self) -> Path:
+        """First on the path of its processes."""
+        return self.folder / "programs"
+
+    @property
     def certificates(self) -> Path:
         return self.folder / "certificates"
 
@@ -93,7 +99,7 @@ class Federation:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        path = os.pathsep.join((str(self.programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")))
         return {**os.environ, **switches, "FLWR_HOME": str(self.folder / "flwr"), "PATH": path, "HF_HUB_OFFLINE": "1"}
 
     def start_superlink(self, *options: str | Path) -> None:
@@ -173,6 +179,7 @@ def federation(folder: Path, organizations: int, *options: str | Path) -> Iterat
     (folder / "flwr").mkdir(parents=True)
     made = Federation(folder, free_port(), [_write_key(folder / f"key-{i}") for i in range(organizations)], {})
     create_authority(made.certificates, ())
+    write_program(made.programs)
     config = f'[superlink.loopback]\naddress = "{made.address}"\nroot-certificates = "{made.certificates / "ca.crt"}"\n'
     (folder / "flwr" / "config.toml").write_text(config)
     try:

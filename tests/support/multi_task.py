@@ -1,4 +1,7 @@
-"""Records of two tasks, a mood and a length, of which some have one label alone; each belongs to a person."""
+"""Records of two tasks, a mood and a length, of which some have one label alone; each belongs to a person.
+
+With tags there is a third task, which says of each word whether it is a long one.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from cotune.plan.plan import Plan
 from tests.support.datasets import sentences
 
 LABELS = ("mood/bad", "mood/good", "mood/so", "length/long", "length/short")
+TAGGED = (*LABELS, "words/B-LONG", "words/O")
 NewPlan = Callable[..., Plan]
 
 
@@ -26,6 +30,34 @@ def write_tasks(path: Path, count: int = 240, seed: int = 0, people: int = 60) -
     with path.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows(rows)
     return path
+
+
+def write_tagged(path: Path, count: int = 240, seed: int = 0, people: int = 60) -> Path:
+    """As `write_tasks`, with a column words: a tag for each word, missing in every fourth record."""
+    plain = write_tasks(path.with_name("untagged.csv"), count, seed, people)
+    with plain.open(newline="", encoding="utf-8") as stream:
+        (*names,), *rows = csv.reader(stream)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        tags = (" ".join("B-LONG" if len(word) > 4 else "O" for word in row[0].split()) for row in rows)
+        tagged = ([*row, "" if i % 4 == 2 else own] for i, (row, own) in enumerate(zip(rows, tags, strict=True)))
+        csv.writer(stream).writerows([[*names, "words"], *tagged])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tagged_plan(multi_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> NewPlan:
+    """As `multi_plan`, with a third task: a tag for each word."""
+    source = write_tagged(tmp_path_factory.mktemp("tagged") / "three.csv")
+    tasks = [
+        {"name": "mood", "labels": ["bad", "good", "so"]},
+        {"name": "length", "labels": ["long", "short"], "weight": 0.5},
+        {"name": "words", "type": "token-classification", "labels": ["B-LONG", "O"], "weight": 2.0},
+    ]
+
+    def make(kind: str = "shallow-bert", **changes: Any) -> Plan:
+        return multi_plan(kind, **{"tasks": tasks, "data": {"source": str(source)}, **changes})
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def export_own_model(plan: Plan, site: Site, state: State, folder: Path) -> None
     """
     model = load_trained_model(plan, site)
     model.load(state)
-    export_model(model, folder, {CARD: model_card(plan, privacy=promised(plan), length=model.loaded.max_length)})
+    export_model(model, folder, {CARD: model_card(plan, privacy=promised(plan), length=model.loaded.text_length)})
 
 
 class OwnModel(PersonalParameters):

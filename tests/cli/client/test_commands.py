@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cotune.client.site import Site
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claimed_guarantee import describe_attack
 from cotune.privacy.ledger.ledger import Ledger
@@ -43,9 +44,7 @@ def test_the_ledger_is_shown(cotune: Cotune, site: Path) -> None:
 def test_the_ledger_is_exported(cotune: Cotune, site: Path, folder: Path) -> None:
     assert cotune("client", "ledger", site, "--export", "out.json").code == 0
     exported = json.loads((folder / "out.json").read_text())
-    assert [e["steps"] for e in exported["collections"][0]["events"]] == [
-        c.steps.count for c in Ledger(site / "ledger.sqlite").charges()
-    ]
+    assert [e["steps"] for e in exported["collections"][0]["events"]] == [c.steps.count for c in Site(site).ledger().charges()]
     assert {e["kind"] for e in exported["entries"]} == {"key", "data", "reserve", "settle", "disclosure"}
 
 
@@ -68,7 +67,10 @@ def test_an_export_is_verified(cotune: Cotune, site: Path, folder: Path) -> None
     assert (refused.code, refused.out, refused.err.count("\n")) == (2, "", 1)
 
 
-def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, site: Path) -> None:
+def test_a_ledger_that_was_put_back_is_one_sentence(cotune: Cotune, folder: Path) -> None:
+    site = folder / "clinic"
+    assert cotune("client", "init", site, "--name", "clinic").code == 0
+    Site(site).ledger().close()  # all of it is in one file then
     shutil.copy(site / "ledger.sqlite", site / "ledger.old")
     Ledger(site / "ledger.sqlite").register_data_set([b"0" * 16])
     for side in ("-wal", "-shm"):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cotune.ensembles.config import Method
-from cotune.ensembles.folder import FUSION_FILE, member_folder
 from cotune.ensembles.predictor import FusedPredictor, open_model
 from cotune.errors import ModelError
+from cotune.models.base.folder import FUSION_FILE, member_folder
+from cotune.models.config import Method
 from cotune.models.evaluation.predictor import open_predictor
 from tests.support.console import Cotune
 from tests.support.datasets import sentences, write_csv, write_tagged
@@ -156,3 +156,28 @@ def test_a_damaged_meta_model_is_refused(fused: Callable[[Method], Path], conten
     with pytest.raises(ModelError) as caught:
         open_model(str(folder), "cpu")
     assert caught.value.code == "model.fusion_damaged"
+
+
+@pytest.mark.parametrize("method", ["vote", "average"])
+def test_models_are_bundled_without_records(cotune: Cotune, models: list[Path], folder: Path, method: str) -> None:
+    shown = cotune("fuse", *models, "--method", method, "--out", "bundle", "--json")
+    assert (shown.code, shown.err) == (0, "")
+    assert json.loads(shown.out) == {"method": method, "out": "bundle"}
+    document = json.loads((folder / "bundle" / FUSION_FILE).read_text())
+    assert (document["temperatures"], document["weights"]) == ([1.0, 1.0], [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    "given", [["--method", "weighted", "--out", "x"], ["--method", "stacking", "--out", "x"], ["--method", "vote"]]
+)
+def test_what_is_fitted_or_measured_needs_records(cotune: Cotune, models: list[Path], folder: Path, given: list[str]) -> None:
+    shown = cotune("fuse", *models, *given)
+    assert shown.code == 2
+    assert "--data" in shown.err
+    assert not (folder / "x").exists()
+
+
+def test_a_stacked_model_is_no_member(cotune: Cotune, fused: Callable[[Method], Path], models: list[Path]) -> None:
+    shown = cotune("fuse", fused("stacking"), models[0], "--method", "average", "--out", "nested")
+    assert shown.code == 2
+    assert "Traceback" not in shown.err

@@ -10,6 +10,7 @@ import pytest
 from cotune.privacy.policy import BudgetRules
 from cotune.simulations.forecast.forecast import forecast_for
 from tests.support.console import Cotune
+from tests.support.multi_task import write_tasks
 
 PRIVATE = ("--set", "privacy={epsilon=8}", "--set", "local.batch_size=40", "--set", 'labels=["bad","good","so"]')
 
@@ -68,3 +69,53 @@ def test_the_forecast_is_that_of_the_library(cotune: Cotune, folder: Path) -> No
     seen = json.loads(cotune("plan", "check", "toy.toml", "--examples", "700", *PRIVATE, "--json").out)
     expected = forecast_for(load_plan("toy.toml", [each for each in PRIVATE if each != "--set"]), (700,))
     assert seen == json.loads(json.dumps(expected.as_dict(), default=list))
+
+
+HELD = {"one holder": '[["mood", "length"], ["mood"]]', "two holders": '[["mood", "length"], ["length", "mood"]]'}
+TASKS = """
+train = "lora"
+rounds = 1
+privacy = "none"
+
+[[tasks]]
+name = "mood"
+
+[[tasks]]
+name = "length"
+
+[model]
+base = "{base}"
+max_length = 16
+
+[data]
+source = "two.csv"
+
+[local]
+batch_size = 0.5
+steps = 2
+
+[simulation]
+clients = 2
+"""
+
+
+@pytest.mark.parametrize("where", [(), ("--examples", "100,100")], ids=["records", "examples"])
+@pytest.mark.parametrize("held", HELD)
+def test_a_head_with_one_holder_is_called_its_release(cotune: Cotune, folder: Path, held: str, where: tuple[str, ...]) -> None:
+    """Nothing is averaged into it; said of that task alone, from records or from who holds what."""
+    write_tasks(folder / "two.csv")
+    (folder / "two.toml").write_text(TASKS.format(base=folder / "base"), encoding="utf-8")
+    shown = cotune("plan", "check", "two.toml", "--set", f"simulation.tasks={HELD[held]}", *where)
+    assert shown.code == 0, shown.err
+    said = [line for line in shown.out.splitlines() if "own release" in line]
+    assert ["the task length is trained by org-1 alone" in line for line in said] == ([True] if held == "one holder" else [])
+
+
+def test_unknown_holders_of_tasks_are_called_unknown(cotune: Cotune, folder: Path) -> None:
+    """Of a federation, the coordinator knows numbers of records alone; the classes of a task may be unknown, too."""
+    (folder / "two.toml").write_text(TASKS.format(base=folder / "base"), encoding="utf-8")
+    shown = cotune("plan", "check", "two.toml", "--examples", "100,100,100")
+    assert shown.code == 0, shown.err
+    (line,) = [line for line in shown.out.splitlines() if "own release" in line]
+    assert "not known" in line
+    assert "mood/first class" in shown.out

@@ -10,6 +10,7 @@ import pytest
 
 from cotune.errors import CotuneError, DataError, DeviceError, ModelError, RunError
 from cotune.models.base.lookup import find_base
+from cotune.models.config import ModelConfig
 from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.plan import Plan
 from cotune.server.deployment.creation import create_federation, renew_server
@@ -18,6 +19,7 @@ from cotune.server.deployment.keys import certificates
 from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from tests.support.datasets import sentences, write_csv
 from tests.support.failures import fails_with
+from tests.support.stacked import bundle, stated
 from tests.support.tiny_models import copy_without_weights
 
 LABELS = ["bad", "good", "so"]
@@ -70,6 +72,19 @@ def test_plan_is_resolved_and_the_same_in_the_handout(plan: Callable[..., Plan],
     assert made.invitation.certificates == (made.certificates / "ca.crt").read_bytes()
     assert made.invitation.id == made.config.id
     assert made.invitation.signing_key == public_hex(read_signing_key(made.certificates))
+
+
+def test_federation_of_stacking_takes_the_classes_of_its_members(
+    plan: Callable[..., Plan], base_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = bundle(base_model, tmp_path)
+    made = create_federation(tmp_path / "fed", plan(labels=[], model={"base": str(base), "members": stated("a", "b")}), config())
+    assert made.plan.labels == tuple(LABELS)
+    assert made.plan.model.base_hash == find_base(ModelConfig(base=str(base))).content_hash
+    assert made.plan.model.base == "folder:together"
+    with fails_with("model.unstated_members"):
+        create_federation(tmp_path / "other", plan(model={"base": str(base)}), config())
+    assert not (tmp_path / "other").exists()
 
 
 def test_members_see_base_model_name_and_hash_but_no_folder(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from cotune.client.training import charged_steps as training
 from cotune.client.training.round import train_round
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
+from cotune.privacy.ledger.ledger import create_run_ledger
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
 from cotune.privacy.mechanisms.per_example import Batch
 from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
@@ -98,8 +99,9 @@ def shuffled(config: DPSGDConfig, setup: DPSGDSetup) -> Iterator[StepReport]:
 
 def fresh_accountant(site: Site) -> None:
     """(5) What was spent is forgotten between two rounds."""
-    for file in site.folder.glob("ledger.sqlite*"):
+    for file in site.ledger_file.parent.glob("ledger.sqlite*"):
         file.unlink()
+    create_run_ledger(site.ledger_file)
 
 
 # --- checks

@@ -1,0 +1,136 @@
+"""The folder of a fused model: `fusion.json`, the members' folders, and for stacking `meta_model.safetensors`.
+
+The folder is self-contained: configuration and safetensors, no code and no pickles. As it may come from an untrusted source, it
+is checked when it is opened: members are identified only by number, and must have the hashes in `fusion.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from cotune.data.config import TaskName
+from cotune.errors import ModelError
+from cotune.models.base.folder import FUSION_FILE, META_MODEL, content_hash, is_fused, list_model_files, member_folder
+from cotune.models.config import Method
+from cotune.storage.config_table import format_validation_error
+from cotune.storage.files import atomic_write
+
+Arrays = Mapping[str, NDArray[np.float64]]
+
+_MAX_MEMBERS = 64
+
+
+class FusionDocument(BaseModel):
+    """The content of `fusion.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = Field(1, description="of this file")
+    method: Method
+    task: TaskName
+    labels: tuple[str, ...] = Field(min_length=2, description="class names, in the order of the fused probabilities")
+    members: tuple[str, ...] = Field(min_length=1, max_length=_MAX_MEMBERS, description="SHA-256 of the files of each member")
+    temperatures: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> FusionDocument:
+        if not len(self.members) == len(self.temperatures) == len(self.weights):
+            raise ValueError("members, temperatures and weights: expected one for each member")
+        if not all(0 < t < np.inf for t in self.temperatures):
+            raise ValueError("temperatures: expected finite numbers above 0")
+        if not all(0 <= w <= 1 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError("weights: expected numbers from 0 to 1 that add up to 1")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: expected distinct class names")
+        return self
+
+    @property
+    def count(self) -> int:
+        """How many members there are."""
+        return len(self.members)
+
+
+def write_fused_folder(folder: Path, members: Sequence[Path], fields: Mapping[str, object], meta_model: Arrays | None) -> None:
+    """Copy the members and write the rule beside them; `fusion.json` is written last, so that a folder with it is complete.
+
+    Args:
+        folder: Empty, or not there yet.
+        members: Folders of finished models, in the order of the rule's weights.
+        fields: Of `FusionDocument`, but for the members' hashes.
+        meta_model: coefficients (classes, models · classes) and intercepts (classes,); None but for stacking.
+
+    Raises:
+        ModelError: A member is a fused model itself.
+    """
+    for number, member in enumerate(members, 1):
+        _copy(member, member_folder(folder, number))
+    if meta_model is not None:
+        save_file({name: np.ascontiguousarray(values) for name, values in meta_model.items()}, folder / META_MODEL)
+    hashes = tuple(content_hash(member_folder(folder, number)) for number in range(1, len(members) + 1))
+    document = FusionDocument.model_validate({**fields, "members": hashes})
+    atomic_write(folder / FUSION_FILE, document.model_dump_json(indent=1).encode())
+
+
+def _copy(source: Path, target: Path) -> None:
+    if is_fused(source):
+        raise ModelError(
+            f"{source} is a fused model: expected a single one, as a member of a fused model; name its members instead",
+            code="model.nested_fusion",
+        )
+    for name, file in list_model_files(source).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
+
+
+def read_fusion_document(folder: Path) -> FusionDocument:
+    """Read the rule of a fused model, and check that its members are those that it was made of.
+
+    Raises:
+        ModelError: The file is damaged, or a member is not the stated one.
+    """
+    file = folder / FUSION_FILE
+    try:
+        document = FusionDocument.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})", code="model.fusion_damaged") from None
+    except ValidationError as error:
+        problem = format_validation_error(error, FusionDocument, "fused model")
+        raise ModelError(f"{file} cannot be used: {problem}", code="model.fusion_damaged") from None
+    for number, expected in enumerate(document.members, 1):
+        member = member_folder(folder, number)
+        if not member.is_dir() or is_fused(member) or content_hash(member) != expected:
+            raise ModelError(
+                f"{member} is not the model that the fusion was fitted for: expected the hash {expected[:16]}…; fuse the models"
+                " again",
+                code="model.member_changed",
+            )
+    return document
+
+
+def read_meta_model(folder: Path, document: FusionDocument) -> Arrays:
+    """Return the coefficients (classes, models · classes) and intercepts (classes,) of stacking, in float64.
+
+    Raises:
+        ModelError: The file is damaged, or does not fit the document.
+    """
+    classes = len(document.labels)
+    expected = {"coefficients": (classes, classes * document.count), "intercepts": (classes,)}
+    try:
+        found = load_file(folder / META_MODEL)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / META_MODEL} cannot be read ({error})", code="model.fusion_damaged") from None
+    if {name: values.shape for name, values in found.items()} != expected:
+        raise ModelError(f"{folder / META_MODEL} does not fit {FUSION_FILE}: fuse the models again", code="model.fusion_damaged")
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise ModelError(f"{folder / META_MODEL} holds numbers that are not finite", code="model.fusion_damaged")
+    return {name: values.astype(np.float64) for name, values in found.items()}
