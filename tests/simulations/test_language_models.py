@@ -246,4 +246,3 @@ def test_preset_debian_is_played_by_ten_teams(language_model: Callable[..., Path
     assert run.summary.test.federated
     assert run.summary.test.written
     assert {"first_sentence", "base", "federated"} <= set(run.summary.test.written.figures)
-
