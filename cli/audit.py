@@ -19,6 +19,7 @@ from cotune.reporting.formatting import SPACE, duration, percent, scientific
 
 if TYPE_CHECKING:
     from cotune.simulations.auditing.audit import AuditResult
+    from cotune.simulations.auditing.canary_sentences import Memorization
 
 _SOME = 2_000
 _MANY = 10_000
@@ -55,6 +56,12 @@ def audit(
             min=32, max=100_000, help="How many, and at most how many records to attack; default: 2,000, with --tight 10,000."
         ),
     ] = None,
+    sentences: Annotated[
+        int,
+        typer.Option(
+            min=0, max=10_000, help="Canary sentences among texts that a model learns to write; 0: none, and no memorization."
+        ),
+    ] = 64,
     rounds: Annotated[int | None, typer.Option(min=1, help="How many rounds to audit; default: all of the plan's.")] = None,
     tight: Annotated[
         bool,
@@ -91,6 +98,7 @@ def audit(
             tight=tight,
             confidence=confidence,
             device=device,
+            sentences=sentences,
         )
     if as_json:
         print_json(result.as_dict())
@@ -115,6 +123,8 @@ def _show(console: Console, result: AuditResult) -> None:
     console.print(table)
     console.print(_noise(result))
     console.print(_states(result))
+    if result.memorization is not None:
+        console.print(_memorization(result.memorization))
     console.print(f"claim: ε = {round_up(result.epsilon)} at δ = {scientific(result.delta)}")
     sure = f"{100 * result.confidence:.12g}{SPACE}% confidence for all bounds together"
     for fault in result.faults:
@@ -169,6 +179,15 @@ def _states(result: AuditResult) -> Table:
         off_grid = max(probe.off_grid for probe in probes)
         table.add_row(escape(state), f"{contribution:.6f} C", f"{influence:.1g} C", f"{off_grid:.0%}")
     return table
+
+
+def _memorization(found: Memorization) -> str:
+    """Return what the model knows of the canary sentences, in one line."""
+    return (
+        f"memorization: canary sentences have an exposure of {found.exposure:.2f} bits where they were trained on, at most"
+        f" {found.highest:.2f}, and of {found.exposure_held_out:.2f} where they were not; a model that has learned nothing of"
+        f" them gives 1.44, and {found.most:.2f} is the most that {found.references:,} other sentences can show"
+    )
 
 
 def _down(bound: float) -> str:

@@ -101,6 +101,10 @@ CLIENT = {
         "cotune.cli.client.commands:adapt",
         "Adapt the received model to the site's own records. Sends nothing and spends no ε.",
     ),
+    "distill": (
+        "cotune.cli.client.commands:distill",
+        "Distill a model on the site's own records, by DP-SGD, charged to the ledger. Sends nothing.",
+    ),
     "evaluate": (
         "cotune.cli.client.commands:evaluate",
         "Compare the received model with training alone on own records. Sends nothing and spends no ε.",

@@ -158,6 +158,11 @@ def fill_rows(tensor: Tensor) -> Tensor:
     return functional.pad(tensor, (0, lacking)) if lacking else tensor
 
 
+def is_aligned(layer: nn.Linear) -> bool:
+    """Whether `AlignedRows` leaves a layer alone, to the bit."""
+    return layer.in_features % _MULTIPLE == 0 and layer.out_features >= _COLUMNS
+
+
 class AlignedRows(TorchFunctionMode):
     """For the time of the block, inputs and weights of linear layers are filled up with zeros.
 

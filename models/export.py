@@ -22,6 +22,7 @@ from cotune.models.adapters.lora import merge_adapters
 from cotune.models.base.folder import ENCODER
 from cotune.models.base.load import dropout_settings
 from cotune.models.base.silence import silence_transformers
+from cotune.models.base.stored_precision import widen
 from cotune.models.features.layer_features import LayerClassifier
 from cotune.models.features.layer_folder import is_layer_model, write_layer_head
 from cotune.models.features.stacked_folder import write_stack
@@ -113,6 +114,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
 def _merged(module: Any) -> Any:
     """A copy on the CPU, with its adapters added to its weights."""
     copied = _copy_to_cpu(module)
+    for parameter in copied.parameters():
+        widen(parameter)
     merge_adapters(copied)
     return copied
 

@@ -127,7 +127,9 @@ class MultiHead(nn.Module):
 
 
 def _parts_of(encoder: Any) -> list[str]:
-    return [name for name, part in encoder.named_children() if any(True for _ in part.parameters())]
+    """Its children with parameters; none of an encoder that is not there."""
+    children = () if encoder is None else encoder.named_children()
+    return [name for name, part in children if any(True for _ in part.parameters())]
 
 
 def _check_same_encoder(encoders: Mapping[str, Any], whole: str, kind: str) -> None:

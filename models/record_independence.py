@@ -256,7 +256,7 @@ def in_float64(module: nn.Module) -> Iterator[None]:
     before = [tensor.data for tensor in held]
     try:
         for tensor in held:
-            if tensor.dtype == torch.float32:
+            if tensor.is_floating_point():
                 tensor.data = tensor.data.double()
         yield
     finally:

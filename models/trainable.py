@@ -24,6 +24,7 @@ from cotune.models.adapters.adapter import Adapter, parameter_seed
 from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
 from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
+from cotune.models.base.stored_precision import use_plain_layers, widen
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
 from cotune.models.features.stacked_folder import is_stack, load_stack
@@ -177,10 +178,13 @@ class TrainableModel:
                     own[name].copy_(tensor)
 
     def _remember(self, own: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        """Keeps the base value of every tensor that is about to be changed for the first time."""
+        """Keeps the base value of every tensor that is about to be changed for the first time; it is float32 from then on."""
         for name in names:
             if name not in self._initial:
                 self._initial[name] = _copy(name, own[name])
+                if own[name].dtype != torch.float32:
+                    widen(own[name])
+                    use_plain_layers(layer for _, layer in self.layers)
 
     def base_state(self, names: Iterable[str]) -> State:
         """Copies of the named parameters as the base model has them, in float32 on the CPU."""

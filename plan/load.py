@@ -127,16 +127,22 @@ def _override(table: dict[str, Any], text: str) -> None:
         if isinstance(here, list):
             here = _item(here, part, text)
             continue
-        if path[0] == "strategy" and isinstance(here.get(part), str):
-            here[part] = {"recipe" if part == "strategy" else "name": here[part]}
-        if not isinstance(here.get(part), dict | list):
-            here[part] = {}
+        here[part] = _long_form(path[0], part, here.get(part))
         here = here[part]
     if isinstance(here, list):
         _item(here, path[-1], text)
         here[int(path[-1])] = parse_value(value)
     else:
         here[path[-1]] = parse_value(value)
+
+
+def _long_form(table: str, part: str, value: Any) -> Any:
+    """Return what a key is set in: the table that a short form stands for, so that the rest of it stays."""
+    if table == "strategy" and isinstance(value, str):
+        return {"recipe" if part == "strategy" else "name": value}
+    if table == part == "personal" and isinstance(value, str | list):
+        return {"method" if isinstance(value, str) else "parts": value}
+    return value if isinstance(value, dict | list) else {}
 
 
 def _item(items: list[Any], part: str, text: str) -> Any:

@@ -50,10 +50,11 @@ def model_card(
         adapters: Whether it is for the adapters alone, as a PEFT folder.
     """
     task = get_task(plan.task)
-    how = _use_of_adapters(plan) if adapters else _how(plan, task.pipeline, length)
+    pipeline = get_task(plan.tasks[0].type).pipeline if plan.tasks else task.pipeline
+    how = _use_of_adapters(plan) if adapters else _how(plan, pipeline, length)
     library = "peft" if adapters else "transformers"
     lines = [
-        *("---", f"library_name: {library}", f"pipeline_tag: {task.pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
+        *("---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
         *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(_shown, (*privacy, *_about_members(plan))))),
@@ -189,7 +190,8 @@ def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     elif not is_image:
         yield f"A text is cut after {length} tokens, as in training."
     if plan.tasks:
-        yield f"Each task has a model of its own in a folder of its name: {', '.join(task.name for task in plan.tasks)}."
+        named = ", ".join(f"{task.name} ({get_task(task.type).pipeline})" for task in plan.tasks)
+        yield f"Each task has a model of its own in a folder of its name: {named}."
     yield f"`cotune predict {folder} {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
 
 

@@ -120,7 +120,7 @@ EVERY_RUN = (
         "model/",
         "after the last round",
         'The fine-tuned model: `transformers.pipeline(task, "runs/X/model")` loads it, label names included,'
-        " but for a plan with `model.feature` ([use.md](use.md));"
+        " but for a plan with `model.feature` ([use.md](use.md)) or of stacking ([fuse.md](fuse.md));"
         " adapters are merged. With personal parts there is no common model, and each organization's is in"
         " `sites/<organization>/model/`.",
     ),

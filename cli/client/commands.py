@@ -9,7 +9,7 @@ import typer
 
 from cotune.cli.console import announce
 from cotune.cli.options import AsJson, SiteOptions, SitePath, with_options
-from cotune.data.readers.sources import check_source
+from cotune.data.readers.sources import check_new, check_source
 
 WantedPlan = Annotated[str, typer.Option("--plan", metavar="ID", help="First digits of a plan's id; default: the newest model.")]
 
@@ -138,3 +138,31 @@ def evaluate(
     from cotune.cli.client.model import evaluate_model  # loads PyTorch
 
     evaluate_model(site, data, plan, as_json=as_json)
+
+
+def distill(
+    site: SitePath,
+    plan: Annotated[str, typer.Argument(help="A plan whose base model is the student: rounds, steps, rates, ε and δ.")],
+    teachers: Annotated[list[str], typer.Argument(metavar="TEACHER...", help="Finished models with the plan's classes.")],
+    out: Annotated[Path, typer.Option(help="Write the student to this new folder.")],
+    teachers_released: Annotated[
+        bool,
+        typer.Option(
+            "--teachers-released",
+            help="Needed: you confirm that each teacher was trained with privacy and released, or on none of these records.",
+        ),
+    ] = False,
+    label_weight: Annotated[float, typer.Option(min=0, max=1, help="Of the records' labels; the rest is the teachers'.")] = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Train a student to predict what teachers predict for own records, by DP-SGD, charged to the ledger. Nothing is sent."""
+    if not teachers_released:
+        raise typer.BadParameter(
+            "what a teacher remembers of these records passes to the student, which ε does not cover: expected"
+            " --teachers-released where each was trained with privacy and released, or on none of these records"
+        )
+    check_new(out.expanduser())
+    announce("loading PyTorch, then records, student and teachers", quiet=as_json)
+    from cotune.cli.client.distill import distill_on_site  # loads PyTorch
+
+    distill_on_site(site, plan, teachers, out.expanduser(), label_weight, as_json=as_json)

@@ -101,10 +101,10 @@ def _private_training(prepared: PreparedRound) -> int:
 
     def private_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
         setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches, fit=fit)
-        return _within_hours(DPSGD(replace(config, steps=steps)).run(setup), account)
+        return within_hours(DPSGD(replace(config, steps=steps)).run(setup), account)
 
     def plain_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
-        return _within_hours(_plain_steps(rows, optimizer, _sampler(prepared, steps, purpose)), account)
+        return within_hours(_plain_steps(rows, optimizer, _sampler(prepared, steps, purpose)), account)
 
     noise = plan.personal.noise
     first = _train_own_first(prepared, private_steps)
@@ -200,7 +200,7 @@ def _train_copy(prepared: PreparedRound, take: Take, *, noise: bool) -> int:
             return _follow(take(optimizer, steps, OWN_BATCHES), prepared, checks, None)
 
 
-def _within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
+def within_hours(reports: Iterator[StepReport], account: Account) -> Iterator[StepReport]:
     """Pass reports on until the policy's hours are over: then PolicyError is raised, and the round counts as reserved."""
     began = time.monotonic()
     before = account.hours()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,15 @@ class Regularization:
         self.dropout = find_dropout(self.local, model, names)
         encoder = [name for name in names if name.startswith(model.prefix)]  # a new head came from nowhere
         self.base = model.base_state(encoder) if self.local.base_decay else {}
-        private = isinstance(context.plan.privacy, RecordPrivacy)
-        parts = context.plan.seed, "dropout", context.site.organization, context.round
-        self.generator = private_generator() if private else seeded_generator(*parts)
+        self._context = context
+
+    @cached_property
+    def generator(self) -> np.random.Generator:
+        """Of what is dropped: one that nobody can predict, where records are protected."""
+        context = self._context
+        if isinstance(context.plan.privacy, RecordPrivacy):
+            return private_generator()
+        return seeded_generator(context.plan.seed, "dropout", context.site.organization, context.round)
 
     @contextmanager
     def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
@@ -60,7 +67,8 @@ class Regularization:
         with ExitStack() as stack:
             if toward:
                 stack.enter_context(adding_to_gradients(optimizer, parameters, pull))
-            stack.enter_context(dropping(self.dropout, self.local.dropout, self.generator))
+            if self.dropout:
+                stack.enter_context(dropping(self.dropout, self.local.dropout, self.generator))
             yield
 
 

@@ -57,7 +57,7 @@ def _has_frozen_output(module: nn.Module) -> bool:
     Some architectures scale or bound their scores afterwards (Gemma 2, Cohere). That is found out once, by comparing.
     """
     layer = cast(Any, module).get_output_embeddings()
-    if type(layer) is not nn.Linear or any(p.requires_grad for p in layer.parameters()):
+    if not isinstance(layer, nn.Linear) or any(p.requires_grad for p in layer.parameters()):
         return False
     if module not in _plain:
         _plain[module] = _is_plain(module, layer)

@@ -13,6 +13,7 @@ from cotune.errors import ModelError
 from cotune.models.adapters.adapter import Adapter, init_lora_a, parameter_seed
 from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel
+from cotune.models.base.stored_precision import widen
 from cotune.models.config import LoraConfig
 
 _OWN_TARGETS = {"distilbert": ["q_lin", "v_lin"], "marian": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj", "query", "value"]}
@@ -48,6 +49,8 @@ def inject_adapters(loaded: LoadedModel, lora: LoraConfig, seed: int, *, own: bo
         if isinstance(layer, nn.Linear) and ".lora_" in name and layer.weight.is_meta:  # beside a layer without its weights
             nn.init.zeros_(layer.to_empty(device="cpu").weight)
     for name, parameter in loaded.module.named_parameters():
+        if ".lora_" in name:
+            widen(parameter)  # peft gives them the type of the layer
         if ".lora_A." in name:
             parameter.data.copy_(init_lora_a(tuple(parameter.shape), parameter_seed(seed, name)))
     loaded.module.requires_grad_(False)
@@ -137,6 +140,7 @@ def merge_adapters(module: Any) -> None:
 
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
+            widen(layer.get_base_layer().weight)
             layer.merge()
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer.get_base_layer())

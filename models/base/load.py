@@ -25,6 +25,7 @@ from cotune.models.base.folder import (
 )
 from cotune.models.base.silence import silence_transformers
 from cotune.models.base.skeleton import CheckedLookups, materialize, read_weights
+from cotune.models.base.stored_precision import find_stored_type, narrow_weights, use_narrow_layers
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_features import build_on_layers
 from cotune.models.features.layer_folder import read_layer_model
@@ -194,7 +195,11 @@ def _get_map(folder: BaseModelFolder, feature: FeatureConfig, config: Any) -> Af
 def _build_on_layers(
     folder: BaseModelFolder, config: Any, feature: FeatureConfig, map: AffineMap | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    base, report = read_weights(AutoModel, folder, config)
+    stored = find_stored_type(folder, config.model_type)
+    with narrow_weights(stored):
+        base, report = read_weights(AutoModel, folder, config)
+    if stored is not None:
+        use_narrow_layers(base)
     module = build_on_layers(base, feature.layers, feature.cls, map, config.num_labels)
     check_complete(report, ("",), (), finished=False)
     check_finite(module)
@@ -281,7 +286,11 @@ def _build(
     folder: BaseModelFolder, config: Any, mean_pooling: bool, task: Task, finished: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
-    module, report = read_weights(task.model_class(), folder, config)
+    stored = find_stored_type(folder, config.model_type)
+    with narrow_weights(stored):
+        module, report = read_weights(task.model_class(), folder, config)
+    if stored is not None:
+        use_narrow_layers(module, () if task.keeps_head else encoder_prefixes(module))
     if mean_pooling:
         frozen = add_mean_pooling(config, module)
     check_complete(report, encoder_prefixes(module), frozen, finished)

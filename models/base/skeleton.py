@@ -23,7 +23,7 @@ _COMPLETE: Mapping[str, Sequence[Any]] = {"missing_keys": (), "mismatched_keys":
 
 
 def read_weights(kind: Any, folder: BaseModelFolder, config: Any) -> tuple[Any, Mapping[str, Sequence[Any]]]:
-    """Return a model of transformers with the folder's weights in float32, and transformers' report on what was missing.
+    """Return a model of transformers with the folder's weights (see `stored_precision`), and the report on what was missing.
 
     Without weights in the folder it is a skeleton, of which nothing is missing.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from cotune.data.tasks.classes import Batch, logits
-from cotune.models.architecture import AlignedRows, encoder_name
+from cotune.models.architecture import AlignedRows, encoder_name, is_aligned
 from cotune.models.trainable import TrainableModel
 
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
@@ -71,7 +71,7 @@ class FeatureHead(nn.Module):
     def forward(self, features: Tensor) -> Any:
         alone = self.alone[0]
         if alone is not None and features.dim() == 2 and not alone.training:
-            with AlignedRows():
+            with contextlib.nullcontext() if is_aligned(alone) else AlignedRows():
                 return _Output(alone(features))
         return self._whole(features)
 

@@ -6,6 +6,7 @@ fused model again, with `stacking` as its rule.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -90,6 +91,28 @@ def load_stacked_model(folder: BaseModelFolder, max_length: int | None) -> tuple
     return loaded, document.labels
 
 
+def load_side_by_side(sources: Sequence[str], labels: tuple[str, ...]) -> LoadedModel:
+    """Load single finished models side by side, with their probabilities as they are.
+
+    Args:
+        sources: Folders of models or hub ids; at least one.
+        labels: Their classes, in the order that is wanted.
+
+    Raises:
+        ModelError: One cannot be stacked.
+    """
+    places = [find_base(ModelConfig(base=source)) for source in sources]
+    for place in places:
+        if is_fused(place.path):
+            raise ModelError(
+                f"{place.name} is a fused model: expected single ones; name its members, which are in {place.path / 'models'}",
+                code="model.nested_fusion",
+            )
+    digest = hashlib.sha256("\n".join(place.content_hash for place in places).encode()).hexdigest()
+    together = BaseModelFolder(", ".join(sources), places[0].path, digest)
+    return _stack(together, [place.path for place in places], (1.0,) * len(places), labels, None)
+
+
 def write_stack(module: StackedClassifier, source: Path, folder: Path) -> None:
     """Write a stacked model as the folder of a fused one.
 
@@ -141,10 +164,16 @@ def _load(
             code="model.stacked_task",
         )
     paths = [member_folder(folder.path, number) for number in range(1, document.count + 1)]
+    return _stack(folder, paths, document.temperatures, labels, max_length)
+
+
+def _stack(
+    folder: BaseModelFolder, paths: Sequence[Path], temperatures: Sequence[float], labels: tuple[str, ...], max_length: int | None
+) -> LoadedModel:
     loaded = [load_single(str(path)) for path in paths]
     members = [
         _member(one, names, kind, labels, temperature, path)
-        for (one, names, kind), temperature, path in zip(loaded, document.temperatures, paths, strict=True)
+        for (one, names, kind), temperature, path in zip(loaded, temperatures, paths, strict=True)
     ]
     own = [one.max_length for one, _, _ in loaded]
     limits = [min(length, max_length or length) for length in own]

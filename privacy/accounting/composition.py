@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cotune.errors import PrivacyError
+from cotune.privacy.accounting.noise_search import bracket_root, estimate_noise
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 if TYPE_CHECKING:
@@ -257,19 +258,28 @@ def _calibrate(planned: tuple[tuple[float, int], ...], target: float, delta: flo
     def gap(sigma: float, interval: float = _FINE) -> float:
         return _epsilon((*spent, *(Steps(sigma, q, count) for q, count in planned if count)), delta, interval) - target
 
-    low = _lowest(planned)
-    if gap(low, _COARSE) <= 0:
-        low = MIN_NOISE_MULTIPLIER
-        if gap(low, _COARSE) <= 0:
-            return low
-    grid = _COARSE if gap(MAX_NOISE_MULTIPLIER, _COARSE) <= 0 else _FINE
-    if grid == _FINE and gap(MAX_NOISE_MULTIPLIER) > 0:
-        return None
-    high = MAX_NOISE_MULTIPLIER
-    sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), math.log(low), math.log(high), xtol=1e-4))
+    def coarse_gap(x: float) -> float:
+        return gap(math.exp(x), _COARSE)
+
+    grid = _COARSE
+    lowest = _lowest(planned)
+    low, high = math.log(lowest), math.log(MAX_NOISE_MULTIPLIER)
+    start = math.log(max(estimate_noise(planned, target, delta), MIN_NOISE_MULTIPLIER))
+    bracket = bracket_root(coarse_gap, start, (low, high), target)
+    if bracket is None and coarse_gap(low) <= 0:
+        lowest = MIN_NOISE_MULTIPLIER
+        if gap(lowest, _COARSE) <= 0:
+            return lowest
+        bracket = math.log(lowest), low
+    elif bracket is None:
+        grid = _FINE
+        if gap(MAX_NOISE_MULTIPLIER) > 0:
+            return None
+        bracket = low, high
+    sigma = math.exp(brentq(lambda x: gap(math.exp(x), grid), *bracket, xtol=5e-4))
     while gap(sigma) > 0:  # the coarse grid found the neighborhood, on either side; the fine one decides
         sigma *= 1 + _TOLERANCE
-    while sigma > low and gap(sigma / (1 + _TOLERANCE)) <= 0:
+    while sigma > lowest and gap(sigma / (1 + _TOLERANCE)) <= 0:
         sigma /= 1 + _TOLERANCE
     return sigma
 

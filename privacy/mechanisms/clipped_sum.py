@@ -32,13 +32,15 @@ class ClippedSum:
 
     def __init__(self, like: Sequence[Tensor], clip_norm: float, noise_multiplier: float, clipping_mode: ClippingMode) -> None:
         grid = choose_grid(clip_norm, noise_multiplier, sum(p.numel() for p in like))
-        self._entries = ExactSum(like, grid, clipping_mode)
+        self._entries: ExactSum | None = None
         self._products: OuterProductSum | None = None
+        self._make_entries = partial(ExactSum, like, grid, clipping_mode)
         self._make_products = partial(_make_products, like, clip_norm, noise_multiplier, clipping_mode)
 
     def add(self, gradients: Sequence[Tensor] | OuterProducts) -> None:
         """Add the contributions of k units. The gradients may be overwritten."""
         if not isinstance(gradients, OuterProducts):
+            self._entries = self._entries or self._make_entries()
             self._entries.add(gradients)
             return
         self._products = self._products or self._make_products()
@@ -46,10 +48,12 @@ class ClippedSum:
 
     def totals(self) -> list[Tensor]:
         """Return the sums in units of the gradient, float64: with noise, whole multiples of the grid's step."""
-        totals = self._entries.totals()
         if self._products is None:
+            return (self._entries or self._make_entries()).totals()
+        totals = self._products.totals()
+        if self._entries is None:
             return totals
-        return [one + other for one, other in zip(totals, self._products.totals(), strict=True)]
+        return [one + other for one, other in zip(self._entries.totals(), totals, strict=True)]
 
 
 def _make_products(

@@ -120,7 +120,10 @@ def _states(
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, "adversarial"))
     yield "as it begins", {}
     head = {name: tensor for name, tensor in own.items() if not name.startswith(model.prefix)}
-    yield "a huge head", {name: LARGEST * torch.randn(t.shape, generator=generator).clamp(-1, 1) for name, t in head.items()}
+    adapters = {name: tensor for name, tensor in own.items() if ".lora_" in name}
+    for what, part in (("a huge head", head), ("huge adapters", adapters)):
+        if part:
+            yield what, {name: LARGEST * torch.randn(t.shape, generator=generator).clamp(-1, 1) for name, t in part.items()}
     norms = {name: t for name, t in own.items() if t.dim() == 1 and name.endswith("weight") and name not in head}
     if norms:
         yield "huge normalization weights", {name: torch.full_like(t, LARGEST) for name, t in norms.items()}

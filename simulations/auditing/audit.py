@@ -22,7 +22,6 @@ from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.plan.plan import Plan
-from cotune.plan.required_classes import require_classes
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import MIN_NOISE_MULTIPLIER, Steps, epsilon
 from cotune.privacy.accounting.tradeoff import trade_off
@@ -43,10 +42,21 @@ from cotune.privacy.mechanisms.random_generators import private_generator
 from cotune.privacy.policy import Policy
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.auditing.adversarial import Probe
+from cotune.simulations.auditing.canary_sentences import (
+    Memorization,
+    add_sentences,
+    can_hold_sentences,
+    draw_sentences,
+    measure_memorization,
+    number_units,
+    only_sentences,
+)
 from cotune.simulations.auditing.training import AuditedTraining, Targets
 from cotune.simulations.prepare import prepare
 
-_TESTS = 6  # two attacks by two theorems, that on every step, the noise: each takes a sixth of the allowed probability
+_TESTS = 6  # two attacks by two theorems, that on every step, the noise: each takes an equal part of the allowed probability
+_TESTS_OF_SENTENCES = 2  # one more attack by two theorems
+_REFERENCES = 1000  # sentences that were never trained on, among which each is ranked
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class AuditResult:
         tight: Whether one step of all records was audited in each stage, see `tightened`.
         noise: What was drawn, in each stage.
         states: What adversarial states led to; exact, without any chance.
+        memorization: What is known of canary sentences; None where records are no texts that a model writes.
     """
 
     plan: str
@@ -96,6 +107,7 @@ class AuditResult:
     attacks: tuple[Attack, ...]
     noise: tuple[DrawnNoise, ...]
     states: tuple[Probe, ...]
+    memorization: Memorization | None
     seconds: float
 
     @property
@@ -127,7 +139,7 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "schema": 2,
+            "schema": 3,
             **asdict(self),
             "at_least": self.at_least,
             "power": self.power,
@@ -145,6 +157,7 @@ def audit(
     tight: bool = False,
     confidence: float = 0.95,
     device: str | None = None,
+    sentences: int = 64,
 ) -> AuditResult:
     """Audit a plan on records that its simulation gives to an organization, or the plan of a run on records of one of its own.
 
@@ -156,13 +169,26 @@ def audit(
         tight: Audit `tightened` steps instead of the plan's own.
         confidence: Of all lower bounds together.
         device: auto, cpu, cuda or cuda:N; None: the run's, or auto.
+        sentences: How many canary sentences are put among texts that a model learns to write; 0: none.
 
     Raises:
         PrivacyError: When there is nothing to audit.
         CotuneError: What `prepare` raises.
     """
     audited = _of_run(source, organization) if isinstance(source, Path) else _of_plan(source, organization, device or "auto")
-    return _audit(audited, canaries, rounds, tight, confidence, device or audited.device)
+    asked = _Asked(canaries, sentences if can_hold_sentences(audited.dataset) else 0, rounds, tight, confidence)
+    return _audit(audited, asked, device or audited.device)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is audited, and by how much: see `audit`."""
+
+    canaries: int
+    sentences: int
+    rounds: int | None
+    tight: bool
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -208,7 +234,6 @@ def _of_run(path: Path, organization: str | None) -> _Audited:
 
 def _check(plan: Plan) -> None:
     """Before anything is read: that there is something to audit, and the means to."""
-    require_classes(plan, "an audit")
     if not isinstance(plan.privacy, RecordPrivacy):
         raise PrivacyError(
             "the plan says privacy = none: expected one that claims an ε, for there is nothing else to audit",
@@ -239,16 +264,16 @@ def tightened(plan: Plan, examples: int) -> Plan:
     return plan.model_copy(update={"train": tuple(stages), "rounds": len(stages)})
 
 
-def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, confidence: float, device: str) -> AuditResult:
+def _audit(source: _Audited, asked: _Asked, device: str) -> AuditResult:
     began = time.monotonic()
     plan = source.plan
-    dataset = source.dataset
     name = source.name
     examples = source.examples
+    rounds = asked.rounds
     assert isinstance(plan.privacy, RecordPrivacy)
-    audited = tightened(plan, examples) if tight else plan
+    audited = tightened(plan, examples) if asked.tight else plan
     planned = audited.rounds
-    held = len(dataset.units)
+    held = len(source.dataset.units)
     if rounds is not None and not 1 <= rounds <= planned:
         raise PlanError(
             f"expected 1 to {planned} rounds to audit, as many as the plan has, got {rounds}", code="plan.audited_rounds"
@@ -256,21 +281,30 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
     for stage in audited.stages:
         check_examples(examples, stage.local, name)
     coins = private_generator()
-    records = np.sort(coins.choice(held, size=min(held, canaries), replace=False))
-    targets = Targets(flip_coins(canaries, coins), records, flip_coins(len(records), coins))
+    drawn = draw_sentences(source.dataset, asked.sentences + _REFERENCES, coins) if asked.sentences else ()
+    dataset = add_sentences(source.dataset, drawn[: asked.sentences]) if drawn else source.dataset
+    targets = _flip(source.dataset, dataset, asked, coins)
     budget = get_budget(plan.privacy, source.policy, examples)
     sigma = noise_multiplier(audited, source.policy, budget, examples, 1)
     delta = budget.delta
-    error = (1 - confidence) / _TESTS
+    error = (1 - asked.confidence) / (_TESTS + (_TESTS_OF_SENTENCES if drawn else 0))
     training = AuditedTraining(
         audited, plan.privacy, dataset, name, targets, sigma, get_plan_model(plan, device), error, examples
     )
+    secrets = only_sentences(source.dataset, drawn) if drawn else None
+    untrained = training.find_losses(secrets) if secrets else np.zeros(0)
     for round in range(1, (rounds or planned) + 1):
         training.play(round)
     found = {
         "canaries": evidence(training.canary_scores(), targets.canaries_in, coins),
         "records": evidence(training.record_scores, targets.records_in, coins),
     }
+    memorization = None
+    if secrets:
+        losses = training.find_losses(secrets)
+        learned = (untrained - losses)[: asked.sentences]
+        found["canary sentences"] = evidence(learned, targets.sentences_in, coins)
+        memorization = measure_memorization(losses[: asked.sentences], targets.sentences_in, losses[asked.sentences :])
     steps = [Steps(sigma, rate, count) for rate, count in training.taken.items()]
     claim = epsilon(steps, delta)
     attacks = [_attack(kind, e, steps, delta, error) for kind, e in found.items()]
@@ -279,7 +313,7 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
         plan=plan.name,
         plan_id=plan.plan_id,
         organization=name,
-        tight=tight,
+        tight=asked.tight,
         examples=held,
         rounds=rounds or planned,
         rounds_planned=planned,
@@ -288,12 +322,23 @@ def _audit(source: _Audited, canaries: int, rounds: int | None, tight: bool, con
         clip_norm=plan.privacy.clip_norm,
         epsilon=claim,
         delta=delta,
-        confidence=confidence,
+        confidence=asked.confidence,
         attacks=tuple(attacks),
         noise=tuple(training.noise),
         states=tuple(training.probes),
+        memorization=memorization,
         seconds=time.monotonic() - began,
     )
+
+
+def _flip(own: Dataset, dataset: Dataset, asked: _Asked, coins: np.random.Generator) -> Targets:
+    """Choose who is attacked, and flip a coin for each."""
+    sentences = np.asarray(number_units(dataset, len(own)), dtype=np.int64)
+    others = np.setdiff1d(np.arange(len(dataset.units)), sentences)
+    records = np.sort(coins.choice(others, size=min(len(others), asked.canaries), replace=False))
+    in_by_coin = (flip_coins(count, coins) for count in (asked.canaries, len(records), len(sentences)))
+    canaries_in, records_in, sentences_in = in_by_coin
+    return Targets(canaries_in, records, records_in, sentences, sentences_in)
 
 
 def _attack(name: str, found: Evidence, steps: Sequence[Steps], delta: float, error: float) -> Attack:

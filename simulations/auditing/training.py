@@ -6,9 +6,9 @@ Anyone who attacks sees every delta, and the model that each round began with; w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ from cotune.simulations.auditing.adversarial import Probe, probe_states
 from cotune.simulations.auditing.released import Subject, draw_noise, watch
 from cotune.strategies.types import Delta, difference
 
+Losses = np.ndarray[Any, np.dtype[np.float64]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Attach = Callable[[torch.optim.Optimizer, dict[str, nn.Parameter]], AbstractContextManager[None]]  # what belongs to steps
 _IDLE = 4096  # coordinates in which nobody has a gradient
 _STEP = 1e-2  # of the delta, to either side, in the difference quotient of the losses
@@ -40,17 +42,25 @@ _STEP = 1e-2  # of the delta, to either side, in the difference quotient of the 
 
 @dataclass(frozen=True)
 class Targets:
-    """Who is in by a coin: all canaries, and the records numbered `records`."""
+    """Who is in by a coin: all canaries, and the units numbered `records` and `sentences`."""
 
     canaries_in: Coins
-    records: np.ndarray[Any, np.dtype[np.int64]]
+    records: Numbers
     records_in: Coins
+    sentences: Numbers = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    sentences_in: Coins = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
-    def present(self, examples: int) -> Coins:
-        """(n,), which of all records are in: those without a coin are."""
-        everybody = np.ones(examples, dtype=bool)
+    def present(self, units: int) -> Coins:
+        """(n,), which of all units are in: those without a coin are."""
+        everybody = np.ones(units, dtype=bool)
         everybody[self.records] = self.records_in
+        everybody[self.sentences] = self.sentences_in
         return everybody
+
+    @property
+    def added(self) -> int:
+        """How many units the organization does not have."""
+        return len(self.canaries_in) + len(self.sentences)
 
 
 class AuditedTraining:
@@ -164,9 +174,9 @@ class AuditedTraining:
         )
 
     def _mechanism(self, stage: Stage, steps: int | None = None) -> DPSGDConfig:
-        """B counts the canaries too, and nothing else follows them."""
+        """B counts canaries and sentences too, and nothing else follows them."""
         rate = stage.local.sample_rate(self.examples)
-        batch = rate * (self.examples + len(self.targets.canaries_in))
+        batch = rate * (self.examples + self.targets.added)
         steps = steps or stage.local.steps_per_round(self.examples)
         return DPSGDConfig(self.sigma, self.privacy.clip_norm, rate, batch, steps, self.privacy.clipping)
 
@@ -196,6 +206,15 @@ class AuditedTraining:
         seen = sums[1:, 0].cpu().numpy() / mechanism.clip_norm
         self.step_scores += log_likelihood_ratios(seen, mechanism.noise_multiplier, mechanism.sample_rate)
 
+    def find_losses(self, dataset: Dataset) -> Losses:
+        """(n,), the loss of each record of a data set under the model as it is trained so far."""
+        stage = self.plan.get_stage(self.plan.rounds)
+        model = self.model
+        model.load(self.state)
+        model.train_only(trained_names(self.plan, model, self.plan.rounds))
+        setting = build_setup(self.plan, stage, model, dataset, self.state, self.organization, expected_batch=1.0)
+        return _find_losses(setting, range(len(dataset)))
+
     @torch.no_grad()
     def _alignment(
         self, setting: TrainingSetup, parameters: dict[str, nn.Parameter], before: State, delta: Delta
@@ -211,9 +230,16 @@ class AuditedTraining:
         def losses(along: float) -> np.ndarray[Any, np.dtype[np.float64]]:
             for name, parameter in parameters.items():
                 parameter.copy_(before[name] + along * delta[name])
-            found = np.zeros(len(rows))
-            for positions, batch in setting.batches(rows):
-                found[list(positions)] = setting.exact(batch)[: len(positions)].double().cpu().numpy()
+            found = _find_losses(setting, rows)
             return np.asarray(np.bincount(owners, weights=found, minlength=len(targets)), dtype=np.float64)
 
         return (losses(-_STEP) - losses(_STEP)) / (2 * _STEP)
+
+
+@torch.no_grad()
+def _find_losses(setting: TrainingSetup, rows: Sequence[int]) -> Losses:
+    """The losses of rows, in float32 arithmetic."""
+    found = np.zeros(len(rows))
+    for positions, batch in setting.batches(rows):
+        found[list(positions)] = setting.exact(batch)[: len(positions)].double().cpu().numpy()
+    return found

@@ -44,7 +44,7 @@ def test_json_is_all_that_is_printed(cotune: Cotune) -> None:
     options = ("--organization", "org-2", "--rounds", "1", "--json")
     shown = cotune("audit", "toy.toml", *PRIVATE, *FEW, *options)
     found = json.loads(shown.out)
-    assert (shown.code, found["schema"], found["broken"]) == (0, 2, False)
+    assert (shown.code, found["schema"], found["broken"], found["memorization"]) == (0, 3, False, None)
     assert (found["organization"], found["rounds"], found["steps"], found["confidence"]) == ("org-2", 1, 3, 0.9999999)
     assert [attack["name"] for attack in found["attacks"]] == ["canaries", "records", "canaries, every step"]
     assert not found["tight"]

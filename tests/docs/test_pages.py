@@ -43,6 +43,9 @@ NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, w
     ("docs/audit.md", 'pip install "cotune[audit]"'),
     ("docs/distill.md", "cotune client join site federation.toml --data records.csv --public public.csv --own-model my-base"),
     ("docs/text.md", 'pip install "cotune[text-demo]"'),
+    ("docs/distill.md", "python examples/unlike_models.py distill runs/unlike"),
+    ("docs/fuse.md", "python examples/unlike_models.py fuse runs/unlike"),
+    ("docs/personal.md", "cotune simulate debian-personal"),
     ("docs/several-tasks.md", "cotune simulate debian-tasks"),
     ("docs/several-tasks.md", 'train = "lora"'),
     ("docs/several-tasks.md", "cotune simulate plan.toml"),
@@ -162,6 +165,10 @@ def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path])
     for seed, name in enumerate(("big", "first", "second")):
         export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
     (folder / "small-base").symlink_to(base_model("distilbert"))
+    write_csv(folder / "records.csv", sentences(120, seed=2))
+    clinic.make_site(folder / "SITE", folder / "records.csv", range(120), Policy.permissive())
+    plan = next(block.text for block in blocks_of("docs/distill.md") if "[privacy]" in block.text and "[local]" in block.text)
+    (folder / "student.toml").write_text(f'{plan}\n[data]\nsource = "records.csv"\n', encoding="utf-8")
     write_csv(folder / "public.csv", sentences(60, seed=1))
     write_csv(folder / "labeled.csv", sentences(40))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotune.client.site import Site
@@ -190,6 +192,25 @@ def test_tied_weights_are_trained_by_nobody_under_privacy(new_plan: NewPlan) -> 
     assert raised.value.code == "privacy.tied_weights"
 
 
+def test_base_model_of_16_bits_trains_as_in_float32(
+    new_plan: NewPlan, language_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its frozen weights stay in 16 bits; every number of the run is the same."""
+    models = []
+    for dtype in (torch.bfloat16, torch.float32):
+        base = shutil.copytree(language_model("llama"), tmp_path / f"base-{dtype}")
+        rounded = {name: tensor.bfloat16().to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
+        save_file(rounded, base / "model.safetensors", {"format": "pt"})
+        plan = new_plan(privacy="none", model={"base": str(base)}, simulation={"baselines": []})
+        run = simulate(plan, tmp_path / f"run-{dtype}", device="cpu")
+        kept = {parameter.dtype for name, parameter in get_plan_model(plan, "cpu").parameters() if "proj.weight" in name}
+        assert kept == {dtype}
+        models.append((final_model(run.folder), run.summary.test))
+    (narrow, narrow_test), (wide, wide_test) = models
+    assert same(narrow, wide)
+    assert narrow_test == wide_test
+
+
 def test_adapters_alone_travel_of_a_language_model(new_plan: NewPlan) -> None:
     """Neither the output layer nor the table of tokens, tied or not."""
     for tied in (False, True):
@@ -201,7 +222,7 @@ def test_adapters_alone_travel_of_a_language_model(new_plan: NewPlan) -> None:
 
 def test_what_judges_classes_alone_is_refused(new_plan: NewPlan) -> None:
     with pytest.raises(PlanError) as raised:
-        require_classes(new_plan(), "an audit")
+        require_classes(new_plan(), "adapting the received model")
     assert raised.value.code == "plan.no_classes"
 
 

@@ -196,8 +196,10 @@ def test_a_run_folder_says_who_holds_what(toy_plan: NewPlan, tmp_path: Path) -> 
             "base": None,
             "own_base": None,
             "public": None,
+            "run_ledger": Path("../../ledger.sqlite"),
         }
         assert site.file.model_dump() == expected
+        assert site.ledger_file == (folder.path / "ledger.sqlite").resolve()
         assert site.dataset(prepared.plan.labels).inputs() == [texts[i] for i in share.rows]
     test = DatasetManifest.read(folder.path / "test" / "data.json", prepared.plan.labels)
     assert test.targets == [("bad", "good", "so").index(labels[i]) for i in prepared.test[0][1]]

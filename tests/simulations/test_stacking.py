@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,10 @@ def pooled(folder: RunFolder) -> tuple[Floats, np.ndarray[Any, Any]]:
     return features.astype(np.float64), np.concatenate([each.targets for each in held])
 
 
+def charges(run: Path, name: str) -> list[Steps]:
+    return [charge.steps for charge in Site(run / "sites" / name).ledger().charges()]
+
+
 def softmax(scores: Floats) -> Floats:
     found = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(found / found.sum(axis=1, keepdims=True))
@@ -117,11 +120,9 @@ def test_meta_model_approaches_scikit_learns(stacking: Callable[..., Plan], uncl
 def test_ledger_is_charged_what_composition_says(private: Run) -> None:
     plan = RunFolder(private.folder).plan
     for organization in private.summary["organizations"]:
-        site = private.folder / "sites" / organization["name"]
-        with sqlite3.connect(site / "ledger.sqlite") as db:
-            charged = db.execute("SELECT noise_multiplier, sample_rate, steps FROM charges").fetchall()
-        assert [steps for _, _, steps in charged] == [3] * plan.rounds
-        expected = oracle_epsilon([Steps(*row) for row in charged], PRIVATE["delta"])
+        charged = charges(private.folder, organization["name"])
+        assert [steps.count for steps in charged] == [3] * plan.rounds
+        expected = oracle_epsilon(charged, PRIVATE["delta"])
         assert organization["epsilon_spent"] == pytest.approx(expected, abs=0.01)
         assert organization["epsilon_spent"] <= PRIVATE["epsilon"]
 
@@ -170,7 +171,6 @@ def test_killed_private_run_is_charged_before_a_record_is_touched(
     """The process ends at the first step of a round: the round is paid for, and paid for again when it is played again."""
     plan = stacking(privacy=PRIVATE, rounds=2)
     play_killed(cotune, plan, tmp_path / "run", (Moment("step", {"round": 1, "organization": "org-1"}),))
-    with sqlite3.connect(tmp_path / "run" / "sites" / "org-1" / "ledger.sqlite") as db:
-        charged = db.execute("SELECT noise_multiplier, sample_rate, steps FROM charges").fetchall()
+    charged = charges(tmp_path / "run", "org-1")
     assert len(charged) == 3
-    assert oracle_epsilon([Steps(*row) for row in charged], PRIVATE["delta"]) <= PRIVATE["epsilon"] + 0.01
+    assert oracle_epsilon(charged, PRIVATE["delta"]) <= PRIVATE["epsilon"] + 0.01

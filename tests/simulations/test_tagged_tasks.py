@@ -78,6 +78,12 @@ def test_figures_of_tags_are_those_of_the_exported_model(trained: Run, tagged_pl
     assert accuracy > summary["test"]["majority"]["words/accuracy"]
 
 
+def test_the_card_names_the_pipeline_of_each_task(trained: Run) -> None:
+    card = (trained.folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert 'pipeline("text-classification", "FOLDER/mood"' in card
+    assert "mood (text-classification), length (text-classification), words (token-classification)" in card
+
+
 def test_the_gain_of_tags_is_measured(trained: Run) -> None:
     summary = json.loads((trained.folder / "summary.json").read_text(encoding="utf-8"))
     words = next(task for task in summary["tasks"] if task["name"] == "words")

@@ -126,7 +126,7 @@ def test_classes_are_wanted_where_one_is_right(private: tuple[str, Run], new_pla
         require_classifiers([open_model(str(run.folder), "cpu")], [str(run.folder)])
     assert raised.value.code == "model.no_classifier"
     with pytest.raises(PlanError) as refused:
-        require_classes(new_plan(task), "an audit")
+        require_classes(new_plan(task), "adapting the received model")
     assert refused.value.code == "plan.no_classes"
 
 

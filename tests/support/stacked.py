@@ -25,9 +25,9 @@ TEMPERATURES = {"bert": 1.0, "gpt2": 2.5, "roberta": 0.5, "qwen2": 1.5}
 
 
 def export_fitted(
-    base: Path, folder: Path, labels: tuple[str, ...], *, seed: int, pooling: Literal["auto", "mean"] = "auto"
+    base: Path, folder: Path, labels: tuple[str, ...], *, seed: int, pooling: Literal["auto", "mean"] = "auto", scale: float = 1.0
 ) -> Path:
-    """Export a base model with a head that was fitted to sixty sentences, and return its folder."""
+    """Export a base model with a head that was fitted to sixty sentences, and return its folder. scale: Of its scores."""
     rows = sentences(60, seed=seed)
     loaded = load_model(ModelConfig(base=str(base), max_length=16, precision="float32", pooling=pooling), labels, 1)
     model = TrainableModel(loaded, None, 1, torch.device("cpu"))
@@ -36,7 +36,7 @@ def export_fitted(
     head = model.state(model.names("head"))
     model.load(
         {
-            name: torch.tensor(fitted.coef_ if t.dim() == 2 else fitted.intercept_).float().reshape(t.shape)
+            name: torch.tensor(scale * (fitted.coef_ if t.dim() == 2 else fitted.intercept_)).float().reshape(t.shape)
             for name, t in head.items()
         }
     )
@@ -44,12 +44,11 @@ def export_fitted(
     return folder
 
 
-def write_together(folder: Path, members: Sequence[Path]) -> Path:
+def write_together(folder: Path, members: Sequence[Path], labels: tuple[str, ...] = LABELS) -> Path:
     """Fuse models with probabilities as they are, and return the folder of the fused model."""
     count = len(members)
-    write_fused(
-        folder, PredictionFusion("average", (1.0,) * count, (1 / count,) * count), members, "sequence-classification", LABELS
-    )
+    fusion = PredictionFusion("average", (1.0,) * count, (1 / count,) * count)
+    write_fused(folder, fusion, members, "sequence-classification", labels)
     return folder
 
 

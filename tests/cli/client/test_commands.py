@@ -125,3 +125,24 @@ def test_setting_a_rule_keeps_comments_and_order(cotune: Cotune, folder: Path) -
     kept = (folder / "policy.toml").read_text()
     assert kept.startswith(written.replace("= 20 ", "= 50 "))
     assert read_policy(folder / "policy.toml").budget.own_epsilon == 2.5
+
+
+def test_a_student_is_distilled_and_charged(cotune: Cotune, site: Path, folder: Path) -> None:
+    labels = '["bad", "good", "so"]'
+    toy = (folder / "run" / "model").as_posix()
+    settings = f'name = "student"\nrounds = 2\ntrain = "head"\nlabels = {labels}\n'
+    (folder / "student.toml").write_text(
+        f'{settings}[model]\nbase = "{folder / "base"}"\nmax_length = 16\nprecision = "float32"\n'
+        '[data]\nsource = "reviews.csv"\n[local]\nsteps = 2\nbatch_size = 20\n[privacy]\nepsilon = 2.0\ndelta = 1e-3\n'
+    )
+    refused = cotune("client", "distill", site, "student.toml", toy, "--out", "small")
+    assert refused.code == 2
+    assert "--teachers-released" in refused.err
+    before = len(list(Site(site).ledger().charges()))
+    done = cotune("client", "distill", site, "student.toml", toy, "--out", "small", "--teachers-released", "--json")
+    assert (done.code, done.err) == (0, "")
+    found = json.loads(done.out)
+    assert (found["steps"], found["model"]) == (4, "small")
+    assert 0 < found["epsilon"] <= 2
+    assert len(list(Site(site).ledger().charges())) == before + 2
+    assert json.loads(cotune("predict", "small", "great day", "--json").out)

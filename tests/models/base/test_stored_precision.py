@@ -1,0 +1,196 @@
+"""Frozen weights in the 16 bits of their checkpoint: the same numbers, to the bit, as with the same weights in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cotune.data.config import TaskName
+from cotune.models.architecture import AlignedRows
+from cotune.models.base.lookup import find_base
+from cotune.models.base.stored_precision import KEPT_NARROW, NarrowLinear, find_stored_type
+from cotune.models.config import LoraConfig, ModelConfig
+from cotune.models.export import export_model
+from cotune.models.record_independence import in_float64
+from cotune.models.trainable import TrainableModel, open_model
+from tests.support.tiny_models import VOCABULARY, tokenizer
+
+SIZE = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+TARGETS = {
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "opt": ["q_proj", "fc2"],
+    "phi": ["q_proj", "fc2"],
+    "phi3": ["qkv_proj", "down_proj"],
+}
+LORA = LoraConfig(rank=2)
+Pair = Callable[..., tuple[TrainableModel, TrainableModel]]
+
+
+def write_base(folder: Path, kind: str, dtype: torch.dtype, *, tied: bool = False) -> Path:
+    """Weights that bfloat16 can hold, in files of a type."""
+    config = AutoConfig.for_model(kind, **SIZE, tie_word_embeddings=tied)
+    for key, value in {"ffn_dim": 64, "word_embed_proj_dim": 32, "head_dim": 16}.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    """(kind, task, lora=, tied=) -> the same model from files in bfloat16, and from files in float32."""
+
+    def make(kind: str, task: TaskName = "causal-lm", lora: LoraConfig | None = LORA, **more: Any) -> Any:
+        labels = () if task == "causal-lm" else ("bad", "good")
+        folders = [write_base(tmp_path / f"{kind}-{dtype}", kind, dtype, **more) for dtype in (torch.bfloat16, torch.float32)]
+        return tuple(open_model(ModelConfig(base=str(folder), max_length=16), labels, lora, 1, "cpu", task) for folder in folders)
+
+    return make
+
+
+def batch_of(model: TrainableModel) -> dict[str, Tensor]:
+    samples = model.loaded.task.samples(model.loaded.reader)
+    return model.loaded.task.collator(model.module, model.loaded.reader, model.device)(samples)
+
+
+def gradients(model: TrainableModel, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of the losses of made-up records, as a training step computes them."""
+    chosen = model.train_only(names)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), AlignedRows():
+        losses = model.loaded.task.losses(model.module, batch_of(model), None)
+    found = torch.autograd.grad(losses.sum(), chosen)
+    return {"losses": losses.detach(), **dict(zip(names, found, strict=True))}
+
+
+def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(tensor.dtype == torch.float32 for tensor in one.values())
+    assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
+
+
+def narrow_names(model: TrainableModel) -> list[str]:
+    return [name for name, parameter in model.parameters() if parameter.dtype == torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", sorted(KEPT_NARROW))
+def test_losses_and_gradients_are_those_of_float32(pair: Pair, kind: str, dtype: torch.dtype) -> None:
+    narrow, wide = pair(kind, lora=LoraConfig(rank=2, targets=TARGETS.get(kind, ["q_proj", "down_proj"])))
+    assert narrow_names(narrow)
+    assert not narrow_names(wide)
+    with narrow.with_random_weights(narrow.adapter_names()), wide.with_random_weights(wide.adapter_names()):
+        names = [name for name in narrow.adapter_names() if ".lora_B." in name]
+        check_equal(gradients(narrow, names, dtype), gradients(wide, names, dtype))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_matrices_but_those_of_adapters_stay_narrow(pair: Pair, tied: bool) -> None:
+    narrow, _ = pair("llama", tied=tied)
+    matrices = [name for name, parameter in narrow.parameters() if parameter.dim() > 1 and ".lora_" not in name]
+    assert narrow_names(narrow) == matrices
+    assert narrow.module.get_output_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_new_head_is_float32_and_the_same(pair: Pair) -> None:
+    narrow, wide = pair("qwen2", "sequence-classification")
+    names = [*narrow.names("head"), *narrow.adapter_names()]
+    check_equal(narrow.state(names), wide.state(names))
+    check_equal(gradients(narrow, names, torch.float32), gradients(wide, names, torch.float32))
+
+
+@pytest.mark.parametrize("mode", ["full", "blocks"])
+def test_what_is_trained_is_float32(pair: Pair, mode: Any) -> None:
+    narrow, wide = pair("llama", lora=None)
+    names = narrow.names(mode, layers=1)
+    check_equal(gradients(narrow, names, torch.float32), gradients(wide, names, torch.float32))
+    assert not set(names) & set(narrow_names(narrow))
+    assert not any(type(layer) is NarrowLinear and layer.weight.dtype == torch.float32 for _, layer in narrow.layers)
+    moved = {name: tensor + 1e-4 for name, tensor in narrow.state(names).items()}
+    for model in (narrow, wide):
+        model.load(moved)
+    check_equal(narrow.state(names), moved)
+    for model in (narrow, wide):
+        model.load({})
+    check_equal(narrow.state(names), wide.state(names))
+
+
+def test_exported_models_are_the_same(pair: Pair, tmp_path: Path) -> None:
+    files = []
+    for number, model in enumerate(pair("llama")):
+        with model.with_random_weights(model.adapter_names()):
+            export_model(model, tmp_path / str(number))
+        files.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    check_equal(*files)
+
+
+class Watched(TorchFunctionMode):
+    """Whose block knows of every weight that a linear layer computes with whether it is still in memory."""
+
+    def __init__(self) -> None:
+        self.weights: list[StorageWeakRef] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear:
+            self.weights.append(StorageWeakRef(args[1].untyped_storage()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_autograd_keeps_no_wide_copy_of_a_weight(pair: Pair) -> None:
+    narrow, _ = pair("llama", lora=None)
+    layer = next(layer for _, layer in narrow.layers if type(layer) is NarrowLinear)
+    given = torch.randn(3, layer.in_features, requires_grad=True)
+    with Watched() as watched:
+        out = layer(given)
+    assert [weight.expired() for weight in watched.weights] == [True]
+    expected = functional.linear(given, layer.weight.float(), layer.bias)
+    assert torch.equal(out, expected)
+    slope = torch.randn_like(out)
+    assert torch.equal(*(torch.autograd.grad(each, given, slope)[0] for each in (out, expected)))
+
+
+@pytest.mark.parametrize("change", ["one tensor in float32", "another architecture"])
+def test_other_checkpoints_are_widened(tmp_path: Path, change: str) -> None:
+    folder = write_base(tmp_path / "base", "llama", torch.bfloat16)
+    architecture = "llama"
+    assert find_stored_type(find_base(ModelConfig(base=str(folder))), architecture) == torch.bfloat16
+    if change == "another architecture":
+        architecture = "t5"
+    else:
+        tensors = load_file(folder / "model.safetensors")
+        name = next(iter(tensors))
+        save_file({**tensors, name: tensors[name].float()}, folder / "model.safetensors", {"format": "pt"})
+    assert find_stored_type(find_base(ModelConfig(base=str(folder))), architecture) is None
+
+
+def test_in_float64_no_weight_is_narrow(pair: Pair) -> None:
+    narrow, wide = pair("llama")
+    found = []
+    for model in (narrow, wide):
+        with in_float64(model.module):
+            found.append(model.module(**{key: value for key, value in batch_of(model).items() if key != "labels"}).logits)
+    assert narrow_names(narrow)
+    assert found[0].dtype == torch.float64
+    assert torch.equal(*found)
