@@ -15,6 +15,7 @@ no cost.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -219,7 +220,9 @@ def _train_round(account: Account, student: TrainableModel, setup: TrainingSetup
     )
     optimizer = build_optimizer(stage.local, student, names, parameters)
     trained = DPSGDSetup(setup.module, optimizer, setup.loss, setup.units, setup.batches)
-    account.ledger.settle(charge, _take_steps(trained, config, account, SanityChecks(student, before, noise=True), round))
+    began = time.monotonic()
+    taken = _take_steps(trained, config, account, SanityChecks(student, before, noise=True), round)
+    account.settle(charge, steps, taken, time.monotonic() - began)
     return student.state(names)
 
 

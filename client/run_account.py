@@ -243,6 +243,12 @@ class Account:
         else:
             self.ledger.settle(charge, ran, seconds)
 
+    def settle_unanswered(self) -> None:
+        """Settle the charge of a round that was trained and then failed, so that its hours count; else do nothing."""
+        if self._settled is not None:
+            self.ledger.settle(self._settled.charge, self._settled.steps, self._settled.seconds)
+            self._settled = None
+
     def once(self, what: str, compute: Callable[[], Sequence[float]]) -> list[float]:
         """Return noised sums, drawn once per run: they are charged, then computed and noised, then stored, and only then
         returned.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class FeatureRows:
         """How many numbers a row has: d."""
         return self.features.shape[1]
 
+    @cached_property
+    def _some_unreadable(self) -> bool:
+        return bool(self.unreadable.any())
+
     def copy(self) -> Tensor:
         """Return the rows by themselves, (n, d)."""
         return self.features[self.places]
@@ -64,9 +68,8 @@ class FeatureRows:
         """
         into = target[: len(rows)]
         torch.index_select(self.features, 0, self.places[rows], out=into)
-        unreadable = self.unreadable[rows]
-        if bool(unreadable.any()):
-            into[unreadable] = 0.0
+        if self._some_unreadable:
+            into[self.unreadable[rows]] = 0.0
 
 
 def find_features(

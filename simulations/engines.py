@@ -36,14 +36,16 @@ def check_engine(engine: str) -> None:
 
 def run_on(engine: str, folder: RunFolder) -> None:
     """Plays the run's unfinished rounds. Raises RunError when the run fails."""
-    with register_evaluator(build_personal_evaluate(folder)), _frozen_heap():
+    with register_evaluator(build_personal_evaluate(folder)):
         ENGINES[engine](folder)
 
 
 @contextmanager
-def _frozen_heap() -> Iterator[None]:
+def frozen_heap() -> Iterator[None]:
     """Let the garbage collector pass over libraries and model, which stay: most of its work in rounds of small models."""
-    gc.collect()
+    if gc.get_freeze_count():  # what froze it will thaw it
+        yield
+        return
     gc.freeze()
     try:
         yield

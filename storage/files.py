@@ -5,7 +5,6 @@ The operating system releases a lock when its process ends, in whatever way, so 
 
 from __future__ import annotations
 
-import glob
 import itertools
 import os
 import secrets
@@ -61,8 +60,13 @@ def remove_parts(path: Path) -> None:
 
     Only for a file that no other process is writing at the moment.
     """
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        part.unlink(missing_ok=True)
+    try:
+        names = os.listdir(path.parent)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.startswith(f".{path.name}.") and name.endswith(".part"):
+            (path.parent / name).unlink(missing_ok=True)
 
 
 def sync(path: Path | str) -> None:

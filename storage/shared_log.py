@@ -103,16 +103,17 @@ class SharedLog:
     @contextmanager
     def transaction(self) -> Iterator[OpenLog]:
         """Open one write transaction, as `DatabaseLog.transaction` does; every entry of the owner is verified by then."""
-        with self._database.transaction() as (db, state):
-            if self._verified != state:
-                self._verify(db)
-                self._verified = state
-            log = _OwnedLog(db, self._owner, self._count, self._head)
-            yield log
-        for entry in log.appended:  # they are committed
-            self.fold.add(entry)
-        self._count = log.count
-        self._head = log.head
+        with self._database.lock:
+            with self._database.transaction() as (db, state):
+                if self._verified != state:
+                    self._verify(db)
+                    self._verified = state
+                log = _OwnedLog(db, self._owner, self._count, self._head)
+                yield log
+            for entry in log.appended:  # they are committed
+                self.fold.add(entry)
+            self._count = log.count
+            self._head = log.head
 
     def _verify(self, db: sqlite3.Connection) -> None:
         """Check that every entry has the hash that it must have, and fold them all."""

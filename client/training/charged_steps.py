@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -118,11 +119,12 @@ def _decides_gradients(prepared: PreparedRound) -> object:
     """What decides, beside the shapes of batches, whether gradients are right: once for all of it, they are checked.
 
     The values of a state are whatever a server sends, so that an organization checks each. Those of a simulation come from its
-    own plan; how gradients are taken follows from plan and stage there.
+    own plan; how gradients are taken follows from plan, stage and what is trained there, which may change from round to round.
     """
     context = prepared.context
     if context.site.file.simulated:
-        return context.plan.plan_id, context.plan.stages.index(context.stage)
+        ends = accumulate(stage.rounds for stage in context.plan.stages)
+        return context.plan.plan_id, next(end for end in ends if context.round <= end), tuple(prepared.parameters)
     return context.plan.plan_id, context.round, state_digest(prepared.received)
 
 

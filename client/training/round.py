@@ -62,11 +62,14 @@ def train_round(
     if finished is not None:
         return finished
     run_checks(BEFORE_TRAINING, context)
-    with explained_out_of_memory('ask for local.physical_batch_size = "auto" or a smaller one in the plan, or free memory'):
-        prepared = prepare_round(context)
-        trained, delta = _train(prepared)
-    update = _build_update(prepared, trained, delta)
-    _keep(prepared, update)
+    try:
+        with explained_out_of_memory('ask for local.physical_batch_size = "auto" or a smaller one in the plan, or free memory'):
+            prepared = prepare_round(context)
+            trained, delta = _train(prepared)
+        update = _build_update(prepared, trained, delta)
+        _keep(prepared, update)
+    finally:
+        context.account.settle_unanswered()
     return update
 
 

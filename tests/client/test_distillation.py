@@ -100,6 +100,8 @@ def test_student_is_charged_what_composition_says(
     assert found["steps"] == sum(steps.count for steps in charged) == 8
     assert found["epsilon"] == pytest.approx(oracle_epsilon(charged, PRIVATE["delta"]), abs=0.02)
     assert 0 < found["epsilon"] <= PRIVATE["epsilon"]
+    assert {charge.state for charge in site.ledger().charges()} == {"settled"}
+    assert site.ledger().seconds(plan.plan_id) > 0  # which the policy's hours are about
     opened = open_predictor(str(tmp_path / "out"), "cpu")
     assert opened.labels == LABELS
     base = open_predictor(str(tmp_path / "out"), "cpu").model.loaded.module.config.model_type

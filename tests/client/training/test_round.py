@@ -348,6 +348,24 @@ def test_a_run_in_stages_stays_within_its_budget(make_plan: MakePlan, make_site:
     assert 0.97 * 2 <= oracle_epsilon(spent, 1e-3) <= 2.0
 
 
+def test_a_round_that_fails_after_training_is_settled(
+    make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(privacy=PRIVATE)
+    site = make_site()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Site, "store_update", full)
+    with pytest.raises(OSError, match="no space"):
+        train_round(plan, site, 1, state_for(plan))
+    [charge] = [charge for charge in site.ledger().charges() if charge.purpose == "training"]
+    assert (charge.state, charge.steps.count) == ("settled", 4)
+    assert site.ledger().seconds(plan.plan_id) > 0
+    assert site.ledger().last_answered_round(plan.plan_id) == 0
+
+
 def test_the_ledger_is_charged_before_training(
     make_plan: MakePlan, make_site: MakeSite, state_for: StateFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
