@@ -52,7 +52,7 @@ def test_version_and_help(cotune: Cotune) -> None:
 
 def test_a_new_plan_is_a_plan(cotune: Cotune, folder: Path) -> None:
     listed = [line.split(maxsplit=1) for line in cotune("plan", "list").out.splitlines()]
-    presets = ["debian-personal", "debian-tasks", "text", "tweets", "tweets-blocks", "tweets-lora"]
+    presets = ["debian", "debian-personal", "debian-tasks", "text", "tweets", "tweets-blocks", "tweets-lora"]
     assert [name for name, _ in listed] == preset_names() == presets
     assert all(len(about.split()) > 3 for _, about in listed)
     for name in preset_names():

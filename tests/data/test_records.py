@@ -880,3 +880,10 @@ def test_the_sample_that_comes_with_cotune() -> None:
     records = read_records(DataConfig(source="package:cotune", prompt="long", target="short"), task="causal-lm")
     assert len(records) == 2000
     assert records.skipped == {}
+
+
+def test_packages_of_one_source_are_in_the_sample_once() -> None:
+    """They have nearly the same description: a split by records is one by sources as well."""
+    sources = read_records(DataConfig(source="package:cotune", text="source", label="team"))
+    assert len(set(sources.inputs)) == len(sources) == 2000
+    assert len(set(sources.labels)) == 10

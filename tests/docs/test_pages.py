@@ -42,6 +42,7 @@ NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, w
     ("docs/simulate.md", "cotune simulate --engine ray"),
     ("docs/audit.md", 'pip install "cotune[audit]"'),
     ("docs/distill.md", "cotune client join site federation.toml --data records.csv --public public.csv --own-model my-base"),
+    ("docs/text.md", 'pip install "cotune[text-demo]"'),
     ("docs/distill.md", "python examples/unlike_models.py distill runs/unlike"),
     ("docs/fuse.md", "python examples/unlike_models.py fuse runs/unlike"),
     ("docs/personal.md", "cotune simulate debian-personal"),

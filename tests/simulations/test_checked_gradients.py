@@ -24,7 +24,11 @@ ADAPTERS = {"mode": "lora", "rounds": 2}
     [
         ({"train": "head", "rounds": 3, "local": {**LOCAL, "schedule": "linear"}}, [1]),
         ({"train": [{"mode": "head", "rounds": 2}, ADAPTERS], "local": LOCAL}, [1, 3]),
-        ({"train": [{**ADAPTERS, "rounds": 3}], "local": LOCAL, "lora": {"factors": "alternate"}}, [1, 2, 3]),
+        pytest.param(
+            {"train": [{**ADAPTERS, "rounds": 3}], "local": LOCAL, "lora": {"factors": "alternate"}},
+            [1, 2, 3],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["schedule", "stages", "alternate"],
 )

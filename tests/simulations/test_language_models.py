@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotune.client.site import Site
 from cotune.errors import PlanError, PrivacyError
-from cotune.plan.load import dump_plan, parse_plan
+from cotune.plan.load import dump_plan, load_plan, parse_plan
 from cotune.plan.plan import Plan
 from cotune.plan.required_classes import require_classes
 from cotune.plan.trained_parameters import get_plan_model
@@ -251,3 +251,19 @@ def test_plans_of_language_models_are_compared_by_their_losses(new_plan: NewPlan
     summary = json.loads((tmp_path / "compared" / found.cells[0].folder / "summary.json").read_text(encoding="utf-8"))
     assert {key: float(line[key]) for key in ("loss", "perplexity", "accuracy")} == summary["test"]["federated"]
     assert json.loads((tmp_path / "compared" / "results.json").read_text())["measure"]["less_is_better"] is True
+
+
+# --- the preset debian
+
+
+@pytest.mark.long
+def test_preset_debian_is_played_by_ten_teams(language_model: Callable[..., Path], tmp_path: Path) -> None:
+    """On its own records, with a tiny model instead of one that must be fetched, and for one round without comparisons."""
+    small = ("rounds=1", "simulation.baselines=[]", "generate.examples=2", "generate.max_new_tokens=2")
+    plan = load_plan("debian", [f"model.base={language_model('llama')}", *small])
+    run = simulate(plan, tmp_path / "run", device="cpu")
+    assert len(run.summary.organizations) == 10
+    assert all(each.epsilon_spent is not None and 0 < each.epsilon_spent <= 8.0 for each in run.summary.organizations)
+    assert run.summary.test.federated
+    assert run.summary.test.written
+    assert {"first_sentence", "base", "federated"} <= set(run.summary.test.written.figures)

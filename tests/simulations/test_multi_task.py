@@ -145,6 +145,7 @@ def test_one_ledger_pays_for_all_tasks(multi_plan: NewPlan, tmp_path: Path) -> N
         assert own["epsilon_spent"] <= 8.0
 
 
+@pytest.mark.long
 def test_an_audit_finds_no_more_than_is_claimed(multi_plan: NewPlan) -> None:
     plan = multi_plan(
         privacy={"epsilon": 4.0, "unit": "person", "max_records": 4},

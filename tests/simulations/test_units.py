@@ -145,6 +145,7 @@ def test_a_unit_needs_a_bound_and_a_record_none(plan: Callable[..., Plan], priva
         plan(privacy={"epsilon": 8.0, **privacy})
 
 
+@pytest.mark.long
 def test_canaries_of_an_audit_are_persons_too(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with as many records as a person may have; so an engine that bounds records instead of persons is accused.
 

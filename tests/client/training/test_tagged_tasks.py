@@ -29,7 +29,7 @@ from tests.support.multi_task import TAGGED, NewPlan, write_tagged
 PEOPLE = {"privacy": {"epsilon": 2.0, "delta": 1e-3, "unit": "person", "max_records": 4}}
 RECORDS = {"privacy": {"epsilon": 2.0, "delta": 1e-3}}
 MODES = {"lora": {"train": "lora"}, "full": {"train": "full"}}
-KINDS = ("bert", "distilbert", "gpt2")
+KINDS = ("bert", pytest.param("distilbert", marks=pytest.mark.long), "gpt2")
 WEIGHTS = {"mood": 1.0, "length": 0.5, "words": 2.0}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing"),

@@ -88,7 +88,8 @@ def test_an_audit_of_a_plan_leaves_nothing(audits: tuple[list[AuditResult], Path
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.long), "full"])
+@pytest.mark.long  # in short: adapters, in test_text_audit
+@pytest.mark.parametrize("mode", ["lora", "full"])
 def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None:
     """Also after a stage of another kind, and in ghost clipping."""
     local = {"learning_rate": 0.01, "momentum": 0.0, "batch_size": 0.5, "steps": 2}
@@ -102,7 +103,7 @@ def test_other_train_modes_are_audited_too(toy_plan: NewPlan, mode: str) -> None
 @pytest.mark.parametrize(
     ("personal", "train", "steps"),
     [
-        ({"parts": ["head"], "order": "own_first", "own_steps": 3}, "lora", 5),
+        pytest.param({"parts": ["head"], "order": "own_first", "own_steps": 3}, "lora", 5, marks=pytest.mark.long),
         pytest.param({"parts": ["adapter"]}, "lora", 2, marks=pytest.mark.long),
         ("ditto", "head", 4),
         ({"method": "ditto", "noise": False}, "head", 2),
