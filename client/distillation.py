@@ -120,7 +120,7 @@ def distill_privately(work: PrivateDistillation) -> dict[str, Any]:
     check_plan(plan, policy)
     kept = site.kept_folder(plan.plan_id, _KEPT)
     kept.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(kept / "lock"):
+    with exclusive_lock(kept / ".lock"):
         account = Account(plan, policy, site, site.counted_dataset(plan), round=plan.rounds)
         check_number(plan, policy, account.public_examples, None)
         check_consent(plan, policy, account.public_examples, account.hours())

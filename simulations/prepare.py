@@ -215,6 +215,7 @@ def make_sites(run: Path, plan: Plan, shares: Sequence[Share], device: str) -> t
         shares: One for each organization.
         device: Such as "cpu".
     """
+    run.mkdir(parents=True, exist_ok=True)
     ledger = run / RUN_LEDGER
     create_run_ledger(ledger)
     for share in shares:

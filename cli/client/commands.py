@@ -155,7 +155,7 @@ def distill(
     label_weight: Annotated[float, typer.Option(min=0, max=1, help="Of the records' labels; the rest is the teachers'.")] = 0.5,
     as_json: AsJson = False,
 ) -> None:
-    """Train a student to predict what teachers predict for own records, by DP-SGD, charged to the ledger. Nothing is sent."""
+    """Distill a model on the site's own records, by DP-SGD, charged to the ledger. Sends nothing."""
     if not teachers_released:
         raise typer.BadParameter(
             "what a teacher remembers of these records passes to the student, which ε does not cover: expected"
