@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SOME = 2_000
 _MANY = 10_000
+_FEWEST_SENTENCES = 32  # as of canaries
 _AGAIN = (
     "Chance accuses a right engine as rarely as the confidence says: audit once more with --confidence 0.9999999, which it will"
     " hardly break."
@@ -74,8 +75,10 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Measure a lower bound on the ε that training really spends; exits with 1 if it is above the claim."""
-    if confidence >= 1:
+    if not confidence < 1:
         raise typer.BadParameter("expected a confidence below 1, such as 0.95: nothing is certain")
+    if 0 < sentences < _FEWEST_SENTENCES:
+        raise typer.BadParameter(f"expected --sentences 0, or at least {_FEWEST_SENTENCES}, got {sentences}: fewer show nothing")
     if tight and rounds is not None:
         raise typer.BadParameter("--tight audits one step in each stage of the plan: leave --rounds out")
     targets = canaries or (_MANY if tight else _SOME)

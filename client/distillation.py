@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from cotune.client.local_events import notify
 from cotune.client.noise_calibration import check_examples
 from cotune.client.run_account import Account
 from cotune.client.site import Site
-from cotune.client.site_setup import load_site_model
 from cotune.client.training.charged_steps import within_hours
 from cotune.client.training.checks.gradient_checks import check_gradients_of_state
 from cotune.client.training.checks.sanity_checks import SanityChecks
@@ -51,6 +50,7 @@ from cotune.models.features.stacked_folder import load_side_by_side
 from cotune.models.record_independence import check_independence
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.plan import Plan
+from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup
@@ -106,13 +106,14 @@ def distill_privately(work: PrivateDistillation) -> dict[str, Any]:
         The settings, the steps and ε of the plan's charges, as in `distillation.json` of the new folder.
 
     Raises:
-        PlanError: The plan is not one for this.
+        PlanError: The plan is not one for this, or the label weight is none.
         PolicyError: The policy does not allow it, or the budget does not suffice.
-        RunError: The folder is there already, or the plan was distilled with other teachers.
+        RunError: The folder is there already or cannot be written, or the plan was distilled with other teachers.
         PrivacyError: The student or a teacher cannot be used with privacy.
         ModelError, DataError: A model or the records cannot be used.
     """
     check_new(work.out)
+    _check_label_weight(work.label_weight)
     _check_plan(work.plan)
     site = work.site
     plan = work.plan
@@ -126,7 +127,7 @@ def distill_privately(work: PrivateDistillation) -> dict[str, Any]:
         check_consent(plan, policy, account.public_examples, account.hours())
         check_examples(account.public_examples, plan.stages[0].local, site.organization)
         _begin(work, kept)
-        model = load_site_model(plan, site)
+        model = get_plan_model(plan, site.file.device)  # a site's own base is that of its federation
         if _newest_round(kept) < plan.rounds:
             _train_rounds(work, account, model, kept)
         _answer(account, plan.rounds)
@@ -142,6 +143,11 @@ def _answer(account: Account, round: int) -> None:
     """Say in the ledger that a round is complete, if it does not say so yet."""
     if account.ledger.last_answered_round(account.plan.plan_id) < round:
         account.answered(round)
+
+
+def _check_label_weight(label_weight: float) -> None:
+    if not 0 <= label_weight <= 1:
+        raise PlanError(f"the weight of the labels is {label_weight}: expected a number from 0 to 1", code="plan.label_weight")
 
 
 def _check_plan(plan: Plan) -> None:
@@ -305,5 +311,17 @@ def _export(work: PrivateDistillation, account: Account, model: TrainableModel) 
     found = {**work.settings(), "steps": sum(steps.count for steps in charged), "epsilon": account.reported_epsilon()}
     about = f"Distilled with cotune from {len(work.teachers)} teachers on private records, with differential privacy."
     card = model_card(plan, privacy=promised(plan), length=model.loaded.text_length, about=about)
-    export_model(model, work.out, {CARD: card, RECORD: json.dumps(found, indent=1)})
+    _write(model, work.out, {CARD: card, RECORD: json.dumps(found, indent=1)})
     return found
+
+
+def _write(model: TrainableModel, out: Path, beside: Mapping[str, str]) -> None:
+    check_new(out)  # others may have made it since
+    try:
+        export_model(model, out, beside)
+    except OSError as error:
+        raise RunError(
+            f"{out} cannot be written ({error.strerror}): the student is kept, and the same command with another --out writes it"
+            " at no cost",
+            code="run.not_writable",
+        ) from None

@@ -27,6 +27,7 @@ from cotune.storage.files import atomic_write
 Arrays = Mapping[str, NDArray[np.float64]]
 
 _MAX_MEMBERS = 64
+_MAX_TEMPERATURE = 1000.0  # far beyond what is ever fitted; scores divided by next to nothing are not finite
 
 
 class FusionDocument(BaseModel):
@@ -46,8 +47,8 @@ class FusionDocument(BaseModel):
     def _check_numbers(self) -> FusionDocument:
         if not len(self.members) == len(self.temperatures) == len(self.weights):
             raise ValueError("members, temperatures and weights: expected one for each member")
-        if not all(0 < t < np.inf for t in self.temperatures):
-            raise ValueError("temperatures: expected finite numbers above 0")
+        if not all(1 / _MAX_TEMPERATURE <= t <= _MAX_TEMPERATURE for t in self.temperatures):
+            raise ValueError(f"temperatures: expected numbers from {1 / _MAX_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}")
         if not all(0 <= w <= 1 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-6:
             raise ValueError("weights: expected numbers from 0 to 1 that add up to 1")
         if len(set(self.labels)) != len(self.labels):

@@ -40,7 +40,7 @@ from cotune.models.base.load_checks import (
     check_padding_row,
     make_deterministic,
 )
-from cotune.models.base.lookup import BaseModelFolder, find_base
+from cotune.models.base.lookup import BaseModelFolder, check_plain_folder, find_base
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ def load_layer_model(folder: BaseModelFolder, task: TaskName, max_length: int) -
     """
     document, tensors = read_layer_model(folder.path)
     path = folder.path / ENCODER
+    check_plain_folder(path, f"{folder.name} (its encoder)")
     does = get_task(task)
     try:
         config = _configure(path, tuple(document.id2label.values()))

@@ -157,6 +157,20 @@ def _check_folder(path: Path, name: str, needs_weights: bool) -> None:
         for number in range(1, read_fusion_document(path).count + 1):
             _check_folder(member_folder(path, number), f"{name} (its model {number})", needs_weights)
         return
+    check_plain_folder(path, name, needs_weights=needs_weights)
+
+
+def check_plain_folder(path: Path, name: str, *, needs_weights: bool = True) -> None:
+    """Check that a folder holds one model of transformers, with no weights but those that its hash covers.
+
+    Args:
+        path: Of the folder.
+        name: Of the model, for errors.
+        needs_weights: Whether it must have safetensors.
+
+    Raises:
+        ModelError: It is an adapter, lacks files, has its weights as pickles, or names others outside of the folder.
+    """
     if (path / "adapter_config.json").is_file():
         raise ModelError(
             f"the base model {name} is an adapter ({_peft_type(path)}) and not a model: expected a whole one; merge the adapter"

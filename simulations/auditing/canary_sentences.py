@@ -18,12 +18,14 @@ import numpy as np
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
 from cotune.data.types import ASSISTANT, Chat, Input, Passage
+from cotune.errors import DataError
 from cotune.privacy.auditing.canaries import Coins
 
 Losses = np.ndarray[Any, np.dtype[np.float64]]
 
 _ASKED = 4  # words
 _WRITTEN = 8  # words: more of them than a model could guess
+_SPARE = 4  # times as many sentences as are wanted must be possible: else most that are drawn are there already
 _SOURCE = "canary sentences"
 
 
@@ -39,15 +41,26 @@ def draw_sentences(dataset: Dataset, count: int, generator: np.random.Generator)
         dataset: With at least one text.
         count: How many.
         generator: That decides them.
+
+    Raises:
+        DataError: The texts have too few different words.
     """
     inputs = dataset.inputs()
     words = sorted({word for given in inputs for text in _texts(given) for word in text.split()})
     asks = any(not isinstance(given, Passage) or given.prompt for given in inputs)
+    length = _WRITTEN + asks * _ASKED
+    held = set(inputs)
+    if len(words) ** length < _SPARE * (count + len(held)):
+        raise DataError(
+            f"the texts have {len(words)} different words, too few for {count:,} different canary sentences of {length} words:"
+            " expected more words, or an audit without such sentences (--sentences 0)",
+            code="data.too_few_words",
+        )
     found: dict[Input, None] = {}
     while len(found) < count:
         drawn = [words[i] for i in generator.integers(len(words), size=_ASKED + _WRITTEN)]
         made = _make(inputs[0], " ".join(drawn[:_ASKED]) if asks else "", " ".join(drawn[_ASKED:]))
-        if made not in inputs:
+        if made not in held:
             found[made] = None
     return tuple(found)
 

@@ -88,6 +88,8 @@ def test_a_run_is_audited_as_it_was(cotune: Cotune) -> None:
         (["toy.toml", *PRIVATE, "--organization", "org-9"], 'there is no organization "org-9"'),
         (["toy.toml", *PRIVATE, "--rounds", "3"], "expected 1 to 2 rounds to audit, as many as the plan has, got 3"),
         (["toy.toml", *PRIVATE, "--confidence", "1"], "expected a confidence below 1"),
+        (["toy.toml", *PRIVATE, "--confidence", "nan"], "expected a confidence below 1"),
+        (["toy.toml", *PRIVATE, "--sentences", "31"], "expected --sentences 0, or at least 32, got 31"),
         (["toy.toml", *PRIVATE, "--tight", "--rounds", "1"], "--tight audits one step in each stage of the plan"),
         (["tweet"], "did you mean 'tweets'?"),
         ([".", *PRIVATE], "holds records and is no plan"),

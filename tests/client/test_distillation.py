@@ -15,6 +15,7 @@ from cotune.client import distillation
 from cotune.client.distillation import PrivateDistillation, ask_teachers, distill_privately, mix_targets, pin_student
 from cotune.client.local_events import observe_client
 from cotune.client.site import Site
+from cotune.client.site_setup import set_base_model
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.soft_labels import SoftLabels
 from cotune.errors import PlanError, PolicyError, RunError
@@ -23,6 +24,7 @@ from cotune.models.evaluation.predictor import open_predictor
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from tests.support.exported_models import export_random
+from tests.support.failures import fails_with
 from tests.support.kills import Killed, killed_before_each_change
 from tests.support.oracle_epsilon import oracle_epsilon
 from tests.support.stacked import export_fitted
@@ -171,6 +173,17 @@ def test_plans_of_something_else_are_refused(
     assert not site.ledger_file.exists()
 
 
+@pytest.mark.parametrize("weight", [float("nan"), -0.1, 1.1])
+def test_label_weight_that_is_none_is_refused(
+    student: NewPlan, make_site: NewSite, teachers: list[str], tmp_path: Path, weight: float
+) -> None:
+    """Before anything is charged."""
+    site = make_site()
+    with fails_with("plan.label_weight"):
+        distill_privately(work_of(student(), site, teachers, tmp_path / "out", weight))
+    assert not site.ledger_file.exists()
+
+
 def test_other_teachers_need_another_plan(student: NewPlan, make_site: NewSite, teachers: list[str], tmp_path: Path) -> None:
     plan = student()
     site = make_site()
@@ -180,6 +193,43 @@ def test_other_teachers_need_another_plan(student: NewPlan, make_site: NewSite, 
             distill_privately(changed)
         assert caught.value.code == "run.other_settings"
     assert sum(steps.count for steps in site.ledger().spent(plan.plan_id)) == 8
+
+
+def test_student_is_the_plans_whatever_base_the_site_has(
+    student: NewPlan,
+    make_site: NewSite,
+    make_plan: NewPlan,
+    teachers: list[str],
+    base_model: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """`cotune client join --model FOLDER` names the base model of a federation."""
+    site = set_base_model(make_site(), make_plan("bert"), base_model("bert"))
+    distill_privately(work_of(student("distilbert"), site, teachers, tmp_path / "out"))
+    assert open_predictor(str(tmp_path / "out"), "cpu").model.loaded.module.config.model_type == "distilbert"
+
+
+def test_folder_that_cannot_be_written_costs_nothing_more(
+    student: NewPlan, make_site: NewSite, teachers: list[str], tmp_path: Path
+) -> None:
+    """One that others have made meanwhile is left as it is."""
+    site = make_site()
+    plan = student()
+    out = tmp_path / "out"
+    (tmp_path / "file").write_text("")
+
+    def intrude(what: str, fields: dict[str, Any]) -> None:
+        if what == "step":
+            out.mkdir(exist_ok=True)
+            (out / "own.txt").write_text("mine")
+
+    with observe_client(intrude), fails_with("run.folder_exists"):
+        distill_privately(work_of(plan, site, teachers, out))
+    assert [file.name for file in out.iterdir()] == ["own.txt"]
+    with fails_with("run.not_writable"):
+        distill_privately(work_of(plan, site, teachers, tmp_path / "file" / "out"))
+    found = distill_privately(work_of(plan, site, teachers, tmp_path / "new"))
+    assert found["steps"] == 8
 
 
 @pytest.mark.crash

@@ -123,6 +123,8 @@ def test_a_member_that_was_changed_is_refused(fused: Callable[[Method], Path]) -
         {"weights": [1.0]},
         {"temperatures": [0.0, 1.0]},
         {"temperatures": [float("nan"), 1.0]},
+        {"temperatures": [1e-40, 1.0]},
+        {"temperatures": [1.0, 1e9]},
         {"members": ["../../etc", "x"]},
         {"members": []},
         {"labels": ["good", "good", "so"]},

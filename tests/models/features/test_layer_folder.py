@@ -23,6 +23,7 @@ from cotune.models.export import export_model
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
 from cotune.reporting.model_card import CARD, model_card
+from tests.support.failures import fails_with
 
 LABELS = ("bad", "good", "so")
 TEXTS = ["great table", "tree great bad great table awful lamp", "lamp lamp", "awful tree"]
@@ -131,6 +132,30 @@ def test_a_truncated_head_is_refused(exported: tuple[TrainableModel, Path], tmp_
     head = folder / "head.safetensors"
     head.write_bytes(head.read_bytes()[:-20])
     with pytest.raises(ModelError):
+        open_predictor(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("place", ["sub/weights.safetensors", "../../weights.safetensors"])
+def test_an_encoder_whose_weights_the_hash_does_not_cover_is_refused(
+    exported: tuple[TrainableModel, Path], tmp_path: Path, place: str
+) -> None:
+    folder = copy_of(exported[1], tmp_path / "model")
+    encoder = folder / "encoder"
+    names = load_file(encoder / "model.safetensors")
+    (encoder / place).parent.mkdir(exist_ok=True)
+    (encoder / "model.safetensors").rename(encoder / place)
+    save_file({"other": torch.zeros(1)}, encoder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+    (encoder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with fails_with("model.weights_outside_folder"):
+        open_predictor(str(folder), "cpu")
+
+
+def test_an_encoder_with_an_adapter_is_refused(exported: tuple[TrainableModel, Path], tmp_path: Path) -> None:
+    """transformers would put it on the encoder unasked."""
+    folder = copy_of(exported[1], tmp_path / "model")
+    (folder / "encoder" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}), encoding="utf-8")
+    with fails_with("model.adapter_only"):
         open_predictor(str(folder), "cpu")
 
 

@@ -29,6 +29,7 @@ from cotune.simulations.auditing.canary_sentences import (
     number_units,
 )
 from tests.support.engines import engine, take_steps
+from tests.support.failures import fails_with
 from tests.support.language_models import language_model, write_dialogs
 from tests.support.paired_models import paired_model, pairs_table
 from tests.support.questions import questions_table, write_questions
@@ -125,6 +126,13 @@ def test_sentences_are_other_records_of_the_same_words(inputs: tuple[Input, ...]
     words = {word for given in dataset.inputs() for text in texts_of(given) for word in text.split()}
     assert all(word in words for given in drawn for text in texts_of(given) for word in text.split())
     assert all(texts_of(given)[0] == "" for given in drawn) == (len(inputs) == 1)
+
+
+@pytest.mark.parametrize("inputs", [(Passage("", "a a a"),), (Passage("", " "),), (Passage("", "a b"),), (Passage("a", "b"),)])
+def test_too_few_words_for_sentences_are_refused(inputs: tuple[Input, ...]) -> None:
+    """It drew the same sentence for ever."""
+    with fails_with("data.too_few_words"):
+        draw_sentences(dataset_of(*inputs), 1064, np.random.default_rng(0))
 
 
 def texts_of(given: Any) -> list[str]:
