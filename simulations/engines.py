@@ -22,6 +22,8 @@ from cotune.server.rounds.registered_evaluator import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import build_personal_evaluate
 
+_COLLECTED_AFTER = (10_000, 20, 20)  # objects that were made and not freed, then collections of younger ones
+
 
 def check_engine(engine: str) -> None:
     """Raises PlanError for an engine that is unknown or not installed."""
@@ -41,16 +43,14 @@ def run_on(engine: str, folder: RunFolder) -> None:
 
 
 @contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Let the garbage collector pass over libraries and model, which stay: most of its work in rounds of small models."""
-    if gc.get_freeze_count():  # what froze it will thaw it
-        yield
-        return
-    gc.freeze()
+def rare_garbage_collection() -> Iterator[None]:
+    """Let the garbage collector look at libraries and model less often: most of its work in rounds of small models."""
+    before = gc.get_threshold()
+    gc.set_threshold(*map(max, before, _COLLECTED_AFTER))
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 def _in_process(folder: RunFolder) -> None:

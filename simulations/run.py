@@ -23,7 +23,7 @@ from cotune.simulations.baselines import (
     personalize,
     run_baselines,
 )
-from cotune.simulations.engines import check_engine, frozen_heap, run_on
+from cotune.simulations.engines import check_engine, rare_garbage_collection, run_on
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.summary import summarize
 from cotune.storage.files import atomic_write
@@ -65,7 +65,7 @@ def simulate(
     prepared = prepare(plan, device)
     noted(prepared.notes)
     folder = start(prepared, out, engine, device)
-    with folder.locked(), frozen_heap():
+    with folder.locked(), rare_garbage_collection():
         run_on(engine, folder)
         return complete(folder, prepared, time.monotonic() - began)
 
@@ -85,7 +85,7 @@ def resume(path: Path) -> Run:
     """Continues a run after its last finished round. A finished run is reported again."""
     began = time.monotonic()
     folder = RunFolder(path.expanduser().resolve())
-    with folder.locked(), frozen_heap():
+    with folder.locked(), rare_garbage_collection():
         prepared = prepare(folder.plan, folder.file.device)
         if (prepared.plan.plan_id, prepared.fingerprint) != (folder.plan.plan_id, folder.file.data):
             raise RunError(

@@ -23,19 +23,10 @@ from tests.support.fork_server import share_server
 settings.register_profile("thorough", deadline=None)
 settings.register_profile("cotune", deadline=None, max_examples=25)
 settings.load_profile("cotune")
-# by CPU seconds, but tests that mostly wait for processes not beside each other; "test_": files at the top level
+# by CPU seconds, but tests that mostly wait for processes and deadlines not beside each other, nor last; "test_": at the top level
 _ORDER = (
-    "deployment/test_faults",
-    "simulations",
-    "deployment",
-    "docs",
-    "cli",
-    "attacks",
-    "client",
-    "test_",
-    "models",
-    "privacy",
-    "data",
+    *("deployment/test_faults", "simulations", "deployment", "docs", "server/rounds/test", "cli", "server/rounds/updates"),
+    *("attacks", "server", "client", "test_", "models", "privacy", "data"),
 )
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; what tests start must not

@@ -7,6 +7,7 @@ personalization of Li et al., "Ditto", ICML 2021, https://arxiv.org/abs/2012.042
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -90,13 +91,45 @@ def fit_head(model: TrainableModel, features: Tensor, targets: Tensor, *, start:
         apart = torch.stack([(p - a).square().sum() for p, a in zip(parameters, anchors, strict=True)]).sum()
         return functional.cross_entropy(reader(rows).logits.float(), numbers) + strength / 2 * apart
 
-    _minimize(loss, parameters)
+    layer = reader.alone[0]
+    if layer is not None and list(map(id, parameters)) == [id(layer.weight), id(layer.bias)]:
+        _minimize(partial(evaluate_linear, layer.weight, layer.bias, rows, numbers, anchors, strength), parameters)
+    else:
+        _minimize(partial(_by_autograd, loss, parameters), parameters)
     found = model.state(names)
     if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
         raise RunError(
             "the head that was fitted to the own records is not finite: expected finite features", code="run.not_finite"
         )
     return found
+
+
+@torch.no_grad()
+def evaluate_linear(
+    weight: Tensor, bias: Tensor, features: Tensor, targets: Tensor, toward: Sequence[Tensor], strength: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of a linear head and its gradients, in closed form: a tenth of what autograd takes for few records.
+
+    Args:
+        weight: (classes, d).
+        bias: (classes,).
+        features: (n, d).
+        targets: (n,) class numbers.
+        toward: Weight and bias that are pulled to.
+        strength: Of the pull: strength / 2 · ‖head − toward‖² is added to the mean cross-entropy.
+    """
+    log_probabilities = torch.addmm(bias, features, weight.t()).float().log_softmax(dim=1)
+    slopes = log_probabilities.exp()
+    slopes[torch.arange(len(targets), device=slopes.device), targets] -= 1
+    slopes /= len(targets)
+    apart = [own - other for own, other in zip((weight, bias), toward, strict=True)]
+    value = functional.nll_loss(log_probabilities, targets) + strength / 2 * (apart[0].square().sum() + apart[1].square().sum())
+    return value, [slopes.t() @ features + strength * apart[0], slopes.sum(dim=0) + strength * apart[1]]
+
+
+def _by_autograd(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    value = loss()
+    return value.detach(), torch.autograd.grad(value, list(parameters))
 
 
 def correct_head(model: TrainableModel, head: State, features: Tensor, targets: Tensor) -> State:
@@ -131,12 +164,12 @@ def _scale_and_shift(scores: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         penalty = (shift.square().sum() + log_scale.square().sum()) / (2 * len(targets))
         return functional.cross_entropy(wide * log_scale.exp() + shift, targets) + penalty
 
-    _minimize(loss, [log_scale, shift])
+    _minimize(partial(_by_autograd, loss, [log_scale, shift]), [log_scale, shift])
     return float(log_scale.detach().exp()), shift.detach().float()
 
 
-def _minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
-    """Move the parameters to where the loss is smallest, by L-BFGS (Byrd et al., SIAM J. Sci. Comput. 16, 1995).
+def _minimize(evaluate: Callable[[], tuple[Tensor, Sequence[Tensor]]], parameters: Sequence[Tensor]) -> None:
+    """Move the parameters to where a loss is smallest, by L-BFGS (Byrd et al., SIAM J. Sci. Comput. 16, 1995).
 
     scipy's keeps the best point where rounding in float32 ends its line search early; torch's may step to infinity there.
     """
@@ -151,9 +184,8 @@ def _minimize(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
 
     def at(point: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         put(point)
-        value = loss()
-        gradients = torch.autograd.grad(value, list(parameters))
-        return float(value.detach()), torch.cat([g.detach().double().cpu().reshape(-1) for g in gradients]).numpy()
+        value, gradients = evaluate()
+        return float(value), torch.cat([g.detach().double().cpu().reshape(-1) for g in gradients]).numpy()
 
     start = torch.cat([p.detach().double().cpu().reshape(-1) for p in parameters]).numpy()
     with single_thread():

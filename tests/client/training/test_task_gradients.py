@@ -90,7 +90,7 @@ def test_gradients_of_pairs_are_those_of_single_records(
     check_gradients_of(plan, tolerance)
 
 
-@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.long), "marian"])
+@pytest.mark.parametrize("kind", ["t5", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("bart", "marian"))])
 def test_what_a_run_checks_of_pairs_holds(new_plan: NewPlan, kind: str) -> None:
     for mode in ("lora", "full"):
         plan = new_plan("seq2seq", kind, mode)

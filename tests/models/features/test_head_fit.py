@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softmax
 
 from cotune.models.config import ModelConfig
-from cotune.models.features.head_fit import correct_head, fit_head, head_names, head_scores, last_layer
+from cotune.models.features.head_fit import correct_head, evaluate_linear, fit_head, head_names, head_scores, last_layer
 from cotune.models.trainable import State, TrainableModel, get_model
 
 CLASSES = ("bad", "good", "so")
@@ -52,6 +52,22 @@ def test_a_fitted_head_is_where_the_gradient_vanishes(model: TrainableModel, hea
     apart = softmax(features @ weight.T + bias, dim=1) - one_hot(targets)
     assert (apart.T @ features / 80 + strength * (weight - head["classifier.weight"])).abs().max() < 2e-3
     assert (apart.mean(dim=0) + strength * (bias - head["classifier.bias"])).abs().max() < 2e-3
+
+
+@given(st.integers(1, 40), st.floats(0, 10), st.integers(0, 99))
+def test_closed_form_is_what_autograd_finds(count: int, strength: float, seed: int) -> None:
+    features, targets = records(count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    weight, other = torch.randn(2, 3, 16, generator=generator)
+    bias, shift = torch.randn(2, 3, generator=generator)
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    apart = (weight - other).square().sum() + (bias - shift).square().sum()
+    expected = cross_entropy(features @ weight.t() + bias, targets) + strength / 2 * apart
+
+    value, gradients = evaluate_linear(weight, bias, features, targets, [other, shift], strength)
+
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(tuple(gradients), torch.autograd.grad(expected, parameters), rtol=1e-4, atol=1e-5)
 
 
 def test_a_strong_pull_leaves_the_head_and_none_fits_the_records(model: TrainableModel, head: State) -> None:

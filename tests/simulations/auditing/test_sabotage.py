@@ -291,7 +291,7 @@ def audited(steps: Steps, plan: Plan) -> AuditResult:
 
 @pytest.mark.parametrize(
     ("steps", "broken"),
-    [(take_steps, False), (unclipped, True), (quarter_of_the_noise, True)],
+    [(take_steps, False), pytest.param(unclipped, True, marks=pytest.mark.long), (quarter_of_the_noise, True)],
     ids=["honest", "unclipped", "quarter of the noise"],
 )
 def test_the_audit(toy_plan: NewPlan, steps: Steps, broken: bool) -> None:

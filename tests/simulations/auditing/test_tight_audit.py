@@ -61,6 +61,7 @@ def test_noise_that_is_thirty_percent_too_small_breaks_the_claim(toy_plan: NewPl
     assert seen(result) > result.epsilon
 
 
+@pytest.mark.long
 def test_a_bound_that_is_too_large_breaks_the_claim(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the noise is as claimed, canaries show it."""
     result = audited(toy_plan(privacy=CLAIM, local=LOCAL), larger_contributions, monkeypatch)
