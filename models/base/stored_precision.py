@@ -98,8 +98,13 @@ def narrow_weights(dtype: torch.dtype | None) -> Iterator[None]:
         yield
         return
 
+    wide: dict[int, nn.Parameter] = {}  # by their ids, which are theirs as long as they are held
+
     def narrow(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if name != "weight" or type(module) not in _NARROW or parameter.dtype == dtype:
+        if parameter.dtype == dtype or id(parameter) in wide:  # what is tied to a wide weight is that weight, and no copy
+            return None
+        if name != "weight" or type(module) not in _NARROW:
+            wide[id(parameter)] = parameter
             return None
         return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
 
