@@ -27,7 +27,8 @@ from cotune.errors import ModelError
 _JSON = ".json"
 _WEIGHTS = ".safetensors"
 _INDEX = ".safetensors.index.json"  # which of several files holds which weight
-_SUFFIXES = (_WEIGHTS, _JSON, ".txt", ".model", ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
+_VOCABULARY = ".model"
+_SUFFIXES = (_WEIGHTS, _JSON, ".txt", _VOCABULARY, ".jinja", ".spm", ".codes", ".tokenizer", ".tiktoken")
 _POOLING = "1_Pooling/config.json"
 ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `features.layer_folder`)
 FUSION_FILE = "fusion.json"  # in the folder of a fused model (see `fused_folder`), with its members in `models/`
@@ -66,8 +67,11 @@ def _list_fused_files(folder: Path) -> dict[str, Path]:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file of that name at the top of a model's folder is part of the model."""
-    return name.endswith(_SUFFIXES) and not name.startswith(".")
+    """Whether a file of that name at the top of a model's folder is part of the model.
+
+    Hidden files are not, but for those that transformers finds where it looks for any vocabulary of SentencePiece.
+    """
+    return name.endswith(_VOCABULARY) or (name.endswith(_SUFFIXES) and not name.startswith("."))
 
 
 def has_weights(folder: Path) -> bool:

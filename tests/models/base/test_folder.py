@@ -12,15 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.tokenization_utils_base import find_sentencepiece_model_file
 
 from cotune.errors import ModelError
-from cotune.models.base.folder import read_base_labels, read_settings
+from cotune.models.base.folder import content_hash, is_model_file, read_base_labels, read_settings
 from cotune.models.base.load import load_model
 from cotune.models.config import ModelConfig
 from tests.support.fork_server import preloaded
 from tests.support.processes import forked
 
 __all__ = ["forked"]  # fixture
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "spm.model", ".model", ".other.model"])
+def test_every_vocabulary_that_transformers_finds_is_hashed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = content_hash(tmp_path)
+    (tmp_path / name).write_bytes(b"pieces")
+    assert find_sentencepiece_model_file(str(tmp_path), local_files_only=True) == name
+    assert is_model_file(name)
+    assert content_hash(tmp_path) != before
 
 
 def labels(folder: Path, names: object) -> tuple[str, ...]:
