@@ -80,8 +80,8 @@ class TrainingRules(ConfigTable):
     )
     handed_over_members: bool = Field(
         False,
-        description="true: a plan may stack models that were trained without privacy and handed over; they may reveal single"
-        " records of those that they come from to everybody who takes part",
+        description="true: a plan may stack models that were trained without privacy and handed over, or with an ε above"
+        " budget.epsilon_per_run; they may reveal single records of those that they come from to everybody who takes part",
     )
     units: tuple[str, ...] = Field(
         (), description="whom a plan may promise its privacy to: a unit such as patient_id; record, where each record is a person"

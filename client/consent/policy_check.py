@@ -153,11 +153,17 @@ def _of_plan(plan: Plan, policy: Policy, hours: float) -> Iterator[Violation]:
 
 
 def _handed_over(plan: Plan, policy: Policy) -> Iterator[Violation]:
-    names = [member.name for member in plan.model.members if member.handed_over]
+    """A member with a larger ε than this organization allows for a run of its own counts as one without privacy."""
+    most = policy.budget.epsilon_per_run
+    members = plan.model.members
+    names = [
+        f"{m.name}: {'none' if m.epsilon is None else f'ε = {m.epsilon:g}'}" for m in members if (m.epsilon or math.inf) > most
+    ]
     if names and not policy.training.handed_over_members:
         yield Violation(
             "training.handed_over_members",
-            f"the plan stacks models that were trained without privacy ({', '.join(names)}), expected members with ε and δ",
+            f"the plan stacks models that were trained with too little privacy ({', '.join(names)}), expected members with an ε"
+            f" of at most {most:g} (budget.epsilon_per_run)",
             True,
         )
 

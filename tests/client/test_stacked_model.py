@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cotune.client.consent.plan_summary import summarize_plan
+from cotune.client.consent.policy_check import find_violations
 from cotune.client.consent.preflight import run_preflight
 from cotune.client.final_model import store_final_model
 from cotune.client.personalization.evaluation import adapt_site, open_final_model
@@ -76,6 +77,13 @@ def test_members_without_privacy_need_the_policys_leave(stacking: Callable[..., 
     assert not site.ledger_file.exists() or not site.ledger().rounds(plan.plan_id)
     assert train_round(stacking(), site, 1, head_of(1)).steps > 0
     assert not Policy().training.handed_over_members
+
+
+@pytest.mark.parametrize(("most", "declined"), [(3.0, False), (2.9, True)])
+def test_members_with_a_larger_epsilon_than_own_need_leave(stacking: Callable[..., Plan], most: float, declined: bool) -> None:
+    rules = {"training.handed_over_members": False, "budget.epsilon_per_run": most}
+    found = find_violations(stacking(), change_policy(Policy.permissive(), rules), 100)
+    assert ("training.handed_over_members" in {violation.rule for violation in found}) == declined
 
 
 def test_preflight_tries_a_step_and_the_summary_says_what_leaves(stacking: Callable[..., Plan], make_site: NewSite) -> None:
