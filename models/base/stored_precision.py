@@ -51,12 +51,12 @@ class NarrowEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows of the numbers, (…) -> (…, width)."""
         rows = super().forward(input)
-        return rows.float() if rows.dtype in _STORED.values() else rows  # for a moment a table may be wider: see `in_float64`
+        return rows.float() if _is_narrow(rows) else rows  # for a moment a table may be wider: see `in_float64`
 
 
 @contextmanager
 def _saved_narrow(weight: Tensor, wide: Tensor) -> Iterator[None]:
-    """Let autograd keep no copy of a widened weight: views of it are made anew when a gradient needs them."""
+    """Save the narrow weight for the backward pass in place of its widened copy, which is recomputed there."""
     dtype = wide.dtype
     place = wide.data_ptr()
 
@@ -128,7 +128,7 @@ def use_narrow_layers(module: nn.Module, stay: Iterable[str] = ()) -> None:
     allowed = tuple(stay) or ("",)
     for name, layer in module.named_modules():
         kind = _NARROW.get(type(layer))
-        if kind is not None and name.startswith(allowed) and layer.weight.dtype in _STORED.values():
+        if kind is not None and name.startswith(allowed) and _is_narrow(layer.weight):
             layer.__class__ = kind
         else:
             for parameter in layer.parameters(recurse=False):
@@ -140,11 +140,15 @@ def use_plain_layers(layers: Iterable[nn.Module]) -> None:
     plain = {narrow: kind for kind, narrow in _NARROW.items()}
     for layer in layers:
         kind = plain.get(type(layer))
-        if kind is not None and layer.weight.dtype not in _STORED.values():
+        if kind is not None and not _is_narrow(cast(Tensor, layer.weight)):
             layer.__class__ = kind
 
 
 def widen(parameter: Tensor) -> None:
     """Give a parameter float32, with the same numbers, in the place that it has in its layers."""
-    if parameter.dtype in _STORED.values():
+    if _is_narrow(parameter):
         parameter.data = parameter.data.float()
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.dtype in _STORED.values()

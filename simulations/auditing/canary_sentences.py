@@ -116,7 +116,7 @@ class Memorization:
         exposure: Mean exposure of those that were in, in bits.
         highest: Of them.
         exposure_held_out: Mean exposure of those that were not in: what knowing nothing looks like.
-        most: The highest exposure that so many references can show.
+        most: Upper limit of the exposure for this number of references, in bits.
     """
 
     planted: int

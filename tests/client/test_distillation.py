@@ -256,7 +256,7 @@ def test_killed_in_training_is_charged_again(student: NewPlan, make_site: NewSit
 def test_killed_at_any_change_of_a_file_ends_with_one_student(
     student: NewPlan, make_site: NewSite, teachers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A student that is kept is written as it is, to the bit, and not charged again; one that is not is trained anew."""
+    """A cached student is exported unchanged, to the bit, at no cost; without one the student is trained again."""
     plan = student(rounds=1)
     site = make_site()
     before = Path(shutil.copytree(site.folder, tmp_path / "before"))

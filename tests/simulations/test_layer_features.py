@@ -14,7 +14,7 @@ from cotune.errors import PlanError
 from cotune.models.evaluation.predictor import evaluate_classifier, open_predictor
 from cotune.plan.load import load_plan
 from cotune.simulations.run import simulate
-from tests.support.processes import Cotune, Moment, play_killed
+from tests.support.processes import Cotune, Moment, play_whole_and_killed
 from tests.support.simulations import BY_PRIOR, COMPARED, NewPlan, tensors_of
 
 FEATURE = {"layers": [0, 1, 2]}
@@ -53,13 +53,12 @@ def test_a_run_on_layers_is_the_same_again(toy_plan: NewPlan, tmp_path: Path) ->
 @pytest.mark.crash
 def test_killed_run_on_layers_ends_as_if_it_had_not_been(toy_plan: NewPlan, cotune: Cotune, tmp_path: Path) -> None:
     plan = toy_plan(model={"pooling": "auto", "feature": FEATURE}, simulation={"baselines": []})
-    simulate(plan, tmp_path / "whole", device="cpu")
     moments = (
         Moment("step", {"round": 1, "organization": "org-2"}),
         Moment("update_received", {"round": 3, "organization": "org-1"}),
     )
-    play_killed(cotune, plan, tmp_path / "other", moments)
-    assert tensors_of(tmp_path / "other") == tensors_of(tmp_path / "whole")
+    whole, run = play_whole_and_killed(cotune, plan, tmp_path, moments)
+    assert tensors_of(run) == tensors_of(whole)
 
 
 def test_organizations_are_told_what_is_read(toy_plan: NewPlan) -> None:

@@ -26,7 +26,7 @@ from cotune.server.runs.run_model import final_params
 from cotune.simulations.run import Run, simulate
 from tests.support.datasets import sentences, write_csv
 from tests.support.oracle_epsilon import oracle_epsilon
-from tests.support.processes import Cotune, Moment, play_killed
+from tests.support.processes import Cotune, Moment, play_killed, play_whole_and_killed
 from tests.support.simulations import NewPlan, tensors_of
 from tests.support.stacked import LABELS, export_fitted, stated, write_together
 
@@ -155,13 +155,12 @@ def test_result_is_a_fused_model(private: Run, toy_data: Path) -> None:
 @pytest.mark.crash
 def test_killed_run_of_stacking_ends_as_if_it_had_not_been(stacking: Callable[..., Plan], cotune: Cotune, tmp_path: Path) -> None:
     plan = stacking(rounds=2)
-    simulate(plan, tmp_path / "whole", device="cpu")
     moments = (
         Moment("step", {"round": 1, "organization": "org-2"}),
         Moment("update_received", {"round": 2, "organization": "org-1"}),
     )
-    play_killed(cotune, plan, tmp_path / "other", moments)
-    assert tensors_of(tmp_path / "other") == tensors_of(tmp_path / "whole")
+    whole, run = play_whole_and_killed(cotune, plan, tmp_path, moments)
+    assert tensors_of(run) == tensors_of(whole)
 
 
 @pytest.mark.crash

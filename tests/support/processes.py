@@ -185,14 +185,21 @@ def play_killed(cotune: Cotune, plan: Plan, run: Path, moments: Iterable[Moment]
     finish(cotune(*arguments), run.parent / "cotune.log")
 
 
-def play_whole_and_killed(cotune: Cotune, plan: Plan, folder: Path) -> tuple[Path, Path]:
-    """Play a plan of two organizations and two rounds undisturbed, and killed in either round; return the folders of both runs."""
+_IN_EITHER_ROUND = (
+    Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
+    Moment("update_received", {"round": 2, "organization": "org-1"}),
+)
+
+
+def play_whole_and_killed(
+    cotune: Cotune, plan: Plan, folder: Path, moments: Iterable[Moment] = _IN_EITHER_ROUND
+) -> tuple[Path, Path]:
+    """Play a plan of two organizations undisturbed, and killed at each moment; return the folders of both runs.
+
+    moments: By default in either of two rounds.
+    """
     whole = folder / "whole"
     run = folder / "other"  # as long as the other's: a request names the folder, and its bytes are counted
     simulate(plan, whole, device="cpu")
-    moments = (
-        Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
-        Moment("update_received", {"round": 2, "organization": "org-1"}),
-    )
     play_killed(cotune, plan, run, moments)
     return whole, run

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cotune.client.site import Site
 from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
 from cotune.client.training.round import train_round
-from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.client.training.stage_setup.training_setup import TrainingSetup
-from cotune.data.dataset import Dataset
 from cotune.data.multi_task import keep_tasks
 from cotune.data.record_reading import read_records
 from cotune.data.tasks.classes import IGNORED
 from cotune.models.trainable import TrainableModel
-from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.clipped_sum import ClippedSum
-from cotune.privacy.mechanisms.per_example import per_example, unit_gradients
 from cotune.simulations.prepare import make_site, prepare
 from tests.support.multi_task import NewPlan, write_tasks
+from tests.support.multi_task_training import check_clipped_sum, clipped_sum, norm, prepared
 
 PEOPLE = {"privacy": {"epsilon": 2.0, "delta": 1e-3, "unit": "person", "max_records": 4}}
 RECORDS = {"privacy": {"epsilon": 2.0, "delta": 1e-3}}
@@ -43,21 +36,6 @@ pytestmark = [
 @pytest.fixture
 def few(tmp_path: Path) -> dict[str, str]:
     return {"source": str(write_tasks(tmp_path / "few.csv", count=24, people=8))}
-
-
-def prepared(plan: Plan) -> tuple[TrainableModel, list[nn.Parameter], TrainingSetup]:
-    """The setting of an organization with all records, and with the parameters away from where they start."""
-    model = get_plan_model(plan, "cpu")
-    names = model.names(plan.get_stage(1).mode)
-    model.load({})
-    generator = torch.Generator().manual_seed(5)
-    state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}
-    model.load(state)
-    parameters = model.train_only(names)
-    records = read_records(plan.data, task=plan.task)
-    held = Dataset(((records, np.arange(len(records))),), plan.labels, plan.task, tasks=("mood", "length"))
-    held = held.bound_contributions(plan.privacy, plan.seed)
-    return model, parameters, build_setup(plan, plan.get_stage(1), model, held, state, "clinic", expected_batch=4)
 
 
 def by_hand(model: TrainableModel, given: TrainingSetup, row: int) -> Tensor:
@@ -75,33 +53,17 @@ def by_hand(model: TrainableModel, given: TrainingSetup, row: int) -> Tensor:
     return total
 
 
-def norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().pow(2).sum()) for t in tensors))
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_clipped_sum_is_that_of_a_loop_over_units(multi_plan: NewPlan, few: dict[str, str], kind: str, mode: str) -> None:
     """Of each person the gradients of all records in all tasks are added, and clipped once over all heads and the shared part."""
     plan = multi_plan(kind, data=few, **PEOPLE, **MODES[mode])
-    model, parameters, given = prepared(plan)
+    model, parameters, given, _ = prepared(plan)
     expected = []
     for unit in given.units:
         losses = [by_hand(model, given, row) for row in unit]
         expected.append([g.double() for g in torch.autograd.grad(sum(losses, torch.zeros(())), parameters, allow_unused=False)])
-    norms = sorted(map(norm, expected))
-    clip = norms[len(norms) // 2] * 0.99  # some are clipped and some are not
-    total = [sum((g[i] * min(1.0, clip / norm(g)) for g in expected), torch.zeros(())) for i in range(len(parameters))]
-    actual = clipped_sum(given, given.units, clip)
-    assert norm([a.double() - e for a, e in zip(actual, total, strict=True)]) < 1e-5 * norm(total)
-
-
-def clipped_sum(given: TrainingSetup, units: Sequence[Sequence[int]], clip: float) -> list[Tensor]:
-    with per_example(given.module, given.loss) as gradients:
-        found = ClippedSum(gradients.parameters, clip, 0.0, "flat")
-        for block, _ in unit_gradients(gradients, units, given.batches):
-            found.add(block)
-        return [tensor.clone() for tensor in found.totals()]
+    check_clipped_sum(given, expected)
 
 
 @pytest.mark.parametrize("privacy", [PEOPLE, RECORDS], ids=["people", "records"])
@@ -110,7 +72,7 @@ def test_a_unit_in_two_tasks_changes_the_sum_by_one_clip_norm(
 ) -> None:
     """Without it the sum over the others is the same to the bit, and all of what it adds, in both heads, is C at most."""
     plan = multi_plan(data=few, train="full", **privacy)
-    model, _, given = prepared(plan)
+    model, _, given, _ = prepared(plan)
     names = model.names("full")
     clip = 1e-3  # all are clipped
     whole = clipped_sum(given, given.units, clip)
@@ -127,7 +89,7 @@ def test_a_unit_in_two_tasks_changes_the_sum_by_one_clip_norm(
 
 def test_a_record_of_one_task_leaves_other_heads_alone(multi_plan: NewPlan, few: dict[str, str]) -> None:
     plan = multi_plan(data=few, **RECORDS)
-    model, parameters, given = prepared(plan)
+    model, parameters, given, _ = prepared(plan)
     names = model.names("lora")
     row = next(r for r in range(given.rows) if int(given.alone(r)["labels"][0, 0]) == IGNORED)
     gradients = torch.autograd.grad(given.loss(given.alone(row)).sum(), parameters)
@@ -140,7 +102,7 @@ def test_a_record_of_one_task_leaves_other_heads_alone(multi_plan: NewPlan, few:
 def test_the_checks_before_a_run_pass(multi_plan: NewPlan, few: dict[str, str], kind: str) -> None:
     plan = multi_plan(kind, data=few, **RECORDS)
     check_stages(plan, get_plan_model(plan, "cpu"))
-    _, _, given = prepared(plan)
+    _, _, given, _ = prepared(plan)
     assert isinstance(plan.privacy, RecordPrivacy)
     assert check_gradients(given, plan.privacy, "lora") < 1e-5
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cotune.client.training.checks.gradient_checks import check_gradients, check_stages
-from cotune.client.training.stage_setup.from_records import build_setup
-from cotune.client.training.stage_setup.training_setup import TrainingSetup
-from cotune.data.dataset import Dataset
 from cotune.data.multi_task import task_of
-from cotune.data.record_reading import read_records
 from cotune.models.trainable import TrainableModel
-from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.config import RecordPrivacy
-from cotune.privacy.mechanisms.clipped_sum import ClippedSum
-from cotune.privacy.mechanisms.per_example import per_example, unit_gradients
 from tests.support.multi_task import TAGGED, NewPlan, write_tagged
+from tests.support.multi_task_training import check_clipped_sum, clipped_sum, norm, prepared
 
 PEOPLE = {"privacy": {"epsilon": 2.0, "delta": 1e-3, "unit": "person", "max_records": 4}}
 RECORDS = {"privacy": {"epsilon": 2.0, "delta": 1e-3}}
@@ -40,21 +32,6 @@ pytestmark = [
 @pytest.fixture
 def few(tmp_path: Path) -> dict[str, str]:
     return {"source": str(write_tagged(tmp_path / "few.csv", count=24, people=8))}
-
-
-def prepared(plan: Plan) -> tuple[TrainableModel, list[nn.Parameter], TrainingSetup, Dataset]:
-    """The setting of an organization with all records, and with the parameters away from where they start."""
-    model = get_plan_model(plan, "cpu")
-    names = model.names(plan.get_stage(1).mode)
-    model.load({})
-    generator = torch.Generator().manual_seed(5)
-    state = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state(names).items()}
-    model.load(state)
-    parameters = model.train_only(names)
-    records = read_records(plan.data, task=plan.task)
-    held = Dataset(((records, np.arange(len(records))),), plan.labels, plan.task, tasks=tuple(WEIGHTS))
-    held = held.bound_contributions(plan.privacy, plan.seed)
-    return model, parameters, build_setup(plan, plan.get_stage(1), model, held, state, "clinic", expected_batch=4), held
 
 
 def by_hand(model: TrainableModel, words: Sequence[str], names: Sequence[str]) -> Tensor:
@@ -89,18 +66,6 @@ def first_token(read: object, words: Sequence[str], place: int) -> int | None:
     return found
 
 
-def norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(t.double().pow(2).sum()) for t in tensors))
-
-
-def clipped_sum(given: TrainingSetup, units: Sequence[Sequence[int]], clip: float) -> list[Tensor]:
-    with per_example(given.module, given.loss) as gradients:
-        found = ClippedSum(gradients.parameters, clip, 0.0, "flat")
-        for block, _ in unit_gradients(gradients, units, given.batches):
-            found.add(block)
-        return [tensor.clone() for tensor in found.totals()]
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_clipped_sum_is_that_of_a_loop_over_units(tagged_plan: NewPlan, few: dict[str, str], kind: str, mode: str) -> None:
@@ -116,11 +81,7 @@ def test_the_clipped_sum_is_that_of_a_loop_over_units(tagged_plan: NewPlan, few:
         expected.append(
             [torch.zeros_like(p).double() if g is None else g.double() for g, p in zip(found, parameters, strict=True)]
         )
-    norms = sorted(map(norm, expected))
-    clip = norms[len(norms) // 2] * 0.99  # some are clipped and some are not
-    total = [sum((g[i] * min(1.0, clip / norm(g)) for g in expected), torch.zeros(())) for i in range(len(parameters))]
-    actual = clipped_sum(given, given.units, clip)
-    assert norm([a.double() - e for a, e in zip(actual, total, strict=True)]) < 1e-5 * norm(total)
+    check_clipped_sum(given, expected)
 
 
 @pytest.mark.parametrize("privacy", [PEOPLE, RECORDS], ids=["people", "records"])

@@ -63,7 +63,7 @@ def scores(out: Path) -> list[float]:
 
 
 def figures(out: Path) -> list[set[str]]:
-    """The figures of each run that are written with so many digits that no other number is the same by chance."""
+    """Metrics of each run with enough digits that an equal number elsewhere is no coincidence."""
     runs = sorted((out / "private" / "runs").iterdir())
     tests = [json.loads((run / "summary.json").read_bytes())["test"]["federated"] for run in runs]
     return [{json.dumps(value) for value in test.values() if len(json.dumps(value)) > 12} for test in tests]
