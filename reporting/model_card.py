@@ -54,10 +54,10 @@ def model_card(
     how = _use_of_adapters(plan) if adapters else _how(plan, pipeline, length)
     library = "peft" if adapters else "transformers"
     lines = [
-        *("---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
+        *("---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", "", f"# {markdown_line(plan.name)}", ""),
         *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
-        *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
-        *("", "## Privacy", "", "\n\n".join(map(_shown, (*privacy, *_about_members(plan))))),
+        *(f"| {name} | {markdown_line(value)} |" for name, value in _facts(plan, task.key, length)),
+        *("", "## Privacy", "", "\n\n".join(map(markdown_line, (*privacy, *_about_members(plan))))),
         *_results(test or {}, examples),
     ]
     return "\n".join(lines) + "\n"
@@ -266,10 +266,10 @@ def _results(test: Measured, examples: int) -> Iterator[str]:
     yield f"| | {' | '.join(keys)} |"
     yield f"|---|{'---|' * len(keys)}"
     for name, metrics in rows:
-        yield f"| {_shown(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in keys)} |"
+        yield f"| {markdown_line(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in keys)} |"
 
 
-def _shown(text: str) -> str:
+def markdown_line(text: str) -> str:
     """One line, with Markdown's and HTML's own characters escaped."""
     line = " ".join("".join(" " if unicodedata.category(c).startswith("C") else c for c in text).split())
     return _SPECIAL.sub(r"\\\1", line)
