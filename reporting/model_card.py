@@ -136,9 +136,11 @@ def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
     yield from (
         "## How to use",
         "",
-        f"This head reads the means of layers {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no"
-        " class: `pipeline` refuses this folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and this is the"
-        " exact model, too. `cotune distill FOLDER` makes a plain classifier of it, which is close to it and not the same.",
+        "**This is the exact model**: `head.safetensors` holds the head as the rounds have left it. It reads the means of layers"
+        f" {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no class: `pipeline` refuses this"
+        " folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and so does this program. `cotune onnx FOLDER`"
+        " writes the same head as `head.onnx`. `cotune distill FOLDER` makes a plain classifier of it, which is another model, and"
+        " whose card says what that has cost.",
         "",
         "```python",
         "import json",
