@@ -139,8 +139,8 @@ def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
         "**This is the exact model**: `head.safetensors` holds the head as the rounds have left it. It reads the means of layers"
         f" {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no class: `pipeline` refuses this"
         " folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and so does this program. `cotune onnx FOLDER`"
-        " writes the same head as `head.onnx`. `cotune distill FOLDER` makes a plain classifier of it, which is another model, and"
-        " whose card says what that has cost.",
+        " writes the same head as `head.onnx`. `cotune distill FOLDER` makes a plain classifier of it, which is another model:"
+        " its card says what that has cost.",
         "",
         "```python",
         "import json",
