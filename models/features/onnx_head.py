@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cotune.data.readers.sources import get_base_path
 from cotune.errors import ModelError
+from cotune.models.base.finished import speaking_of_models
 from cotune.models.base.folder import ENCODER, content_hash
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
@@ -50,7 +51,8 @@ def write_onnx_head(source: str, file: Path | None = None) -> Path:
             ONNX; the file exists, or cannot be written.
     """
     _check_installed()
-    folder = find_base(ModelConfig(base=source)).path
+    with speaking_of_models():
+        folder = find_base(ModelConfig(base=source)).path
     if not is_layer_model(folder):
         raise ModelError(
             f"{source} has no head on layers: expected a model with {HEAD_FILE}, from a plan with model.feature; other models are"
