@@ -49,6 +49,7 @@ class SequenceDistillation:
         write: Most tokens of the targets that the teachers write; None: the inputs have their own.
         device: auto, cpu, cuda or cuda:N.
         license: Of the public inputs, as it is to be recorded.
+        source: Where they come from, as it is to be recorded.
         left_out: How many records of the file could not be used, by the reason.
     """
 
@@ -62,6 +63,7 @@ class SequenceDistillation:
     write: int | None = None
     device: str = "auto"
     license: str = ""
+    source: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -163,7 +165,12 @@ def _settings(work: SequenceDistillation, student: TrainableModel) -> dict[str, 
         "teachers": [{"model": name, "sha256": teacher.loaded.folder.content_hash} for name, teacher in named],
         "student": {"base": work.student.base, "sha256": loaded.folder.content_hash},
         "tokenizer": tokenizer_hash(tokenizer_parts(loaded, chats=work.chats)),
-        "inputs": {"count": len(work.inputs), "sha256": inputs_hash(work.inputs), "license": work.license},
+        "inputs": {
+            "count": len(work.inputs),
+            "sha256": inputs_hash(work.inputs),
+            "source": work.source,
+            "license": work.license,
+        },
         "written": work.write,
         "max_length": loaded.max_length,
         **asdict(work.config),

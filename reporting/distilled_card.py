@@ -13,7 +13,8 @@ from typing import Any
 
 from cotune.data.config import TaskName
 from cotune.data.tasks.task import get_task
-from cotune.reporting.model_card import CARD, markdown_line
+from cotune.reporting.model_card import CARD, escape_line
+from cotune.reporting.student_card import short_name
 
 _MOST_BYTES = 2**18  # of a card that is read
 _MOST_QUOTED = 500  # characters of what it says
@@ -56,11 +57,11 @@ def distilled_card(name: str, found: Mapping[str, Any], privacy: Sequence[str]) 
     pipeline = get_task(task).pipeline
     public = "public texts" if found["written"] is None else "texts that these wrote for public prompts"
     lines = [
-        *("---", "library_name: transformers", f"pipeline_tag: {pipeline}", "---", "", f"# {markdown_line(name)}", ""),
+        *("---", "library_name: transformers", f"pipeline_tag: {pipeline}", "---", "", f"# {escape_line(name)}", ""),
         f"Distilled with cotune from {_teachers(found)} on {public}.",
         *("", *_use(task, found["max_length"]), "", "## Model", "", "| | |", "|---|---|"),
-        *(f"| {key} | {markdown_line(value)} |" for key, value in _facts(found)),
-        *("", _HEADING, "", "\n\n".join(map(markdown_line, _about_privacy(found, privacy)))),
+        *(f"| {key} | {escape_line(value)} |" for key, value in _facts(found)),
+        *("", _HEADING, "", "\n\n".join(map(escape_line, _about_privacy(found, privacy)))),
         *_results(found["held_out"]),
     ]
     return "\n".join(lines) + "\n"
@@ -84,11 +85,15 @@ def _use(task: TaskName, length: int) -> Iterator[str]:
 def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "task", found["task"]
     for teacher in found["teachers"]:
-        yield "teacher", f"{_last(teacher['model'])}, SHA-256 {teacher['sha256']}"
-    yield "base model of the student", f"{_last(found['student']['base'])}, SHA-256 {found['student']['sha256']}"
+        yield "teacher", f"{short_name(teacher['model'])}, SHA-256 {teacher['sha256']}"
+    yield "base model of the student", f"{short_name(found['student']['base'])}, SHA-256 {found['student']['sha256']}"
     yield "tokenizer of all", f"SHA-256 {found['tokenizer']}"
     inputs = found["inputs"]
-    yield "public texts", f"{inputs['count']:,}, SHA-256 {inputs['sha256']}, license {inputs['license'] or 'not given'}"
+    yield (
+        "public texts",
+        f"{inputs['count']:,}; source: {inputs['source'] or 'not stated'}; license: {inputs['license'] or 'not stated'}; SHA-256"
+        f" {inputs['sha256']}",
+    )
     written = found["written"]
     yield "targets", "their own" if written is None else f"written by each teacher, of at most {written} tokens"
     yield "loss", _loss(found)
@@ -108,7 +113,7 @@ def _about_privacy(found: Mapping[str, Any], privacy: Sequence[str]) -> Iterator
         " that of its teachers (post-processing), and what a teacher remembers of its own training may pass to it."
     )
     for teacher, said in zip(found["teachers"], privacy, strict=True):
-        name = _last(teacher["model"])
+        name = short_name(teacher["model"])
         if not said:
             yield f"Teacher {name}: no model card in its folder says anything about privacy. Count it as trained without."
         elif promises_privacy(said):
@@ -124,8 +129,3 @@ def _results(held: Mapping[str, Any]) -> Iterator[str]:
     rows = (("teacher", held["teacher"]), ("student before", held["before"]["student"]), ("this model", held["student"]))
     for name, figures in rows:
         yield f"| {name} | {' | '.join(f'{figures[key]:.3f}' for key in _MEASURES)} |"
-
-
-def _last(name: str) -> str:
-    """A folder by its last name alone: where it is on a machine is nobody's business."""
-    return Path(name).name if Path(name).expanduser().exists() else name

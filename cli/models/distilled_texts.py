@@ -51,6 +51,7 @@ def distill_texts(
     out: Path,
     device: str,
     license: str,
+    source: str,
 ) -> dict[str, Any]:
     """Train a student on what teachers say of texts, or write themselves; write it, and return its settings and figures.
 
@@ -65,6 +66,7 @@ def distill_texts(
         out: A new folder for the student.
         device: What computes.
         license: Of the inputs.
+        source: Where they come from.
 
     Returns:
         Settings and figures, and under `unprotected` the teachers whose model cards promise no privacy.
@@ -76,9 +78,7 @@ def distill_texts(
     chats = columns.messages is not None
     opened = [open_language_model(teacher, task, device, student.max_length, chats=chats) for teacher in teachers]
     privacy = [read_privacy(teacher.loaded.folder.path) for teacher in opened]
-    work = SequenceDistillation(
-        opened, teachers, task, student, config, inputs, out, write=write, device=device, license=license, left_out=left_out
-    )
+    work = SequenceDistillation(opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out)
     found = distill_sequences(work, lambda found: {CARD: distilled_card(out.name, found, privacy)})
     unprotected = [name for name, said in zip(teachers, privacy, strict=True) if not promises_privacy(said)]
     return {**found, "unprotected": unprotected}

@@ -15,7 +15,7 @@ FOUND: dict[str, Any] = {
     "teachers": [{"model": "org/big", "sha256": "a" * 64}, {"model": "/nowhere/second", "sha256": "b" * 64}],
     "student": {"base": "org/small", "sha256": "c" * 64},
     "tokenizer": "d" * 64,
-    "inputs": {"count": 200, "sha256": "e" * 64, "license": "CC0-1.0"},
+    "inputs": {"count": 200, "sha256": "e" * 64, "source": "a page", "license": "CC0-1.0"},
     "written": None,
     "max_length": 128,
     "train": "full",
@@ -40,8 +40,8 @@ def test_a_promise_is_quoted_and_its_lack_is_said(tmp_path: Path) -> None:
     assert said == [PROMISE, ""]
     card = distilled_card("student", FOUND, said)
     assert "Teacher org/big, as its model card says: Record-level differential privacy: ε at most 8" in card
-    assert "Teacher /nowhere/second: no model card in its folder says anything about privacy" in card
-    for fact in ("CC0-1.0", *(letter * 64 for letter in "abcde"), "T = 2", "0.25 · cross-entropy"):
+    assert "Teacher second: no model card in its folder says anything about privacy" in card
+    for fact in ("a page", "CC0-1.0", *(letter * 64 for letter in "abcde"), "T = 2", "0.25 · cross-entropy"):
         assert fact in card
 
 
