@@ -88,9 +88,12 @@ class Task:
 
 @dataclass(eq=False)
 class _Worker:
+    """A process, what it is at, and whether it may have died before that: it was idle, and has said nothing since."""
+
     process: WorkerProcess
     task: Task | None = None
     peak: Peak = Peak()
+    may_be_dead: bool = False
 
 
 class WorkerPool:
@@ -216,6 +219,7 @@ class WorkerPool:
         pipe = worker.process.pipe
         try:
             what, *about = pipe.recv()
+            worker.may_be_dead = False
             if what == DONE:
                 task.finish(task.receive(pipe))
         except (EOFError, OSError):
@@ -226,12 +230,15 @@ class WorkerPool:
             self._observers[who](event, fields)
             return
         worker.task = None
+        worker.may_be_dead = True
         worker.peak = Peak(*about)
 
     def _bury(self, worker: _Worker) -> None:
-        """Let others do what a worker has left."""
+        """Let others do what a worker has left. If it died idle, that says nothing of the task."""
         assert worker.task is not None
         self._workers[self._workers.index(worker)] = None
         self._begun.discard(worker.task)
-        worker.task.note_death(worker.process.wait())
+        exit_code = worker.process.wait()
         worker.process.kill()
+        if not worker.may_be_dead:
+            worker.task.note_death(exit_code)
