@@ -78,7 +78,7 @@ def pool(tmp_path: Path) -> Iterator[Callable[[int], Pool]]:
         each.close()
 
 
-def test_results_come_as_asked_whoever_is_ready_first(pool: Callable[[int], Pool]) -> None:
+def test_results_come_in_the_order_they_are_asked_for(pool: Callable[[int], Pool]) -> None:
     two = pool(2)
     tasks = two.put_all(task("a"), task("b"), task("c"))
     two.ready = {"b": ["b"], "c": ["c", "a"]}  # a is ready last of all, and asked for first

@@ -1,4 +1,4 @@
-"""Simulations on several processes: they find what one finds, whoever is killed, and nobody outlives them."""
+"""Simulations on several processes: they find what one finds, killed or not, and nobody outlives them."""
 
 from __future__ import annotations
 
