@@ -38,7 +38,16 @@ def distill(
     learning_rate: Annotated[float, typer.Option(min=1e-8, max=10, help="Of AdamW, at first; it falls to 0.")] = 5e-5,
     max_length: Annotated[int, typer.Option(min=2, max=32768, help="Tokens that the student reads of a text.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of a new head, adapters and the order of the inputs.")] = 0,
-    license: Annotated[str, typer.Option(help="License of the public inputs, to be recorded beside the student.")] = "",
+    source: Annotated[
+        str | None, typer.Option(help="Where the public inputs come from, to be recorded with the student; default: the file.")
+    ] = None,
+    license: Annotated[str, typer.Option(help="License of the public inputs, to be recorded with the student.")] = "",
+    test: Annotated[
+        Path | None,
+        typer.Option(
+            help='Labeled records that student and teachers are also measured on; their class is in --label or "label".'
+        ),
+    ] = None,
     as_json: AsJson = False,
     device: Device = "auto",
 ) -> None:
@@ -55,6 +64,8 @@ def distill(
     )
     columns = RecordOptions(text=text, image=image, label=label, encoding=encoding)
     check_file(data)
+    if test is not None:
+        check_file(test)
     check_base(student)
     check_new(out)
     announce(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
@@ -62,7 +73,16 @@ def distill(
 
     base = ModelConfig.model_validate({"base": student, "max_length": max_length})
     found = distill_models(
-        teachers, base, config, data.expanduser(), columns, out=out.expanduser(), device=device, license=license
+        teachers,
+        base,
+        config,
+        data.expanduser(),
+        columns,
+        out=out.expanduser(),
+        device=device,
+        license=license,
+        source=data.name if source is None else source,
+        test=None if test is None else test.expanduser(),
     )
     if as_json:
         print_json(found)
@@ -76,6 +96,12 @@ def _show(console: Console, found: dict[str, Any], out: Path) -> None:
         f"on {held['answers']:,} held-out answers the student agrees with its teacher in"
         f" [bold]{figure(held['agreement'])}[/bold]; KL {figure(held['kl'])} nats"
     )
-    if held["teacher_accuracy"] is not None:
-        console.print(f"accuracy: teacher {figure(held['teacher_accuracy'])}, student {figure(held['student_accuracy'])}")
-    console.print(f"the student: {escape(str(out))}")
+    for where, measured in (("held-out inputs", held), ("the test set", found["test"])):
+        if measured is not None and measured["student_accuracy"] is not None:
+            low, high = measured["difference_interval"]
+            console.print(
+                f"accuracy on {where}: teacher {figure(measured['teacher_accuracy'])}, student"
+                f" {figure(measured['student_accuracy'])}; difference {measured['accuracy_difference']:+.3f}"
+                f" ({low:+.3f} to {high:+.3f}), {measured['answers']:,} answers"
+            )
+    console.print(f"the student, with its card: {escape(str(out))}")

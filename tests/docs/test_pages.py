@@ -40,6 +40,7 @@ STORIES = {"docs/join.md", "docs/coordinate.md"}  # tests/deployment/test_guides
 NOT_PLAYED = {  # (page, first line) of each block that is marked on its page, which says why
     ("README.md", "make demo"),
     ("docs/simulate.md", "cotune simulate --engine ray"),
+    ("docs/use.md", "import json"),
     ("docs/audit.md", 'pip install "cotune[audit]"'),
     ("docs/distill.md", "cotune client join site federation.toml --data records.csv --public public.csv --own-model my-base"),
     ("docs/text.md", 'pip install "cotune[text-demo]"'),
