@@ -17,8 +17,10 @@ from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.sequence_distillation import SequenceDistillation, distill_sequences
 from cotune.ensembles.written_targets import Text
 from cotune.errors import DataError, ModelError
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.language_model import open_language_model, writing_task
+from cotune.models.evaluation.predictor import folder_of
 from cotune.reporting.distilled_card import distilled_card, promises_privacy, read_privacy
 from cotune.reporting.model_card import CARD
 
@@ -28,6 +30,7 @@ def find_task(teachers: Sequence[str]) -> TaskName | None:
     tasks = [writing_task(teacher) for teacher in teachers]
     for teacher, task in zip(teachers, tasks, strict=True):
         if task != tasks[0]:
+            find_base(ModelConfig(base=folder_of(teacher)))  # that there is none is another error
             raise ModelError(
                 f"{teacher} is {_kind(task)}, and {teachers[0]} is {_kind(tasks[0])}: expected teachers of one task",
                 code="model.other_task",

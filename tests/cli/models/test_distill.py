@@ -179,6 +179,9 @@ def test_classifiers_and_language_models_do_not_mix(cotune: Cotune, writer: Path
         with pytest.raises(CotuneError) as caught:
             find_task(teachers)
         assert caught.value.code == "model.other_task"
+    with pytest.raises(CotuneError) as caught:
+        find_task([str(writer), "no/folder"])
+    assert caught.value.code == "model.missing_base"
     options = ("--data", "prompts.jsonl", "--out", "student", "--text", "prompt")
     assert cotune("distill", teacher, "--student", writer, *options, "--prompt", "prompt").code == 2
     assert cotune("distill", writer, "--student", teacher, *options).code == 2
