@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/distilled_texts.py --runs runs/distilled-texts    # about half an hour on one core
 
-Tiny models, made from configurations and trained from nothing, write Debian's short description of a package after the first words
-of the long one. Teachers learn from packages that the student never sees; 400 other packages are public, and 300 are tested on.
+Tiny models, made from configurations and trained from nothing, write Debian's short description of a package after the first
+words of the long one. Teachers learn from packages that the student never sees; 400 others are public, and 300 are tested on.
 Packages of one source are never on two sides. What was trained is kept under --runs, and not trained again: the command can be
 stopped and started again.
 """
@@ -36,7 +36,9 @@ LENGTH = 64
 SIZES = {"teacher": (128, 3), "student": (64, 2)}  # width and layers
 ALONE = DistillationConfig(label_weight=1.0, epochs=10, learning_rate=2e-3)
 STUDENT_EPOCHS = 15
-WAYS: dict[str, tuple[tuple[str, ...], float, float, int | None]] = {  # teachers, weight of the targets, temperature, tokens written
+WAYS: dict[
+    str, tuple[tuple[str, ...], float, float, int | None]
+] = {  # teachers, weight of the targets, temperature, tokens written
     "references alone": (("teacher",), 1.0, 1.0, None),
     "references and the teacher, T = 1": (("teacher",), 0.5, 1.0, None),
     "references and the teacher, T = 2": (("teacher",), 0.5, 2.0, None),

@@ -51,6 +51,7 @@ def distill_texts(
     columns: RecordOptions,
     *,
     write: int | None,
+    weights: Sequence[float] = (),
     out: Path,
     device: str,
     license: str,
@@ -66,6 +67,7 @@ def distill_texts(
         data: Public prompts, with targets or without.
         columns: How they are read.
         write: Most tokens of a target that the teachers write; None: the file has targets.
+        weights: Of the teachers, together 1; empty: all alike.
         out: A new folder for the student.
         device: What computes.
         license: Of the inputs.
@@ -81,7 +83,9 @@ def distill_texts(
     chats = columns.messages is not None
     opened = [open_language_model(teacher, task, device, student.max_length, chats=chats) for teacher in teachers]
     privacy = [read_privacy(teacher.loaded.folder.path) for teacher in opened]
-    work = SequenceDistillation(opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out)
+    work = SequenceDistillation(
+        opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out, weights
+    )
     found = distill_sequences(work, lambda found: {CARD: distilled_card(out.name, found, privacy)})
     unprotected = [name for name, said in zip(teachers, privacy, strict=True) if not promises_privacy(said)]
     return {**found, "unprotected": unprotected}
