@@ -41,6 +41,10 @@ COMMANDS = {
         "cotune.cli.models.distill:distill",
         "Train a model to predict what others predict: big into small, or several into one. An interrupted one goes on.",
     ),
+    "onnx": (
+        "cotune.cli.models.onnx:onnx",
+        "Write the head of a model on frozen layers as an ONNX file, which needs neither PyTorch nor cotune.",
+    ),
     "strategies": (
         "cotune.cli.strategies:app",
         "List strategies and their parts, explain one by NAME, start and check one of your own.",

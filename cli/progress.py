@@ -231,7 +231,8 @@ class _Live(_Lines):
             return
         spent = f", ε {round_up(details['epsilon'])}" if details["epsilon"] is not None else ""
         loss = f", loss {details['loss']:.3f}" if details["loss"] is not None else ""
-        where = f"baseline {self.baseline}" if self.baseline else details["organization"]
+        baseline = details.get("baseline", self.baseline)  # of the worker that trains it, or the one that has begun
+        where = f"baseline {baseline}" if baseline else details["organization"]
         self._bar("steps", f"round {details['round']}, {where}{loss}{spent}", details["step"], details["steps"])
 
     def _bar(self, key: str, description: str, done: int, total: int) -> None:

@@ -1,23 +1,22 @@
 """Distill models from files to a folder: teachers predict, and a student learns. It can be interrupted and continued.
 
-During the distillation, `<folder>.part` beside the new folder contains the settings, the teachers' predictions and the student
-after each pass. After an interruption, the same command continues, and gives the same student.
+The teachers' predictions are kept beside what `unfinished_distillation` keeps.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
+from cotune.data.config import TaskName
 from cotune.data.readers.sources import check_new
 from cotune.data.types import Input, answer_count
 from cotune.data.unlabeled import inputs_hash
@@ -25,8 +24,10 @@ from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.fusion import weighted_mean
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
+from cotune.ensembles.student_quality import measure_student
 from cotune.ensembles.student_training import Lessons, train_student
-from cotune.errors import DataError, RunError
+from cotune.ensembles.unfinished_distillation import begin_work, keep_pass, newest_pass, part_folder, read_tensors
+from cotune.errors import DataError
 from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.base.load import load_model
 from cotune.models.base.lookup import find_base
@@ -34,14 +35,27 @@ from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.predictor import Classifier, Predictor
 from cotune.models.export import export_model
-from cotune.models.trainable import State, TrainableModel
+from cotune.models.trainable import TrainableModel
 from cotune.storage.files import atomic_write
-from cotune.storage.json_documents import JsonDocument
 
 RECORD = "distillation.json"  # what the student was made from, in its folder
 _HELD_OUT = 10  # one input of this number is held out to measure the student on
-_SETTINGS = "settings.json"
 _TAUGHT = "taught.safetensors"
+
+
+@dataclass(frozen=True)
+class LabeledInputs:
+    """Inputs whose classes are known, to measure on.
+
+    Attributes:
+        source: What they are called in the record.
+        inputs: That no teacher and no student has learned from.
+        truth: (answers,) class numbers of each input, in the order of the first teacher's classes.
+    """
+
+    source: str
+    inputs: Sequence[Input]
+    truth: Sequence[Numbers]
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Distillation:
         out: A new folder.
         device: auto, cpu, cuda or cuda:N.
         license: Of the public inputs, as it is to be recorded.
+        source: Where they come from, as it is to be recorded.
+        test: What the student is also measured on; None: on held-out inputs alone.
     """
 
     teachers: Sequence[Classifier]
@@ -69,28 +85,56 @@ class Distillation:
     out: Path
     device: str = "auto"
     license: str = ""
+    source: str = ""
+    test: LabeledInputs | None = None
 
     @property
     def part(self) -> Path:
         """The folder of work that is not finished."""
-        return self.out.with_name(f"{self.out.name}.part")
+        return part_folder(self.out)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the student, as plain values."""
         return {
             "teachers": [{"model": n, "sha256": t.content_hash} for n, t in zip(self.names, self.teachers, strict=True)],
             "student": {"base": self.student.base, "sha256": find_base(self.student).content_hash},
-            "inputs": {"count": len(self.inputs), "sha256": inputs_hash(self.inputs), "license": self.license},
+            "inputs": {
+                "count": len(self.inputs),
+                "sha256": inputs_hash(self.inputs),
+                "source": self.source,
+                "license": self.license,
+            },
             "labels": self.truth is not None,
             **asdict(self.config),
         }
 
 
-def distill(work: Distillation) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Distilled:
+    """What a model card says of a student.
+
+    Attributes:
+        found: The content of `distillation.json`.
+        labels: Class names in the order of the student's head.
+        task: What it is for.
+        length: Tokens of a text that it reads.
+    """
+
+    found: Mapping[str, Any]
+    labels: tuple[str, ...]
+    task: TaskName
+    length: int
+
+
+def distill(work: Distillation, describe: Callable[[Distilled], Mapping[str, str]] = lambda done: {}) -> dict[str, Any]:
     """Distill, or continue an interrupted distillation with the same settings.
 
+    Args:
+        work: What is to be done.
+        describe: Gives name -> text of further files of the student's folder, such as a model card.
+
     Returns:
-        The settings and the metrics on held-out inputs, as in `distillation.json` of the new folder.
+        The settings and the metrics on held-out inputs and on the test set, as in `distillation.json` of the new folder.
 
     Raises:
         RunError: If the folder, or an unfinished distillation with other settings, exists already.
@@ -101,82 +145,51 @@ def distill(work: Distillation) -> dict[str, Any]:
     if len(work.inputs) < _HELD_OUT:
         raise DataError(f"{len(work.inputs)} inputs are too few: expected at least {_HELD_OUT}", code="data.too_few_records")
     settings = work.settings()
-    _begin(work.part, settings)
+    begin_work(work.part, settings)
     taught = _taught(work)
     student = _student(work)
     held = list(range(0, len(work.inputs), _HELD_OUT))
     lessons = Lessons(work.inputs, taught, work.truth)
     chosen = [row for row in range(len(work.inputs)) if row % _HELD_OUT]
-    done, start = _newest(work.part)
-    train_student(student, lessons.select(chosen), work.config, start=start, done=done, keep=lambda n, s: _keep(work.part, n, s))
-    found = {**settings, "held_out": measure_student(student, work.teachers[0], lessons.select(held))}
-    export_model(student, work.out, {RECORD: json.dumps(found, indent=1)})
+    done, start = newest_pass(work.part)
+    train_student(
+        student, lessons.select(chosen), work.config, start=start, done=done, keep=lambda n, s: keep_pass(work.part, n, s)
+    )
+    opened = Predictor(student, tuple(work.teachers[0].labels), work.teachers[0].task)
+    found = {**settings, "held_out": measure_student(opened, lessons.select(held)), "test": _measure_on_test(work, opened)}
+    beside = describe(Distilled(found, opened.labels, opened.task, student.loaded.text_length))
+    export_model(student, work.out, {**beside, RECORD: json.dumps(found, indent=1)})
     shutil.rmtree(work.part)
     return found
 
 
-def measure_student(student: TrainableModel, teacher: Classifier, lessons: Lessons) -> dict[str, float | int | None]:
-    """Compare a student with what it was taught, on inputs that it has not learned from.
-
-    Args:
-        student: In the state that is measured.
-        teacher: Whose task and classes the student has.
-        lessons: The inputs and what was taught.
-
-    Returns:
-        `answers`; `agreement`, the share of answers with the same most probable class; `kl`, the mean KL(teacher ‖ student) in
-        nats; `teacher_accuracy` and `student_accuracy`, None without labels.
-    """
-    theirs = np.concatenate(lessons.taught)
-    ours = torch.cat(Predictor(student, teacher.labels, teacher.task).probabilities(lessons.inputs)).numpy()
-    both = np.flatnonzero(np.isfinite(theirs).all(axis=1) & np.isfinite(ours).all(axis=1))
-    logs = np.log(np.maximum(theirs[both], 1e-12)) - np.log(np.maximum(ours[both], 1e-12))
-    found: dict[str, float | int | None] = {
-        "answers": len(both),
-        "agreement": float((theirs[both].argmax(axis=1) == ours[both].argmax(axis=1)).mean()),
-        "kl": float((theirs[both] * logs).sum(axis=1).mean()),
-        "teacher_accuracy": None,
-        "student_accuracy": None,
-    }
-    if lessons.truth is not None:
-        truth = np.concatenate(lessons.truth)[both]
-        found["teacher_accuracy"] = float((theirs[both].argmax(axis=1) == truth).mean())
-        found["student_accuracy"] = float((ours[both].argmax(axis=1) == truth).mean())
-    return found
+def _measure_on_test(work: Distillation, student: Predictor) -> dict[str, Any] | None:
+    if work.test is None:
+        return None
+    taught = np.split(_mean_of_teachers(work, work.test.inputs), _ends(work.test.inputs))
+    return {"source": work.test.source, **measure_student(student, Lessons(work.test.inputs, taught, work.test.truth))}
 
 
-def _begin(part: Path, settings: dict[str, Any]) -> None:
-    part.mkdir(parents=True, exist_ok=True)
-    document = JsonDocument(part / _SETTINGS, dict[str, Any], advice="remove the folder")
-    before = document.read()
-    if before is None:
-        document.write(settings)
-    elif before != settings:
-        raise RunError(
-            f"{part} holds an unfinished distillation with other settings: finish that one, or remove the folder",
-            code="run.other_settings",
-        )
+def _ends(inputs: Sequence[Input]) -> Numbers:
+    """Where the answers of each input but the last one end."""
+    return np.cumsum([answer_count(given) for given in inputs])[:-1]
 
 
 def _taught(work: Distillation) -> list[Floats]:
     """The teachers' mean probabilities, computed once."""
     file = work.part / _TAUGHT
-    lengths = [answer_count(given) for given in work.inputs]
     if not file.exists():
-        mean = _mean_of_teachers(work)
+        mean = _mean_of_teachers(work, work.inputs)
         atomic_write(file, save({"probabilities": torch.from_numpy(np.ascontiguousarray(mean))}))
-    try:
-        everything = load_file(file)["probabilities"].numpy()
-    except (SafetensorError, KeyError):
-        raise RunError(f"{file} is damaged: remove it, and run the same command again", code="run.damaged_file") from None
-    return np.split(everything, np.cumsum(lengths)[:-1])
+    everything = read_tensors(file, ("probabilities",))["probabilities"].numpy()
+    return np.split(everything, _ends(work.inputs))
 
 
-def _mean_of_teachers(work: Distillation) -> Floats:
+def _mean_of_teachers(work: Distillation, inputs: Sequence[Input]) -> Floats:
     first = work.teachers[0]
     for teacher, name in zip(work.teachers, work.names, strict=True):
         check_same_kind(teacher, first.task, first.labels, name)
-    said = [np.concatenate(aligned_probabilities(teacher, first.labels, work.inputs)) for teacher in work.teachers]
+    said = [np.concatenate(aligned_probabilities(teacher, first.labels, inputs)) for teacher in work.teachers]
     return weighted_mean(np.stack(said), np.full(len(said), 1 / len(said)))
 
 
@@ -186,15 +199,3 @@ def _student(work: Distillation) -> TrainableModel:
     loaded = load_model(work.student, tuple(first.labels), parameter_seed(config.seed, "head"), first.task)
     lora = LoraConfig.model_validate({}) if config.train == "lora" else None
     return TrainableModel(loaded, lora, config.seed, pick_device(work.device))
-
-
-def _keep(part: Path, epoch: int, state: State) -> None:
-    atomic_write(part / f"pass-{epoch:04d}.safetensors", save({name: t.contiguous() for name, t in state.items()}))
-
-
-def _newest(part: Path) -> tuple[int, State]:
-    """The number of finished passes, and the state after them."""
-    kept = sorted(part.glob("pass-*.safetensors"))
-    if not kept:
-        return 0, {}
-    return int(kept[-1].stem.removeprefix("pass-")), load_file(kept[-1])

@@ -54,10 +54,10 @@ def model_card(
     how = _use_of_adapters(plan) if adapters else _how(plan, pipeline, length)
     library = "peft" if adapters else "transformers"
     lines = [
-        *("---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", "", f"# {_shown(plan.name)}", ""),
+        *("---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", "", f"# {escape_line(plan.name)}", ""),
         *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
-        *(f"| {name} | {_shown(value)} |" for name, value in _facts(plan, task.key, length)),
-        *("", "## Privacy", "", "\n\n".join(map(_shown, (*privacy, *_about_members(plan))))),
+        *(f"| {name} | {escape_line(value)} |" for name, value in _facts(plan, task.key, length)),
+        *("", "## Privacy", "", "\n\n".join(map(escape_line, (*privacy, *_about_members(plan))))),
         *_results(test or {}, examples),
     ]
     return "\n".join(lines) + "\n"
@@ -136,9 +136,11 @@ def _use_of_layers(feature: FeatureConfig, length: int) -> Iterator[str]:
     yield from (
         "## How to use",
         "",
-        f"This head reads the means of layers {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no"
-        " class: `pipeline` refuses this folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and this is the"
-        " exact model, too. `cotune distill FOLDER` makes a plain classifier of it, which is close to it and not the same.",
+        "**This is the exact model**: `head.safetensors` holds the head as the rounds have left it. It reads the means of layers"
+        f" {', '.join(map(str, feature.layers))} of its encoder, for which transformers has no class: `pipeline` refuses this"
+        " folder. `cotune predict FOLDER` and `cotune evaluate FOLDER` open it, and so does this program. `cotune onnx FOLDER`"
+        " writes the same head as `head.onnx`. `cotune distill FOLDER` makes a plain classifier of it, which is another model:"
+        " its card says what that has cost.",
         "",
         "```python",
         "import json",
@@ -175,12 +177,28 @@ def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
     if pipeline == "text-generation":
         yield from _use_of_writer(length)
         return
-    is_image = pipeline == "image-classification"
     folder = f"FOLDER/{plan.tasks[0].name}" if plan.tasks else "FOLDER"
+    yield from show_pipeline(pipeline, folder, length, ", top_k=None" if plan.task == "multi-label" else "")
+    if plan.tasks:
+        named = ", ".join(f"{task.name} ({get_task(task.type).pipeline})" for task in plan.tasks)
+        yield f"Each task has a model of its own in a folder of its name: {named}."
+    given = "photo.png" if pipeline == "image-classification" else '"a text"'
+    yield f"`cotune predict {folder} {given}` does the same, also for files."
+
+
+def show_pipeline(pipeline: str, folder: str, length: int, options: str = "") -> Iterator[str]:
+    """Yield the lines that say how `transformers.pipeline` opens a plain classifier.
+
+    Args:
+        pipeline: Its name in transformers.
+        folder: Of the model.
+        length: Tokens of a text that it reads.
+        options: Further arguments, with a comma before each.
+    """
+    is_image = pipeline == "image-classification"
     cut = ", truncation=True" if pipeline == "text-classification" else ""
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
-    every = ", top_k=None" if plan.task == "multi-label" else ""
-    yield f'predict = pipeline("{pipeline}", "{folder}"{cut}{every})'
+    yield f'predict = pipeline("{pipeline}", "{folder}"{cut}{options})'
     yield from (f'print(predict("{"photo.png" if is_image else "a text"}"))', "```", "")
     if cut:
         yield (
@@ -189,10 +207,6 @@ def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
         )
     elif not is_image:
         yield f"A text is cut after {length} tokens, as in training."
-    if plan.tasks:
-        named = ", ".join(f"{task.name} ({get_task(task.type).pipeline})" for task in plan.tasks)
-        yield f"Each task has a model of its own in a folder of its name: {named}."
-    yield f"`cotune predict {folder} {'photo.png' if is_image else chr(34) + 'a text' + chr(34)}` does the same, also for files."
 
 
 def _use_of_writer(length: int) -> Iterator[str]:
@@ -266,10 +280,10 @@ def _results(test: Measured, examples: int) -> Iterator[str]:
     yield f"| | {' | '.join(keys)} |"
     yield f"|---|{'---|' * len(keys)}"
     for name, metrics in rows:
-        yield f"| {_shown(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in keys)} |"
+        yield f"| {escape_line(name)} | {' | '.join(f'{float(metrics[key]):.3f}' for key in keys)} |"
 
 
-def _shown(text: str) -> str:
-    """One line, with Markdown's and HTML's own characters escaped."""
+def escape_line(text: str) -> str:
+    """Return a text on one line, with Markdown's and HTML's own characters escaped."""
     line = " ".join("".join(" " if unicodedata.category(c).startswith("C") else c for c in text).split())
     return _SPECIAL.sub(r"\\\1", line)

@@ -1,1 +1,1 @@
-"""Commands for finished models: predict, evaluate, fuse, distill."""
+"""Commands for finished models: predict, evaluate, fuse, distill, onnx."""

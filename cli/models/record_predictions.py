@@ -17,12 +17,14 @@ from cotune.data.unlabeled import Row, read_questions, read_typed, read_typed_qu
 from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.fit import ask_models, fit_and_write, measure_fusion, write_unfitted
 from cotune.ensembles.predictor import open_model, require_classifiers
-from cotune.ensembles.resumable_distillation import Distillation, distill
+from cotune.ensembles.resumable_distillation import Distillation, LabeledInputs, distill
 from cotune.errors import DataError, ModelError
 from cotune.models.config import Method, ModelConfig
 from cotune.models.evaluation.answers import evaluate_answers
 from cotune.models.evaluation.predictor import Classifier, Predictor, class_numbers, evaluate_classifier, open_predictor
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, parse_threshold, predict_classes
+from cotune.reporting.model_card import CARD
+from cotune.reporting.student_card import student_card
 
 
 def predict_rows(
@@ -149,8 +151,10 @@ def distill_models(
     out: Path,
     device: str,
     license: str,
+    source: str,
+    test: Path | None,
 ) -> dict[str, Any]:
-    """Train a student on what teachers predict, write it, and return its settings and figures.
+    """Train a student on what teachers predict, write it with its card, and return its settings and figures.
 
     Args:
         teachers: Folders of models, fused models or runs, or hub ids.
@@ -161,6 +165,8 @@ def distill_models(
         out: A new folder for the student.
         device: What computes.
         license: Of the inputs.
+        source: Where they come from.
+        test: Labeled records to measure on; None: none.
     """
     opened = [open_model(teacher, device) for teacher in teachers]
     require_classifiers(opened, teachers)
@@ -175,7 +181,16 @@ def distill_models(
             records = read_records(columns.config(str(data)), None, first.task)
             inputs = records.inputs
             truth = class_numbers(records.labels, first.labels, records.source)
-    return distill(Distillation(opened, teachers, student, config, inputs, truth, out, device, license))
+        tested = None if test is None else _read_test(test, columns, first)
+    work = Distillation(opened, teachers, student, config, inputs, truth, out, device, license, source, tested)
+    return distill(work, lambda done: {CARD: student_card(done)})
+
+
+def _read_test(test: Path, columns: RecordOptions, model: Classifier) -> LabeledInputs:
+    records = read_records(columns.config(str(test)), None, model.task)
+    if not records.inputs:
+        raise DataError(f"{test} holds no record that can be used: expected labeled records", code="data.no_records")
+    return LabeledInputs(test.name, records.inputs, class_numbers(records.labels, model.labels, records.source))
 
 
 def _open(model: str, threshold: str | None, max_length: int | None, device: str) -> tuple[Classifier, Threshold | None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -29,7 +31,7 @@ _BY_PROBLEM: dict[str, TaskName] = {"regression": "regression", "multi_label_cla
 
 def load_single(source: str, max_length: int | None = None) -> tuple[LoadedModel, tuple[str, ...], TaskName]:
     """Return a finished model that is not fused, with its labels and task. Raises ModelError."""
-    try:
+    with speaking_of_models():
         folder = find_base(ModelConfig(base=source))
         path = folder.path
         task = _task_of(path)
@@ -38,6 +40,13 @@ def load_single(source: str, max_length: int | None = None) -> tuple[LoadedModel
             return load_layer_model(folder, task, max_length or length_of(path / ENCODER)), labels, task
         config = ModelConfig(base=source, pooling="native", max_length=max_length or length_of(path))
         return load_model(config, labels, 0, task, finished=True), labels if has_labels(task) else (), task
+
+
+@contextmanager
+def speaking_of_models() -> Iterator[None]:
+    """Let the sentences of errors within the block be about a finished model, where they are about base models else."""
+    try:
+        yield
     except ModelError as error:
         raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None
 

@@ -24,3 +24,16 @@ def export_random(
     model.load(drawn)
     export_model(model, folder)
     return folder
+
+
+def export_random_layers(
+    base: Path, folder: Path, labels: tuple[str, ...], *, seed: int, layers: tuple[int, ...] = (1, 2), whiten: str = "public"
+) -> Path:
+    """Export a base model with a head on layers of it, drawn from a seed, and return its folder."""
+    feature = {"layers": layers, "whiten": whiten}
+    config = ModelConfig.model_validate({"base": str(base), "max_length": 20, "feature": feature})
+    model = TrainableModel(load_model(config, labels, 1), None, 1, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    model.load({name: torch.randn(t.shape, generator=generator) for name, t in model.state(model.names("head")).items()})
+    export_model(model, folder)
+    return folder

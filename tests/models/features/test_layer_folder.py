@@ -116,7 +116,17 @@ def test_tensors_that_do_not_fit_are_refused(exported: tuple[TrainableModel, Pat
     assert caught.value.code in ("model.layers_damaged", "model.not_loadable")
 
 
-@pytest.mark.parametrize("change", [{"layers": []}, {"layers": [2, 1]}, {"layers": [1, 99]}, {"cls": "maybe"}, {"more": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": []},
+        {"id2label": {"0": "a", "1": "b", "3": "c"}},
+        {"layers": [2, 1]},
+        {"layers": [1, 99]},
+        {"cls": "maybe"},
+        {"more": 1},
+    ],
+)
 def test_a_configuration_that_does_not_fit_is_refused(
     exported: tuple[TrainableModel, Path], tmp_path: Path, change: dict[str, Any]
 ) -> None:
