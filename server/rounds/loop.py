@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from flwr.app import MessageType
 from torch import Tensor
 
@@ -297,7 +298,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
         accuracy = None if metrics is None else metrics.score
         folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects, reason=extreme))
         entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
-    _keep_change(run, start, moved, step.change if is_applied else {})
+    _keep_change(run, start, moved, step.change if is_applied else {n: torch.zeros_like(t) for n, t in start.shared.items()})
     clip_norm = None
     if run.client_level and isinstance(combination, PrivateMean):
         entry = entry.model_copy(update={"client_privacy": run.client_level.entry(before, combination)})
@@ -315,7 +316,7 @@ def _move(run: _Run, start: _Start, combination: Combination) -> RoundedStep:
         return RoundedStep(moved, {**memory, **student})
     if find_extreme(moved):
         return RoundedStep(moved, memory)  # which is not applied
-    return round_step(plan, start.number, start.state, moved, memory, start.before.memory)
+    return round_step(plan, start.number, start.state, start.shared, moved, memory, start.before.memory)
 
 
 def _keep_change(run: _Run, start: _Start, state: State, change: State) -> None:

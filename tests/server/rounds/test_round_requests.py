@@ -91,3 +91,22 @@ def test_who_asks_for_the_whole_twice_is_dropped(new_run: NewRun) -> None:
     assert asked == [0, 0, 0, 0]  # twice in each round, with the whole
     sent = [event for event in read_events(folder.events.path) if event.event == "whole_state_sent"]
     assert [(event["round"], event["organization"]) for event in sent] == [(1, "org-3"), (2, "org-3")]
+
+
+def test_a_round_that_is_not_applied_is_a_change_by_nothing(new_run: NewRun) -> None:
+    """With an array for each that is shared: by those of requests, the public port judges how many an answer may have."""
+    folder = new_run("org-1", "org-2", rounds=3, wire_down="int8")
+    held: list[dict[str, torch.Tensor]] = []
+
+    def answer(request: Request) -> Update:
+        held.append(dict(request.state))
+        if request.round > 1:
+            assert request.changes[-1].keys() == request.state.keys()
+        return adding(1.5e4 if request.round == 1 else 1.0)(request)
+
+    progress = simulate(folder, {"org-1": answer, "org-2": answer})
+    assert [entry.applied for entry in progress.history] == [False, True, True]
+    assert [len(entry.participants) for entry in progress.history] == [2, 2, 2]
+    assert all(torch.equal(held[0][name], held[2][name]) for name in held[0])
+    down = [entry.bytes_down for entry in progress.history]
+    assert down[0] > down[1] == down[2]
