@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from cotune.plan.plan import Plan
 from cotune.protocol.changes import RoundChange
@@ -15,9 +17,10 @@ from cotune.reporting.documents.rounds import LateEntry, RoundEntry
 from cotune.server.rounds.round_requests import RoundRequests, find_held
 from cotune.server.runs.events import read_events
 from cotune.strategies.types import Update
-from tests.support.organizations import adding
-from tests.support.rounds import dropped, simulate
+from tests.support.organizations import Answer, adding
+from tests.support.rounds import NAMES, dropped, play, simulate
 from tests.support.run_folders import NewRun
+from tests.support.unreliable_grid import real, told, wild
 
 PEOPLE = [Recipient(name) for name in ("a", "b", "c")]
 
@@ -110,3 +113,33 @@ def test_a_round_that_is_not_applied_is_a_change_by_nothing(new_run: NewRun) -> 
     assert all(torch.equal(held[0][name], held[2][name]) for name in held[0])
     down = [entry.bytes_down for entry in progress.history]
     assert down[0] > down[1] == down[2]
+
+
+def test_in_a_real_run_the_whole_is_sent_under_the_same_signature(new_run: NewRun) -> None:
+    """With keys, signatures and a trail: org-2 loses its version once, org-3 in each round, and both train in it."""
+    folder = real(new_run(*NAMES, rounds=3, wire_down="int8"))
+    forgets = {("org-2", 2), *(("org-3", round) for round in (2, 3))}
+    statements: dict[tuple[str, int], list[str]] = defaultdict(list)
+
+    def answers(name: str) -> Answer:
+        def answer(request: Request) -> Update:
+            if request.versions and (name, request.round) in forgets:
+                raise VersionLost("the site is empty")
+            return adding(1.0)(request)
+
+        return answer
+
+    grid = wild(folder, {name: answers(name) for name in NAMES})
+
+    def note(name: str, message: Message) -> None:
+        signed = message.content[SIGNED]
+        assert isinstance(signed, ConfigRecord)
+        statements[name, int(message.metadata.group_id)].append(str(signed["statement"]))
+
+    grid.on_push = note
+    progress = play(folder, grid)
+    assert dropped(progress) == [{}, {}, {}]
+    assert {key for key, asked in statements.items() if len(asked) > 1} == forgets
+    assert all(len(set(asked)) == 1 for asked in statements.values())
+    sent = told(folder, "whole_state_sent")
+    assert {(event["organization"], event["round"]) for event in sent} == forgets
