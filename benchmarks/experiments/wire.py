@@ -21,11 +21,17 @@ from typing import get_args
 
 import torch
 from results_page import NARROW, cell, publish
+from torch.nn.functional import cross_entropy
 
+from cotune.data.dataset import DatasetManifest
 from cotune.data.record_reading import PACKAGED
 from cotune.errors import CotuneError
+from cotune.models.encoding import encoded_features
+from cotune.models.features.head import feature_head
 from cotune.plan.load import load_plan
 from cotune.plan.wire import Codec
+from cotune.server.runs.run_folder import RunFolder, manifest_file
+from cotune.server.runs.run_model import load_run_model
 from cotune.simulations.run import resume, simulate
 
 Wires = tuple[Codec, Codec]  # up, down
@@ -47,9 +53,10 @@ MEASURED = "<!-- below: written by benchmarks/experiments/wire.py -->"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: what the test set says, and the bytes of an update and of a request after the first round, of one organization."""
+    """One run: what the test set says, and the bytes of an update and of a request after the first round of one organization."""
 
     accuracy: float
+    loss: float
     up: float
     down: float
 
@@ -68,7 +75,21 @@ def play(chosen: argparse.Namespace, mode: str, privacy: str, wires: Wires, seed
     up, down_bytes = (
         statistics.mean(each[way] / len(each["participants"]) for each in rounds) for way in ("bytes_up", "bytes_down")
     )
-    return Cell(float(test["accuracy"]), up, down_bytes)
+    return Cell(float(test["accuracy"]), test_loss(RunFolder(out)), up, down_bytes)
+
+
+@torch.no_grad()
+def test_loss(folder: RunFolder) -> float:
+    """The cross-entropy of the final model on the common test set, in nats."""
+    plan = folder.plan
+    model = load_run_model(folder)
+    state = folder.load().state
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
+    model.load(state)
+    head = feature_head(model)
+    assert head is not None, "the encoder's pooling gives one vector"
+    scores = head(encoded_features(test, model, state, plan.model.precision)).logits.float()
+    return float(cross_entropy(scores, torch.tensor(test.truth)))
 
 
 def sample(chosen: argparse.Namespace) -> Path:
@@ -89,15 +110,15 @@ def sample(chosen: argparse.Namespace) -> Path:
 
 def table(found: Found) -> str:
     rows = [
-        "| trained | privacy | wire | wire_down | bytes of an update | of a later request | both, times fewer | test accuracy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trained | privacy | wire | wire_down | bytes of an update | of a later request | times fewer | loss | accuracy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (mode, privacy, (codec, down)), cells in found.items():
         sizes = [statistics.mean(sizes) for sizes in zip(*((each.up, each.down) for each in cells), strict=True)]
         first = found[mode, privacy, WIRES[0]]
         whole = statistics.mean(each.up + each.down for each in first)
-        accuracy = cell([each.accuracy for each in cells], digits=4)
-        row = (mode, privacy, codec, down, *(f"{size:,.0f}" for size in sizes), f"{whole / sum(sizes):.1f}", accuracy)
+        figures = (cell([getattr(each, name) for each in cells], digits=4) for name in ("loss", "accuracy"))
+        row = (mode, privacy, codec, down, *(f"{size:,.0f}" for size in sizes), f"{whole / sum(sizes):.1f}", *figures)
         rows.append(f"| {' | '.join(row)} |")
     return "\n".join(rows)
 

@@ -241,15 +241,10 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     before = start.before
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
-    made = RoundRequests(
-        run.plan,
-        start.number,
-        start.state,
-        sent,
-        changes=ChangeFiles(folder.path, run.plan.wire_down).read_before(start.number, before.state),
-        stays=run.environment.in_process,
-    )
-    contents = made.encode(recipients, find_held(before.history))
+    changes = ChangeFiles(folder.path, run.plan.wire_down).read_before(start.number, before.state)
+    stays = run.environment.in_process
+    made = RoundRequests(run.plan, start.number, start.state, sent, changes=changes, stays=stays)
+    contents = made.encode(recipients, find_held(before.history, changes))
     cohort = build_cohort(folder, before.history, asked)
     fates = read_strike_records(folder, before.history)
     run.environment.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)

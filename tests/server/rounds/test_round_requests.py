@@ -57,6 +57,14 @@ def test_the_whole_is_sent_where_changes_are_no_fewer_bytes(plan: Plan) -> None:
     assert counts(made(plan, rounds=3, added=4096).encode(PEOPLE, {"a": 1})) == {"a": 3, "b": None, "c": None}
 
 
+def test_changes_of_many_arrays_are_sent_one_at_a_time(plan: Plan) -> None:
+    """Where those of two rounds would be more than an organization takes."""
+    state = {f"w{number}": torch.zeros(1000) for number in range(5000)}
+    changes = [RoundChange(number, 64 * "0", frozenset(state), state) for number in (1, 2)]
+    requests = RoundRequests(plan, 3, state, {}, changes=changes, stays=True)
+    assert counts(requests.encode(PEOPLE[:2], {"a": 2, "b": 1})) == {"a": 1, "b": None}
+
+
 def test_a_whole_request_has_the_signature_of_the_other(plan: Plan) -> None:
     requests = made(plan)
     content = requests.encode(PEOPLE, {"a": 2})["a"]
@@ -77,7 +85,10 @@ def entry(round: int, *participants: str, late: dict[str, int] | None = None) ->
 
 def test_who_answered_has_the_state_of_that_round() -> None:
     history = [entry(1, "a", "b"), entry(2, "a"), entry(3, "c", late={"b": 2}), entry(4, "c", late={"a": 1})]
-    assert find_held(history) == {"a": 2, "b": 2, "c": 4}
+    changes = [RoundChange(number, 64 * "0", frozenset(), {}) for number in (1, 2, 3, 4)]
+    assert find_held(history, changes) == {"a": 2, "b": 2, "c": 4}
+    assert find_held(history, changes[2:]) == {"a": 1, "b": 2, "c": 4}  # too old to be built on, all but c
+    assert find_held(history, []) == {}
 
 
 def test_who_asks_for_the_whole_twice_is_dropped(new_run: NewRun) -> None:
