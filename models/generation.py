@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -21,10 +22,31 @@ from cotune.models.trainable import TrainableModel
 _BATCH = 16
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class WrittenText:
+    """What a language model has written after a prompt.
+
+    Attributes:
+        text: Without special tokens, and without white space at its ends.
+        is_ended: Whether the model has ended it; else it was cut off at the largest length.
+    """
+
+    text: str
+    is_ended: bool
+
+
 def write_texts(
     model: TrainableModel, prompts: Sequence[Passage | Chat], max_new_tokens: int, precision: str
 ) -> list[str | None]:
+    """Return the texts that `write_after` gives, for the same arguments; None for a prompt without one."""
+    written = write_after(model, prompts, max_new_tokens, precision)
+    return [None if each is None else each.text for each in written]
+
+
+@torch.no_grad()
+def write_after(
+    model: TrainableModel, prompts: Sequence[Passage | Chat], max_new_tokens: int, precision: str
+) -> list[WrittenText | None]:
     """Return what a language model writes after each prompt, until it ends the text itself or at the largest length.
 
     The most probable token is taken every time. A `generation_config.json` in the model's folder, which may ask for chance or
@@ -37,7 +59,7 @@ def write_texts(
         precision: "float32", "bfloat16" or "auto".
 
     Returns:
-        The texts, without special tokens; None for a prompt that is longer than the model reads, or that cannot be read.
+        What was written; None for a prompt that is longer than the model reads, or that cannot be read.
     """
     loaded = model.loaded
     task = loaded.task
@@ -45,7 +67,7 @@ def write_texts(
     rows = task.prompts(loaded.reader, loaded.max_length, prompts)
     usable = sorted((len(row), number) for number, row in enumerate(rows) if row is not None)
     positions = task.longest(loaded.reader, loaded.module, loaded.max_length + max_new_tokens)
-    texts: dict[int, str] = {}
+    texts: dict[int, WrittenText] = {}
     low = autocasts(precision, model.device)
     ends = task.ends(loaded.reader, prompts)
     with _greedy(model, ends) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
@@ -82,12 +104,15 @@ def _greedy(model: TrainableModel, ends: list[int]) -> Iterator[GenerationConfig
         module.generation_config = before
 
 
-def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> list[str]:
+def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> list[WrittenText]:
     if config.max_new_tokens is None or config.max_new_tokens < 1:
-        return [""] * len(rows)
+        return [WrittenText("", is_ended=False)] * len(rows)
     module: Any = model.loaded.module
     ids = torch.tensor(rows, device=model.device)
     generated = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     begins = 1 if getattr(module.config, "is_encoder_decoder", False) else ids.shape[1]
-    found: list[str] = model.loaded.reader.batch_decode(generated[:, begins:], skip_special_tokens=True)
-    return [text.strip() for text in found]
+    new = generated[:, begins:].tolist()
+    found: list[str] = model.loaded.reader.batch_decode(new, skip_special_tokens=True)
+    ends: Any = config.eos_token_id
+    ended = set(ends or ())
+    return [WrittenText(text.strip(), not ended.isdisjoint(row)) for text, row in zip(found, new, strict=True)]

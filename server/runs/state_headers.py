@@ -19,6 +19,17 @@ class CheckpointHeader(Document):
     clip_norm: Number | None = Field(None, description="With adaptive clipping of client-level privacy: that of the next round.")
 
 
+class ChangeHeader(Document):
+    """What a file with the change of a round says beside the packed values."""
+
+    round: int = Field(description="Number of the round.")
+    before: str = Field(description="SHA-256 over the state after the round before.")
+    start: str = Field(description="SHA-256 over the state that organizations received, with parameters that the round added.")
+    after: str = Field(description="SHA-256 over the state after the round.")
+    names: list[str] = Field(description="All parameters of the state that organizations received.")
+    shapes: dict[str, list[int]] = Field(description="The parameters that the round has changed, with their shapes.")
+
+
 class QuarantineHeader(Document):
     """What a file in quarantine says beside its arrays."""
 
