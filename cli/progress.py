@@ -62,6 +62,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
         case "connection_restored":
             return "the connection to the SuperLink is back"
+        case "whole_state_sent":
+            return f"round {round}: {who} does not hold the version of the model that it should: it is sent the whole"
         case "organization_left":
             return f"{who} has left the federation: it is asked again once it rejoins"
         case "delivered":

@@ -161,7 +161,7 @@ def _without_others(plan: Plan) -> Plan:
     """
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
     by_itself = StrategyConfig(server_optimizer=plan.strategy.server_optimizer)
-    alone = {"client_privacy": None, "server": everybody, "strategy": by_itself, "wire": "float32"}
+    alone = {"client_privacy": None, "server": everybody, "strategy": by_itself, "wire": "float32", "wire_down": "float32"}
     simulation = plan.simulation.model_copy(update={"bases": ()})
     parameters = {"collaboration": "parameters", "simulation": simulation} if plan.shares_predictions else {}
     return _without_personal(plan).model_copy(update={**alone, **parameters, "privacy": _in_training(plan.privacy)})
