@@ -1,4 +1,4 @@
-"""What decides how a text becomes tokens, hashed: two models whose tokens mean the same are equal in it, whoever saved them.
+"""What decides how a text becomes tokens, hashed: two models whose tokens mean the same are equal in it, however they were saved.
 
 Files do not say it: `save_pretrained` writes them anew, and an exported model truncates at the length of its training. So what is
 hashed is the tokenizer that was loaded: its vocabulary and rules, the token that ends a text, and for chats the chat template.
