@@ -62,6 +62,8 @@ def remote_line(event: str, fields: dict[str, Any]) -> str | None:
             return f"the connection to the SuperLink is lost: {fields.get('reason', 'it does not answer')}"
         case "connection_restored":
             return "the connection to the SuperLink is back"
+        case "whole_state_sent":
+            return f"round {round}: {who} does not hold the version of the model that it should: it is sent the whole"
         case "organization_left":
             return f"{who} has left the federation: it is asked again once it rejoins"
         case "delivered":
@@ -229,7 +231,8 @@ class _Live(_Lines):
             return
         spent = f", ε {round_up(details['epsilon'])}" if details["epsilon"] is not None else ""
         loss = f", loss {details['loss']:.3f}" if details["loss"] is not None else ""
-        where = f"baseline {self.baseline}" if self.baseline else details["organization"]
+        baseline = details.get("baseline", self.baseline)  # of the worker that trains it, or the one that has begun
+        where = f"baseline {baseline}" if baseline else details["organization"]
         self._bar("steps", f"round {details['round']}, {where}{loss}{spent}", details["step"], details["steps"])
 
     def _bar(self, key: str, description: str, done: int, total: int) -> None:

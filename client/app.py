@@ -20,6 +20,7 @@ from cotune.client.audit_log import AuditLog, record_sizes
 from cotune.client.consent.policy_check import check_base_model, check_plan
 from cotune.client.egress_guard import EgressBlocked, check_reason, check_receipt, check_update
 from cotune.client.final_model import store_final_model
+from cotune.client.held_state import complete, hold, release
 from cotune.client.node.request_limits import Consent, check_received, expected_shapes, read_plan
 from cotune.client.node.requests import (
     SignedRequest,
@@ -45,7 +46,7 @@ from cotune.protocol.messages import (
     encode_update,
     received_digest,
 )
-from cotune.protocol.refusals import GENERIC_REFUSAL, refusal
+from cotune.protocol.refusals import GENERIC_REFUSAL, WHOLE_STATE, VersionLost, refusal
 from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, content_digest
 
 _log = logging.getLogger(__name__)
@@ -107,9 +108,11 @@ def _handle(message: Message, context: Context, kind: str, work: _Work) -> Messa
         expected = expected_shapes(
             exchange.plan, exchange.site, exchange.request.round, _CONSENT[kind], finished=kind == FINISHED
         )
-        exchange.request = decode_request(received)
+        exchange.request = complete(decode_request(received, exchange.plan.wire_down), exchange.plan, exchange.site)
         check_received(exchange.request, exchange.plan, expected)
         _accept(exchange)
+        if kind == TRAIN:
+            hold(exchange.request, exchange.plan, exchange.site)
         what, content, about = work(exchange.request, exchange.plan, exchange.site, exchange.signed)
         sizes = record_sizes(content)
         _log_entry(exchange, what, records=sizes, bytes=sum(sizes.values()), **about, **_countersigned(exchange, what, content))
@@ -194,6 +197,7 @@ def _update(request: Request, plan: Plan, site: Site, signed: SignedRequest | No
 
 def _receipt(request: Request, plan: Plan, site: Site, signed: SignedRequest | None) -> _Answer:
     folder = store_final_model(request, plan, site)
+    release(plan, site)
     content = encode_receipt(Receipt(site.organization, plan.plan_id, received_digest(request.state, request.sent)))
     check_receipt(content, request, plan, site)
     return "receipt", content, {"model": str(folder)}
@@ -229,7 +233,7 @@ def _log_of(context: Context) -> AuditLog | None:
 def _refusal(message: Message, exchange: _Exchange, error: Exception, detail: str) -> Message:
     """A simulated organization says everything; a real one only which rule declined, or that something failed."""
     if exchange.site is not None and exchange.site.file.simulated:
-        return refusal(message, detail)
+        return refusal(message, WHOLE_STATE if isinstance(error, VersionLost) else detail)
     said = _public_message(error)
     try:
         sent, signed = _signed_refusal(said, exchange)
@@ -253,6 +257,8 @@ def _signed_refusal(said: str, exchange: _Exchange) -> tuple[str, dict[str, str]
 
 def _public_message(error: Exception) -> str:
     said = error.public if isinstance(error, PolicyError) else GENERIC_REFUSAL
+    if isinstance(error, VersionLost):
+        said = WHOLE_STATE
     try:
         check_reason(said)
     except EgressBlocked:

@@ -39,7 +39,7 @@ from cotune.protocol.messages import (
     stays_here,
     write_out,
 )
-from cotune.protocol.refusals import GENERIC_REFUSAL, find_declining_rule
+from cotune.protocol.refusals import GENERIC_REFUSAL, WHOLE_STATE, find_declining_rule
 from cotune.strategies.sums import norm
 from cotune.strategies.types import Update, find_not_finite
 
@@ -122,7 +122,7 @@ def check_reason(reason: str) -> None:
     rules = Policy().model_dump()
     table, _, name = (rule or "").partition(".")
     known = name in rules.get(table, {}) and rule not in _OF_RECORDS
-    if reason != GENERIC_REFUSAL and not known:
+    if reason not in (GENERIC_REFUSAL, WHOLE_STATE) and not known:
         raise EgressBlocked("a refusal has other words than the few that are allowed")
 
 

@@ -1,7 +1,6 @@
 """Distill models from files to a folder: teachers predict, and a student learns. It can be interrupted and continued.
 
-During the distillation, `<folder>.part` beside the new folder contains the settings, the teachers' predictions and the student
-after each pass. After an interruption, the same command continues, and gives the same student.
+The teachers' predictions are kept beside what `unfinished_distillation` keeps.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from cotune.data.config import TaskName
 from cotune.data.readers.sources import check_new
@@ -28,7 +26,8 @@ from cotune.ensembles.fusion import weighted_mean
 from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
 from cotune.ensembles.student_quality import measure_student
 from cotune.ensembles.student_training import Lessons, train_student
-from cotune.errors import DataError, RunError
+from cotune.ensembles.unfinished_distillation import begin_work, keep_pass, newest_pass, part_folder, read_tensors
+from cotune.errors import DataError
 from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.base.load import load_model
 from cotune.models.base.lookup import find_base
@@ -36,13 +35,11 @@ from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.device import pick_device
 from cotune.models.evaluation.predictor import Classifier, Predictor
 from cotune.models.export import export_model
-from cotune.models.trainable import State, TrainableModel
+from cotune.models.trainable import TrainableModel
 from cotune.storage.files import atomic_write
-from cotune.storage.json_documents import JsonDocument
 
 RECORD = "distillation.json"  # what the student was made from, in its folder
 _HELD_OUT = 10  # one input of this number is held out to measure the student on
-_SETTINGS = "settings.json"
 _TAUGHT = "taught.safetensors"
 
 
@@ -94,7 +91,7 @@ class Distillation:
     @property
     def part(self) -> Path:
         """The folder of work that is not finished."""
-        return self.out.with_name(f"{self.out.name}.part")
+        return part_folder(self.out)
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the student, as plain values."""
@@ -148,14 +145,16 @@ def distill(work: Distillation, describe: Callable[[Distilled], Mapping[str, str
     if len(work.inputs) < _HELD_OUT:
         raise DataError(f"{len(work.inputs)} inputs are too few: expected at least {_HELD_OUT}", code="data.too_few_records")
     settings = work.settings()
-    _begin(work.part, settings)
+    begin_work(work.part, settings)
     taught = _taught(work)
     student = _student(work)
     held = list(range(0, len(work.inputs), _HELD_OUT))
     lessons = Lessons(work.inputs, taught, work.truth)
     chosen = [row for row in range(len(work.inputs)) if row % _HELD_OUT]
-    done, start = _newest(work.part)
-    train_student(student, lessons.select(chosen), work.config, start=start, done=done, keep=lambda n, s: _keep(work.part, n, s))
+    done, start = newest_pass(work.part)
+    train_student(
+        student, lessons.select(chosen), work.config, start=start, done=done, keep=lambda n, s: keep_pass(work.part, n, s)
+    )
     opened = Predictor(student, tuple(work.teachers[0].labels), work.teachers[0].task)
     found = {**settings, "held_out": measure_student(opened, lessons.select(held)), "test": _measure_on_test(work, opened)}
     beside = describe(Distilled(found, opened.labels, opened.task, student.loaded.text_length))
@@ -176,29 +175,13 @@ def _ends(inputs: Sequence[Input]) -> Numbers:
     return np.cumsum([answer_count(given) for given in inputs])[:-1]
 
 
-def _begin(part: Path, settings: dict[str, Any]) -> None:
-    part.mkdir(parents=True, exist_ok=True)
-    document = JsonDocument(part / _SETTINGS, dict[str, Any], advice="remove the folder")
-    before = document.read()
-    if before is None:
-        document.write(settings)
-    elif before != settings:
-        raise RunError(
-            f"{part} holds an unfinished distillation with other settings: finish that one, or remove the folder",
-            code="run.other_settings",
-        )
-
-
 def _taught(work: Distillation) -> list[Floats]:
     """The teachers' mean probabilities, computed once."""
     file = work.part / _TAUGHT
     if not file.exists():
         mean = _mean_of_teachers(work, work.inputs)
         atomic_write(file, save({"probabilities": torch.from_numpy(np.ascontiguousarray(mean))}))
-    try:
-        everything = load_file(file)["probabilities"].numpy()
-    except (SafetensorError, KeyError):
-        raise RunError(f"{file} is damaged: remove it, and run the same command again", code="run.damaged_file") from None
+    everything = read_tensors(file, ("probabilities",))["probabilities"].numpy()
     return np.split(everything, _ends(work.inputs))
 
 
@@ -216,15 +199,3 @@ def _student(work: Distillation) -> TrainableModel:
     loaded = load_model(work.student, tuple(first.labels), parameter_seed(config.seed, "head"), first.task)
     lora = LoraConfig.model_validate({}) if config.train == "lora" else None
     return TrainableModel(loaded, lora, config.seed, pick_device(work.device))
-
-
-def _keep(part: Path, epoch: int, state: State) -> None:
-    atomic_write(part / f"pass-{epoch:04d}.safetensors", save({name: t.contiguous() for name, t in state.items()}))
-
-
-def _newest(part: Path) -> tuple[int, State]:
-    """The number of finished passes, and the state after them."""
-    kept = sorted(part.glob("pass-*.safetensors"))
-    if not kept:
-        return 0, {}
-    return int(kept[-1].stem.removeprefix("pass-")), load_file(kept[-1])

@@ -61,19 +61,39 @@ def distillation_loss(scores: Tensor, taught: Tensor, truth: Tensor | None, conf
         truth: (n,) class numbers; needed where `label_weight` is above 0.
         config: Loss, temperature and weight.
     """
-    logs = taught.clamp(min=_MIN_PROBABILITY).log()
-    if config.loss == "mse":
-        theirs = logs - logs.mean(dim=1, keepdim=True)
-        ours = scores - scores.mean(dim=1, keepdim=True)
-        matched = functional.mse_loss(ours, theirs)
-    else:
-        t = config.temperature
-        theirs = functional.log_softmax(logs / t, dim=1)
-        ours = functional.log_softmax(scores / t, dim=1)
-        matched = t * t * functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return answer_losses(scores, taught.clamp(min=_MIN_PROBABILITY).log(), truth, config).mean()
+
+
+def answer_losses(scores: Tensor, logs: Tensor | None, truth: Tensor | None, config: DistillationConfig) -> Tensor:
+    """Return the loss of each answer, (n,), as in the head of this module.
+
+    Args:
+        scores: (n, s) of the student. Where s is above the number of classes, no answer is ever one of those behind.
+        logs: (n, classes) logarithms of the teacher's probabilities; None where only the truth is learned.
+        truth: (n,) class numbers; needed where `label_weight` is above 0.
+        config: Loss, temperature and weight.
+    """
+    if logs is None:
+        assert truth is not None, "something to learn from"
+        return functional.cross_entropy(scores, truth, reduction="none")
+    matched = _match(scores, logs, config)
     if truth is None or not config.label_weight:
         return matched
-    return config.label_weight * functional.cross_entropy(scores, truth) + (1 - config.label_weight) * matched
+    crossed = functional.cross_entropy(scores, truth, reduction="none")
+    return config.label_weight * crossed + (1 - config.label_weight) * matched
+
+
+def _match(scores: Tensor, logs: Tensor, config: DistillationConfig) -> Tensor:
+    """How far the student's scores are from the teacher's, (n,)."""
+    classes = logs.shape[1]
+    if config.loss == "mse":
+        theirs = logs - logs.mean(dim=1, keepdim=True)
+        ours = scores[:, :classes] - scores[:, :classes].mean(dim=1, keepdim=True)
+        return (ours - theirs).square().mean(dim=1)
+    t = config.temperature
+    theirs = functional.log_softmax(logs / t, dim=1)
+    ours = functional.log_softmax(scores / t, dim=1)[:, :classes]
+    return t * t * functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1)
 
 
 def train_student(
@@ -104,20 +124,53 @@ def train_student(
     """
     names = student.names(config.train) if names is None else names
     score = score or score_by_model(student, student.loaded.encode_unlabeled(lessons.inputs))
+
+    def add_gradients(rows: Sequence[int]) -> bool:
+        loss = _batch_loss(score(rows), lessons.select(rows), config)
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss is not None
+
+    return train_in_passes(student, len(lessons.inputs), config, add_gradients, names=names, start=start, done=done, keep=keep)
+
+
+def train_in_passes(
+    student: TrainableModel,
+    count: int,
+    config: DistillationConfig,
+    add_gradients: Callable[[Sequence[int]], bool],
+    *,
+    names: Sequence[str],
+    start: State,
+    done: int,
+    keep: Callable[[int, State], None],
+) -> State:
+    """Train a student by AdamW, each pass over all rows in an order of its own.
+
+    Args:
+        student: The model, which is left in the final state.
+        count: How many rows there are.
+        config: Passes, steps and rate.
+        add_gradients: Adds the gradients of the loss on some rows to those of the parameters; False where there is no loss.
+        names: The parameters that are trained.
+        start: The state to go on from.
+        done: Passes that this state has behind it.
+        keep: Called after each pass with its number, from 1, and the state.
+
+    Returns:
+        The trained parameters.
+    """
     student.load(start)
     state = start
     for epoch in range(done, config.epochs):
         parameters = student.train_only(names)
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        batches = list(_shuffled(len(lessons.inputs), config, epoch))
+        batches = list(_shuffled(count, config, epoch))
         for step, rows in enumerate(batches):
             _set_rate(optimizer, config, 1 - (epoch + step / len(batches)) / config.epochs)
-            loss = _batch_loss(score(rows), lessons.select(rows), config)
-            if loss is None:
-                continue
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            if add_gradients(rows):
+                optimizer.step()
         state = student.state(names)
         keep(epoch + 1, state)
     return state

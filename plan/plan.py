@@ -156,6 +156,7 @@ class Plan(PlanTables):
             'server.late = "fold", as what all predict changes from round to round': self.server.late == "fold",
             "disclosures.local_metrics, which are of a common model": self.disclosures.local_metrics,
             "wire = int8 or int4, as predictions are small already": self.wire in ("int8", "int4"),
+            "wire_down, as what all predict is no change of a model": self.wire_down != "float32",
             "[[tasks]]": bool(self.tasks),
         }
         problem = next(find_prediction_problems(self.public, others), None) or find_strategy_problem(

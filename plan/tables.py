@@ -145,6 +145,12 @@ class PlanTables(ConfigTable):
         description="how the values of updates travel: int8 takes about a quarter of the bytes of float32, int4 an eighth; each"
         " organization rounds after its noise, at random and without bias, which costs no privacy",
     )
+    wire_down: Codec = Field(
+        "float32",
+        description="how the shared model travels to organizations that have an earlier version of it: as its changes since then,"
+        " where they are fewer bytes than the whole in float32; the server rounds what a round has changed, at random and without"
+        " bias, and makes up for it in the next one; float32: always the whole",
+    )
     keep_checkpoints: int = Field(0, ge=0, le=100_000, description="how many rounds' checkpoints stay on disk; 0: all")
     model: ModelConfig
     data: DataConfig

@@ -27,6 +27,7 @@ from cotune.protocol.codecs import pack, packed_bytes, unpack
 
 SALTED = "cotune.salted"  # type of an array in NumPy's format, masked by a key
 _SALT_BYTES = 32
+ARRAY_HEAD = 1024  # bytes of an array beside its values that a request may need, with a margin
 _MAX_ARRAY_HEADER_BYTES = 16_384  # bytes before the values of an array, in NumPy's format
 _MAX_DIMENSIONS = 8  # of an array
 _MAX_VALUES = 2**40  # product of an array's dimensions other than 0, which PyTorch limits, too
@@ -113,7 +114,7 @@ class HeldArrays(ArrayRecord):
 
     def count_payload(self) -> int:
         """Return how many bytes names and arrays would have."""
-        return sum(len(name.encode()) + _written_bytes(self.codec, tuple(tensor.shape)) for name, tensor in self.held.items())
+        return sum(len(name.encode()) + count_written(self.codec, tuple(tensor.shape)) for name, tensor in self.held.items())
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -121,8 +122,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _written_bytes(codec: Codec, shape: tuple[int, ...]) -> int:
-    """Of an array."""
+def count_written(codec: Codec, shape: tuple[int, ...]) -> int:
+    """Return how many bytes an array of float32 has when it is written."""
     count = math.prod(shape)
     if codec != "float32":
         return packed_bytes(codec, count)

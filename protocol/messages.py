@@ -7,8 +7,9 @@ No two messages share an object: Flower's store identifies objects by the hash o
 that anyone who can guess a content can block it (docs/decisions/0013-object-store.md). A random salt in the header of each
 message makes all its records and arrays unique; it does not hide anything.
 
-The delta of an update is written with the plan's codec (`wire`, codecs.py), all other arrays as float32 in NumPy's format. The
-codec is never the sender's choice: an array that names another one is refused.
+The delta of an update is written with the plan's codec (`wire`, codecs.py), changes of the state in a request with that of
+`wire_down` (changes.py), all other arrays as float32 in NumPy's format. The codec is never the sender's choice: an array that
+names another one is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -25,6 +27,7 @@ from torch import Tensor
 from cotune.errors import RunError
 from cotune.plan.wire import Codec
 from cotune.protocol.arrays import HeldArrays, decode_tensors, derive_key, encode_arrays, hold_arrays, new_salt, read_salt
+from cotune.protocol.changes import RoundChange, join_versions, name_of_change, split_versions
 from cotune.protocol.version import PROTOCOL
 from cotune.strategies.types import Update
 
@@ -41,11 +44,13 @@ class Request:
         plan: The plan's canonical JSON.
         round: Number of the round.
         organization: The recipient.
-        state: Parameter -> value to train from.
+        state: Parameter -> value to train from; with `versions`, only those that no version before has.
         admitted: The last round whose model contains an update of this organization; 0: none.
         sent: What the plan's client term sends beside the state.
         site: In simulations only, the folder of the simulated organization.
         stays: Whether the request was created for this process only, as its answer may be; never part of a message that is sent.
+        versions: Digests of the states before each of `changes`, and of the state after the last; empty: `state` is all of it.
+        changes: What the rounds before this one have changed, the oldest first.
     """
 
     plan: str
@@ -56,6 +61,8 @@ class Request:
     sent: Mapping[str, Tensor] = field(default_factory=dict)
     site: str = ""
     stays: bool = False
+    versions: tuple[str, ...] = ()
+    changes: tuple[Mapping[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,80 @@ def encode_requests(
         sent: What the plan's client term sends beside the state.
         stays: Whether the requests stay in this process; their tensors are then not encoded (see `arrays.HeldArrays`).
     """
-    salt = new_salt()
-    shared = {"state": _arrays(state, salt, "state", stays=stays)}
-    if sent:
-        shared["sent"] = _arrays(sent, salt, "sent", stays=stays)
-    return [RecordDict({**shared, "request": _encode_header(plan, round, who, salt)}) for who in recipients]
+    encoder = RequestEncoder(plan, round, state, sent, stays=stays)
+    return [encoder.encode(who) for who in recipients]
+
+
+class RequestEncoder:
+    """Encodes the requests of one round, which share one copy of the arrays, and the arrays' salt."""
+
+    def __init__(
+        self,
+        plan: str,
+        round: int,
+        state: Mapping[str, Tensor],
+        sent: Mapping[str, Tensor] | None = None,
+        *,
+        stays: bool = False,
+        changes: Sequence[RoundChange] = (),
+        codec: Codec = "float32",
+    ) -> None:
+        """Encode nothing yet; each array is encoded when the first request holds it.
+
+        Args:
+            plan: The plan's canonical JSON.
+            round: Number of the round.
+            state: Parameter -> value to train from.
+            sent: What the plan's client term sends beside the state.
+            stays: See `encode_requests`.
+            changes: Of the rounds right before this one, the oldest first.
+            codec: Of the changes.
+        """
+        self._plan = plan
+        self._round = round
+        self._state = state
+        self._sent = sent or {}
+        self._stays = stays
+        self._changes = {change.round: change for change in changes}
+        self._codec: Codec = codec
+        self._salt = new_salt()
+        self._written: dict[tuple[str, frozenset[str]], ArrayRecord] = {}
+
+    def encode(self, who: Recipient) -> RecordDict:
+        """Encode a request with the whole state."""
+        return self._message({"state": self._write("state", self._state)}, who, "")
+
+    def encode_since(self, who: Recipient, held: int) -> RecordDict:
+        """Encode a request for a recipient that has the state of an earlier round.
+
+        Args:
+            who: The recipient.
+            held: That round: one of the changes.
+        """
+        base = self._changes[held]
+        since = [change for number, change in self._changes.items() if number >= held]
+        keys = {name_of_change(each.round): each.values for each in since}
+        records = {key: self._write(key, values, self._codec) for key, values in keys.items() if values}
+        if added := {name: tensor for name, tensor in self._state.items() if name not in base.names}:
+            records["state"] = self._write("state", added)  # an empty record would be an object that other messages have, too
+        digests = [*(change.start for change in since), self._digest]
+        return self._message(records, who, join_versions(digests))
+
+    @cached_property
+    def _digest(self) -> str:
+        return state_digest(self._state)
+
+    def _message(self, records: Mapping[str, ArrayRecord], who: Recipient, versions: str) -> RecordDict:
+        beside = {"sent": self._write("sent", self._sent)} if self._sent else {}
+        header = _encode_header(self._plan, self._round, who, self._salt, versions)
+        return RecordDict({**records, **beside, "request": header})
+
+    def _write(self, key: str, tensors: Mapping[str, Tensor], codec: Codec = "float32") -> ArrayRecord:
+        """Write the tensors of a record, unless a request before has the same ones."""
+        which = key, frozenset(tensors)
+        if which not in self._written:
+            self._written[which] = _arrays(tensors, self._salt, key, codec, stays=self._stays)
+        return self._written[which]
 
 
 def _arrays(
@@ -118,9 +194,10 @@ def write_out(content: RecordDict) -> RecordDict:
     return RecordDict(written)
 
 
-def _encode_header(plan: str, round: int, who: Recipient, salt: bytes) -> ConfigRecord:
+def _encode_header(plan: str, round: int, who: Recipient, salt: bytes, versions: str) -> ConfigRecord:
     """Encode the header of a request with a second salt for itself, as all recipients know the salt of the arrays."""
-    return ConfigRecord({"protocol": PROTOCOL, "plan": plan, "round": round, **asdict(who), "salt": salt, "own": new_salt()})
+    fields = {"plan": plan, "round": round, **asdict(who), "versions": versions}
+    return ConfigRecord({"protocol": PROTOCOL, **fields, "salt": salt, "own": new_salt()})
 
 
 def get_salt(content: RecordDict) -> bytes:
@@ -137,21 +214,36 @@ def get_salt(content: RecordDict) -> bytes:
     )
 
 
-def decode_request(content: RecordDict) -> Request:
+def decode_request(content: RecordDict, codec: Codec = "float32") -> Request:
     """Decode a request.
+
+    Args:
+        content: The message.
+        codec: Of changes of the state, by the plan; with float32 there are none.
 
     Raises:
         RunError: If it is not a well-formed request of this protocol.
     """
     header = decode_header(content)
-    _check_records(content, ("request", "state", "sent"))
+    if header.versions and codec == "float32":
+        raise RunError(
+            "the request holds changes of the state: expected the whole state, as the plan has wire_down = float32",
+            code="run.malformed_message",
+        )
+    changed = [name_of_change(header.round - count) for count in range(len(header.versions) - 1, 0, -1)]
+    _check_records(content, ("request", "state", "sent", *changed))
     sent = decode_tensors(content, "sent", "request") if "sent" in content else {}
-    return replace(header, state=decode_tensors(content, "state", "request"), sent=sent, stays=stays_here(content))
+    changes = tuple(decode_tensors(content, key, "request", codec) if key in content else {} for key in changed)
+    is_whole = "state" in content or not header.versions
+    state = decode_tensors(content, "state", "request") if is_whole else {}
+    return replace(header, state=state, sent=sent, changes=changes, stays=stays_here(content))
 
 
 def decode_header(content: RecordDict) -> Request:
     """Decode a request without its arrays, which are not read; raises RunError as `decode_request` does."""
-    fields = _decode_fields(content, "request", {"plan": str, "round": int, "organization": str, "admitted": int, "site": str})
+    types = {"plan": str, "round": int, "organization": str, "admitted": int, "site": str, "versions": str}
+    fields = _decode_fields(content, "request", types)
+    fields["versions"] = split_versions(fields["versions"], fields["round"])
     return Request(**fields, state={})
 
 

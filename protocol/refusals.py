@@ -8,14 +8,26 @@ import re
 
 from flwr.app import Error, Message
 
-from cotune.errors import PolicyError
+from cotune.errors import PolicyError, RunError
 from cotune.protocol.signatures import Signed, Statement
 
 REFUSED = 1001  # the error code of the reply
 GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record
 APPROVAL = "training.approval"  # the rule by which a person has to approve the plan first: asked again later
 MIN_COHORT = "training.min_cohort"  # the rule by which an organization waits for others
+WHOLE_STATE = "it does not hold the version that the request builds on: expected the whole state"  # asked again at once with it
 _DECLINED = re.compile(re.escape(PolicyError("RULE", "").public).replace("RULE", r"([a-z_]+\.[a-z_]+)"))
+
+
+class VersionLost(RunError):
+    """A site does not hold the version that a request builds on, or it is damaged: it answers with `WHOLE_STATE`."""
+
+    code = "run.version_lost"
+
+
+def lacks_version(message: Message | None) -> bool:
+    """Return whether a reply is no more than the wish for the whole state (see `VersionLost`)."""
+    return message is not None and message.has_error() and parse_refusal(message.error.reason or "")[0] == WHOLE_STATE
 
 
 def refusal(message: Message, reason: str) -> Message:

@@ -1,3 +1,3 @@
 """The version of what server and organizations exchange. Both sides must speak the same."""
 
-PROTOCOL = 6
+PROTOCOL = 7

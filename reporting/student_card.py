@@ -79,8 +79,8 @@ def _facts(done: Distilled, key: str) -> Iterator[tuple[str, str]]:
     if key == "text":
         yield "length", f"{done.length} tokens; the rest of a text is not read"
     for teacher in found["teachers"]:
-        yield "exact model", f"{_name(teacher['model'])}, SHA-256 {teacher['sha256']}"
-    yield "base model", f"{_name(found['student']['base'])}, SHA-256 {found['student']['sha256']}"
+        yield "exact model", f"{short_name(teacher['model'])}, SHA-256 {teacher['sha256']}"
+    yield "base model", f"{short_name(found['student']['base'])}, SHA-256 {found['student']['sha256']}"
     yield (
         "public inputs",
         f"{inputs['count']:,}, of which one of ten was held out; source: {inputs['source'] or 'not stated'}; license:"
@@ -90,7 +90,7 @@ def _facts(done: Distilled, key: str) -> Iterator[tuple[str, str]]:
     yield "training", f"train = {found['train']}, loss {found['loss']}, passes: {found['epochs']}{taught}"
 
 
-def _name(model: str) -> str:
+def short_name(model: str) -> str:
     """A folder by its last names alone: where it is on a machine is nobody's business."""
     path = Path(model.removeprefix(FOLDER)).expanduser()
     return path.name if path.is_absolute() or path.exists() else str(path)

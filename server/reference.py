@@ -18,7 +18,7 @@ from cotune.reporting.documents.trail_lines import ReplySigned, RequestSigned
 from cotune.server.deployment.execution.submission import Submission
 from cotune.server.rounds.selection import WaitingFile
 from cotune.server.runs.run_folder import RunFile, StoppedFile
-from cotune.server.runs.state_headers import CheckpointHeader, QuarantineHeader
+from cotune.server.runs.state_headers import ChangeHeader, CheckpointHeader, QuarantineHeader
 from cotune.storage.config_table import models_in
 
 _WRITTEN = "<!-- Written by `python -m cotune.server.reference docs`: change the models instead. -->"
@@ -61,6 +61,14 @@ EVERY_RUN = (
         " disk.",
         CheckpointHeader,
         "in the metadata, under `checkpoint`",
+    ),
+    File(
+        "changes/round-00001.safetensors",
+        "after every round but the last, before its checkpoint, with `wire_down`",
+        "What the round has changed of the shared state, packed as it travels; of the newest rounds alone, together never larger"
+        " than the state. Only the size of requests depends on it.",
+        ChangeHeader,
+        "in the metadata, under `change`",
     ),
     File(
         "history.jsonl",

@@ -58,6 +58,8 @@ from cotune.server.runs.run_model import final_params
 from cotune.simulations.prepare import Prepared, make_site, make_sites
 from cotune.simulations.single_tasks import SINGLE, evaluate_for, plan_for, shares_for
 from cotune.simulations.split import Share
+from cotune.simulations.workers.baselines import train_beside
+from cotune.simulations.workers.pool import WorkerPool
 from cotune.strategies.config import StrategyConfig
 
 ALONE = "alone"
@@ -78,27 +80,49 @@ class Evaluated:
     predicted: tuple[Any, ...]
 
 
-def run_baselines(folder: RunFolder, prepared: Prepared) -> dict[str, Evaluated]:
+def run_baselines(folder: RunFolder, prepared: Prepared, pool: WorkerPool | None = None) -> dict[str, Evaluated]:
     """ "alone/<organization>", "alone-without-privacy/<organization>", "pooled", "plain" and "single/<task>" on the test set.
 
     As far as the plan asks for them and they could be trained.
+
+    Args:
+        folder: Of the run.
+        prepared: Its plan with the records of each organization.
+        pool: Workers that train them beside each other; None: this process does, one after the other.
     """
     results = {}
-    for name, plan, shares in _wanted(prepared, get_plan_model(prepared.plan, folder.file.device)):
-        path = folder.path / "baselines" / name
-        if not (path / "run.json").exists():
-            _make(path, name, plan, shares, folder)
-        baseline = RunFolder(path)
+    wanted = list(_wanted(prepared, get_plan_model(prepared.plan, folder.file.device)))
+    names = [name for name, _, _ in wanted]
+    if pool is not None:  # the longest first, so that workers end together
+        wanted.sort(key=lambda each: -sum(len(share.rows) for share in each[2]))
+    baselines = [_open(folder, *each) for each in wanted]
+    trained = _train_in_turn(folder, baselines) if pool is None else train_beside(folder, baselines, pool)
+    for baseline in trained:
+        name = baseline.file.run
+        results[name] = _evaluate(folder, prepared, baseline)
+        folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
+    return {name: results[name] for name in names if name in results}
+
+
+def _open(folder: RunFolder, name: str, plan: Plan, shares: tuple[Share, ...]) -> RunFolder:
+    """The folder of a baseline, made where it is not there."""
+    path = folder.path / "baselines" / name
+    if not (path / "run.json").exists():
+        _make(path, name, plan, shares, folder)
+    return RunFolder(path)
+
+
+def _train_in_turn(folder: RunFolder, baselines: Sequence[RunFolder]) -> Iterator[RunFolder]:
+    """Yields the baselines that are trained, each as soon as it is."""
+    for baseline in baselines:
         if not baseline.finished:
-            folder.events.write(BaselineStarted(baseline=name))
+            folder.events.write(BaselineStarted(baseline=baseline.file.run))
             try:
                 train(InProcessGrid(client_app), baseline)
             except RunError as error:  # a comparison that cannot be made must not cost the run itself
-                folder.events.write(BaselineFailed(baseline=name, reason=str(error)))
+                folder.events.write(BaselineFailed(baseline=baseline.file.run, reason=str(error)))
                 continue
-        results[name] = _evaluate(folder, prepared, baseline)
-        folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
-    return results
+        yield baseline
 
 
 def fits_alone(plan: Plan, model: TrainableModel) -> bool:
@@ -137,7 +161,7 @@ def _without_others(plan: Plan) -> Plan:
     """
     everybody = plan.server.model_copy(update={"sample_rate": 1.0, "sample_size": 0})
     by_itself = StrategyConfig(server_optimizer=plan.strategy.server_optimizer)
-    alone = {"client_privacy": None, "server": everybody, "strategy": by_itself, "wire": "float32"}
+    alone = {"client_privacy": None, "server": everybody, "strategy": by_itself, "wire": "float32", "wire_down": "float32"}
     simulation = plan.simulation.model_copy(update={"bases": ()})
     parameters = {"collaboration": "parameters", "simulation": simulation} if plan.shares_predictions else {}
     return _without_personal(plan).model_copy(update={**alone, **parameters, "privacy": _in_training(plan.privacy)})

@@ -1,14 +1,12 @@
-"""The engines that can play a run on one machine: in this process, or Flower's Simulation Runtime on Ray."""
+"""The engines that can play a run on one machine: in this process and its workers, or Flower's Simulation Runtime on Ray."""
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Context, RecordDict, UserConfig
@@ -21,8 +19,8 @@ from cotune.server.app import app as server_app
 from cotune.server.rounds.registered_evaluator import register_evaluator
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.baselines import build_personal_evaluate
-
-_COLLECTED_AFTER = (10_000, 20, 20)  # objects that were made and not freed, then collections of younger ones
+from cotune.simulations.workers.grid import WorkerGrid
+from cotune.simulations.workers.pool import WorkerPool
 
 
 def check_engine(engine: str) -> None:
@@ -36,21 +34,13 @@ def check_engine(engine: str) -> None:
         )
 
 
-def run_on(engine: str, folder: RunFolder) -> None:
-    """Plays the run's unfinished rounds. Raises RunError when the run fails."""
+def run_on(engine: str, folder: RunFolder, pool: WorkerPool | None = None) -> None:
+    """Plays the run's unfinished rounds; in process, workers may answer. Raises RunError when the run fails."""
     with register_evaluator(build_personal_evaluate(folder)):
-        ENGINES[engine](folder)
-
-
-@contextmanager
-def rare_garbage_collection() -> Iterator[None]:
-    """Let the garbage collector look at libraries and model less often: most of its work in rounds of small models."""
-    before = gc.get_threshold()
-    gc.set_threshold(*map(max, before, _COLLECTED_AFTER))
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
+        if pool is not None:
+            server_app(WorkerGrid(pool, folder), _context(folder))
+        else:
+            ENGINES[engine](folder)
 
 
 def _in_process(folder: RunFolder) -> None:

@@ -23,9 +23,12 @@ from cotune.simulations.baselines import (
     personalize,
     run_baselines,
 )
-from cotune.simulations.engines import check_engine, rare_garbage_collection, run_on
+from cotune.simulations.engines import check_engine, run_on
+from cotune.simulations.garbage_collection import rare_garbage_collection
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.summary import summarize
+from cotune.simulations.workers.grid import check_workers, open_workers, share_threads
+from cotune.simulations.workers.pool import Peak, WorkerPool
 from cotune.storage.files import atomic_write
 
 
@@ -46,6 +49,7 @@ def simulate(
     *,
     engine: str = "in-process",
     device: str = "auto",
+    workers: int = 1,
     noted: Notes = lambda notes: None,
 ) -> Run:
     """Run a plan with simulated organizations: train, compare, report.
@@ -55,6 +59,9 @@ def simulate(
         out: The folder of the run; None: runs/<time>-<plan>.
         engine: "in-process" or "ray".
         device: auto, cpu, cuda or cuda:N.
+        workers: How many processes train, with the engine "in-process". 1: this one does, and no other is started. With more,
+            all of them, and this one, compute with an equal share of its threads; the result is the same as in one process with
+            so many threads. They import the main module: a script needs `if __name__ == "__main__":`.
         noted: Called with the notes about the records before anything is trained; they are in the summary, too.
 
     Raises:
@@ -62,12 +69,14 @@ def simulate(
     """
     began = time.monotonic()
     check_engine(engine)
-    prepared = prepare(plan, device)
-    noted(prepared.notes)
-    folder = start(prepared, out, engine, device)
-    with folder.locked(), rare_garbage_collection():
-        run_on(engine, folder)
-        return complete(folder, prepared, time.monotonic() - began)
+    check_workers(workers, engine)
+    with share_threads(workers):
+        prepared = prepare(plan, device)
+        noted(prepared.notes)
+        folder = start(prepared, out, engine, device)
+        with folder.locked(), rare_garbage_collection(), open_workers(folder, workers) as pool:
+            run_on(engine, folder, pool)
+            return complete(folder, prepared, time.monotonic() - began, pool)
 
 
 def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> RunFolder:
@@ -81,11 +90,13 @@ def start(prepared: Prepared, out: Path | None, engine: str, device: str) -> Run
         ) from None
 
 
-def resume(path: Path) -> Run:
-    """Continues a run after its last finished round. A finished run is reported again."""
+def resume(path: Path, *, workers: int = 1) -> Run:
+    """Continues a run after its last finished round, with any number of workers. A finished run is reported again."""
     began = time.monotonic()
     folder = RunFolder(path.expanduser().resolve())
-    with folder.locked(), rare_garbage_collection():
+    engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
+    check_workers(workers, engine)
+    with folder.locked(), rare_garbage_collection(), share_threads(workers):
         prepared = prepare(folder.plan, folder.file.device)
         if (prepared.plan.plan_id, prepared.fingerprint) != (folder.plan.plan_id, folder.file.data):
             raise RunError(
@@ -93,19 +104,20 @@ def resume(path: Path) -> Run:
                 code="run.changed_inputs",
             )
         before = sum(float(entry.seconds) for entry in folder.load().history)  # rounds that earlier processes finished
-        if not folder.finished:
-            engine = folder.file.engine if folder.file.engine != "flower" else "ray"  # started by `flwr run`
-            check_engine(engine)
-            run_on(engine, folder)
-        return complete(folder, prepared, before + time.monotonic() - began)
+        with open_workers(folder, workers) as pool:
+            if not folder.finished:
+                check_engine(engine)
+                run_on(engine, folder, pool)
+            return complete(folder, prepared, before + time.monotonic() - began, pool)
 
 
-def complete(folder: RunFolder, prepared: Prepared, seconds: float) -> Run:
+def complete(folder: RunFolder, prepared: Prepared, seconds: float, pool: WorkerPool | None = None) -> Run:
     """After the last round: baselines, the exported model, summary.json and report.html."""
     began = time.monotonic()
-    results = run_baselines(folder, prepared)
+    results = run_baselines(folder, prepared, pool)
     personalized = personalize(folder, prepared, final_params(folder.plan, folder.load()))
-    summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began)
+    beside = pool.peak if pool else Peak()
+    summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began, beside)
     _export(folder, summary)
     atomic_write(folder.path / "summary.json", to_json(summary))
     write_report(summary, folder.path / "report.html")

@@ -36,6 +36,7 @@ from cotune.simulations.joint_privacy_loss import get_charged_steps
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.single_tasks import SINGLE, describe_tasks
 from cotune.simulations.split import Share
+from cotune.simulations.workers.pool import Peak
 from cotune.simulations.worth_of_joining import (
     Choices,
     TestSet,
@@ -54,9 +55,23 @@ _EXACT = (  # figures of a simulation that are computed from training records as
 
 
 def summarize(
-    folder: RunFolder, prepared: Prepared, baselines: Mapping[str, Evaluated], personalized: Personalized, seconds: float
+    folder: RunFolder,
+    prepared: Prepared,
+    baselines: Mapping[str, Evaluated],
+    personalized: Personalized,
+    seconds: float,
+    beside: Peak,
 ) -> RunSummary:
-    """Return the summary of a finished run. ε is composed from the organizations' ledgers, not from the plan."""
+    """Return the summary of a finished run. ε is composed from the organizations' ledgers, not from the plan.
+
+    Args:
+        folder: Of the run.
+        prepared: Its plan with the records of each organization.
+        baselines: Name -> what it reached.
+        personalized: How organizations have adapted the model.
+        seconds: That the run has taken.
+        beside: Memory of the processes beside this one.
+    """
     plan = folder.plan
     progress = folder.load()
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
@@ -100,10 +115,16 @@ def summarize(
             "written": _written(folder, floor, progress, baselines),
         },
         "organizations": organizations,
-        **describe_effort(progress, seconds),
+        **_add_memory(describe_effort(progress, seconds), beside),
         "reproduce": [f"cotune simulate {folder.path / 'plan.toml'}"],
     }
     return RunSummary.model_validate(table)
+
+
+def _add_memory(effort: dict[str, Any], beside: Peak) -> dict[str, Any]:
+    """What the run took, with the memory of the processes beside this one."""
+    both = Peak(effort["peak_memory_bytes"], effort["peak_gpu_memory_bytes"] or 0) + beside
+    return {**effort, "peak_memory_bytes": both.memory, "peak_gpu_memory_bytes": both.gpu or None}
 
 
 def _choices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,19 +17,36 @@ from cotune.data.readers.sources import check_base, check_file, check_new
 from cotune.ensembles.config import DistillationConfig, Loss
 from cotune.models.config import ModelConfig, TrainMode
 
-_MODES: tuple[TrainMode, ...] = get_args(TrainMode)
+_MODES: tuple[TrainMode, ...] = ("head", "lora", "full")
 _LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 def distill(
-    teachers: Annotated[list[str], typer.Argument(metavar="TEACHER...", help="Models with the same classes, or a fused one.")],
+    teachers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEACHER...", help="Models with the same classes, a fused one, or language models of one tokenizer."
+        ),
+    ],
     student: Annotated[str, typer.Option(help="The base model that learns: a folder, package:NAME or a hub id.")],
     data: Annotated[Path, typer.Option(help="Public inputs: a CSV, TSV, JSON lines or Parquet file; images also as a folder.")],
     out: Annotated[Path, typer.Option(help="Write the student to this new folder.")],
     text: Annotated[str | None, typer.Option(help='Column with the text, or with its words; default: "text".')] = None,
     image: Annotated[str | None, typer.Option(help='Column with the image; default: "image".')] = None,
     label: Annotated[str | None, typer.Option(help="Column with the class, where there are labels to learn from.")] = None,
-    label_weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the labels; the rest is the teacher's.")] = 0.5,
+    prompt: Annotated[str | None, typer.Option(help="Column with the prompt, for a language model; with --target.")] = None,
+    target: Annotated[str | None, typer.Option(help="Column with what a language model is to write.")] = None,
+    messages: Annotated[str | None, typer.Option(help="Column with a chat, for a language model, in place of these two.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
+    ] = None,
+    write_targets: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, metavar="N", help="Let language models write the targets, of at most N tokens."),
+    ] = None,
+    label_weight: Annotated[
+        float, typer.Option(min=0, max=1, help="Weight of the labels, or targets; the rest is the teacher's.")
+    ] = 0.5,
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8",
     train: Annotated[str, typer.Option(help="What of the student is trained: head, lora or full.")] = "full",
     loss: Annotated[str, typer.Option(help="kl: divergence at a temperature; mse: of centered scores.")] = "kl",
@@ -56,38 +74,69 @@ def distill(
         train=parse_choice("--train", train, _MODES),
         loss=parse_choice("--loss", loss, _LOSSES),
         temperature=temperature,
-        label_weight=label_weight if label is not None else 0.0,
+        label_weight=label_weight,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
     )
-    columns = RecordOptions(text=text, image=image, label=label, encoding=encoding)
+    columns = RecordOptions(
+        text=text,
+        image=image,
+        label=label,
+        prompt=prompt,
+        target=target,
+        messages=messages,
+        separator=separator,
+        encoding=encoding,
+    )
     check_file(data)
     if test is not None:
         check_file(test)
     check_base(student)
     check_new(out)
     announce(f"loading PyTorch, then {len(teachers)} teachers", quiet=as_json)
+    from cotune.cli.models.distilled_texts import distill_texts, find_task
     from cotune.cli.models.record_predictions import distill_models  # loads PyTorch
 
     base = ModelConfig.model_validate({"base": student, "max_length": max_length})
-    found = distill_models(
-        teachers,
-        base,
-        config,
-        data.expanduser(),
-        columns,
-        out=out.expanduser(),
-        device=device,
-        license=license,
-        source=data.name if source is None else source,
-        test=None if test is None else test.expanduser(),
-    )
+    file, folder = data.expanduser(), out.expanduser()
+    about: dict[str, Any] = {
+        "out": folder,
+        "device": device,
+        "license": license,
+        "source": data.name if source is None else source,
+    }
+    task = find_task(teachers)
+    _check_options(columns, write_targets, test, is_for_texts=task is not None)
+    if task is None:
+        plain = config if label is not None else replace(config, label_weight=0.0)
+        tested = None if test is None else test.expanduser()
+        found = distill_models(teachers, base, plain, file, columns, test=tested, **about)
+    else:
+        found = distill_texts(teachers, task, base, config, file, columns, write=write_targets, **about)
     if as_json:
         print_json(found)
-    else:
+    elif task is None:
         _show(open_console(), found, out)
+    else:
+        _show_texts(open_console(), found, out)
+
+
+def _check_options(columns: RecordOptions, write: int | None, test: Path | None, *, is_for_texts: bool) -> None:
+    """Raises BadParameter for an option of the other kind of models."""
+    classes = {"--image": columns.image, "--label": columns.label, "--test": test}
+    texts: dict[str, object] = {
+        "--prompt": columns.prompt,
+        "--target": columns.target,
+        "--messages": columns.messages,
+        "--separator": columns.separator,
+        "--write-targets": write,
+    }
+    for option, value in (classes if is_for_texts else texts).items():
+        if value is not None:
+            kinds = ("a classifier", "language models") if is_for_texts else ("a language model", "classifiers")
+            raise typer.BadParameter(f"{option} is for {kinds[0]}, and these teachers are {kinds[1]}: leave it out")
 
 
 def _show(console: Console, found: dict[str, Any], out: Path) -> None:
@@ -105,3 +154,23 @@ def _show(console: Console, found: dict[str, Any], out: Path) -> None:
                 f" ({low:+.3f} to {high:+.3f}), {measured['answers']:,} answers"
             )
     console.print(f"the student, with its card: {escape(str(out))}")
+
+
+def _show_texts(console: Console, found: dict[str, Any], out: Path) -> None:
+    held = found["held_out"]
+    teacher, before, student = (each["loss"] for each in (held["teacher"], held["before"]["student"], held["student"]))
+    for reason, count in found["left_out"].items():
+        if count:
+            console.print(f"left out, {escape(reason)}: {count:,}")
+    console.print(
+        f"on {held['records']:,} held-out records the student's loss is [bold]{figure(student)}[/bold] nats per token, before"
+        f" {figure(before)}, its teacher's {figure(teacher)}"
+    )
+    agreed = f"the most probable token is that of its teacher in {figure(held['agreement'])} of the cases"
+    console.print(f"{agreed}; KL {figure(held['kl'])} nats")
+    for name in found["unprotected"]:
+        console.print(
+            f"the model card of the teacher {escape(name)} promises no differential privacy: what it remembers may pass to the"
+            " student"
+        )
+    console.print(f"the student: {escape(str(out))}")

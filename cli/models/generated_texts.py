@@ -53,7 +53,7 @@ def write_rows(
         max_length: Longest prompt, in tokens; None: as in training.
         device: Such as "cpu" or "cuda:0".
     """
-    _check_chats(task, chats)
+    check_chats(task, chats)
     opened = open_language_model(model, task, device, max_length, chats=chats)
     with own_options():
         if isinstance(inputs, Path):
@@ -84,7 +84,7 @@ def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: 
         device: What computes.
     """
     chats = data.messages is not None
-    _check_chats(task, chats)
+    check_chats(task, chats)
     if TASK_FACTS[task].prompts == "must" and data.prompt is None:
         raise DataError(
             f"{model} reads a text and writes another one: expected --prompt and --target, the columns of both",
@@ -96,7 +96,7 @@ def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: 
     return evaluate_language_model(opened, records, task)
 
 
-def _check_chats(task: TaskName, chats: bool) -> None:
+def check_chats(task: TaskName, chats: bool) -> None:
     """Raises ModelError for a model that reads none."""
     if chats and not TASK_FACTS[task].chats:
         raise ModelError(

@@ -135,7 +135,8 @@ def _named(names: Sequence[str]) -> str:
 def _stages(seen: Forecast) -> Table:
     table = Table("stage", box=None, header_style="bold", pad_edge=False)
     up = f"up per round ({seen.plan.wire})"
-    for heading in ("rounds", "steps per round", "shared parameters", up, "down per round"):
+    down = "down per round" if seen.plan.wire_down == "float32" else f"down per round but the first ({seen.plan.wire_down})"
+    for heading in ("rounds", "steps per round", "shared parameters", up, down):
         table.add_column(heading, justify="right")
     for s in seen.stages:
         table.add_row(s.mode, str(s.rounds), str(s.steps), f"{s.parameters:,}", size(s.bytes_up), size(s.bytes_down))

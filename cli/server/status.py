@@ -90,7 +90,8 @@ def _run_lines(found: Status) -> list[str]:
     lines = [f"run {at.run}, plan {at.plan} ({at.plan_id[:12]}…), begun {instant(at.created)}"]
     lines.append(f"round {at.round} of {at.rounds}, {at.phase}{accuracy}")
     if at.bytes_up is not None and at.bytes_down is not None:
-        lines.append(f"the last round took {size(at.bytes_up)} up, as {at.wire}, and {size(at.bytes_down)} down")
+        changes = "" if at.wire_down == "float32" else f", as {at.wire_down} to who has an earlier version"
+        lines.append(f"the last round took {size(at.bytes_up)} up, as {at.wire}, and {size(at.bytes_down)} down{changes}")
     if at.collaboration == "predictions":
         lines.append("organizations train models of their own, and share predictions for public inputs alone")
     if not at.holds_base:

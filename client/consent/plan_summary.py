@@ -32,7 +32,7 @@ def summarize_plan(plan: Plan) -> list[str]:
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
         _privacy(plan),
-        f"strategy {' → '.join(parts)}; updates travel as {plan.wire}; asks organizations to disclose:"
+        f"strategy {' → '.join(parts)}; updates travel as {plan.wire}{_down(plan)}; asks organizations to disclose:"
         f" {', '.join(asks) or 'nothing beside the updates'}",
     ]
     private = isinstance(plan.privacy, RecordPrivacy)
@@ -41,6 +41,10 @@ def summarize_plan(plan: Plan) -> list[str]:
     )
     stacked = [explain_stacking(plan.model.members, private=private)] if plan.model.members else []
     return [printable(line) for line in (*lines, *stacked, *([] if stays is None else [stays]))]
+
+
+def _down(plan: Plan) -> str:
+    return "" if plan.wire_down == "float32" else f", what changes in the model as {plan.wire_down}"
 
 
 def _trained(stage: Stage) -> str:

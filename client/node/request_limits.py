@@ -25,13 +25,12 @@ from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
 from cotune.plan.trained_parameters import scores_shape, state_shapes, student_shapes
 from cotune.privacy.policy import Policy
+from cotune.protocol.arrays import ARRAY_HEAD
 from cotune.protocol.messages import Request, decode_header
 from cotune.protocol.signatures import SIGNED
 
 Consent = Callable[[Plan, Policy], None]  # raises PolicyError
 Shapes = Mapping[str, tuple[int, ...]]
-
-_ARRAY_HEAD = 1024  # bytes of an array before its values, with a margin
 
 
 def read_plan(request: Request) -> Plan:
@@ -150,5 +149,5 @@ def read_message(parcel: ChunkedMessage, site: Site) -> Message:
         expected = expected_shapes(plan, site, request.round, check_base_model if finished else check_plan, finished=finished)
     except CotuneError:
         return header
-    arrays = sum(4 * math.prod(shape) + _ARRAY_HEAD for shape in expected.values())
+    arrays = sum(4 * math.prod(shape) + ARRAY_HEAD for shape in expected.values())
     return parcel.message(arrays if plan.strategy.client_term is None else 2 * arrays)

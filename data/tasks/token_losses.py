@@ -40,7 +40,7 @@ def token_losses(module: nn.Module, batch: Batch, most: int | None = None) -> tu
     labels = batch["labels"]
     if not _has_frozen_output(module):
         return _losses_of_scores(cast(Any, module)(**inputs, use_cache=False).logits.float(), labels)
-    hidden = _hidden_states(module, inputs)
+    hidden = hidden_states(module, inputs)
     layer = cast(Any, module).get_output_embeddings()
     if most is None or most >= labels.shape[1]:
         return _losses_of_hidden(hidden, labels, layer)
@@ -52,12 +52,17 @@ def token_losses(module: nn.Module, batch: Batch, most: int | None = None) -> tu
 
 
 def _has_frozen_output(module: nn.Module) -> bool:
-    """Whether the scores are those of one plain layer on the hidden states, which is not trained.
+    layer = cast(Any, module).get_output_embeddings()
+    return layer is not None and not any(p.requires_grad for p in layer.parameters()) and has_plain_output(module)
+
+
+def has_plain_output(module: nn.Module) -> bool:
+    """Whether the scores of a language model are those of one linear layer on its hidden states, and nothing else.
 
     Some architectures scale or bound their scores afterwards (Gemma 2, Cohere). That is found out once, by comparing.
     """
     layer = cast(Any, module).get_output_embeddings()
-    if not isinstance(layer, nn.Linear) or any(p.requires_grad for p in layer.parameters()):
+    if not isinstance(layer, nn.Linear):
         return False
     if module not in _plain:
         _plain[module] = _is_plain(module, layer)
@@ -71,13 +76,19 @@ def _is_plain(module: nn.Module, layer: nn.Linear) -> bool:
     try:
         with torch.autocast(ids.device.type, enabled=False):
             expected = cast(Any, module)(**inputs, use_cache=False).logits.float()
-            got = layer(_hidden_states(module, inputs)).float()
+            got = layer(hidden_states(module, inputs)).float()
     except (AttributeError, TypeError, RuntimeError, ValueError):  # another kind of encoder: its own forward tells what is wrong
         return False
     return bool(torch.allclose(got, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())))
 
 
-def _hidden_states(module: nn.Module, inputs: Batch) -> Tensor:
+def hidden_states(module: nn.Module, inputs: Batch) -> Tensor:
+    """Return what the output layer of a language model reads at each position, (b, l, d).
+
+    Args:
+        module: A language model with a plain output.
+        inputs: A batch without its labels.
+    """
     decoder = getattr(module, cast(Any, module).base_model_prefix)
     return cast(Tensor, decoder(**inputs, use_cache=False).last_hidden_state)
 

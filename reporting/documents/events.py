@@ -160,6 +160,14 @@ class AwaitingApproval(Event):
     organizations: list[str] = Field(description="Organizations that have not approved the plan yet; empty: none.")
 
 
+class WholeStateSent(Event):
+    """An organization did not hold the version that its request builds on (a plan's `wire_down`), and is sent the whole state."""
+
+    event: Literal["whole_state_sent"] = "whole_state_sent"
+    round: _Round
+    organization: _Organization
+
+
 class OrganizationLeft(Event):
     """An organization has left of its own accord, as by Ctrl-C; it is asked again once it rejoins."""
 
@@ -305,6 +313,7 @@ RunEvent = Annotated[
     | Note
     | ClientExcluded
     | AwaitingApproval
+    | WholeStateSent
     | OrganizationLeft
     | Waiting
     | ConnectionLost

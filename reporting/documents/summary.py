@@ -341,9 +341,13 @@ class RunSummary(Document):
         " real run,"
         " of the finished rounds."
     )
-    peak_memory_bytes: int | None = Field(description="Resident set of the process at its largest.")
+    peak_memory_bytes: int | None = Field(
+        description="Resident set of the process at its largest; with workers, the sum over all processes."
+    )
     peak_gpu_memory_bytes: int | None = Field(
-        None, description="The most memory of one GPU that the process held in tensors; null without a GPU."
+        None,
+        description="The most memory of one GPU that the process held in tensors; with workers, the sum over all"
+        " processes; null without a GPU.",
     )
     versions: dict[str, str] = Field(description="Versions of Python and of the packages.")
     reproduce: list[str] = Field(description="The command that repeats the run.")

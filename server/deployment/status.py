@@ -76,7 +76,8 @@ class RunStatus:
         accuracy: On the coordinator's test set.
         bytes_up: Size of the updates of the last finished round; None before the first.
         bytes_down: Size of its requests.
-        wire: The codec of updates, in words.
+        wire: The codec of updates.
+        wire_down: The codec of changes of the model; float32: it travels whole.
         collaboration: What is shared: parameters, or predictions for public inputs.
         holds_base: Whether the server held the base model's weights when the run was made.
     """
@@ -96,6 +97,7 @@ class RunStatus:
     bytes_up: int | None
     bytes_down: int | None
     wire: str
+    wire_down: str = "float32"
     collaboration: str = "parameters"
     holds_base: bool = True
 
@@ -220,6 +222,7 @@ def _build_run_status(run: RunFolder, history: History, events: Sequence[Event],
         bytes_up=history[-1].bytes_up if history else None,
         bytes_down=history[-1].bytes_down if history else None,
         wire=run.plan.wire,
+        wire_down=run.plan.wire_down,
         collaboration=run.plan.collaboration,
         holds_base=run.file.weights,
     )
@@ -296,6 +299,8 @@ def _describe_event(event: Event) -> str:
             return f"answered too late, to round {event['of_round']}"
         case "messages_refused":
             return f"{event['count']} messages refused at the front: {event['reason']}"
+        case "whole_state_sent":
+            return f"is sent the whole model in round {event['round']}"
         case "organization_left":
             return "has left the federation"
         case "delivery_failed":

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from flwr.app import MessageType
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from cotune.plan.plan import Plan
 from cotune.plan.public import SCORES
 from cotune.plan.trained_parameters import statistic_shapes
 from cotune.privacy.client_dp import PrivateMean
-from cotune.protocol.messages import Recipient, encode_requests, received_digest
+from cotune.protocol.messages import Recipient, received_digest, state_digest
 from cotune.protocol.signatures import TRAIN
 from cotune.reporting.documents.events import (
     ClientExcluded,
@@ -42,7 +43,9 @@ from cotune.server.rounds.accuracy_guard import AccuracyGuard, find_suspects, re
 from cotune.server.rounds.client_dp import ClientLevelPrivacy
 from cotune.server.rounds.requests import Requests
 from cotune.server.rounds.round import Round, Selection
+from cotune.server.rounds.round_requests import RoundRequests, find_held
 from cotune.server.rounds.round_result import RoundResult, metrics_entry
+from cotune.server.rounds.rounded_step import RoundedStep, round_step
 from cotune.server.rounds.run_environment import ExampleBounds, RunEnvironment
 from cotune.server.rounds.selection import build_cohort, count_to_complete, record_waiting, select
 from cotune.server.rounds.strategy_step import Score, apply_update, begin_round, broadcast_extras, round_context
@@ -50,6 +53,7 @@ from cotune.server.rounds.student import teach_student
 from cotune.server.rounds.updates.buffers import UpdateStore
 from cotune.server.rounds.updates.replies import UpdateReceiver
 from cotune.server.rounds.updates.update_validation import UpdateSpec
+from cotune.server.runs.changes import ChangeFiles
 from cotune.server.runs.exclusions import find_excluded, read_strike_records, record_strikes
 from cotune.server.runs.run_folder import Progress, RunFolder
 from cotune.server.runs.run_model import inference_params
@@ -237,13 +241,14 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     before = start.before
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
+    changes = ChangeFiles(folder.path, run.plan.wire_down).read_before(start.number, before.state)
     stays = run.environment.in_process
-    encoded = encode_requests(run.plan.canonical(), start.number, start.state, recipients, sent, stays=stays)
-    contents = dict(zip(asked, encoded, strict=True))
+    made = RoundRequests(run.plan, start.number, start.state, sent, changes=changes, stays=stays)
+    contents = made.encode(recipients, find_held(before.history, changes))
     cohort = build_cohort(folder, before.history, asked)
     fates = read_strike_records(folder, before.history)
     run.environment.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)
-    return Requests(start.number, MessageType.TRAIN, contents, spec.max_bytes)
+    return Requests(start.number, MessageType.TRAIN, contents, spec.max_bytes, made.to_whole(recipients))
 
 
 def _recipients(folder: RunFolder, asked: list[str], before: Progress) -> list[Recipient]:
@@ -265,7 +270,9 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     folder = run.folder
     number = start.number
     before = start.before
-    moved, memory = _move(run, start, combination)
+    step = _move(run, start, combination)
+    moved = step.state
+    memory = step.memory
     after = inference_params(run.plan, moved, memory)
     metrics = run.evaluate(after)
     looks = read_update_looks(combination)
@@ -286,6 +293,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
         accuracy = None if metrics is None else metrics.score
         folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects, reason=extreme))
         entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
+    _keep_change(run, start, moved, step.change if is_applied else {n: torch.zeros_like(t) for n, t in start.shared.items()})
     clip_norm = None
     if run.client_level and isinstance(combination, PrivateMean):
         entry = entry.model_copy(update={"client_privacy": run.client_level.entry(before, combination)})
@@ -293,15 +301,25 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
     return Progress(number, moved, memory, (*before.history, entry), clip_norm)
 
 
-def _move(run: _Run, start: _Start, combination: Combination) -> tuple[State, State]:
+def _move(run: _Run, start: _Start, combination: Combination) -> RoundedStep:
     """Return the next state and the memory of all components; if predictions are shared, also that of their student."""
     plan = run.plan
     moved, memory = apply_update(plan, start.before, start.state, combination.result(), start.context)
-    if not plan.shares_predictions:
-        return moved, memory
-    assert run.public is not None, "a plan that shares predictions names public inputs"
-    student = teach_student(plan, run.model, run.public, start.before.memory, moved[SCORES], start.number)
-    return moved, {**memory, **student}
+    if plan.shares_predictions:
+        assert run.public is not None, "a plan that shares predictions names public inputs"
+        student = teach_student(plan, run.model, run.public, start.before.memory, moved[SCORES], start.number)
+        return RoundedStep(moved, {**memory, **student})
+    if find_extreme(moved):
+        return RoundedStep(moved, memory)  # which is not applied
+    return round_step(plan, start.number, start.state, start.shared, moved, memory, start.before.memory)
+
+
+def _keep_change(run: _Run, start: _Start, state: State, change: State) -> None:
+    """Store what a round has changed, if requests are to build on it."""
+    plan = run.plan
+    if plan.wire_down != "float32" and start.number < plan.rounds:
+        files = ChangeFiles(run.folder.path, plan.wire_down)
+        files.write(start.number, start.before.state, start.state, change, state_digest(state))
 
 
 def _find_extreme(plan: Plan, before: Progress, moved: State, memory: State) -> str:

@@ -43,12 +43,14 @@ class Requests:
         kind: Flower's message type.
         contents: Organization -> its request, in the order of the organizations.
         max_bytes: Size of the largest reply that is accepted.
+        to_whole: (organization, its request) -> the same request with the whole state; None: all hold it.
     """
 
     round: int
     kind: str
     contents: Mapping[str, RecordDict]
     max_bytes: int
+    to_whole: Callable[[str, RecordDict], RecordDict] | None = None
 
 
 @dataclass
@@ -63,6 +65,8 @@ class _Request:
     lost_at: float = 0.0
     asked_at: float = 0.0
     since: str = ""  # when the organization had last connected, at the time it was asked
+    is_whole: bool = False  # whether it was replaced by one with the whole state
+    outdated: int = 0  # copies of the request before, which may still be answered
 
     def reset(self) -> None:
         """Reset the counts of copies and losses, before the organization is asked for another reason."""
@@ -101,6 +105,7 @@ class RequestTracker:
         self._round = requests.round
         self._kind = requests.kind
         self._max_bytes = requests.max_bytes
+        self._to_whole = requests.to_whole
         self._limits = limits
         self._lifetime = lifetime
         self._clock = clock
@@ -195,6 +200,24 @@ class RequestTracker:
     def postpone(self, organization: str) -> None:
         """Mark an organization as not asked yet, so that it is asked again later."""
         self._open[organization].reset()
+
+    def send_whole(self, organization: str) -> bool:
+        """Prepare to ask an organization again, with the whole state, as it does not hold the version that its request builds on.
+
+        Returns:
+            Whether its refusal is dealt with; False: it has refused the whole state, too.
+        """
+        request = self._open[organization]
+        if request.is_whole and request.outdated:
+            request.outdated -= 1
+            return True
+        if request.is_whole or self._to_whole is None:
+            return False
+        request.content = self._to_whole(organization, request.content)
+        request.is_whole = True
+        request.outdated = max(0, request.under_way - 1)
+        request.reset()
+        return True
 
     def note_reply(self, organization: str) -> None:
         """Record how long an organization took, and settle it."""

@@ -9,6 +9,9 @@ of their times, and at least `server.min_timeout_seconds`.
 An organization at which nobody has approved the plan yet is asked again. If the quorum is reached without it, the round does not
 wait for it; otherwise for at most `server.approval_seconds`. After that it is asked again only while the round waits for others,
 so that two such organizations cannot prolong a round forever. The round never waits for revoked organizations.
+
+An organization that does not hold the version of the state on which its request builds is asked again at once, with the whole
+state, and only once.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Protocol
 
 from cotune.errors import RunError
 from cotune.plan.server_config import RoundsConfig
+from cotune.protocol.refusals import lacks_version
 from cotune.reporting.documents.events import (
     AwaitingApproval,
     Event,
@@ -30,6 +34,7 @@ from cotune.reporting.documents.events import (
     UpdateQuarantined,
     UpdateReceived,
     Waiting,
+    WholeStateSent,
 )
 from cotune.reporting.documents.rounds import LateEntry
 from cotune.server.request_outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
@@ -183,6 +188,9 @@ class Round:
         elif isinstance(reply.content, Lost):
             if self._tracker.note_lost(name, reply.content.reason):
                 self._record(name, Lost(f"{reply.content.reason}, {self._tracker.losses(name)} times"))
+        elif lacks_version(reply.message) and self._tracker.send_whole(name):
+            self._receiver.record_refusal(reply)
+            self._report(WholeStateSent(round=self._number, organization=name))
         elif self._is_real and awaits_approval(reply.message):
             self._receiver.record_refusal(reply)
             self._postpone(name)

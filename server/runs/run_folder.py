@@ -3,6 +3,7 @@
 plan.toml               the resolved plan, and beside it the files of its own rules, if it has any
 run.json                who takes part, when and how it was started
 events.jsonl            what happened, line by line
+changes/                with wire_down: what the newest rounds have changed, as it travels
 checkpoints/            one file per finished round: model, server optimizer, where its history ends
 history.jsonl           the history: one line per finished round
 client-privacy.jsonl    with client-level privacy: its account; of a real run it is in the federation's folder

@@ -15,6 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from cotune.flower.chunks import pull_reply
+from cotune.flower.local_grid import LocalGrid
 from cotune.server.request_outcomes import Lost, Rejected
 from cotune.server.transport.node_registry import Node, NodeRegistry
 
@@ -156,9 +157,13 @@ class InProcessTransport:
 
     def forget(self, round: int) -> None:
         """Drop all further replies to this round and earlier ones."""
+        dropped = [number for key, number in self._earlier.items() if key[0] <= round]
         self._earlier = {key: number for key, number in self._earlier.items() if key[0] > round}
         if self._round <= round:
+            dropped += self._waiting.values()
             self._waiting = {}
+        if isinstance(self._grid, LocalGrid):
+            self._grid.discard(dropped)
 
     def close(self) -> None:
         """Do nothing, as there are no threads."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from flwr.app import RecordDict
 from torch import Tensor
 
 from cotune.client.noise_calibration import planned_charges, planned_steps
+from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model, statistic_shapes
 from cotune.privacy.accounting.composition import epsilon
 from cotune.privacy.claimed_guarantee import Figures, compute_figures, max_figures
 from cotune.privacy.config import RecordPrivacy
-from cotune.protocol.messages import Recipient, encode_requests, encode_update, payload_bytes
+from cotune.protocol.changes import RoundChange
+from cotune.protocol.messages import Recipient, encode_update, payload_bytes, state_digest
 from cotune.reporting.privacy_statement import client_statement
+from cotune.server.rounds.round_requests import RoundRequests
 from cotune.server.rounds.strategy_step import begin_round
 from cotune.server.runs.client_privacy import compute_round_noise
 from cotune.simulations.forecast.members import Expected, Member, NewPolicy, build_members, get_members, new_policy
@@ -58,7 +62,7 @@ class StageForecast:
         steps: In one round, of the organization that takes most.
         parameters: That are trained and travel.
         bytes_up: Of one round, all organizations together.
-        bytes_down: Likewise.
+        bytes_down: Likewise; with `wire_down`, where all have the version before.
     """
 
     mode: str
@@ -189,6 +193,17 @@ def _organization(plan: Plan, member: Member) -> OrganizationForecast:
     return OrganizationForecast(member.name, member.examples, batch, steps, sigma, allowed, figures.epsilon, delta, figures)
 
 
+def _requests(
+    plan: Plan, state: State, changed: Sequence[str], recipients: Sequence[Recipient], beside: Mapping[str, Tensor]
+) -> list[RecordDict]:
+    """The requests of a round before which all parameters that travel have changed."""
+    zeros = {name: torch.zeros_like(state[name]) for name in changed}
+    change = RoundChange(1, state_digest(state), frozenset(state), zeros)
+    known = [] if plan.wire_down == "float32" else [change]
+    held = {who.organization: change.round for who in recipients}
+    return list(RoundRequests(plan, change.round + 1, state, beside, changes=known).encode(recipients, held).values())
+
+
 def _stages(expected: Expected) -> Iterator[StageForecast]:
     """Sizes are those of real messages: requests with the model's present values, updates with zeros."""
     plan = expected.plan
@@ -202,7 +217,7 @@ def _stages(expected: Expected) -> Iterator[StageForecast]:
         first = first + stage.rounds
         term = plan.strategy.client_term
         beside = shared if term is not None and term.info("client_term").needs.receives else {}
-        requests = encode_requests(plan.canonical(), 1, held, [Recipient(name) for name in names], beside)
+        requests = _requests(plan, held, traveling, [Recipient(name) for name in names], beside)
         arrays = {name: torch.zeros(shape) for name, shape in statistic_shapes(plan, model, shared).items()}
         empty = {name: torch.zeros(tensor.shape) for name, tensor in shared.items()}
         filled = Update(names[0], 1, empty, 1, 1, statistics=arrays, received="0" * 64)

@@ -75,7 +75,7 @@ def test_unsigned_reply_does_not_enter_the_model(
     """It is kept aside, and a strike; the others' round goes on."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(3.0)})
-    answered = grid._answer
+    answered = grid.answer
 
     def answer(message: Any) -> Any:
         reply = answered(message)
@@ -87,7 +87,7 @@ def test_unsigned_reply_does_not_enter_the_model(
                 spoil(reply.content)
         return reply
 
-    grid._answer = answer  # type: ignore[method-assign]
+    grid.answer = answer  # type: ignore[method-assign]
     progress = play(folder, grid)
     assert progress.history[0]["participants"] == ["org-2"]
     assert progress.history[0]["quarantined"] == ["org-1"]
@@ -126,7 +126,7 @@ def joined(folder: RunFolder, sites: dict[str, Site]) -> WildGrid:
         node = grid.node_of[name]
         config = UserConfig({"site": str(site.folder)})
         grid._contexts[node] = Context(run_id=1, node_id=node, node_config=config, state=RecordDict(), run_config=UserConfig())
-    answered = grid._answer
+    answered = grid.answer
     one = threading.Lock()
 
     def in_turn(message: Message) -> Message:
@@ -134,7 +134,7 @@ def joined(folder: RunFolder, sites: dict[str, Site]) -> WildGrid:
         with one:
             return answered(message)
 
-    grid._answer = in_turn  # type: ignore[method-assign]
+    grid.answer = in_turn  # type: ignore[method-assign]
     return grid
 
 
@@ -296,7 +296,7 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
     """The words are not shown as those of the organization."""
     folder = real(new_run("org-1", "org-2", rounds=1, server={"quorum": 0.5}))
     grid = wild(folder, {"org-1": adding(1.0), "org-2": adding(3.0)})
-    answered = grid._answer
+    answered = grid.answer
 
     def answer(message: Any) -> Any:
         reply = answered(message)
@@ -309,7 +309,7 @@ def test_a_refusal_in_another_s_name_is_not_believed(new_run: NewRun) -> None:
             return Message(Error(1001, dump_refusal(words, statement, sign(statement, PRIVATE[1]))), reply_to=message)
         return reply
 
-    grid._answer = answer  # type: ignore[method-assign]
+    grid.answer = answer  # type: ignore[method-assign]
     play(folder, grid)
     [dropped] = told(folder, "update_dropped")
     assert "max_rounds" not in dropped["reason"]

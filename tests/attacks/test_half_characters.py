@@ -59,7 +59,7 @@ def dtype_of_half(content: RecordDict) -> None:
 def test_the_run_goes_on_and_names_the_sender(new_run: NewRun, change: Callable[[RecordDict], None]) -> None:
     folder = real(new_run(*NAMES, rounds=2))
     grid = wild(folder, {name: adding(1.0) for name in NAMES})
-    answer = grid._answer
+    answer = grid.answer
 
     def answered(message: Message) -> Message:
         reply = answer(message)
@@ -67,7 +67,7 @@ def test_the_run_goes_on_and_names_the_sender(new_run: NewRun, change: Callable[
             change(reply.content)
         return reply
 
-    grid._answer = answered  # type: ignore[method-assign]
+    grid.answer = answered  # type: ignore[method-assign]
     progress = play(folder, grid)
     assert [entry["participants"] for entry in progress.history] == [["org-1", "org-2"]] * 2
     assert [entry["quarantined"] for entry in progress.history] == [["org-3"]] * 2

@@ -43,6 +43,7 @@ def test_version_and_help(cotune: Cotune) -> None:
         "--out",
         "--resume",
         "--engine",
+        "--workers",
     ):
         assert option in cotune("simulate", "--help").out
 

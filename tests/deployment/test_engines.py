@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module", params=["float32", "int4"])
 def in_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = prepare_run(tmp_path_factory.mktemp("engines") / "in-process", 2, rounds=2, codec=request.param)
+    run = prepare_run(tmp_path_factory.mktemp("engines") / "in-process", 2, rounds=3, codec=request.param)
     shutil.copytree(run.path, run.path.parent / "prepared")
     run_on("in-process", run)
     return run

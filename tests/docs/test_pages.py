@@ -28,6 +28,7 @@ from tests.support.chats import word_tokenizer, write_chat_model, write_chats
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.datasets import sentences, write_csv, write_images, write_tagged
 from tests.support.exported_models import export_random
+from tests.support.language_models import write_dialogs, write_language_model
 from tests.support.pages import PAGES, ROOT, Block, blocks_of, commands_of, spoken_in
 from tests.support.playing import Player
 
@@ -166,6 +167,9 @@ def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path])
     for seed, name in enumerate(("big", "first", "second")):
         export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
     (folder / "small-base").symlink_to(base_model("distilbert"))
+    for name, kind in (("big-writer", "llama"), ("small-writer", "gpt2")):
+        write_language_model(folder / name, kind)
+    write_dialogs(folder / "prompts.jsonl", 60)
     write_csv(folder / "records.csv", sentences(120, seed=2))
     clinic.make_site(folder / "SITE", folder / "records.csv", range(120), Policy.permissive())
     plan = next(block.text for block in blocks_of("docs/distill.md") if "[privacy]" in block.text and "[local]" in block.text)

@@ -101,18 +101,18 @@ def test_an_interrupted_distillation_goes_on_to_the_same_student(
 ) -> None:
     """Interrupted right after a pass was kept, or before the first one."""
     whole = distill(replace(work, out=work.out.with_name("whole")))
-    keep = resumable_distillation._keep
+    keep = resumable_distillation.keep_pass
 
     def keep_and_stop(part: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
         if epoch > passes:
             raise KeyboardInterrupt
         keep(part, epoch, state)
 
-    monkeypatch.setattr(resumable_distillation, "_keep", keep_and_stop)
+    monkeypatch.setattr(resumable_distillation, "keep_pass", keep_and_stop)
     with pytest.raises(KeyboardInterrupt):
         distill(work)
     assert not work.out.exists()
-    monkeypatch.setattr(resumable_distillation, "_keep", keep)
+    monkeypatch.setattr(resumable_distillation, "keep_pass", keep)
     again = distill(work)
     assert again == whole
     assert (work.out / "model.safetensors").read_bytes() == (work.out.with_name("whole") / "model.safetensors").read_bytes()

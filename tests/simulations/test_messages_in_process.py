@@ -30,8 +30,9 @@ def without_times(run: Run) -> list[dict[str, Any]]:
         {"strategy": "scaffold", "local": {"momentum": 0.0}},  # sends tensors beside the state
         {"wire": "int8", "train": "lora", "strategy": "flexlora", "lora": {"rank": 2}, "model": {"pooling": "native"}},
         {"strategy": {"fusion": "fisher"}},  # statistics beside the delta
+        {"wire_down": "int8", "train": "lora", "lora": {"rank": 2}, "model": {"pooling": "native"}},
     ],
-    ids=["scaffold", "int8", "fisher"],
+    ids=["scaffold", "int8", "fisher", "down"],
 )
 def test_written_messages_give_the_same_run(
     toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]

@@ -189,6 +189,7 @@ def test_killed_run_ends_as_if_it_had_not_been(
         {"server": {"late": "fold"}},
         {"disclosures": {"local_metrics": True}},
         {"wire": "int8"},
+        {"wire_down": "bfloat16"},
         {"train": "lora", "lora": {"rank": 4, "smaller_ranks": True}},
         {"task": "regression", "model": {"target_range": [1.0, 5.0]}},
         {"collaboration": "parameters", "simulation": {"bases": ["a", "b"]}},

@@ -49,6 +49,10 @@ FEW = (
     Moment("update_received", {"round": 2, "organization": "org-1"}),
     Moment("renamed", CHECKPOINT),
 )
+NARROW = (  # before and after the change of a round is there, and the version that an organization is to build on
+    Moment("renamed", {"path": "*/received/state.safetensors"}, nth=3),
+    Moment("renamed", {"path": "*/changes/round-00003.safetensors"}),
+)
 MANY = (
     Moment("round_started", {"round": 1}),
     Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
@@ -70,14 +74,19 @@ MANY = (
 @pytest.mark.crash
 @pytest.mark.parametrize(
     ("moments", "codec"),
-    [pytest.param(FEW, "float32", marks=pytest.mark.long), (FEW, "int4"), pytest.param(MANY, "int4", marks=pytest.mark.long)],
-    ids=["few", "few-int4", "many-int4"],
+    [
+        pytest.param(FEW, "float32", marks=pytest.mark.long),
+        (FEW, "int4"),
+        (NARROW, "int4"),
+        pytest.param(MANY, "int4", marks=pytest.mark.long),
+    ],
+    ids=["few", "few-int4", "narrow", "many-int4"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     toy_plan: NewPlan, cotune: Cotune, tmp_path: Path, moments: Sequence[Moment], codec: str
 ) -> None:
     baselines = sorted({m.fields["baseline"].partition("/")[0] for m in moments if m.what == "baseline_started"})
-    plan = slow(toy_plan, simulation={"baselines": baselines}, wire=codec)
+    plan = slow(toy_plan, simulation={"baselines": baselines}, wire=codec, wire_down=codec)
     # of one length: a request names the folder, and its bytes are counted
     whole = tmp_path / "whole"
     run = tmp_path / "other"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.datasets import FILLERS, WORDS
 from tests.support.tiny_models import config_of, tokenizer
@@ -23,6 +23,30 @@ def write_language_model(folder: Path, kind: str = "llama", *, tied: bool = Fals
         config.tie_word_embeddings = tied
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def write_louder(
+    source: Path,
+    folder: Path,
+    *,
+    factor: float = 4.0,
+    dtype: torch.dtype = torch.float32,
+    rows: int | None = None,
+) -> Path:
+    """The same model with larger weights, so that its predictions differ from token to token.
+
+    dtype: of its files. rows: of its table of tokens, more than its tokenizer has.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name:
+                parameter.mul_(factor)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    model.to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 
 

@@ -196,6 +196,7 @@ def prepare_run(folder: Path, organizations: int, rounds: int, steps: int = 2, c
     plan = {
         "rounds": rounds,
         "wire": codec,
+        "wire_down": codec,
         "privacy": "none",
         "model": {"base": str(write_model(folder.parent / "model")), "max_length": 16, "pooling": "mean"},
         "data": {"source": str(write_sentences(folder.parent / "sentences.csv"))},

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -203,3 +203,26 @@ def play_whole_and_killed(
     simulate(plan, whole, device="cpu")
     play_killed(cotune, plan, run, moments)
     return whole, run
+
+
+class _ListedProcess(ForkServerProcess):
+    """It is in the list of all that were started."""
+
+    started: ClassVar[list[ForkServerProcess]] = []
+
+    def start(self) -> None:
+        super().start()
+        self.started.append(self)
+
+
+class _ListingContext(ForkServerContext):
+    Process = _ListedProcess
+
+
+@pytest.fixture
+def started_workers(monkeypatch: pytest.MonkeyPatch) -> list[ForkServerProcess]:
+    """The worker processes that this one starts during the test, in their order."""
+    preloaded()
+    _ListedProcess.started.clear()
+    monkeypatch.setattr(WorkerProcess, "context", _ListingContext())
+    return _ListedProcess.started

@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from cotune.cli.models.distilled_texts import distill_texts, find_task
+from cotune.cli.options import RecordOptions
+from cotune.ensembles.config import DistillationConfig
+from cotune.errors import CotuneError
+from cotune.models.config import ModelConfig
+from tests.support.chats import chats
 from tests.support.console import Cotune
 from tests.support.datasets import sentences, write_csv
 from tests.support.exported_models import export_random, export_random_layers
+from tests.support.language_models import dialogs, language_model
+
+__all__ = ["language_model"]  # fixture
 
 LABELS = ("bad", "good", "so")
 
@@ -89,4 +98,88 @@ def test_mistakes_are_one_sentence(
     shown = cotune("distill", teacher, *(word for pair in options.items() for word in pair))
     assert shown.code == 2
     assert "Traceback" not in shown.err
+    assert not Path("student").exists()
+
+
+@pytest.fixture
+def writer(language_model: Callable[..., Path], folder: Path) -> Path:
+    rows = [{**record, "messages": chat} for record, chat in zip(dialogs(60), chats(60), strict=True)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return language_model("llama")
+
+
+def test_a_language_model_is_distilled(cotune: Cotune, writer: Path, language_model: Callable[..., Path]) -> None:
+    options = ("--data", "prompts.jsonl", "--prompt", "prompt", "--target", "target", "--out", "student", "--epochs", "1")
+    shown = cotune("distill", writer, "--student", language_model("gpt2"), *options, "--license", "CC0-1.0")
+    assert (shown.code, shown.err) == (0, "")
+    assert "promises no differential privacy" in shown.out
+    card = Path("student/README.md").read_text()
+    assert "license: CC0-1.0" in card
+    assert "source: prompts.jsonl" in card
+    assert "Count it as trained without" in card
+    [written] = json.loads(cotune("predict", "student", "great day", "--max-new-tokens", "3", "--json").out)
+    assert isinstance(written["text"], str)
+    call = ("evaluate", "student", "--data", "prompts.jsonl", "--prompt", "prompt", "--target", "target", "--json")
+    assert json.loads(cotune(*call).out)["records"] == 60
+
+
+def test_teachers_write_targets_for_prompts_alone(cotune: Cotune, writer: Path, folder: Path) -> None:
+    taught = ("--data", "prompts.jsonl", "--prompt", "prompt", "--epochs", "12", "--learning-rate", "2e-2", "--batch-size", "8")
+    call = ("distill", writer, "--student", writer, *taught, "--target", "target", "--label-weight", "1", "--out", "teacher")
+    assert cotune(*call).code == 0
+    call = ("distill", "teacher", "--student", writer, *taught, "--write-targets", "8", "--out", "student", "--json")
+    found = json.loads(cotune(*call).out)
+    assert found["written"] == 8
+    assert found["held_out"]["kl"] < found["held_out"]["before"]["kl"]
+    assert found["unprotected"] == ["teacher"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--label", "label", "--prompt", "prompt", "--target", "target"),
+        ("--test", "prompts.jsonl", "--prompt", "prompt", "--target", "target"),
+        ("--prompt", "prompt"),
+        ("--train", "head", "--text", "target"),
+        ("--train", "blocks", "--text", "target"),
+        ("--write-targets", "0", "--prompt", "prompt"),
+    ],
+)
+def test_mistakes_with_language_models_are_one_sentence(cotune: Cotune, writer: Path, options: tuple[str, ...]) -> None:
+    shown = cotune("distill", writer, "--student", writer, "--data", "prompts.jsonl", "--out", "student", *options)
+    assert shown.code == 2
+    assert "Traceback" not in shown.err
+    assert not Path("student").exists()
+    assert not Path("student.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "write", "code"),
+    [
+        (RecordOptions(prompt="prompt", target="target"), 4, "data.invalid_description"),
+        (RecordOptions(prompt="prompt", target="target", text="prompt"), None, "data.invalid_description"),
+        (RecordOptions(prompt="prompt"), None, "data.invalid_description"),
+        (RecordOptions(), 4, "data.invalid_description"),
+        (RecordOptions(messages="prompt"), None, "data.no_records"),
+        (RecordOptions(messages="messages"), None, "model.no_chat_template"),
+        (RecordOptions(text="nothing"), None, "data.missing_column"),
+        (RecordOptions(prompt="nothing"), 4, "data.missing_column"),
+    ],
+)
+def test_columns_that_say_nothing_are_refused(writer: Path, columns: RecordOptions, write: int | None, code: str) -> None:
+    base = ModelConfig(base=str(writer), max_length=16)
+    given = ([str(writer)], "causal-lm", base, DistillationConfig(), Path("prompts.jsonl"), columns)
+    with pytest.raises(CotuneError) as caught:
+        distill_texts(*given, write=write, out=Path("student"), device="cpu", license="", source="")  # type: ignore[arg-type]
+    assert caught.value.code == code
+
+
+def test_classifiers_and_language_models_do_not_mix(cotune: Cotune, writer: Path, teacher: Path) -> None:
+    for teachers in ((str(writer), str(teacher)), (str(teacher), str(writer))):
+        with pytest.raises(CotuneError) as caught:
+            find_task(teachers)
+        assert caught.value.code == "model.other_task"
+    options = ("--data", "prompts.jsonl", "--out", "student", "--text", "prompt")
+    assert cotune("distill", teacher, "--student", writer, *options, "--prompt", "prompt").code == 2
+    assert cotune("distill", writer, "--student", teacher, *options).code == 2
     assert not Path("student").exists()

@@ -39,7 +39,7 @@ def says(words: str) -> Callable[[Message], Message]:
 def not_approved(folder: RunFolder, **approves_at: int) -> WildGrid:
     """Those named approve the plan before they are asked for the so many-th time, in any round (0: never)."""
     grid = wild(folder, EVERYBODY)
-    answer = grid._answer
+    answer = grid.answer
 
     def answered(message: Message) -> Message:
         name = grid._name(message)
@@ -48,7 +48,7 @@ def not_approved(folder: RunFolder, **approves_at: int) -> WildGrid:
             answer(message) if when and grid.pushed[name] >= when else says(PolicyError("training.approval", "x").public)(message)
         )
 
-    grid._answer = answered  # type: ignore[method-assign]
+    grid.answer = answered  # type: ignore[method-assign]
     return grid
 
 
@@ -79,8 +79,8 @@ def test_round_with_quorum_begins_without_late_approvals(new_run: NewRun) -> Non
     folder = real(new_run(*NAMES, rounds=3, server={"quorum": 0.5, "absent_seconds": 3600.0, "strikes": 1}))
     grid = not_approved(folder)
     round_of = grid.groups["org-3"]
-    answer = grid._answer
-    grid._answer = lambda message: (  # type: ignore[method-assign]
+    answer = grid.answer
+    grid.answer = lambda message: (  # type: ignore[method-assign]
         says(PolicyError("training.approval", "x").public)(message)
         if grid._name(message) == "org-3" and round_of[-1] != "3"
         else answer(message)
@@ -181,9 +181,9 @@ def test_anyone_who_reconnects_is_asked_at_once(new_run: NewRun, monkeypatch: py
 def test_another_rule_is_final_in_its_round(new_run: NewRun) -> None:
     folder = real(new_run(*NAMES, rounds=1, server={"quorum": 0.5}))
     grid = wild(folder, EVERYBODY)
-    answer = grid._answer
+    answer = grid.answer
     words = PolicyError("training.tasks", "x").public
-    grid._answer = lambda message: (  # type: ignore[method-assign]
+    grid.answer = lambda message: (  # type: ignore[method-assign]
         says(words)(message) if grid._name(message) == "org-3" else answer(message)
     )
     assert dropped(play(folder, grid)) == [{"org-3": words}]
@@ -199,7 +199,7 @@ def test_only_those_words_are_taken_for_a_missing_approval(new_run: NewRun) -> N
     assert awaits_approval(says(PolicyError("training.approval", "whatever").public)(asked[0]))
     assert not awaits_approval(says("declined: its rule training.approval")(asked[0]))
     assert not awaits_approval(says(PolicyError("training.units", "").public)(asked[0]))
-    assert not awaits_approval(grid._answer(asked[0]))
+    assert not awaits_approval(grid.answer(asked[0]))
     assert not awaits_approval(None)
 
 

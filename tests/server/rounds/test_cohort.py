@@ -29,7 +29,7 @@ def play(folder: RunFolder, declines: Callable[[str, RequestStatement], str]) ->
     """declines: (organization, the request that is signed) -> why it declines; "" where it does not."""
     names = [participant.name for participant in folder.file.participants]
     grid = wild(folder, {name: adding(1.0) for name in names})
-    answered = grid._answer
+    answered = grid.answer
 
     def answer(message: Any) -> Any:
         _, signed = detach(message.content)
@@ -37,7 +37,7 @@ def play(folder: RunFolder, declines: Callable[[str, RequestStatement], str]) ->
         reason = declines(grid._name(message), RequestStatement.parse(signed.text))
         return Message(Error(1001, reason), reply_to=message) if reason else answered(message)
 
-    grid._answer = answer  # type: ignore[method-assign]
+    grid.answer = answer  # type: ignore[method-assign]
     return rounds.play(folder, grid)
 
 

@@ -14,6 +14,8 @@ from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits
 from cotune.server.transport.base import Reply
 from cotune.server.transport.node_registry import Node
 
+WHOLE = RecordDict()
+
 
 @pytest.fixture(autouse=True)
 def _a_task_of_flower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +31,7 @@ class FakeTransport:
     now: float = 100.0
     since: dict[str, str] = field(default_factory=lambda: {"a": "", "b": ""})
     sent: list[str] = field(default_factory=list)
+    contents: list[RecordDict] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
 
     def connected(self) -> Mapping[str, Node]:
@@ -45,6 +48,7 @@ class FakeTransport:
 
     def send(self, round: int, organization: str, message: Message, max_bytes: int) -> None:
         self.sent.append(organization)
+        self.contents.append(message.content)
 
     def receive(self, seconds: float, *, last: bool = False) -> Iterator[Reply]:
         yield from self.replies
@@ -93,6 +97,32 @@ def test_reconnected_organization_is_asked_again_up_to_the_limit() -> None:
         tracker.ask_reconnected()
     assert transport.sent == ["a", "b", "a", "a"]
     assert not tracker.note_lost("a", "gone")  # the other copies may be answered
+    assert tracker.waiting == ["a", "b"]
+
+
+def test_the_whole_state_is_sent_once_and_copies_from_before_are_heard_of_once_each() -> None:
+    transport = FakeTransport()
+    requests = Requests(3, MessageType.TRAIN, {"a": RecordDict(), "b": RecordDict()}, 100, lambda name, content: WHOLE)
+    tracker = RequestTracker(transport, requests, RetryLimits(), lambda name: 60.0, lambda: transport.now)
+    tracker.ask()
+    transport.now += 1
+    transport.since["a"] = "again"
+    tracker.ask_reconnected()  # two copies are under way
+    assert tracker.send_whole("a")
+    assert tracker.idle == ["a"]
+    tracker.ask()
+    assert transport.sent == ["a", "b", "a", "a"]
+    assert transport.contents[-1] is WHOLE
+    assert tracker.send_whole("a")  # the answer to the other copy
+    assert tracker.waiting == ["a", "b"]
+    assert not tracker.send_whole("a")  # and now that to the whole state
+
+
+def test_without_changes_nobody_is_asked_again_for_a_lost_version() -> None:
+    transport = FakeTransport()
+    tracker = tracked(transport)
+    tracker.ask()
+    assert not tracker.send_whole("a")
     assert tracker.waiting == ["a", "b"]
 
 

@@ -544,7 +544,7 @@ def test_missing_replies_are_asked_for_when_superlink_is_back(new_run: NewRun, m
 def test_an_empty_answer_is_dropped_and_the_run_goes_on(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = real(new_run(*NAMES, rounds=1))
     grid = wild(folder, everybody(1.0, 3.0, 5.0))
-    answer = grid._answer
+    answer = grid.answer
 
     def empty(message: Message) -> Message:
         reply = answer(message)
@@ -552,7 +552,7 @@ def test_an_empty_answer_is_dropped_and_the_run_goes_on(new_run: NewRun, monkeyp
             reply.__dict__["_content"] = None  # as Flower inflates a message without a body
         return reply
 
-    monkeypatch.setattr(grid, "_answer", empty)
+    monkeypatch.setattr(grid, "answer", empty)
     assert dropped(play(folder, grid)) == [{"org-2": "its answer is empty"}]
 
 

@@ -39,6 +39,14 @@ def test_what_is_forecast_is_what_happens(toy_plan: NewPlan, tmp_path: Path, cod
         assert played[stage.mode]["bytes_down"] == pytest.approx(stage.bytes_down, abs=3 * 400)  # a simulation names the sites
 
 
+def test_changes_are_forecast_for_the_rounds_after_the_first(toy_plan: NewPlan, tmp_path: Path) -> None:
+    plan = toy_plan(wire_down="int4", rounds=3)
+    first, *later = simulate(plan, tmp_path / "run", device="cpu").summary["rounds"]
+    [stage] = forecast(plan, "cpu").stages
+    assert [entry["bytes_down"] for entry in later] == [pytest.approx(stage.bytes_down, abs=2 * 400)] * 2
+    assert first["bytes_down"] == pytest.approx(forecast(toy_plan(rounds=3), "cpu").stages[0].bytes_down, abs=2 * 400)
+
+
 def test_what_a_term_sends_is_in_the_bytes_down(toy_plan: NewPlan) -> None:
     plain, twice = (
         forecast(toy_plan(strategy=strategy, train="full", local={"momentum": 0.0}), "cpu").stages[0]
