@@ -1,17 +1,22 @@
 """Generate texts after prompts, or in a chat, by greedy decoding, so that the same model always gives the same text.
 
-Prompts of equal length share a forward pass, and none is padded: a text does not depend on the prompts beside it.
+A pass for one token reads all weights, for one prompt as for sixteen. So prompts share it: those of unequal length are padded,
+where a trial shows that the model hides padding, and those of equal length everywhere. Beside others, a prompt's scores are the
+same up to rounding, which decides between tokens that are equally probable, and no others.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from cotune.data.tasks.causal import CausalLanguageModeling
@@ -20,6 +25,9 @@ from cotune.models.device import autocasts
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 16
+_TRIED_TOKENS = 3
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of scores, relative to the largest
+_hiding: WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,15 @@ def write_after(
     texts: dict[int, WrittenText] = {}
     low = autocasts(precision, model.device)
     ends = task.ends(loaded.reader, prompts)
+
+    def shared(of: tuple[int, int]) -> tuple[int, int]:
+        """What prompts of one pass have in common: how many tokens may follow and, where none is padded, a length."""
+        return min(max_new_tokens, positions - task.prompt_positions(of[0])), 0 if padded else of[0]
+
     with _greedy(model, ends) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
-        for length, group in groupby(usable, key=lambda each: each[0]):
-            config.max_new_tokens = min(max_new_tokens, positions - task.prompt_positions(length))
+        padded = len({length for length, _ in usable}) > 1 and _hides_padding(model, config, low)
+        for (most, _), group in groupby(usable, key=shared):
+            config.max_new_tokens = most
             numbers = [number for _, number in group]
             for start in range(0, len(numbers), _BATCH):
                 chosen = numbers[start : start + _BATCH]
@@ -107,12 +121,60 @@ def _greedy(model: TrainableModel, ends: list[int]) -> Iterator[GenerationConfig
 def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> list[WrittenText]:
     if config.max_new_tokens is None or config.max_new_tokens < 1:
         return [WrittenText("", is_ended=False)] * len(rows)
-    module: Any = model.loaded.module
-    ids = torch.tensor(rows, device=model.device)
-    generated = module.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-    begins = 1 if getattr(module.config, "is_encoder_decoder", False) else ids.shape[1]
+    ids, mask = _pad(model, rows)
+    generated = _module(model).generate(ids, attention_mask=mask, generation_config=config)
+    begins = 1 if _has_encoder(model) else ids.shape[1]
     new = generated[:, begins:].tolist()
     found: list[str] = model.loaded.reader.batch_decode(new, skip_special_tokens=True)
     ends: Any = config.eos_token_id
     ended = set(ends or ())
     return [WrittenText(text.strip(), not ended.isdisjoint(row)) for text, row in zip(found, new, strict=True)]
+
+
+def _pad(model: TrainableModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask, (b, l): on the left, where the next token follows, or on the right of what an encoder reads."""
+    longest = max(map(len, rows))
+    blank = model.loaded.reader.pad_token_id or 0
+    right = _has_encoder(model)
+    ids = []
+    mask = []
+    for row in rows:
+        padding = longest - len(row)
+        ids.append([*row, *[blank] * padding] if right else [*[blank] * padding, *row])
+        mask.append([1] * len(row) + [0] * padding if right else [0] * padding + [1] * len(row))
+    return (
+        torch.tensor(ids, dtype=torch.long, device=model.device),
+        torch.tensor(mask, dtype=torch.long, device=model.device),
+    )
+
+
+def _hides_padding(model: TrainableModel, config: GenerationConfig, low: bool) -> bool:
+    """Whether the model's scores after a prompt are the same with and without padding: tried once, on made-up tokens."""
+    dtype = torch.bfloat16 if low else torch.float32
+    known = _hiding.setdefault(model, {})
+    if dtype not in known:
+        rows = [example["input_ids"] for example in model.loaded.task.samples(model.loaded.reader)]
+        short = min(rows, key=len)
+        long = max(rows, key=len)
+        alone = _scores(model, config, [short])
+        beside = _scores(model, config, [short, long])
+        error = float((alone - beside).abs().max() / alone.abs().max().clamp(min=1e-30)) if alone.shape == beside.shape else 1.0
+        known[dtype] = len(short) < len(long) and error <= _ROUNDING[dtype]
+    return known[dtype]
+
+
+def _scores(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The scores of the tokens that are generated after the first row, (tokens, vocabulary)."""
+    ids, mask = _pad(model, rows)
+    endless = copy.deepcopy(config)
+    endless.update(max_new_tokens=_TRIED_TOKENS, min_new_tokens=_TRIED_TOKENS, return_dict_in_generate=True, output_logits=True)
+    generated = _module(model).generate(ids, attention_mask=mask, generation_config=endless)
+    return torch.stack([logits[0] for logits in generated.logits]).float()
+
+
+def _module(model: TrainableModel) -> Any:
+    return model.loaded.module
+
+
+def _has_encoder(model: TrainableModel) -> bool:
+    return bool(getattr(_module(model).config, "is_encoder_decoder", False))

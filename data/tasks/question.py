@@ -1,7 +1,8 @@
 """Extractive question answering: the answer to a question is a part of a text, whose first and last token a model points at.
 
-A record is read as one row, the question before its context. A context is cut where the row is full; a record whose answer is cut
-off contributes nothing, and is counted.
+A record is read as one row, the question before its context. A context that does not fit is taken in parts, which overlap by a
+third. A model trains on the one part of a record that has the answer farthest from its ends: a function of the record alone. What
+it answers is looked for in all parts. A record with an answer that no part holds contributes nothing, and is counted.
 
 The label of a token is 1 where the answer begins, 2 where it ends, 3 where it does both, 0 elsewhere in the context, and IGNORED
 outside of it: no answer is in a question, nor in what a row is padded with, so that scores there take no part in a loss.
@@ -9,7 +10,8 @@ outside of it: no answer is in a question, nor in what a row is padded with, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from cotune.errors import ModelError
 
 _BEGINS = 1
 _ENDS = 2
+_OVERLAP = 3  # parts of a long context share one in so many of their tokens
 _LONGEST_ANSWER = 30  # tokens, as in the scripts of transformers
 _ENCODED = 2000  # records that are tokenized at once only to count their tokens
 _NO_CLASS = ""
@@ -99,22 +102,27 @@ class QuestionAnswering(SequenceClassification):
         super().fit(reader, module)
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
+        return [max(windows, key=_room_around_answer) for windows in self.windows(reader, max_length, inputs)]
+
+    def windows(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> list[list[Example]]:
+        """Return the rows of each record, of the question and a part of its context; a blank one where it cannot be read."""
         found = map_or_none(lambda part: _encode(reader, part, max_length), inputs)
-        return [self.blank(reader, max_length) if example is None else example for example in found]
+        return [windows or [self.blank(reader, max_length)] for windows in found]
 
     def blank(self, reader: Any, length: int) -> Example:
         ids = super().blank(reader, length)["input_ids"]
         return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
 
     def cut(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
-        parts = (inputs[start : start + _ENCODED] for start in range(0, len(inputs), _ENCODED))
-        found = (example for part in parts for example in map_or_none(lambda some: _encode(reader, some, max_length + 1), part))
-        return sum(example is None or len(example["input_ids"]) > max_length for example in found)
+        return sum(windows is None or len(windows) > 1 for windows in self._in_parts(reader, max_length, inputs))
 
     def lost(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> int:
-        parts = (inputs[start : start + _ENCODED] for start in range(0, len(inputs), _ENCODED))
-        found = (example for part in parts for example in map_or_none(lambda some: _encode(reader, some, max_length), part))
-        return sum(example is None or max(example["labels"]) < _BEGINS for example in found)
+        found = self._in_parts(reader, max_length, inputs)
+        return sum(windows is None or all(max(each["labels"]) < _BEGINS for each in windows) for windows in found)
+
+    def _in_parts(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> Iterator[list[Example] | None]:
+        for start in range(0, len(inputs), _ENCODED):
+            yield from map_or_none(lambda part: _encode(reader, part, max_length), inputs[start : start + _ENCODED])
 
     def samples(self, reader: Any) -> list[Example]:
         """Of each all but the first token is context, and the answer the last two; with one token there is no choice."""
@@ -166,7 +174,11 @@ class QuestionAnswering(SequenceClassification):
 
     def texts(self, scores: Tensor, examples: Sequence[Example]) -> list[str]:
         """The most probable part of each context; "" where there is none."""
-        return [_text(row, example) for row, example in zip(scores.float().cpu(), examples, strict=True)]
+        return [_best(row, example)[1] for row, example in zip(scores.float().cpu(), examples, strict=True)]
+
+    def sureness(self, scores: Tensor, examples: Sequence[Example]) -> list[float]:
+        """How much speaks for each of `texts`: the sum of its two scores, by which rows of one record are compared."""
+        return [_best(row, example)[0] for row, example in zip(scores.float().cpu(), examples, strict=True)]
 
     def metrics(self, truth: Sequence[Any], predicted: Sequence[Any], classes: int) -> AnswerMetrics:
         return compute_answer_metrics([(float(f1), float(exact)) for f1, exact in predicted])
@@ -200,23 +212,56 @@ def _read_answers(context: str, value: object) -> tuple[tuple[str, ...], int] | 
     return (found, start) if start >= 0 else "answer that is not in its context"
 
 
-def _encode(reader: Any, questions: Sequence[Question], max_length: int) -> list[Example]:
-    """Raises what the tokenizer does, such as for a question that fills a row by itself."""
+def _encode(reader: Any, questions: Sequence[Question], max_length: int) -> list[list[Example]]:
+    """The rows of each record. Raises what the tokenizer does, and ValueError for a question that fills a row by itself."""
     if not questions:
         return []
     found = reader(
         [each.question for each in questions],
         [each.context for each in questions],
-        truncation="only_second",
-        max_length=max_length,
+        truncation=False,
         padding=False,
         return_offsets_mapping=True,
+        verbose=False,  # of texts beyond what the model reads, which are taken in parts
     )
     types = found.get("token_type_ids", [[]] * len(questions))  # none where the tokenizer gives transformers none
     return [
-        _example(question, list(found["input_ids"][row]), types[row], found["offset_mapping"][row], found.sequence_ids(row))
+        [
+            _example(question, *_pick(places, found["input_ids"][row], types[row], found["offset_mapping"][row], parts))
+            for places in _windows(parts, max_length)
+        ]
         for row, question in enumerate(questions)
+        for parts in [found.sequence_ids(row)]
     ]
+
+
+def _windows(parts: Sequence[int | None], max_length: int) -> list[list[int]]:
+    """The places of the tokens of each row: all that are not of the context, and a part of the context.
+
+    Args:
+        parts: For each token 1 where it is of the context.
+        max_length: Most tokens of a row.
+    """
+    context = [place for place, part in enumerate(parts) if part == 1]
+    others = [place for place, part in enumerate(parts) if part != 1]
+    room = max_length - len(others)
+    if room < 1:
+        raise ValueError("a question that leaves no room for its context")
+    starts = range(0, max(1, len(context) - room // _OVERLAP), max(1, room - room // _OVERLAP))
+    cuts = sorted({max(0, min(start, len(context) - room)) for start in starts})  # the last part is as long as the others
+    return [sorted([*others, *context[start : start + room]]) for start in cuts]
+
+
+def _pick(places: Sequence[int], *rows: Sequence[Any]) -> list[list[Any]]:
+    """The entries at some places of each row; none of an empty one."""
+    return [[row[place] for place in places] if row else [] for row in rows]
+
+
+def _room_around_answer(example: Example) -> int:
+    """Tokens of the context on the side of the answer that has fewer of them; −1 where the answer is not in the row."""
+    inside = [label for label in example["labels"] if label != IGNORED]
+    marked = [place for place, label in enumerate(inside) if label >= _BEGINS]
+    return min(marked[0], len(inside) - 1 - marked[-1]) if marked else -1
 
 
 def _example(
@@ -240,7 +285,7 @@ def _example(
     if question.answers:
         ends = question.start + len(question.answers[0])
         covering = [place for place in inside if offsets[place][0] < ends and offsets[place][1] > question.start]
-        if covering and offsets[covering[-1]][1] >= ends:  # else its end is cut off
+        if covering and offsets[covering[0]][0] <= question.start and ends <= offsets[covering[-1]][1]:  # else it is cut off
             labels[covering[0]] |= _BEGINS
             labels[covering[-1]] |= _ENDS
     return {
@@ -264,14 +309,16 @@ def _inside(scores: Tensor, labels: Tensor) -> Tensor:
     return scores.masked_fill((labels == IGNORED)[..., None], torch.finfo(scores.dtype).min / 2)
 
 
-def _text(scores: Tensor, example: Example) -> str:
-    """The part of the context with the highest sum of two scores, of at most `_LONGEST_ANSWER` tokens."""
+def _best(scores: Tensor, example: Example) -> tuple[float, str]:
+    """The part of the context with the highest sum of two scores, of at most `_LONGEST_ANSWER` tokens, after that sum."""
     places = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
     if not places or "offsets" not in example:
-        return ""
+        return -math.inf, ""
     begins, ends = scores[places].unbind(dim=1)
     sums = begins[:, None] + ends[None, :]
     allowed = torch.ones_like(sums, dtype=torch.bool).triu().tril(_LONGEST_ANSWER - 1)
-    first, last = divmod(int(sums.masked_fill(~allowed, -torch.inf).argmax()), len(places))
+    allowed_sums = sums.masked_fill(~allowed, -torch.inf)
+    first, last = divmod(int(allowed_sums.argmax()), len(places))
     offsets = example["offsets"]
-    return str(example["context"][offsets[places[first]][0] : offsets[places[last]][1]])
+    text = str(example["context"][offsets[places[first]][0] : offsets[places[last]][1]])
+    return float(allowed_sums[first, last]), text

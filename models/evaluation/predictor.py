@@ -6,10 +6,10 @@ Only configuration, tokenizer (or image processor) and safetensors are read; cus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from cotune.data.class_names import shown
 from cotune.data.config import TaskName
 from cotune.data.inputs.batching import sorted_batches
 from cotune.data.records import Records
-from cotune.data.tasks.classes import IGNORED, logits
+from cotune.data.tasks.classes import IGNORED, Batch, logits
 from cotune.data.tasks.question import QuestionAnswering
 from cotune.data.tasks.task import get_task
 from cotune.data.tasks.text import Example
@@ -33,11 +33,13 @@ from cotune.models.base.load import LoadedModel
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.device import pick_device
+from cotune.models.evaluation.evaluated_rows import EvaluatedRows, SurestAnswers
 from cotune.models.evaluation.quality import NOT_PREDICTED, Threshold, entity_quality, predict_classes, quality
 from cotune.models.features.stacked_folder import load_stacked_model
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 64
+_Answer = TypeVar("_Answer")
 
 
 class Classifier(Protocol):
@@ -101,33 +103,35 @@ class Predictor:
     @torch.no_grad()
     def answer_texts(self, inputs: Sequence[Question]) -> list[str | None]:
         """Return for each question the part of its context that answers it; None for one that cannot be read."""
-        loaded = self.model.loaded
-        assert isinstance(loaded.task, QuestionAnswering), "a model that answers questions"
-        examples = loaded.encode_unlabeled(inputs)
-        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
-        found: list[str | None] = [None] * len(examples)
-        for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
-            chosen = [examples[row] for row in rows]
-            scores = loaded.task.scores(self.model.module, collate(chosen))
-            for row, text in zip(rows, loaded.task.texts(scores, chosen), strict=True):
-                found[row] = text or None
-        return found
+        task = self.model.loaded.task
+        assert isinstance(task, QuestionAnswering), "a model that answers questions"
+        return [text or None for text in self._answer(inputs, lambda _, scores, chosen: task.texts(scores, chosen))]
 
     @torch.no_grad()
     def answers(self, inputs: Sequence[Input]) -> list[tuple[Any, ...] | None]:
         """Return for each input what the task's `answers` give of it; None for one that cannot be read."""
+
+        def answer(batch: Batch, scores: Tensor, chosen: Sequence[Example]) -> list[tuple[Any, ...] | None]:
+            unread = (batch["labels"] == IGNORED).reshape(len(chosen), -1).all(dim=1).tolist()
+            given = self.model.loaded.task.answers(scores, chosen)
+            return [None if lost else each for each, lost in zip(given, unread, strict=True)]
+
+        return self._answer(inputs, answer)
+
+    def _answer(
+        self, inputs: Sequence[Input], answer: Callable[[Batch, Tensor, Sequence[Example]], Sequence[_Answer]]
+    ) -> list[_Answer]:
+        """answer: (a batch, its scores, its examples) -> what is answered in each of its rows."""
         loaded = self.model.loaded
-        examples = loaded.encode_unlabeled(inputs)
+        rows = EvaluatedRows.of(loaded, inputs, list(map(loaded.task.missing_target, inputs)))
         collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
-        found: list[tuple[Any, ...] | None] = [None] * len(examples)
-        for rows in sorted_batches(range(len(examples)), lambda row: loaded.task.order(examples[row]), _BATCH):
-            chosen = [examples[row] for row in rows]
+        found = SurestAnswers[_Answer](rows)
+        for places in sorted_batches(range(len(rows.examples)), lambda row: loaded.task.order(rows.examples[row]), _BATCH):
+            chosen = [rows.examples[row] for row in places]
             batch = collate(chosen)
-            unread = (batch["labels"] == IGNORED).reshape(len(rows), -1).all(dim=1).tolist()
-            predicted = loaded.task.answers(loaded.task.scores(self.model.module, batch), chosen)
-            for row, answer, lost in zip(rows, predicted, unread, strict=True):
-                found[row] = None if lost else answer
-        return found
+            scores = loaded.task.scores(self.model.module, batch)
+            found.offer(loaded, places, scores, answer(batch, scores, chosen))
+        return found.in_order()
 
 
 def compute_answer_scores(model: TrainableModel, examples: Sequence[Example]) -> list[Tensor]:

@@ -8,13 +8,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cotune.data.dataset import Dataset
 from cotune.data.metrics.metrics import Metrics
 from cotune.data.tasks.classes import count_labels
+from cotune.data.tasks.question import QuestionAnswering
 from cotune.data.types import Label
 from cotune.models.device import autocasts
 from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.evaluation.evaluated_rows import EvaluatedRows, SurestAnswers
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import StateReader, attach_states, get_states, is_small
 from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
@@ -101,28 +104,37 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
 
 
 def _predict(model: TrainableModel, test: Dataset, physical: PhysicalBatch) -> list[Any]:
-    examples = encoded_examples(test, model)
-    task = model.loaded.task
-    left = sorted(range(len(examples)), key=lambda i: task.order(examples[i]))
-    collate = task.collator(model.module, model.loaded.reader, model.device)
-    predicted: list[tuple[Any, ...]] = [()] * len(examples)
+    loaded = model.loaded
+    task = loaded.task
+    rows = EvaluatedRows.of(loaded, test.inputs(), test.targets)
+    left = sorted(range(len(rows.examples)), key=lambda row: task.order(rows.examples[row]))
+    collate = task.collator(model.module, loaded.reader, model.device)
+    found = SurestAnswers[tuple[Any, ...]](rows)
 
-    def answer_next() -> Sequence[tuple[Any, ...]]:
-        batch = [examples[i] for i in left[: physical.rows]]
-        return task.answers(task.scores(model.module, collate(batch)), batch)
+    def score_next() -> tuple[Tensor, Sequence[tuple[Any, ...]]]:
+        batch = [rows.examples[row] for row in left[: physical.rows]]
+        scores = task.scores(model.module, collate(batch))
+        return scores, task.answers(scores, batch)
 
     while left:
-        answers = physical.fit(answer_next)
-        for row, answer in zip(left[: len(answers)], answers, strict=True):
-            predicted[row] = answer
+        scores, answers = physical.fit(score_next)
+        found.offer(loaded, left[: len(answers)], scores, answers)
         del left[: len(answers)]
-    return [each for answers in predicted for each in answers]
+    return [each for answers in found.in_order() for each in answers]
 
 
 def _find_lower_layers(model: TrainableModel, state: State, test: Dataset) -> LowerLayers | None:
     """What is below the adapters, where the state has changed nothing there: then it is the same for every state of a run."""
-    lower = find_lower_layers(model, model.adapter_names()) if model.lora is not None and is_small(model, test) else None
-    return None if lower is None or lower.trained_below(state) else lower
+    if model.lora is None or not is_small(model, test):
+        return None
+    lower = find_lower_layers(model, model.adapter_names())
+    if lower is None or lower.trained_below(state):
+        return None
+    in_rows = (
+        isinstance(model.loaded.task, QuestionAnswering)
+        and not EvaluatedRows.of(model.loaded, test.inputs(), test.targets).are_records
+    )
+    return None if in_rows else lower
 
 
 def _predict_above(reader: StateReader, test: Dataset, state: State) -> list[Any]:

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from cotune.privacy.mechanisms.factored_gradients import RowGradients
 from cotune.privacy.mechanisms.grid_noise import choose_grid, grid_step, quantized_clip_norm
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts
 from cotune.privacy.mechanisms.outer_products import OuterProductSum
@@ -37,7 +38,7 @@ class ClippedSum:
         self._make_entries = partial(ExactSum, like, grid, clipping_mode)
         self._make_products = partial(_make_products, like, clip_norm, noise_multiplier, clipping_mode)
 
-    def add(self, gradients: Sequence[Tensor] | OuterProducts) -> None:
+    def add(self, gradients: Sequence[RowGradients] | OuterProducts) -> None:
         """Add the contributions of k units. The gradients may be overwritten."""
         if not isinstance(gradients, OuterProducts):
             self._entries = self._entries or self._make_entries()

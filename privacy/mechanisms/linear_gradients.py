@@ -19,6 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cotune.models.architecture import fill_rows
+from cotune.privacy.mechanisms.factored_gradients import (
+    FactoredGradients,
+    RowGradients,
+    has_fewer_factors,
+    multiply,
+    whole_of,
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,8 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 def add_grad_sample(layer: nn.Linear, x: Tensor, above: Tensor) -> None:
     """Add each row's gradients to `grad_sample` of the trained parameters; a layer that is used twice has the sum.
 
+    Those of the weight stay factors where these are fewer numbers.
+
     Args:
         layer: Whose parameters they are.
         x: (n, …, inputs).
@@ -90,15 +99,23 @@ def add_grad_sample(layer: nn.Linear, x: Tensor, above: Tensor) -> None:
     rows = above.reshape(len(above), -1, above.shape[-1])
     if layer.weight.requires_grad:
         taken = x.reshape(len(x), -1, x.shape[-1])
-        products = fill_rows(rows).transpose(1, 2) @ fill_rows(taken)
-        _add(layer.weight, products[:, : rows.shape[-1], : taken.shape[-1]])
+        if has_fewer_factors(taken, rows):
+            _add(layer.weight, FactoredGradients(len(rows), layer.weight.dtype, [(taken.detach(), rows.detach())]))
+        else:
+            _add(layer.weight, multiply(taken, rows))
     if layer.bias is not None and layer.bias.requires_grad:
         _add(layer.bias, rows.sum(dim=1))
 
 
-def _add(parameter: Tensor, gradient: Tensor) -> None:
+def _add(parameter: Tensor, gradients: RowGradients) -> None:
     before = getattr(parameter, "grad_sample", None)
-    parameter.grad_sample = gradient if before is None else before + gradient  # type: ignore[attr-defined]
+    if before is None:
+        total = gradients
+    elif isinstance(before, FactoredGradients) and isinstance(gradients, FactoredGradients):
+        total = FactoredGradients(before.rows, before.dtype, [*before.factors, *gradients.factors])
+    else:
+        total = whole_of(before) + whole_of(gradients)
+    parameter.grad_sample = total  # type: ignore[attr-defined]
 
 
 def _forward(layer: nn.Linear, keep: Keep, x: Tensor) -> Tensor:

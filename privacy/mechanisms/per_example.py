@@ -23,6 +23,7 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, first_of, pieces_of, whole_of
 from cotune.privacy.mechanisms.grid_noise import Grid
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts, add_grad_sample, recording
 
@@ -36,9 +37,9 @@ Slots after those are blank. Rows of one unit keep their order.
 """
 
 MAX_HELD_ENTRIES = 2**26  # entries of summed unit gradients that are held at a time by default: 256 MiB in float32
-UnitGradients = tuple[list[Tensor] | OuterProducts, list[tuple[int, float]]]
-"""Gradients of whole units, (k, *shape) for each parameter or as outer products of k rows; (rows, sum of their losses) of the
-batches they were made from."""
+UnitGradients = tuple[list[RowGradients] | OuterProducts, list[tuple[int, float]]]
+"""Gradients of k whole units, for each parameter or as outer products; (rows, sum of their losses) of the batches they were made
+from."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class PerExample:
         parameters: The trained ones, in the module's order.
         gradients: A batch of b slots -> (losses (b,), a gradient (b, *shape) for each parameter, in the parameter's dtype).
         factors: The same as outer products, where the parameters are those of one linear layer, used once, that reads one vector
-            a row; else as `gradients`.
+            a row; else for each parameter as a tensor or, where these are fewer numbers, as factors.
     """
 
     parameters: tuple[nn.Parameter, ...]
     gradients: Callable[[Batch], tuple[Tensor, list[Tensor]]]
-    factors: Callable[[Batch], tuple[Tensor, list[Tensor] | OuterProducts]]
+    factors: Callable[[Batch], tuple[Tensor, list[RowGradients] | OuterProducts]]
 
 
 @contextmanager
@@ -78,9 +79,9 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
 
     def gradients(batch: Batch) -> tuple[Tensor, list[Tensor]]:
         losses, found = factors(batch)
-        return losses, _multiply(found, parameters) if isinstance(found, OuterProducts) else found
+        return losses, _multiply(found, parameters) if isinstance(found, OuterProducts) else [whole_of(g) for g in found]
 
-    def factors(batch: Batch) -> tuple[Tensor, list[Tensor] | OuterProducts]:
+    def factors(batch: Batch) -> tuple[Tensor, list[RowGradients] | OuterProducts]:
         _clear_gradients(parameters)
         uses.clear()
         with warnings.catch_warnings():  # no input of the first hooked layer needs a gradient; the hooks do not mind
@@ -92,7 +93,7 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
             return losses.detach(), OuterProducts(above=uses[0][2], inputs=uses[0][1])
         for use in uses:
             add_grad_sample(*use)
-        found = [_get_grad_sample(p).to(p.dtype) for p in parameters]  # under autocast they are bfloat16, too coarse for a norm
+        found = [_get_grad_sample(p) for p in parameters]
         _clear_gradients(parameters)
         return losses.detach(), found
 
@@ -194,11 +195,14 @@ def kinds_without_rule(module: nn.Module) -> list[str]:
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in known})
 
 
-def _get_grad_sample(parameter: nn.Parameter) -> Tensor:
+def _get_grad_sample(parameter: nn.Parameter) -> RowGradients:
+    """In the parameter's dtype: under autocast products are bfloat16, too coarse for a norm."""
     found = parameter.grad_sample  # type: ignore[attr-defined]
+    if isinstance(found, FactoredGradients):
+        return found
     if not isinstance(found, Tensor):
         raise RuntimeError("a trained parameter takes no part in the forward pass, or a part in two")
-    return found
+    return found.to(parameter.dtype)
 
 
 def _clear_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -234,9 +238,7 @@ def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[U
     for positions, batch in batches(rows):
         count = len(positions)
         losses, found = of.factors(batch)
-        contributions = (
-            found.first(count) if isinstance(found, OuterProducts) else _zero_unless_finite([g[:count] for g in found])
-        )
+        contributions = found.first(count) if isinstance(found, OuterProducts) else [first_of(g, count) for g in found]
         yield contributions, [(count, float(losses[:count].double().sum()))]
 
 
@@ -251,8 +253,7 @@ def _summed(of: PerExample, units: Sequence[Unit], batches: Batches) -> UnitGrad
         for slots, number in _rounds_of_slots(owners[torch.as_tensor(positions)]):
             for total, gradient in zip(sums, gradients, strict=True):
                 total[number.to(total.device)] += gradient[slots.to(total.device)]
-    _zero_unless_finite(sums)  # finite rows may add up to more than float32 holds
-    return sums, losses
+    return list(sums), losses
 
 
 def _rounds_of_slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -271,35 +272,39 @@ def _rounds_of_slots(owners: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor], float]:
     """Return the gradients of the filled slots, zero for a row without a finite one, and the sum of the rows' losses."""
     losses, whole = of.gradients(batch)
-    return _zero_unless_finite([g[:rows] for g in whole]), float(losses[:rows].double().sum())
-
-
-def _zero_unless_finite(gradients: list[Tensor]) -> list[Tensor]:
-    """Set those of k gradients, (k, *shape) for each parameter, to zero that are not finite in every entry; return them all."""
-    if all(bool(g.sum().isfinite()) for g in gradients):  # one pass; a sum that overflows only costs a second look
-        return gradients
-    finite = torch.stack([g.reshape(len(g), -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
+    gradients = [g[:rows] for g in whole]
+    finite = torch.stack([g.reshape(rows, -1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
     for g in gradients:
         g[~finite] = 0.0
-    return gradients
+    return gradients, float(losses[:rows].double().sum())
 
 
 ClippingMode = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
 
 
-def clip_factors(gradients: Sequence[Tensor], clip_norm: float, clipping_mode: ClippingMode) -> list[Tensor]:
-    """Return min(1, C/‖g_i‖) for each unit i, as (k,) in float64, once for each parameter tensor.
+def clip_factors(gradients: Sequence[RowGradients], clip_norm: float, clipping_mode: ClippingMode) -> list[Tensor]:
+    """Return min(1, C/‖g_i‖) for each unit i, as (k,) in float64, once for each parameter tensor; 0 for one that is not finite.
 
     Args:
-        gradients: (k, *shape) for each parameter; finite. Norms are taken in float64, where no float32 entry overflows.
+        gradients: Of k units, for each parameter. Norms are taken in float64, where no sum of squares of float32 overflows.
         clip_norm: C > 0.
     """
-    squares = [g.reshape(len(g), -1).to(torch.float64, copy=True).square_().sum(dim=1) for g in gradients]
+    norms = [_norms(g) for g in gradients]
+    whole = torch.stack(norms).square_().sum(dim=0).sqrt_()
     if clipping_mode == "flat":
-        whole = torch.stack(squares).sum(dim=0).sqrt_()
-        return [shrinkage(whole, clip_norm)] * len(gradients)
+        return [_finite_shrinkage(whole, whole, clip_norm)] * len(gradients)
     share = clip_norm / math.sqrt(len(gradients))
-    return [shrinkage(square.sqrt_(), share) for square in squares]
+    return [_finite_shrinkage(norm, whole, share) for norm in norms]
+
+
+def _norms(gradients: RowGradients) -> Tensor:
+    """Return ‖g_i‖ for each unit i, (k,) in float64; not a finite number where an entry is none."""
+    found = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for _, g in pieces_of(gradients)]
+    return torch.cat(found)
+
+
+def _finite_shrinkage(norms: Tensor, whole: Tensor, bound: float) -> Tensor:
+    return torch.where(whole.isfinite(), shrinkage(norms, bound), 0.0)
 
 
 def shrinkage(norms: Tensor, bound: float) -> Tensor:
@@ -321,13 +326,23 @@ class ExactSum:
         self._clipping_mode: ClippingMode = clipping_mode
         self._steps = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in like]
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """Add the contributions of k units, (k, *shape) for each parameter. The gradients may be overwritten."""
+    @torch.no_grad()
+    def add(self, gradients: Sequence[RowGradients]) -> None:
+        """Add the contributions of k units, of which those count that are finite. The gradients may be overwritten."""
         factors = clip_factors(gradients, self._grid.max_norm, self._clipping_mode)
         for total, gradient, factor in zip(self._steps, gradients, factors, strict=True):
-            scale = (factor / self._grid.step).to(gradient.dtype).reshape(-1, *[1] * (gradient.dim() - 1))
-            total += gradient.mul_(scale).round_().sum(dim=0, dtype=torch.float64)
+            for rows, piece in pieces_of(gradient):
+                _add_rounded(total, piece, factor[rows], self._grid.step)
 
     def totals(self) -> list[Tensor]:
         """Return the sums in units of the gradient, float64: whole multiples of the grid's step."""
         return [steps * self._grid.step for steps in self._steps]
+
+
+def _add_rounded(total: Tensor, gradients: Tensor, factors: Tensor, step: float) -> None:
+    """Add round(f_i·g_i / step) to the total for each of k units."""
+    scale = (factors / step).to(gradients.dtype).reshape(-1, *[1] * (gradients.dim() - 1))
+    scaled = gradients.mul_(scale).round_()
+    if not bool(factors.all()):
+        scaled[factors == 0] = 0.0
+    total += scaled[0] if len(scaled) == 1 else scaled.sum(dim=0, dtype=torch.float64)

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cotune.data.config import TaskName
 from cotune.data.tasks.causal import prompt_tokens
@@ -19,9 +21,28 @@ from cotune.models.generation import write_texts
 from cotune.models.trainable import TrainableModel
 from tests.support.language_models import dialogs, language_model
 from tests.support.paired_models import PAIRED, paired_model
+from tests.support.tiny_models import tokenizer
 
 __all__ = ["language_model", "paired_model"]  # fixtures
 CPU = torch.device("cpu")
+WIDE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+OTHERS: dict[
+    str, dict[str, Any]
+] = {  # positions of their own, of all kinds: learned, rotary, slopes, and a state that is carried on
+    "opt": {**WIDE, "ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "gpt_neox": WIDE,
+    "phi": WIDE,
+    "mistral": {**WIDE, "num_key_value_heads": 2},
+    "gemma": {**WIDE, "num_key_value_heads": 2, "head_dim": 8},
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+}
 PROMPTS = [Passage(record["prompt"] + "\n", "") for record in dialogs(24)]
 
 
@@ -48,9 +69,21 @@ def written_by_hand(model: TrainableModel, prompt: Passage, most: int) -> str:
     return str(reader.decode(ids[begun:], skip_special_tokens=True)).strip()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_texts_are_the_most_probable_tokens_in_turn(language_model: Callable[..., Path], kind: str) -> None:
-    model = open_model(language_model(kind))
+def write_other(folder: Path, kind: str) -> Path:
+    reader = tokenizer("llama")
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, vocab_size=len(reader), **special, **OTHERS[kind])
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    reader.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", *OTHERS])
+def test_texts_are_the_most_probable_tokens_in_turn(language_model: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """After prompts of unequal length, against one forward pass for each token of each prompt."""
+    model = open_model(write_other(tmp_path / kind, kind) if kind in OTHERS else language_model(kind))
     written = write_texts(model, PROMPTS, 6, "float32")
     assert written == [written_by_hand(model, prompt, 6) for prompt in PROMPTS]
     assert len(set(written)) > 3, "else nothing was tried"
@@ -93,6 +126,44 @@ def test_a_text_does_not_depend_on_other_prompts(language_model: Callable[..., P
     model = open_model(language_model())
     together = write_texts(model, PROMPTS, 4, "float32")
     assert together == [write_texts(model, [prompt], 4, "float32")[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_prompts_of_unequal_length_share_a_pass(
+    language_model: Callable[..., Path], paired_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = open_model(paired_model("t5"), task="seq2seq") if kind == "t5" else open_model(language_model(kind))
+    expected = write_texts(model, PROMPTS, 4, "float32")
+    passes = count_passes(model, monkeypatch)
+    assert write_texts(model, PROMPTS, 4, "float32") == expected
+    assert len(passes) == 2, "of 24 prompts, 16 at a time"
+
+
+def test_a_model_that_reads_padding_gets_none(language_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here for a model that ignores the mask: what it writes is what it writes after each prompt by itself."""
+    model = open_model(language_model())
+    module = model.loaded.module
+    plain = module.model.forward
+    monkeypatch.setattr(module.model, "forward", lambda **given: plain(**{**given, "attention_mask": None}))
+    expected = [write_texts(model, [prompt], 4, "float32")[0] for prompt in PROMPTS]
+    passes = count_passes(model, monkeypatch)
+    assert write_texts(model, PROMPTS, 4, "float32") == expected
+    assert len(passes) > 2
+
+
+def count_passes(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The prompts of each call of `generate` from here on, without those that are trials."""
+    module = model.loaded.module
+    plain = module.generate
+    seen: list[int] = []
+
+    def counted(ids: torch.Tensor, **options: Any) -> Any:
+        if not options["generation_config"].return_dict_in_generate:
+            seen.append(len(ids))
+        return plain(ids, **options)
+
+    monkeypatch.setattr(module, "generate", counted)
+    return seen
 
 
 def test_chance_in_a_models_folder_is_not_followed(language_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from cotune.models.physical_batch import PhysicalBatch
 from cotune.models.synthetic_batches import PerSlot
+from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients
+from cotune.privacy.mechanisms.linear_gradients import OuterProducts
 from cotune.privacy.mechanisms.per_example import Batch, Batches, Unit, per_example
 
 
@@ -103,14 +106,21 @@ def build_slot_probe(module: nn.Module, loss: Callable[[Batch], Tensor], scores:
         scores: A batch -> the scores of each slot, (b, ...).
 
     Returns:
-        A function from a batch to [scores, losses, gradients of each parameter with one row for each slot].
+        A function from a batch to [scores, losses, gradients of each parameter or what they are made of], each with one row for
+        each slot. Of gradients that are never held as a whole, it gives norms and hashes.
     """
 
     def answer(batch: Batch) -> Sequence[Tensor]:
         with torch.no_grad():
             seen = scores(batch)
         with per_example(module, loss) as of:
-            losses, gradients = of.gradients(batch)
-        return [seen, losses, *gradients]
+            losses, found = of.factors(batch)
+            if isinstance(found, OuterProducts):
+                return [seen, losses, found.above, found.inputs]
+            return [seen, losses, *itertools.chain.from_iterable(map(_per_slot, found))]
 
     return answer
+
+
+def _per_slot(gradients: RowGradients) -> list[Tensor]:
+    return gradients.fingerprints() if isinstance(gradients, FactoredGradients) else [gradients]

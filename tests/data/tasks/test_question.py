@@ -11,22 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
 from cotune.data.config import DataConfig
+from cotune.data.dataset import Dataset
 from cotune.data.metrics.answer_metrics import compute_answer_metrics, judge_answer
 from cotune.data.record_reading import read_records
 from cotune.data.records import Records
 from cotune.data.tasks.classes import IGNORED
-from cotune.data.tasks.question import QuestionAnswering
+from cotune.data.tasks.question import QuestionAnswering, _windows
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Question, content_bytes, record_identity
 from cotune.errors import ModelError
 from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
+from cotune.models.evaluation.predictor import Predictor
+from cotune.models.evaluation.test_set import predict
+from cotune.models.trainable import TrainableModel
 from tests.support.paired_models import paired_model
 from tests.support.questions import questions
 
@@ -43,6 +47,12 @@ def loaded(base_model: Callable[[str], Path]) -> Loaded:
         return load_model(config, (), 3, "question-answering")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def loaded_once(base_model: Callable[[str], Path]) -> LoadedModel:
+    config = ModelConfig(base=str(base_model("bert")), max_length=16, precision="float32")
+    return load_model(config, (), 3, "question-answering")
 
 
 def asked(count: int = 6) -> list[Question]:
@@ -134,19 +144,97 @@ def test_types_of_tokens_are_those_that_the_tokenizer_gives(loaded: Loaded) -> N
     assert typed["types"] == [int(label != IGNORED) for label in typed["labels"]]
 
 
-def test_answer_that_is_cut_off_contributes_nothing_and_is_counted(loaded: Loaded) -> None:
+def test_answer_that_no_part_holds_contributes_nothing(loaded: Loaded) -> None:
+    """And is counted, as is one whose question leaves no room."""
     model = loaded(length=8)
     records = [
         Question("is it", "the day", ("day",), 4),
         Question("is it", "the " * 20 + "day", ("day",), 80),
+        Question("is it", "the " * 20 + "day", ("the " * 10 + "the",), 0),
         Question("is " * 30, "the day", ("day",), 4),
     ]
-    examples = TASK.examples(model.reader, 8, records, [0] * 3)
+    examples = TASK.examples(model.reader, 8, records, [0] * 4)
     collate = TASK.collator(model.module, model.reader, CPU)
-    losses = TASK.losses(model.module, collate(examples, 8, 4))
-    assert losses[0] > 0
-    assert losses[1:].tolist() == [0.0] * 3
-    assert (TASK.cut(model.reader, 8, records), TASK.lost(model.reader, 8, records)) == (2, 2)
+    losses = TASK.losses(model.module, collate(examples, 8, 5))
+    assert bool((losses[:2] > 0).all())
+    assert losses[2:].tolist() == [0.0] * 3
+    assert (TASK.cut(model.reader, 8, records), TASK.lost(model.reader, 8, records)) == (3, 2)
+
+
+@given(before=st.integers(1, 9), context=st.integers(0, 90), after=st.integers(0, 2), room=st.integers(1, 40))
+def test_parts_cover_a_context_and_overlap_by_a_third(before: int, context: int, after: int, room: int) -> None:
+    parts = [None, *[0] * (before - 1), *[1] * context, *[None] * after]
+    rows = _windows(parts, before + after + room)
+    inside = [[place - before for place in row if parts[place] == 1] for row in rows]
+    assert {place for row in inside for place in row} == set(range(context))
+    assert all([place for place in row if parts[place] != 1] == [i for i, part in enumerate(parts) if part != 1] for row in rows)
+    assert all(row == sorted(row) and len(row) <= before + after + room for row in rows)
+    assert len(rows) == 1 or all(len(part) == room for part in inside)
+    for start in range(context - room // 3 + 1):
+        assert any(set(range(start, start + room // 3)) <= set(part) for part in inside), "an answer of a third is in one of them"
+
+
+@settings(max_examples=20, deadline=None)
+@given(words=st.integers(5, 40), place=st.integers(0, 39))
+def test_a_model_trains_on_the_part_with_the_answer(loaded_once: LoadedModel, words: int, place: int) -> None:
+    place %= words
+    context = ["the"] * words
+    context[place] = "lovely"
+    text = " ".join(context)
+    record = Question("is it", text, ("lovely",), text.index("lovely"))
+    reader = loaded_once.reader
+    [example] = TASK.examples(reader, 16, [record], [0])
+    rows = reader("is it", text, truncation="only_second", max_length=16, stride=4, return_overflowing_tokens=True)["input_ids"]
+    assert len(example["input_ids"]) == max(map(len, rows))
+    assert [
+        reader.convert_ids_to_tokens(i) for i, label in zip(example["input_ids"], example["labels"], strict=True) if label > 0
+    ] == ["lovely"]
+    inside = [label for label in example["labels"] if label != IGNORED]
+    marked = inside.index(3)
+    edge = min(place, words - 1 - place)
+    assert min(marked, len(inside) - 1 - marked) >= min(edge, len(inside) // 3 // 2), "with as much around it as there is"
+
+
+def test_first_part_is_what_a_tokenizer_leaves_of_the_record(loaded: Loaded) -> None:
+    model = loaded(length=8)
+    long = Question("is it", "the great lovely day " * 5, ("day",), 17)
+    first, *others = TASK.windows(model.reader, 8, [long])[0]
+    assert others
+    assert first["input_ids"] == model.reader(long.question, long.context, truncation="only_second", max_length=8)["input_ids"]
+
+
+def test_answer_is_looked_for_in_all_parts(loaded: Loaded) -> None:
+    """Against scores of each part by itself, of long contexts beside short ones; in whichever part the true answer is."""
+    model = loaded(length=16)
+    records = [Question("is it", " ".join(each.context for each in asked(9)[n:]), ("day",), 0) for n in range(9)]
+    predictor = Predictor(TrainableModel(model, None, 3, CPU), (), "question-answering")
+    expected = [answer_by_hand(model, record) for record in records]
+    assert predictor.answer_texts(records) == expected
+    first = [TASK.texts(scores_of(model, rows[0]), rows[:1])[0] for rows in TASK.windows(model.reader, 16, records)]
+    assert first != expected, "else a first part is enough"
+    judged = [judge_answer(text, ("day",)) for text in expected]
+    assert predictor.answers(records) == [(each,) for each in judged]
+    records_ = Records(tuple(records), ("",) * 9, "file")
+    test = Dataset(((records_, np.arange(len(records))),), (), "question-answering")
+    assert predict(predictor.model, {}, test, "float32") == judged
+
+
+def scores_of(model: LoadedModel, example: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return TASK.scores(model.module, TASK.collator(model.module, model.reader, CPU)([example]))
+
+
+def answer_by_hand(model: LoadedModel, record: Question) -> str:
+    """The pair of a first and a last token with the highest sum of scores, of all that stand in one part."""
+    best = (-float("inf"), "")
+    for example in TASK.windows(model.reader, model.max_length, [record])[0]:
+        [scores] = scores_of(model, example)
+        inside = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
+        for first in inside:
+            for last in range(first, inside[-1] + 1):
+                text = record.context[example["offsets"][first][0] : example["offsets"][last][1]]
+                best = max(best, (float(scores[first, 0] + scores[last, 1]), text), key=lambda each: each[0])
+    return best[1]
 
 
 # --- losses and gradients
