@@ -299,6 +299,8 @@ def _describe_event(event: Event) -> str:
             return f"answered too late, to round {event['of_round']}"
         case "messages_refused":
             return f"{event['count']} messages refused at the front: {event['reason']}"
+        case "whole_state_sent":
+            return f"is sent the whole model in round {event['round']}"
         case "organization_left":
             return "has left the federation"
         case "delivery_failed":

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from flwr.app import MessageType
 from torch import Tensor
 
@@ -240,15 +241,10 @@ def _requests(run: _Run, start: _Start, selection: Selection, sent: Mapping[str,
     before = start.before
     asked = list(selection.asked)
     recipients = _recipients(folder, asked, before)
-    made = RoundRequests(
-        run.plan,
-        start.number,
-        start.state,
-        sent,
-        changes=ChangeFiles(folder.path, run.plan.wire_down).read_before(start.number, before.state),
-        stays=run.environment.in_process,
-    )
-    contents = made.encode(recipients, find_held(before.history))
+    changes = ChangeFiles(folder.path, run.plan.wire_down).read_before(start.number, before.state)
+    stays = run.environment.in_process
+    made = RoundRequests(run.plan, start.number, start.state, sent, changes=changes, stays=stays)
+    contents = made.encode(recipients, find_held(before.history, changes))
     cohort = build_cohort(folder, before.history, asked)
     fates = read_strike_records(folder, before.history)
     run.environment.trail.sign(TRAIN, start.number, contents, recipients, str(spec.received), cohort, fates)
@@ -297,7 +293,7 @@ def _conclude(run: _Run, start: _Start, combination: Combination, result: RoundR
         accuracy = None if metrics is None else metrics.score
         folder.events.write(RoundNotApplied(round=number, accuracy=accuracy, suspects=entry.suspects, reason=extreme))
         entry = entry.model_copy(update={"metrics": kept, "metrics_not_applied": entry.metrics})
-    _keep_change(run, start, moved, step.change if is_applied else {})
+    _keep_change(run, start, moved, step.change if is_applied else {n: torch.zeros_like(t) for n, t in start.shared.items()})
     clip_norm = None
     if run.client_level and isinstance(combination, PrivateMean):
         entry = entry.model_copy(update={"client_privacy": run.client_level.entry(before, combination)})
@@ -315,7 +311,7 @@ def _move(run: _Run, start: _Start, combination: Combination) -> RoundedStep:
         return RoundedStep(moved, {**memory, **student})
     if find_extreme(moved):
         return RoundedStep(moved, memory)  # which is not applied
-    return round_step(plan, start.number, start.state, moved, memory, start.before.memory)
+    return round_step(plan, start.number, start.state, start.shared, moved, memory, start.before.memory)
 
 
 def _keep_change(run: _Run, start: _Start, state: State, change: State) -> None:

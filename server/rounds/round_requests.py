@@ -14,6 +14,8 @@ from cotune.protocol.messages import Recipient, RequestEncoder
 from cotune.protocol.signatures import SIGNED
 from cotune.reporting.documents.rounds import RoundEntry
 
+_MAX_ARRAYS = 8192  # of the changes in a request: an organization takes a few MiB of what arrays have beside their values
+
 ToWhole = Callable[[str, RecordDict], RecordDict]
 
 
@@ -70,15 +72,24 @@ class RoundRequests:
 
 
 def _is_smaller(plan: Plan, state: State, changes: Sequence[RoundChange], base: RoundChange) -> bool:
+    """Return whether a request of all changes from one on takes fewer bytes than the whole state, and few enough arrays."""
+    since = [change.values for change in changes if change.round >= base.round]
     added = {name: tensor for name, tensor in state.items() if name not in base.names}
-    since = sum(count_cost(change.values, plan.wire_down) for change in changes if change.round >= base.round)
-    return since + count_cost(added, "float32") < count_cost(state, "float32")
+    if sum(map(len, [*since, added])) > max(_MAX_ARRAYS, len(state)):
+        return False
+    cost = sum(count_cost(values, plan.wire_down) for values in since) + count_cost(added, "float32")
+    return cost < count_cost(state, "float32")
 
 
-def find_held(history: Sequence[RoundEntry]) -> dict[str, int]:
-    """Return organization -> the last round that it has answered: it has the state that this began with, applied or not."""
+def find_held(history: Sequence[RoundEntry], changes: Sequence[RoundChange]) -> dict[str, int]:
+    """Return organization -> the last round that it has answered: it has the state that this began with, applied or not.
+
+    Args:
+        history: All finished rounds.
+        changes: Only rounds from the oldest of them on are looked at, as nothing builds on others.
+    """
     held: dict[str, int] = {}
-    for entry in history:
+    for entry in history[changes[0].round - 1 :] if changes else ():
         answered = {**dict.fromkeys(entry.participants, entry.round), **{late.organization: late.round for late in entry.late}}
         for name, round in answered.items():
             held[name] = max(round, held.get(name, 0))

@@ -13,7 +13,7 @@ rounded, as nothing builds on it, and gets what was lost before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,7 @@ class RoundedStep:
     Attributes:
         state: θ_t.
         memory: The run's memory with e_t.
-        change: q_t by parameter, of those that the round has moved; empty in a round that is not rounded.
+        change: q_t by parameter, of those that organizations share or the round has moved; empty in a round that is not rounded.
     """
 
     state: State
@@ -44,7 +44,13 @@ class RoundedStep:
 
 
 def round_step(
-    plan: Plan, round: int, state: Mapping[str, Tensor], moved: State, memory: State, before: Mapping[str, Tensor]
+    plan: Plan,
+    round: int,
+    state: Mapping[str, Tensor],
+    shared: Collection[str],
+    moved: State,
+    memory: State,
+    before: Mapping[str, Tensor],
 ) -> RoundedStep:
     """Round the step of a round.
 
@@ -52,6 +58,8 @@ def round_step(
         plan: The plan.
         round: Number of the round.
         state: θ_{t−1}, as organizations received it.
+        shared: The parameters that organizations train and share; they are part of the change even where it is zero, so that the
+            public port can judge by the arrays of requests how many those of answers may be.
         moved: θ_{t−1} + Δ_t, finite.
         memory: Of the plan's components after the round.
         before: The run's memory before the round, with e_{t−1}.
@@ -60,7 +68,9 @@ def round_step(
         return RoundedStep(moved, memory)
     lost = strip_prefix(_LOST, before)
     wanted = {
-        name: _wanted(tensor, state[name], lost.get(name)) for name, tensor in moved.items() if _is_moved(tensor, state[name])
+        name: _wanted(tensor, state[name], lost.get(name))
+        for name, tensor in moved.items()
+        if name in shared or _is_moved(tensor, state[name])
     }
     if round == plan.rounds:
         wanted |= {name: tensor.to(torch.float64) for name, tensor in lost.items() if name not in wanted}

@@ -90,10 +90,11 @@ class ChangeFiles:
 
     def _prune(self, newest: int, budget: int) -> None:
         """Remove the files with which a request would not be smaller than the whole state, or would hold too many changes."""
-        numbered = {self._file(number): number for number in range(1, newest + 1)}
-        for file in sorted((file for file in self._folder.iterdir() if file in numbered), reverse=True):
+        names = (file.stem.removeprefix("round-") for file in self._folder.glob("round-*.safetensors"))
+        for number in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+            file = self._file(number)
             budget -= file.stat().st_size  # less than the cost of its change
-            if budget <= 0 or numbered[file] <= newest - MAX_CHANGES:
+            if budget <= 0 or number <= newest - MAX_CHANGES:
                 file.unlink()
 
     def _file(self, round: int) -> Path:
@@ -106,6 +107,6 @@ class ChangeFiles:
                 header = ChangeHeader.model_validate(parse_json(file.metadata()["change"]))
                 packed = {name: file.get_tensor(name).numpy().tobytes() for name in header.shapes}
             values = {name: unpack(self._codec, packed[name], tuple(shape)) for name, shape in header.shapes.items()}
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RunError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, RunError):
             return None
         return (header, values) if header.round == round else None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from cotune.reporting.documents.base import Document, Number
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Size = Annotated[int, Field(ge=0)]  # of a dimension
 
 
 class CheckpointHeader(Document):
@@ -23,11 +26,13 @@ class ChangeHeader(Document):
     """What a file with the change of a round says beside the packed values."""
 
     round: int = Field(description="Number of the round.")
-    before: str = Field(description="SHA-256 over the state after the round before.")
-    start: str = Field(description="SHA-256 over the state that organizations received, with parameters that the round added.")
-    after: str = Field(description="SHA-256 over the state after the round.")
+    before: _Digest = Field(description="SHA-256 over the state after the round before.")
+    start: _Digest = Field(
+        description="SHA-256 over the state that organizations received, with parameters that the round added."
+    )
+    after: _Digest = Field(description="SHA-256 over the state after the round.")
     names: list[str] = Field(description="All parameters of the state that organizations received.")
-    shapes: dict[str, list[int]] = Field(description="The parameters that the round has changed, with their shapes.")
+    shapes: dict[str, list[_Size]] = Field(description="The parameters that the round has changed, with their shapes.")
 
 
 class QuarantineHeader(Document):

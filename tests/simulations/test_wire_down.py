@@ -148,12 +148,38 @@ def test_who_is_asked_now_and_then_catches_up(toy_plan: NewPlan, tmp_path: Path,
     run = simulate(plan, tmp_path / "run", device="cpu")
     assert whole_states(run.folder) == []
     assert {1, 2} <= set(built)
+    monkeypatch.setattr(held_state, "_read", lambda file: {})
+    forgetful = simulate(plan, tmp_path / "forgetful", device="cpu")
+    assert len(whole_states(forgetful.folder)) == len(built)
+    assert tensors_of(forgetful.folder) == tensors_of(run.folder)
     assert all(len(entry["participants"]) == 2 for entry in run.summary["rounds"])
 
 
 @pytest.mark.parametrize("strategy", ["scaffold", "feddyn", "fedexp", "flora", "ties"])
 def test_strategies_go_on_from_rounded_states(toy_plan: NewPlan, tmp_path: Path, strategy: str) -> None:
     plan = toy_plan(wire_down="int4", strategy=strategy, local={"momentum": 0.0}, **LORA)
+    summary = simulate(plan, tmp_path / "run", device="cpu").summary
+    assert all(len(entry["participants"]) == 2 for entry in summary["rounds"])
+
+
+def test_privacy_costs_the_same(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """Of records and of whole organizations: what the server rounds has its noise already."""
+    private = {
+        "privacy": {"epsilon": 8.0, "delta": 1e-3},
+        "client_privacy": {"epsilon": 50.0, "delta": 1e-2, "clip_norm": 1.0},
+        "local": {"batch_size": 40, "learning_rate": 0.1},
+        "strategy": {"weighting": "uniform"},
+    }
+    spent = []
+    for codec in ("float32", "int4"):
+        rounds = simulate(toy_plan(wire_down=codec, **private), tmp_path / codec, device="cpu").summary["rounds"]
+        assert all(len(entry["participants"]) == 2 for entry in rounds)
+        spent.append([(entry["epsilon"], entry["client_privacy"]["epsilon"]) for entry in rounds])
+    assert spent[0] == spent[1]
+
+
+def test_smaller_ranks_go_on_from_rounded_states(toy_plan: NewPlan, tmp_path: Path) -> None:
+    plan = toy_plan(wire_down="int8", strategy="flexlora", simulation={"ranks": [1, 2]}, **LORA)
     summary = simulate(plan, tmp_path / "run", device="cpu").summary
     assert all(len(entry["participants"]) == 2 for entry in summary["rounds"])
 

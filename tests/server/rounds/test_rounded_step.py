@@ -38,7 +38,7 @@ def drawn(seed: int, scale: float, count: int = 130) -> Tensor:
 
 def test_without_a_codec_the_step_is_as_it_was(plan: Plan) -> None:
     moved = {"w": drawn(1, 1.0)}
-    step = round_step(plan, 1, {"w": torch.zeros(130)}, moved, {"optimizer/w": torch.ones(1)}, {})
+    step = round_step(plan, 1, {"w": torch.zeros(130)}, ["w"], moved, {"optimizer/w": torch.ones(1)}, {})
     assert step.state is moved
     assert step.change == {}
     assert step.memory.keys() == {"optimizer/w"}
@@ -62,7 +62,7 @@ def test_state_and_loss_add_up_to_all_moves(plan: Plan, codec: Codec) -> None:
         move = drawn(number, 10.0 ** (1 - number))
         moved = {"w": state["w"] + move}
         total = total + (moved["w"].double() - state["w"].double())
-        step = round_step(plan, number, state, moved, {}, memory)
+        step = round_step(plan, number, state, ["w"], moved, {}, memory)
         if number < plan.rounds:
             pack(codec, step.change["w"])  # raises where it is not rounded
             assert torch.equal(add_change(state, step.change)["w"], step.state["w"])
@@ -82,7 +82,7 @@ def test_state_and_loss_add_up_to_all_moves(plan: Plan, codec: Codec) -> None:
 def test_a_round_that_is_repeated_is_rounded_alike(plan: Plan, codec: Codec, data: st.DataObject) -> None:
     values = drawn(data.draw(st.integers(0, 2**16)), 1.0)
     number = data.draw(st.integers(1, 5))
-    steps = [round_step(with_codec(plan, codec), number, {"w": torch.zeros(130)}, {"w": values}, {}, {}) for _ in range(2)]
+    steps = [round_step(with_codec(plan, codec), number, {"w": torch.zeros(130)}, ["w"], {"w": values}, {}, {}) for _ in range(2)]
     assert torch.equal(steps[0].state["w"], steps[1].state["w"])
 
 
@@ -90,20 +90,34 @@ def test_rounds_and_parameters_are_rounded_by_other_numbers(plan: Plan) -> None:
     half = with_codec(plan, "int4")
     zeros = {"w": torch.zeros(640), "v": torch.zeros(640)}
     moved = {name: drawn(3, 1.0, 640) for name in zeros}
-    first, second = (round_step(half, number, zeros, moved, {}, {}) for number in (1, 2))
+    first, second = (round_step(half, number, zeros, ["w", "v"], moved, {}, {}) for number in (1, 2))
     assert not torch.equal(first.change["w"], first.change["v"])
     assert not torch.equal(first.change["w"], second.change["w"])
 
 
-def test_what_has_not_moved_is_no_part_of_the_change(plan: Plan) -> None:
+def test_what_is_not_shared_and_has_not_moved_is_no_part_of_the_change(plan: Plan) -> None:
     """And what was lost of it before waits for the round in which it moves again, or for the last one."""
     plan = with_codec(plan, "int4")
     state = {"w": torch.zeros(4), "still": torch.ones(4)}
     before = {"wire_down/still": torch.full((4,), 0.25)}
     moved = {"w": torch.ones(4), "still": state["still"].clone()}
-    step = round_step(plan, 2, state, moved, {}, before)
+    step = round_step(plan, 2, state, ["w"], moved, {}, before)
     assert step.change.keys() == {"w"}
     assert torch.equal(step.state["still"], torch.ones(4))
     assert torch.equal(step.memory["wire_down/still"], torch.full((4,), 0.25))
-    last = round_step(plan, plan.rounds, state, moved, {}, before)
+    last = round_step(plan, plan.rounds, state, ["w"], moved, {}, before)
     assert torch.equal(last.state["still"], torch.full((4,), 1.25))
+
+
+def test_what_is_moved_and_not_shared_is_part_of_the_change(plan: Plan) -> None:
+    """As weights that a fusion changes beside the adapters of them."""
+    step = round_step(with_codec(plan, "int4"), 2, {"w": torch.zeros(4)}, [], {"w": torch.ones(4)}, {}, {})
+    assert torch.equal(step.state["w"], torch.ones(4))
+    assert step.change.keys() == {"w"}
+
+
+def test_what_was_lost_of_a_shared_parameter_is_made_up_for_without_a_move(plan: Plan) -> None:
+    state = {"w": torch.zeros(4)}
+    step = round_step(with_codec(plan, "int8"), 2, state, ["w"], dict(state), {}, {"wire_down/w": torch.full((4,), 0.25)})
+    assert torch.equal(step.state["w"], torch.full((4,), 0.25))
+    assert torch.equal(step.memory["wire_down/w"], torch.zeros(4))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from cotune.plan.wire import Codec
@@ -75,6 +78,21 @@ def test_a_round_that_was_played_again_ends_what_came_before_it(tmp_path: Path) 
     other = play(files, add_change(begun, {"w": torch.ones(2**16)}), range(3, 4), seed=9)
     assert [change.round for change in files.read_before(4, other)] == [3]
     assert files.read_before(4, begun) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"start": "no digest"}, {"shapes": {"w": [-1, -4096]}}, {"shapes": {"w": [2**70, 0]}}, {"round": 1}]
+)
+def test_a_header_that_no_round_writes_is_no_change(tmp_path: Path, wrong: dict[str, object]) -> None:
+    """A request of it would be malformed, and cost organizations their round."""
+    files = ChangeFiles(tmp_path, "int8")
+    state = play(files, start(), range(1, 3))
+    file = tmp_path / "changes" / "round-00002.safetensors"
+    with safe_open(file, framework="pt") as found:
+        tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        header = json.loads(found.metadata()["change"])
+    file.write_bytes(save(tensors, metadata={"change": json.dumps({**header, **wrong})}))
+    assert files.read_before(3, state) == []
 
 
 @given(where=st.integers(0, 10**6), content=st.binary(max_size=40))
