@@ -22,9 +22,9 @@ from cotune.ensembles.sequence_lessons import SequenceLessons, has_target
 from cotune.ensembles.student_training import train_in_passes
 from cotune.ensembles.unfinished_distillation import begin_work, keep_pass, newest_pass, part_folder
 from cotune.ensembles.written_targets import Text, write_targets
-from cotune.errors import DataError, ModelError
+from cotune.errors import DataError
 from cotune.models.base.load import load_model
-from cotune.models.base.tokenizer_identity import tokenizer_hash, tokenizer_parts
+from cotune.models.base.tokenizer_identity import check_same_tokenizer, tokenizer_hash, tokenizer_parts
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.device import explained_out_of_memory, pick_device
 from cotune.models.export import export_model
@@ -51,6 +51,7 @@ class SequenceDistillation:
         license: Of the public inputs, as it is to be recorded.
         source: Where they come from, as it is to be recorded.
         left_out: How many records of the file could not be used, by the reason.
+        weights: Of the teachers' probabilities, together 1; empty: all alike.
     """
 
     teachers: Sequence[TrainableModel]
@@ -65,6 +66,7 @@ class SequenceDistillation:
     license: str = ""
     source: str = ""
     left_out: Mapping[str, int] = field(default_factory=dict)
+    weights: Sequence[float] = ()
 
     @property
     def part(self) -> Path:
@@ -137,23 +139,12 @@ def _open_student(work: SequenceDistillation) -> TrainableModel:
     loaded = load_model(work.student, (), 0, work.task)
     if work.chats:
         check_chat_template(loaded.reader)
-    _check_tokenizers(work, tokenizer_parts(loaded, chats=work.chats))
+    own = tokenizer_parts(loaded, chats=work.chats)
+    for teacher, name in zip(work.teachers, work.names, strict=True):
+        check_same_tokenizer(teacher.loaded, own, f"the teacher {name}", "the student", chats=work.chats)
     loaded = replace(loaded, max_length=min(loaded.max_length, *(teacher.loaded.max_length for teacher in work.teachers)))
     lora = LoraConfig(factors="ab") if work.config.train == "lora" else None
     return TrainableModel(loaded, lora, work.config.seed, pick_device(work.device))
-
-
-def _check_tokenizers(work: SequenceDistillation, own: dict[str, str]) -> None:
-    """Raises ModelError for a teacher whose tokens are not those of the student."""
-    for teacher, name in zip(work.teachers, work.names, strict=True):
-        theirs = tokenizer_parts(teacher.loaded, chats=work.chats)
-        other = [part for part in own if own[part] != theirs[part]]
-        if other:
-            raise ModelError(
-                f"the teacher {name} has another tokenizer than the student (in its {', '.join(other)}): expected the same one,"
-                " as the probability of each token is learned; choose a student of the same family",
-                code="model.other_tokenizer",
-            )
 
 
 def _settings(work: SequenceDistillation, student: TrainableModel) -> dict[str, Any]:
@@ -171,6 +162,7 @@ def _settings(work: SequenceDistillation, student: TrainableModel) -> dict[str, 
             "source": work.source,
             "license": work.license,
         },
+        "weights": list(work.weights),
         "written": work.write,
         "max_length": loaded.max_length,
         **asdict(work.config),
@@ -188,7 +180,7 @@ def _encode(work: SequenceDistillation, student: TrainableModel, texts: Sequence
     """The lessons, and which texts they are: those with a target that is read."""
     encoded = student.loaded.encode_unlabeled(texts)
     kept = [row for row, example in enumerate(encoded) if has_target(example)]
-    return SequenceLessons(student, work.teachers, [encoded[row] for row in kept], work.config), kept
+    return SequenceLessons(student, work.teachers, [encoded[row] for row in kept], work.config, work.weights), kept
 
 
 def _split(prompts: Sequence[int]) -> tuple[list[int], list[int]]:

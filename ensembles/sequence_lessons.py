@@ -30,7 +30,12 @@ class SequenceLessons:
     """
 
     def __init__(
-        self, student: TrainableModel, teachers: Sequence[TrainableModel], examples: Sequence[Example], config: DistillationConfig
+        self,
+        student: TrainableModel,
+        teachers: Sequence[TrainableModel],
+        examples: Sequence[Example],
+        config: DistillationConfig,
+        weights: Sequence[float] = (),
     ) -> None:
         """Create them.
 
@@ -39,7 +44,9 @@ class SequenceLessons:
             teachers: That it learns from.
             examples: Encoded records; each has a target.
             config: How it learns.
+            weights: Of the teachers' probabilities, together 1; empty: all alike.
         """
+        self._weights = weights
         self._examples = examples
         self._config = config
         self._student = student
@@ -60,7 +67,7 @@ class SequenceLessons:
             with self._arithmetic():
                 student, tokens = self._read(0, chosen)
                 taught = [] if self._config.label_weight == 1 else self._taught(chosen)
-                add_token_gradients(student, taught, tokens, weights, self._config)
+                add_token_gradients(student, taught, tokens, weights, self._config, self._weights)
         return True
 
     @torch.no_grad()
@@ -75,7 +82,7 @@ class SequenceLessons:
         for chosen in self._batches(rows):
             with self._arithmetic():
                 student, tokens = self._read(0, chosen)
-                figures = compare_tokens(student, self._taught(chosen), tokens)
+                figures = compare_tokens(student, self._taught(chosen), tokens, self._weights)
             counts = [len(_targets(self._examples[row])) for row in chosen]
             split = {key: torch.split(values, counts) for key, values in figures.items()}
             for place, row in enumerate(chosen):

@@ -68,6 +68,7 @@ def add_token_gradients(
     tokens: Tensor,
     weights: Tensor,
     config: DistillationConfig,
+    shares: Sequence[float] = (),
     *,
     most: int = _MAX_SCORES,
 ) -> Tensor:
@@ -79,6 +80,7 @@ def add_token_gradients(
         tokens: (n,) the target tokens.
         weights: (n,) of each token's loss.
         config: Loss, temperature and weight of the target.
+        shares: See `mean_logs`.
         most: Entries of one model's scores that are in memory at a time.
 
     Returns:
@@ -93,7 +95,8 @@ def add_token_gradients(
     for part in _parts(student, len(tokens), most):
         leaf = student.rows[part].detach().requires_grad_()
         scores = student.score(leaf).float()
-        logs = None if config.label_weight == 1 else mean_logs([teacher.scores(part) for teacher in teachers], scores.shape[1])
+        said = [] if config.label_weight == 1 else [teacher.scores(part) for teacher in teachers]
+        logs = mean_logs(said, scores.shape[1], shares) if said else None
         losses = answer_losses(scores, logs, tokens[part], config)
         loss = (losses * weights[part]).sum()
         _check_student(loss)
@@ -105,12 +108,13 @@ def add_token_gradients(
     return total
 
 
-def mean_logs(scores: Sequence[Tensor], size: int) -> Tensor:
-    """Return the logarithm of the mean probability of some models, (n, v) with the v tokens of the smallest table.
+def mean_logs(scores: Sequence[Tensor], size: int, shares: Sequence[float] = ()) -> Tensor:
+    """Return the logarithm of the mean probability that models give each token, (n, v) with the v tokens of the smallest table.
 
     Args:
         scores: (n, v_k) of each model, in float32.
         size: Of the student's table.
+        shares: Of each model in the mean, together 1; empty: all alike.
 
     Raises:
         ModelError: When they are no numbers.
@@ -123,12 +127,18 @@ def mean_logs(scores: Sequence[Tensor], size: int) -> Tensor:
             " or use it in the precision that it was trained in",
             code="model.teacher_not_finite",
         )
-    return logs.logsumexp(dim=0) - torch.tensor(float(len(scores))).log()
+    weights = logs.new_tensor(shares or [1 / len(scores)] * len(scores))
+    return (logs + weights.log()[:, None, None]).logsumexp(dim=0)
 
 
 @torch.no_grad()
 def compare_tokens(
-    student: TokenStates, teachers: Sequence[TokenStates], tokens: Tensor, *, most: int = _MAX_SCORES
+    student: TokenStates,
+    teachers: Sequence[TokenStates],
+    tokens: Tensor,
+    shares: Sequence[float] = (),
+    *,
+    most: int = _MAX_SCORES,
 ) -> dict[str, Tensor]:
     """Return (n,) figures of each target token in float64.
 
@@ -136,19 +146,22 @@ def compare_tokens(
         student: In the state that is measured.
         teachers: Of which it learns.
         tokens: (n,) the target tokens.
+        shares: See `mean_logs`.
         most: Entries of one model's scores that are in memory at a time.
 
     Returns:
         `student` and `teacher`: −log of the token's probability, in nats; `student_right` and `teacher_right`: 1 where it is
         the most probable one; `agreement`: 1 where both have the same most probable one; `kl`: KL(teacher ‖ student).
     """
-    parts = [_compare(student, teachers, tokens[part], part) for part in _parts(student, len(tokens), most)]
+    parts = [_compare(student, teachers, tokens[part], shares, part) for part in _parts(student, len(tokens), most)]
     return {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
 
 
-def _compare(student: TokenStates, teachers: Sequence[TokenStates], tokens: Tensor, part: slice) -> dict[str, Tensor]:
+def _compare(
+    student: TokenStates, teachers: Sequence[TokenStates], tokens: Tensor, shares: Sequence[float], part: slice
+) -> dict[str, Tensor]:
     own = functional.log_softmax(student.scores(part), dim=1)
-    taught = mean_logs([teacher.scores(part) for teacher in teachers], own.shape[1])
+    taught = mean_logs([teacher.scores(part) for teacher in teachers], own.shape[1], shares)
     place = tokens[:, None]
     return {
         "student": -own.gather(1, place)[:, 0],
@@ -158,6 +171,21 @@ def _compare(student: TokenStates, teachers: Sequence[TokenStates], tokens: Tens
         "agreement": own.argmax(dim=1) == taught.argmax(dim=1),
         "kl": (taught.exp() * (taught - own[:, : taught.shape[1]])).sum(dim=1),
     }
+
+
+@torch.no_grad()
+def token_logs(model: TokenStates, tokens: Tensor, size: int, *, most: int = _MAX_SCORES) -> Tensor:
+    """Return log of the probability of each target token in float64, (n,), where only the first tokens of a table mean any.
+
+    Args:
+        model: That says them.
+        tokens: (n,) the target tokens.
+        size: Of the smallest table.
+        most: Entries of scores that are in memory at a time.
+    """
+    parts = _parts(model, len(tokens), most)
+    logs = [mean_logs([model.scores(part)], size).gather(1, tokens[part][:, None])[:, 0] for part in parts]
+    return torch.cat(logs).double().cpu()
 
 
 def _parts(student: TokenStates, count: int, most: int) -> Iterator[slice]:

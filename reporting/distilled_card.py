@@ -84,8 +84,9 @@ def _use(task: TaskName, length: int) -> Iterator[str]:
 
 def _facts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "task", found["task"]
-    for teacher in found["teachers"]:
-        yield "teacher", f"{short_name(teacher['model'])}, SHA-256 {teacher['sha256']}"
+    for number, teacher in enumerate(found["teachers"]):
+        weight = f", weight {found['weights'][number]:g}" if found["weights"] else ""
+        yield "teacher", f"{short_name(teacher['model'])}, SHA-256 {teacher['sha256']}{weight}"
     yield "base model of the student", f"{short_name(found['student']['base'])}, SHA-256 {found['student']['sha256']}"
     yield "tokenizer of all", f"SHA-256 {found['tokenizer']}"
     inputs = found["inputs"]

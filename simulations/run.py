@@ -112,11 +112,14 @@ def resume(path: Path, *, workers: int = 1) -> Run:
 
 
 def complete(folder: RunFolder, prepared: Prepared, seconds: float, pool: WorkerPool | None = None) -> Run:
-    """After the last round: baselines, the exported model, summary.json and report.html."""
+    """After the last round: baselines, which workers may train, the exported model, summary.json and report.html."""
     began = time.monotonic()
     results = run_baselines(folder, prepared, pool)
+    beside = Peak()
+    if pool is not None:
+        beside = pool.peak
+        pool.close()  # the rest has their memory
     personalized = personalize(folder, prepared, final_params(folder.plan, folder.load()))
-    beside = pool.peak if pool else Peak()
     summary = summarize(folder, prepared, results, personalized, seconds + time.monotonic() - began, beside)
     _export(folder, summary)
     atomic_write(folder.path / "summary.json", to_json(summary))

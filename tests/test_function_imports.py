@@ -21,6 +21,7 @@ LOADED_LATE = {  # cotune's own modules: who imports them late, and why
     "privacy/accounting/composition.py": "most processes of a deployment compute no ε, and loss distributions load scipy.signal",
     "server/runs/run_folder.py": "a run's folder is read by commands that load no model",
     "simulations/comparison/workers.py": "a worker loads PyTorch after its threads are limited",
+    "simulations/workers/start.py": "a worker watches its parent, and knows its GPU, before it loads PyTorch",
     "strategies/plugins.py": "few plans name a strategy of Flower",
 }
 

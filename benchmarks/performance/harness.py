@@ -20,6 +20,7 @@ import cProfile
 import importlib.util
 import io
 import json
+import math
 import os
 import pstats
 import resource
@@ -30,7 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,10 @@ class Sample:
             return float(getattr(self, name)) / self.units
         return self.peak if name == "peak" else self.other[name]
 
+    def with_label(self, label: str) -> Sample:
+        """Return the same sample with another label."""
+        return replace(self, label=label)
+
     def has(self, name: str) -> bool:
         """Return whether the sample holds that figure."""
         return name in ("cpu", "wall", "peak") or name in self.other
@@ -88,14 +93,14 @@ class Meter:
     @contextmanager
     def measure(self, units: float = 1.0, label: str = "") -> Iterator[None]:
         """Measure the block, which does `units` of the benchmark's work. The label tells blocks of one contender apart."""
-        before = _reset_peak()
+        before = _resetpeak_memory()
         cpu = time.process_time()
         wall = time.perf_counter()
         with self._profile or nullcontext():
             yield
         wall = time.perf_counter() - wall
         cpu = time.process_time() - cpu
-        self.samples.append(Sample(cpu, wall, max(0.0, _peak() - before), units, label))
+        self.samples.append(Sample(cpu, wall, max(0.0, peak_memory() - before), units, label))
 
     def start_profile(self) -> None:
         """Profile from here on, where that is wanted: for contenders whose blocks begin and end in callbacks."""
@@ -112,16 +117,17 @@ class Meter:
         self.samples.append(Sample(cpu, wall, 0.0, units, label, other))
 
 
-def _reset_peak() -> float:
+def _resetpeak_memory() -> float:
     """Let the kernel forget the peak of resident memory, where it can, and return the present level in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _status("VmRSS")
     except OSError:
-        return _peak()
+        return peak_memory()
 
 
-def _peak() -> float:
+def peak_memory() -> float:
+    """Return the peak of resident memory in bytes, since the process or the last measured block began."""
     try:
         return _status("VmHWM")
     except OSError:
@@ -203,6 +209,43 @@ class Row:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A figure against a size, for a picture with logarithmic axes.
+
+    Attributes:
+        what: The figure, such as CPU.
+        unit: Of the figure.
+        against: What grows.
+        series: Tells curves of one plot apart.
+        points: (size, figure), both above 0, in the order of sizes.
+    """
+
+    what: str
+    unit: str
+    against: str
+    series: str
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Exponent k and factor c of c · size^k, by least squares of the logarithms."""
+        found = statistics.linear_regression(
+            *([math.log(value) for value in values] for values in zip(*self.points, strict=True))
+        )
+        return found.slope, math.exp(found.intercept)
+
+    @property
+    def slope(self) -> float:
+        """The exponent of the line."""
+        return self.line[0]
+
+    @property
+    def last_slope(self) -> float:
+        """The exponent between the last two points."""
+        return replace(self, points=self.points[-2:]).slope
+
+
 @dataclass
 class Results:
     """All samples of a benchmark, by contender."""
@@ -257,6 +300,7 @@ class Benchmark:
         number: Of the line in the table of goals.
         rows: The samples -> lines.
         setup: Called once in a process of its own: (folder, whether in the smallest form); writes what all contenders read.
+        curves: The samples -> what the picture beside the table shows; None: there is none.
     """
 
     name: str
@@ -266,6 +310,7 @@ class Benchmark:
     rows: Callable[[Results], list[Row]]
     setup: Callable[[Path, bool], None] | None = None
     repeats: int = 3
+    curves: Callable[[Results], list[Curve]] | None = None
 
     def contender(self, name: str) -> Contender:
         """Return one by its name."""

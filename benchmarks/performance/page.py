@@ -1,4 +1,4 @@
-"""Make docs/results/performance.md from performance.json.
+"""Make docs/results/performance.md, and the pictures beside it, from performance.json.
 
 python benchmarks/performance/page.py docs/results/performance.json docs/results/performance.md
 """
@@ -10,6 +10,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from harness import Curve
+from plot import draw
 
 MARKER = "<!-- below: written by benchmarks/performance/run.py -->"
 _READING = """\
@@ -23,10 +26,13 @@ _HEADINGS = ("what", "contender", "figure", "±", "ratio", "goal", "reached")
 
 
 def write_page(source: Path, page: Path) -> None:
-    """Write the page. What stands above the marker is by people and stays."""
+    """Write the page, and a picture for each benchmark with curves. What stands above the marker is by people and stays."""
     found = json.loads(source.read_text(encoding="utf-8"))
     reading = page.read_text(encoding="utf-8").split(MARKER)[0].rstrip() if page.exists() else _READING.rstrip()
     page.write_text("\n".join([reading, "", MARKER, "", *_body(found)]) + "\n", encoding="utf-8")
+    for name, entry in found["benchmarks"].items():
+        if curves := _curves(entry):
+            (page.parent / f"{name}.svg").write_text(draw(curves), encoding="utf-8")
 
 
 def _body(found: Mapping[str, Any]) -> Iterator[str]:
@@ -42,8 +48,15 @@ def _body(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"`make bench ONLY={name}`, {entry['at'][:10]}, commit {entry['commit']}, {entry['seconds']} s, {_load(entry)}."
         yield from ["", f"| {' | '.join(_HEADINGS)} |", "|---|---|---:|---:|---:|---|---|"]
         yield from map(_row, entry["rows"])
+        if _curves(entry):
+            yield from ["", f"![{entry['title']}]({name}.svg)"]
         for contender, reason in entry["failed"].items():
             yield from ["", f"Left out: {contender} ({_cell(reason)})."]
+
+
+def _curves(entry: Mapping[str, Any]) -> list[Curve]:
+    """The curves of a benchmark; entries of earlier versions have none."""
+    return [Curve(**{**curve, "points": tuple(map(tuple, curve["points"]))}) for curve in entry.get("curves", [])]
 
 
 def _about(text: str) -> Iterator[str]:

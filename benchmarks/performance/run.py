@@ -73,6 +73,7 @@ def run_one(
         "commit": commit(),
         "smoke": smoke,
         "rows": [asdict(row) for row in benchmark.rows(results)],
+        "curves": [asdict(curve) for curve in benchmark.curves(results)] if benchmark.curves else [],
         "failed": results.failed,
         "samples": _samples(results),
     }

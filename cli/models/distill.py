@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -43,6 +44,10 @@ def distill(
     write_targets: Annotated[
         int | None,
         typer.Option(min=1, max=4096, metavar="N", help="Let language models write the targets, of at most N tokens."),
+    ] = None,
+    teacher_weights: Annotated[
+        str | None,
+        typer.Option(metavar="W,W,...", help="How much each language model counts, as `cotune fuse` finds; default: all alike."),
     ] = None,
     label_weight: Annotated[
         float, typer.Option(min=0, max=1, help="Weight of the labels, or targets; the rest is the teacher's.")
@@ -90,6 +95,7 @@ def distill(
         separator=separator,
         encoding=encoding,
     )
+    weights = _parse_weights(teacher_weights, len(teachers))
     check_file(data)
     if test is not None:
         check_file(test)
@@ -108,13 +114,13 @@ def distill(
         "source": data.name if source is None else source,
     }
     task = find_task(teachers)
-    _check_options(columns, write_targets, test, is_for_texts=task is not None)
+    _check_options(columns, write_targets, test, teacher_weights, is_for_texts=task is not None)
     if task is None:
         plain = config if label is not None else replace(config, label_weight=0.0)
         tested = None if test is None else test.expanduser()
         found = distill_models(teachers, base, plain, file, columns, test=tested, **about)
     else:
-        found = distill_texts(teachers, task, base, config, file, columns, write=write_targets, **about)
+        found = distill_texts(teachers, task, base, config, file, columns, write=write_targets, weights=weights, **about)
     if as_json:
         print_json(found)
     elif task is None:
@@ -123,7 +129,23 @@ def distill(
         _show_texts(open_console(), found, out)
 
 
-def _check_options(columns: RecordOptions, write: int | None, test: Path | None, *, is_for_texts: bool) -> None:
+def _parse_weights(given: str | None, count: int) -> tuple[float, ...]:
+    """The weights of all teachers, together 1; none for none. Raises BadParameter."""
+    if given is None:
+        return ()
+    try:
+        weights = [float(part) for part in given.split(",")]
+    except ValueError:
+        weights = []
+    total = math.fsum(weights)
+    if len(weights) != count or min(weights) < 0 or not 0 < total < math.inf:
+        raise typer.BadParameter(f"--teacher-weights {given}: expected {count} numbers from 0 on, such as 0.7,0.3")
+    return tuple(weight / total for weight in weights)
+
+
+def _check_options(
+    columns: RecordOptions, write: int | None, test: Path | None, weights: str | None, *, is_for_texts: bool
+) -> None:
     """Raises BadParameter for an option of the other kind of models."""
     classes = {"--image": columns.image, "--label": columns.label, "--test": test}
     texts: dict[str, object] = {
@@ -132,6 +154,7 @@ def _check_options(columns: RecordOptions, write: int | None, test: Path | None,
         "--messages": columns.messages,
         "--separator": columns.separator,
         "--write-targets": write,
+        "--teacher-weights": weights,
     }
     for option, value in (classes if is_for_texts else texts).items():
         if value is not None:

@@ -17,8 +17,10 @@ from cotune.ensembles.config import DistillationConfig
 from cotune.ensembles.sequence_distillation import SequenceDistillation, distill_sequences
 from cotune.ensembles.written_targets import Text
 from cotune.errors import DataError, ModelError
+from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
 from cotune.models.evaluation.language_model import open_language_model, writing_task
+from cotune.models.evaluation.predictor import folder_of
 from cotune.reporting.distilled_card import distilled_card, promises_privacy, read_privacy
 from cotune.reporting.model_card import CARD
 
@@ -28,6 +30,7 @@ def find_task(teachers: Sequence[str]) -> TaskName | None:
     tasks = [writing_task(teacher) for teacher in teachers]
     for teacher, task in zip(teachers, tasks, strict=True):
         if task != tasks[0]:
+            find_base(ModelConfig(base=folder_of(teacher)))  # that there is none is another error
             raise ModelError(
                 f"{teacher} is {_kind(task)}, and {teachers[0]} is {_kind(tasks[0])}: expected teachers of one task",
                 code="model.other_task",
@@ -48,6 +51,7 @@ def distill_texts(
     columns: RecordOptions,
     *,
     write: int | None,
+    weights: Sequence[float] = (),
     out: Path,
     device: str,
     license: str,
@@ -63,6 +67,7 @@ def distill_texts(
         data: Public prompts, with targets or without.
         columns: How they are read.
         write: Most tokens of a target that the teachers write; None: the file has targets.
+        weights: Of the teachers, together 1; empty: all alike.
         out: A new folder for the student.
         device: What computes.
         license: Of the inputs.
@@ -78,7 +83,9 @@ def distill_texts(
     chats = columns.messages is not None
     opened = [open_language_model(teacher, task, device, student.max_length, chats=chats) for teacher in teachers]
     privacy = [read_privacy(teacher.loaded.folder.path) for teacher in opened]
-    work = SequenceDistillation(opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out)
+    work = SequenceDistillation(
+        opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out, weights
+    )
     found = distill_sequences(work, lambda found: {CARD: distilled_card(out.name, found, privacy)})
     unprotected = [name for name, said in zip(teachers, privacy, strict=True) if not promises_privacy(said)]
     return {**found, "unprotected": unprotected}

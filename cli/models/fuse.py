@@ -18,14 +18,15 @@ from cotune.data.readers.sources import check_new, check_source
 from cotune.models.config import Method
 
 METHODS: tuple[Method, ...] = get_args(Method)
+FOR_TEXTS: tuple[Method, ...] = ("average", "weighted")
 UNFITTED: tuple[Method, ...] = ("vote", "average")  # what needs no records, with probabilities as they are
 
 
-@with_options(RecordOptions, without=("prompt", "target", "messages", "context", "question", "answers", "separator"))
+@with_options(RecordOptions, without=("context", "question", "answers"))
 def fuse(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Two or more fine-tuned models with the same classes."),
+        typer.Argument(metavar="MODEL...", help="Two or more models with the same classes, or language models of one tokenizer."),
     ],
     data: Annotated[
         str | None,
@@ -54,8 +55,18 @@ def fuse(
     if out is not None:
         check_new(out)
     announce(f"loading PyTorch, then {len(models)} models", quiet=as_json)
+    from cotune.cli.models.fused_texts import find_task, fuse_texts
     from cotune.cli.models.record_predictions import fuse_models  # loads PyTorch
 
+    task = find_task(models)
+    if task is not None:
+        _check_texts(chosen, data, out)
+        found = fuse_texts(models, task, options.config(str(data)), chosen, seed=seed, max_length=max_length, device=device)
+        if as_json:
+            print_json(found)
+        else:
+            _show_texts(open_console(), found)
+        return
     target = None if out is None else out.expanduser()
     records = None if data is None else options.config(data)
     found = fuse_models(models, records, chosen, out=target, seed=seed, max_length=max_length, device=device)
@@ -63,6 +74,19 @@ def fuse(
         print_json(found)
     else:
         _show(open_console(), found)
+
+
+def _check_texts(method: Method, data: str | None, out: Path | None) -> None:
+    """Raises BadParameter for what is not to be had of language models."""
+    if method not in FOR_TEXTS:
+        raise typer.BadParameter(f"--method {method} is for classifiers: expected {' or '.join(FOR_TEXTS)} for language models")
+    if data is None:
+        raise typer.BadParameter("expected --data FILE: language models are only measured together")
+    if out is not None:
+        raise typer.BadParameter(
+            "--out is for classifiers: language models are only measured together, and `cotune distill` makes one of them"
+            " (--teacher-weights)"
+        )
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
@@ -82,7 +106,26 @@ def _show_measured(console: Console, found: dict[str, Any]) -> None:
         others = (each["macro"]["f1"], each["auroc"], each["calibration"]["ece"])
         table.add_row(escape(each["model"]), accuracy, *map(figure, others))
     console.print(table)
-    against = found["against_best"]
+    _show_difference(console, found["against_best"])
+
+
+def _show_texts(console: Console, found: dict[str, Any]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in ("loss (nats per token)", "perplexity", "weight"):
+        table.add_column(heading, justify="right")
+    weights = (*map(figure, found["fused"]["weights"]), "")
+    for each, weight in zip([*found["models"], {"model": f"fused: {found['method']}", **found["fused"]}], weights, strict=True):
+        table.add_row(
+            escape(each["model"]), with_interval(each["loss"], each["loss_interval"]), figure(each["perplexity"]), weight
+        )
+    console.print(table)
+    if found["not_predicted"]:
+        console.print(f"without a target that is read: {found['not_predicted']:,} of {found['records']:,} records")
+    _show_difference(console, found["against_best"])
+
+
+def _show_difference(console: Console, against: dict[str, Any]) -> None:
     low, high = against["interval"]
     answer = {"yes": "better", "no": "worse"}.get(against["better"], against["better"])
     console.print(

@@ -83,17 +83,31 @@ def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: 
         max_length: Tokens that are read of a record; None: as in training.
         device: What computes.
     """
-    chats = data.messages is not None
-    check_chats(task, chats)
+    check_records(model, task, data)
+    opened = open_language_model(model, task, device, max_length, chats=data.messages is not None)
+    with own_options():
+        records = read_records(data, None, task)
+    return evaluate_language_model(opened, records, task)
+
+
+def check_records(model: str, task: TaskName, data: DataConfig) -> None:
+    """Check that records are described as a language model reads them.
+
+    Args:
+        model: For the error.
+        task: Of the model.
+        data: How the records are read.
+
+    Raises:
+        ModelError: If chats are not for it.
+        DataError: If it needs prompts, and there are none.
+    """
+    check_chats(task, data.messages is not None)
     if TASK_FACTS[task].prompts == "must" and data.prompt is None:
         raise DataError(
             f"{model} reads a text and writes another one: expected --prompt and --target, the columns of both",
             code="data.invalid_description",
         )
-    opened = open_language_model(model, task, device, max_length, chats=chats)
-    with own_options():
-        records = read_records(data, None, task)
-    return evaluate_language_model(opened, records, task)
 
 
 def check_chats(task: TaskName, chats: bool) -> None:

@@ -1,4 +1,4 @@
-"""What decides how a text becomes tokens, hashed: two models whose tokens mean the same are equal in it, whoever saved them.
+"""What decides how a text becomes tokens, hashed: two models whose tokens mean the same are equal in it, however they were saved.
 
 Files do not say it: `save_pretrained` writes them anew, and an exported model truncates at the length of its training. So what is
 hashed is the tokenizer that was loaded: its vocabulary and rules, the token that ends a text, and for chats the chat template.
@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+from cotune.errors import ModelError
 from cotune.models.base.folder import list_model_files
 from cotune.models.base.load import LoadedModel
 
@@ -39,6 +40,29 @@ def tokenizer_parts(loaded: LoadedModel, *, chats: bool = False) -> dict[str, st
 def tokenizer_hash(parts: dict[str, str]) -> str:
     """SHA-256 (hex) over all parts of a tokenizer."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_tokenizer(loaded: LoadedModel, expected: dict[str, str], name: str, whose: str, *, chats: bool = False) -> None:
+    """Check that a model gives texts the same tokens as another one.
+
+    Args:
+        loaded: The model.
+        expected: The parts of the other one's tokenizer.
+        name: Of the model, for the error.
+        whose: Of the other one, such as "the student".
+        chats: Whether both are to read chats.
+
+    Raises:
+        ModelError: If it does not.
+    """
+    own = tokenizer_parts(loaded, chats=chats)
+    other = [part for part in own if own[part] != expected[part]]
+    if other:
+        raise ModelError(
+            f"{name} has another tokenizer than {whose} (in its {', '.join(other)}): expected the same one, as the probabilities"
+            " of tokens are compared; use models of one family",
+            code="model.other_tokenizer",
+        )
 
 
 def _rules(loaded: LoadedModel) -> Any:

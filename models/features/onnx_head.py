@@ -51,29 +51,34 @@ def write_onnx_head(source: str, file: Path | None = None) -> Path:
             ONNX; the file exists, or cannot be written.
     """
     _check_installed()
-    with speaking_of_models():
-        folder = find_base(ModelConfig(base=source)).path
-    if not is_layer_model(folder):
-        raise ModelError(
-            f"{source} has no head on layers: expected a model with {HEAD_FILE}, from a plan with model.feature; other models are"
-            " plain ones of Hugging Face, whose own tools export them",
-            code="model.no_head_file",
-        )
+    folder = _find_folder(source)
     target = file or (Path() if get_base_path(source) is None else folder) / ONNX_FILE
     if target.exists() or target.is_symlink():
         raise ModelError(
             f"{target} is there already: expected the name of a new file, as nothing is overwritten", code="model.file_exists"
         )
     document, tensors = read_layer_model(folder)
-    content = build_onnx_head(tensors, describe_features(document), _facts(folder, document)).SerializeToString()
+    built = build_onnx_head(tensors, describe_features(document), _facts(folder, document))
     try:
-        atomic_write(target, content)
+        atomic_write(target, built.SerializeToString())
         target.chmod(_READABLE)
     except OSError as error:
         raise ModelError(
             f"{target} cannot be written ({error.strerror}): choose another file with --out", code="model.not_writable"
         ) from None
     return target
+
+
+def _find_folder(source: str) -> Path:
+    with speaking_of_models():
+        folder = find_base(ModelConfig(base=source)).path
+    if not is_layer_model(folder):
+        raise ModelError(
+            f"{source} has no head on layers: expected a model with {HEAD_FILE}, from a plan with model.feature; a plain model of"
+            " Hugging Face is exported with its own tools",
+            code="model.no_head_file",
+        )
+    return folder
 
 
 def build_onnx_head(tensors: Mapping[str, Tensor], features: str, facts: Mapping[str, str]) -> Any:

@@ -32,16 +32,15 @@ def check_workers(workers: int, engine: str) -> None:
 
 
 @contextmanager
-def share_threads(workers: int) -> Iterator[int]:
-    """Let this process compute with as many threads as each of several workers has during the block; yields their number.
+def share_threads(workers: int) -> Iterator[None]:
+    """Let this process compute with as many threads during the block as each worker has that is opened in it.
 
-    The same threads everywhere: the order of a sum may depend on them, and with it the last bit of a model.
+    The same number everywhere: the order of a sum may depend on it, and with that the last bit of a model.
     """
     before = torch.get_num_threads()
-    threads = max(1, before // workers)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, before // workers))
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(before)
 

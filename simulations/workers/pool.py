@@ -136,7 +136,7 @@ class WorkerPool:
 
         Args:
             task: It was put, and not taken yet.
-            ahead: How many tasks may be under way, or done and not taken, for which nobody waits.
+            ahead: How many tasks may be under way, or done and not taken, beside it.
 
         Raises:
             RunError: If workers died of the task.
@@ -176,8 +176,9 @@ class WorkerPool:
                 self._bury(worker)
 
     def _match(self, tasks: Sequence[Task]) -> tuple[int, Task] | None:
-        """Return the place of a worker without a task, and a task for it: one of its owners', else the first of all."""
+        """Return the place of a worker without a task, and a task for it: of an owner whose last task it had, else the first."""
         idle = [place for place, worker in enumerate(self._workers) if worker is None or worker.task is None]
+        idle.sort(key=lambda place: self._workers[place] is None)  # those that are there first
         if not idle or not tasks:
             return None
         for place in idle:

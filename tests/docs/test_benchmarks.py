@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,17 +14,19 @@ import torch
 from cotune.simulations.comparison.workers import import_all
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "performance"
-import_all([str(FOLDER / "harness.py"), str(FOLDER / "page.py"), str(FOLDER / "run.py")])
+import_all([str(FOLDER / f"{name}.py") for name in ("harness", "plot", "page", "run")])
 GPU = FOLDER.parent / "gpu"
 PARTS = ("gpu_bench", "made_up", "gpu_steps", "gpu_gradients", "gpu_resumption", "gpu_evaluation", "gpu_memory", "gpu_run")
 import_all([str(GPU / f"{name}.py") for name in PARTS])
 
 from gpu_bench import Bench, Skipped  # noqa: E402
 from gpu_run import SECTIONS, main, run_section  # noqa: E402
-from harness import Figure, Results, Row, Sample, all_benchmarks, load_benchmark, measure  # noqa: E402
+from harness import Curve, Figure, Results, Row, Sample, all_benchmarks, load_benchmark, measure  # noqa: E402
 from page import write_page  # noqa: E402
+from plot import draw  # noqa: E402
 from run import run_one, store  # noqa: E402
 
+SVG = "{http://www.w3.org/2000/svg}"
 ALONE = """
 from harness import Benchmark, Contender, Figure
 def body(meter, folder, smoke):
@@ -86,7 +90,8 @@ def test_benchmark_runs_in_its_smallest_form(file: Path, cache: Path, tmp_path: 
     assert set(entry["samples"]) == ran
     figures = [row["figure"] for row in entry["rows"] if row["figure"] is not None]
     assert figures
-    assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
+    assert all(map(math.isfinite, figures))
+    assert all(row["figure"] >= 0 for row in entry["rows"] if row["figure"] is not None and "slope" not in row["what"])
     store(tmp_path / "results", file.stem, entry)
     assert f"## {benchmark.title}" in (tmp_path / "results" / "performance.md").read_text(encoding="utf-8")
 
@@ -118,7 +123,53 @@ def test_published_page_is_that_of_the_published_json(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text((results / "performance.md").read_text(encoding="utf-8"), encoding="utf-8")
     write_page(results / "performance.json", page)
-    assert page.read_text(encoding="utf-8") == (results / "performance.md").read_text(encoding="utf-8")
+    for file in tmp_path.iterdir():
+        assert file.read_text(encoding="utf-8") == (results / file.name).read_text(encoding="utf-8"), file.name
+
+
+def curve_of(power: float, sizes: tuple[float, ...] = (10, 100, 1000), **named: str) -> Curve:
+    named = {"what": "CPU", "unit": "s", "against": "clients", "series": ""} | named
+    return Curve(**named, points=tuple((size, 0.02 * size**power) for size in sizes))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_slope_is_the_exponent_of_growth(power: float) -> None:
+    curve = curve_of(power)
+    assert curve.line == pytest.approx((power, 0.02))
+    assert curve.last_slope == pytest.approx(power)
+
+
+def test_fixed_costs_flatten_all_steps_but_the_last() -> None:
+    curve = Curve("CPU", "s", "clients", "", ((1, 1000.0), (10, 1000.0), (100, 1000.0), (1000, 10_000.0)))
+    assert curve.last_slope == pytest.approx(1.0)
+    assert curve.slope == pytest.approx(0.3)  # by hand: Σ (x − 1.5) y / Σ (x − 1.5)², y = 3, 3, 3, 4
+
+
+def test_picture_places_a_dot_for_each_point() -> None:
+    """Of one decade each way the dots of a linear curve are on a diagonal, and what curves are called cannot end an element."""
+    curves = [curve_of(1.0, (1, 10, 100)), curve_of(0.0, (1, 100), series="a <b> & c"), curve_of(1.0, (5,), against="rounds")]
+    picture = ElementTree.fromstring(draw(curves))
+    dots = [(float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in picture.iter(f"{SVG}circle")]
+    assert len(dots) == 6
+    (x1, y1), (x2, y2), (x3, y3) = dots[:3]
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.11)
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.11)
+    assert y1 > y2
+    assert dots[3][1] == dots[4][1] == y1
+    words = [text.text for text in picture.iter(f"{SVG}text")]
+    assert "a <b> & c: slope 0.00, last step 0.00" in words
+    assert "slope 1.00, last step 1.00" in words
+    assert "CPU of a run (s) against rounds" in words
+
+
+def test_picture_is_beside_the_page(tmp_path: Path) -> None:
+    entry = {
+        "number": 1, "title": "Steps", "about": "What?", "at": "2026-01-01T00:00+00:00", "seconds": 3, "load": [1.0, 2.0],
+        "commit": "abc", "smoke": False, "rows": [], "failed": {}, "samples": {}, "curves": [asdict(curve_of(1.0))],
+    }  # fmt: skip
+    store(tmp_path, "steps", entry)
+    assert "![Steps](steps.svg)" in (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert (tmp_path / "steps.svg").read_text(encoding="utf-8") == draw([curve_of(1.0)])
 
 
 # --- benchmarks/gpu

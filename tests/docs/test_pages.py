@@ -161,6 +161,9 @@ def for_fuse(player: Player, folder: Path, base_model: Callable[[str], Path]) ->
         export_random(base_model("bert"), folder / name, ("bad", "good", "so"), seed=seed)
     write_csv(folder / "held.csv", sentences(60, seed=1))
     write_csv(folder / "labeled.csv", sentences(40))
+    for name, kind in (("first-writer", "llama"), ("second-writer", "gpt2"), ("small-writer", "gpt2")):
+        write_language_model(folder / name, kind)
+    write_dialogs(folder / "prompts.jsonl", 60)
 
 
 def for_distill(player: Player, folder: Path, base_model: Callable[[str], Path]) -> None:

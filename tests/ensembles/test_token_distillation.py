@@ -173,6 +173,13 @@ class _Largest(TorchDispatchMode):
         return found
 
 
+def test_shares_weigh_the_teachers_probabilities() -> None:
+    scores = [torch.randn(4, 5), torch.randn(4, 7)]
+    expected = 0.8 * torch.softmax(scores[0], dim=1) + 0.2 * torch.softmax(scores[1][:, :5], dim=1)
+    assert torch.allclose(mean_logs(scores, 6, [0.8, 0.2]).exp(), expected, atol=1e-6)
+    assert torch.allclose(mean_logs(scores, 6, [1.0, 0.0]), torch.log_softmax(scores[0], dim=1), atol=1e-6)
+
+
 def test_scores_of_all_tokens_are_never_in_memory() -> None:
     student, teachers, _, tokens = random_states((50, 50), count=400)
     student.rows.requires_grad_()

@@ -16,6 +16,7 @@ FOUND: dict[str, Any] = {
     "student": {"base": "org/small", "sha256": "c" * 64},
     "tokenizer": "d" * 64,
     "inputs": {"count": 200, "sha256": "e" * 64, "source": "a page", "license": "CC0-1.0"},
+    "weights": [0.75, 0.25],
     "written": None,
     "max_length": 128,
     "train": "full",
@@ -41,7 +42,7 @@ def test_a_promise_is_quoted_and_its_lack_is_said(tmp_path: Path) -> None:
     card = distilled_card("student", FOUND, said)
     assert "Teacher org/big, as its model card says: Record-level differential privacy: ε at most 8" in card
     assert "Teacher second: no model card in its folder says anything about privacy" in card
-    for fact in ("a page", "CC0-1.0", *(letter * 64 for letter in "abcde"), "T = 2", "0.25 · cross-entropy"):
+    for fact in ("a page", "CC0-1.0", *(letter * 64 for letter in "abcde"), "T = 2", "weight 0.75", "0.25 · cross-entropy"):
         assert fact in card
 
 

@@ -110,28 +110,28 @@ def writer(language_model: Callable[..., Path], folder: Path) -> Path:
 
 def test_a_language_model_is_distilled(cotune: Cotune, writer: Path, language_model: Callable[..., Path]) -> None:
     options = ("--data", "prompts.jsonl", "--prompt", "prompt", "--target", "target", "--out", "student", "--epochs", "1")
-    shown = cotune("distill", writer, "--student", language_model("gpt2"), *options, "--license", "CC0-1.0")
+    more = ("--license", "CC0-1.0", "--teacher-weights", "3,1")
+    shown = cotune("distill", writer, writer, "--student", language_model("gpt2"), *options, *more)
     assert (shown.code, shown.err) == (0, "")
     assert "promises no differential privacy" in shown.out
     card = Path("student/README.md").read_text()
     assert "license: CC0-1.0" in card
     assert "source: prompts.jsonl" in card
     assert "Count it as trained without" in card
+    assert ", weight 0.75 |" in card
     [written] = json.loads(cotune("predict", "student", "great day", "--max-new-tokens", "3", "--json").out)
     assert isinstance(written["text"], str)
     call = ("evaluate", "student", "--data", "prompts.jsonl", "--prompt", "prompt", "--target", "target", "--json")
     assert json.loads(cotune(*call).out)["records"] == 60
 
 
-def test_teachers_write_targets_for_prompts_alone(cotune: Cotune, writer: Path, folder: Path) -> None:
-    taught = ("--data", "prompts.jsonl", "--prompt", "prompt", "--epochs", "12", "--learning-rate", "2e-2", "--batch-size", "8")
-    call = ("distill", writer, "--student", writer, *taught, "--target", "target", "--label-weight", "1", "--out", "teacher")
-    assert cotune(*call).code == 0
-    call = ("distill", "teacher", "--student", writer, *taught, "--write-targets", "8", "--out", "student", "--json")
+def test_teachers_write_targets_for_prompts_alone(cotune: Cotune, writer: Path, language_model: Callable[..., Path]) -> None:
+    options = ("--data", "prompts.jsonl", "--prompt", "prompt", "--write-targets", "16", "--learning-rate", "2e-2")
+    call = ("distill", writer, "--student", language_model("gpt2"), *options, "--out", "student", "--json")
     found = json.loads(cotune(*call).out)
-    assert found["written"] == 8
-    assert found["held_out"]["kl"] < found["held_out"]["before"]["kl"]
-    assert found["unprotected"] == ["teacher"]
+    assert found["written"] == 16
+    assert found["held_out"]["student"]["loss"] < found["held_out"]["before"]["student"]["loss"]
+    assert found["unprotected"] == [str(writer)]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,7 @@ def test_teachers_write_targets_for_prompts_alone(cotune: Cotune, writer: Path, 
         ("--train", "head", "--text", "target"),
         ("--train", "blocks", "--text", "target"),
         ("--write-targets", "0", "--prompt", "prompt"),
+        *(("--teacher-weights", given, "--text", "target") for given in ("1,1", "-1", "nan", "inf", "0", "a", "")),
     ],
 )
 def test_mistakes_with_language_models_are_one_sentence(cotune: Cotune, writer: Path, options: tuple[str, ...]) -> None:
@@ -179,6 +180,9 @@ def test_classifiers_and_language_models_do_not_mix(cotune: Cotune, writer: Path
         with pytest.raises(CotuneError) as caught:
             find_task(teachers)
         assert caught.value.code == "model.other_task"
+    with pytest.raises(CotuneError) as caught:
+        find_task([str(writer), "no/folder"])
+    assert caught.value.code == "model.missing_base"
     options = ("--data", "prompts.jsonl", "--out", "student", "--text", "prompt")
     assert cotune("distill", teacher, "--student", writer, *options, "--prompt", "prompt").code == 2
     assert cotune("distill", writer, "--student", teacher, *options).code == 2

@@ -19,6 +19,9 @@ from cotune.models.evaluation.predictor import open_predictor
 from tests.support.console import Cotune
 from tests.support.datasets import sentences, write_csv, write_tagged
 from tests.support.exported_models import export_random
+from tests.support.language_models import language_model, write_dialogs
+
+__all__ = ["language_model"]  # fixture
 
 METHODS = get_args(Method)
 LABELS = ("bad", "good", "so")
@@ -183,3 +186,45 @@ def test_a_stacked_model_is_no_member(cotune: Cotune, fused: Callable[[Method], 
     shown = cotune("fuse", fused("stacking"), models[0], "--method", "average", "--out", "nested")
     assert shown.code == 2
     assert "Traceback" not in shown.err
+
+
+def test_language_models_are_measured_together(cotune: Cotune, language_model: Callable[..., Path], folder: Path) -> None:
+    write_dialogs(folder / "held.jsonl", 30)
+    call = (
+        "fuse",
+        language_model("llama"),
+        language_model("gpt2"),
+        "--data",
+        "held.jsonl",
+        "--prompt",
+        "prompt",
+        "--target",
+        "target",
+    )
+    found = json.loads(cotune(*call, "--json").out)
+    assert len(found["models"]) == 2
+    assert sum(found["fused"]["weights"]) == pytest.approx(1)
+    shown = cotune(*call, "--method", "average")
+    assert (shown.code, shown.err) == (0, "")
+    assert "fused: average" in shown.out
+    assert "0.500" in shown.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--data", "held.jsonl", "--text", "target", "--method", "vote"),
+        ("--data", "held.jsonl", "--text", "target", "--method", "stacking"),
+        ("--data", "held.jsonl", "--text", "target", "--out", "together"),
+        ("--method", "average", "--out", "together"),
+        ("--data", "held.jsonl", "--prompt", "prompt"),
+    ],
+)
+def test_what_language_models_cannot_do_together_is_one_sentence(
+    cotune: Cotune, language_model: Callable[..., Path], folder: Path, options: tuple[str, ...]
+) -> None:
+    write_dialogs(folder / "held.jsonl", 30)
+    shown = cotune("fuse", language_model("llama"), language_model("gpt2"), *options)
+    assert shown.code == 2
+    assert "Traceback" not in shown.err
+    assert not Path("together").exists()

@@ -143,6 +143,17 @@ def test_an_idle_worker_takes_over_from_a_busy_one(pool: Callable[[int], Pool], 
     assert two.take(other, ahead=2) == "c done"
 
 
+def test_no_more_workers_start_than_have_work(
+    pool: Callable[[int], Pool], tmp_path: Path, started_workers: list[ForkServerProcess]
+) -> None:
+    two = pool(2)
+    for text in "ab":
+        (tmp_path / text).touch()
+        (each,) = two.put_all(task(text))
+        assert two.take(each, ahead=4) == f"{text} done"
+    assert len(started_workers) == 1
+
+
 def test_a_task_whose_worker_dies_is_done_again(pool: Callable[[int], Pool], tmp_path: Path) -> None:
     two = pool(2)
     (tmp_path / "a").touch()

@@ -75,13 +75,14 @@ def test_workers_find_what_one_process_finds(toy_plan: NewPlan, tmp_path: Path, 
     assert trained == {*((None, name) for name in names), *((f"alone/{name}", name) for name in names), ("pooled", "pooled")}
 
 
-def test_budgets_are_charged_as_in_one_process(toy_plan: NewPlan, tmp_path: Path) -> None:
-    """Organizations that are asked to spare are not charged, where the round does not need them."""
-    plan = private(toy_plan, rounds=3, server={"sample_size": 2, "over_selection": 0.5})
+@pytest.mark.parametrize(("late", "charged"), [("ignore", 3 * 2), ("fold", 3 * 3 - 1)])
+def test_budgets_are_charged_as_in_one_process(toy_plan: NewPlan, tmp_path: Path, late: str, charged: int) -> None:
+    """An organization that is asked to spare is not charged before its late update is wanted, in the next round."""
+    plan = private(toy_plan, rounds=3, server={"sample_size": 2, "over_selection": 0.5, "late": late})
     one = simulate(plan, tmp_path / "one", device="cpu")
     two = simulate(plan, tmp_path / "two", device="cpu", workers=2)
     assert charges(one.folder) == charges(two.folder)
-    assert len(charges(two.folder)) == 2 * 3
+    assert len(charges(two.folder)) == charged
     for summary in (one.summary, two.summary):
         assert [len(entry["participants"]) for entry in summary["rounds"]] == [2, 2, 2]
     spent = [[each["epsilon_spent"] for each in run.summary["organizations"]] for run in (one, two)]
