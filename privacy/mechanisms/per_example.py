@@ -90,10 +90,12 @@ def per_example(module: nn.Module, loss: LossPerExample) -> Iterator[PerExample]
             losses.sum().backward()  # type: ignore[no-untyped-call]
         _check_recorded(hooks.linear)
         if len(uses) == 1 and uses[0][1].dim() == 2:
+            _check_rows([uses[0][2]], len(losses))
             return losses.detach(), OuterProducts(above=uses[0][2], inputs=uses[0][1])
         for use in uses:
             add_grad_sample(*use)
         found = [_get_grad_sample(p) for p in parameters]
+        _check_rows(found, len(losses))
         _clear_gradients(parameters)
         return losses.detach(), found
 
@@ -203,6 +205,15 @@ def _get_grad_sample(parameter: nn.Parameter) -> RowGradients:
     if not isinstance(found, Tensor):
         raise RuntimeError("a trained parameter takes no part in the forward pass, or a part in two")
     return found.to(parameter.dtype)
+
+
+def _check_rows(found: Sequence[RowGradients], rows: int) -> None:
+    """A layer that is used on other rows than those of the batch, be it once of several times, has no gradient for each row."""
+    for gradients in found:
+        whole = not isinstance(gradients, FactoredGradients)
+        counts = {len(gradients)} if whole else {len(part) for use in gradients.factors for part in use}
+        if counts != {rows}:
+            raise RuntimeError(f"a layer reads {sorted(counts)} rows where the batch has {rows}")
 
 
 def _clear_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -137,6 +137,29 @@ def test_a_layer_that_takes_no_part_is_refused() -> None:
         of.gradients({"x": torch.randn(3, 4)})
 
 
+OTHER_ROWS = {
+    "positions": lambda x: x.reshape(-1, 1, 8),
+    "vectors": lambda x: x.reshape(-1, 8),
+    "twice": lambda x: torch.cat([x, x.flip(0)]),
+    "one for all": lambda x: torch.ones(1, 3, 8),
+}
+
+
+@pytest.mark.parametrize("also_plain", [False, True])
+@pytest.mark.parametrize("kind", OTHER_ROWS)
+def test_a_layer_that_reads_other_rows_is_refused(kind: str, also_plain: bool) -> None:
+    """Be it the only use of the layer, or one of two, of which the other is right."""
+    module = nn.Linear(8, 8)
+
+    def loss(batch: Batch) -> Tensor:
+        x = batch["x"]
+        plain = module(x).flatten(1).sum(dim=1) if also_plain else torch.zeros(len(x))
+        return plain + module(OTHER_ROWS[kind](x)).square().sum()
+
+    with per_example(module, loss) as of, pytest.raises(RuntimeError):
+        of.factors({"x": torch.randn(4, 3, 8)})
+
+
 def test_layers_are_as_before_after_the_block() -> None:
     layer = nn.Linear(4, 2)
     with pytest.raises(KeyError), recording([layer]):
