@@ -69,7 +69,7 @@ class SanityChecks:
 
     def after_step(self, report: StepReport) -> None:
         """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
-        self._has_learned = self._has_learned or (report.loss or 0.0) > _LEAST_LOSS
+        self._has_learned = self._has_learned or not (report.loss or 0.0) <= _LEAST_LOSS  # a loss that is no number counts, too
         if report.step > 1:
             return
         _check_same(self._writes, self._count_writes())

@@ -140,6 +140,24 @@ def test_without_noise_a_parameter_may_wait_but_not_all(model: TrainableModel) -
         watching.after_round()
 
 
+@pytest.mark.parametrize("losses", [(None, None), (0.0, 1e-5)])
+def test_a_round_with_nothing_to_teach_may_move_nothing(model: TrainableModel, losses: tuple[float | None, ...]) -> None:
+    watching = guard(model, noise=False)
+    for number, loss in enumerate(losses, start=1):
+        watching.after_step(StepReport(number, len(losses), loss))
+    watching.after_round()
+
+
+@pytest.mark.parametrize("loss", [0.7, float("nan"), float("inf")])
+def test_one_step_with_something_to_teach_has_to_move(model: TrainableModel, loss: float) -> None:
+    """So an adapter that is not wired in is found, also where its batches are mostly empty, or its loss is no number."""
+    watching = guard(model, noise=False)
+    for number, seen in enumerate((None, loss, 0.0), start=1):
+        watching.after_step(StepReport(number, 3, seen))
+    with fails_with("run.nothing_trained"):
+        watching.after_round()
+
+
 def test_only_the_first_step_is_looked_at(model: TrainableModel) -> None:
     watching = guard(model)
     watching.after_step(SECOND)
