@@ -119,6 +119,13 @@ def _least(case: Case) -> Problems:
     yield from _shaped(case, case.fuse(case.updates[:least]).delta)
 
 
+def _zeros(case: Case) -> Problems:
+    """Organizations send updates of zeros where their records have nothing to teach: one of them, and all."""
+    still = [replace(u, delta={n: torch.zeros_like(t) for n, t in u.delta.items()}) for u in case.updates]
+    yield from _shaped(case, case.fuse([still[0], *case.updates[1:]]).delta)
+    yield from _shaped(case, case.fuse(still).delta)
+
+
 def _not_finite(case: Case) -> Problems:
     """Values that are not finite are refused, never repaired silently."""
     for name, broken in _broken(case.updates[0]).items():
@@ -218,6 +225,7 @@ CHECKS: Sequence[Check] = (
     Check("follows weights by parameter", _by_parameter, lambda info: info.needs.by_parameter),
     Check("bears organizations with other parameters", _other_keys),
     Check("works with the least number of updates", _least),
+    Check("bears updates of zeros", _zeros),
     Check("bears smaller ranks", _smaller_ranks, lambda info: info.needs.mixed_ranks),
     Check("refuses what is not a number", _not_finite),
     Check("remembers through a checkpoint", _memory),

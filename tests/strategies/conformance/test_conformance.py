@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -193,6 +194,19 @@ def silent_repair(updates: Sequence[WeightedUpdate]) -> Delta:
     }
 
 
+@_broken()
+def by_length(updates: Sequence[WeightedUpdate]) -> Delta:
+    """Mean directions, times the mean length."""
+    lengths = [math.sqrt(sum(float(d.double().square().sum()) for d in u.delta.values())) for u in updates]
+    total = sum(u.scalar for u in updates)
+    mean = sum(u.scalar * length for u, length in zip(updates, lengths, strict=True)) / total
+    pairs = list(zip(updates, lengths, strict=True))
+    return {
+        n: sum((u.scalar / total * mean * u.delta[n].double() / length for u, length in pairs), torch.zeros(()))
+        for n in updates[0].delta
+    }
+
+
 _rounds: list[int] = []
 
 
@@ -238,6 +252,7 @@ def typed_memory(updates: Sequence[WeightedUpdate], context: RoundContext) -> Ag
         (one_weight_for_all, "follows weights by parameter", "got one for each parameter"),
         (same_keys, "bears organizations with other parameters", "KeyError"),
         (needs_two, "works with the least", "not finite"),
+        (by_length, "bears updates of zeros", "not finite"),
         (one_rank, "bears smaller ranks", "RuntimeError"),
         (silent_repair, "refuses what is not a number", "a statistic"),
         (outside_memory, "remembers through a checkpoint", "bit for bit"),
