@@ -32,7 +32,8 @@ _BEGINS = 1
 _ENDS = 2
 _OVERLAP = 3  # parts of a long context share one in so many of their tokens
 _LONGEST_ANSWER = 30  # tokens, as in the scripts of transformers
-_ENCODED = 2000  # records that are tokenized at once only to count their tokens
+_LEAST_SHARE = 8  # a context in parts has at least one in so many tokens of a row
+_ENCODED = 200  # records that are tokenized at once, where not all of their parts are kept
 _NO_CLASS = ""
 
 
@@ -102,7 +103,8 @@ class QuestionAnswering(SequenceClassification):
         super().fit(reader, module)
 
     def examples(self, reader: Any, max_length: int, inputs: Sequence[Any], targets: Sequence[Any]) -> list[Example]:
-        return [max(windows, key=_room_around_answer) for windows in self.windows(reader, max_length, inputs)]
+        found = self._in_parts(reader, max_length, inputs)
+        return [self.blank(reader, max_length) if each is None else max(each, key=_room_around_answer) for each in found]
 
     def windows(self, reader: Any, max_length: int, inputs: Sequence[Any]) -> list[list[Example]]:
         """Return the rows of each record, of the question and a part of its context; a blank one where it cannot be read."""
@@ -213,7 +215,7 @@ def _read_answers(context: str, value: object) -> tuple[tuple[str, ...], int] | 
 
 
 def _encode(reader: Any, questions: Sequence[Question], max_length: int) -> list[list[Example]]:
-    """The rows of each record. Raises what the tokenizer does, and ValueError for a question that fills a row by itself."""
+    """The rows of each record. Raises what the tokenizer does, and ValueError as `_windows`."""
     if not questions:
         return []
     found = reader(
@@ -241,11 +243,14 @@ def _windows(parts: Sequence[int | None], max_length: int) -> list[list[int]]:
     Args:
         parts: For each token 1 where it is of the context.
         max_length: Most tokens of a row.
+
+    Raises:
+        ValueError: For a question that leaves no room, or so little that a long context would take rows without end.
     """
     context = [place for place, part in enumerate(parts) if part == 1]
     others = [place for place, part in enumerate(parts) if part != 1]
     room = max_length - len(others)
-    if room < 1:
+    if room < 1 or len(context) > room < max_length // _LEAST_SHARE:
         raise ValueError("a question that leaves no room for its context")
     starts = range(0, max(1, len(context) - room // _OVERLAP), max(1, room - room // _OVERLAP))
     cuts = sorted({max(0, min(start, len(context) - room)) for start in starts})  # the last part is as long as the others

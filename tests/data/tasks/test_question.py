@@ -21,8 +21,9 @@ from cotune.data.dataset import Dataset
 from cotune.data.metrics.answer_metrics import compute_answer_metrics, judge_answer
 from cotune.data.record_reading import read_records
 from cotune.data.records import Records
+from cotune.data.tasks import question
 from cotune.data.tasks.classes import IGNORED
-from cotune.data.tasks.question import QuestionAnswering, _windows
+from cotune.data.tasks.question import QuestionAnswering, _room_around_answer, _windows
 from cotune.data.tasks.task import get_task
 from cotune.data.types import Question, content_bytes, record_identity
 from cotune.errors import ModelError
@@ -159,6 +160,31 @@ def test_answer_that_no_part_holds_contributes_nothing(loaded: Loaded) -> None:
     assert bool((losses[:2] > 0).all())
     assert losses[2:].tolist() == [0.0] * 3
     assert (TASK.cut(model.reader, 8, records), TASK.lost(model.reader, 8, records)) == (3, 2)
+
+
+def test_rows_are_chosen_a_few_records_at_a_time(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the parts of all records never exist at once; one that cannot be read has a blank row."""
+    model = loaded(length=8)
+    records = [*asked(3), Question("is " * 30, "the day", ("day",), 4), Question("is it", "the " * 20 + "day", ("day",), 80)]
+    expected = [max(parts, key=_room_around_answer) for parts in TASK.windows(model.reader, 8, records)]
+    monkeypatch.setattr(question, "_ENCODED", 2)
+    sizes: list[int] = []
+    plain = question._encode
+    monkeypatch.setattr(question, "_encode", lambda reader, part, most: sizes.append(len(part)) or plain(reader, part, most))
+    assert TASK.examples(model.reader, 8, records, [0] * len(records)) == expected
+    assert max(sizes) == 2
+
+
+def test_a_long_context_needs_room_beside_its_question() -> None:
+    """Else a context of n tokens would take as many rows; one that fits into the room that is left is read."""
+    for length, room in [(384, 47), (64, 7), (64, 0)]:
+        asks = [0] * (length - room)
+        with pytest.raises(ValueError, match="no room"):
+            _windows([*asks, *[1] * 1000], length)
+        if room:
+            assert len(_windows([*asks, *[1] * room], length)) == 1
+    parts = _windows([*[0] * 336, *[1] * 10_000], 384)
+    assert sum(map(len, parts)) < 12 * 10_336, "the least room bounds what a record takes"
 
 
 @given(before=st.integers(1, 9), context=st.integers(0, 90), after=st.integers(0, 2), room=st.integers(1, 40))
