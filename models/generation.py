@@ -26,6 +26,7 @@ from cotune.models.trainable import TrainableModel
 
 _BATCH = 16
 _TRIED_TOKENS = 3
+_BY_LONGEST = {"dynamic", "longrope"}  # rotary positions that follow from the longest row of a batch
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of scores, relative to the largest
 _hiding: WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
 
@@ -84,7 +85,8 @@ def write_after(
         return min(max_new_tokens, positions - task.prompt_positions(of[0])), 0 if padded else of[0]
 
     with _greedy(model, ends) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
-        padded = len({length for length, _ in usable}) > 1 and _hides_padding(model, config, low)
+        unequal = len({length for length, _ in usable}) > 1
+        padded = unequal and not _positions_depend_on_others(model) and _hides_padding(model, config, low)
         for (most, _), group in groupby(usable, key=shared):
             config.max_new_tokens = most
             numbers = [number for _, number in group]
@@ -146,6 +148,13 @@ def _pad(model: TrainableModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, 
         torch.tensor(ids, dtype=torch.long, device=model.device),
         torch.tensor(mask, dtype=torch.long, device=model.device),
     )
+
+
+def _positions_depend_on_others(model: TrainableModel) -> bool:
+    """Whether a longer row in a batch changes the positions of all: beyond a length that no trial on short rows reaches."""
+    about: Any = getattr(_module(model).config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [about, *(each for each in about.values() if isinstance(each, dict))]  # one, or one for each kind of layer
+    return any(each.get("rope_type") in _BY_LONGEST for each in kinds)
 
 
 def _hides_padding(model: TrainableModel, config: GenerationConfig, low: bool) -> bool:

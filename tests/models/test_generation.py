@@ -151,6 +151,20 @@ def test_a_model_that_reads_padding_gets_none(language_model: Callable[..., Path
     assert len(passes) > 2
 
 
+def test_prompts_whose_positions_follow_the_longest_are_not_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Phi-3 with 128,000 positions, which are scaled for all rows where one is long. Trials are on short rows."""
+    halves = WIDE["hidden_size"] // WIDE["num_attention_heads"] // 2
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * halves, "long_factor": [4.0] * halves}
+    monkeypatch.setitem(OTHERS, "phi3", {**WIDE, "original_max_position_embeddings": 32, "rope_parameters": rope})
+    model = open_model(write_other(tmp_path / "phi3", "phi3"), max_length=48)
+    prompts = [*PROMPTS, Passage("great " * 40, "")]
+    expected = [write_texts(model, [prompt], 4, "float32")[0] for prompt in prompts]
+    passes = count_passes(model, monkeypatch)
+    assert write_texts(model, prompts, 4, "float32") == expected
+    lengths = {len(row) for row in model.loaded.task.prompts(model.loaded.reader, 48, prompts)}  # type: ignore[attr-defined]
+    assert len(passes) >= len(lengths) > 2
+
+
 def count_passes(model: TrainableModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The prompts of each call of `generate` from here on, without those that are trials."""
     module = model.loaded.module
