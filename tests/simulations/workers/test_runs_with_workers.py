@@ -190,19 +190,22 @@ def test_a_charge_of_a_killed_worker_counts(toy_plan: NewPlan, tmp_path: Path, s
 
 
 @pytest.mark.crash
-def test_a_message_that_kills_its_workers_ends_the_run(
-    toy_plan: NewPlan, tmp_path: Path, started_workers: list[ForkServerProcess]
+@pytest.mark.parametrize(
+    "deadly", [{"organization": "org-2", "round": 2}, {"baseline": "alone/org-2"}], ids=["round", "baseline"]
+)
+def test_work_that_kills_its_workers_ends_the_run(
+    toy_plan: NewPlan, tmp_path: Path, started_workers: list[ForkServerProcess], deadly: dict[str, Any]
 ) -> None:
-    """As where memory runs out again and again; the run goes on with other numbers of workers, to the same model."""
-    plan = of_three(toy_plan)
+    """As where memory runs out again and again; the run goes on with another number of workers, to the same result."""
+    plan = of_three(toy_plan, simulation={"baselines": ["alone"]})
 
     def look(event: str, fields: dict[str, Any]) -> None:
-        if event == "step" and (fields["organization"], fields["round"]) == ("org-2", 2):
+        if event == "step" and all(fields.get(key) == value for key, value in deadly.items()):
             kill(started_workers)
 
-    with observe_client(look), fails_with("run.worker_died", "round 2", "-9", "--resume", "--workers"):
+    with observe_client(look), fails_with("run.worker_died", "org-2", "-9", "--resume", "--workers"):
         simulate(plan, tmp_path / "two", device="cpu", workers=2)
-    assert told(tmp_path / "two", "run_failed", round=2) == 1
+    assert not (tmp_path / "two" / "summary.json").exists()
     assert not any(process.is_alive() for process in started_workers)
     check_equal(simulate(plan, tmp_path / "one", device="cpu"), resume(tmp_path / "two", workers=3))
 
