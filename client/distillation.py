@@ -30,7 +30,7 @@ from cotune.client.local_events import notify
 from cotune.client.noise_calibration import check_examples
 from cotune.client.run_account import Account
 from cotune.client.site import Site
-from cotune.client.training.charged_steps import within_hours
+from cotune.client.training.charged_steps import mechanism_of, within_hours
 from cotune.client.training.checks.gradient_checks import check_gradients_of_state
 from cotune.client.training.checks.sanity_checks import SanityChecks
 from cotune.client.training.stage_setup.from_features import build_feature_setup
@@ -216,14 +216,7 @@ def _train_round(account: Account, student: TrainableModel, setup: TrainingSetup
     rate = stage.local.sample_rate(account.public_examples)
     steps = Steps(sigma, rate, plan.charged_steps(stage, account.public_examples))
     charge = account.reserve(round, steps)
-    config = DPSGDConfig(
-        noise_multiplier=sigma,
-        clip_norm=privacy.clip_norm,
-        sample_rate=rate,
-        expected_batch=rate * account.public_examples,
-        steps=steps.count,
-        clipping_mode=privacy.clipping,
-    )
+    config = mechanism_of(steps, privacy, rate * account.public_examples)
     optimizer = build_optimizer(stage.local, student, names, parameters)
     trained = DPSGDSetup(setup.module, optimizer, setup.loss, setup.units, setup.batches)
     began = time.monotonic()

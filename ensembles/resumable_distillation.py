@@ -27,7 +27,7 @@ from cotune.ensembles.predictor import aligned_probabilities, check_same_kind
 from cotune.ensembles.student_quality import measure_student
 from cotune.ensembles.student_training import Lessons, train_student
 from cotune.ensembles.unfinished_distillation import begin_work, keep_pass, newest_pass, part_folder, read_tensors
-from cotune.errors import DataError
+from cotune.errors import DataError, RunError
 from cotune.models.adapters.adapter import parameter_seed
 from cotune.models.base.load import load_model
 from cotune.models.base.lookup import find_base
@@ -137,13 +137,24 @@ def distill(work: Distillation, describe: Callable[[Distilled], Mapping[str, str
         The settings and the metrics on held-out inputs and on the test set, as in `distillation.json` of the new folder.
 
     Raises:
-        RunError: If the folder, or an unfinished distillation with other settings, exists already.
+        RunError: If the folder, or an unfinished distillation with other settings, exists already, or cannot be written.
         ModelError: If teachers differ in task or classes, or the student cannot be loaded.
         DataError: If there are fewer than ten inputs.
     """
     check_new(work.out)
     if len(work.inputs) < _HELD_OUT:
         raise DataError(f"{len(work.inputs)} inputs are too few: expected at least {_HELD_OUT}", code="data.too_few_records")
+    try:
+        return _distill(work, describe)
+    except OSError as error:
+        raise RunError(
+            f"{work.out}, or {work.part.name} beside it, cannot be written ({error.strerror or error}): expected room, and the"
+            " right to write there; what is finished is kept, and the same command goes on",
+            code="run.not_writable",
+        ) from None
+
+
+def _distill(work: Distillation, describe: Callable[[Distilled], Mapping[str, str]]) -> dict[str, Any]:
     settings = work.settings()
     begin_work(work.part, settings)
     taught = _taught(work)

@@ -123,8 +123,8 @@ def mean_logs(scores: Sequence[Tensor], size: int, shares: Sequence[float] = ())
     logs = torch.stack([functional.log_softmax(each[:, :size], dim=1) for each in scores])
     if not bool(logs.isfinite().all()):
         raise ModelError(
-            "a teacher gives a token of a public text a score that is no finite number: expected numbers; leave this teacher out,"
-            " or use it in the precision that it was trained in",
+            "a model that is learned from, or fused, gives a token a score that is no finite number: expected numbers; leave this"
+            " model out",
             code="model.teacher_not_finite",
         )
     weights = logs.new_tensor(shares or [1 / len(scores)] * len(scores))

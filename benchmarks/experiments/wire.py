@@ -47,7 +47,8 @@ MODES = {  # what is trained; of adapters little, as every step goes through the
         "local.batch_size=0.1", "local.steps=2", "local.schedule=constant", "local.physical_batch_size=128",
         "strategy.server_optimizer.momentum=0.0"),
 }  # fmt: skip
-PRIVACY = {"ε = 8": (), "none": ('privacy="none"', "local.optimizer=adam", "local.learning_rate=0.02")}
+ADAM = ("local.optimizer=adam", "local.learning_rate=0.02", "local.head_learning_rate=0.02")
+PRIVACY = {"ε = 8": (), "none": ('privacy="none"', *ADAM)}
 MEASURED = "<!-- below: written by benchmarks/experiments/wire.py -->"
 
 

@@ -22,6 +22,8 @@ from cotune.client.training.preparation import PreparedRound
 from cotune.client.training.stage_setup.optimizer import build_optimizer
 from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.errors import DeviceError, PolicyError
+from cotune.models.trainable import TrainableModel
+from cotune.plan.local_training import Stage
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGD, DPSGDConfig, DPSGDSetup, StepReport, Sums
@@ -89,16 +91,9 @@ def _private_training(prepared: PreparedRound) -> int:
     charge = account.reserve(context.round, charged)
     began = time.monotonic()
     epsilon = account.epsilon()
-    config = DPSGDConfig(
-        noise_multiplier=charged.noise_multiplier,
-        clip_norm=privacy.clip_norm,
-        sample_rate=charged.sample_rate,
-        expected_batch=context.expected_batch,
-        steps=charged.count,
-        clipping_mode=privacy.clipping,
-    )
+    config = mechanism_of(charged, privacy, context.expected_batch)
     rows = prepared.setup
-    fit = _FittedSums(prepared, privacy)
+    fit = _FittedSums(prepared.setup, privacy, context.stage, context.model)
 
     def private_steps(optimizer: torch.optim.Optimizer, steps: int, purpose: str) -> Iterator[StepReport]:
         setup = DPSGDSetup(rows.module, optimizer, rows.loss, rows.units, rows.batches, fit=fit)
@@ -115,6 +110,24 @@ def _private_training(prepared: PreparedRound) -> int:
     return taken
 
 
+def mechanism_of(charged: Steps, privacy: RecordPrivacy, expected_batch: float) -> DPSGDConfig:
+    """Return the mechanism of steps as they were charged.
+
+    Args:
+        charged: The steps, reserved in the ledger.
+        privacy: Clip norm and clipping mode.
+        expected_batch: The public number that sums are divided by.
+    """
+    return DPSGDConfig(
+        noise_multiplier=charged.noise_multiplier,
+        clip_norm=privacy.clip_norm,
+        sample_rate=charged.sample_rate,
+        expected_batch=expected_batch,
+        steps=charged.count,
+        clipping_mode=privacy.clipping,
+    )
+
+
 def _decides_gradients(prepared: PreparedRound) -> object:
     """What decides, beside the shapes of batches, whether gradients are right: once for all of it, they are checked.
 
@@ -129,14 +142,21 @@ def _decides_gradients(prepared: PreparedRound) -> object:
 
 
 class _FittedSums:
-    """Sums of a step under privacy, begun again where memory ran out; batches of another shape are checked before they train."""
+    """Sums of a step under privacy, begun again where memory ran out; batches of another shape are checked before they train.
 
-    def __init__(self, prepared: PreparedRound, privacy: RecordPrivacy) -> None:
-        self._setup = prepared.setup
-        self._stage = prepared.context.stage
-        self._model = prepared.context.model
+    Args:
+        setup: What is trained on.
+        privacy: Of the plan.
+        stage: What is trained.
+        model: The model.
+    """
+
+    def __init__(self, setup: TrainingSetup, privacy: RecordPrivacy, stage: Stage, model: TrainableModel) -> None:
+        self._setup = setup
+        self._stage = stage
+        self._model = model
         self._privacy = privacy
-        self._checked = prepared.setup.physical.rows
+        self._checked = setup.physical.rows
 
     def __call__(self, work: Callable[[], Sums]) -> Sums:
         return self._setup.physical.fit(partial(self._checked_sums, work))

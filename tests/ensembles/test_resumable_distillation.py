@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from cotune.models.config import ModelConfig
 from cotune.models.evaluation.predictor import open_predictor
 from tests.support.datasets import sentences
 from tests.support.exported_models import export_random
+from tests.support.failures import fails_with
 
 LABELS = ("bad", "good", "so")
 
@@ -131,6 +133,22 @@ def test_a_folder_that_is_there_is_not_overwritten(work: Distillation) -> None:
     with pytest.raises(RunError) as caught:
         distill(work)
     assert caught.value.code == "run.folder_exists"
+
+
+def test_a_disk_that_is_full_is_named_and_the_work_goes_on(work: Distillation, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = distill(replace(work, out=work.out.with_name("whole")))
+    keep = resumable_distillation.keep_pass
+
+    def keep_one(part: Path, epoch: int, state: dict[str, torch.Tensor]) -> None:
+        if epoch > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        keep(part, epoch, state)
+
+    monkeypatch.setattr(resumable_distillation, "keep_pass", keep_one)
+    with fails_with("run.not_writable"):
+        distill(work)
+    monkeypatch.setattr(resumable_distillation, "keep_pass", keep)
+    assert distill(work) == whole
 
 
 @pytest.mark.parametrize("mode", ["head", "lora"])

@@ -60,7 +60,7 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.long
 def test_ray_trains_the_same_model(toy_plan: NewPlan, tmp_path: Path) -> None:
     """On Ray's worker processes."""
-    plan = staged(toy_plan)
+    plan = staged(toy_plan, wire_down="int8")
     (tmp_path / "plan.toml").write_text(dump_plan(plan), encoding="utf-8")
     whole = simulate(plan, tmp_path / "in-process", device="cpu")
     done = script(tmp_path, "simulate", "plan.toml", "--out", "on-ray", "--engine", "ray", "--device", "cpu")

@@ -15,6 +15,7 @@ from cotune.models.trainable import State, TrainableModel
 from cotune.privacy.mechanisms.dp_sgd import StepReport
 
 _MAX_USUAL_VALUE = 100.0  # of a parameter of a usable model
+_LEAST_LOSS = 1e-4  # mean loss of a batch below which a step may be lost in rounding
 _LARGE = 2**16  # entries of a buffer
 _Writes = tuple[int, int]  # where a tensor lies, and how often it was written
 _summed: WeakKeyDictionary[TrainableModel, dict[str, tuple[_Writes, int]]] = WeakKeyDictionary()  # as a round has left it
@@ -52,6 +53,7 @@ class SanityChecks:
 
     def begin(self) -> None:
         """Watch from here on: trials before the first step write parameters and restore them."""
+        self._has_learned = self.noise
         self._writes = self._count_writes()
         self._buffers = self._sum_buffers()
         _watching[self.model] = ref(self)
@@ -67,6 +69,7 @@ class SanityChecks:
 
     def after_step(self, report: StepReport) -> None:
         """Check that the first step changed no frozen parameter and, with noise, every trained one. Raises RunError."""
+        self._has_learned = self._has_learned or (report.loss or 0.0) > _LEAST_LOSS
         if report.step > 1:
             return
         _check_same(self._writes, self._count_writes())
@@ -82,11 +85,14 @@ class SanityChecks:
     def after_round(self) -> None:
         """Check that the round changed something, as an adapter that is not wired in would not, and nothing frozen.
 
+        Without noise a round may change nothing: its batches are empty where records are few, or a model that is sure of every
+        record, as of those of a single class, has no gradient in float32.
+
         Raises:
-            RunError: It did not, or a checksum is another one.
+            RunError: It should have and did not, or a checksum is another one.
         """
         still = self._still()
-        if len(still) == len(self.before) and all(self._usual(name) for name in still):
+        if self._has_learned and len(still) == len(self.before) and all(self._usual(name) for name in still):
             raise RunError(
                 "no parameter moved in this round: expected every shared one to be trained; check the train mode",
                 code="run.nothing_trained",

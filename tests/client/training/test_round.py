@@ -33,6 +33,7 @@ from cotune.plan.trained_parameters import get_plan_model
 from cotune.privacy.accounting.composition import Steps, calibrate
 from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.dp_sgd import DPSGDConfig, DPSGDSetup, StepReport
+from cotune.privacy.mechanisms.random_generators import PoissonSampler, seeded_generator
 from cotune.privacy.policy import DisclosureRules, Policy
 from cotune.strategies.types import apply_delta
 from tests.support.engines import engine, take_steps
@@ -210,6 +211,31 @@ def test_empty_batches(make_plan: MakePlan, make_site: MakeSite, state_for: Stat
     assert sum(t["loss"] is None for t in told) >= 1
     assert sum(t["loss"] is not None for t in told) >= 1
     assert all(bool(d.isfinite().all()) for d in update.delta.values())
+
+
+def is_empty(seed: int, steps: int) -> bool:
+    return not any(PoissonSampler(60, 1 / 60, steps, seeded_generator(seed, training.BATCHES, "clinic", 1)))
+
+
+def test_a_round_of_empty_batches_changes_nothing(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """Without noise, as of an organization with few records and a small rate: that is no failure."""
+    seed = next(seed for seed in range(1000) if is_empty(seed, steps=2))
+    plan = make_plan(seed=seed, local={"batch_size": 1, "steps": 2})
+    update = train_round(plan, make_site(), 1, state_for(plan))
+    assert update.steps == 2
+    assert not any(bool(difference.any()) for difference in update.delta.values())
+
+
+def test_a_model_that_is_sure_of_every_record_is_sent(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
+    """Of a single class, and so sure that no gradient is left in float32: that is no failure either."""
+    plan = make_plan(local={"batch_size": "all", "steps": 1})
+    targets = make_site(at="all").dataset(plan.labels).targets
+    site = make_site(rows=[row for row, target in enumerate(targets) if target == 0])
+    state = {name: tensor.clone() for name, tensor in state_for(plan).items()}
+    [bias] = [tensor for name, tensor in state.items() if tensor.shape == (len(plan.labels),)]
+    bias.fill_(1.0)[0] += 60.0
+    update = train_round(plan, site, 1, state)
+    assert not any(bool(difference.any()) for difference in update.delta.values())
 
 
 def test_a_diverged_model_is_not_sent(make_plan: MakePlan, make_site: MakeSite, state_for: StateFor) -> None:
