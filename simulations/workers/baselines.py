@@ -21,7 +21,8 @@ def train_beside(folder: RunFolder, baselines: Sequence[RunFolder], pool: Worker
         pool: The workers.
 
     Raises:
-        RunError: For a failure that would end the run in one process, too (`run.baseline_failed`).
+        RunError: Workers died of a baseline (`run.worker_died`), or it has failed in a way that would end the run in one process,
+            too (`run.baseline_failed`).
     """
     tasks = {baseline.path: _put(folder, baseline, pool) for baseline in baselines if not baseline.finished}
     for baseline in baselines:
@@ -50,10 +51,7 @@ def _receive(pipe: Connection) -> Any:
 
 def _take(task: Task, pool: WorkerPool, ahead: int) -> str:
     """Wait until a baseline is trained, and return why it could not be; "" where it was."""
-    try:
-        trained = pool.take(task, ahead)
-    except RunError as error:  # workers have died of it
-        return str(error)
+    trained = pool.take(task, ahead)
     if trained.ends_run:
         raise RunError(
             f"the {task.name} cannot be trained ({trained.reason}): expected no such error; correct what it names, and continue"
