@@ -210,8 +210,8 @@ def _get_grad_sample(parameter: nn.Parameter) -> RowGradients:
 def _check_rows(found: Sequence[RowGradients], rows: int) -> None:
     """A layer that is used on other rows than those of the batch, be it once of several times, has no gradient for each row."""
     for gradients in found:
-        whole = not isinstance(gradients, FactoredGradients)
-        counts = {len(gradients)} if whole else {len(part) for use in gradients.factors for part in use}
+        parts = [part for use in gradients.factors for part in use] if isinstance(gradients, FactoredGradients) else [gradients]
+        counts = {len(part) for part in parts}
         if counts != {rows}:
             raise RuntimeError(f"a layer reads {sorted(counts)} rows where the batch has {rows}")
 
