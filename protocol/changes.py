@@ -83,5 +83,6 @@ def add_change(state: Mapping[str, Tensor], change: Mapping[str, Tensor], whole:
     for name in change.keys() - set(whole):
         if name not in state or state[name].shape != change[name].shape:
             raise ValueError(f"there is no {name[:80]} of shape {tuple(change[name].shape)} to change")
-        moved[name] = state[name] + change[name]
+        if bool(change[name].any()):  # zeros, as of a round that was not applied, leave −0 what it is
+            moved[name] = state[name] + change[name]
     return moved

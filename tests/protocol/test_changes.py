@@ -94,6 +94,12 @@ def test_added_parameters_come_whole_and_their_changes_do_not_count() -> None:
     assert decode_request(encoder.encode_since(Recipient("a"), 2), "int8").state == {}
 
 
+def test_a_change_of_zeros_leaves_every_bit() -> None:
+    """As of a round that was not applied: −0 + 0 is another number in its bits, and so has another digest."""
+    state = {"w": torch.tensor([-0.0, 0.0, 1.0])}
+    assert state_digest(add_change(state, {"w": torch.zeros(3)})) == state_digest(state)
+
+
 def test_a_changed_shape_is_not_broadcast() -> None:
     with pytest.raises(ValueError, match="no w of shape"):
         add_change({"w": torch.zeros(3)}, {"w": torch.ones(1)})
