@@ -91,8 +91,11 @@ class ChangeFiles:
     def _prune(self, newest: int, budget: int) -> None:
         """Remove the files with which a request would not be smaller than the whole state, or would hold too many changes."""
         names = (file.stem.removeprefix("round-") for file in self._folder.glob("round-*.safetensors"))
-        for number in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
+        numbers = {int(name) for name in names if name.isdecimal()}
+        for number in sorted(numbers, reverse=True):
             file = self._file(number)
+            if not file.is_file():  # somebody else's, such as round-7.safetensors
+                continue
             budget -= file.stat().st_size  # less than the cost of its change
             if budget <= 0 or number <= newest - MAX_CHANGES:
                 file.unlink()

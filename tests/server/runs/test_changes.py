@@ -108,3 +108,15 @@ def test_a_damaged_file_is_none_or_another_change(tmp_path: Path, where: int, co
         file.write_bytes(damaged)
         for change in files.read_before(3, state):
             assert all(torch.isfinite(values).all() for values in change.values.values())
+
+
+def test_a_file_of_another_name_stops_no_round(tmp_path: Path) -> None:
+    files = ChangeFiles(tmp_path, "int8")
+    state = play(files, start(), range(1, 2))
+    stranger = tmp_path / "changes" / "round-1.safetensors"
+    stranger.write_bytes(b"a copy")
+    (tmp_path / "changes" / "round-7.safetensors").write_bytes(b"")  # of no round that has a file
+    (tmp_path / "changes" / "round-00009.safetensors").mkdir()
+    state = play(files, state, range(2, 4))
+    assert [change.round for change in files.read_before(4, state)] == [1, 2, 3]
+    assert stranger.exists()
