@@ -11,7 +11,7 @@ over many processes and is not told.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -35,16 +35,14 @@ PERMISSIVE = "from cotune.privacy.policy import Policy, dump_policy; print(dump_
 def _loopback() -> ModuleType:
     """The module with a federation on this machine, which is that of the deployment tests.
 
-    Loaded from its file: its folder on `sys.path` would hide modules of the standard library from this process and its children.
+    Folders of this project on `sys.path` would hide other modules, and some package has installed a `tests` of its own. So the
+    name stands for the folder here.
     """
-    file = HERE.parents[1] / "tests" / "support" / "loopback.py"
-    found = importlib.util.spec_from_file_location("cotune_benchmarks_loopback", file)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module  # as dataclasses look themselves up
-    found.loader.exec_module(module)
-    return module
+    if "tests.support" not in sys.modules:
+        tests = ModuleType("tests")
+        tests.__path__ = [str(HERE.parents[1] / "tests")]
+        sys.modules["tests"] = tests
+    return importlib.import_module("tests.support.loopback")
 
 
 def nodes(meter: Meter, folder: Path, smoke: bool, stock: bool) -> None:

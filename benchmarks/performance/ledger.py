@@ -83,9 +83,9 @@ def transactions(meter: Meter, folder: Path, smoke: bool) -> None:
 @contextmanager
 def _counting(counted: dict[str, int]) -> Iterator[None]:
     """Count transactions inside the block, and those that append."""
-    from cotune.storage import database_log
+    from cotune.storage.shared_log import SharedLog
 
-    original = database_log.DatabaseLog.transaction
+    original = SharedLog.transaction
 
     @contextmanager
     def transaction(self: Any) -> Iterator[Any]:
@@ -95,11 +95,13 @@ def _counting(counted: dict[str, int]) -> Iterator[None]:
             counted["writing"] += log.count != before
         counted["all"] += 1
 
-    database_log.DatabaseLog.transaction = transaction  # type: ignore[method-assign]
+    SharedLog.transaction = transaction  # type: ignore[method-assign]
     try:
         yield
     finally:
-        database_log.DatabaseLog.transaction = original  # type: ignore[method-assign]
+        SharedLog.transaction = original  # type: ignore[method-assign]
+    if not counted["writing"]:
+        raise RuntimeError("no charge was seen in the log of a simulation: expected some; it is kept elsewhere now")
 
 
 def floor(meter: Meter, folder: Path, smoke: bool) -> None:
