@@ -49,8 +49,8 @@ def simulate(
     workers: Annotated[
         int,
         typer.Option(
-            help="Processes that train, each with an equal share of PyTorch's threads; 1: this one alone. The result is the same,"
-            " to the bit, as in one process with so many threads. Also with --resume; not with ray."
+            help="Processes that train, each with an equal share of PyTorch's threads; 1: this one alone. The result is"
+            " bit-identical to that of one process with the same number of threads. Also with --resume; not with ray."
         ),
     ] = 1,
     as_json: AsJson = False,

@@ -60,8 +60,8 @@ def simulate(
         engine: "in-process" or "ray".
         device: auto, cpu, cuda or cuda:N.
         workers: How many processes train, with the engine "in-process". 1: this one does, and no other is started. With more,
-            all of them, and this one, compute with an equal share of its threads; the result is the same as in one process with
-            so many threads. They import the main module: a script needs `if __name__ == "__main__":`.
+            all of them, and this one, compute with an equal share of its threads; the result is that of one process with the
+            same number of threads. They import the main module: a script needs `if __name__ == "__main__":`.
         noted: Called with the notes about the records before anything is trained; they are in the summary, too.
 
     Raises:

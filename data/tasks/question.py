@@ -30,9 +30,9 @@ from cotune.errors import ModelError
 
 _BEGINS = 1
 _ENDS = 2
-_OVERLAP = 3  # parts of a long context share one in so many of their tokens
+_OVERLAP = 3  # consecutive parts of a long context overlap by 1/3 of their tokens
 _LONGEST_ANSWER = 30  # tokens, as in the scripts of transformers
-_LEAST_SHARE = 8  # a context in parts has at least one in so many tokens of a row
+_LEAST_SHARE = 8  # the context has at least 1/8 of a row's tokens, where it is split into parts
 _ENCODED = 200  # records that are tokenized at once, where not all of their parts are kept
 _NO_CLASS = ""
 

@@ -1,6 +1,6 @@
 """What decides how a text becomes tokens, hashed: two models whose tokens mean the same are equal in it, however they were saved.
 
-Files do not say it: `save_pretrained` writes them anew, and an exported model truncates at the length of its training. So what is
+Files are no proof: `save_pretrained` rewrites them, and an exported model truncates at the length of its training. So what is
 hashed is the tokenizer that was loaded: its vocabulary and rules, the token that ends a text, and for chats the chat template.
 Padding is not part of it, as nobody learns from it, and neither is the length at which texts are cut.
 """
