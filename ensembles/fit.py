@@ -99,14 +99,7 @@ def measure_fusion(method: Method, judgment: Judgment, names: Sequence[str], see
         "answers": len(judgment.truth),
         "models": [{"model": name, **figures} for name, figures in zip(names, single, strict=True)],
         "fused": judgment.figures(fused),
-        "against_best": {
-            "model": names[best],
-            "difference": against.difference,
-            "interval": [against.low, against.high],
-            "p": against.p,
-            "test": against.test,
-            "better": against.answer,
-        },
+        "against_best": {"model": names[best], **against.figures()},
     }
 
 

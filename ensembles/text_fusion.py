@@ -70,14 +70,7 @@ def measure_text_fusion(
         "max_length": length,
         "models": [{"model": name, **_figures(answers)} for name, answers in zip(names, single, strict=True)],
         "fused": {**_figures(together), "weights": fit_text_weights(method, logs).tolist()},
-        "against_best": {
-            "model": names[best],
-            "difference": against.difference,
-            "interval": [against.low, against.high],
-            "p": against.p,
-            "test": against.test,
-            "better": against.answer,
-        },
+        "against_best": {"model": names[best], **against.figures()},
     }
 
 

@@ -55,7 +55,8 @@ def fuse(
     if out is not None:
         check_new(out)
     announce(f"loading PyTorch, then {len(models)} models", quiet=as_json)
-    from cotune.cli.models.fused_texts import find_task, fuse_texts
+    from cotune.cli.models.distilled_texts import find_task
+    from cotune.cli.models.fused_texts import fuse_texts
     from cotune.cli.models.record_predictions import fuse_models  # loads PyTorch
 
     task = find_task(models)
@@ -77,7 +78,7 @@ def fuse(
 
 
 def _check_texts(method: Method, data: str | None, out: Path | None) -> None:
-    """Raises BadParameter for what is not to be had of language models."""
+    """Raises BadParameter for options that language models do not support."""
     if method not in FOR_TEXTS:
         raise typer.BadParameter(f"--method {method} is for classifiers: expected {' or '.join(FOR_TEXTS)} for language models")
     if data is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from cotune.cli.models.distilled_texts import find_task
 from cotune.cli.models.generated_texts import check_records
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import DataConfig, TaskName
@@ -13,8 +12,6 @@ from cotune.data.record_reading import read_records
 from cotune.ensembles.text_fusion import TextMethod, measure_text_fusion
 from cotune.models.config import Method
 from cotune.models.evaluation.language_model import open_language_model
-
-__all__ = ["find_task", "fuse_texts"]
 
 
 def fuse_texts(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -42,7 +43,7 @@ class EvaluatedRows:
             parts = [[example] for example in task.examples(loaded.reader, loaded.max_length, inputs, targets)]
         return cls([each for part in parts for each in part], [number for number, part in enumerate(parts) for _ in part])
 
-    @property
+    @cached_property
     def are_records(self) -> bool:
         """Whether each record has one row."""
         return len(set(self.records)) == len(self.records)
@@ -64,8 +65,9 @@ class SurestAnswers(Generic[Answer]):
             scores: As of `Task.scores`, of as many rows.
             answers: As many.
         """
-        examples = [self.rows.examples[row] for row in rows]
-        sure = loaded.task.sureness(scores, examples) if isinstance(loaded.task, QuestionAnswering) else [0.0] * len(rows)
+        sure = [0.0] * len(rows)
+        if not self.rows.are_records and isinstance(loaded.task, QuestionAnswering):
+            sure = loaded.task.sureness(scores, [self.rows.examples[row] for row in rows])
         for row, sureness, answer in zip(rows, sure, answers, strict=True):
             record = self.rows.records[row]
             if record not in self._found or (sureness, -row) > self._found[record][0]:

@@ -134,6 +134,16 @@ class Paired:
             return "too close to tell"
         return "yes" if self.difference > 0 else "no"
 
+    def figures(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "difference": self.difference,
+            "interval": [self.low, self.high],
+            "p": self.p,
+            "test": self.test,
+            "better": self.answer,
+        }
+
 
 def wilson_interval(right: int, total: int) -> Interval:
     """Return the score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927).

@@ -13,10 +13,10 @@ from torch import Tensor
 from cotune.data.dataset import Dataset
 from cotune.data.metrics.metrics import Metrics
 from cotune.data.tasks.classes import count_labels
-from cotune.data.tasks.question import QuestionAnswering
+from cotune.data.tasks.text import Example
 from cotune.data.types import Label
 from cotune.models.device import autocasts
-from cotune.models.encoding import encoded_examples, encoded_features
+from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.evaluated_rows import EvaluatedRows, SurestAnswers
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import StateReader, attach_states, get_states, is_small
@@ -94,19 +94,21 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
     if head is None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
             low = autocasts(precision, model.device)
-            lower = _find_lower_layers(model, state, test)
+            rows = EvaluatedRows.of(model.loaded, test.inputs(), test.targets)
+            lower = _find_lower_layers(model, state, test) if rows.are_records else None
             if lower is None:
-                return _predict(model, test, open_batch(model, "evaluation", _BATCH, least=1))
+                return _predict(model, rows, open_batch(model, "evaluation", _BATCH, least=1))
             physical = open_batch(model, "evaluation above kept states", _BATCH_ABOVE, least=1)
-            return physical.fit(lambda: _predict_above(StateReader(model, lower, physical.slots, low), test, state))
+            return physical.fit(
+                lambda: _predict_above(StateReader(model, lower, physical.slots, low), test, rows.examples, state)
+            )
     scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
     return model.loaded.task.answers_from_scores(scores)
 
 
-def _predict(model: TrainableModel, test: Dataset, physical: PhysicalBatch) -> list[Any]:
+def _predict(model: TrainableModel, rows: EvaluatedRows, physical: PhysicalBatch) -> list[Any]:
     loaded = model.loaded
     task = loaded.task
-    rows = EvaluatedRows.of(loaded, test.inputs(), test.targets)
     left = sorted(range(len(rows.examples)), key=lambda row: task.order(rows.examples[row]))
     collate = task.collator(model.module, loaded.reader, model.device)
     found = SurestAnswers[tuple[Any, ...]](rows)
@@ -128,17 +130,11 @@ def _find_lower_layers(model: TrainableModel, state: State, test: Dataset) -> Lo
     if model.lora is None or not is_small(model, test):
         return None
     lower = find_lower_layers(model, model.adapter_names())
-    if lower is None or lower.trained_below(state):
-        return None
-    in_rows = (
-        isinstance(model.loaded.task, QuestionAnswering)
-        and not EvaluatedRows.of(model.loaded, test.inputs(), test.targets).are_records
-    )
-    return None if in_rows else lower
+    return None if lower is None or lower.trained_below(state) else lower
 
 
-def _predict_above(reader: StateReader, test: Dataset, state: State) -> list[Any]:
-    examples = encoded_examples(test, reader.model)
+def _predict_above(reader: StateReader, test: Dataset, examples: Sequence[Example], state: State) -> list[Any]:
+    """examples: Of the records of the test set, a row each."""
     loaded = reader.model.loaded
     collate = loaded.task.collator(reader.model.module, loaded.reader, reader.model.device)
     states = get_states(reader, test, state)

@@ -97,7 +97,7 @@ class FactoredGradients:
         norms = []
         hashes = []
         for _, piece in self.pieces():
-            norms.append(torch.linalg.vector_norm(piece.flatten(1), dim=1, dtype=torch.float64))
+            norms.append(norms_of(piece))
             hashes.append(_hash(piece))
         return [torch.cat(norms), torch.cat(hashes)]
 
@@ -124,6 +124,12 @@ class FactoredGradients:
                 code="privacy.not_repeatable",
             )
         self._seen = found
+
+
+def norms_of(piece: Tensor) -> Tensor:
+    """Return the norm of each of k gradients, (k,) in float64; not a finite number where an entry is none."""
+    found: Tensor = torch.linalg.vector_norm(piece.flatten(1), dim=1, dtype=torch.float64)
+    return found
 
 
 def _checksum(piece: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, first_of, pieces_of, whole_of
+from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, first_of, norms_of, pieces_of, whole_of
 from cotune.privacy.mechanisms.grid_noise import Grid
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts, add_grad_sample, recording
 
@@ -300,18 +300,12 @@ def clip_factors(gradients: Sequence[RowGradients], clip_norm: float, clipping_m
         gradients: Of k units, for each parameter. Norms are taken in float64, where no sum of squares of float32 overflows.
         clip_norm: C > 0.
     """
-    norms = [_norms(g) for g in gradients]
+    norms = [torch.cat([norms_of(piece) for _, piece in pieces_of(g)]) for g in gradients]
     whole = torch.stack(norms).square_().sum(dim=0).sqrt_()
     if clipping_mode == "flat":
         return [_finite_shrinkage(whole, whole, clip_norm)] * len(gradients)
     share = clip_norm / math.sqrt(len(gradients))
     return [_finite_shrinkage(norm, whole, share) for norm in norms]
-
-
-def _norms(gradients: RowGradients) -> Tensor:
-    """Return ‖g_i‖ for each unit i, (k,) in float64; not a finite number where an entry is none."""
-    found = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for _, g in pieces_of(gradients)]
-    return torch.cat(found)
 
 
 def _finite_shrinkage(norms: Tensor, whole: Tensor, bound: float) -> Tensor:
