@@ -72,6 +72,7 @@ def test_run_survives_killed_training_and_node_processes(fed: Federation, tmp_pa
     """Round 1: undisturbed. 2: a training process is killed. 3: a node is killed and started again. 4: undisturbed."""
     run = prepare_run(tmp_path_factory.mktemp("run") / "killed", 2, rounds=4, steps=1500)
     nodes = [start(fed, run, number) for number in range(2)]
+    until(lambda: fed.online() == 2)  # while one is there alone, it is asked for both
     fed.submit(run.path)
     until(begun(fed, 0, 2))
     os.kill(trainer(nodes[0]), signal.SIGKILL)

@@ -15,7 +15,7 @@ _INTRODUCTION = """# What may be killed, who may attack, and what becomes of the
 Real processes on one machine, over TLS and with keys: `make test-faults`. Every line is a run of its own: four rounds of two
 organizations on a tiny model, struck in the second, or again and again until the run is over. "Seconds" are from
 the (first) fault to the end of the run, start of new processes included, and of the whole run where it attacks "every round"; they vary with the machine
-(those of 2026-11-28: three runs at a time on two cores that others used, too). "All in all rounds" is of the
+(three runs at a time on two cores that others used, too). "All in all rounds" is of the
 organizations that are honest. "The same" compares every bit of the final model with that of a run in which nothing
 happened (where a third member attacks: of one in which that member stayed away), where no privacy noise makes every run another;
 then the ledgers have been checked to hold every step. Lines that were not run again keep the day on which they were.
