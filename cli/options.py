@@ -65,11 +65,19 @@ class RecordOptions:
     context: Annotated[str | None, typer.Option(help='Column with the text of a question; default: "context".')] = None
     question: Annotated[str | None, typer.Option(help='Column with the question; default: "question".')] = None
     answers: Annotated[str | None, typer.Option(help='Column with the answers to it; default: "answers".')] = None
+    instruction: Annotated[
+        str | None, typer.Option(help="What a chat model is to do with each prompt, as in training (data.instruction).")
+    ] = None
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None
     unit: Annotated[str | None, typer.Option(help="Column that says whose a record is: intervals then count persons.")] = None
     encoding: Annotated[str, typer.Option(help="Of a CSV, TSV or JSON file.")] = "utf-8"
+
+    @property
+    def chats(self) -> bool:
+        """Whether the records are chats, or become chats."""
+        return self.messages is not None or self.instruction is not None
 
     def config(self, data: str) -> DataConfig:
         """Return the description of the records in a file or package. Raises DataError for one that cannot be."""

@@ -118,6 +118,13 @@ class DataConfig(BaseModel):
         description="causal-lm: the column that holds a chat, a list of {role, content} (in CSV as JSON), which the tokenizer's"
         " chat template writes out; the last message of the role assistant is the target, and what stands before it the prompt",
     )
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2000,
+        description="causal-lm: what is to be done with a prompt, such as 'Write a short title:'; prompt and target are then a"
+        " chat, in which a user says the instruction, an empty line and the prompt; for models that are made for chats",
+    )
     separator: str = Field(
         default=_SEPARATOR, max_length=100, description="causal-lm, seq2seq: the text between a prompt and its target"
     )
@@ -154,6 +161,11 @@ class DataConfig(BaseModel):
         description="keep only the first of several records with the same input, or none of them if their labels differ",
     )
 
+    @property
+    def chats(self) -> bool:
+        """Whether records are chats, which the base model's chat template writes out."""
+        return self.messages is not None or self.instruction is not None
+
     def without_units(self) -> DataConfig:
         """For records of which nobody need say whose they are, such as a coordinator's test set."""
         return self.model_copy(update={"unit": None})
@@ -181,10 +193,18 @@ class DataConfig(BaseModel):
         if self.prompt is not None or self.text != _TEXT:
             other = "prompt and target" if self.prompt is not None else "text"
             raise ValueError(f"messages and {other} are both given: expected one of them, as a chat holds prompt and target")
-        if self.separator != _SEPARATOR:
-            raise ValueError("separator is what stands behind a prompt, which in a chat its template says: leave it out")
         if self.messages == self.unit:
             raise ValueError(f"messages and unit are both {self.unit!r}: expected two different columns")
+        return self
+
+    @model_validator(mode="after")
+    def _instruction_is_for_prompts(self) -> DataConfig:
+        if self.instruction is not None and self.messages is not None:
+            raise ValueError("messages and instruction are both given: expected one of them, as a chat holds all that is said")
+        if self.instruction is not None and self.prompt is None:
+            raise ValueError("instruction says what is to be done with a prompt: expected prompt and target, too")
+        if self.chats and self.separator != _SEPARATOR:
+            raise ValueError("separator is what stands behind a prompt, which in a chat its template says: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -66,6 +66,7 @@ class Question:
 Input = str | tuple[str, ...] | Image | Passage | Chat | Question
 Label = str | tuple[str, ...] | float
 ASSISTANT = "assistant"  # the role of what a model writes
+USER = "user"  # the role of whom it answers
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
 _NO_TAG_OF_TASK = "/O"  # the same, of one of several tasks
 

@@ -46,8 +46,9 @@ def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
     """Check prompts, numbers as targets, and the generation of texts at the end."""
     if facts.prompts == "must" and plan.data.prompt is None:
         yield f"task = {plan.task} reads a text and writes another one: expected data.prompt and data.target"
-    if plan.data.messages is not None and not facts.chats:
-        yield f"data.messages is for task = causal-lm, and this is {plan.task}: leave it out"
+    if plan.data.chats and not facts.chats:
+        key = "instruction" if plan.data.messages is None else "messages"
+        yield f"data.{key} is for task = causal-lm, and this is {plan.task}: leave it out"
     if facts.ranged and plan.model.target_range is None:
         yield (
             f"task = {plan.task} needs the least and the largest number, which no records may decide: expected"

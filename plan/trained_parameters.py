@@ -40,7 +40,7 @@ def get_plan_model(plan: Plan, device: str, *, needs_weights: bool = True) -> Tr
     lora = plan.lora if plan.uses_lora else None
     own_adapters = "adapter" in plan.personal.parts
     model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, own_adapters, needs_weights, plan.data.tags)
-    if plan.data.messages is not None:
+    if plan.data.chats:
         check_chat_template(model.loaded.reader)
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)

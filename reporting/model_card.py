@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cotune.data.inputs.chats import instruct
 from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base.lookup import FOLDER
@@ -175,7 +176,7 @@ def _use(pipeline: str, length: int, plan: Plan) -> Iterator[str]:
         yield from _use_of_answerer(length)
         return
     if pipeline == "text-generation":
-        yield from _use_of_writer(length)
+        yield from _use_of_chat_model(plan, length) if plan.data.chats else _use_of_writer(length)
         return
     folder = f"FOLDER/{plan.tasks[0].name}" if plan.tasks else "FOLDER"
     yield from show_pipeline(pipeline, folder, length, ", top_k=None" if plan.task == "multi-label" else "")
@@ -212,8 +213,18 @@ def show_pipeline(pipeline: str, folder: str, length: int, options: str = "") ->
 def _use_of_writer(length: int) -> Iterator[str]:
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
     yield 'write = pipeline("text-generation", "FOLDER")'
-    yield from ('print(write("a prompt\\n", max_new_tokens=50, return_full_text=False))', "```", "")
+    yield from ('print(write("a prompt\\n", max_new_tokens=50, do_sample=False, return_full_text=False))', "```", "")
     yield f"A prompt ends with the separator of the plan, as in training; with its answer it had {length} tokens at most."
+
+
+def _use_of_chat_model(plan: Plan, length: int) -> Iterator[str]:
+    """A user's message is written as Python does in ASCII: an instruction is text from whoever wrote the plan."""
+    said = "a question" if plan.data.instruction is None else instruct(plan.data.instruction, "a prompt").asked[-1][1]
+    yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
+    yield 'write = pipeline("text-generation", "FOLDER")'
+    yield f'chat = [{{"role": "user", "content": {said!a}}}]'
+    yield from ('print(write(chat, max_new_tokens=50, do_sample=False, return_full_text=False)[0]["generated_text"])', "```", "")
+    yield f"The base model's chat template writes a chat out, as in training; with its answer it had {length} tokens at most."
 
 
 def _use_of_translator(length: int) -> Iterator[str]:

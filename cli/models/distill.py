@@ -38,6 +38,9 @@ def distill(
     prompt: Annotated[str | None, typer.Option(help="Column with the prompt, for a language model; with --target.")] = None,
     target: Annotated[str | None, typer.Option(help="Column with what a language model is to write.")] = None,
     messages: Annotated[str | None, typer.Option(help="Column with a chat, for a language model, in place of these two.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What a chat model is to do with each prompt, as in training (data.instruction).")
+    ] = None,
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None,
@@ -92,6 +95,7 @@ def distill(
         prompt=prompt,
         target=target,
         messages=messages,
+        instruction=instruction,
         separator=separator,
         encoding=encoding,
     )
@@ -152,6 +156,7 @@ def _check_options(
         "--prompt": columns.prompt,
         "--target": columns.target,
         "--messages": columns.messages,
+        "--instruction": columns.instruction,
         "--separator": columns.separator,
         "--write-targets": write,
         "--teacher-weights": weights,

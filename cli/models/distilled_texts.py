@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cotune.cli.models.generated_texts import check_chats
+from cotune.cli.models.generated_texts import check_chats, complete_prompt
 from cotune.cli.options import RecordOptions
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import TASK_FACTS, TaskName
@@ -76,12 +76,11 @@ def distill_texts(
     Returns:
         Settings and figures, and under `unprotected` the teachers whose model cards promise no privacy.
     """
-    check_chats(task, columns.messages is not None)
+    check_chats(task, columns.chats)
     _check_columns(task, columns, write)
     with own_options():
         inputs, left_out = _read_targets(data, columns, task) if write is None else _read_prompts(data, columns, task)
-    chats = columns.messages is not None
-    opened = [open_language_model(teacher, task, device, student.max_length, chats=chats) for teacher in teachers]
+    opened = [open_language_model(teacher, task, device, student.max_length, chats=columns.chats) for teacher in teachers]
     privacy = [read_privacy(teacher.loaded.folder.path) for teacher in opened]
     work = SequenceDistillation(
         opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out, weights
@@ -98,6 +97,11 @@ def _check_columns(task: TaskName, columns: RecordOptions, write: int | None) ->
         raise DataError(
             "--write-targets lets the teachers write what the student learns, and --target names the column that holds it:"
             " expected one of them",
+            code="data.invalid_description",
+        )
+    if columns.instruction is not None and (columns.prompt is None or columns.separator is not None):
+        raise DataError(
+            "--instruction says what is to be done with a prompt, in a chat: expected it with --prompt, and without --separator",
             code="data.invalid_description",
         )
     if given and columns.text is not None:
@@ -120,7 +124,7 @@ def _read_targets(data: Path, columns: RecordOptions, task: TaskName) -> tuple[l
 
 
 def _read_prompts(data: Path, columns: RecordOptions, task: TaskName) -> tuple[list[Text], dict[str, int]]:
-    """Prompts without targets; what stands between both is put behind them, as in training."""
+    """Prompts without targets, with all that stands beside them in training."""
     chats = columns.messages is not None
     column = columns.messages if chats else columns.prompt
     rows = read_unlabeled(data, task, column=column, encoding=columns.encoding, chats=chats)
@@ -128,10 +132,8 @@ def _read_prompts(data: Path, columns: RecordOptions, task: TaskName) -> tuple[l
     found: list[Text] = []
     left_out: dict[str, int] = {}
     for row in rows:
-        if isinstance(row.given, Passage):
-            found.append(Passage(row.given.prompt + separator, ""))
-        elif isinstance(row.given, Chat):
-            found.append(row.given)
+        if isinstance(row.given, Passage | Chat):
+            found.append(complete_prompt(row.given, separator, columns.instruction))
         else:
             left_out[row.reason] = left_out.get(row.reason, 0) + 1
     return found, left_out

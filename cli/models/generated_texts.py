@@ -8,6 +8,7 @@ from typing import Any
 
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import TASK_FACTS, DataConfig, TaskName
+from cotune.data.inputs.chats import instruct
 from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_typed, read_unlabeled
@@ -36,6 +37,7 @@ def write_rows(
     encoding: str,
     max_new_tokens: int,
     separator: str,
+    instruction: str | None,
     max_length: int | None,
     device: str,
 ) -> list[dict[str, Any]]:
@@ -50,27 +52,39 @@ def write_rows(
         encoding: Of a file of text.
         max_new_tokens: Most tokens of a text.
         separator: Text after a prompt that is not a chat.
+        instruction: What is to be done with each prompt, for a chat model; None: nothing is said.
         max_length: Longest prompt, in tokens; None: as in training.
         device: Such as "cpu" or "cuda:0".
     """
-    check_chats(task, chats)
-    opened = open_language_model(model, task, device, max_length, chats=chats)
+    becomes_chats = chats or instruction is not None
+    check_chats(task, becomes_chats)
+    opened = open_language_model(model, task, device, max_length, chats=becomes_chats)
     with own_options():
         if isinstance(inputs, Path):
             rows = read_unlabeled(inputs, task, column=column, encoding=encoding, chats=chats)
         else:
             rows = read_typed(list(inputs), task, chats=chats)
-    prompts = [
-        row.given if isinstance(row.given, Chat) else Passage(row.given.prompt + separator, "")
-        for row in rows
-        if isinstance(row.given, Passage | Chat)
-    ]
+    given = [row.given for row in rows if isinstance(row.given, Passage | Chat)]
+    prompts = [complete_prompt(each, separator, instruction) for each in given]
     texts = iter(write_texts(opened, prompts, max_new_tokens, "auto"))
     generated = [None if row.given is None else next(texts) for row in rows]
     return [
         {"row": number, "input": row.shown, "text": text, "reason": row.reason or ("" if text is not None else _UNREAD)}
         for number, (row, text) in enumerate(zip(rows, generated, strict=True), 1)
     ]
+
+
+def complete_prompt(given: Passage | Chat, separator: str, instruction: str | None) -> Passage | Chat:
+    """Return a prompt with all that a model has read beside it in training.
+
+    Args:
+        given: The prompt alone, or a chat, which is complete.
+        separator: Text after a prompt, unless there is an instruction.
+        instruction: What is to be done with it; None: nothing is said.
+    """
+    if isinstance(given, Chat):
+        return given
+    return Passage(given.prompt + separator, "") if instruction is None else instruct(instruction, given.prompt)
 
 
 def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: int | None, device: str) -> dict[str, Any]:
@@ -84,7 +98,7 @@ def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: 
         device: What computes.
     """
     check_records(model, task, data)
-    opened = open_language_model(model, task, device, max_length, chats=data.messages is not None)
+    opened = open_language_model(model, task, device, max_length, chats=data.chats)
     with own_options():
         records = read_records(data, None, task)
     return evaluate_language_model(opened, records, task)
@@ -102,7 +116,7 @@ def check_records(model: str, task: TaskName, data: DataConfig) -> None:
         ModelError: If chats are not for it.
         DataError: If it needs prompts, and there are none.
     """
-    check_chats(task, data.messages is not None)
+    check_chats(task, data.chats)
     if TASK_FACTS[task].prompts == "must" and data.prompt is None:
         raise DataError(
             f"{model} reads a text and writes another one: expected --prompt and --target, the columns of both",

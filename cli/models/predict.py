@@ -53,6 +53,9 @@ def predict(
     threshold: ThresholdOption = None,
     max_length: Length = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Of a text that a language model writes.")] = 64,
+    instruction: Annotated[
+        str | None, typer.Option(help="What a chat model is to do with each text, as in training (data.instruction).")
+    ] = None,
     separator: Annotated[str, typer.Option(help="What a language model reads behind a prompt, as in training.")] = "\n",
     out: Annotated[Path | None, typer.Option(help="Write to this file (.csv, .json or .jsonl) instead of the terminal.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with the probability of every class.")] = False,
@@ -67,6 +70,8 @@ def predict(
         raise typer.BadParameter(f"{' and '.join(several)} all name the column of the inputs: expected one of them")
     if chat and file is not None:
         raise typer.BadParameter("--chat is for texts after the model: expected --messages COLUMN for the chats of a file")
+    if instruction is not None and (chat or messages is not None):
+        raise typer.BadParameter("--instruction is for prompts, and a chat holds all that is said: expected one of them")
     if out is not None and out.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"--out {out} is of no known format: expected a name ending in .csv, .json or .jsonl")
     if file is not None:
@@ -83,11 +88,11 @@ def predict(
     if task is not None and question is not None:
         raise ModelError(f"{model} answers no questions: leave --question out", code="model.no_question_answering")
     if task is not None:
-        given_so |= {"chats": chats, "max_new_tokens": max_new_tokens, "separator": separator}
+        given_so |= {"chats": chats, "max_new_tokens": max_new_tokens, "separator": separator, "instruction": instruction}
         found = write_rows(model, task, inputs, **given_so)
-    elif chats:
+    elif chats or instruction is not None:
         raise ModelError(
-            f"{model} is no language model, and --chat and --messages are for those: leave them out",
+            f"{model} is no language model, and --chat, --messages and --instruction are for those: leave them out",
             code="model.no_chat_template",
         )
     else:

@@ -101,8 +101,8 @@ def _template_of(reader: Any) -> _Template:
         text = str(reader.get_chat_template())
     except (ValueError, AttributeError):  # none, or several and none of them called "default"
         raise ModelError(
-            "the base model's tokenizer has no chat template, by which data.messages become text: expected one of the models that"
-            " are made for chats (often named Instruct), or data.prompt and data.target",
+            "the base model's tokenizer has no chat template, by which data.messages and data.instruction become text: expected"
+            " one of the models that are made for chats (often named Instruct), or data.prompt and data.target alone",
             code="model.no_chat_template",
         ) from None
     return _Template(text, tuple(sorted((name, str(token)) for name, token in reader.special_tokens_map.items())))

@@ -1,9 +1,9 @@
 """Causal language modeling: a model goes on with a text; the targets are the tokens of what it is to write.
 
 A record is a prompt and what is to follow, a text alone, all of which is to follow, or a chat, of which the last answer is to
-follow the messages before it. The loss of a record is the mean over its
-own target tokens, so that a long record moves the model no more than a short one. Records are never packed into one row, where
-one would be read by another.
+follow the messages before it. With an instruction, a prompt and what is to follow are a chat. The loss of a record is the mean
+over its own target tokens, so that a long record moves the model no more than a short one. Records are never packed into one row,
+where one would be read by another.
 
 Position t of an example has the number of token t + 1 as its label, if that is a target.
 """
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from cotune.data.config import DataConfig
 from cotune.data.inputs.chat_template import end_tokens, write_chats
-from cotune.data.inputs.chats import read_asked, read_chat
+from cotune.data.inputs.chats import instruct, read_asked, read_chat
 from cotune.data.metrics.metrics import TextAnswer, TextMetrics, compute_text_metrics
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch, mean_over_labels
@@ -72,11 +72,11 @@ class CausalLanguageModeling(SequenceClassification):
         target = format_value(file, target_column, number, label)
         if not target.strip():
             return "blank text" if file.target == "text" else "blank target"
-        if file.target != "text":
-            if not prompt.strip():
-                return "blank prompt"
-            prompt += file.config.separator
-        return (Passage(prompt, target), NO_CLASS) if is_unicode(prompt) and is_unicode(target) else "broken Unicode"
+        if file.target != "text" and not prompt.strip():
+            return "blank prompt"
+        if not is_unicode(prompt) or not is_unicode(target):
+            return "broken Unicode"
+        return _pair(file, prompt, target), NO_CLASS
 
     def targets(self, held: Sequence[Label], classes: Sequence[str]) -> list[Any]:
         """The target is a part of the input."""
@@ -173,6 +173,13 @@ class CausalLanguageModeling(SequenceClassification):
 
     def constant(self, held: Sequence[Label], classes: Sequence[str]) -> None:
         """No text is right most often: the unchanged base model is what training is compared with."""
+
+
+def _pair(file: DataFile, prompt: str, target: str) -> Passage | Chat:
+    """A prompt with its target, joined as the configuration says."""
+    if file.config.instruction is not None:
+        return instruct(file.config.instruction, prompt, target)
+    return Passage(prompt if file.target == "text" else prompt + file.config.separator, target)
 
 
 def _answer(scores: Tensor, labels: Sequence[int]) -> TextAnswer:

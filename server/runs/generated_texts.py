@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from cotune.data.dataset import Dataset
+from cotune.data.inputs.chats import prompt_of
 from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts
 from cotune.data.types import Chat, Passage
 from cotune.models.generation import write_texts
@@ -67,13 +68,16 @@ class WritingTest:
         usable = [i for i, text in enumerate(next(iter(told.values()))[0]) if text is not None]
         if not usable:
             return {**self._about(0), "figures": {}, "shown": []}
-        lead: list[list[str | None]] = [[first_sentence(_last_prompt(each)) for each in self.records]]
+        lead: list[list[str | None]] = [[first_sentence(self._last_prompt(each)) for each in self.records]]
         texts: dict[str, list[list[str | None]]] = {FIRST_SENTENCE: lead, **told}
         return {
             **self._about(len(usable)),
             "figures": {name: self._figures(each, usable) for name, each in texts.items()},
             "shown": [self._shown(row, texts) for row in usable[:_SHOWN]],
         }
+
+    def _last_prompt(self, record: Passage | Chat) -> str:
+        return record.prompt if isinstance(record, Passage) else prompt_of(record, self.plan.data.instruction)
 
     def _about(self, used: int) -> dict[str, Any]:
         assert self.plan.generate is not None
@@ -103,10 +107,6 @@ def _prompt(record: Passage | Chat) -> str:
     if isinstance(record, Passage):
         return record.prompt
     return "\n".join(f"{role}: {content}" for role, content in record.asked)
-
-
-def _last_prompt(record: Passage | Chat) -> str:
-    return record.prompt if isinstance(record, Passage) else record.asked[-1][1]
 
 
 def _target(record: Passage | Chat) -> str:
