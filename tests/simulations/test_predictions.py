@@ -115,7 +115,7 @@ def test_student_learns_what_all_say_together(toy_plan: NewPlan, public: Path, t
     assert run.summary["test"]["federated"]["accuracy"] > run.summary["test"]["majority"]["accuracy"]
 
 
-@pytest.mark.parametrize("fusion", ["median", {"name": "trimmed_mean", "fraction": 0.34}])
+@pytest.mark.parametrize("fusion", ["median", pytest.param({"name": "trimmed_mean", "fraction": 0.34}, marks=pytest.mark.long)])
 def test_predictions_are_fused_by_robust_rules(toy_plan: NewPlan, public: Path, tmp_path: Path, fusion: Any) -> None:
     strategy = {"weighting": "uniform", "fusion": fusion}
     plan = plan_of(toy_plan, public, rounds=1, strategy=strategy, simulation={"clients": 3})

@@ -18,6 +18,7 @@ from cotune.simulations.run import Run, simulate
 from tests.support.simulations import NewPlan, final_model, same, tensors_of
 
 STAGES = [{"mode": "head", "rounds": 2}, {"mode": "lora", "rounds": 3}]  # the second adds parameters
+LONG = pytest.mark.long
 LORA = {"lora": {"rank": 2}, "model": {"pooling": "native"}, "train": "lora"}
 
 
@@ -26,7 +27,7 @@ def exact(toy_plan: NewPlan, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return simulate(toy_plan(), tmp_path_factory.mktemp("exact") / "run", device="cpu")
 
 
-@pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("codec", [pytest.param("bfloat16", marks=LONG), "int8", pytest.param("int4", marks=LONG)])
 def test_a_run_learns_as_well(toy_plan: NewPlan, tmp_path: Path, exact: Run, codec: str) -> None:
     run = simulate(toy_plan(wire_down=codec), tmp_path / "run", device="cpu")
     assert not same(final_model(run.folder), final_model(exact.folder))
@@ -155,7 +156,9 @@ def test_who_is_asked_now_and_then_catches_up(toy_plan: NewPlan, tmp_path: Path,
     assert all(len(entry["participants"]) == 2 for entry in run.summary["rounds"])
 
 
-@pytest.mark.parametrize("strategy", ["scaffold", "feddyn", "fedexp", "flora", "ties"])
+@pytest.mark.parametrize(
+    "strategy", ["scaffold", "flora", *(pytest.param(name, marks=LONG) for name in ("feddyn", "fedexp", "ties"))]
+)
 def test_strategies_go_on_from_rounded_states(toy_plan: NewPlan, tmp_path: Path, strategy: str) -> None:
     plan = toy_plan(wire_down="int4", strategy=strategy, local={"momentum": 0.0}, **LORA)
     summary = simulate(plan, tmp_path / "run", device="cpu").summary

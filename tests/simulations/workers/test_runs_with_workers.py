@@ -75,7 +75,7 @@ def test_workers_find_what_one_process_finds(toy_plan: NewPlan, tmp_path: Path, 
     assert trained == {*((None, name) for name in names), *((f"alone/{name}", name) for name in names), ("pooled", "pooled")}
 
 
-@pytest.mark.parametrize(("late", "charged"), [("ignore", 3 * 2), ("fold", 3 * 3 - 1)])
+@pytest.mark.parametrize(("late", "charged"), [pytest.param("ignore", 3 * 2, marks=pytest.mark.long), ("fold", 3 * 3 - 1)])
 def test_budgets_are_charged_as_in_one_process(toy_plan: NewPlan, tmp_path: Path, late: str, charged: int) -> None:
     """An organization that is asked to spare is not charged before its late update is wanted, in the next round."""
     plan = private(toy_plan, rounds=3, server={"sample_size": 2, "over_selection": 0.5, "late": late})
