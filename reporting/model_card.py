@@ -218,7 +218,7 @@ def _use_of_writer(length: int) -> Iterator[str]:
 
 
 def _use_of_chat_model(plan: Plan, length: int) -> Iterator[str]:
-    """A user's message is written as Python does in ASCII: an instruction is text from whoever wrote the plan."""
+    """The message is an ASCII literal: an instruction is text that another organization has written."""
     said = "a question" if plan.data.instruction is None else instruct(plan.data.instruction, "a prompt").asked[-1][1]
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
     yield 'write = pipeline("text-generation", "FOLDER")'
