@@ -156,8 +156,8 @@ def test_parts_give_what_all_tokens_at_once_give(config: DistillationConfig, mos
         assert layer.weight.grad is not None
         figures = compare_tokens(student, teachers, tokens, most=limit)
         found.append((loss, leaf.grad, layer.weight.grad, *figures.values()))
-    for part, whole in zip(*found, strict=True):
-        assert torch.allclose(part, whole, rtol=1e-5, atol=1e-6)
+    for part, whole in zip(*found, strict=True):  # small entries are sums of large ones, which processors add in other orders
+        assert torch.allclose(part, whole, rtol=1e-5, atol=1e-6 * float(1 + whole.abs().max()))
 
 
 class _Largest(TorchDispatchMode):
