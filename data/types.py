@@ -10,7 +10,8 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from cotune.data.readers.images import Image
 from cotune.printable import IGNORABLE
@@ -18,10 +19,17 @@ from cotune.printable import IGNORABLE
 
 @dataclass(frozen=True)
 class Passage:
-    """What a model is to write, and what it is given before: "" where the whole text is to be written."""
+    """What a model is to write, and what it is given before: "" where the whole text is to be written.
+
+    Attributes:
+        prompt: What is given.
+        target: What is to be written.
+        own: The texts that an organization holds of it, where a plan adds to them; None: prompt and target.
+    """
 
     prompt: str
     target: str
+    own: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -30,9 +38,11 @@ class Chat:
 
     Attributes:
         messages: (role, content) of each.
+        own: The texts that an organization holds of it, where a plan adds to them; None: all contents.
     """
 
     messages: tuple[tuple[str, str], ...]
+    own: tuple[str, ...] | None = field(default=None, compare=False, repr=False)
 
     @property
     def answer(self) -> str | None:
@@ -96,19 +106,23 @@ def record_identity(given: Input) -> bytes:
     SHA-256 over the plain form of a text (see `normalize_text`), whether it is kept as one or as its words; over the decoded
     pixels and the size of an image. A corrected label is still the same record; a prompt with another target is another one, as
     many records may have one prompt, and so is a chat with another message. A chat of a prompt and its answer is the record that
-    they are in two columns. Anyone who can guess a text can recognize its identity: what is stored or exported is keyed first
+    they are in two columns. What a plan puts beside them, an instruction or a separator, makes no other record of them: else a
+    ledger would count each wording by itself. Anyone who can guess a text can recognize its identity: what is stored or exported is keyed first
     (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]
     if isinstance(given, Passage):
-        parts = [normalize_text(part) for part in (given.prompt, given.target) if part]
-        return _hashed("\0".join(parts))
+        return _hashed_parts(given.own or (given.prompt, given.target))
     if isinstance(given, Chat):
-        return _hashed("\0".join(normalize_text(content) for _, content in given.messages if content))
+        return _hashed_parts(given.own or [content for _, content in given.messages])
     if isinstance(given, Question):  # whatever its answers: those are the label
         return _hashed("\0".join(map(normalize_text, (given.question, given.context))))
     return _hashed(normalize_text(given if isinstance(given, str) else " ".join(given)))
+
+
+def _hashed_parts(parts: Sequence[str]) -> bytes:
+    return _hashed("\0".join(normalize_text(part) for part in parts if part))
 
 
 def _hashed(text: str) -> bytes:

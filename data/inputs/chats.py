@@ -55,7 +55,9 @@ def instruct(instruction: str, prompt: str, answer: str | None = None) -> Chat:
         answer: What the assistant says to it; None: not known.
     """
     asked = (USER, f"{instruction}{_BELOW}{prompt}")
-    return Chat((asked,) if answer is None else (asked, (ASSISTANT, answer)))
+    if answer is None:
+        return Chat((asked,), (prompt,))
+    return Chat((asked, (ASSISTANT, answer)), (prompt, answer))
 
 
 def prompt_of(chat: Chat, instruction: str | None) -> str:

@@ -179,7 +179,7 @@ def _pair(file: DataFile, prompt: str, target: str) -> Passage | Chat:
     """A prompt with its target, joined as the configuration says."""
     if file.config.instruction is not None:
         return instruct(file.config.instruction, prompt, target)
-    return Passage(prompt if file.target == "text" else prompt + file.config.separator, target)
+    return Passage(prompt if file.target == "text" else prompt + file.config.separator, target, (prompt, target))
 
 
 def _answer(scores: Tensor, labels: Sequence[int]) -> TextAnswer:
