@@ -1,6 +1,7 @@
 """A coordinator's words beside a record, an instruction or a separator, make no other record of it.
 
-A ledger knows records again by their identity. A plan that could change it would get the whole budget once more for each wording.
+A ledger knows records again by their identity: by it, one that is in the files of two collections spends only one total. A plan
+that could change it would get both.
 """
 
 from __future__ import annotations
