@@ -107,8 +107,8 @@ def record_identity(given: Input) -> bytes:
     pixels and the size of an image. A corrected label is still the same record; a prompt with another target is another one, as
     many records may have one prompt, and so is a chat with another message. A chat of a prompt and its answer is the record that
     they are in two columns. What a plan puts beside them, an instruction or a separator, makes no other record of them: else a
-    record in two collections could spend the totals of both. Anyone who can guess a text can recognize its identity: what is stored or exported is keyed first
-    (see `privacy.ledger`).
+    record in two collections could spend the totals of both. Anyone who can guess a text can recognize its identity: what is
+    stored or exported is keyed first (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]
