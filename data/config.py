@@ -200,7 +200,7 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _instruction_is_for_prompts(self) -> DataConfig:
         if self.instruction is not None and self.messages is not None:
-            raise ValueError("messages and instruction are both given: expected one of them, as a chat holds all that is said")
+            raise ValueError("messages and instruction are both given: expected one of them, as messages hold complete chats")
         if self.instruction is not None and self.prompt is None:
             raise ValueError("instruction says what is to be done with a prompt: expected prompt and target, too")
         if self.chats and self.separator != _SEPARATOR:

@@ -16,7 +16,7 @@ from cotune.data.readers.data_file import DataFile
 from cotune.data.readers.formats import READERS
 from cotune.data.readers.images import SUFFIXES
 from cotune.data.tasks.task import get_task
-from cotune.data.types import Chat, Input, Question, content_bytes
+from cotune.data.types import USER, Chat, Input, Question, content_bytes
 from cotune.errors import DataError, nearest, reason_of
 
 _CHATS = "messages"  # the entry of [data] that names their column
@@ -81,7 +81,7 @@ def read_typed(given: Sequence[str], task: TaskName, *, chats: bool = False) -> 
         A row for each input, in order; one that cannot be used has a reason.
     """
     if chats:
-        said = [[{"role": "user", "content": each}] if each.strip() else None for each in given]
+        said = [[{"role": USER, "content": each}] if each.strip() else None for each in given]
         return _make_rows(_file(Path("typed"), b"", _CHATS, _CHATS), task, said)
     key = get_task(task).key
     return _make_rows(_file(Path("typed"), b"", key, key), task, [Path(each) for each in given] if key == "image" else given)

@@ -52,7 +52,7 @@ def write_rows(
         encoding: Of a file of text.
         max_new_tokens: Most tokens of a text.
         separator: Text after a prompt that is not a chat.
-        instruction: What is to be done with each prompt, for a chat model; None: nothing is said.
+        instruction: Instruction that precedes each prompt, for a chat model; None: no instruction.
         max_length: Longest prompt, in tokens; None: as in training.
         device: Such as "cpu" or "cuda:0".
     """
@@ -80,7 +80,7 @@ def complete_prompt(given: Passage | Chat, separator: str, instruction: str | No
     Args:
         given: The prompt alone, or a chat, which is complete.
         separator: Text after a prompt, unless there is an instruction.
-        instruction: What is to be done with it; None: nothing is said.
+        instruction: Instruction that precedes it; None: no instruction.
     """
     if isinstance(given, Chat):
         return given

@@ -71,7 +71,9 @@ def predict(
     if chat and file is not None:
         raise typer.BadParameter("--chat is for texts after the model: expected --messages COLUMN for the chats of a file")
     if instruction is not None and (chat or messages is not None):
-        raise typer.BadParameter("--instruction is for prompts, and a chat holds all that is said: expected one of them")
+        raise typer.BadParameter(
+            "--instruction precedes a single prompt, and --chat and --messages give complete chats: expected one of them"
+        )
     if out is not None and out.suffix.lower() not in _FORMATS:
         raise typer.BadParameter(f"--out {out} is of no known format: expected a name ending in .csv, .json or .jsonl")
     if file is not None:

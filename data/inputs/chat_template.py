@@ -21,16 +21,16 @@ from typing import IO, Any, Literal, cast
 
 from cotune.bounded_cache import BoundedCache
 from cotune.data.inputs.chat_worker import CHARACTERS
-from cotune.data.types import ASSISTANT, Chat, content_bytes
+from cotune.data.types import ASSISTANT, USER, Chat, content_bytes
 from cotune.errors import ModelError
 from cotune.printable import printable
 
 _LONGEST_REPLY = 16 * CHARACTERS  # bytes; JSON takes twelve for some characters
 _TRIES = 2  # of a chat by which the process ends: it may have been killed from elsewhere
-_ASKED = (("user", "What is the tallest mountain?"),)
+_ASKED = ((USER, "What is the tallest mountain?"),)
 _ANSWER = "Everest is."
 _TRIAL = Chat((*_ASKED, (ASSISTANT, _ANSWER)))
-_LONG_TRIAL = Chat((*_TRIAL.messages, ("user", "And the deepest sea?"), (ASSISTANT, "The Pacific.")))
+_LONG_TRIAL = Chat((*_TRIAL.messages, (USER, "And the deepest sea?"), (ASSISTANT, "The Pacific.")))
 
 _Refusal = tuple[Literal["limit", "refused"], str]  # what was reached, or why
 _Reply = Mapping[str, str] | _Refusal

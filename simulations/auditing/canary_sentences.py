@@ -17,7 +17,7 @@ import numpy as np
 
 from cotune.data.dataset import Dataset
 from cotune.data.records import Records
-from cotune.data.types import ASSISTANT, Chat, Input, Passage
+from cotune.data.types import ASSISTANT, USER, Chat, Input, Passage
 from cotune.errors import DataError
 from cotune.privacy.auditing.canaries import Coins
 
@@ -72,7 +72,7 @@ def _texts(given: Input) -> Sequence[str]:
 
 
 def _make(like: Input, asked: str, written: str) -> Input:
-    return Chat((("user", asked), (ASSISTANT, written))) if isinstance(like, Chat) else Passage(asked, written)
+    return Chat(((USER, asked), (ASSISTANT, written))) if isinstance(like, Chat) else Passage(asked, written)
 
 
 def add_sentences(dataset: Dataset, sentences: Sequence[Input]) -> Dataset:

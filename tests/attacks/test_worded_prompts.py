@@ -20,7 +20,7 @@ PAIRS = [(f"what is {i}, and why?", f"answer {i}") for i in range(5)]
 WORDINGS: list[dict[str, Any]] = [
     {},
     {"separator": " = "},
-    {"separator": " so it is said: "},
+    {"separator": " The answer is: "},
     {"instruction": "Answer."},
     {"instruction": "Answer the question of"},
 ]
