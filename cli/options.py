@@ -68,6 +68,9 @@ class RecordOptions:
     instruction: Annotated[
         str | None, typer.Option(help="What a chat model is to do with each prompt, as in training (data.instruction).")
     ] = None
+    system: Annotated[
+        str | None, typer.Option(help="System message that each chat begins with, as in training (data.system).")
+    ] = None
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None
@@ -77,7 +80,7 @@ class RecordOptions:
     @property
     def chats(self) -> bool:
         """Whether the records are chats, or become chats."""
-        return self.messages is not None or self.instruction is not None
+        return any(given is not None for given in (self.messages, self.instruction, self.system))
 
     def config(self, data: str) -> DataConfig:
         """Return the description of the records in a file or package. Raises DataError for one that cannot be."""

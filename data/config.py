@@ -125,6 +125,12 @@ class DataConfig(BaseModel):
         description="causal-lm: what is to be done with a prompt, such as 'Write a short title:'; prompt and target are then a"
         " chat, in which a user says the instruction, an empty line and the prompt; for models that are made for chats",
     )
+    system: str | None = Field(
+        default=None,
+        max_length=2000,
+        description="causal-lm: the first message of each chat, of the role system, unless a chat of `messages` begins with one"
+        " of its own; an empty one keeps templates such as SmolLM2's from adding theirs; prompt and target are then a chat, too",
+    )
     separator: str = Field(
         default=_SEPARATOR, max_length=100, description="causal-lm, seq2seq: the text between a prompt and its target"
     )
@@ -164,7 +170,7 @@ class DataConfig(BaseModel):
     @property
     def chats(self) -> bool:
         """Whether records are chats, which the base model's chat template writes out."""
-        return self.messages is not None or self.instruction is not None
+        return any(given is not None for given in (self.messages, self.instruction, self.system))
 
     def without_units(self) -> DataConfig:
         """For records of which nobody need say whose they are, such as a coordinator's test set."""
@@ -198,11 +204,13 @@ class DataConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _instruction_is_for_prompts(self) -> DataConfig:
+    def _wording_is_for_chats(self) -> DataConfig:
         if self.instruction is not None and self.messages is not None:
             raise ValueError("messages and instruction are both given: expected one of them, as messages hold complete chats")
         if self.instruction is not None and self.prompt is None:
             raise ValueError("instruction says what is to be done with a prompt: expected prompt and target, too")
+        if self.system is not None and self.messages is None and self.prompt is None:
+            raise ValueError("system is what a chat begins with: expected messages, or prompt and target, too")
         if self.chats and self.separator != _SEPARATOR:
             raise ValueError("separator is what stands behind a prompt, which in a chat its template says: leave it out")
         return self

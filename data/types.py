@@ -77,6 +77,7 @@ Input = str | tuple[str, ...] | Image | Passage | Chat | Question
 Label = str | tuple[str, ...] | float
 ASSISTANT = "assistant"  # the role of what a model writes
 USER = "user"  # the role of whom it answers
+SYSTEM = "system"  # the role of what is said to it beforehand
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
 _NO_TAG_OF_TASK = "/O"  # the same, of one of several tasks
 
@@ -106,9 +107,9 @@ def record_identity(given: Input) -> bytes:
     SHA-256 over the plain form of a text (see `normalize_text`), whether it is kept as one or as its words; over the decoded
     pixels and the size of an image. A corrected label is still the same record; a prompt with another target is another one, as
     many records may have one prompt, and so is a chat with another message. A chat of a prompt and its answer is the record that
-    they are in two columns. What a plan puts beside them, an instruction or a separator, makes no other record of them: else a
-    record in two collections could spend the totals of both. Anyone who can guess a text can recognize its identity: what is
-    stored or exported is keyed first (see `privacy.ledger`).
+    they are in two columns. What a plan puts beside them, a system message, an instruction or a separator, makes no other record
+    of them: else a record in two collections could spend the totals of both. Anyone who can guess a text can recognize its
+    identity: what is stored or exported is keyed first (see `privacy.ledger`).
     """
     if isinstance(given, Image):
         return given.digest[:16]

@@ -47,7 +47,7 @@ def _targets(plan: PlanTables, facts: TaskFacts) -> Iterator[str]:
     if facts.prompts == "must" and plan.data.prompt is None:
         yield f"task = {plan.task} reads a text and writes another one: expected data.prompt and data.target"
     if plan.data.chats and not facts.chats:
-        key = "instruction" if plan.data.messages is None else "messages"
+        key = next(key for key in ("messages", "instruction", "system") if getattr(plan.data, key) is not None)
         yield f"data.{key} is for task = causal-lm, and this is {plan.task}: leave it out"
     if facts.ranged and plan.model.target_range is None:
         yield (

@@ -41,7 +41,7 @@ def get_plan_model(plan: Plan, device: str, *, needs_weights: bool = True) -> Tr
     own_adapters = "adapter" in plan.personal.parts
     model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, own_adapters, needs_weights, plan.data.tags)
     if plan.data.chats:
-        check_chat_template(model.loaded.reader)
+        check_chat_template(model.loaded.reader, plan.data.system)
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cotune.data.inputs.chats import instruct
+from cotune.data.inputs.chat_wording import wording_of
 from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base.lookup import FOLDER
@@ -218,11 +218,12 @@ def _use_of_writer(length: int) -> Iterator[str]:
 
 
 def _use_of_chat_model(plan: Plan, length: int) -> Iterator[str]:
-    """The message is an ASCII literal: an instruction is text that another organization has written."""
-    said = "a question" if plan.data.instruction is None else instruct(plan.data.instruction, "a prompt").asked[-1][1]
+    """Contents are ASCII literals: those of the plan are text that another organization has written."""
+    chat = wording_of(plan.data).ask("a question" if plan.data.instruction is None else "a prompt")
+    said = ", ".join(f'{{"role": "{role}", "content": {content!a}}}' for role, content in chat.messages)
     yield from ("## How to use", "", "```python", "from transformers import pipeline", "")
     yield 'write = pipeline("text-generation", "FOLDER")'
-    yield f'chat = [{{"role": "user", "content": {said!a}}}]'
+    yield f"chat = [{said}]"
     yield from ('print(write(chat, max_new_tokens=50, do_sample=False, return_full_text=False)[0]["generated_text"])', "```", "")
     yield f"The base model's chat template writes a chat out, as in training; with its answer it had {length} tokens at most."
 

@@ -41,6 +41,9 @@ def distill(
     instruction: Annotated[
         str | None, typer.Option(help="What a chat model is to do with each prompt, as in training (data.instruction).")
     ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message that each chat begins with, as in training (data.system).")
+    ] = None,
     separator: Annotated[
         str | None, typer.Option(help="What stands between prompt and target, as in training; default: a line break.")
     ] = None,
@@ -96,6 +99,7 @@ def distill(
         target=target,
         messages=messages,
         instruction=instruction,
+        system=system,
         separator=separator,
         encoding=encoding,
     )
@@ -157,6 +161,7 @@ def _check_options(
         "--target": columns.target,
         "--messages": columns.messages,
         "--instruction": columns.instruction,
+        "--system": columns.system,
         "--separator": columns.separator,
         "--write-targets": write,
         "--teacher-weights": weights,

@@ -10,6 +10,7 @@ from cotune.cli.models.generated_texts import check_chats, complete_prompt
 from cotune.cli.options import RecordOptions
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import TASK_FACTS, TaskName
+from cotune.data.inputs.chat_wording import ChatWording
 from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_unlabeled
@@ -80,7 +81,8 @@ def distill_texts(
     _check_columns(task, columns, write)
     with own_options():
         inputs, left_out = _read_targets(data, columns, task) if write is None else _read_prompts(data, columns, task)
-    opened = [open_language_model(teacher, task, device, student.max_length, chats=columns.chats) for teacher in teachers]
+    told: dict[str, Any] = {"chats": columns.chats, "system": columns.system}
+    opened = [open_language_model(teacher, task, device, student.max_length, **told) for teacher in teachers]
     privacy = [read_privacy(teacher.loaded.folder.path) for teacher in opened]
     work = SequenceDistillation(
         opened, teachers, task, student, config, inputs, out, write, device, license, source, left_out, weights
@@ -102,6 +104,11 @@ def _check_columns(task: TaskName, columns: RecordOptions, write: int | None) ->
     if columns.instruction is not None and (columns.prompt is None or columns.separator is not None):
         raise DataError(
             "--instruction says what is to be done with a prompt, in a chat: expected it with --prompt, and without --separator",
+            code="data.invalid_description",
+        )
+    if columns.system is not None and (not given or columns.separator is not None):
+        raise DataError(
+            "--system is what a chat begins with: expected it with --prompt or --messages, and without --separator",
             code="data.invalid_description",
         )
     if given and columns.text is not None:
@@ -128,12 +135,13 @@ def _read_prompts(data: Path, columns: RecordOptions, task: TaskName) -> tuple[l
     chats = columns.messages is not None
     column = columns.messages if chats else columns.prompt
     rows = read_unlabeled(data, task, column=column, encoding=columns.encoding, chats=chats)
+    wording = ChatWording(columns.system, columns.instruction)
     separator = "\n" if columns.separator is None else columns.separator
     found: list[Text] = []
     left_out: dict[str, int] = {}
     for row in rows:
         if isinstance(row.given, Passage | Chat):
-            found.append(complete_prompt(row.given, separator, columns.instruction))
+            found.append(complete_prompt(row.given, separator, wording))
         else:
             left_out[row.reason] = left_out.get(row.reason, 0) + 1
     return found, left_out

@@ -36,7 +36,7 @@ def fuse_texts(
         device: What computes.
     """
     check_records(models[0], task, data)
-    opened = [open_language_model(model, task, device, max_length, chats=data.chats) for model in models]
+    opened = [open_language_model(model, task, device, max_length, chats=data.chats, system=data.system) for model in models]
     with own_options():
         records = read_records(data, None, task)
     return {"task": task, **measure_text_fusion(cast(TextMethod, method), opened, models, records, seed)}

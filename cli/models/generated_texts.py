@@ -8,7 +8,7 @@ from typing import Any
 
 from cotune.cli.plans.plan_options import own_options
 from cotune.data.config import TASK_FACTS, DataConfig, TaskName
-from cotune.data.inputs.chats import instruct
+from cotune.data.inputs.chat_wording import ChatWording
 from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_typed, read_unlabeled
@@ -37,7 +37,7 @@ def write_rows(
     encoding: str,
     max_new_tokens: int,
     separator: str,
-    instruction: str | None,
+    wording: ChatWording,
     max_length: int | None,
     device: str,
 ) -> list[dict[str, Any]]:
@@ -52,20 +52,20 @@ def write_rows(
         encoding: Of a file of text.
         max_new_tokens: Most tokens of a text.
         separator: Text after a prompt that is not a chat.
-        instruction: Instruction that precedes each prompt, for a chat model; None: no instruction.
+        wording: What is said beside the prompts, for a chat model.
         max_length: Longest prompt, in tokens; None: as in training.
         device: Such as "cpu" or "cuda:0".
     """
-    becomes_chats = chats or instruction is not None
+    becomes_chats = chats or wording != ChatWording()
     check_chats(task, becomes_chats)
-    opened = open_language_model(model, task, device, max_length, chats=becomes_chats)
+    opened = open_language_model(model, task, device, max_length, chats=becomes_chats, system=wording.system)
     with own_options():
         if isinstance(inputs, Path):
             rows = read_unlabeled(inputs, task, column=column, encoding=encoding, chats=chats)
         else:
             rows = read_typed(list(inputs), task, chats=chats)
     given = [row.given for row in rows if isinstance(row.given, Passage | Chat)]
-    prompts = [complete_prompt(each, separator, instruction) for each in given]
+    prompts = [complete_prompt(each, separator, wording) for each in given]
     texts = iter(write_texts(opened, prompts, max_new_tokens, "auto"))
     generated = [None if row.given is None else next(texts) for row in rows]
     return [
@@ -74,17 +74,17 @@ def write_rows(
     ]
 
 
-def complete_prompt(given: Passage | Chat, separator: str, instruction: str | None) -> Passage | Chat:
+def complete_prompt(given: Passage | Chat, separator: str, wording: ChatWording) -> Passage | Chat:
     """Return a prompt with all that a model has read beside it in training.
 
     Args:
-        given: The prompt alone, or a chat, which is complete.
-        separator: Text after a prompt, unless there is an instruction.
-        instruction: Instruction that precedes it; None: no instruction.
+        given: The prompt alone, or a chat.
+        separator: Text after a prompt that becomes no chat.
+        wording: What is said beside it in a chat; without a word, a prompt becomes no chat.
     """
     if isinstance(given, Chat):
-        return given
-    return Passage(given.prompt + separator, "") if instruction is None else instruct(instruction, given.prompt)
+        return wording.begin(given)
+    return Passage(given.prompt + separator, "") if wording == ChatWording() else wording.ask(given.prompt)
 
 
 def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: int | None, device: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: 
         device: What computes.
     """
     check_records(model, task, data)
-    opened = open_language_model(model, task, device, max_length, chats=data.chats)
+    opened = open_language_model(model, task, device, max_length, chats=data.chats, system=data.system)
     with own_options():
         records = read_records(data, None, task)
     return evaluate_language_model(opened, records, task)

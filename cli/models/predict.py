@@ -56,6 +56,7 @@ def predict(
     instruction: Annotated[
         str | None, typer.Option(help="What a chat model is to do with each text, as in training (data.instruction).")
     ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of each chat, as in training (data.system).")] = None,
     separator: Annotated[str, typer.Option(help="What a language model reads behind a prompt, as in training.")] = "\n",
     out: Annotated[Path | None, typer.Option(help="Write to this file (.csv, .json or .jsonl) instead of the terminal.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON, with the probability of every class.")] = False,
@@ -81,6 +82,7 @@ def predict(
     announce(f"loading PyTorch, then {model}", quiet=as_json)
     from cotune.cli.models.generated_texts import find_writer, write_rows
     from cotune.cli.models.record_predictions import predict_rows  # loads PyTorch
+    from cotune.data.inputs.chat_wording import ChatWording
 
     column = next((named[option] for option in several), None)
     chats = chat or messages is not None
@@ -90,11 +92,12 @@ def predict(
     if task is not None and question is not None:
         raise ModelError(f"{model} answers no questions: leave --question out", code="model.no_question_answering")
     if task is not None:
-        given_so |= {"chats": chats, "max_new_tokens": max_new_tokens, "separator": separator, "instruction": instruction}
+        given_so |= {"chats": chats, "max_new_tokens": max_new_tokens, "separator": separator}
+        given_so["wording"] = ChatWording(system, instruction)
         found = write_rows(model, task, inputs, **given_so)
-    elif chats or instruction is not None:
+    elif chats or instruction is not None or system is not None:
         raise ModelError(
-            f"{model} is no language model, and --chat, --messages and --instruction are for those: leave them out",
+            f"{model} is no language model, and --chat, --messages, --instruction and --system are for those: leave them out",
             code="model.no_chat_template",
         )
     else:

@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, cast
 
 from cotune.bounded_cache import BoundedCache
 from cotune.data.inputs.chat_worker import CHARACTERS
-from cotune.data.types import ASSISTANT, USER, Chat, content_bytes
+from cotune.data.types import ASSISTANT, SYSTEM, USER, Chat, content_bytes
 from cotune.errors import ModelError
 from cotune.printable import printable
 
@@ -57,13 +57,20 @@ class _Template:
     tokens: tuple[tuple[str, str], ...]
 
 
-def check_chat_template(reader: Any) -> None:
+def check_chat_template(reader: Any, system: str | None = None) -> None:
     """Try the chat template of a tokenizer on a made-up chat.
+
+    Args:
+        reader: The tokenizer.
+        system: The system message that chats begin with; None: they have none.
 
     Raises:
         ModelError: Where there is none, or chats cannot be trained with it.
     """
-    _closing(_template_of(reader))
+    template = _template_of(reader)
+    _closing(template)
+    if system is not None:
+        _check_system(template, system)
 
 
 def write_chats(reader: Any, chats: Sequence[Chat]) -> list[WrittenChat | None]:
@@ -101,8 +108,9 @@ def _template_of(reader: Any) -> _Template:
         text = str(reader.get_chat_template())
     except (ValueError, AttributeError):  # none, or several and none of them called "default"
         raise ModelError(
-            "the base model's tokenizer has no chat template, by which data.messages and data.instruction become text: expected"
-            " one of the models that are made for chats (often named Instruct), or data.prompt and data.target alone",
+            "the base model's tokenizer has no chat template, by which chats (data.messages, data.instruction, data.system)"
+            " become text: expected one of the models that are made for chats (often named Instruct), or data.prompt and"
+            " data.target alone",
             code="model.no_chat_template",
         ) from None
     return _Template(text, tuple(sorted((name, str(token)) for name, token in reader.special_tokens_map.items())))
@@ -124,6 +132,22 @@ def _closing(template: _Template) -> str:
                 code="model.unusable_chat_template",
             )
     return cast(Mapping[str, str], replies[0])["whole"].rpartition(_ANSWER)[2].strip()
+
+
+@lru_cache(maxsize=16)
+def _check_system(template: _Template, system: str) -> None:
+    """Raises ModelError where the template refuses the system message or leaves it out."""
+    [reply] = _write(template, [Chat(((SYSTEM, system), *_TRIAL.messages))])
+    said = "leaves it out"
+    if isinstance(reply, tuple):
+        said = f"refuses it ({printable(reply[1])})"
+    elif system.strip() in reply["prompt"]:
+        return
+    raise ModelError(
+        f"data.system begins each chat, and the base model's chat template {said}: expected a template that writes system"
+        " messages, as that of SmolLM2 does; use data.instruction, which a user says, in place of data.system",
+        code="model.no_system_message",
+    )
 
 
 def _error_of(refusal: _Refusal) -> ModelError:

@@ -1,4 +1,4 @@
-"""Chats as they stand in a file: a list of messages with a role and a content, or JSON of one. And prompts that become chats."""
+"""Chats as they stand in a file: a list of messages with a role and a content, or JSON of one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 from typing import Any
 
 from cotune.data.readers.data_file import is_unicode
-from cotune.data.types import ASSISTANT, USER, Chat
+from cotune.data.types import ASSISTANT, Chat
 
 _KEYS = {"role", "content"}
 BLANK = "blank chat"
 UNREADABLE = "unreadable chat"
 OTHER_KEYS = "chat with more than roles and contents"
 NO_ANSWER = "chat without an answer"
-_BELOW = "\n\n"  # between an instruction and its prompt
 
 
 def read_chat(value: object) -> Chat | str:
@@ -44,26 +43,6 @@ def read_asked(value: object) -> Chat | str:
     if isinstance(chat, str):
         return chat
     return Chat(chat.asked) if chat.asked else "blank prompt"
-
-
-def instruct(instruction: str, prompt: str, answer: str | None = None) -> Chat:
-    """Return the chat in which a user says what is to be done with a prompt.
-
-    Args:
-        instruction: What is to be done.
-        prompt: With what; it stands below the instruction.
-        answer: What the assistant says to it; None: not known.
-    """
-    asked = (USER, f"{instruction}{_BELOW}{prompt}")
-    if answer is None:
-        return Chat((asked,), (prompt,))
-    return Chat((asked, (ASSISTANT, answer)), (prompt, answer))
-
-
-def prompt_of(chat: Chat, instruction: str | None) -> str:
-    """Return what was said last before the answer; without the instruction, if there is one, that `instruct` put above it."""
-    said = chat.asked[-1][1]
-    return said if instruction is None else said.removeprefix(instruction + _BELOW)
 
 
 def _parse(value: object) -> Chat | str:

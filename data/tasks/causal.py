@@ -1,9 +1,9 @@
 """Causal language modeling: a model goes on with a text; the targets are the tokens of what it is to write.
 
 A record is a prompt and what is to follow, a text alone, all of which is to follow, or a chat, of which the last answer is to
-follow the messages before it. With an instruction, a prompt and what is to follow are a chat. The loss of a record is the mean
-over its own target tokens, so that a long record moves the model no more than a short one. Records are never packed into one row,
-where one would be read by another.
+follow the messages before it. With a system message or an instruction, a prompt and what is to follow are a chat. The loss of a
+record is the mean over its own target tokens, so that a long record moves the model no more than a short one. Records are never
+packed into one row, where one would be read by another.
 
 Position t of an example has the number of token t + 1 as its label, if that is a target.
 """
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from cotune.data.config import DataConfig
 from cotune.data.inputs.chat_template import end_tokens, write_chats
-from cotune.data.inputs.chats import instruct, read_asked, read_chat
+from cotune.data.inputs.chat_wording import wording_of
+from cotune.data.inputs.chats import read_asked, read_chat
 from cotune.data.metrics.metrics import TextAnswer, TextMetrics, compute_text_metrics
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch, mean_over_labels
@@ -66,7 +67,7 @@ class CausalLanguageModeling(SequenceClassification):
     def record(self, file: DataFile, number: int, given: object, label: object) -> tuple[Input, Label] | str:
         if file.config.messages is not None:
             chat = read_chat(given)
-            return chat if isinstance(chat, str) else (chat, NO_CLASS)
+            return chat if isinstance(chat, str) else (wording_of(file.config).begin(chat), NO_CLASS)
         input_column, target_column = file.wanted
         prompt = "" if file.target == "text" else format_value(file, input_column, number, given)
         target = format_value(file, target_column, number, label)
@@ -177,8 +178,8 @@ class CausalLanguageModeling(SequenceClassification):
 
 def _pair(file: DataFile, prompt: str, target: str) -> Passage | Chat:
     """A prompt with its target, joined as the configuration says."""
-    if file.config.instruction is not None:
-        return instruct(file.config.instruction, prompt, target)
+    if file.config.chats:
+        return wording_of(file.config).ask(prompt, target)
     return Passage(prompt if file.target == "text" else prompt + file.config.separator, target, (prompt, target))
 
 

@@ -50,7 +50,13 @@ def writing_task(source: str) -> TaskName | None:
 
 
 def open_language_model(
-    source: str, task: TaskName = "causal-lm", device: str = "auto", max_length: int | None = None, *, chats: bool = False
+    source: str,
+    task: TaskName = "causal-lm",
+    device: str = "auto",
+    max_length: int | None = None,
+    *,
+    chats: bool = False,
+    system: str | None = None,
 ) -> TrainableModel:
     """Open a model.
 
@@ -60,6 +66,7 @@ def open_language_model(
         device: auto, cpu, cuda or cuda:N.
         max_length: Tokens to read of a prompt with its target; None: as many as in training, as far as the folder says so.
         chats: Whether it is to read chats, for which its tokenizer needs a chat template.
+        system: The system message that these begin with; None: no common one.
 
     Raises:
         ModelError: When it cannot be used.
@@ -71,7 +78,7 @@ def open_language_model(
         config = ModelConfig(base=base, max_length=max_length or length_of(find_base(ModelConfig(base=base)).path))
         loaded = load_model(config, (), 0, task, finished=True)
         if chats:
-            check_chat_template(loaded.reader)
+            check_chat_template(loaded.reader, system)
         return TrainableModel(loaded, None, 0, to)
     except ModelError as error:
         raise ModelError(str(error).replace("the base model", "the model"), code=error.code) from None

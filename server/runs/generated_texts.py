@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from cotune.data.dataset import Dataset
-from cotune.data.inputs.chats import prompt_of
+from cotune.data.inputs.chat_wording import wording_of
 from cotune.data.metrics.text_metrics import check_text_metrics, compare_texts
 from cotune.data.types import Chat, Passage
 from cotune.models.generation import write_texts
@@ -77,7 +77,7 @@ class WritingTest:
         }
 
     def _last_prompt(self, record: Passage | Chat) -> str:
-        return record.prompt if isinstance(record, Passage) else prompt_of(record, self.plan.data.instruction)
+        return record.prompt if isinstance(record, Passage) else wording_of(self.plan.data).prompt_of(record)
 
     def _about(self, used: int) -> dict[str, Any]:
         assert self.plan.generate is not None

@@ -20,6 +20,7 @@ from cotune.client.run_account import Account
 from cotune.client.site import Site
 from cotune.client.site_folder import SitePaths
 from cotune.data.dataset import Dataset, DatasetManifest
+from cotune.data.inputs.chat_wording import wording_of
 from cotune.errors import DataError, PlanError, PrivacyError, nearest
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
@@ -281,7 +282,7 @@ def _audit(source: _Audited, asked: _Asked, device: str) -> AuditResult:
     for stage in audited.stages:
         check_examples(examples, stage.local, name)
     coins = private_generator()
-    drawn = draw_sentences(source.dataset, asked.sentences + _REFERENCES, coins) if asked.sentences else ()
+    drawn = draw_sentences(source.dataset, asked.sentences + _REFERENCES, coins, wording_of(plan.data)) if asked.sentences else ()
     dataset = add_sentences(source.dataset, drawn[: asked.sentences]) if drawn else source.dataset
     targets = _flip(source.dataset, dataset, asked, coins)
     budget = get_budget(plan.privacy, source.policy, examples)

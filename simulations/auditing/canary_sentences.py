@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from cotune.data.dataset import Dataset
+from cotune.data.inputs.chat_wording import ChatWording
 from cotune.data.records import Records
-from cotune.data.types import ASSISTANT, USER, Chat, Input, Passage
+from cotune.data.types import Chat, Input, Passage
 from cotune.errors import DataError
 from cotune.privacy.auditing.canaries import Coins
 
@@ -27,6 +28,7 @@ _ASKED = 4  # words
 _WRITTEN = 8  # words: more of them than a model could guess
 _SPARE = 4  # times as many sentences as are wanted must be possible: else most that are drawn are there already
 _SOURCE = "canary sentences"
+_NO_WORDS = ChatWording()
 
 
 def can_hold_sentences(dataset: Dataset) -> bool:
@@ -34,13 +36,16 @@ def can_hold_sentences(dataset: Dataset) -> bool:
     return any(isinstance(given, Passage | Chat) for given in dataset.inputs()[:1])
 
 
-def draw_sentences(dataset: Dataset, count: int, generator: np.random.Generator) -> tuple[Input, ...]:
+def draw_sentences(
+    dataset: Dataset, count: int, generator: np.random.Generator, wording: ChatWording = _NO_WORDS
+) -> tuple[Input, ...]:
     """Draw different made-up records of the kind that a data set has, none of which it holds.
 
     Args:
         dataset: With at least one text.
         count: How many.
         generator: That decides them.
+        wording: What the plan says in each chat.
 
     Raises:
         DataError: The texts have too few different words.
@@ -59,7 +64,7 @@ def draw_sentences(dataset: Dataset, count: int, generator: np.random.Generator)
     found: dict[Input, None] = {}
     while len(found) < count:
         drawn = [words[i] for i in generator.integers(len(words), size=_ASKED + _WRITTEN)]
-        made = _make(inputs[0], " ".join(drawn[:_ASKED]) if asks else "", " ".join(drawn[_ASKED:]))
+        made = _make(inputs[0], wording, " ".join(drawn[:_ASKED]) if asks else "", " ".join(drawn[_ASKED:]))
         if made not in held:
             found[made] = None
     return tuple(found)
@@ -67,12 +72,12 @@ def draw_sentences(dataset: Dataset, count: int, generator: np.random.Generator)
 
 def _texts(given: Input) -> Sequence[str]:
     if isinstance(given, Chat):
-        return [content for _, content in given.messages]
+        return given.own or [content for _, content in given.messages]
     return [given.prompt, given.target] if isinstance(given, Passage) else []
 
 
-def _make(like: Input, asked: str, written: str) -> Input:
-    return Chat(((USER, asked), (ASSISTANT, written))) if isinstance(like, Chat) else Passage(asked, written)
+def _make(like: Input, wording: ChatWording, asked: str, written: str) -> Input:
+    return wording.ask(asked, written) if isinstance(like, Chat) else Passage(asked, written)
 
 
 def add_sentences(dataset: Dataset, sentences: Sequence[Input]) -> Dataset:

@@ -1,4 +1,4 @@
-"""A coordinator's words beside a record, an instruction or a separator, make no other record of it.
+"""A coordinator's words beside a record, a system message, an instruction or a separator, make no other record of it.
 
 A ledger knows records again by their identity: by it, one that is in the files of two collections spends only one total. A plan
 that could change it would get both.
@@ -23,6 +23,9 @@ WORDINGS: list[dict[str, Any]] = [
     {"separator": " The answer is: "},
     {"instruction": "Answer."},
     {"instruction": "Answer the question of"},
+    {"system": ""},
+    {"system": "You answer."},
+    {"system": "You answer.", "instruction": "Answer."},
 ]
 
 
@@ -45,6 +48,8 @@ def test_no_wording_makes_a_record_new(pairs: Path, tmp_path: Path, wording: dic
     found = identities(pairs, prompt="asked", target="said", **wording)
     assert len(set(found)) == len(PAIRS)
     assert found == identities(chats, messages="messages")
+    if "system" in wording:
+        assert found == identities(chats, messages="messages", system=wording["system"])
 
 
 def test_words_of_the_organization_make_another_record(pairs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from cotune.data.types import Chat
 from cotune.errors import ModelError
 from cotune.worker_process import WorkerProcess
 from tests.support.chats import CLOSING, TEMPLATES, byte_tokenizer, said
+from tests.support.failures import fails_with
 
 TASK = get_task("causal-lm")
 CHATML = TEMPLATES["chatml"]
@@ -105,6 +107,20 @@ def refusal(template: str | None) -> str:
     with pytest.raises(ModelError) as raised:
         check_chat_template(byte_tokenizer(template))
     return raised.value.code
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "refused"),
+    [
+        *((name, "be brief", name in ("gemma", "mistral")) for name in TEMPLATES),
+        ("chatml", "", False),
+        ("gemma", "", True),
+    ],
+)
+def test_a_template_must_write_the_system_message(name: str, system: str, refused: bool) -> None:
+    """That of Gemma raises an error, that of Mistral 7B (v0.1) leaves it out, so that a plan would not mean what it says."""
+    with fails_with("model.no_system_message") if refused else nullcontext():
+        check_chat_template(byte_tokenizer(TEMPLATES[name]), system)
 
 
 HOSTILE = {
