@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotune.data.dataset import Dataset
+from cotune.data.inputs.chat_wording import ChatWording
 from cotune.data.records import Records
 from cotune.data.types import Chat, Input, Passage
 from cotune.plan.load import parse_plan
@@ -126,6 +127,17 @@ def test_sentences_are_other_records_of_the_same_words(inputs: tuple[Input, ...]
     words = {word for given in dataset.inputs() for text in texts_of(given) for word in text.split()}
     assert all(word in words for given in drawn for text in texts_of(given) for word in text.split())
     assert all(texts_of(given)[0] == "" for given in drawn) == (len(inputs) == 1)
+
+
+def test_sentences_stand_in_the_words_of_the_plan() -> None:
+    """A model that has seen every record below an instruction would not be asked for them without it."""
+    wording = ChatWording("be brief", "say it")
+    dataset = dataset_of(*(wording.ask("a b", answer) for answer in ("c d", "e f")))
+    for drawn in draw_sentences(dataset, 5, np.random.default_rng(0), wording):
+        assert isinstance(drawn, Chat)
+        asked = wording.prompt_of(drawn)
+        assert drawn == wording.ask(asked, drawn.answer)
+        assert set(f"{asked} {drawn.answer}".split()) <= set("abcdef"), "no word of the plan"
 
 
 @pytest.mark.parametrize("inputs", [(Passage("", "a a a"),), (Passage("", " "),), (Passage("", "a b"),), (Passage("a", "b"),)])
