@@ -5,9 +5,8 @@ the other, as over a network; what a rule keeps of them counts as its memory, th
 aggregator gets them as the round loop hands them over, with the checks that it makes (finite, norm, weight); Flower's FedAvg
 gets the list that it wants; the bound is NumPy adding the same bytes to one running sum.
 
-The mean is measured at full size. Rules that compare updates (median, TIES, Krum) are measured with every tensor a tenth as
-large, so that a laptop can run the benchmark: memory is told in multiples of the model, and time per million parameters and
-update, both of which do not depend on the size once it exceeds the caches.
+Rules that compare updates (median, TIES, Krum) keep them in a temporary file, of 4.5 GB for 50 updates: it lies where TMPDIR
+says. Memory is told in multiples of the model, and time per million parameters and update.
 """
 
 from __future__ import annotations
@@ -39,21 +38,40 @@ def parameters_of(share: int) -> int:
     return total
 
 
-def updates(count: int, share: int, *, reuse: bool) -> Iterator[dict[str, Any]]:
+class Updates:
     """The updates of the organizations, cheap to make and different from each other.
 
-    Args:
-        reuse: Whether all come in the same memory, for a rule that keeps none of them; else each in its own.
+    What they are made from, and the memory that they come in, stays until this object goes: it is measured with no contender.
     """
-    import torch
 
-    generator = torch.Generator().manual_seed(0)
-    base = [torch.randn(shape, generator=generator) for shape in shapes_of(share)]
-    memory = [torch.empty_like(tensor) for tensor in base] if reuse else []
-    for number in range(count):
-        factor = 1 + number / 100
-        found = [torch.mul(tensor, factor, out=out) for tensor, out in zip(base, memory, strict=True)] if reuse else []
-        yield {f"p{i}": tensor for i, tensor in enumerate(found or [tensor * factor for tensor in base])}
+    def __init__(self, count: int, share: int, *, reuse: bool) -> None:
+        """Make the first one.
+
+        Args:
+            count: How many there are.
+            share: As of `shapes_of`.
+            reuse: Whether all come in the same memory, for a rule that keeps none of them in memory; else each in its own.
+        """
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        self._base = [torch.randn(shape, generator=generator) for shape in shapes_of(share)]
+        self._memory = [torch.empty_like(tensor) for tensor in self._base] if reuse else [None] * len(self._base)
+        self._count = count
+        self.first = self._make(0)
+
+    def _make(self, number: int) -> dict[str, Any]:
+        import torch
+
+        factor = torch.tensor(1 + number / 100)
+        pairs = zip(self._base, self._memory, strict=True)
+        return {f"p{i}": torch.mul(tensor, factor, out=out) for i, (tensor, out) in enumerate(pairs)}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Hand each one over, the first one for the only time."""
+        yield self.__dict__.pop("first")
+        for number in range(1, self._count):
+            yield self._make(number)
 
 
 def cotune(meter: Meter, folder: Path, smoke: bool, fusion: str, count: int) -> None:
@@ -62,19 +80,16 @@ def cotune(meter: Meter, folder: Path, smoke: bool, fusion: str, count: int) -> 
     from cotune.strategies.config import StrategyConfig
     from cotune.strategies.types import RoundContext, Update
 
-    share = share_of(fusion, smoke)
+    share = share_of(smoke)
     warm = build_aggregator(StrategyConfig(fusion=fusion), RoundContext())
-    for number, delta in enumerate(updates(5, 1000, reuse=False)):
+    for number, delta in enumerate(Updates(5, 1000, reuse=False)):
         warm.add(Update(f"org-{number}", 1, delta, 100, 5))
     warm.result()
-    source = updates(count, share, reuse=fusion == "mean")
-    first = next(source)
-    state = {name: tensor.clone() for name, tensor in first.items()}
+    source = Updates(count, share, reuse=fusion == "mean" or not smoke)  # small ones are kept as they are, in their memory
+    state = {name: tensor.clone() for name, tensor in source.first.items()}
     with meter.measure(units=count * parameters_of(share) / 1e6, label=label(fusion, count)):
         aggregator = build_aggregator(StrategyConfig(fusion=fusion), RoundContext(state=state), folder)
-        aggregator.add(Update("org-0", 1, first, 100, 5))
-        first = {}
-        for number, delta in enumerate(source, start=1):
+        for number, delta in enumerate(source):
             aggregator.add(Update(f"org-{number}", 1, delta, 100, 5))
         aggregator.result()
 
@@ -84,15 +99,13 @@ def flower(meter: Meter, folder: Path, smoke: bool, count: int) -> None:
     from flwr.app import ArrayRecord, MetricRecord, RecordDict
     from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-    share = share_of("mean", smoke)
-    source = updates(count, share, reuse=False)
-    first = next(source)
+    share = share_of(smoke)
+    source = Updates(count, share, reuse=False)
     with meter.measure(units=count * parameters_of(share) / 1e6, label=label("mean", count)):
         contents = []
-        for delta in _chain(first, source):
+        for delta in source:
             arrays = ArrayRecord({name: _array(tensor) for name, tensor in delta.items()})
             contents.append(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 100})}))
-        first = {}
         aggregate_arrayrecords(contents, "num-examples")
 
 
@@ -104,12 +117,11 @@ def _array(tensor: Any) -> Any:
 
 def numpy(meter: Meter, folder: Path, smoke: bool, count: int) -> None:
     """The least that a mean can do: one addition for every number."""
-    share = share_of("mean", smoke)
-    source = updates(count, share, reuse=True)
-    first = next(source)
+    share = share_of(smoke)
+    source = Updates(count, share, reuse=True)
     with meter.measure(units=count * parameters_of(share) / 1e6, label=label("mean", count)):
         total: dict[str, Any] = {}
-        for delta in _chain(first, source):
+        for delta in source:
             for name, tensor in delta.items():
                 if name in total:
                     total[name] += tensor.numpy()
@@ -119,13 +131,8 @@ def numpy(meter: Meter, folder: Path, smoke: bool, count: int) -> None:
             array /= count
 
 
-def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield from rest
-
-
-def share_of(fusion: str, smoke: bool) -> int:
-    return 400 if smoke else 1 if fusion == "mean" else 10
+def share_of(smoke: bool) -> int:
+    return 400 if smoke else 1
 
 
 def label(fusion: str, count: int) -> str:
@@ -156,7 +163,7 @@ def fewest(fusion: str) -> int:
 def rows(results: Results) -> list[Row]:
     found = []
     for count in COUNTS:
-        memory, time = _figures(label("mean", count), 1)
+        memory, time = _figures(label("mean", count))
         what = f"mean of {count} updates"
         found += [
             results.row(f"{what}, memory", "cotune", memory, against="Flower FedAvg", goal="≤ 2.5 × the model",
@@ -169,7 +176,7 @@ def rows(results: Results) -> list[Row]:
         ]  # fmt: skip
     for fusion in HELD:
         for count in (fewest(fusion), *COUNTS[1:]):
-            memory, time = _figures(label(fusion, count), 10)
+            memory, time = _figures(label(fusion, count))
             what = f"{fusion} of {count} updates"
             bound = label("mean", count if count in COUNTS else COUNTS[0])
             found += [
@@ -180,9 +187,9 @@ def rows(results: Results) -> list[Row]:
     return found
 
 
-def _figures(key: str, share: int) -> tuple[Figure, Figure]:
+def _figures(key: str) -> tuple[Figure, Figure]:
     """Memory and time."""
-    memory = Figure("peak", "× model", 1 / (parameters_of(share) * 4), key)
+    memory = Figure("peak", "× model", 1 / (parameters_of(1) * 4), key)
     return memory, Figure("cpu", "ms CPU per update and 1 M parameters", 1000.0, key)
 
 
