@@ -48,7 +48,8 @@ def table(found: dict[Row, dict[int, float]]) -> str:
         after = found.get((AFTER, epsilon), {})
         gains = {seed: after[seed] - before[seed] for seed in before if seed in after}
         each = ", ".join(f"{seed}: {gain:+.4f}" for seed, gain in gains.items())
-        lines.append(f"| gain | {epsilon:g} | {cell(list(gains.values()), 4)} | {each} |")
+        if gains:
+            lines.append(f"| gain | {epsilon:g} | {cell(list(gains.values()), 4)} | {each} |")
     return "\n".join(lines)
 
 
@@ -58,13 +59,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/tweets"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=PLANS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     found: dict[Row, dict[int, float]] = {}
     for seed in chosen.seeds:
         for epsilon in chosen.epsilons:
-            for plan in PLANS:
+            for plan in chosen.plans:
                 accuracy = play(chosen.runs, plan, epsilon, seed)
                 found.setdefault((plan, epsilon), {})[seed] = accuracy
                 print(f"{plan}, ε = {epsilon:g}, seed {seed}: {accuracy:.4f}", flush=True)

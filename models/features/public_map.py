@@ -1,5 +1,8 @@
 """The affine map of a wide feature, fitted to texts that nobody wrote: rows of random tokens of the base model's own vocabulary.
 
+Frequent tokens are drawn often. With tokens that are all as frequent, features of real texts had a mean far from 0, which takes
+a part of every clipped gradient and tells no classes apart.
+
 No record has a part in it, so that it costs no ε. It is the same for everybody who has the base model: every organization
 makes it by itself, and the plan holds its hash. For that, the encoder and the fit compute in float64, in which processors and
 numbers of threads differ by some 1e-13, and the result is rounded to a grid of about 1e-4.
@@ -16,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -31,20 +33,17 @@ from transformers import AutoModel
 
 from cotune.data.inputs.token_limits import find_max_length
 from cotune.data.tasks.task import get_task
-from cotune.data.tasks.text import frame_tokens
 from cotune.errors import ModelError, reason_of
 from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.config import FeatureConfig, ModelConfig
 from cotune.models.features.layer_reading import check_layers, read_layers
+from cotune.models.features.random_texts import LONGEST, draw_texts
 from cotune.models.local_events import notify
 from cotune.storage.files import atomic_write
 
-_RECIPE = 2  # counts changes of anything below that changes the map
+_RECIPE = 3  # counts changes of anything below that changes the map
 _TEXTS = 4000
-_SHORTEST = 4  # tokens of a text, without special ones
-_LONGEST = 31  # with them
-_ROWS = 128  # of a forward pass
 _POWER = 0.75  # of the inverse standard deviation along each direction
 _FLOOR = 1e-2  # added to the variances, whose mean is 1
 _NORM = 2.0  # root mean square of a feature's norm
@@ -193,34 +192,11 @@ def _features(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> It
     check_layers(base.config, layers)
     table = base.get_input_embeddings().weight.shape[0]
     done = 0
-    for rows in draw_texts(reader, table, find_max_length(reader, base, _LONGEST)):
+    for rows in draw_texts(reader, table, _TEXTS, _RECIPE, find_max_length(reader, base, LONGEST)):
         with torch.no_grad():
             yield read_layers(base, layers, cls, torch.tensor(rows), None)
         done += len(rows)
         notify("map", base=folder.name, done=done, total=_TEXTS)
-
-
-def draw_texts(reader: Any, table: int, longest: int = _LONGEST) -> Iterator[list[list[int]]]:
-    """Batches of rows of random tokens between the special tokens that every text has; of one length in each batch.
-
-    Args:
-        reader: The tokenizer.
-        table: How many tokens the model knows.
-        longest: Tokens that it reads of a text, special ones included.
-    """
-    special = set(reader.all_special_ids)
-    usable = sorted({number for number in reader.get_vocab().values() if number < table} - special)
-    before, after = frame_tokens(reader, usable[0])
-    draw = random.Random(_RECIPE).random
-    most = max(1, longest - len(before) - len(after))
-    least = min(_SHORTEST, most)
-    lengths = sorted(least + int(draw() * (most - least + 1)) for _ in range(_TEXTS))
-    rows = [[*before, *(usable[int(draw() * len(usable))] for _ in range(length)), *after] for length in lengths]
-    start = 0
-    while start < len(rows):
-        batch = [row for row in rows[start : start + _ROWS] if len(row) == len(rows[start])]
-        yield batch
-        start += len(batch)
 
 
 def fit_map(rows: Tensor) -> FittedMap:
