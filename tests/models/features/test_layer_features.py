@@ -31,7 +31,6 @@ from cotune.models.features.public_map import (
     get_public_map,
     pin_model,
 )
-from cotune.models.features.random_texts import draw_texts
 from cotune.models.local_events import observe_models
 from cotune.models.record_independence import MAX_PADDING_ERROR, padding_error
 from cotune.models.trainable import TrainableModel
@@ -221,22 +220,6 @@ def test_fitting_is_told(base_model: Base) -> None:
         model_of(base_model("bert"))
     assert (told[0], told[-1]) == (("map", 0, 4000), ("map", 4000, 4000))
     assert len(told) == count, "it is kept"
-
-
-def test_texts_are_random_tokens_in_the_frame_of_every_text(base_model: Base) -> None:
-    reader = AutoTokenizer.from_pretrained(base_model("bert"))
-    table = len(reader.get_vocab())
-    batches = list(draw_texts(reader, table, 4000, 3))
-    rows = [row for batch in batches for row in batch]
-    empty = reader("")["input_ids"]
-    special = set(reader.all_special_ids)
-    assert len(rows) == 4000
-    assert all(len({len(row) for row in batch}) == 1 for batch in batches)
-    assert {len(row) - len(empty) for row in rows} == set(range(4, 32 - len(empty)))
-    inner = [row[len(empty) // 2 : len(row) - len(empty) // 2] for row in rows]
-    assert {token for row in inner for token in row} == set(reader.get_vocab().values()) - special
-    assert list(draw_texts(reader, table, 4000, 3)) == batches
-    assert list(draw_texts(reader, table, 4000, 4)) != batches
 
 
 def test_a_plan_that_states_another_map_is_refused(base_model: Base) -> None:
