@@ -91,7 +91,7 @@ class PrivateDistillation:
         }
 
 
-_UNPINNED = {"base_hash": None, "config_hash": None, "revision": None}
+_UNPINNED = {"base_hash": None, "config_hash": None, "revision": None, "quantization": "none"}
 
 
 def pin_student(plan: Plan) -> Plan:

@@ -25,7 +25,7 @@ from cotune.storage.files import atomic_write
 if TYPE_CHECKING:
     from cotune.models.trainable import TrainableModel
 
-_PACKAGES = ("cotune", "torch", "transformers", "tokenizers", "opacus", "peft")
+_PACKAGES = ("cotune", "torch", "transformers", "tokenizers", "opacus", "peft", "bitsandbytes")
 _FOLDERS = ("data/inputs", "data/tasks", "models", "privacy/mechanisms", "client/training")  # whose code is what a check is about
 _FORMAT = 1
 

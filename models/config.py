@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from cotune.storage.config_table import ConfigTable
 
 TrainMode = Literal["head", "lora", "blocks", "full"]
+Quantization = Literal["none", "nf4"]
 Factors = Literal["b", "ab", "alternate"]
 Method = Literal["vote", "average", "weighted", "stacking"]  # how the predictions of several models become one
 
@@ -95,7 +96,9 @@ class ModelConfig(ConfigTable):
 
     base: str = Field(description='a folder, a Hugging Face hub id, or "package:NAME" for a model shipped in a Python package')
     base_hash: str | None = Field(
-        None, description="SHA-256 of the base model's weights, configuration, tokenizer and chat templates; checked when given"
+        None,
+        description="SHA-256 of the base model's weights, configuration, tokenizer and chat templates, and of the settings of"
+        " quantization, if there is one; checked when given",
     )
     config_hash: str | None = Field(
         None,
@@ -139,11 +142,27 @@ class ModelConfig(ConfigTable):
         description="arithmetic of frozen parts (auto: bfloat16 where the hardware has it); trained parameters are float32",
     )
 
+    quantization: Quantization = Field(
+        "none",
+        description="nf4: the linear layers of the base model's blocks are kept in 4 bits (QLoRA), with blocks of 64 weights;"
+        " for train = lora and head, with the extra qlora (bitsandbytes); none: as the files have them",
+    )
+
     @field_validator("feature", mode="before")
     @classmethod
     def _none_is_absent(cls, value: Any) -> Any:
         """So that `--set model.feature=none` takes a preset's feature away."""
         return None if value == "none" else value
+
+    @model_validator(mode="after")
+    def _quantizes_a_single_model(self) -> ModelConfig:
+        other = "feature" if self.feature is not None else "members" if self.members else None
+        if self.quantization != "none" and other:
+            raise ValueError(
+                f'quantization = "{self.quantization}" is not supported with model.{other}: expected quantization = none, or no'
+                f" model.{other}"
+            )
+        return self
 
     @field_validator("members")
     @classmethod

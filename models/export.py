@@ -21,6 +21,7 @@ from cotune.models.adapters.export import export_adapters, has_adapters_alone
 from cotune.models.adapters.lora import merge_adapters
 from cotune.models.base.folder import ENCODER
 from cotune.models.base.load import dropout_settings
+from cotune.models.base.quantized_layers import use_wide_layers
 from cotune.models.base.silence import silence_transformers
 from cotune.models.base.stored_precision import widen
 from cotune.models.features.layer_features import LayerClassifier
@@ -112,8 +113,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def _merged(module: Any) -> Any:
-    """A copy on the CPU, with its adapters added to its weights."""
+    """A copy on the CPU, with its adapters added to its weights; those of 4 bits are widened, as they were trained on."""
     copied = _copy_to_cpu(module)
+    use_wide_layers(copied)
     for parameter in copied.parameters():
         widen(parameter)
     merge_adapters(copied)

@@ -24,6 +24,7 @@ from cotune.models.adapters.adapter import Adapter, parameter_seed
 from cotune.models.adapters.lora import OWN, get_adapters, inject_adapters
 from cotune.models.architecture import encoder_prefixes
 from cotune.models.base.load import LoadedModel, load_model
+from cotune.models.base.quantized_layers import count_parameters
 from cotune.models.base.stored_precision import use_plain_layers, widen
 from cotune.models.config import Factors, LoraConfig, ModelConfig, TrainMode
 from cotune.models.device import pick_device
@@ -216,7 +217,7 @@ class TrainableModel:
 
     def parameter_count(self) -> int:
         """All parameters of the model, adapters included."""
-        return sum(p.numel() for p in self.module.parameters())
+        return count_parameters(self.module)
 
 
 def _copy(name: str, tensor: Tensor) -> Tensor:
@@ -226,6 +227,12 @@ def _copy(name: str, tensor: Tensor) -> Tensor:
             f"the values of {name} begin with the base model's, whose weights are not on this machine: expected the base model's"
             " *.safetensors here, or a plan that trains adapters or a new head (train = lora or head)",
             code="model.weights_needed",
+        )
+    if not tensor.is_floating_point():
+        raise ModelError(
+            f"{name} is kept in 4 bits (model.quantization), which nobody trains, shares or changes: expected train = lora or"
+            " head, or model.quantization = none",
+            code="model.quantized_parameter",
         )
     return tensor.detach().to("cpu", copy=True)
 

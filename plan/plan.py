@@ -260,6 +260,7 @@ class Plan(PlanTables):
             public_inputs=bool(self.public.source),
             folds_late=self.server.late == "fold",
             several_tasks=bool(self.tasks),
+            quantized=self.model.quantization != "none",
             plain_steps=not any(local.base_decay for local in locals_) and self.personal.method != "pfedme",
         )
 

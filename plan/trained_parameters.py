@@ -197,6 +197,8 @@ def rewritten_names(plan: Plan, model: TrainableModel, round: int) -> list[str]:
         return []
     fusion = plan.strategy.fusion
     kinds = ("a", "b", "weight") if is_code(fusion.name) else fusion.info("fusion").needs.rewrites
+    if plan.model.quantization != "none":
+        kinds = tuple(kind for kind in kinds if kind != "weight")  # of 4 bits
     return [getattr(adapter, kind) for adapter in model.adapters() for kind in kinds]
 
 

@@ -56,12 +56,31 @@ def model_card(
     library = "peft" if adapters else "transformers"
     lines = [
         *("---", f"library_name: {library}", f"pipeline_tag: {pipeline}", "---", "", f"# {escape_line(plan.name)}", ""),
-        *(about, "", *how, "", "## Model", "", "| | |", "|---|---|"),
+        *(about, "", *how, *_trained_on(plan, adapters), "", "## Model", "", "| | |", "|---|---|"),
         *(f"| {name} | {escape_line(value)} |" for name, value in _facts(plan, task.key, length)),
         *("", "## Privacy", "", "\n\n".join(map(escape_line, (*privacy, *_about_members(plan))))),
         *_results(test or {}, examples),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _trained_on(plan: Plan, adapters: bool) -> Iterator[str]:
+    """Say what adapters that were trained on a base of 4 bits are put on."""
+    if plan.model.quantization == "none":
+        return
+    yield ""
+    if adapters:
+        yield (
+            "They were trained on the base model in 4 bits, and fit it best: load it with `quantization_config ="
+            f' BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{plan.model.quantization}")`, and leave'
+            " `merge_and_unload()` out. On the full base model, as above, answers differ a little, and no test here is of it."
+        )
+    else:
+        yield (
+            f"The base model was trained on in 4 bits ({plan.model.quantization}), and is here as the layers computed with it:"
+            " its 4-bit weights, widened, with what was trained. So these weights are not those of the full base model with"
+            " something added."
+        )
 
 
 def promised(plan: Plan) -> list[str]:
@@ -270,7 +289,8 @@ def _base(plan: Plan) -> str:
     base = plan.model.base
     name = base.removeprefix(FOLDER) if get_base_path(base) is None else Path(base).name
     revision = "" if plan.model.revision is None else f", revision {plan.model.revision}"
-    return f"{name}{revision}, SHA-256 {plan.model.base_hash or 'not given'}"
+    quantized = "" if plan.model.quantization == "none" else f", in 4 bits ({plan.model.quantization})"
+    return f"{name}{revision}{quantized}, SHA-256 {plan.model.base_hash or 'not given'}"
 
 
 _MEANS = {  # by the figure that decides

@@ -35,6 +35,7 @@ class PlanFacts:
         folds_late: Whether late updates are folded into later rounds.
         several_tasks: Whether an organization sends only the heads of the tasks it has.
         plain_steps: Whether a delta is the sum of optimizer steps on (noised) gradients and nothing else.
+        quantized: Whether the base model's linear layers are kept in 4 bits.
     """
 
     record_privacy: bool = False
@@ -55,6 +56,7 @@ class PlanFacts:
     folds_late: bool = False
     several_tasks: bool = False
     plain_steps: bool = True
+    quantized: bool = False
 
 
 Found = Mapping[Kind, tuple[Component, ComponentInfo]]
@@ -73,7 +75,7 @@ def find_problem(strategy: StrategyConfig, facts: PlanFacts, infos: Mapping[Kind
     """
     found: Found = {kind: (part, info) for kind, part, info in strategy.known_components()}
     opened = {kind: (part, (infos or {})[kind]) for kind, part in strategy.components() if kind in (infos or {})}
-    return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts)), None)
+    return next(chain(_problems({**found, **opened}, facts), _sending(strategy, facts), _modes(facts)), None)
 
 
 def find_privacy_problem(info: ComponentInfo, facts: PlanFacts) -> str | None:
@@ -88,6 +90,15 @@ def _sending(strategy: StrategyConfig, facts: PlanFacts) -> Iterator[str]:
         yield (
             f"strategy.sends asks for statistics of the records ({', '.join(statistics)}) that no noise protects: expected"
             " privacy = none, or a strategy that needs deltas alone"
+        )
+
+
+def _modes(facts: PlanFacts) -> Iterator[str]:
+    whole = [mode for mode in facts.modes if mode in ("blocks", "full")]
+    if facts.quantized and whole:
+        yield (
+            f"train = {whole[0]} changes weights that model.quantization keeps in 4 bits: expected train = lora or head, or"
+            " model.quantization = none"
         )
 
 
@@ -228,6 +239,11 @@ def _training(info: ComponentInfo, facts: PlanFacts) -> Iterator[str]:
         yield "assumes one learning rate, and the plan has another local.head_learning_rate: leave it out"
     if needs.client_state and not facts.same_steps:
         yield "assumes as many steps at every organization, and the plan has local.epochs: expected local.steps"
+    if facts.quantized and "weight" in needs.rewrites:
+        yield (
+            "adds to the weights under the adapters, which model.quantization keeps in 4 bits: expected model.quantization ="
+            ' none, or a fusion of the adapters alone, such as "mean"'
+        )
     if needs.adapters and "lora" not in facts.modes:
         yield "is for adapters, and no stage of the plan trains any: expected train = lora"
     if needs.adapters and facts.factors is not None and facts.factors not in needs.adapters:

@@ -28,7 +28,7 @@ def summarize_plan(plan: Plan) -> list[str]:
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
     lines = [
         f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task}{_classes(plan)}",
-        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}{_feature(plan)}",
+        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}{_quantized(plan)}{_feature(plan)}",
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
         _privacy(plan),
@@ -49,6 +49,10 @@ def _down(plan: Plan) -> str:
 
 def _trained(stage: Stage) -> str:
     return stage.mode if stage.layers is None else f"the last {stage.layers} blocks"
+
+
+def _quantized(plan: Plan) -> str:
+    return "" if plan.model.quantization == "none" else f", in 4 bits ({plan.model.quantization})"
 
 
 def _feature(plan: Plan) -> str:

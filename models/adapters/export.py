@@ -50,7 +50,9 @@ def export_adapters(model: TrainableModel, folder: Path, base: str | None = None
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {f"base_model.model.{n.removeprefix(prefix).replace('.default.', '.')}": tensor for n, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    quantization = model.loaded.folder.quantization
+    trained_on = {} if quantization == "none" else {"base_quantization": quantization}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **trained_on})
 
 
 def _side_by_side(model: TrainableModel) -> State:

@@ -23,6 +23,7 @@ from cotune.models.base.folder import (
     read_base_labels,
     read_settings,
 )
+from cotune.models.base.quantized_layers import check_quantization, quantized_blocks
 from cotune.models.base.silence import silence_transformers
 from cotune.models.base.skeleton import CheckedLookups, materialize, read_weights
 from cotune.models.base.stored_precision import find_stored_type, narrow_weights, use_narrow_layers
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # takes seconds to import, which commands that load no model 
     from transformers import PreTrainedModel
 from cotune.models.base.load_checks import (
     check_complete,
+    check_files_are_wide,
     check_finite,
     check_no_code_is_named,
     check_padding_row,
@@ -114,6 +116,7 @@ def load_model(
     names = does.head_names(labels)
     try:
         model_config = _configure(folder.path, names)
+        check_quantization(folder.quantization, model_config.model_type, config.base)
         reader = does.reader(folder.path)
         with silence_transformers(), torch.random.fork_rng(devices=[]):
             map = None if config.feature is None else _get_map(folder, config.feature, model_config)
@@ -245,7 +248,9 @@ def _draw_head(module: PreTrainedModel) -> None:
 
 
 def _configure(path: Path, labels: tuple[str, ...]) -> Any:
-    check_no_code_is_named(read_settings(path))
+    settings = read_settings(path)
+    check_no_code_is_named(settings)
+    check_files_are_wide(settings)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     check_padding_row(config)
     if labels:
@@ -288,7 +293,7 @@ def _build(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     frozen = add_mean_pooling(config, None) if mean_pooling else ()
     stored = find_stored_type(folder, config.model_type)
-    with narrow_weights(stored):
+    with quantized_blocks(folder.quantization if folder.has_weights else "none"), narrow_weights(stored):
         module, report = read_weights(task.model_class(), folder, config)
     if stored is not None:
         use_narrow_layers(module, () if task.keeps_head else encoder_prefixes(module))

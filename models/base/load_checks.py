@@ -33,6 +33,21 @@ def check_no_code_is_named(settings: Any) -> None:
             check_no_code_is_named(value)
 
 
+def check_files_are_wide(settings: Any) -> None:
+    """Check that a configuration is of no weights that bitsandbytes has quantized: transformers would use its layers for them.
+
+    Raises:
+        ModelError: If it is.
+    """
+    quantized = settings.get("quantization_config")
+    if isinstance(quantized, dict) and (quantized.get("quant_method") == "bitsandbytes" or "load_in_4bit" in quantized):
+        raise ModelError(
+            "the base model's files hold weights that bitsandbytes has quantized already (quantization_config in config.json):"
+            ' expected those of the full model, which model.quantization = "nf4" quantizes as they are read',
+            code="model.quantized_files",
+        )
+
+
 def check_padding_row(config: Any) -> None:
     """Check that the padding token has a row in the table of tokens; `token_limits.check_tokens` checks the tokenizer's.
 

@@ -22,7 +22,8 @@ from cotune.models.base.folder import (
 )
 from cotune.models.base.fused_folder import read_fusion_document
 from cotune.models.base.gguf_folder import find_gguf, get_converted
-from cotune.models.config import ModelConfig
+from cotune.models.base.quantization import bind_settings, find_bound
+from cotune.models.config import ModelConfig, Quantization
 
 FOLDER = "folder:"  # before the name of a base model that its coordinator has in a folder, which members are not told
 _DEMO = 'pip install "cotune[demo]"'
@@ -38,10 +39,11 @@ class BaseModelFolder:
         name: As the plan names it.
         path: The folder.
         content_hash: SHA-256 over the names and contents of the files that decide what is computed
-            (`base_folder.list_model_files`); without weights, what the plan says of it.
+            (`base_folder.list_model_files`), and over the settings of quantization; without weights, what the plan says of it.
         revision: The commit, where the folder is a snapshot of the Hugging Face hub.
         config_hash: The same over these files but the weights.
         has_weights: Whether the folder holds the weights.
+        quantization: What its weights are kept in.
     """
 
     name: str
@@ -50,6 +52,7 @@ class BaseModelFolder:
     revision: str | None = None
     config_hash: str | None = None
     has_weights: bool = True
+    quantization: Quantization = "none"
 
     @property
     def pins(self) -> dict[str, str]:
@@ -76,16 +79,32 @@ def find_base(config: ModelConfig, *, needs_weights: bool = True) -> BaseModelFo
     if not has_weights(path):
         _check_hashes_given(config)
         _check_config(config, others)
-        return BaseModelFolder(config.base, path, str(config.base_hash), get_revision(path), others, has_weights=False)
-    folder = BaseModelFolder(config.base, path, content_hash(path), get_revision(path), others)
-    if config.base_hash not in (None, folder.content_hash):
-        raise ModelError(
-            f"the base model {config.base} has the hash {folder.content_hash[:16]}…, expected {config.base_hash[:16]}… as in the"
-            " plan: get the same weights, configuration, tokenizer and chat templates as the other organizations",
-            code="model.other_hash",
-        )
+        told = str(config.base_hash)
+        return BaseModelFolder(config.base, path, told, get_revision(path), others, False, config.quantization)
+    files = content_hash(path)
+    bound = bind_settings(files, config.quantization)
+    _check_base(config, files, bound)
     _check_config(config, others)
-    return folder
+    return BaseModelFolder(config.base, path, bound, get_revision(path), others, True, config.quantization)
+
+
+def _check_base(config: ModelConfig, files: str, bound: str) -> None:
+    """The same files in other settings are another base model, and told apart from other files."""
+    if config.base_hash in (None, bound):
+        return
+    meant = find_bound(files, config.base_hash)
+    if meant is not None:
+        raise ModelError(
+            f"the base model {config.base} has the files that model.base_hash is for, and that hash is for quantization ="
+            f' "{meant}", while the plan has "{config.quantization}": expected the quantization that the hash is for, or the hash'
+            " that `cotune plan pin` writes",
+            code="model.other_quantization",
+        )
+    raise ModelError(
+        f"the base model {config.base} has the hash {bound[:16]}…, expected {config.base_hash[:16]}… as in the"
+        " plan: get the same weights, configuration, tokenizer and chat templates as the other organizations",
+        code="model.other_hash",
+    )
 
 
 def _check_hashes_given(config: ModelConfig) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging as transformers_logging
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, which says that it did without kernels of the hub
 
 
 @contextmanager

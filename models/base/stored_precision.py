@@ -11,7 +11,7 @@ float32 always.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ class NarrowLinear(nn.Linear):
         if weight.dtype == input.dtype or torch.is_autocast_enabled(input.device.type):
             return functional.linear(input, weight, self.bias)
         wide = weight.to(input.dtype)
-        with _saved_narrow(weight, wide):
+        with recomputed(wide, lambda: weight.detach().to(input.dtype)):
             return functional.linear(input, wide, self.bias)
 
 
@@ -55,16 +55,20 @@ class NarrowEmbedding(nn.Embedding):
 
 
 @contextmanager
-def _saved_narrow(weight: Tensor, wide: Tensor) -> Iterator[None]:
-    """Save the narrow weight for the backward pass in place of its widened copy, which is recomputed there."""
-    dtype = wide.dtype
+def recomputed(wide: Tensor, widen: Callable[[], Tensor]) -> Iterator[None]:
+    """Save nothing of a widened weight for the backward pass of what is computed within the block: it is widened again there.
+
+    Args:
+        wide: The widened weight.
+        widen: Returns it once more.
+    """
     place = wide.data_ptr()
 
     def pack(tensor: Tensor) -> Any:
         return (tensor.size(), tensor.stride()) if tensor.data_ptr() == place else tensor
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else weight.detach().to(dtype).as_strided(*kept)
+        return kept if isinstance(kept, Tensor) else widen().as_strided(*kept)
 
     with saved_tensors_hooks(pack, unpack):
         yield
@@ -102,6 +106,8 @@ def narrow_weights(dtype: torch.dtype | None) -> Iterator[None]:
 
     def narrow(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if parameter.dtype == dtype or id(parameter) in wide:  # what is tied to a wide weight is that weight, and no copy
+            return None
+        if not parameter.is_floating_point():  # of 4 bits
             return None
         if name != "weight" or type(module) not in _NARROW:
             wide[id(parameter)] = parameter

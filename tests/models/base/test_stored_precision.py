@@ -9,54 +9,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from cotune.data.config import TaskName
-from cotune.models.architecture import AlignedRows
 from cotune.models.base.lookup import find_base
 from cotune.models.base.stored_precision import KEPT_NARROW, NarrowLinear, find_stored_type
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import export_model
 from cotune.models.record_independence import in_float64
 from cotune.models.trainable import TrainableModel, open_model
-from tests.support.tiny_models import VOCABULARY, tokenizer
+from tests.support.frozen_weights import TARGETS, Watched, batch_of, check_equal, gradients, write_base
 
-SIZE = {
-    "vocab_size": len(VOCABULARY),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
-TARGETS = {
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-    "opt": ["q_proj", "fc2"],
-    "phi": ["q_proj", "fc2"],
-    "phi3": ["qkv_proj", "down_proj"],
-}
 LORA = LoraConfig(rank=2)
 Pair = Callable[..., tuple[TrainableModel, TrainableModel]]
-
-
-def write_base(folder: Path, kind: str, dtype: torch.dtype, *, tied: bool = False) -> Path:
-    """Weights that bfloat16 can hold, in files of a type."""
-    config = AutoConfig.for_model(kind, **SIZE, tie_word_embeddings=tied)
-    for key, value in {"ffn_dim": 64, "word_embed_proj_dim": 32, "head_dim": 16}.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    model.to(dtype).save_pretrained(folder)
-    tokenizer("llama").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -69,26 +34,6 @@ def pair(tmp_path: Path) -> Pair:
         return tuple(open_model(ModelConfig(base=str(folder), max_length=16), labels, lora, 1, "cpu", task) for folder in folders)
 
     return make
-
-
-def batch_of(model: TrainableModel) -> dict[str, Tensor]:
-    samples = model.loaded.task.samples(model.loaded.reader)
-    return model.loaded.task.collator(model.module, model.loaded.reader, model.device)(samples)
-
-
-def gradients(model: TrainableModel, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Of the losses of made-up records, as a training step computes them."""
-    chosen = model.train_only(names)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), AlignedRows():
-        losses = model.loaded.task.losses(model.module, batch_of(model), None)
-    found = torch.autograd.grad(losses.sum(), chosen)
-    return {"losses": losses.detach(), **dict(zip(names, found, strict=True))}
-
-
-def check_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(tensor.dtype == torch.float32 for tensor in one.values())
-    assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
 
 
 def narrow_names(model: TrainableModel) -> list[str]:
@@ -153,18 +98,6 @@ def test_exported_models_are_the_same(pair: Pair, tmp_path: Path) -> None:
             export_model(model, tmp_path / str(number))
         files.append(load_file(tmp_path / str(number) / "model.safetensors"))
     check_equal(*files)
-
-
-class Watched(TorchFunctionMode):
-    """Whose block knows of every weight that a linear layer computes with whether it is still in memory."""
-
-    def __init__(self) -> None:
-        self.weights: list[StorageWeakRef] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear:
-            self.weights.append(StorageWeakRef(args[1].untyped_storage()))
-        return func(*args, **(kwargs or {}))
 
 
 def test_autograd_keeps_no_wide_copy_of_a_weight(pair: Pair) -> None:

@@ -1,0 +1,203 @@
+"""Keep frozen linear layers in 4 bits, and compute with what they stand for.
+
+A layer holds the numbers of bitsandbytes, two weights to a byte and a maximum for each block. It widens them when it is called,
+and again for the gradient of its input: what it computes is, to the bit, what a plain layer with the widened weights computes,
+in batches of any shape. The products of bitsandbytes itself are not used, as some of them depend on the number of rows, so that
+a record's scores would depend on the records beside it.
+
+A weight is quantized as soon as it is read from its file, on the CPU: a wide copy of the whole model never exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from cotune.errors import ModelError
+from cotune.models.base.quantization import BLOCK
+from cotune.models.base.stored_precision import KEPT_NARROW, recomputed
+from cotune.models.config import Quantization
+
+_SAMPLE = "5e9967349c4a0e125b818964b5c748a3f062c8d7f8cd1091e87db18d0f2ba9ca"  # see `_digest_of_sample`
+# architectures whose blocks are of plain linear layers, and ask no weight for its type; tests compare every bit of each
+QUANTIZABLE = KEPT_NARROW | {"bert", "distilbert", "roberta", "xlm-roberta"}
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weight has 4 bits.
+
+    Attributes:
+        weight: (out · in / 2, 1), uint8: two numbers of the weight to a byte, in the order of memory.
+        maxima: (blocks,), float32: the largest magnitude of each block of the weight.
+    """
+
+    maxima: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what a layer with the widened weight returns, (…, in) -> (…, out), with its gradients."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        wide = self.widened().to(dtype)
+        with recomputed(wide, lambda: self.widened().to(dtype)):
+            return functional.linear(input, wide, self.bias)
+
+    def widened(self) -> Tensor:
+        """Return the weight (out, in) in float32."""
+        return _widen(self.weight.detach(), self.maxima.float(), (self.out_features, self.in_features))
+
+
+def check_quantization(quantization: Quantization, architecture: str, name: str) -> None:
+    """Check that a base model can be had in 4 bits.
+
+    Args:
+        quantization: As in the plan.
+        architecture: The `model_type` of its configuration.
+        name: Of the model, for errors.
+
+    Raises:
+        ModelError: If the blocks of the architecture are not known to be of plain linear layers.
+    """
+    if quantization != "none" and architecture not in QUANTIZABLE:
+        raise ModelError(
+            f"the base model {name} is a {architecture}, for which model.quantization is not supported: expected one of"
+            f" {', '.join(sorted(QUANTIZABLE))}, or model.quantization = none",
+            code="model.not_quantizable",
+        )
+
+
+@lru_cache(maxsize=1)
+def check_bitsandbytes() -> None:
+    """Check that the package is there, and quantizes as everybody's does.
+
+    Raises:
+        ModelError: If it cannot be imported, or gives other bytes.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a library of CUDA that does not fit raises anything
+        raise ModelError(
+            f"model.quantization needs the Python package bitsandbytes, which cannot be imported ({str(error)[:120]}): run `pip"
+            ' install "cotune[qlora]"`, or take a plan without it',
+            code="model.no_bitsandbytes",
+        ) from None
+    if _digest_of_sample() != _SAMPLE:
+        raise ModelError(
+            f"the Python package bitsandbytes {version('bitsandbytes')} quantizes otherwise than organizations' do: expected a"
+            ' version that cotune is tested with; run `pip install "cotune[qlora]"`',
+            code="model.other_bitsandbytes",
+        )
+
+
+def _digest_of_sample() -> str:
+    """SHA-256 of what is made of weights of several sizes: bytes, maxima, and what they stand for."""
+    weight = ((torch.arange(4096) * 7919 % 2003) - 1001).float() / 1000
+    weight[:64] *= 1e-3
+    weight[64:128] = 0
+    packed, maxima = _quantize(weight)
+    found = (packed, maxima, _widen(packed, maxima, (64, 64)))
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in found)).hexdigest()
+
+
+@contextmanager
+def quantized_blocks(quantization: Quantization) -> Iterator[None]:
+    """Let linear layers whose weights are read within the block have 4 bits, if they are in the list of a model's blocks.
+
+    Embeddings, heads and output layers are in no list, and stay as they are; so does what no file holds.
+
+    Args:
+        quantization: As in the plan; none: everything is as it is otherwise.
+
+    Raises:
+        ModelError: bitsandbytes is not there.
+    """
+    if quantization == "none":
+        yield
+        return
+    check_bitsandbytes()
+    places: dict[nn.Module, nn.Module] = {}
+
+    def place(module: nn.Module, _: str, child: nn.Module | None) -> None:
+        if child is not None:
+            places[child] = module
+
+    def quantize(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta  # transformers marks what it has read
+        if name != "weight" or type(module) is not nn.Linear or not read or not _is_in_list(module, places):
+            return None
+        return _use_quantized(module, parameter.detach())
+
+    hooks = [
+        register_module_module_registration_hook(cast(Any, place)),  # its stub knows of no answer
+        register_module_parameter_registration_hook(cast(Any, quantize)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_in_list(module: nn.Module, places: Mapping[nn.Module, nn.Module]) -> bool:
+    above = places.get(module)
+    while above is not None and not isinstance(above, nn.ModuleList):
+        above = places.get(above)
+    return above is not None
+
+
+def _use_quantized(layer: nn.Linear, weight: Tensor) -> nn.Parameter:
+    """Let a layer compute with what its bytes stand for, and return these."""
+    packed, maxima = _quantize(weight)
+    layer.__class__ = QuantizedLinear
+    layer.register_buffer("maxima", maxima)
+    replaced = nn.Parameter(packed, requires_grad=False)
+    for tensor in (replaced, maxima):
+        cast(Any, tensor)._is_hf_initialized = True  # else transformers draws them anew
+    return replaced
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes, and the maxima: NaN where a weight is no number, which a maximum may pass over."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight.float().contiguous(), blocksize=BLOCK, quant_type="nf4")
+    finite = bool(weight.isfinite().all())
+    return packed, state.absmax if finite else torch.full_like(state.absmax, torch.nan)
+
+
+def _widen(packed: Tensor, maxima: Tensor, shape: tuple[int, int]) -> Tensor:
+    """As rows of one block each: bitsandbytes 0.50 gives wrong numbers on a CPU where a row has no whole number of blocks."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    count = math.prod(shape)
+    rows = (count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count)
+    state = QuantState(maxima, torch.Size(rows), blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
+    return cast(Tensor, dequantize_4bit(packed, state)).reshape(shape)
+
+
+def use_wide_layers(module: nn.Module) -> None:
+    """Let all layers of 4 bits in a module be plain ones in float32, with the numbers that they computed with."""
+    for layer in list(module.modules()):
+        if isinstance(layer, QuantizedLinear):
+            layer.weight = nn.Parameter(layer.widened(), requires_grad=False)
+            del layer.maxima
+            cast(nn.Module, layer).__class__ = nn.Linear
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters of a module; one of 4 bits counts as one."""
+    packed = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    more = sum(layer.out_features * layer.in_features - layer.weight.numel() for layer in packed)
+    return more + sum(parameter.numel() for parameter in module.parameters())
