@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cotune.models.architecture import AlignedRows
+from cotune.models.base.quantized_layers import count_parameters
 
 Checkpointing = Literal["auto", "on", "off"]
 _MANY_PARAMETERS = 1e9
@@ -24,7 +25,7 @@ _MANY_PARAMETERS = 1e9
 
 def is_checkpointed(wanted: Checkpointing, module: nn.Module) -> bool:
     """Whether activations are computed again: with "auto" for a model of a billion parameters and more."""
-    return wanted == "on" or (wanted == "auto" and sum(p.numel() for p in module.parameters()) >= _MANY_PARAMETERS)
+    return wanted == "on" or (wanted == "auto" and count_parameters(module) >= _MANY_PARAMETERS)
 
 
 @contextmanager

@@ -65,22 +65,27 @@ def model_card(
 
 
 def _trained_on(plan: Plan, adapters: bool) -> Iterator[str]:
-    """Say what adapters that were trained on a base of 4 bits are put on."""
+    """Say of a base of 4 bits what its layers computed with, and what adapters are put on."""
     if plan.model.quantization == "none":
         return
-    yield ""
     if adapters:
-        yield (
-            "They were trained on the base model in 4 bits, and fit it best: load it with `quantization_config ="
-            f' BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{plan.model.quantization}")`, and leave'
-            " `merge_and_unload()` out. On the full base model, as above, answers differ a little, and no test here is of it."
+        yield from (
+            "",
+            "They were trained on the base model in 4 bits, as it is loaded here. Without `quantization_config` they are on the"
+            " full base model: answers differ somewhat, and no figure here is of it.",
         )
-    else:
-        yield (
-            f"The base model was trained on in 4 bits ({plan.model.quantization}), and is here as the layers computed with it:"
-            " its 4-bit weights, widened, with what was trained. So these weights are not those of the full base model with"
-            " something added."
-        )
+        return
+    yield from (
+        "",
+        f"It was trained on the base model in 4 bits ({plan.model.quantization}). These weights are what its layers computed"
+        " with: the 4-bit weights, widened, with what was trained; they are not the full base model's with something added. The"
+        " adapters in `adapter/`, where that folder is there, fit a base that is loaded with"
+        f" `quantization_config={_in_four_bits(plan)}`.",
+    )
+
+
+def _in_four_bits(plan: Plan) -> str:
+    return f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{plan.model.quantization}")'
 
 
 def promised(plan: Plan) -> list[str]:
@@ -123,13 +128,22 @@ def _use_of_adapters(plan: Plan) -> Iterator[str]:
         "",
         "```python",
         "from peft import PeftModel",
-        f"from transformers import {kind}",
-        "",
-        f'model = PeftModel.from_pretrained({kind}.from_pretrained("BASE"), "FOLDER").merge_and_unload()',
+        *_put_on_base(plan, kind),
         "```",
     )
     if task.has_several_heads:
         yield from ("", "They are for the encoder; the heads of the tasks are not here. Organizations have the whole model.")
+
+
+def _put_on_base(plan: Plan, kind: str) -> Iterator[str]:
+    if plan.model.quantization == "none":
+        yield from (f"from transformers import {kind}", "")
+        yield f'model = PeftModel.from_pretrained({kind}.from_pretrained("BASE"), "FOLDER").merge_and_unload()'
+        return
+    yield from (f"from transformers import {kind}, BitsAndBytesConfig", "")
+    yield f"quantization = {_in_four_bits(plan)}"
+    yield f'base = {kind}.from_pretrained("BASE", quantization_config=quantization)'
+    yield 'model = PeftModel.from_pretrained(base, "FOLDER")'
 
 
 def _use_of_members(plan: Plan) -> Iterator[str]:

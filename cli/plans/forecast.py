@@ -39,7 +39,8 @@ def make_forecast(options: PlanOptions, examples: str | None, device: str, began
 def show_forecast(console: Console, seen: Forecast) -> None:
     """The tables and sentences."""
     plan = seen.plan
-    console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}")
+    quantized = "" if plan.model.quantization == "none" else f", in 4 bits ({plan.model.quantization})"
+    console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}{quantized}")
     console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
     console.print(f"of its files but the weights {escape(str(plan.model.config_hash))}", soft_wrap=True)
     tested = "no data were read" if seen.test_examples is None else f"{seen.test_examples:,} test examples"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -31,6 +32,8 @@ from cotune.models.base.quantization import BLOCK
 from cotune.models.base.stored_precision import KEPT_NARROW, recomputed
 from cotune.models.config import Quantization
 
+_AT_ONCE = 2**20  # weights, a multiple of all blocks
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers
 _SAMPLE = "5e9967349c4a0e125b818964b5c748a3f062c8d7f8cd1091e87db18d0f2ba9ca"  # see `_digest_of_sample`
 # architectures whose blocks are of plain linear layers, and ask no weight for its type; tests compare every bit of each
 QUANTIZABLE = KEPT_NARROW | {"bert", "distilbert", "roberta", "xlm-roberta"}
@@ -144,10 +147,25 @@ def quantized_blocks(quantization: Quantization) -> Iterator[None]:
         register_module_parameter_registration_hook(cast(Any, quantize)),
     ]
     try:
-        yield
+        with _read_one_by_one():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _read_one_by_one() -> Iterator[None]:
+    """Let transformers read a weight when the one before it is quantized: its threads would read all of them by then."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
 
 
 def _is_in_list(module: nn.Module, places: Mapping[nn.Module, nn.Module]) -> bool:
@@ -172,9 +190,13 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The bytes, and the maxima: NaN where a weight is no number, which a maximum may pass over."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(weight.float().contiguous(), blocksize=BLOCK, quant_type="nf4")
-    finite = bool(weight.isfinite().all())
-    return packed, state.absmax if finite else torch.full_like(state.absmax, torch.nan)
+    parts = [
+        quantize_4bit(part.float(), blocksize=BLOCK, quant_type="nf4")
+        for part in torch.split(weight.flatten(), _AT_ONCE)  # what bitsandbytes computes in between has 16 bytes a weight
+    ]
+    packed = torch.cat([part for part, _ in parts])
+    maxima = torch.cat([state.absmax for _, state in parts])
+    return packed, maxima if bool(weight.isfinite().all()) else torch.full_like(maxima, torch.nan)
 
 
 def _widen(packed: Tensor, maxima: Tensor, shape: tuple[int, int]) -> Tensor:

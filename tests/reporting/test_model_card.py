@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cotune.plan.load import parse_plan
 from cotune.plan.plan import Plan
 from cotune.reporting.model_card import model_card, promised
@@ -31,6 +33,19 @@ def test_what_is_needed_to_serve_and_to_judge_a_model_is_said() -> None:
     for part in ("bad, good", "64 tokens", "org/base", found.plan_id, "truncation=True", "ε at most 3 ", "1,234", "0.812"):
         assert part in card
     assert "pooled" not in card
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_base_in_four_bits_is_named(adapters: bool) -> None:
+    """With what loads it, on the card of adapters alone."""
+    causal = {"task": "causal-lm", "labels": [], "train": "lora", "data": {"source": "x.csv", "prompt": "p", "target": "t"}}
+    cards = [
+        model_card(plan(**causal, model={"base": "org/base", "quantization": q}), privacy=["p"], length=64, adapters=adapters)
+        for q in ("nf4", "none")
+    ]
+    assert ["in 4 bits" in card for card in cards] == [True, False]
+    assert ["load_in_4bit=True" in card for card in cards] == [True, False]
+    assert ["merge_and_unload" in card for card in cards] == [False, adapters]
 
 
 def test_without_privacy_it_says_so() -> None:

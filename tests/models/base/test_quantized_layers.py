@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from cotune.data.config import TaskName
@@ -22,6 +25,7 @@ from cotune.models.architecture import AlignedRows
 from cotune.models.base import quantized_layers
 from cotune.models.base.lookup import find_base
 from cotune.models.base.quantized_layers import QUANTIZABLE, QuantizedLinear, check_bitsandbytes
+from cotune.models.checkpointing import checkpointing
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import ADAPTERS, export_model
 from cotune.models.record_independence import check_independence, in_float64
@@ -118,19 +122,20 @@ def test_losses_and_gradients_are_those_of_the_widened_weights(make: Make, kind:
     assert small.parameter_count() == full.parameter_count()
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", pytest.param("phi3", marks=pytest.mark.long)])
-def test_gradients_are_those_of_single_records(make: Make, kind: str) -> None:
+def test_gradients_are_those_of_single_records(make: Make, kind: str, again: bool) -> None:
     model = make(kind)
     model.load({n: t + 0.1 for n, t in model.state(model.adapter_names()).items()})
     trained = model.train_only(model.names("lora"))
     batch = batch_of(model)
 
-    def losses(given: Any) -> Tensor:
-        with AlignedRows():
+    def losses(given: Any, again: bool = False) -> Tensor:
+        with AlignedRows(), checkpointing(model.module, enabled=again):
             return model.loaded.task.losses(model.module, given, None)
 
     alone = [torch.autograd.grad(losses({k: v[row : row + 1] for k, v in batch.items()}).sum(), trained) for row in range(2)]
-    with per_example(model.module, losses) as of:
+    with per_example(model.module, partial(losses, again=again)) as of:
         _, found = of.gradients(batch)
     for row, expected in enumerate(alone):
         assert any(gradient.any() for gradient in expected)
@@ -178,6 +183,33 @@ def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
         found.append([(name, layer.weight.numpy().tobytes(), layer.maxima.numpy().tobytes()) for name, layer in layers.items()])
     assert found[0] == found[1]
     assert len(found[0]) == 14
+
+
+def test_a_weight_is_quantized_before_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transformers' own switch: its threads would read all of a file that is quantized more slowly."""
+    from transformers import AutoConfig, core_model_loading
+
+    wide: list[StorageWeakRef] = []
+    quantize = quantized_layers._quantize
+
+    def watched(weight: Tensor) -> Any:
+        assert all(weight.expired() for weight in wide)
+        wide.append(StorageWeakRef(weight.untyped_storage()))
+        return quantize(weight)
+
+    def no_threads(**_: Any) -> Any:
+        raise AssertionError("threads read ahead")
+
+    config = AutoConfig.for_model("llama", **{**SIZE, "intermediate_size": 96})  # of which no test has read a model
+    folder = write_causal(tmp_path / "base", config)
+    monkeypatch.setattr(quantized_layers, "_quantize", watched)
+    monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", no_threads)
+    before = dict(os.environ)
+    assert len(quantized(opened(folder, "nf4", None))) == 14
+    assert len(wide) >= 14
+    assert dict(os.environ) == before
+    with fails_with("model.not_loadable"):
+        opened(folder, "none", None)
 
 
 def test_a_bitsandbytes_that_gives_other_bytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
