@@ -70,11 +70,14 @@ def show_forecast(console: Console, seen: Forecast) -> None:
 
 def _time(seen: Forecast) -> str:
     """Of a simulation; of a federation nobody knows the machines."""
-    if seen.seconds is None:
+    if seen.time is None:
         return ""
-    low = duration(seen.seconds.low)
-    high = duration(seen.seconds.high)
-    return f"about {low} to {high} for `cotune simulate` and its baselines on this machine; "
+    low = duration(seen.time.seconds.low)
+    high = duration(seen.time.seconds.high)
+    return (
+        f"about {low} to {high} for `cotune simulate` and its baselines on this machine, as timed on {seen.time.timed_records:,}"
+        f" of {seen.time.records:,} records; "
+    )
 
 
 def _show_claim(console: Console, figures: Figures) -> None:

@@ -25,7 +25,7 @@ from cotune.models.physical_batch import PhysicalBatch, open_batch
 from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64  # rows at a time, or fewer if they do not fit into memory
-_BATCH_ABOVE = 32  # where what is below is kept: as many as train by default, so that it is computed once for both
+BATCH_ABOVE = 32  # rows where what is below is kept: as many as train by default, so that it is computed once for both
 
 
 def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
@@ -95,10 +95,10 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
             low = autocasts(precision, model.device)
             rows = EvaluatedRows.of(model.loaded, test.inputs(), test.targets)
-            lower = _find_lower_layers(model, state, test) if rows.are_records else None
+            lower = find_kept_layers(model, state, test) if rows.are_records else None
             if lower is None:
                 return _predict(model, rows, open_batch(model, "evaluation", _BATCH, least=1))
-            physical = open_batch(model, "evaluation above kept states", _BATCH_ABOVE, least=1)
+            physical = open_batch(model, "evaluation above kept states", BATCH_ABOVE, least=1)
             return physical.fit(
                 lambda: _predict_above(StateReader(model, lower, physical.slots, low), test, rows.examples, state)
             )
@@ -125,8 +125,14 @@ def _predict(model: TrainableModel, rows: EvaluatedRows, physical: PhysicalBatch
     return [each for answers in found.in_order() for each in answers]
 
 
-def _find_lower_layers(model: TrainableModel, state: State, test: Dataset) -> LowerLayers | None:
-    """What is below the adapters, where the state has changed nothing there: then it is the same for every state of a run."""
+def find_kept_layers(model: TrainableModel, state: State, test: Dataset) -> LowerLayers | None:
+    """Return what is below the adapters, where the state has changed nothing there: it is the same for every state of a run.
+
+    Args:
+        model: The model.
+        state: Its trained parameters by name.
+        test: The records; None is the answer where the states of their files are too large to be kept.
+    """
     if model.lora is None or not is_small(model, test):
         return None
     lower = find_lower_layers(model, model.adapter_names())

@@ -214,21 +214,28 @@ def _write(file: Path, features: Tensor) -> None:
     atomic_write(file, save({"features": features}))
 
 
-def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str) -> Tensor:
+def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str, slots: int = FEATURE_SLOTS) -> Tensor:
     """As `get_features`, of examples as the collator takes them. Computed, not looked up.
 
     Args:
         model: The model, whose encoder is used in its present state.
         examples: n encoded records.
         precision: As in the plan.
+        slots: Rows of a forward pass; with fewer than by default, numbers are equal but for rounding.
 
     Returns:
         Features (n, d) in float32 on the CPU.
     """
-    return _encode(model, examples, feature_dtype(model, precision), None)
+    return _encode(model, examples, feature_dtype(model, precision), None, slots)
 
 
-def _encode(model: TrainableModel, examples: Sequence[Example], dtype: torch.dtype, progress: Progress | None) -> Tensor:
+def _encode(
+    model: TrainableModel,
+    examples: Sequence[Example],
+    dtype: torch.dtype,
+    progress: Progress | None,
+    slots: int = FEATURE_SLOTS,
+) -> Tensor:
     loaded = model.loaded
     if not examples:  # of no record there are none, as wide as others
         return _encode(model, loaded.task.samples(loaded.reader), dtype, None)[:0]
@@ -241,9 +248,9 @@ def _encode(model: TrainableModel, examples: Sequence[Example], dtype: torch.dty
     def bucket(row: int) -> int:
         return loaded.task.bucket(examples[row], loaded.max_length, FINE_LENGTHS)
 
-    for rows, length in fixed_batches(range(len(examples)), bucket, FEATURE_SLOTS):
+    for rows, length in fixed_batches(range(len(examples)), bucket, slots):
         chosen = [examples[i] for i in rows]
-        batch = collate(chosen, length, FEATURE_SLOTS)
+        batch = collate(chosen, length, slots)
         vectors = encode_vectors(model, batch, dtype)[: len(rows)]
         unlabeled = (batch["labels"][: len(rows)] == IGNORED).reshape(len(rows), -1).all(dim=1)
         vectors[unlabeled.cpu()] = torch.nan

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +31,7 @@ from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.device import kernel_key
 from cotune.models.features.cached import Progress, digest_of_encoder, get_key
 from cotune.models.features.lower_layers import STATES, LowerLayers
+from cotune.models.physical_batch import FEWEST_SLOTS
 from cotune.models.trainable import State, TrainableModel
 from cotune.storage.files import exclusive_lock
 
@@ -147,6 +148,20 @@ def get_states(reader: StateReader, dataset: Dataset, state: State, progress: En
     return KeptStates(places)
 
 
+def are_kept(reader: StateReader, inputs: Sequence[Input]) -> bool:
+    """Return whether the states of all records of a file are on disk, of layers that nothing has trained.
+
+    Args:
+        reader: Would compute them.
+        inputs: The inputs of the file's records.
+    """
+    place = _place(reader, inputs, {})
+    try:
+        return _is_whole(place.file, place.bytes)
+    except OSError:
+        return False
+
+
 def _get_file(reader: StateReader, inputs: Sequence[Input], state: State, progress: Progress | None) -> _File:
     below = reader.lower.trained_below(state)
     held = _held.setdefault(reader.model, {})
@@ -160,17 +175,35 @@ def _get_file(reader: StateReader, inputs: Sequence[Input], state: State, progre
 
 def _find(reader: StateReader, inputs: Sequence[Input], below: State, progress: Progress | None) -> _File:
     """From the disk, or computed and kept there."""
-    examples = reader.model.loaded.encode_unlabeled(inputs)
-    counts = [len(example["input_ids"]) for example in examples]
-    order = [row for rows, _ in reader.rows_of_batches(examples) for row in rows]
+    place = _place(reader, inputs, below)
+    counts = [len(example["input_ids"]) for example in place.examples]
+    order = [row for rows, _ in reader.rows_of_batches(place.examples) for row in rows]
     ends = dict(zip(order, accumulate(counts[row] for row in order), strict=True))
     starts = [ends[row] - count for row, count in enumerate(counts)]
-    (sample,) = reader.read(reader.model.loaded.task.samples(reader.model.loaded.reader)[:1])
+    return _File(inputs, _read_or_write(reader, place, progress), starts, counts)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the states of a file's records are kept, and in which form."""
+
+    file: Path
+    examples: Sequence[Example]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _place(reader: StateReader, inputs: Sequence[Input], below: State) -> _Place:
+    examples = reader.model.loaded.encode_unlabeled(inputs)
+    made_up = reader.model.loaded.task.samples(reader.model.loaded.reader)[:1]
+    (sample,) = replace(reader, slots=FEWEST_SLOTS).read(made_up)  # its form alone counts
     reading = repr((reader.lower.name, reader.lower.first, reader.slots, kernel_key(reader.model.device), _digest_of(examples)))
     file = cache_folder() / "states" / get_key(reader.model, inputs, below, reading, sample.dtype)
-    shape = (sum(counts), sample.shape[-1])
-    tokens = _read_or_write(reader, examples, file, shape, sample.dtype, progress)
-    return _File(inputs, tokens, starts, counts)
+    return _Place(file, examples, (sum(len(example["input_ids"]) for example in examples), sample.shape[-1]), sample.dtype)
 
 
 def _digest_of(examples: Sequence[Example]) -> str:
@@ -178,23 +211,17 @@ def _digest_of(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr([example["input_ids"] for example in examples]).encode()).hexdigest()
 
 
-def _read_or_write(
-    reader: StateReader,
-    examples: Sequence[Example],
-    file: Path,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> Tensor:
+def _read_or_write(reader: StateReader, place: _Place, progress: Progress | None) -> Tensor:
+    file = place.file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.parent.chmod(0o700)  # that of another user is none
         with exclusive_lock(file.with_name(f"{file.name}.lock")):  # of several processes of one run, one computes
-            if not _is_whole(file, math.prod(shape) * dtype.itemsize):
-                _write(reader, examples, file, progress)
-        return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=dtype).reshape(shape)
+            if not _is_whole(file, place.bytes):
+                _write(reader, place.examples, file, progress)
+        return torch.from_file(str(file), shared=False, size=math.prod(place.shape), dtype=place.dtype).reshape(place.shape)
     except (OSError, RunError):  # nowhere to write, or no room: they are held in memory
-        return torch.cat([states for _, batch in reader.batches(examples, progress) for states in batch])
+        return torch.cat([states for _, batch in reader.batches(place.examples, progress) for states in batch])
 
 
 def _is_whole(file: Path, size: int) -> bool:

@@ -26,8 +26,7 @@ from cotune.server.rounds.round_requests import RoundRequests
 from cotune.server.rounds.strategy_step import begin_round
 from cotune.server.runs.client_privacy import compute_round_noise
 from cotune.simulations.forecast.members import Expected, Member, NewPolicy, build_members, get_members, new_policy
-from cotune.simulations.forecast.stopwatch import Seconds
-from cotune.simulations.forecast.timing import estimate
+from cotune.simulations.forecast.timing import Estimate, estimate
 from cotune.simulations.prepare import prepare
 from cotune.strategies.types import Update
 
@@ -91,7 +90,7 @@ class Forecast:
 
     Attributes:
         test_examples: None where no records were read.
-        seconds: How long a simulation takes on this machine, from, to; None where no records were read.
+        time: How long a simulation takes on this machine; None where no records were read.
         new_policy: What the policy of a new site says to the plan.
         notes: About records and classes.
     """
@@ -100,7 +99,7 @@ class Forecast:
     test_examples: int | None
     organizations: tuple[OrganizationForecast, ...]
     stages: tuple[StageForecast, ...]
-    seconds: Seconds | None
+    time: Estimate | None
     new_policy: NewPolicy
     client_privacy: ClientForecast | None = None
     notes: tuple[str, ...] = ()
@@ -117,7 +116,9 @@ class Forecast:
         base = {"base": plan.model.base, "base_hash": plan.model.base_hash, "config_hash": plan.model.config_hash}
         privacy = plan.privacy if plan.privacy == "none" else plan.privacy.model_dump(mode="json")
         values = {key: value for key, value in asdict(self).items() if key != "plan"}
-        return {"schema": 1, **about, **base, "privacy": privacy, **values}
+        timed = values.pop("time") or {"seconds": None, "timed_records": None}
+        times = {"seconds": timed["seconds"], "timed_records": timed["timed_records"]}
+        return {"schema": 1, **about, **base, "privacy": privacy, **values, **times}
 
 
 def forecast(plan: Plan, device: str = "auto", began: float | None = None) -> Forecast:
@@ -149,14 +150,14 @@ def forecast_for(plan: Plan, examples: Sequence[int], device: str = "auto") -> F
     return _forecast(build_members(plan, examples, device), None)
 
 
-def _forecast(expected: Expected, seconds: Seconds | None) -> Forecast:
+def _forecast(expected: Expected, time: Estimate | None) -> Forecast:
     stages = tuple(_stages(expected))
     return Forecast(
         expected.plan,
         expected.test_examples,
         tuple(_organization(expected.plan, member) for member in expected.members),
         stages,
-        seconds,
+        time,
         new_policy(expected.plan, expected.members),
         _client_privacy(expected, max(stage.parameters for stage in stages)),
         expected.notes,

@@ -1,26 +1,34 @@
-"""What one batch and one step of a plan take on this machine: measured on real records sorted by length, for some two seconds."""
+"""What one batch and one step of a plan take on this machine: measured on a few real records of chosen lengths, within seconds.
+
+A batch that takes long is measured with a few rows: kernels are busy with them already, and all of its rows take as much more.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cotune.client.training.stage_setup.from_records import build_setup, synthetic_setup
 from cotune.client.training.stage_setup.optimizer import build_optimizer
 from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
-from cotune.data.tasks.classes import logits
+from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
+from cotune.models.evaluation.evaluated_rows import EvaluatedRows
+from cotune.models.evaluation.test_set import BATCH_ABOVE, find_kept_layers
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head_fit import fit_head, head_names
+from cotune.models.features.kept_states import StateReader, attach_states
 from cotune.models.features.precision import FEATURE_SLOTS
+from cotune.models.physical_batch import FEWEST_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.plan import Plan
@@ -32,6 +40,8 @@ _BUDGET = 0.3  # seconds for each thing that is measured: there are about seven
 _LONG_SECONDS = 5.0  # seconds, after which what is slow only at first does not matter
 _LENGTHS = 3  # of batches that are measured; those between them are interpolated
 _REPEATS = 3
+PATIENCE = 1.0  # seconds: a batch that takes longer is measured with a few rows
+_FEW_SLOTS = 4  # hundreds of tokens
 
 
 @dataclass(frozen=True)
@@ -74,16 +84,28 @@ def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - began
 
 
-def rows_at_once(setting: TrainingSetup, *, private: bool) -> int:
-    """Return how many records a batch of a step has; with privacy a slot is blank."""
-    return setting.physical.slots - private
-
-
-def by_length(costs: dict[int, Seconds], length: int) -> Seconds:
+def by_length(costs: Mapping[int, Seconds], length: int) -> Seconds:
     """Return the cost of a batch of some length, between those of the lengths beside it."""
     known = sorted(costs)
     low, high = ([getattr(costs[each], bound) for each in known] for bound in ("low", "high"))
     return Seconds(float(np.interp(length, known, low)), float(np.interp(length, known, high)))
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What the steps of a stage cost.
+
+    Attributes:
+        rows: Records of a batch.
+        batches: Length -> a batch, forward and backward.
+        beside: A step without any batch.
+        reader: Computes the hidden states that batches begin with; None: they begin with tokens.
+    """
+
+    rows: int
+    batches: dict[int, Seconds]
+    beside: Seconds
+    reader: StateReader | None
 
 
 class Stopwatch:
@@ -94,13 +116,21 @@ class Stopwatch:
         model: Its model.
         sample: Some of the records, by which lengths are known and batches are made.
         measure: Times some work.
+        patience: Seconds of a batch, beyond which it is measured with a few of its rows.
+
+    Attributes:
+        timed: Numbers of the sample's records that were measured so far.
     """
 
-    def __init__(self, plan: Plan, model: TrainableModel, sample: Dataset, measure: Measure = measure) -> None:
+    def __init__(
+        self, plan: Plan, model: TrainableModel, sample: Dataset, measure: Measure = measure, patience: float = PATIENCE
+    ) -> None:
         self.plan = plan
         self.model = model
         self.sample = sample
         self.measure = measure
+        self.patience = patience
+        self.timed = set[int]()
         self.examples: list[Example] = encoded_examples(sample, model)
 
     def lengths(self, buckets: Sequence[int]) -> list[int]:
@@ -111,59 +141,124 @@ class Stopwatch:
 
     def encoding(self) -> dict[int, Seconds]:
         """Length -> what a batch of the encoder costs, forward alone."""
-        found = {}
-        for length, rows in self._chosen(FINE_LENGTHS, FEATURE_SLOTS - 1):
-            batch = [self.examples[row] for row in rows]
-            self.model.load({})
-            found[length] = self.measure(partial(encode_batch, self.model, batch, self.plan.model.precision))
-        return found
+        precision = self.plan.model.precision
+        self.model.load({})
+        return self._by_length(
+            FINE_LENGTHS, FEATURE_SLOTS, lambda batch, _, slots: partial(encode_batch, self.model, batch, precision, slots)
+        )
 
     def reading(self) -> dict[int, Seconds]:
         """The same for a model whose head reads more than one vector: the whole of it, forward."""
-        loaded = self.model.loaded
-        collate = loaded.task.collator(self.model.module, loaded.reader, self.model.device)
-        found = {}
-        for length, rows in self._chosen(FINE_LENGTHS, FEATURE_SLOTS):
-            batch = collate([self.examples[row] for row in rows])
-            with torch.no_grad():
-                found[length] = self.measure(partial(logits, self.model.module, batch))
-        return found
+        return self._by_length(FINE_LENGTHS, FEATURE_SLOTS, lambda *batch: partial(self._score, self._collate(*batch)))
+
+    def states(self, reader: StateReader) -> dict[int, Seconds]:
+        """Length -> what a batch costs below the trained layers, forward alone."""
+
+        def begin(batch: Sequence[Example], length: int, slots: int) -> Callable[[], object]:
+            return partial(reader.read_batch, self._collate(batch, length, slots))
+
+        return self._by_length(LENGTHS, reader.slots, begin)
+
+    def find_judge(self, low_precision: bool) -> StateReader | None:
+        """Return what computes the hidden states with which test records are judged; None: they are judged from their tokens."""
+        if not EvaluatedRows.of(self.model.loaded, self.sample.inputs(), self.sample.targets).are_records:
+            return None
+        lower = find_kept_layers(self.model, {}, self.sample)
+        return None if lower is None else StateReader(self.model, lower, BATCH_ABOVE, low_precision)
+
+    def judging(self, reader: StateReader) -> dict[int, Seconds]:
+        """Length -> what a batch costs above kept states, forward alone."""
+
+        def begin(batch: Sequence[Example], length: int, slots: int) -> Callable[[], object]:
+            states = _draw_states(reader, batch)
+            return partial(self._score_above, reader, attach_states(self._collate(batch, length, slots), states))
+
+        return self._by_length(LENGTHS, reader.slots, begin)
 
     def on_features(self, stage: Stage, batch: int, *, private: bool) -> Seconds:
         """Measure one step of a head on the features of `batch` records."""
         setting = self._made_up(stage, max(1, batch))
         return self._step(setting, stage, range(setting.rows), private=private)
 
-    def on_examples(self, stage: Stage, expected_batch: float, *, private: bool) -> tuple[int, dict[int, Seconds]]:
-        """How many records a batch has; length -> what a batch of a step costs, forward and backward; 0 -> a step beside them."""
+    def on_examples(self, stage: Stage, expected_batch: float, *, private: bool) -> StepCosts:
+        """Measure steps on batches of records. Hidden states below the trained layers are drawn: what they hold costs nothing."""
         self.model.load({})
         self.model.train_only(stage_names(self.plan, stage, self.model))
         plan = self.plan if private else self.plan.model_copy(update={"privacy": "none"})
-        setting = build_setup(plan, stage, self.model, self.sample, {}, "sample", expected_batch=expected_batch)
-        rows = rows_at_once(setting, private=private)
+        readers: list[StateReader] = []
+
+        def draw(reader: StateReader) -> list[Tensor]:
+            readers.append(reader)
+            return _draw_states(reader, self.examples)
+
+        setting = build_setup(plan, stage, self.model, self.sample, {}, "sample", expected_batch=expected_batch, find_states=draw)
+        slots = setting.physical.slots
+        blank = bool(private or readers)
         nothing = self._step(setting, stage, (), private=private)
-        found = {0: nothing}
-        for length, chosen in self._chosen(LENGTHS, rows):
-            whole = self._step(setting, stage, chosen, private=private)
-            found[length] = Seconds(max(0.0, whole.low - nothing.high), max(0.0, whole.high - nothing.low))
-        return rows, found
+
+        def time(there: Sequence[int], few: int) -> Seconds:
+            setting.physical.rows = few
+            whole = self._step(setting, stage, self._filled(there, few - blank), private=private)
+            return Seconds(max(0.0, whole.low - nothing.high), max(0.0, whole.high - nothing.low))
+
+        found = {length: self._scaled(slots, partial(time, there)) for length, there in self._chosen(LENGTHS)}
+        return StepCosts(slots - blank, found, nothing, readers[0] if readers else None)
 
     def fit(self, records: int) -> Seconds:
         """Measure one head fitted to the features of `records` records, see `client.adaptation`."""
         self.model.load({})
         head = self.model.state(head_names(self.model))
-        vectors = encode_batch(self.model, self.examples[:8], self.plan.model.precision).nan_to_num()
+        vectors = encode_batch(self.model, self.examples[:8], self.plan.model.precision, _FEW_SLOTS).nan_to_num()
         features = vectors[torch.arange(records) % len(vectors)]
         noisy = features + 0.1 * features.std() * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
         targets = torch.arange(records) % len(self.plan.labels)
         return self.measure(lambda: fit_head(self.model, noisy, targets, start=head, toward=head, pull=1.0 / records))
 
-    def _chosen(self, buckets: Sequence[int], rows: int) -> list[tuple[int, list[int]]]:
-        """Of the lengths that there are the shortest, the longest and one between, each with as many rows as a batch has."""
+    def _by_length(
+        self, buckets: Sequence[int], slots: int, begin: Callable[[Sequence[Example], int, int], Callable[[], object]]
+    ) -> dict[int, Seconds]:
+        """Measure forward passes. begin: (examples, their length, slots) -> what is measured; the last slot is blank."""
+
+        def time(length: int, there: Sequence[int], few: int) -> Seconds:
+            batch = [self.examples[row] for row in self._filled(there, few - 1)]
+            with torch.no_grad():
+                return self.measure(begin(batch, length, few))
+
+        return {length: self._scaled(slots, partial(time, length, there)) for length, there in self._chosen(buckets)}
+
+    def _scaled(self, slots: int, time: Callable[[int], Seconds]) -> Seconds:
+        """What a batch of `slots` costs: in proportion to one of few slots, where all of them would take too long."""
+        few = min(slots, _FEW_SLOTS)
+        found = time(few)
+        if few == slots:
+            return found
+        expected = found * (slots / few)
+        return time(slots) if expected.high <= self.patience else expected
+
+    def _collate(self, batch: Sequence[Example], *shape: int) -> Batch:
+        """shape: Length and slots, where a batch has fixed ones."""
+        loaded = self.model.loaded
+        return loaded.task.collator(self.model.module, loaded.reader, self.model.device)(batch, *shape)
+
+    def _score(self, batch: Batch) -> Tensor:
+        return self.model.loaded.task.scores(self.model.module, batch)
+
+    def _score_above(self, reader: StateReader, batch: Batch) -> Tensor:
+        with reader.lower.skipped(batch) as rest:
+            return self._score(rest)
+
+    def _chosen(self, buckets: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Of the lengths that there are the shortest, the longest and one between, each with the records that have it."""
         lengths = self.lengths(buckets)
         there = sorted(set(lengths))
         places = np.unique(np.linspace(0, len(there) - 1, min(_LENGTHS, len(there))).round().astype(int))
-        return [(there[place], _filled([i for i, n in enumerate(lengths) if n == there[place]], rows)) for place in places]
+        return [(there[place], [i for i, n in enumerate(lengths) if n == there[place]]) for place in places]
+
+    def _filled(self, rows: Sequence[int], count: int) -> list[int]:
+        """As many of the rows as a batch has; the same ones again where there are fewer."""
+        chosen = [rows[i % len(rows)] for i in range(count)]
+        self.timed.update(chosen)
+        return chosen
 
     def _made_up(self, stage: Stage, rows: int) -> TrainingSetup:
         self.model.load({})
@@ -196,9 +291,13 @@ class Stopwatch:
         return self.measure(step)
 
 
-def _filled(rows: list[int], count: int) -> list[int]:
-    """As many of the rows as a batch has; the same ones again where there are fewer."""
-    return [rows[i % len(rows)] for i in range(count)]
+@torch.no_grad()
+def _draw_states(reader: StateReader, examples: Sequence[Example]) -> list[Tensor]:
+    """Random hidden states for each example, in the form of real ones; they share their memory."""
+    loaded = reader.model.loaded
+    (real,) = replace(reader, slots=FEWEST_SLOTS).read(loaded.task.samples(loaded.reader)[:1])
+    drawn = torch.randn(max(len(e["input_ids"]) for e in examples), real.shape[-1], generator=torch.Generator().manual_seed(0))
+    return [drawn.to(real.dtype)[: len(example["input_ids"])] for example in examples]
 
 
 def _plain_step(setting: TrainingSetup, optimizer: torch.optim.Optimizer, rows: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """About how long a simulation will take on this machine: what is done how often, times what one of it was measured to cost.
 
-Counted are reading and checking (as long as that has just taken), encoding, the steps of every round, judging the model, the
-baselines, and the heads that organizations fit to themselves.
+Counted are reading and checking (as long as that has just taken), encoding, hidden states below trained layers, the steps of
+every round, judging the model, the baselines, and the heads that organizations fit to themselves.
 """
 
 from __future__ import annotations
@@ -9,51 +9,78 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
 
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
+from cotune.models.device import autocasts
 from cotune.models.features.cached import are_cached
 from cotune.models.features.head import feature_head
+from cotune.models.features.kept_states import StateReader, are_kept
 from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
 from cotune.simulations.baselines import fits_alone
-from cotune.simulations.forecast.stopwatch import Measure, Seconds, Stopwatch, by_length, measure
+from cotune.simulations.forecast.stopwatch import PATIENCE, Measure, Seconds, Stopwatch, by_length, measure
 from cotune.simulations.prepare import Prepared
 
-_SAMPLE = 1000  # records whose lengths are looked at
+_SAMPLE = 1000  # records whose lengths are looked at, drawn by the plan's seed
 _FITS = 12  # heads that an organization fits to each part of its records, see `client.adaptation`
 _EASIER = Seconds(0.4, 1.1)  # of a fit from scratch: those that begin where another has ended need fewer iterations
 _BESIDE = Seconds(0.04, 0.12)  # per organization and round: messages, ledger and outbox, which wait for the disk
 _TOO_MUCH = 1.3  # of the upper end: other processes, memory, warming
 
 
-def estimate(prepared: Prepared, model: TrainableModel, spent: float, measure: Measure = measure) -> Seconds:
+@dataclass(frozen=True)
+class Estimate:
+    """How long a simulation takes.
+
+    Attributes:
+        seconds: From, to.
+        timed_records: How many records were in the batches that were measured.
+        records: How many there are.
+    """
+
+    seconds: Seconds
+    timed_records: int
+    records: int
+
+
+def estimate(
+    prepared: Prepared, model: TrainableModel, spent: float, measure: Measure = measure, patience: float = PATIENCE
+) -> Estimate:
     """Return the range for a whole simulation.
 
     Args:
+        prepared: The plan, and who holds what.
+        model: Of the plan.
         spent: Seconds that reading and checking have just taken, and will take again.
         measure: Times some work.
+        patience: See `Stopwatch`.
     """
-    work = _Work(prepared, model, Stopwatch(prepared.plan, model, _sample(prepared), measure))
+    work = _Work(prepared, model, Stopwatch(prepared.plan, model, draw_sample(prepared), measure, patience))
     model.load({})
     with torch.random.fork_rng(devices=[]):
         parts = [Seconds(spent, spent), *work.parts()]
     model.load({})
     whole = reduce(Seconds.__add__, parts)
-    return Seconds(whole.low, _TOO_MUCH * whole.high)
+    timed = len(work.stopwatch.timed)
+    return Estimate(Seconds(whole.low, _TOO_MUCH * whole.high), timed, sum(map(len, prepared.records.values())))
 
 
-def _sample(prepared: Prepared) -> Dataset:
-    """Records from all files, spread evenly."""
-    total = sum(map(len, prepared.records.values()))
-    apart = max(1, total // _SAMPLE)
-    parts = tuple((records, np.arange(0, len(records), apart)) for records in prepared.records.values())
+def draw_sample(prepared: Prepared) -> Dataset:
+    """Return records from all files, each as likely as any other: long ones are as frequent among them as among all."""
+    sizes = [len(records) for records in prepared.records.values()]
+    draw = np.random.default_rng(prepared.plan.seed)
+    drawn = np.sort(draw.choice(sum(sizes), min(sum(sizes), _SAMPLE), replace=False))
+    ends = np.cumsum(sizes)
+    own = [drawn[(drawn >= end - size) & (drawn < end)] - (end - size) for size, end in zip(sizes, ends, strict=True)]
+    parts = tuple(zip(prepared.records.values(), own, strict=True))
     return Dataset(parts, prepared.plan.labels, prepared.plan.task)
 
 
@@ -68,6 +95,7 @@ class _Work:
         self.sizes = [share.public_examples(self.plan) for share in prepared.shares]
         self.has_features = feature_head(model) is not None
         self.encoding = stopwatch.encoding() if self.has_features else {}
+        self.states: dict[tuple[object, ...], Seconds] = {}  # of hidden states that are computed once for all records
 
     def parts(self) -> Iterator[Seconds]:
         """Each part of the run, then of the baselines, then the fits."""
@@ -79,15 +107,21 @@ class _Work:
         if "alone" in baselines:
             yield from run
             if private and not fits_alone(self.plan, self.model):
-                yield from self._training(self._without_privacy(), private=False)
+                yield from self._freely
             yield from self._fits()
         if "pooled" in baselines:
-            yield from self._training(self._without_privacy(), private=False)
+            yield from self._freely
         if "plain" in baselines and self.plan.keeps_personal:
             yield from run
         if "single" in baselines and len(self.plan.tasks) > 1:
             yield from run * len(self.plan.tasks)
         yield self._encode(0 if self._kept() else self._distinct)
+        yield from self.states.values()
+
+    @cached_property
+    def _freely(self) -> list[Seconds]:
+        """Without privacy."""
+        return self._training(self._without_privacy(), private=False)
 
     def _without_privacy(self) -> tuple[Stage, ...]:
         """As baselines without privacy are trained."""
@@ -108,10 +142,24 @@ class _Work:
             again = self._encode(self._distinct) if _trains_encoder(stages[:number]) else Seconds()
             return again + self.stopwatch.on_features(stage, batch, private=private) * sum(steps) + beside
         expected = max(self._batch(stage.local, n) for n in self.sizes)
-        rows, costs = self.stopwatch.on_examples(stage, expected, private=private)
-        counts = [self._counted(LENGTHS, self._batch(stage.local, n), rows) for n in self.sizes]
-        taken = [(_total(costs, count) + costs[0]) * times for count, times in zip(counts, steps, strict=True)]
+        costs = self.stopwatch.on_examples(stage, expected, private=private)
+        self._read_states(costs.reader, stages[:number])
+        counts = [self._counted(LENGTHS, self._batch(stage.local, n), costs.rows) for n in self.sizes]
+        taken = [(_total(costs.batches, count) + costs.beside) * times for count, times in zip(counts, steps, strict=True)]
         return reduce(Seconds.__add__, taken) + beside
+
+    def _read_states(self, reader: StateReader | None, before: Sequence[Stage]) -> None:
+        """Count the hidden states of all records, once for all who read the same ones: those on disk cost nothing."""
+        if reader is None:
+            return
+        changed = tuple(number for number, stage in enumerate(before) if _trains_below_adapters(stage))
+        key = (reader.lower.first, reader.slots, reader.low_precision, changed)
+        if key in self.states:
+            return
+        files = [records.inputs for records in self.prepared.records.values()]
+        missing = sum(len(inputs) for inputs in files if changed or not are_kept(reader, inputs))
+        count = self._counted(LENGTHS, missing, reader.slots - 1) if missing else {}
+        self.states[key] = _total(self.stopwatch.states(reader), count) if missing else Seconds()
 
     @staticmethod
     def _batch(local: LocalTraining, examples: int) -> float:
@@ -120,8 +168,15 @@ class _Work:
     def _judging(self, stages: Sequence[Stage]) -> Seconds:
         """The records of test and validation after each round in which the encoder has been trained: no features are kept."""
         held = sum(len(rows) for _, rows in (*self.prepared.test, *self.prepared.validation))
-        trained = (stage.rounds for number, stage in enumerate(stages) if _trains_encoder(stages[: number + 1]))
-        return self._read(held) * sum(trained)
+        trained = [number for number in range(len(stages)) if _trains_encoder(stages[: number + 1])]
+        above = [number for number in trained if not any(map(_trains_below_adapters, stages[: number + 1]))]
+        reader = self.stopwatch.find_judge(autocasts(self.plan.model.precision, self.model.device)) if above else None
+        if reader is None:
+            return self._read(held) * sum(stages[number].rounds for number in trained) if trained else Seconds()
+        self._read_states(reader, ())
+        judged = _total(self.stopwatch.judging(reader), self._counted(LENGTHS, held, reader.slots - 1))
+        whole = sum(stages[number].rounds for number in trained if number not in above)
+        return judged * sum(stages[number].rounds for number in above) + (self._read(held) * whole if whole else Seconds())
 
     def _fits(self) -> Iterator[Seconds]:
         """Of each organization, on most of its records."""
@@ -166,10 +221,13 @@ class _Work:
         return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
 
 
+def _trains_below_adapters(stage: Stage) -> bool:
+    return stage.mode not in ("head", "lora")
+
+
 def _trains_encoder(stages: Sequence[Stage]) -> bool:
     return any(stage.mode != "head" for stage in stages)
 
 
 def _total(costs: Mapping[int, Seconds], counts: Mapping[int, float]) -> Seconds:
-    known = {length: cost for length, cost in costs.items() if length}
-    return reduce(Seconds.__add__, (by_length(known, length) * count for length, count in counts.items()), Seconds())
+    return reduce(Seconds.__add__, (by_length(costs, length) * count for length, count in counts.items()), Seconds())

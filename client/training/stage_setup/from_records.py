@@ -42,15 +42,25 @@ from cotune.privacy.config import RecordPrivacy
 from cotune.privacy.mechanisms.per_example import Batch, Unit
 
 States = KeptStates | Sequence[Tensor]  # row number -> (tokens, width)
+FindStates = Callable[[StateReader], States]
 
 
 def build_setup(
-    plan: Plan, stage: Stage, model: TrainableModel, dataset: Dataset, state: State, name: str, *, expected_batch: float
+    plan: Plan,
+    stage: Stage,
+    model: TrainableModel,
+    dataset: Dataset,
+    state: State,
+    name: str,
+    *,
+    expected_batch: float,
+    find_states: FindStates | None = None,
 ) -> TrainingSetup:
     """Build the stage's training setup on the records of the organization `name`; the model must be set to `state`.
 
     Args:
         expected_batch: Rows of a step, a public number: it decides the shape of batches of features.
+        find_states: Finds hidden states where they may be kept; None: those of all records of the files, kept on disk.
 
     Raises:
         DataError: For records that are described as those of another task.
@@ -82,7 +92,7 @@ def build_setup(
     told = partial(notify, "features", organization=name)
     may_keep = stage.local.keep_lower_layers == "on" or is_small(model, dataset)
     physical = _find_physical_batch(plan, stage, model, expected_batch)
-    return _on_examples(plan, stage, model, rows, dataset.units, physical, kept if may_keep else None)
+    return _on_examples(plan, stage, model, rows, dataset.units, physical, (find_states or kept) if may_keep else None)
 
 
 def synthetic_setup(
@@ -193,7 +203,7 @@ def _on_examples(
     rows: Sequence[Example],
     units: Sequence[Unit],
     physical: PhysicalBatch,
-    find_states: Callable[[StateReader], States] | None = None,
+    find_states: FindStates | None = None,
 ) -> TrainingSetup:
     """find_states: Of the rows, where they may be kept (see `features.lower_layers`)."""
     task = model.loaded.task

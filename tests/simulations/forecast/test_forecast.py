@@ -94,9 +94,9 @@ def test_without_privacy_there_are_no_privacy_figures(toy_plan: NewPlan) -> None
 
 def test_a_forecast_writes_nothing_and_says_how_long(toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    seconds = forecast(toy_plan(train="full", rounds=1), "cpu").seconds
-    assert seconds is not None
-    assert 0 < seconds.low < seconds.high
+    time = forecast(toy_plan(train="full", rounds=1), "cpu").time
+    assert time is not None
+    assert 0 < time.seconds.low < time.seconds.high
     assert list(tmp_path.iterdir()) == []
 
 
@@ -110,7 +110,7 @@ def test_stated_numbers_need_no_data(toy_plan: NewPlan) -> None:
     """A coordinator has none. Figures are those that an organization will be charged, by the accountant; sizes, those of a run."""
     plan = toy_plan(**PRIVATE, data={"source": "/nowhere/records.csv"})
     seen = forecast_for(plan, (1000, 300, 5000), "cpu")
-    assert (seen.test_examples, seen.seconds) == (None, None)
+    assert (seen.test_examples, seen.time) == (None, None)
     assert [(o.name, o.examples, o.batch) for o in seen.organizations] == [
         ("org-1", 1000, pytest.approx(40)),
         ("org-2", 300, pytest.approx(40)),

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
+from cotune.models.features.kept_states import StateReader, get_states
+from cotune.models.features.lower_layers import find_lower_layers
 from cotune.models.features.precision import FEATURE_SLOTS
+from cotune.plan.load import parse_plan
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure
-from cotune.simulations.forecast.timing import estimate
+from cotune.simulations.forecast.timing import draw_sample, estimate
 from cotune.simulations.prepare import Prepared, prepare
+from tests.support.language_models import language_model
 from tests.support.simulations import NewPlan
+
+__all__ = ["language_model"]  # fixtures
 
 ALONE = {"baselines": ["alone"]}
 POOLED = {"baselines": ["pooled"]}
@@ -37,8 +46,7 @@ def a_second(work: Callable[[], object]) -> Seconds:
 def counted(plan: Plan) -> float:
     """Seconds of a plan, each batch and each step taking one; without what is waited for beside them."""
     prepared = prepare(plan, "cpu")
-    found = estimate(prepared, get_plan_model(prepared.plan, "cpu"), 0.0, a_second)
-    return found.low
+    return estimate(prepared, get_plan_model(prepared.plan, "cpu"), 0.0, a_second, math.inf).seconds.low
 
 
 def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
@@ -92,7 +100,9 @@ def test_evaluation_and_step_batches_count_for_trained_encoder(toy_plan: NewPlan
         return Seconds(float(len(passes)), float(len(passes)))
 
     with encoder.register_forward_hook(lambda *_: passes.append(1)):
-        one, three = (estimate(prepare(toy_plan(**changes, rounds=n), "cpu"), model, 0.0, by_passes).low for n in (1, 3))
+        one, three = (
+            estimate(prepare(toy_plan(**changes, rounds=n), "cpu"), model, 0.0, by_passes, math.inf).seconds.low for n in (1, 3)
+        )
     apart = (three - one) / 2  # of a round
     records = sum(map(len, prepared.records.values()))
     filled = batches(prepared, LENGTHS, 8) * 64 / records
@@ -103,7 +113,7 @@ def test_evaluation_and_step_batches_count_for_trained_encoder(toy_plan: NewPlan
 def test_what_was_spent_before_is_spent_again(toy_plan: NewPlan) -> None:
     prepared = prepare(toy_plan(simulation=simulation()), "cpu")
     model = get_plan_model(prepared.plan, "cpu")
-    none, ten = (estimate(prepared, model, spent, a_second) for spent in (0.0, 10.0))
+    none, ten = (estimate(prepared, model, spent, a_second).seconds for spent in (0.0, 10.0))
     assert ten.low - none.low == pytest.approx(10.0)
 
 
@@ -113,7 +123,7 @@ def test_measuring_leaves_the_model_as_it_came(toy_plan: NewPlan) -> None:
         model = get_plan_model(prepared.plan, "cpu")
         model.load({})
         before = {name: parameter.detach().clone() for name, parameter in model.parameters()}
-        found = estimate(prepared, model, 0.0)
+        found = estimate(prepared, model, 0.0).seconds
         assert 0 < found.low < found.high
         for name, parameter in model.parameters():
             assert torch.equal(parameter, before[name]), name
@@ -165,3 +175,57 @@ def test_batches_that_are_measured_are_of_one_length_each(toy_plan: NewPlan) -> 
     assert measured <= set(lengths)
     assert {min(lengths), max(lengths)} <= measured
     assert file is None
+
+
+# --- a large model: what is below the trained layers is kept, and batches take long
+
+
+def language_plan(language_model: Callable[..., Path]) -> Plan:
+    local = {"optimizer": "sgd", "learning_rate": 0.1, "steps": 1, "batch_size": 0.5, "physical_batch_size": 32}
+    table = {
+        "name": "language",
+        "task": "causal-lm",
+        "train": "lora",
+        "rounds": 1,
+        "privacy": "none",
+        "lora": {"rank": 2, "layers": 1, "targets": ["gate_proj", "up_proj", "down_proj"]},
+        "model": {"base": str(language_model("llama")), "max_length": 32},
+        "data": {"source": "package:cotune", "prompt": "long", "target": "short"},
+        "local": local,
+        "simulation": {"partition": "column:team", "baselines": []},
+    }
+    return parse_plan(table)
+
+
+def test_hidden_states_are_computed_for_few_records_and_counted_for_all(language_model: Callable[..., Path]) -> None:
+    """Rows that pass the first layer, against those of a run, which computes the states of every record once."""
+    prepared = prepare(language_plan(language_model), "cpu")
+    model = get_plan_model(prepared.plan, "cpu")
+    rows = list[int]()
+    lower = find_lower_layers(model, model.adapter_names())
+    assert lower is not None
+    estimate_of = partial(estimate, prepared, model, 0.0, patience=-1.0)  # nothing is measured whole
+
+    def by_rows(work: Callable[[], object]) -> Seconds:
+        before = sum(rows)
+        work()
+        return Seconds(float(sum(rows) - before), float(sum(rows) - before))
+
+    with lower.layers[0].mlp.register_forward_hook(lambda _, args, __: rows.append(len(args[0]))):  # type: ignore[operator]
+        found = estimate_of(by_rows)
+        assert sum(rows) < 100
+        records = sum(map(len, prepared.records.values()))
+        assert found.records == records == 2000
+        assert 0 < found.timed_records < 20
+        assert records <= found.seconds.low - 10 * 0.04 < 1.2 * records  # 31 of 32 slots are filled; 10 organizations wait
+        reader = StateReader(model, lower, 32, False)
+        everything = next(iter(prepared.records.values()))
+        get_states(reader, Dataset(((everything, np.arange(1)),), (), "causal-lm"), {})
+        assert estimate_of(by_rows).seconds.low == pytest.approx(10 * 0.04)  # they are on disk now
+
+
+def test_the_sample_is_drawn_by_the_seed_of_the_plan(toy_plan: NewPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cotune.simulations.forecast.timing._SAMPLE", 20)
+    ((_, rows),), ((_, again),), ((_, other),) = (draw_sample(prepare(toy_plan(seed=seed), "cpu")).parts for seed in (1, 1, 2))
+    assert len(set(rows.tolist())) == 20
+    assert rows.tolist() == again.tolist() != other.tolist()
