@@ -11,11 +11,12 @@ import io
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
+from typing import TYPE_CHECKING
 
 from cotune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image as Pillow
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _FORMATS = ("PNG", "JPEG")
@@ -56,6 +57,9 @@ def _digest(pixels: Pillow.Image) -> bytes:
 
 
 def _decode(source: Path | bytes) -> Pillow.Image:
+    from PIL import Image as Pillow  # few commands read images, and all know the type of one
+    from PIL import ImageOps, UnidentifiedImageError
+
     raw = _bytes(source)
     try:
         with warnings.catch_warnings():
