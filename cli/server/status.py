@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +18,6 @@ from rich.table import Table
 
 from cotune.cli.console import open_console
 from cotune.cli.options import AsJson, FederationPath
-from cotune.flower.control_client import open_control
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.reporting.formatting import instant, size
 from cotune.server.deployment.federation import FederationFolder
@@ -38,19 +38,39 @@ def status(
 
     federation = FederationFolder(folder)
     console = open_console()
+    if not watch and not _listens(federation.superlink_address):  # there is nobody to be asked
+        _show(console, look(federation, None), as_json=as_json)
+        return
+
+    from cotune.flower.control_client import open_control  # loads Flower
+
     with open_control(federation.superlink_address, federation.files.certificates.authority) as asked:
 
         def now() -> Status:
             connected = read_connections(federation.members.all(), asked)
             return look(federation, connected, plays=connected is None or bool(asked.running()))
 
-        if as_json:
-            typer.echo(json.dumps(asdict(now()), indent=1, ensure_ascii=False))
-            return
         if watch:
             _watch(console, now)
         else:
-            console.print(_page(now()))
+            _show(console, now(), as_json=as_json)
+
+
+def _listens(address: str) -> bool:
+    """Whether anything listens at host:port, on loopback."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _show(console: Console, found: Status, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, ensure_ascii=False))
+    else:
+        console.print(_page(found))
 
 
 def _watch(console: Console, now: Callable[[], Status]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cotune.errors import RunError
-from cotune.flower.control_client import ControlClient
 from cotune.privacy.accounting.display_rounding import round_up_number
 from cotune.reporting.documents.events import Event, OtherEvent
 from cotune.reporting.documents.rounds import RoundEntry
@@ -19,6 +19,9 @@ from cotune.server.runs.events import read_events
 from cotune.server.runs.exclusions import count_strikes, find_excluded
 from cotune.server.runs.organization_history import get_last_weight, get_received_bytes, get_reported_epsilon
 from cotune.server.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from cotune.flower.control_client import ControlClient  # loads Flower, also where the server does not run
 
 _PHASES = {
     "run_started": "under way",

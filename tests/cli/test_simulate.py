@@ -79,7 +79,9 @@ def test_check_says_what_a_plan_will_do_and_does_nothing(cotune: Cotune, folder:
         assert 0.3 < float(sigma) < 100
         assert 2.9 < float(planned) <= 3.0
         assert float(delta) == pytest.approx(100**-1.5, rel=0.05)
-    assert re.search(r"about .*\d (s|min|h)\b.* on this machine, as timed on \d+ of [\d,]+ records; nothing was trained", shown.out)
+    assert re.search(
+        r"about .*\d (s|min|h)\b.* on this machine, as timed on \d+ of [\d,]+ records; nothing was trained", shown.out
+    )
     assert "3 classes (bad, good, so), 36 test examples" in shown.out
     assert "No differential privacy" not in shown.out
     assert sorted(folder.rglob("*")) == before
