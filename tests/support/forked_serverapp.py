@@ -40,7 +40,10 @@ def find_serverapp(folder: Path) -> psutil.Process:
     note = _note_of(folder)
     if not note.exists():
         raise LookupError(f"{folder} has started no ServerApp")
-    return psutil.Process(int(note.read_text(encoding="ascii")))
+    found = psutil.Process(int(note.read_text(encoding="ascii")))
+    if found.create_time() > note.stat().st_mtime + 10:  # seconds: the clocks of the two differ by a little
+        raise psutil.NoSuchProcess(found.pid)  # another one has its number now
+    return found
 
 
 def fork(arguments: list[str], server: str, note: str) -> None:

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_ssh_public_key
 from tokenizers import Tokenizer
@@ -29,7 +30,7 @@ from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.runs.run_folder import RunFolder
 from cotune.simulations.prepare import make_run, prepare
 from tests.support.commands import Command
-from tests.support.forked_serverapp import write_program
+from tests.support.forked_serverapp import find_serverapp, write_program
 
 _Found = TypeVar("_Found")
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "great", "happy", "awful", "sad", "the", "a", "is", "very", "it"]
@@ -165,6 +166,8 @@ class Federation:
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
+        with suppress(LookupError, psutil.NoSuchProcess):  # a SuperLink waits for that of an unfinished run, here no child of it
+            find_serverapp(self.programs).terminate()
         for process in self.processes.values():
             try:
                 process.wait(10)
