@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,12 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(file: Path, target: Path) -> None:
-    shutil.rmtree(target, ignore_errors=True)
-    parts = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
+    """Under the lock, so that what a killed process has left is removed."""
+    parts = target.with_suffix(".part")
+    for leftover in (target, parts):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
+        parts.mkdir(mode=0o700)
         _convert(file, parts)
         parts.rename(target)
     finally:

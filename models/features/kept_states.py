@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -229,14 +227,19 @@ def _is_whole(file: Path, size: int) -> bool:
 
 
 def _write(reader: StateReader, examples: Sequence[Example], file: Path, progress: Progress | None) -> None:
-    """In the order of batches, as there may be more than fits into memory. A file has its name once it is whole."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".part-", delete=False) as part:
-        try:
+    """In the order of batches, as there may be more than fits into memory. A file has its name once it is whole.
+
+    Under the lock, so that what a killed process has left of the file is overwritten.
+    """
+    part = file.with_name(f"{file.name}.part")
+    part.unlink(missing_ok=True)  # with the mode that it has
+    try:
+        with part.open("xb") as stream:
+            part.chmod(0o600)
             for _, batch in reader.batches(examples, progress):
                 for states in batch:
-                    part.write(states.contiguous().view(torch.uint8).numpy().tobytes())
-            part.flush()
-            os.replace(part.name, file)
-        except BaseException:
-            os.unlink(part.name)
-            raise
+                    stream.write(states.contiguous().view(torch.uint8).numpy().tobytes())
+        part.rename(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

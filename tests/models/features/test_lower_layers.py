@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,25 @@ def test_a_damaged_file_is_made_again(plan_of: Callable[..., Plan], tmp_path: Pa
     else:
         file.write_bytes(bytes(file.stat().st_size))
         file.chmod(0o666)
+    assert all(torch.equal(one, other) for one, other in zip(first, gradients(plan), strict=True))
+
+
+def test_what_a_killed_process_has_left_is_overwritten(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    """Every attempt that was killed had left a file of its own, of hundreds of megabytes for a language model."""
+    plan = plan_of()
+    child = os.fork()
+    if not child:
+        Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign, return-value]
+        try:
+            gradients(plan)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    folder = tmp_path / "cache" / "states"
+    assert [path.suffix for path in folder.iterdir() if path.suffix != ".lock"] == [".part"]
+    first = gradients(plan)
+    assert [path.suffix for path in folder.iterdir() if path.suffix != ".lock"] == [""]
+    kept_states._held.clear()
     assert all(torch.equal(one, other) for one, other in zip(first, gradients(plan), strict=True))
 
 
