@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from gpu_bench import Bench, Row
@@ -23,12 +23,14 @@ CASES = [
     Case("1.5 B", torch.float32, False, 32),
     Case("7 B", torch.float32, False, 16),
     Case("1.5 B", torch.float32, True, 64),
+    Case("7 B", torch.bfloat16, True, 32, four_bits=True),  # quantized on the device, where a run quantizes on the CPU
+    Case("1.5 B", torch.bfloat16, False, 32, four_bits=True),
 ]
 
 
 def measure_steps(bench: Bench) -> None:
     for case in CASES:
-        chosen = Case(case.size, case.weights, case.checkpointing, 4) if bench.tiny else case
+        chosen = replace(case, physical=4) if bench.tiny else case
         bench.attempt(lambda case=chosen: steps_of(bench, case), **chosen.named)  # type: ignore[misc]
 
 

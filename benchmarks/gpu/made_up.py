@@ -12,6 +12,7 @@ from gpu_bench import Bench, Row
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import AutoModel, PreTrainedTokenizerFast, Qwen2Config
 
 from cotune.client.training.stage_setup.from_records import synthetic_setup
@@ -19,6 +20,7 @@ from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.tasks.task import get_task
 from cotune.models.base.load import LoadedModel
 from cotune.models.base.lookup import BaseModelFolder
+from cotune.models.base.quantized_layers import quantize_layer
 from cotune.models.config import LoraConfig
 from cotune.models.trainable import TrainableModel
 from cotune.plan.load import parse_plan
@@ -92,21 +94,23 @@ class Case:
 
     Attributes:
         size: A name in SIZES.
-        weights: The dtype of frozen weights.
+        weights: The dtype of frozen weights, or of those that have no 4 bits.
         checkpointing: Whether activations are computed again in the backward pass.
         physical: Slots of a batch, the blank one included.
+        four_bits: Whether the linear layers of the blocks have 4 bits, as with `model.quantization`.
     """
 
     size: str
     weights: torch.dtype
     checkpointing: bool
     physical: int
+    four_bits: bool = False
 
     @property
     def named(self) -> Row:
         return {
             "model": self.size,
-            "frozen weights": str(self.weights).removeprefix("torch."),
+            "frozen weights": "nf4" if self.four_bits else str(self.weights).removeprefix("torch."),
             "checkpointing": "on" if self.checkpointing else "off",
             "slots": self.physical,
         }
@@ -136,6 +140,9 @@ def build_model(bench: Bench, case: Case, task: str = "sequence-classification")
     with bench.device:
         module = does.model_class().from_config(config, dtype=case.weights)
     module.requires_grad_(False)
+    if case.four_bits:
+        for layer in (each for each in module.base_model.layers.modules() if type(each) is nn.Linear):
+            layer.weight = quantize_layer(layer, layer.weight.detach())
     for name, layer in module.named_children():
         if name != module.base_model_prefix and getattr(layer, "weight", None) is not module.get_input_embeddings().weight:
             layer.float()

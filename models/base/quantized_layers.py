@@ -140,7 +140,7 @@ def quantized_blocks(quantization: Quantization) -> Iterator[None]:
         read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta  # transformers marks what it has read
         if name != "weight" or type(module) is not nn.Linear or not read or not _is_in_list(module, places):
             return None
-        return _use_quantized(module, parameter.detach())
+        return quantize_layer(module, parameter.detach())
 
     hooks = [
         register_module_module_registration_hook(cast(Any, place)),  # its stub knows of no answer
@@ -175,8 +175,13 @@ def _is_in_list(module: nn.Module, places: Mapping[nn.Module, nn.Module]) -> boo
     return above is not None
 
 
-def _use_quantized(layer: nn.Linear, weight: Tensor) -> nn.Parameter:
-    """Let a layer compute with what its bytes stand for, and return these."""
+def quantize_layer(layer: nn.Linear, weight: Tensor) -> nn.Parameter:
+    """Let a layer compute with a weight in 4 bits, and return the bytes, which the caller gives it as its weight.
+
+    Args:
+        layer: A plain one; it becomes a `QuantizedLinear`.
+        weight: (out, in), of any float type.
+    """
     packed, maxima = _quantize(weight)
     layer.__class__ = QuantizedLinear
     layer.register_buffer("maxima", maxima)
