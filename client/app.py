@@ -47,7 +47,8 @@ from cotune.protocol.messages import (
     received_digest,
 )
 from cotune.protocol.refusals import GENERIC_REFUSAL, WHOLE_STATE, VersionLost, refusal
-from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement, content_digest
+from cotune.protocol.signatures import content_digest
+from cotune.protocol.statements import FINISHED, TRAIN, RequestStatement
 
 _log = logging.getLogger(__name__)
 _CONSENT: dict[str, Consent] = {TRAIN: check_plan, FINISHED: check_base_model}

@@ -23,7 +23,7 @@ from cryptography.x509 import load_pem_x509_certificates
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cotune.errors import RunError
-from cotune.protocol.signatures import Statement, is_signed_by_node, is_signed_by_server, sign
+from cotune.protocol.statements import Statement, is_signed_by_node, is_signed_by_server, sign
 
 MAX_SERVER_RENEWALS = 16  # the newest ones; an organization that knows none of their keys has to join again
 _MAX_STATEMENT_LENGTH = 16 * 1024  # characters of a statement

@@ -9,7 +9,8 @@ import re
 from flwr.app import Error, Message
 
 from cotune.errors import PolicyError, RunError
-from cotune.protocol.signatures import Signed, Statement
+from cotune.protocol.signatures import Signed
+from cotune.protocol.statements import Statement
 
 REFUSED = 1001  # the error code of the reply
 GENERIC_REFUSAL = "it did not train; the reason is in its own log"  # even the kind of failure may depend on a record

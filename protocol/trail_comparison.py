@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from cotune.errors import RunError
 from cotune.protocol.refusals import refusal_digest
-from cotune.protocol.signatures import (
+from cotune.protocol.statements import (
     RECEIPT,
     REFUSAL,
     UPDATE,

@@ -13,7 +13,7 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.errors import CotuneError
 from cotune.privacy.accounting.display_rounding import round_up
-from cotune.protocol.signatures import FINISHED, RequestStatement
+from cotune.protocol.statements import FINISHED, RequestStatement
 from cotune.reporting.formatting import SPACE, size
 
 

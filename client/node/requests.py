@@ -25,14 +25,13 @@ from cotune.privacy.policy import Policy
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.messages import Request, received_digest
 from cotune.protocol.refusals import dump_refusal, refusal_digest
-from cotune.protocol.signatures import (
+from cotune.protocol.signatures import attach, detach
+from cotune.protocol.statements import (
     FINISHED,
     REFUSAL,
     TRAIN,
     ReplyStatement,
     RequestStatement,
-    attach,
-    detach,
     is_signed_by_server,
     roster_digest,
     sign,

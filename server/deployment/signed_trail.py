@@ -20,7 +20,8 @@ from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal
 from cotune.protocol.messages import Recipient
 from cotune.protocol.refusals import parse_refusal, refusal_digest
-from cotune.protocol.signatures import (
+from cotune.protocol.signatures import Signed, attach, content_digest, detach
+from cotune.protocol.statements import (
     FINISHED,
     RECEIPT,
     REFUSAL,
@@ -28,10 +29,6 @@ from cotune.protocol.signatures import (
     UPDATE,
     ReplyStatement,
     RequestStatement,
-    Signed,
-    attach,
-    content_digest,
-    detach,
     is_signed_by_node,
     roster_digest,
     sign,

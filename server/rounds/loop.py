@@ -26,7 +26,7 @@ from cotune.plan.public import SCORES
 from cotune.plan.trained_parameters import statistic_shapes
 from cotune.privacy.client_dp import PrivateMean
 from cotune.protocol.messages import Recipient, received_digest, state_digest
-from cotune.protocol.signatures import TRAIN
+from cotune.protocol.statements import TRAIN
 from cotune.reporting.documents.events import (
     ClientExcluded,
     RoundFinished,

@@ -16,7 +16,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import Recipient, decode_receipt, encode_requests, received_digest
-from cotune.protocol.signatures import FINISHED, RECEIPT
+from cotune.protocol.statements import FINISHED, RECEIPT
 from cotune.reporting.documents.events import Delivered, DeliveryFailed, DeliveryStarted
 from cotune.server.request_outcomes import Accepted, Declined, Lost, Outcome, Rejected, TimedOut
 from cotune.server.rounds.requests import Requests, RequestTracker, RetryLimits

@@ -28,7 +28,8 @@ from cotune.client.site import Site
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.refusals import dump_refusal, refusal_digest
-from cotune.protocol.signatures import RECEIPT, REFUSAL, ReplyStatement, RequestStatement, detach, sign
+from cotune.protocol.signatures import detach
+from cotune.protocol.statements import RECEIPT, REFUSAL, ReplyStatement, RequestStatement, sign
 from cotune.server.deployment.keys.signing import public_hex, read_signing_key
 from cotune.server.deployment.signed_trail import read_trail
 from cotune.server.runs.deliveries import read_deliveries

@@ -26,7 +26,7 @@ from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.protocol.key_renewal import NodeRenewal, ServerRenewal
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import ReplyStatement
+from cotune.protocol.statements import ReplyStatement
 from cotune.server.deployment.keys.certificates import create_next_authority, read_authority_pem
 from cotune.server.deployment.members import Members
 from cotune.server.proxy_process import MemberKeys

@@ -25,7 +25,7 @@ from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, encode_requests
 from cotune.protocol.refusals import parse_refusal
-from cotune.protocol.signatures import FINISHED
+from cotune.protocol.statements import FINISHED
 from tests.support.signing import sign_request
 
 RANGE = {"least": 500, "most": 20_000}

@@ -24,7 +24,7 @@ from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.plan import Plan
 from cotune.protocol.key_renewal import ServerRenewal
-from cotune.protocol.signatures import RequestStatement
+from cotune.protocol.statements import RequestStatement
 from tests.support.failures import fails_with
 from tests.support.requests import ask, request
 from tests.support.signing import FEDERATION, SERVER_KEY, sign_request

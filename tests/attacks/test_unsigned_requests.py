@@ -19,7 +19,8 @@ from cotune.client.audit_log import AuditLog
 from cotune.client.site import Site
 from cotune.models.trainable import State
 from cotune.plan.plan import Plan
-from cotune.protocol.signatures import FINISHED, attach, detach
+from cotune.protocol.signatures import attach, detach
+from cotune.protocol.statements import FINISHED
 from tests.support.requests import ask, request
 from tests.support.signing import SERVER_KEY, sign_request
 

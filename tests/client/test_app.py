@@ -24,7 +24,8 @@ from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Recipient, decode_update, encode_requests, payload_bytes, state_digest
 from cotune.protocol.refusals import parse_refusal
-from cotune.protocol.signatures import ReplyStatement, RequestStatement, content_digest, detach, is_signed_by_node
+from cotune.protocol.signatures import content_digest, detach
+from cotune.protocol.statements import ReplyStatement, RequestStatement, is_signed_by_node
 from cotune.strategies.types import Update
 from tests.support.signing import NODE_KEY, sign_request
 

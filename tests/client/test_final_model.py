@@ -30,7 +30,8 @@ from cotune.plan.trained_parameters import get_plan_model, shared_names
 from cotune.privacy.policy import Policy, change_policy
 from cotune.protocol.messages import Receipt, Recipient, Request, decode_receipt, encode_requests, received_digest
 from cotune.protocol.refusals import parse_refusal
-from cotune.protocol.signatures import FINISHED, detach
+from cotune.protocol.signatures import detach
+from cotune.protocol.statements import FINISHED
 from tests.support.failures import fails_with
 from tests.support.signing import sign_request
 

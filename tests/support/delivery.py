@@ -9,7 +9,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from cotune.protocol.messages import Receipt, Request, decode_request, encode_receipt, received_digest
-from cotune.protocol.signatures import RECEIPT, detach
+from cotune.protocol.signatures import detach
+from cotune.protocol.statements import RECEIPT
 from cotune.server import app
 from cotune.server.runs.run_folder import RunFolder
 from cotune.server.time_limits import TimeLimits

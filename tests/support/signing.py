@@ -17,17 +17,8 @@ from flwr.app import RecordDict
 from cotune.client.node.trust import Trust, TrustedServer
 from cotune.plan.load import parse_plan
 from cotune.protocol.messages import decode_request, received_digest
-from cotune.protocol.signatures import (
-    TRAIN,
-    UPDATE,
-    ReplyStatement,
-    RequestStatement,
-    attach,
-    content_digest,
-    detach,
-    roster_digest,
-    sign,
-)
+from cotune.protocol.signatures import attach, content_digest, detach
+from cotune.protocol.statements import TRAIN, UPDATE, ReplyStatement, RequestStatement, roster_digest, sign
 
 FEDERATION = 32 * "f"
 SERVER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cotune.errors import RunError
 from cotune.protocol.key_renewal import ServerRenewal, read_server_renewals
-from cotune.protocol.signatures import ReplyStatement
+from cotune.protocol.statements import ReplyStatement
 from cotune.server.deployment.federation import FederationFolder
 from cotune.server.deployment.join_files import write_handout
 from cotune.server.deployment.keys import certificates

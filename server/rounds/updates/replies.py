@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 
 from cotune.errors import CotuneError, RunError
 from cotune.protocol.messages import decode_update, payload_bytes, write_out
-from cotune.protocol.signatures import UPDATE
+from cotune.protocol.statements import UPDATE
 from cotune.server.request_outcomes import Accepted, Declined, Outcome, Rejected
 from cotune.server.rounds.run_environment import RunEnvironment, Trail
 from cotune.server.rounds.updates.buffers import ReorderBuffer, UpdateStore

@@ -26,7 +26,7 @@ from cotune.plan.load import load_plan
 from cotune.plan.plan import Plan
 from cotune.privacy.policy import Policy, read_policy
 from cotune.protocol.federation_file import Invitation
-from cotune.protocol.signatures import FINISHED, TRAIN, RequestStatement
+from cotune.protocol.statements import FINISHED, TRAIN, RequestStatement
 from cotune.server.deployment.keys.certificates import create_authority
 from cotune.server.deployment.members import Members, read_public_key
 from tests.support.console import Cotune, Started

@@ -13,7 +13,7 @@ from cotune.client.node.requests import SignedRequest, check_limits, verify_requ
 from cotune.client.site import Site
 from cotune.errors import PolicyError
 from cotune.privacy.policy import Policy, change_policy
-from cotune.protocol.signatures import FINISHED, TRAIN
+from cotune.protocol.statements import FINISHED, TRAIN
 from tests.support.signing import sign_request
 
 

@@ -11,7 +11,8 @@ import pytest
 from flwr.app import Error, Message
 
 from cotune.errors import RunError
-from cotune.protocol.signatures import RequestStatement, detach
+from cotune.protocol.signatures import detach
+from cotune.protocol.statements import RequestStatement
 from cotune.server.rounds.selection import build_cohort, record_waiting
 from cotune.server.runs.run_folder import Progress, RunFolder
 from tests.support import rounds

@@ -22,7 +22,8 @@ from cotune.errors import RunError
 from cotune.plan.load import parse_plan
 from cotune.protocol.key_renewal import read_node_renewal, read_server_renewals
 from cotune.protocol.messages import Recipient, encode_requests
-from cotune.protocol.signatures import TRAIN, UPDATE, content_digest
+from cotune.protocol.signatures import content_digest
+from cotune.protocol.statements import TRAIN, UPDATE
 from cotune.protocol.trail_comparison import compare_ends, read_coordinator_end, read_organization_end
 from cotune.server.deployment.creation import create_federation, renew_server
 from cotune.server.deployment.federation import FederationFolder, ServerConfig
