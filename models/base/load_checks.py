@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.errors import ModelError
+from cotune.printable import printable
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
     pass
@@ -34,16 +35,20 @@ def check_no_code_is_named(settings: Any) -> None:
 
 
 def check_files_are_wide(settings: Any) -> None:
-    """Check that a configuration is of no weights that bitsandbytes has quantized: transformers would use its layers for them.
+    """Check that a configuration is of weights that no library has quantized: transformers would use that library's layers.
+
+    Which ones, depends on what is installed and on the device, and some of them read the rows of a batch together.
 
     Raises:
         ModelError: If it is.
     """
     quantized = settings.get("quantization_config")
-    if isinstance(quantized, dict) and (quantized.get("quant_method") == "bitsandbytes" or "load_in_4bit" in quantized):
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise ModelError(
-            "the base model's files hold weights that bitsandbytes has quantized already (quantization_config in config.json):"
-            ' expected those of the full model, which model.quantization = "nf4" quantizes as they are read',
+            "the base model's files hold weights that are quantized already (quantization_config in config.json, method"
+            f" {printable(str(method or 'not given'))[:40]}): expected those of the full model, which"
+            ' model.quantization = "nf4" quantizes as they are read',
             code="model.quantized_files",
         )
 

@@ -289,14 +289,36 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float) -> None:
         opened(folder, "nf4", None)
 
 
-def test_files_that_are_quantized_already(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"load_in_8bit": True},  # which transformers reads as bitsandbytes' own 8 bits
+        {"quant_method": "bitsandbytes_8bit"},
+        {"quant_method": "fp8"},  # whose layers are of one kind on a GPU and of another without
+        {"quant_method": "bitnet"},
+        {},
+        [1],
+    ],
+    ids=str,
+)
+def test_files_that_are_quantized_already(tmp_path: Path, given: Any) -> None:
+    """Whatever library did it: its layers would be in the place of those whose hash the plan has."""
     folder = write(tmp_path / "base", "llama")
     settings = json.loads((folder / "config.json").read_bytes())
-    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    settings["quantization_config"] = given
     (folder / "config.json").write_text(json.dumps(settings))
     for quantization in ("none", "nf4"):
         with fails_with("model.quantized_files"):
             opened(folder, quantization, None)
+
+
+def test_a_configuration_may_say_that_nothing_is_quantized(tmp_path: Path) -> None:
+    folder = write(tmp_path / "base", "llama")
+    settings = json.loads((folder / "config.json").read_bytes())
+    settings["quantization_config"] = None
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert len(quantized(opened(folder, "nf4", None))) == 14
 
 
 @pytest.mark.parametrize("mode", ["full", "blocks"])
