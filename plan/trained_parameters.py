@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cotune.data.inputs.chat_template import check_chat_template
-from cotune.errors import PrivacyError
+from cotune.data.inputs.chat_wording import wording_of
+from cotune.errors import ModelError, PrivacyError
 from cotune.models.config import ModelConfig
 from cotune.models.multi_head import head_prefix
 from cotune.models.trainable import TrainableModel, get_model, open_model
@@ -34,7 +35,7 @@ def get_plan_model(plan: Plan, device: str, *, needs_weights: bool = True) -> Tr
         needs_weights: False: where the base model's folder has no weights, the model does without (see `load_model`).
 
     Raises:
-        ModelError: If it cannot be loaded, or cannot write the plan's chats.
+        ModelError: If it cannot be loaded, or cannot write the plan's chats, or has no room for them.
         PrivacyError: If it mixes records of a batch, which record-level privacy rules out.
     """
     lora = plan.lora if plan.uses_lora else None
@@ -42,9 +43,23 @@ def get_plan_model(plan: Plan, device: str, *, needs_weights: bool = True) -> Tr
     model = get_model(plan.model, plan.labels, lora, plan.seed, device, plan.task, own_adapters, needs_weights, plan.data.tags)
     if plan.data.chats:
         check_chat_template(model.loaded.reader, plan.data.system)
+        _check_room(plan, model)
     if isinstance(plan.privacy, RecordPrivacy):
         _refuse_batch_norm(model)
     return model
+
+
+def _check_room(plan: Plan, model: TrainableModel) -> None:
+    """Raises ModelError where what stands in every chat leaves no room for an answer, so that all of them would be cut off."""
+    loaded = model.loaded
+    shortest = wording_of(plan.data).ask("a")
+    if loaded.task.prompts(loaded.reader, loaded.max_length, [shortest]) == [None]:
+        raise ModelError(
+            f"the chat template, data.system and data.instruction take more than the {loaded.max_length} tokens that the model"
+            " reads of a chat (model.max_length), so that no record below them has an answer left: expected room for it;"
+            " shorten these, or raise model.max_length",
+            code="model.no_room_for_chats",
+        )
 
 
 _open_own_model = lru_cache(maxsize=4)(open_model)  # simulated organizations train their own models one after the other

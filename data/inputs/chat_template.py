@@ -30,6 +30,7 @@ _TRIES = 2  # of a chat by which the process ends: it may have been killed from 
 _ASKED = ((USER, "What is the tallest mountain?"),)
 _ANSWER = "Everest is."
 _TRIAL = Chat((*_ASKED, (ASSISTANT, _ANSWER)))
+_SYSTEM = "Answer in as few words as you can."  # which stands in no other message: what a plan says may
 _LONG_TRIAL = Chat((*_TRIAL.messages, (USER, "And the deepest sea?"), (ASSISTANT, "The Pacific.")))
 
 _Refusal = tuple[Literal["limit", "refused"], str]  # what was reached, or why
@@ -136,18 +137,28 @@ def _closing(template: _Template) -> str:
 
 @lru_cache(maxsize=16)
 def _check_system(template: _Template, system: str) -> None:
-    """Raises ModelError where the template refuses the system message or leaves it out."""
-    [reply] = _write(template, [Chat(((SYSTEM, system), *_TRIAL.messages))])
-    said = "leaves it out"
+    """Raises ModelError where the template refuses the system message, leaves it out, or writes no answer below it."""
+    trials = [(said, trial) for said in (system, _SYSTEM) if system.strip() or said == system for trial in (_TRIAL, _LONG_TRIAL)]
+    chats = [Chat(((SYSTEM, said), *trial.messages)) for said, trial in trials]
+    for chat, reply in zip(chats, _write(template, chats), strict=True):
+        fault = _find_fault(chat, reply)
+        if fault is not None:
+            raise ModelError(
+                f"data.system begins each chat, and the base model's chat template {fault}: expected a template that writes"
+                " system messages, as that of SmolLM2 does; use data.instruction, which a user says, in place of data.system",
+                code="model.no_system_message",
+            )
+
+
+def _find_fault(chat: Chat, reply: _Reply) -> str | None:
+    """What a template does wrong with a made-up chat that has a system message; None: nothing."""
     if isinstance(reply, tuple):
-        said = f"refuses it ({printable(reply[1])})"
-    elif system.strip() in reply["prompt"]:
-        return
-    raise ModelError(
-        f"data.system begins each chat, and the base model's chat template {said}: expected a template that writes system"
-        " messages, as that of SmolLM2 does; use data.instruction, which a user says, in place of data.system",
-        code="model.no_system_message",
-    )
+        return f"refuses it ({printable(reply[1])})"
+    if chat.messages[0][1].strip() not in reply["prompt"]:
+        return "leaves it out"
+    if _split(reply, chat, "") is None or _ASKED[0][1] not in reply["prompt"]:
+        return "does not put an answer, as it is, behind what it writes to ask for one below it"
+    return None
 
 
 def _error_of(refusal: _Refusal) -> ModelError:

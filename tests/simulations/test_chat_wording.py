@@ -197,3 +197,19 @@ def test_a_system_message_needs_a_template_that_writes_it(pairs: Path, cotune: C
     plan = parse_plan(_table(gemma, {"prompt": "long", "target": "short", "system": BRIEF}))
     with fails_with("model.no_system_message"):
         get_plan_model(plan, "cpu")
+
+
+@pytest.mark.parametrize("words", [{"system": "brief " * 30}, {"instruction": "brief " * 30}, {}])
+def test_words_that_leave_no_room_for_an_answer_are_refused(base: Path, words: dict[str, str]) -> None:
+    """All records of all organizations would contribute nothing, and be charged; the shortest is lost with one token less."""
+    columns = {"prompt": "p", "target": "t"} if words else {"messages": "m"}
+    table = _table(base, {**columns, **words})
+    model = get_plan_model(parse_plan({**table, "model": {"base": str(base), "max_length": 256}}), "cpu")
+    shortest = ChatWording(**words).ask("a", "b")
+    task, reader = model.loaded.task, model.loaded.reader
+    [prompt] = task.prompts(reader, 256, [Chat(shortest.asked)])
+    length = len(prompt)
+    assert [task.lost(reader, most, [shortest]) for most in (length, length - 1)] == [0, 1]
+    assert get_plan_model(parse_plan({**table, "model": {"base": str(base), "max_length": length}}), "cpu")
+    with fails_with("model.no_room_for_chats", str(length - 1)):
+        get_plan_model(parse_plan({**table, "model": {"base": str(base), "max_length": length - 1}}), "cpu")

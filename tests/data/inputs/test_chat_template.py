@@ -123,6 +123,31 @@ def test_a_template_must_write_the_system_message(name: str, system: str, refuse
         check_chat_template(byte_tokenizer(TEMPLATES[name]), system)
 
 
+WITH_SYSTEM = {  # what templates can do to chats that begin with a system message, and to no others
+    "leaves out": (TEMPLATES["mistral"], "a"),  # which stands in the user's question
+    "other prompt": ("{% if messages[0].role == 'system' and not add_generation_prompt %}X{% endif %}" + CHATML, "be brief"),
+    "other answer": (CHATML.replace("m.content", "(m.content | upper if messages[0].role == 'system' else m.content)"), "BE BRIEF"),
+    "no question": (
+        "{% if messages[0].role == 'system' %}{{ messages[0].content }}{{ messages[-1].content if not add_generation_prompt }}"
+        "{% else %}" + CHATML + "{% endif %}",
+        "be brief",
+    ),
+    "no long chats": (
+        "{% if messages[0].role == 'system' and messages | length > 3 %}{{ raise_exception('no') }}{% endif %}" + CHATML,
+        "be brief",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_SYSTEM)
+def test_a_template_must_write_answers_below_the_system_message(name: str) -> None:
+    """Else all records of all organizations would contribute nothing, or not what the plan says, and be charged."""
+    template, system = WITH_SYSTEM[name]
+    check_chat_template(byte_tokenizer(template))
+    with fails_with("model.no_system_message"):
+        check_chat_template(byte_tokenizer(template), system)
+
+
 HOSTILE = {
     "class": "{{ ''.__class__ }}" + CHATML,
     "class by index": "{{ ''['__class__'] }}" + CHATML,
