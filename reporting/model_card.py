@@ -6,6 +6,7 @@ end a line nor begin a tag.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from cotune.data.inputs.chat_wording import wording_of
 from cotune.data.readers.sources import get_base_path
 from cotune.data.tasks.task import get_task
 from cotune.models.base.lookup import FOLDER
+from cotune.models.base.quantization import EXACT
 from cotune.models.config import FeatureConfig
 from cotune.plan.plan import Plan
 from cotune.plan.stacking import list_uncovered
@@ -85,7 +87,8 @@ def _trained_on(plan: Plan, adapters: bool) -> Iterator[str]:
 
 
 def _in_four_bits(plan: Plan) -> str:
-    return f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{plan.model.quantization}")'
+    settings = f'load_in_4bit=True, bnb_4bit_quant_type="{plan.model.quantization}", llm_int8_skip_modules={json.dumps(EXACT)}'
+    return f"BitsAndBytesConfig({settings})"
 
 
 def promised(plan: Plan) -> list[str]:

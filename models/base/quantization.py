@@ -12,6 +12,9 @@ import hashlib
 from cotune.models.config import Quantization
 
 BLOCK = 64  # weights with a common scale, in the order of memory
+# of the architectures that can be had in 4 bits, linear layers outside of the blocks: transformers' own quantizer takes them,
+# too, unless it is told
+EXACT = ("lm_head", "embed_out", "project_in", "project_out", "pooler")
 _SETTINGS: dict[Quantization, str] = {
     "nf4": f"nf4; weights of the linear layers of the blocks; {BLOCK} weights to a maximum in float32; from float32, on the CPU",
 }

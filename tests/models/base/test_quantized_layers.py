@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,9 @@ from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import ADAPTERS, export_model
 from cotune.models.record_independence import check_independence, in_float64
 from cotune.models.trainable import TrainableModel, open_model
+from cotune.plan.load import parse_plan
 from cotune.privacy.mechanisms.per_example import per_example
+from cotune.reporting.model_card import model_card
 from tests.support.failures import fails_with
 from tests.support.frozen_weights import SIZE, TARGETS, Watched, batch_of, check_equal, gradients, write_base, write_causal
 from tests.support.tiny_models import copy_without_weights, write_model
@@ -369,6 +372,33 @@ def test_settings_are_part_of_the_hash(tmp_path: Path) -> None:
             find_base(ModelConfig(base=folder, base_hash=theirs.content_hash, quantization=mine.quantization))
     with fails_with("model.other_hash"):
         find_base(ModelConfig(base=folder, base_hash="0" * 64, quantization="nf4"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", [*KINDS, "opt with projections"])
+def test_the_card_tells_transformers_to_quantize_the_same_layers(tmp_path: Path, kind: str) -> None:
+    from bitsandbytes.nn import Linear4bit
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+
+    if kind == "opt with projections":
+        config = AutoConfig.for_model("opt", **{**SIZE, "ffn_dim": 64, "word_embed_proj_dim": 16})
+        folder = write_causal(tmp_path / "base", config)
+    else:
+        folder = write(tmp_path / "base", kind)
+    task: TaskName = "sequence-classification" if kind in ENCODERS else "causal-lm"
+    model = opened(folder, "nf4", None, task=task)
+    prefix = model.prefix[0] if kind in ENCODERS else ""  # adapters of encoders are for the encoder alone
+    data = {"source": "x.csv", "prompt": "p", "target": "t"}
+    base = {"base": "base", "quantization": "nf4"}
+    plan = parse_plan({"name": "toy", "task": "causal-lm", "train": "lora", "model": base, "data": data})
+    card = model_card(plan, privacy=["p"], length=64, adapters=True)
+    [told] = re.findall("^quantization = (.*)$", card, re.MULTILINE)
+    settings = eval(told, {"BitsAndBytesConfig": BitsAndBytesConfig})
+    loaded = (AutoModel if kind in ENCODERS else AutoModelForCausalLM).from_pretrained(
+        folder, quantization_config=settings, dtype=torch.float32, device_map="cpu"
+    )
+    found = {name for name, layer in loaded.named_modules() if isinstance(layer, Linear4bit)}
+    assert found == {name.removeprefix(prefix) for name in quantized(model)}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # of peft and others
