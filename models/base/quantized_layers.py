@@ -34,7 +34,12 @@ from cotune.models.config import Quantization
 
 _AT_ONCE = 2**20  # weights, a multiple of all blocks
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # read by transformers
-_SAMPLE = "5e9967349c4a0e125b818964b5c748a3f062c8d7f8cd1091e87db18d0f2ba9ca"  # see `_digest_of_sample`
+_SAMPLE = "bef0f926a88a34562eeb0de1b3c5323e6aac35eda7b5b48480657d5158d29c4d"  # see `_digest_of_sample`
+_NF4 = (  # Dettmers et al., NeurIPS 2023, appendix E
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 # architectures whose blocks are of plain linear layers, and ask no weight for its type; tests compare every bit of each
 QUANTIZABLE = KEPT_NARROW | {"bert", "distilbert", "roberta", "xlm-roberta"}
 
@@ -105,12 +110,19 @@ def check_bitsandbytes() -> None:
 
 
 def _digest_of_sample() -> str:
-    """SHA-256 of what is made of weights of several sizes: bytes, maxima, and what they stand for."""
-    weight = ((torch.arange(4096) * 7919 % 2003) - 1001).float() / 1000
-    weight[:64] *= 1e-3
-    weight[64:128] = 0
+    """SHA-256 of what is made of weights of several sizes: bytes, maxima, and what they stand for.
+
+    Most of them lie as close as float32 can tell to where rounding goes from one number of NF4 to the next, so that the same
+    operations in another order give other bytes. The last block is not whole.
+    """
+    table = torch.tensor(_NF4)
+    largest = 1.0 + torch.arange(256)[:, None] * 7919 % 2003 / 2003  # many bits of a fraction each
+    near = (table[1:] + table[:-1]) / 2 * largest
+    beside = [torch.nextafter(near, torch.full_like(near, end)) for end in (torch.inf, -torch.inf)]
+    blocks = functional.pad(torch.cat([largest, near, *beside], dim=1), (0, BLOCK - 1 - 3 * near.shape[1]))
+    weight = torch.cat([blocks.flatten(), 1e-3 * blocks[0], torch.zeros(BLOCK), blocks[1:].flatten()[: BLOCK // 2] / 7])
     packed, maxima = _quantize(weight)
-    found = (packed, maxima, _widen(packed, maxima, (64, 64)))
+    found = (packed, maxima, _widen(packed, maxima, (1, len(weight))))
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in found)).hexdigest()
 
 
@@ -205,13 +217,16 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _widen(packed: Tensor, maxima: Tensor, shape: tuple[int, int]) -> Tensor:
-    """As rows of one block each: bitsandbytes 0.50 gives wrong numbers on a CPU where a row has no whole number of blocks."""
+    """As rows of one block each: bitsandbytes 0.50 gives wrong numbers on a CPU where a row has no whole number of blocks.
+
+    A row of an odd number of weights it would have a compiler translate, for seconds and for each size.
+    """
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     count = math.prod(shape)
-    rows = (count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count)
+    rows = (count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count + count % 2)
     state = QuantState(maxima, torch.Size(rows), blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
-    return cast(Tensor, dequantize_4bit(packed, state)).reshape(shape)
+    return cast(Tensor, dequantize_4bit(packed, state)).flatten()[:count].reshape(shape)
 
 
 def use_wide_layers(module: nn.Module) -> None:

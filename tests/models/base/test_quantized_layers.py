@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,13 @@ def test_weights_are_entries_of_the_table_times_the_maximum_of_their_block(tmp_p
     torch.testing.assert_close((blocks - scaled).abs(), nearest, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("width", [32, 64, 100, 192, 33])
-def test_rows_of_any_length(width: int) -> None:
-    """Those of real models are whole blocks; a weight that is none has one that is shorter."""
-    weight = torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("rows", "width"), [(6, 32), (6, 64), (6, 100), (6, 192), (6, 33), (5, 33), (1, 1), (9, 7)])
+def test_rows_of_any_length(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of real models are whole blocks; a weight that is none has one that is shorter. No compiler is asked for."""
+    monkeypatch.setattr("bitsandbytes.backends.default.ops._dequantize_4bit_compute", None)
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     packed, maxima = quantized_layers._quantize(weight)
-    found = quantized_layers._widen(packed, maxima, (6, width))
+    found = quantized_layers._widen(packed, maxima, (rows, width))
     whole = functional.pad(weight.flatten(), (0, -weight.numel() % 64))
     more = functional.pad(packed.flatten(), (0, len(whole) // 2 - len(packed)))
     assert torch.equal(found.flatten(), widened_by_table(more, whole)[: weight.numel()])
@@ -222,6 +224,32 @@ def test_a_bitsandbytes_that_gives_other_bytes_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(quantized_layers, "BLOCK", 128)
     with fails_with("model.other_bitsandbytes"):
         check_bitsandbytes()
+
+
+def quantized_otherwise(weight: Tensor, blocksize: int, quant_type: str, *, divides: bool, upward: bool) -> Any:
+    """What bitsandbytes computes, but for a rounding: quotients in place of products, or halves to the upper number."""
+    whole = len(weight) // blocksize * blocksize
+    blocks = weight[:whole].reshape(-1, blocksize)
+    maxima = blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
+    scaled = (blocks / maxima if divides else blocks * (1 / maxima)).flatten()
+    last = weight[whole:].abs().amax().clamp(min=1e-38)
+    scaled = torch.cat([scaled, weight[whole:] / last]).clamp(-1, 1)
+    bounds = torch.from_numpy((TABLE[1:] + TABLE[:-1]) / 2)
+    numbers = torch.bucketize(scaled, bounds, right=upward).to(torch.uint8)
+    _, state = quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    return ((numbers[::2] << 4) | numbers[1::2]).unsqueeze(1), state
+
+
+@pytest.mark.parametrize(("divides", "upward"), [(False, False), (True, False), (False, True)])
+def test_a_bitsandbytes_that_rounds_a_little_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, divides: bool, upward: bool
+) -> None:
+    """Of sixteen million random weights one has other bytes with quotients in place of products."""
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", partial(quantized_otherwise, divides=divides, upward=upward))
+    check_bitsandbytes.cache_clear()
+    with fails_with("model.other_bitsandbytes") if divides or upward else nullcontext():
+        check_bitsandbytes()
+    check_bitsandbytes.cache_clear()
 
 
 def test_without_bitsandbytes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
