@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -143,6 +144,7 @@ def quantized_blocks(quantization: Quantization) -> Iterator[None]:
         return
     check_bitsandbytes()
     places: dict[nn.Module, nn.Module] = {}
+    here = get_ident()
 
     def place(module: nn.Module, _: str, child: nn.Module | None) -> None:
         if child is not None:
@@ -151,6 +153,8 @@ def quantized_blocks(quantization: Quantization) -> Iterator[None]:
     def quantize(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta  # transformers marks what it has read
         if name != "weight" or type(module) is not nn.Linear or not read or not _is_in_list(module, places):
+            return None
+        if get_ident() != here:  # hooks are the process's, and what another thread loads meanwhile is not to be quantized
             return None
         return quantize_layer(module, parameter.detach())
 

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from cotune.data.config import TaskName
 from cotune.models.architecture import AlignedRows
 from cotune.models.base import quantized_layers
 from cotune.models.base.lookup import find_base
-from cotune.models.base.quantized_layers import QUANTIZABLE, QuantizedLinear, check_bitsandbytes
+from cotune.models.base.quantized_layers import QUANTIZABLE, QuantizedLinear, check_bitsandbytes, quantized_blocks
 from cotune.models.checkpointing import checkpointing
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.export import ADAPTERS, export_model
@@ -224,6 +225,13 @@ def test_a_bitsandbytes_that_gives_other_bytes_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(quantized_layers, "BLOCK", 128)
     with fails_with("model.other_bitsandbytes"):
         check_bitsandbytes()
+
+
+def test_what_another_thread_loads_meanwhile_is_not_quantized(tmp_path: Path) -> None:
+    folder = write(tmp_path / "base", "llama")
+    with quantized_blocks("nf4"), ThreadPoolExecutor(1) as other:
+        full = other.submit(opened, folder, "none", None).result()
+    assert quantized(full) == {}
 
 
 def quantized_otherwise(weight: Tensor, blocksize: int, quant_type: str, *, divides: bool, upward: bool) -> Any:
