@@ -126,7 +126,10 @@ def test_a_template_must_write_the_system_message(name: str, system: str, refuse
 WITH_SYSTEM = {  # what templates can do to chats that begin with a system message, and to no others
     "leaves out": (TEMPLATES["mistral"], "a"),  # which stands in the user's question
     "other prompt": ("{% if messages[0].role == 'system' and not add_generation_prompt %}X{% endif %}" + CHATML, "be brief"),
-    "other answer": (CHATML.replace("m.content", "(m.content | upper if messages[0].role == 'system' else m.content)"), "BE BRIEF"),
+    "other answer": (
+        CHATML.replace("m.content", "(m.content | upper if messages[0].role == 'system' else m.content)"),
+        "BE BRIEF",
+    ),
     "no question": (
         "{% if messages[0].role == 'system' %}{{ messages[0].content }}{{ messages[-1].content if not add_generation_prompt }}"
         "{% else %}" + CHATML + "{% endif %}",
