@@ -52,8 +52,7 @@ def get_plan_model(plan: Plan, device: str, *, needs_weights: bool = True) -> Tr
 def _check_room(plan: Plan, model: TrainableModel) -> None:
     """Raises ModelError where what stands in every chat leaves no room for an answer, so that all of them would be cut off."""
     loaded = model.loaded
-    shortest = wording_of(plan.data).ask("a")
-    if loaded.task.prompts(loaded.reader, loaded.max_length, [shortest]) == [None]:
+    if loaded.task.lost(loaded.reader, loaded.max_length, [wording_of(plan.data).ask("a", "b")]):
         raise ModelError(
             f"the chat template, data.system and data.instruction take more than the {loaded.max_length} tokens that the model"
             " reads of a chat (model.max_length), so that no record below them has an answer left: expected room for it;"

@@ -428,10 +428,11 @@ def test_the_card_tells_transformers_to_quantize_the_same_layers(tmp_path: Path,
     base = {"base": "base", "quantization": "nf4"}
     plan = parse_plan({"name": "toy", "task": "causal-lm", "train": "lora", "model": base, "data": data})
     card = model_card(plan, privacy=["p"], length=64, adapters=True)
-    [told] = re.findall("^quantization = (.*)$", card, re.MULTILINE)
-    settings = eval(told, {"BitsAndBytesConfig": BitsAndBytesConfig})
+    [told] = re.findall("^quantization = .*$", card, re.MULTILINE)
+    said: dict[str, Any] = {"BitsAndBytesConfig": BitsAndBytesConfig}
+    exec(told, said)
     loaded = (AutoModel if kind in ENCODERS else AutoModelForCausalLM).from_pretrained(
-        folder, quantization_config=settings, dtype=torch.float32, device_map="cpu"
+        folder, quantization_config=said["quantization"], dtype=torch.float32, device_map="cpu"
     )
     found = {name for name, layer in loaded.named_modules() if isinstance(layer, Linear4bit)}
     assert found == {name.removeprefix(prefix) for name in quantized(model)}
