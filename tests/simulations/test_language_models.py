@@ -26,6 +26,7 @@ from cotune.reporting.verdict import conclude_verdict
 from cotune.simulations.comparison.compare import compare
 from cotune.simulations.prepare import prepare
 from cotune.simulations.run import Run, simulate
+from tests.support.chats import word_tokenizer, write_chat_model
 from tests.support.language_models import language_model, write_dialogs
 from tests.support.processes import Cotune, play_whole_and_killed
 from tests.support.simulations import final_model, merged, same, tensors_of
@@ -257,10 +258,11 @@ def test_plans_of_language_models_are_compared_by_their_losses(new_plan: NewPlan
 
 
 @pytest.mark.long
-def test_preset_debian_is_played_by_ten_teams(language_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_preset_debian_is_played_by_ten_teams(tmp_path: Path) -> None:
     """On its own records, with a tiny model instead of one that must be fetched, and for one round without comparisons."""
     small = ("rounds=1", "simulation.baselines=[]", "generate.examples=2", "generate.max_new_tokens=2")
-    plan = load_plan("debian", [f"model.base={language_model('llama')}", *small])
+    base = write_chat_model(tmp_path / "base", reader=word_tokenizer())
+    plan = load_plan("debian", [f"model.base={base}", *small])
     run = simulate(plan, tmp_path / "run", device="cpu")
     assert len(run.summary.organizations) == 10
     assert all(each.epsilon_spent is not None and 0 < each.epsilon_spent <= 8.0 for each in run.summary.organizations)

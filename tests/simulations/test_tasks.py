@@ -137,8 +137,8 @@ def test_organizations_as_folders_of_images(new_plan: Callable[..., Plan], tmp_p
 @pytest.mark.parametrize(("train", "task"), crossed(["head", "lora", "full"], ["token-classification", "image-classification"]))
 def test_a_plan_is_forecast(new_plan: Callable[..., Plan], task: str, train: str) -> None:
     seen = forecast(new_plan(task, train=train, privacy=PRIVATE), "cpu")
-    assert seen.seconds is not None
-    assert 0 < seen.seconds.low <= seen.seconds.high
+    assert seen.time is not None
+    assert 0 < seen.time.seconds.low <= seen.time.seconds.high
     assert [o.name for o in seen.organizations] == ["org-1", "org-2"]
     assert all(o.epsilon_planned is not None and o.epsilon_planned <= 8.0 for o in seen.organizations)
 
