@@ -187,8 +187,9 @@ def for_chat(player: Player, folder: Path, base_model: Callable[[str], Path]) ->
     write_chats(folder / "chats.jsonl", 120)
     write_chats(folder / "labeled.jsonl", 10, seed=1)
     write_chats(folder / "new.jsonl", 3, seed=2)
-    plan = next(block.text for block in blocks_of("docs/chat.md") if block.language == "toml")
-    (folder / "chat.toml").write_text(plan.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base-of-chats"), encoding="utf-8")
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    plan = next(block.text for block in blocks_of("docs/chat.md") if block.language == "toml" and hub in block.text)
+    (folder / "chat.toml").write_text(plan.replace(hub, "base-of-chats"), encoding="utf-8")
 
 
 PREPARED: dict[str, Callable[[Player, Path, Callable[[str], Path]], None]] = {
