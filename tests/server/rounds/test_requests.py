@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import threading
 import time
 from dataclasses import replace
@@ -253,10 +254,12 @@ def test_a_connection_that_is_lost_during_a_round_is_told_of(new_run: NewRun, mo
     def breaks_off() -> Any:
         if asked.wait(0.0) and not told(folder, "connection_lost"):
             raise OSError("connection refused")
+        if told(folder, "connection_restored"):
+            grid.ready_now()
         return found()
 
     monkeypatch.setattr(grid, "get_nodes", breaks_off)
-    grid.delay = {"org-1": 0.5}
+    grid.delay = {"org-1": math.inf}
     grid.on_push = lambda name, message: asked.set()
     assert play(folder, grid, replace(IMPATIENT, silent=0.1)).round == 1
     assert [event["event"] for event in told(folder, "connection_lost", "connection_restored")] == [
@@ -482,7 +485,9 @@ def test_anyone_who_is_lost_at_one_request_may_answer_another(new_run: NewRun) -
     grid.lost["org-2"] = 1
 
     def reconnects(name: str, message: Message) -> None:
-        grid.delay["org-2"] = 0.1 if grid.pushed["org-2"] < 3 else 0.5
+        grid.delay["org-2"] = math.inf if grid.pushed["org-2"] < 3 else 0.5
+        if grid.pushed["org-2"] == 3:  # no sooner: a loss that is known before is a reason for a request by itself
+            grid.ready_now()
         grid.swallowed["org-2"] = int(grid.pushed["org-2"] == 2)
         grid.since["org-2"] = f"time {min(2, grid.pushed['org-2'])}"
 
