@@ -77,7 +77,7 @@ Input = str | tuple[str, ...] | Image | Passage | Chat | Question
 Label = str | tuple[str, ...] | float
 ASSISTANT = "assistant"  # the role of what a model writes
 USER = "user"  # the role of whom it answers
-SYSTEM = "system"  # the role of what is said to it beforehand
+SYSTEM = "system"  # the role of the message that tells it how to behave
 _NO_TAG = "O"  # outside of any entity, in the IOB schemes
 _NO_TAG_OF_TASK = "/O"  # the same, of one of several tasks
 

@@ -52,7 +52,7 @@ def write_rows(
         encoding: Of a file of text.
         max_new_tokens: Most tokens of a text.
         separator: Text after a prompt that is not a chat.
-        wording: What is said beside the prompts, for a chat model.
+        wording: System message and instruction of the chats, for a chat model.
         max_length: Longest prompt, in tokens; None: as in training.
         device: Such as "cpu" or "cuda:0".
     """
@@ -79,8 +79,8 @@ def complete_prompt(given: Passage | Chat, separator: str, wording: ChatWording)
 
     Args:
         given: The prompt alone, or a chat.
-        separator: Text after a prompt that becomes no chat.
-        wording: What is said beside it in a chat; without a word, a prompt becomes no chat.
+        separator: Text after a prompt that is not made a chat.
+        wording: System message and instruction; with neither, a prompt is not made a chat.
     """
     if isinstance(given, Chat):
         return wording.begin(given)

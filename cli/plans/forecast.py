@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cotune.cli.plans.plan_options import PlanOptions
+from cotune.models.base.quantization import explain_quantization
 from cotune.plan.personal import explain
 from cotune.plan.public import explain_predictions
 from cotune.plan.stacking import explain_stacking
@@ -39,7 +40,7 @@ def make_forecast(options: PlanOptions, examples: str | None, device: str, began
 def show_forecast(console: Console, seen: Forecast) -> None:
     """The tables and sentences."""
     plan = seen.plan
-    quantized = "" if plan.model.quantization == "none" else f", in 4 bits ({plan.model.quantization})"
+    quantized = explain_quantization(plan.model.quantization)
     console.print(f"[bold]{escape(plan.name)}[/bold]: base model {escape(plan.model.base)}{quantized}")
     console.print(f"base model hash {escape(str(plan.model.base_hash))}", soft_wrap=True)
     console.print(f"of its files but the weights {escape(str(plan.model.config_hash))}", soft_wrap=True)

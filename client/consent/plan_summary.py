@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cotune.models.base.quantization import explain_quantization
 from cotune.plan.local_training import Stage
 from cotune.plan.personal import explain
 from cotune.plan.plan import Plan
@@ -26,9 +27,10 @@ def summarize_plan(plan: Plan) -> list[str]:
     asks = [name for name, wanted in plan.disclosures.model_dump().items() if wanted] + sorted(plan.strategy.sends)
     term = plan.strategy.client_term
     parts = [plan.strategy.weighting.name, plan.strategy.fusion.name, *([] if term is None else [term.name])]
+    quantized = explain_quantization(plan.model.quantization)
     lines = [
         f"plan {plan.name} ({plan.plan_id[:12]}…), {plan.task}{_classes(plan)}",
-        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}{_quantized(plan)}{_feature(plan)}",
+        f"base model {plan.model.base}, hash {plan.model.base_hash or 'not given'}{quantized}{_feature(plan)}",
         f"{plan.rounds} rounds: {stages}",
         _rates(plan),
         _privacy(plan),
@@ -49,10 +51,6 @@ def _down(plan: Plan) -> str:
 
 def _trained(stage: Stage) -> str:
     return stage.mode if stage.layers is None else f"the last {stage.layers} blocks"
-
-
-def _quantized(plan: Plan) -> str:
-    return "" if plan.model.quantization == "none" else f", in 4 bits ({plan.model.quantization})"
 
 
 def _feature(plan: Plan) -> str:

@@ -125,7 +125,7 @@ def _closing(template: _Template) -> str:
     for chat, reply in zip(trials, replies, strict=True):
         if isinstance(reply, tuple):
             raise _error_of(reply)
-        if _split(reply, chat, "") is None or _ASKED[0][1] not in reply["prompt"]:
+        if not _has_answer(chat, reply):
             raise ModelError(
                 "the base model's chat template does not put an answer, as it is, behind what it writes to ask for one:"
                 " expected a template that does with add_generation_prompt, as those of Llama, Qwen and Gemma; correct it, or use"
@@ -156,9 +156,14 @@ def _find_fault(chat: Chat, reply: _Reply) -> str | None:
         return f"refuses it ({printable(reply[1])})"
     if chat.messages[0][1].strip() not in reply["prompt"]:
         return "leaves it out"
-    if _split(reply, chat, "") is None or _ASKED[0][1] not in reply["prompt"]:
+    if not _has_answer(chat, reply):
         return "does not put an answer, as it is, behind what it writes to ask for one below it"
     return None
+
+
+def _has_answer(chat: Chat, reply: Mapping[str, str]) -> bool:
+    """Whether a made-up chat was written out with its question, and its answer behind the prompt."""
+    return _split(reply, chat, "") is not None and _ASKED[0][1] in reply["prompt"]
 
 
 def _error_of(refusal: _Refusal) -> ModelError:

@@ -17,7 +17,7 @@ class ChatWording:
     Attributes:
         system: The first message, of the role system, of each chat that has none; "": an empty one, by which a template is kept
             from adding its own; None: whatever the template does without one.
-        instruction: What is to be done with a prompt that stands in a column of its own; None: the prompt is all that is said.
+        instruction: Instruction that precedes a prompt from a column of its own; None: the user's message is the prompt alone.
     """
 
     system: str | None = None
@@ -53,7 +53,7 @@ class ChatWording:
 
 
 def wording_of(config: DataConfig) -> ChatWording:
-    """Return what is said in each chat beside its records.
+    """Return the system message and instruction that a plan adds to its records.
 
     Args:
         config: Of the records.

@@ -12,8 +12,8 @@ import hashlib
 from cotune.models.config import Quantization
 
 BLOCK = 64  # weights with a common scale, in the order of memory
-# of the architectures that can be had in 4 bits, linear layers outside of the blocks: transformers' own quantizer takes them,
-# too, unless it is told
+# linear layers outside the blocks of the supported architectures, which are not quantized here; transformers' quantizer skips
+# them only if they are listed (llm_int8_skip_modules)
 EXACT = ("lm_head", "embed_out", "project_in", "project_out", "pooler")
 _SETTINGS: dict[Quantization, str] = {
     "nf4": f"nf4; weights of the linear layers of the blocks; {BLOCK} weights to a maximum in float32; from float32, on the CPU",
@@ -38,3 +38,15 @@ def bind_settings(files: str, quantization: Quantization) -> str:
 def find_bound(files: str, expected: str) -> Quantization | None:
     """Return with which quantization files have an expected hash; None if with none."""
     return next((each for each in ("none", *_SETTINGS) if bind_settings(files, each) == expected), None)
+
+
+def explain_quantization(quantization: Quantization) -> str:
+    """Return what is said of it behind a base model; "" without quantization.
+
+    Args:
+        quantization: As in the plan.
+
+    >>> explain_quantization("nf4")
+    ', in 4 bits (nf4)'
+    """
+    return "" if quantization == "none" else f", in 4 bits ({quantization})"
