@@ -239,6 +239,12 @@ class Plan(PlanTables):
         raise ValueError(f"expected a round from 1 to {last}, got {round}")
 
     @property
+    def physical_rows(self) -> int | None:
+        """Records that the last stage holds in memory at a time; None where each device finds them."""
+        rows = self.stages[-1].local.physical_batch_size
+        return None if rows == "auto" else rows
+
+    @property
     def facts(self) -> PlanFacts:
         """What the plan demands of its strategy."""
         locals_ = [stage.local for stage in self.stages]

@@ -91,14 +91,14 @@ def train(grid: Grid, folder: RunFolder) -> None:
     test = DatasetManifest.read(document, plan.labels) if document.exists() else None
 
     def evaluate_test(state: State) -> Metrics | None:
-        return None if test is None else evaluate(model, state, test, plan.model.precision)
+        return None if test is None else evaluate(model, state, test, plan.model.precision, plan.physical_rows)
 
     held = manifest_file(folder.path, "validation")
     validation = DatasetManifest.read(held, plan.labels) if held.exists() else None
 
     def score(state: State) -> float:
         assert validation is not None, "asked only where there are records"
-        return evaluate(model, state, validation, plan.model.precision).score
+        return evaluate(model, state, validation, plan.model.precision, plan.physical_rows).score
 
     common = None if plan.keeps_parts else evaluate_test
     evaluator = get_registered_evaluator(common) if plan.keeps_personal else evaluate_test

@@ -214,7 +214,7 @@ def _evaluate(folder: RunFolder, prepared: Prepared, baseline: RunFolder) -> Eva
         return Evaluated(*evaluate_for(prepared, baseline.plan, own, state))
     model = get_plan_model(baseline.plan, folder.file.device)
     test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
-    predicted = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision)
+    predicted = predict(model, final_params(baseline.plan, baseline.load()), test, plan.model.precision, plan.physical_rows)
     return Evaluated(measure(model, test, predicted), tuple(predicted))
 
 
@@ -233,7 +233,10 @@ def personal_metrics(folder: RunFolder, state: State) -> dict[str, Metrics]:
     plan = folder.plan
     model = get_plan_model(plan, folder.file.device)
     test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
-    return {name: evaluate(model, own, test, plan.model.precision) for name, own in personal_states(folder, state).items()}
+    return {
+        name: evaluate(model, own, test, plan.model.precision, plan.physical_rows)
+        for name, own in personal_states(folder, state).items()
+    }
 
 
 def export_each(folder: RunFolder, state: State) -> None:

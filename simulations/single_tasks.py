@@ -61,7 +61,7 @@ def evaluate_for(prepared: Prepared, plan: Plan, model: TrainableModel, state: S
     (task,) = _names(plan)
     parts = tuple((keep_tasks(prepared.records[file], (task,)), rows) for file, rows in prepared.test)
     test = Dataset(parts, plan.labels, plan.task)
-    predicted = predict(model, state, test, plan.model.precision)
+    predicted = predict(model, state, test, plan.model.precision, plan.physical_rows)
     return measure(model, test, predicted), tuple(predicted)
 
 

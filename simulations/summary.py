@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from cotune.client.site import Site
@@ -141,11 +142,12 @@ def _choices(
     test = floor.test
     model = floor.model
     own = personal_states(folder, served) if plan.keeps_personal else {}
-    common = () if plan.keeps_personal else tuple(predict(model, served, test, plan.model.precision))
+    read = partial(predict, model, test=test, precision=plan.model.precision, rows=plan.physical_rows)
+    common = () if plan.keeps_personal else tuple(read(served))
     plain = baselines.get(PLAIN)
     found: dict[str, Choices] = {}
     for share in prepared.shares:
-        predicted = predict(model, own[share.name], test, plan.model.precision) if share.name in own else common
+        predicted = read(own[share.name]) if share.name in own else common
         alone = baselines.get(f"{ALONE}/{share.name}")
         private = isinstance(plan.privacy, RecordPrivacy)
         without = baselines.get(f"{ALONE_WITHOUT_PRIVACY}/{share.name}") or (None if private else alone)
@@ -269,7 +271,7 @@ def _training(folder: RunFolder, share: Share) -> list[Steps]:
 def _floor(folder: RunFolder) -> Floor:
     plan = folder.plan
     test = DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels)
-    return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision)
+    return Floor(get_plan_model(plan, folder.file.device), test, plan.model.precision, plan.physical_rows)
 
 
 def _written(folder: RunFolder, floor: Floor, progress: Progress, baselines: Mapping[str, Evaluated]) -> dict[str, Any] | None:

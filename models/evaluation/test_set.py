@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,14 +21,14 @@ from cotune.models.evaluation.evaluated_rows import EvaluatedRows, SurestAnswers
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import StateReader, attach_states, get_states, is_small
 from cotune.models.features.lower_layers import LowerLayers, find_lower_layers
-from cotune.models.physical_batch import PhysicalBatch, open_batch
+from cotune.models.physical_batch import FEWEST_SLOTS, PhysicalBatch, open_batch
 from cotune.models.trainable import State, TrainableModel
 
 _BATCH = 64  # rows at a time, or fewer if they do not fit into memory
-BATCH_ABOVE = 32  # rows where what is below is kept: as many as train by default, so that it is computed once for both
+ROWS_ABOVE = 32  # the same where hidden states of what is below are kept
 
 
-def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str) -> Metrics:
+def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str, rows: int | None = None) -> Metrics:
     """Return the metrics of a model in a state on the test set; for the arguments see `predict`.
 
     Args:
@@ -36,11 +36,12 @@ def evaluate(model: TrainableModel, state: State, test: Dataset, precision: str)
         state: Its trained parameters by name.
         test: The records.
         precision: As in the plan.
+        rows: As in the plan.
 
     Raises:
         DataError: If the records have classes that the plan does not list.
     """
-    return measure(model, test, predict(model, state, test, precision))
+    return measure(model, test, predict(model, state, test, precision, rows))
 
 
 def measure(model: TrainableModel, test: Dataset, predicted: Sequence[Any]) -> Metrics:
@@ -61,6 +62,7 @@ class Floor:
     model: TrainableModel
     test: Dataset
     precision: str
+    rows: int | None = None
 
     def answers(self, held: Sequence[Label]) -> list[Any]:
         """Return the one answer that is right most often for the labels `held`; where there is none such, the base model's."""
@@ -74,11 +76,11 @@ class Floor:
 
     @cached_property
     def _untrained(self) -> list[Any]:
-        return predict(self.model, {}, self.test, self.precision)
+        return predict(self.model, {}, self.test, self.precision, self.rows)
 
 
 @torch.no_grad()
-def predict(model: TrainableModel, state: State, test: Dataset, precision: str) -> list[Any]:
+def predict(model: TrainableModel, state: State, test: Dataset, precision: str, rows: int | None = None) -> list[Any]:
     """Return a model's predictions, such as class numbers, in the order of `test.truth`.
 
     If the encoder is still that of the base model, only the head is computed, on cached features.
@@ -88,20 +90,25 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str) 
         state: Parameter -> value.
         test: The test set.
         precision: Of the encoder's arithmetic.
+        rows: Held in memory at a time where the plan trains (`Plan.physical_rows`): hidden states that are kept are computed in
+            batches of that shape, once for both. Default: 32, or fewer where they do not fit.
     """
     model.load(state)
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
     if head is None:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocasts(precision, model.device)):
             low = autocasts(precision, model.device)
-            rows = EvaluatedRows.of(model.loaded, test.inputs(), test.targets)
-            lower = find_kept_layers(model, state, test) if rows.are_records else None
+            judged = EvaluatedRows.of(model.loaded, test.inputs(), test.targets)
+            lower = find_kept_layers(model, state, test) if judged.are_records else None
             if lower is None:
-                return _predict(model, rows, open_batch(model, "evaluation", _BATCH, least=1))
-            physical = open_batch(model, "evaluation above kept states", BATCH_ABOVE, least=1)
-            return physical.fit(
-                lambda: _predict_above(StateReader(model, lower, physical.slots, low), test, rows.examples, state)
-            )
+                return _predict(model, judged, open_batch(model, "evaluation", _BATCH, least=1))
+            physical = open_batch(model, "evaluation above kept states", ROWS_ABOVE, least=FEWEST_SLOTS)
+
+            def score() -> list[Any]:
+                reader = StateReader(model, lower, max(FEWEST_SLOTS, rows or physical.rows), low)
+                return _predict_above(reader, test, judged.examples, state, physical.rows)
+
+            return physical.fit(score)
     scores = head(encoded_features(test, model, state, precision).to(model.device)).logits.float()
     return model.loaded.task.answers_from_scores(scores)
 
@@ -139,17 +146,17 @@ def find_kept_layers(model: TrainableModel, state: State, test: Dataset) -> Lowe
     return None if lower is None or lower.trained_below(state) else lower
 
 
-def _predict_above(reader: StateReader, test: Dataset, examples: Sequence[Example], state: State) -> list[Any]:
-    """examples: Of the records of the test set, a row each."""
+def _predict_above(reader: StateReader, test: Dataset, examples: Sequence[Example], state: State, slots: int) -> list[Any]:
+    """examples: Of the records of the test set, a row each; slots: Of a batch above the states that the reader reads."""
     loaded = reader.model.loaded
     collate = loaded.task.collator(reader.model.module, loaded.reader, reader.model.device)
     states = get_states(reader, test, state)
     predicted: list[tuple[Any, ...]] = [()] * len(examples)
     order = sorted(range(len(examples)), key=lambda row: count_labels(examples[row]["labels"]))
-    for places, length in reader.rows_of_batches([examples[row] for row in order]):
+    for places, length in replace(reader, slots=slots).rows_of_batches([examples[row] for row in order]):
         rows = [order[place] for place in places]
         chosen = [examples[row] for row in rows]
-        batch = attach_states(collate(chosen, length, reader.slots), [states[row] for row in rows])
+        batch = attach_states(collate(chosen, length, slots), [states[row] for row in rows])
         with reader.lower.skipped(batch) as rest:
             scores = loaded.task.scores(reader.model.module, rest)[: len(rows)]
         for row, answer in zip(rows, loaded.task.answers(scores, chosen), strict=True):

@@ -268,11 +268,12 @@ def _test(folder: RunFolder, progress: Progress) -> dict[str, Any]:
         return nothing
     test = DatasetManifest.read(document, folder.plan.labels)
     model = load_run_model(folder)
-    floor = measure(model, test, Floor(model, test, folder.plan.model.precision).answers(test.held_labels))
+    floor = Floor(model, test, folder.plan.model.precision, folder.plan.physical_rows)
+    untrained = measure(model, test, floor.answers(test.held_labels))
     writing = WritingTest.of(folder.plan, model, test)
     states: dict[str, list[State]] = {BASE: [{}], FEDERATED: [final_params(folder.plan, progress)]}
     written = None if writing is None or metrics is None else writing.describe(states)
-    return {**nothing, "examples": len(test), "majority": floor.as_dict(), "written": written}
+    return {**nothing, "examples": len(test), "majority": untrained.as_dict(), "written": written}
 
 
 def _organization(folder: RunFolder, name: str, progress: Progress, events: Iterable[Event]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
 from cotune.models.evaluation.evaluated_rows import EvaluatedRows
-from cotune.models.evaluation.test_set import BATCH_ABOVE, find_kept_layers
+from cotune.models.evaluation.test_set import ROWS_ABOVE, find_kept_layers
 from cotune.models.features.cached import encode_batch
 from cotune.models.features.head_fit import fit_head, head_names
 from cotune.models.features.kept_states import StateReader, attach_states
@@ -164,7 +164,10 @@ class Stopwatch:
         if not EvaluatedRows.of(self.model.loaded, self.sample.inputs(), self.sample.targets).are_records:
             return None
         lower = find_kept_layers(self.model, {}, self.sample)
-        return None if lower is None else StateReader(self.model, lower, BATCH_ABOVE, low_precision)
+        if lower is None:
+            return None
+        rows = max(FEWEST_SLOTS, self.plan.physical_rows or ROWS_ABOVE)
+        return StateReader(self.model, lower, rows, low_precision)
 
     def judging(self, reader: StateReader) -> dict[int, Seconds]:
         """Length -> what a batch costs above kept states, forward alone."""
@@ -173,7 +176,7 @@ class Stopwatch:
             states = _draw_states(reader, batch)
             return partial(self._score_above, reader, attach_states(self._collate(batch, length, slots), states))
 
-        return self._by_length(LENGTHS, reader.slots, begin)
+        return self._by_length(LENGTHS, ROWS_ABOVE, begin)
 
     def on_features(self, stage: Stage, batch: int, *, private: bool) -> Seconds:
         """Measure one step of a head on the features of `batch` records."""

@@ -18,6 +18,7 @@ import torch
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
 from cotune.models.device import autocasts
+from cotune.models.evaluation.test_set import ROWS_ABOVE
 from cotune.models.features.cached import are_cached
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import StateReader, are_kept
@@ -174,7 +175,7 @@ class _Work:
         if reader is None:
             return self._read(held) * sum(stages[number].rounds for number in trained) if trained else Seconds()
         self._read_states(reader, ())
-        judged = _total(self.stopwatch.judging(reader), self._counted(LENGTHS, held, reader.slots - 1))
+        judged = _total(self.stopwatch.judging(reader), self._counted(LENGTHS, held, ROWS_ABOVE - 1))
         whole = sum(stages[number].rounds for number in trained if number not in above)
         return judged * sum(stages[number].rounds for number in above) + (self._read(held) * whole if whole else Seconds())
 

@@ -242,11 +242,12 @@ def test_evaluation_begins_with_kept_states(
     assert [answer_of(each) for each in told] == [answer_of(each) for each in predict(model, state, held, "float32")]
 
 
-def test_evaluation_reads_what_training_by_default_has_kept(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
-    plan = plan_of("llama", f"local.physical_batch_size={LocalTraining().physical_batch_size}")
+@pytest.mark.parametrize("rows", [LocalTraining().physical_batch_size, 5, 1])
+def test_evaluation_reads_what_training_has_kept(plan_of: Callable[..., Plan], tmp_path: Path, rows: int) -> None:
+    plan = plan_of("llama", f"local.physical_batch_size={rows}")
     model, held = prepared(plan)
     build_setup(plan, plan.stages[0], model, held, {}, "clinic", expected_batch=8)
-    predict(model, model.state(model.names("lora")), held, "float32")
+    predict(model, model.state(model.names("lora")), held, "float32", plan.physical_rows)
     assert len([file for file in (tmp_path / "cache" / "states").iterdir() if file.suffix != ".lock"]) == 1
 
 
