@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import resource
 import sys
@@ -96,6 +97,8 @@ def limit_memory(device: torch.device, gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole), index)
 
 
+_SETTING_PREFIXES = ("ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "MKL_", "ONEDNN_", "OPENBLAS_")
+_SETTINGS = {"NVIDIA_TF32_OVERRIDE", "OMP_DYNAMIC", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
 _FULL = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory", "_ALLOC_FAILED")
 
 
@@ -134,7 +137,14 @@ def kernel_key(device: torch.device) -> tuple[object, ...]:
     on_gpu = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if on_gpu else (_processor(), torch.backends.cpu.get_cpu_capability())
     flags = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled)
-    return (torch.__version__, device.type, processor, torch.get_num_threads(), *flags)
+    return (torch.__version__, device.type, processor, torch.get_num_threads(), *flags, *_library_settings())
+
+
+@lru_cache(maxsize=1)  # libraries read them once
+def _library_settings() -> tuple[tuple[str, str], ...]:
+    """The environment variables by which the libraries below PyTorch choose kernels, such as MKL_CBWR or ONEDNN_MAX_CPU_ISA."""
+    named = {name: value for name, value in os.environ.items() if name in _SETTINGS or name.startswith(_SETTING_PREFIXES)}
+    return tuple(sorted(named.items()))
 
 
 @lru_cache(maxsize=1)

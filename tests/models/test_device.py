@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from cotune.models import device
 from cotune.models.device import (
     autocasts,
     bfloat16_is_fast,
     explained_out_of_memory,
+    kernel_key,
     limit_memory,
     peak_gpu_memory_bytes,
     peak_memory_bytes,
@@ -128,3 +131,29 @@ def test_single_thread_restores_the_number_of_threads() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Set a variable of the environment, as before the process began."""
+
+    def set_to_1(name: str) -> None:
+        monkeypatch.setenv(name, "1")
+        device._library_settings.cache_clear()
+
+    yield set_to_1
+    device._library_settings.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OMP_DYNAMIC", "NVIDIA_TF32_OVERRIDE"])
+def test_settings_of_libraries_decide_kernels(name: str, setting: Callable[[str], None]) -> None:
+    before = kernel_key(torch.device("cpu"))
+    setting(name)
+    assert kernel_key(torch.device("cpu")) != before
+
+
+def test_number_of_the_gpu_decides_no_kernel(setting: Callable[[str], None]) -> None:
+    """Workers of one run have one GPU each, and read each other's features."""
+    before = kernel_key(torch.device("cpu"))
+    setting("CUDA_VISIBLE_DEVICES")
+    assert kernel_key(torch.device("cpu")) == before
