@@ -7,7 +7,7 @@ likelihood (linear interpolation: Jelinek & Mercer 1980). Only the probability o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from cotune.ensembles.sequence_lessons import has_target
 from cotune.ensembles.token_distillation import read_states, token_logs
 from cotune.errors import DataError
 from cotune.models.base.tokenizer_identity import check_same_tokenizer, tokenizer_parts
+from cotune.models.config import TextMethod
 from cotune.models.evaluation.intervals import TextAnswers
 from cotune.models.evaluation.predictor import unit_numbers
 from cotune.models.trainable import TrainableModel
 
-TextMethod = Literal["average", "weighted"]
 FOLDS = 5
 _BATCH = 16
 
@@ -50,7 +50,7 @@ def measure_text_fusion(
         ModelError: The models have not the same tokenizer.
         DataError: There are too few records with a target that is read.
     """
-    _check_tokenizers(models, names, records)
+    check_tokenizers(models, names, chats=bool(records.inputs) and isinstance(records.inputs[0], Chat))
     length = min(model.loaded.max_length for model in models)
     examples = models[0].loaded.task.examples(models[0].loaded.reader, length, records.inputs, [0] * len(records))
     rows = np.array([row for row, example in enumerate(examples) if has_target(example)], dtype=np.int64)
@@ -86,8 +86,17 @@ def fit_text_weights(method: TextMethod, logs: Floats) -> Floats:
     return fit_weights(np.exp(logs)[:, :, None], np.zeros(logs.shape[1], dtype=np.int64))
 
 
-def _check_tokenizers(models: Sequence[TrainableModel], names: Sequence[str], records: Records) -> None:
-    chats = bool(records.inputs) and isinstance(records.inputs[0], Chat)
+def check_tokenizers(models: Sequence[TrainableModel], names: Sequence[str], *, chats: bool) -> None:
+    """Check that models read the same tokens.
+
+    Args:
+        models: Opened language models.
+        names: Of the models, for the error.
+        chats: Whether they read chats, and so need the same chat template, too.
+
+    Raises:
+        ModelError: The tokenizer of one is not that of the first.
+    """
     first = tokenizer_parts(models[0].loaded, chats=chats)
     for model, name in zip(models[1:], names[1:], strict=True):
         check_same_tokenizer(model.loaded, first, name, names[0], chats=chats)

@@ -92,7 +92,7 @@ def add_token_gradients(
     """
     total = weights.new_zeros(())
     slopes = []
-    for part in _parts(student, len(tokens), most):
+    for part in score_parts([student], len(tokens), most):
         leaf = student.rows[part].detach().requires_grad_()
         scores = student.score(leaf).float()
         said = [] if config.label_weight == 1 else [teacher.scores(part) for teacher in teachers]
@@ -153,7 +153,7 @@ def compare_tokens(
         `student` and `teacher`: −log of the token's probability, in nats; `student_right` and `teacher_right`: 1 where it is
         the most probable one; `agreement`: 1 where both have the same most probable one; `kl`: KL(teacher ‖ student).
     """
-    parts = [_compare(student, teachers, tokens[part], shares, part) for part in _parts(student, len(tokens), most)]
+    parts = [_compare(student, teachers, tokens[part], shares, part) for part in score_parts([student], len(tokens), most)]
     return {key: torch.cat([part[key] for part in parts]).double().cpu() for key in parts[0]}
 
 
@@ -183,15 +183,21 @@ def token_logs(model: TokenStates, tokens: Tensor, size: int, *, most: int = _MA
         size: Of the smallest table.
         most: Entries of scores that are in memory at a time.
     """
-    parts = _parts(model, len(tokens), most)
+    parts = score_parts([model], len(tokens), most)
     logs = [mean_logs([model.scores(part)], size).gather(1, tokens[part][:, None])[:, 0] for part in parts]
     return torch.cat(logs).double().cpu()
 
 
-def _parts(student: TokenStates, count: int, most: int) -> Iterator[slice]:
-    """Rows whose scores are made at a time."""
+def score_parts(models: Sequence[TokenStates], count: int, most: int = _MAX_SCORES) -> Iterator[slice]:
+    """Return the rows whose scores are made at a time.
+
+    Args:
+        models: Whose scores of the same rows are in memory together.
+        count: Rows.
+        most: Entries of one model's scores.
+    """
     with torch.no_grad():
-        size = student.score(student.rows[:1]).shape[1]
+        size = max(model.score(model.rows[:1]).shape[1] for model in models)
     step = max(1, most // size)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 

@@ -16,6 +16,7 @@ TrainMode = Literal["head", "lora", "blocks", "full"]
 Quantization = Literal["none", "nf4"]
 Factors = Literal["b", "ab", "alternate"]
 Method = Literal["vote", "average", "weighted", "stacking"]  # how the predictions of several models become one
+TextMethod = Literal["average", "weighted"]  # those of language models
 
 _PREPENDED = "its vectors stand before every text of a batch, so that Opacus finds no gradient per record for them"
 _UNCHECKED = "nobody has checked here that its gradients are clipped record by record"

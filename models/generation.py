@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.types import Chat, Passage
 from cotune.models.device import autocasts
+from cotune.models.joint_scores import JointScores, Mix
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 16
@@ -54,7 +55,12 @@ def write_texts(
 
 @torch.no_grad()
 def write_after(
-    model: TrainableModel, prompts: Sequence[Passage | Chat], max_new_tokens: int, precision: str
+    model: TrainableModel,
+    prompts: Sequence[Passage | Chat],
+    max_new_tokens: int,
+    precision: str,
+    others: Sequence[TrainableModel] = (),
+    mix: Mix | None = None,
 ) -> list[WrittenText | None]:
     """Return what a language model writes after each prompt, until it ends the text itself or at the largest length.
 
@@ -66,6 +72,8 @@ def write_after(
         prompts: Tokenized as in training; targets and last answers in them are not read. All are chats, or none.
         max_new_tokens: Most tokens of a text; fewer where the model has no more positions.
         precision: "float32", "bfloat16" or "auto".
+        others: Models with the same tokenizer that decide with it.
+        mix: How the scores of all of them become one; given with `others`.
 
     Returns:
         What was written; None for a prompt that is longer than the model reads, or that cannot be read.
@@ -73,9 +81,10 @@ def write_after(
     loaded = model.loaded
     task = loaded.task
     assert isinstance(task, CausalLanguageModeling), "a task that writes"
-    rows = task.prompts(loaded.reader, loaded.max_length, prompts)
+    models = (model, *others)
+    rows = task.prompts(loaded.reader, min(each.loaded.max_length for each in models), prompts)
     usable = sorted((len(row), number) for number, row in enumerate(rows) if row is not None)
-    positions = task.longest(loaded.reader, loaded.module, loaded.max_length + max_new_tokens)
+    positions = min(task.longest(loaded.reader, each.loaded.module, loaded.max_length + max_new_tokens) for each in models)
     texts: dict[int, WrittenText] = {}
     low = autocasts(precision, model.device)
     ends = task.ends(loaded.reader, prompts)
@@ -86,13 +95,13 @@ def write_after(
 
     with _greedy(model, ends) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
         unequal = len({length for length, _ in usable}) > 1
-        padded = unequal and not _positions_depend_on_others(model) and _hides_padding(model, config, low)
+        padded = unequal and all(_can_be_padded(each, config, low) for each in models)
         for (most, _), group in groupby(usable, key=shared):
             config.max_new_tokens = most
             numbers = [number for _, number in group]
             for start in range(0, len(numbers), _BATCH):
                 chosen = numbers[start : start + _BATCH]
-                generated = _written(model, config, [rows[number] or [] for number in chosen])
+                generated = _written(model, config, [rows[number] or [] for number in chosen], others, mix)
                 texts.update(zip(chosen, generated, strict=True))
     return [texts.get(number) for number in range(len(rows))]
 
@@ -120,11 +129,18 @@ def _greedy(model: TrainableModel, ends: list[int]) -> Iterator[GenerationConfig
         module.generation_config = before
 
 
-def _written(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> list[WrittenText]:
+def _written(
+    model: TrainableModel,
+    config: GenerationConfig,
+    rows: Sequence[Sequence[int]],
+    others: Sequence[TrainableModel],
+    mix: Mix | None,
+) -> list[WrittenText]:
     if config.max_new_tokens is None or config.max_new_tokens < 1:
         return [WrittenText("", is_ended=False)] * len(rows)
     ids, mask = _pad(model, rows)
-    generated = _module(model).generate(ids, attention_mask=mask, generation_config=config)
+    joint = [] if mix is None else [JointScores(others, mix, ids, mask)]
+    generated = _module(model).generate(ids, attention_mask=mask, generation_config=config, logits_processor=joint)
     begins = 1 if _has_encoder(model) else ids.shape[1]
     new = generated[:, begins:].tolist()
     found: list[str] = model.loaded.reader.batch_decode(new, skip_special_tokens=True)
@@ -148,6 +164,10 @@ def _pad(model: TrainableModel, rows: Sequence[Sequence[int]]) -> tuple[Tensor, 
         torch.tensor(ids, dtype=torch.long, device=model.device),
         torch.tensor(mask, dtype=torch.long, device=model.device),
     )
+
+
+def _can_be_padded(model: TrainableModel, config: GenerationConfig, low: bool) -> bool:
+    return not _positions_depend_on_others(model) and _hides_padding(model, config, low)
 
 
 def _positions_depend_on_others(model: TrainableModel) -> bool:

@@ -15,10 +15,10 @@ from cotune.cli.models.evaluate import figure, with_interval
 from cotune.cli.models.predict import Length
 from cotune.cli.options import AsJson, Device, RecordOptions, parse_choice, with_options
 from cotune.data.readers.sources import check_new, check_source
-from cotune.models.config import Method
+from cotune.models.config import Method, TextMethod
 
 METHODS: tuple[Method, ...] = get_args(Method)
-FOR_TEXTS: tuple[Method, ...] = ("average", "weighted")
+FOR_TEXTS: tuple[TextMethod, ...] = get_args(TextMethod)
 UNFITTED: tuple[Method, ...] = ("vote", "average")  # what needs no records, with probabilities as they are
 
 
@@ -60,39 +60,29 @@ def fuse(
     from cotune.cli.models.record_predictions import fuse_models  # loads PyTorch
 
     task = find_task(models)
-    if task is not None:
-        _check_texts(chosen, data, out)
-        found = fuse_texts(models, task, options.config(str(data)), chosen, seed=seed, max_length=max_length, device=device)
-        if as_json:
-            print_json(found)
-        else:
-            _show_texts(open_console(), found)
-        return
     target = None if out is None else out.expanduser()
     records = None if data is None else options.config(data)
-    found = fuse_models(models, records, chosen, out=target, seed=seed, max_length=max_length, device=device)
+    how: dict[str, Any] = {"out": target, "seed": seed, "max_length": max_length, "device": device}
+    if task is None:
+        found = fuse_models(models, records, chosen, **how)
+    else:
+        found = fuse_texts(models, task, records, _for_texts(chosen), **how)
     if as_json:
         print_json(found)
     else:
         _show(open_console(), found)
 
 
-def _check_texts(method: Method, data: str | None, out: Path | None) -> None:
-    """Raises BadParameter for options that language models do not support."""
-    if method not in FOR_TEXTS:
+def _for_texts(method: Method) -> TextMethod:
+    """Raises BadParameter for a method that language models do not support."""
+    if method != "average" and method != "weighted":
         raise typer.BadParameter(f"--method {method} is for classifiers: expected {' or '.join(FOR_TEXTS)} for language models")
-    if data is None:
-        raise typer.BadParameter("expected --data FILE: language models are only measured together")
-    if out is not None:
-        raise typer.BadParameter(
-            "--out is for classifiers: language models are only measured together, and `cotune distill` makes one of them"
-            " (--teacher-weights)"
-        )
+    return method
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
     if "models" in found:
-        _show_measured(console, found)
+        (_show_texts if "task" in found else _show_measured)(console, found)
     if "out" in found:
         console.print(f"the fused model: {escape(found['out'])}")
 

@@ -12,9 +12,13 @@ from cotune.data.inputs.chat_wording import ChatWording
 from cotune.data.record_reading import read_records
 from cotune.data.types import Chat, Passage
 from cotune.data.unlabeled import read_typed, read_unlabeled
+from cotune.ensembles.fused_language_model import FusedLanguageModel, open_fused_language_model
 from cotune.errors import DataError, ModelError
+from cotune.models.base.folder import is_fused
 from cotune.models.evaluation.language_model import evaluate_language_model, open_language_model, writing_task
+from cotune.models.evaluation.predictor import folder_of
 from cotune.models.generation import write_texts
+from cotune.models.trainable import TrainableModel
 
 _UNREAD = "longer than the model reads, or unreadable for it"
 
@@ -58,7 +62,7 @@ def write_rows(
     """
     becomes_chats = chats or wording != ChatWording()
     check_chats(task, becomes_chats)
-    opened = open_language_model(model, task, device, max_length, chats=becomes_chats, system=wording.system)
+    opened = _open(model, task, device, max_length, chats=becomes_chats, system=wording.system)
     with own_options():
         if isinstance(inputs, Path):
             rows = read_unlabeled(inputs, task, column=column, encoding=encoding, chats=chats)
@@ -66,7 +70,10 @@ def write_rows(
             rows = read_typed(list(inputs), task, chats=chats)
     given = [row.given for row in rows if isinstance(row.given, Passage | Chat)]
     prompts = [complete_prompt(each, separator, wording) for each in given]
-    texts = iter(write_texts(opened, prompts, max_new_tokens, "auto"))
+    if isinstance(opened, FusedLanguageModel):
+        texts = iter(opened.write(prompts, max_new_tokens))
+    else:
+        texts = iter(write_texts(opened, prompts, max_new_tokens, "auto"))
     generated = [None if row.given is None else next(texts) for row in rows]
     return [
         {"row": number, "input": row.shown, "text": text, "reason": row.reason or ("" if text is not None else _UNREAD)}
@@ -98,10 +105,20 @@ def evaluate_texts(model: str, task: TaskName, data: DataConfig, *, max_length: 
         device: What computes.
     """
     check_records(model, task, data)
-    opened = open_language_model(model, task, device, max_length, chats=data.chats, system=data.system)
+    opened = _open(model, task, device, max_length, chats=data.chats, system=data.system)
     with own_options():
         records = read_records(data, None, task)
+    if isinstance(opened, FusedLanguageModel):
+        return opened.evaluate(records)
     return evaluate_language_model(opened, records, task)
+
+
+def _open(
+    model: str, task: TaskName, device: str, max_length: int | None, *, chats: bool, system: str | None
+) -> TrainableModel | FusedLanguageModel:
+    if is_fused(Path(folder_of(model)).expanduser()):
+        return open_fused_language_model(model, device, max_length, chats=chats, system=system)
+    return open_language_model(model, task, device, max_length, chats=chats, system=system)
 
 
 def check_records(model: str, task: TaskName, data: DataConfig) -> None:

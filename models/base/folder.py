@@ -33,7 +33,7 @@ _POOLING = "1_Pooling/config.json"
 ENCODER = "encoder"  # the folder of the unchanged encoder, in that of a head on its layers (see `features.layer_folder`)
 FUSION_FILE = "fusion.json"  # in the folder of a fused model (see `fused_folder`), with its members in `models/`
 META_MODEL = "meta_model.safetensors"
-_MEMBERS = "models"
+MEMBERS = "models"
 _TEMPLATES = "additional_chat_templates"  # the folder of named chat templates beside chat_template.jinja
 HUB_FILES = [f"*{suffix}" for suffix in _SUFFIXES]  # what is fetched from the hub; the patterns reach into folders
 
@@ -45,7 +45,7 @@ def is_fused(folder: Path) -> bool:
 
 def member_folder(folder: Path, number: int) -> Path:
     """Return where a fused model keeps a member: the first has the number 1."""
-    return folder / _MEMBERS / str(number)
+    return folder / MEMBERS / str(number)
 
 
 def list_model_files(folder: Path) -> dict[str, Path]:
@@ -61,8 +61,8 @@ def list_model_files(folder: Path) -> dict[str, Path]:
 
 def _list_fused_files(folder: Path) -> dict[str, Path]:
     own = {name: folder / name for name in (FUSION_FILE, META_MODEL) if (folder / name).is_file()}
-    members = sorted(member for member in (folder / _MEMBERS).glob("*") if member.is_dir() and not is_fused(member))
-    inside = {f"{_MEMBERS}/{m.name}/{name}": file for m in members for name, file in list_model_files(m).items()}
+    members = sorted(member for member in (folder / MEMBERS).glob("*") if member.is_dir() and not is_fused(member))
+    inside = {f"{MEMBERS}/{m.name}/{name}": file for m in members for name, file in list_model_files(m).items()}
     return dict(sorted({**own, **inside}.items()))
 
 

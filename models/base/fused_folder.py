@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from cotune.data.config import TaskName
+from cotune.data.config import TASK_FACTS, TaskName
 from cotune.errors import ModelError
-from cotune.models.base.folder import FUSION_FILE, META_MODEL, content_hash, is_fused, list_model_files, member_folder
-from cotune.models.config import Method
+from cotune.models.base.folder import FUSION_FILE, MEMBERS, META_MODEL, content_hash, is_fused, list_model_files, member_folder
+from cotune.models.config import Method, TextMethod
 from cotune.storage.config_table import format_validation_error
 from cotune.storage.files import atomic_write
 
@@ -38,7 +38,9 @@ class FusionDocument(BaseModel):
     format: Literal[1] = Field(1, description="of this file")
     method: Method
     task: TaskName
-    labels: tuple[str, ...] = Field(min_length=2, description="class names, in the order of the fused probabilities")
+    labels: tuple[str, ...] = Field(
+        description="class names, in the order of the fused probabilities; of language models, whose tokens are fused, none"
+    )
     members: tuple[str, ...] = Field(min_length=1, max_length=_MAX_MEMBERS, description="SHA-256 of the files of each member")
     temperatures: tuple[float, ...]
     weights: tuple[float, ...]
@@ -54,6 +56,21 @@ class FusionDocument(BaseModel):
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: expected distinct class names")
         return self
+
+    @model_validator(mode="after")
+    def _suits_its_task(self) -> FusionDocument:
+        if self.writes and (self.labels or self.method not in get_args(TextMethod) or set(self.temperatures) != {1.0}):
+            raise ValueError(
+                f"expected no labels, temperatures of 1 and method {' or '.join(get_args(TextMethod))} for {self.task}"
+            )
+        if not self.writes and len(self.labels) < 2:
+            raise ValueError("labels: expected two or more class names")
+        return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether the members are language models."""
+        return TASK_FACTS[self.task].prompts != "none"
 
     @property
     def count(self) -> int:
@@ -84,13 +101,18 @@ def write_fused_folder(folder: Path, members: Sequence[Path], fields: Mapping[st
 
 def _copy(source: Path, target: Path) -> None:
     if is_fused(source):
-        raise ModelError(
-            f"{source} is a fused model: expected a single one, as a member of a fused model; name its members instead",
-            code="model.nested_fusion",
-        )
+        raise nested_fusion_error(source)
     for name, file in list_model_files(source).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / name)
+
+
+def nested_fusion_error(source: Path | str) -> ModelError:
+    """Return the error for a fused model where single ones are worked with."""
+    return ModelError(
+        f"{source} is a fused model: expected a single one; name its members instead, which are in {source}/{MEMBERS}",
+        code="model.nested_fusion",
+    )
 
 
 def read_fusion_document(folder: Path) -> FusionDocument:

@@ -5,6 +5,7 @@ Only configuration, tokenizer and safetensors are read; custom code is never run
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from cotune.data.inputs.chat_template import check_chat_template
 from cotune.data.records import Records
 from cotune.errors import ModelError
 from cotune.models.base.finished import length_of
-from cotune.models.base.folder import read_settings
+from cotune.models.base.folder import is_fused, read_settings
+from cotune.models.base.fused_folder import nested_fusion_error, read_fusion_document
 from cotune.models.base.load import load_model
 from cotune.models.base.lookup import find_base
 from cotune.models.config import ModelConfig
@@ -36,11 +38,17 @@ _ARCHITECTURES: dict[TaskName, frozenset[str]] = {
 
 
 def writing_task(source: str) -> TaskName | None:
-    """Return the task of a model whose configuration names the architecture of a language model; None for any other, or none.
+    """Return the task of a model whose configuration names the architecture of a language model, or of several that are fused.
+
+    None for any other model, or none.
 
     Args:
         source: Its folder, the folder of a run with `model/` in it, or a Hugging Face hub id.
     """
+    folder = Path(folder_of(source)).expanduser()
+    if is_fused(folder):
+        task = read_fusion_document(folder).task
+        return task if task in _ARCHITECTURES else None
     try:
         named = read_settings(find_base(ModelConfig(base=folder_of(source))).path).get("architectures")
     except ModelError:
@@ -74,6 +82,8 @@ def open_language_model(
     """
     to = pick_device(device)
     base = folder_of(source)
+    if is_fused(Path(base).expanduser()):
+        raise nested_fusion_error(source)
     try:
         config = ModelConfig(base=base, max_length=max_length or length_of(find_base(ModelConfig(base=base)).path))
         loaded = load_model(config, (), 0, task, finished=True)

@@ -10,50 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from cotune.data.config import TaskName
 from cotune.data.tasks.causal import prompt_tokens
 from cotune.data.types import Passage
-from cotune.models.base.load import load_model
-from cotune.models.config import ModelConfig
 from cotune.models.generation import write_texts
 from cotune.models.trainable import TrainableModel
-from tests.support.language_models import dialogs, language_model
+from tests.support.language_models import language_model
+from tests.support.loud_writers import OTHERS, PROMPTS, WIDE, open_model, write_other
 from tests.support.paired_models import PAIRED, paired_model
-from tests.support.tiny_models import tokenizer
 
 __all__ = ["language_model", "paired_model"]  # fixtures
-CPU = torch.device("cpu")
-WIDE = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-OTHERS: dict[
-    str, dict[str, Any]
-] = {  # positions of their own, of all kinds: learned, rotary, slopes, and a state that is carried on
-    "opt": {**WIDE, "ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.0},
-    "gpt_neox": WIDE,
-    "phi": WIDE,
-    "mistral": {**WIDE, "num_key_value_heads": 2},
-    "gemma": {**WIDE, "num_key_value_heads": 2, "head_dim": 8},
-    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
-    "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
-}
-PROMPTS = [Passage(record["prompt"] + "\n", "") for record in dialogs(24)]
-
-
-def open_model(folder: Path, max_length: int = 16, task: TaskName = "causal-lm") -> TrainableModel:
-    config = ModelConfig(base=str(folder), max_length=max_length, precision="float32")
-    model = TrainableModel(load_model(config, (), 3, task), None, 3, CPU)
-    with torch.no_grad():  # louder, so that texts differ from prompt to prompt
-        for name, parameter in model.parameters():
-            if "norm" not in name:
-                parameter.mul_(4)
-    return model
 
 
 @torch.no_grad()
@@ -67,17 +33,6 @@ def written_by_hand(model: TrainableModel, prompt: Passage, most: int) -> str:
             break
         ids = [*ids, best]
     return str(reader.decode(ids[begun:], skip_special_tokens=True)).strip()
-
-
-def write_other(folder: Path, kind: str) -> Path:
-    reader = tokenizer("llama")
-    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, vocab_size=len(reader), **special, **OTHERS[kind])
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    reader.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", *OTHERS])

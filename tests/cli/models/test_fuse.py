@@ -215,8 +215,8 @@ def test_language_models_are_measured_together(cotune: Cotune, language_model: C
     [
         ("--data", "held.jsonl", "--text", "target", "--method", "vote"),
         ("--data", "held.jsonl", "--text", "target", "--method", "stacking"),
-        ("--data", "held.jsonl", "--text", "target", "--out", "together"),
-        ("--method", "average", "--out", "together"),
+        ("--method", "weighted", "--out", "together"),
+        ("--method", "vote", "--out", "together"),
         ("--data", "held.jsonl", "--prompt", "prompt"),
     ],
 )
