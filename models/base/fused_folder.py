@@ -131,13 +131,18 @@ def read_fusion_document(folder: Path) -> FusionDocument:
         raise ModelError(f"{file} cannot be used: {problem}", code="model.fusion_damaged") from None
     for number, expected in enumerate(document.members, 1):
         member = member_folder(folder, number)
-        if not member.is_dir() or is_fused(member) or content_hash(member) != expected:
+        if not _is_single(member) or content_hash(member) != expected:
             raise ModelError(
                 f"{member} is not the model that the fusion was fitted for: expected the hash {expected[:16]}…; fuse the models"
                 " again",
                 code="model.member_changed",
             )
     return document
+
+
+def _is_single(member: Path) -> bool:
+    """Whether a folder is that of a model itself: what another one inside of it holds, no hash covers."""
+    return (member / "config.json").is_file() and not is_fused(member)
 
 
 def read_meta_model(folder: Path, document: FusionDocument) -> Arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cotune.data.records import Records
 from cotune.data.tasks.causal import prompt_tokens
 from cotune.data.types import Passage
 from cotune.ensembles.fused_language_model import FusedLanguageModel, open_fused_language_model
-from cotune.models.base.folder import FUSION_FILE, member_folder
+from cotune.models.base.folder import FUSION_FILE, content_hash, member_folder
 from cotune.models.trainable import TrainableModel
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.failures import fails_with
@@ -176,6 +177,18 @@ def test_a_document_that_says_anything_else_is_refused(cotune: Cotune, bundle: P
 
 def test_a_member_that_was_changed_is_refused(bundle: Path) -> None:
     (member_folder(bundle, 2) / "tokenizer_config.json").write_text("{}")
+    with fails_with("model.member_changed"):
+        open_fused_language_model("bundle", "cpu")
+
+
+def test_a_model_inside_a_member_does_not_stand_in_for_it(bundle: Path, language_model: Callable[..., Path]) -> None:
+    """A member without files of its own has a hash, too, which holds for whatever lies in its model/."""
+    member = member_folder(bundle, 2)
+    shutil.rmtree(member)
+    shutil.copytree(language_model("gpt2"), member / "model")
+    file = bundle / FUSION_FILE
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"members": [document["members"][0], content_hash(member)]}))
     with fails_with("model.member_changed"):
         open_fused_language_model("bundle", "cpu")
 
