@@ -22,14 +22,16 @@ from transformers import GenerationConfig
 from cotune.data.tasks.causal import CausalLanguageModeling
 from cotune.data.types import Chat, Passage
 from cotune.models.device import autocasts
-from cotune.models.joint_scores import JointScores, Mix
+from cotune.models.joint_scores import Follower, JointScores, Mix
 from cotune.models.trainable import TrainableModel
 
 _BATCH = 16
 _TRIED_TOKENS = 3
 _BY_LONGEST = {"dynamic", "longrope"}  # rotary positions that follow from the longest row of a batch
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of scores, relative to the largest
+_FAILURES = (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError)
 _hiding: WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
+_following: WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def write_after(
 
     with _greedy(model, ends) as config, torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low):
         unequal = len({length for length, _ in usable}) > 1
-        padded = unequal and all(_can_be_padded(each, config, low) for each in models)
+        padded = unequal and _can_be_padded(model, config, low) and all(_can_follow_padded(each, low) for each in others)
         for (most, _), group in groupby(usable, key=shared):
             config.max_new_tokens = most
             numbers = [number for _, number in group]
@@ -190,6 +192,42 @@ def _hides_padding(model: TrainableModel, config: GenerationConfig, low: bool) -
         error = float((alone - beside).abs().max() / alone.abs().max().clamp(min=1e-30)) if alone.shape == beside.shape else 1.0
         known[dtype] = len(short) < len(long) and error <= _ROUNDING[dtype]
     return known[dtype]
+
+
+def _can_follow_padded(model: TrainableModel, low: bool) -> bool:
+    """Whether what a model says of tokens that another one generates after a padded prompt is what it says of them alone."""
+    dtype = torch.bfloat16 if low else torch.float32
+    known = _following.setdefault(model, {})
+    if dtype not in known:
+        rows = [example["input_ids"] for example in model.loaded.task.samples(model.loaded.reader)]
+        short = min(rows, key=len)
+        long = max(rows, key=len)
+        try:
+            error = _error_beside(model, short, long)
+        except _FAILURES:  # each architecture has its own way not to read padding
+            error = 1.0
+        known[dtype] = len(short) < len(long) and error <= _ROUNDING[dtype]
+    return known[dtype] and not _positions_depend_on_others(model)
+
+
+def _error_beside(model: TrainableModel, row: Sequence[int], other: Sequence[int]) -> float:
+    """The largest difference of scores, relative to the largest score, that a padded row has from one that is read whole."""
+    ids, mask = _pad(model, [row, other])
+    follower = Follower(_module(model), ids, mask)
+    tokens = ids
+    alone = torch.tensor([list(row)], device=model.device)
+    read = {"input_ids": alone}
+    if _has_encoder(model):
+        alone = torch.full_like(alone[:, :1], int(_module(model).config.decoder_start_token_id))
+        tokens = alone.expand(2, 1)
+    differences, largest = [], []
+    for _ in range(_TRIED_TOKENS):
+        read["decoder_input_ids" if _has_encoder(model) else "input_ids"] = alone
+        expected = _module(model)(**read, use_cache=False).logits[0, -1].float()
+        differences.append(float((follower.read(tokens)[0] - expected).abs().max()))
+        largest.append(float(expected.abs().max()))
+        alone, tokens = (torch.cat([each, each.new_full((len(each), 1), row[-1])], dim=1) for each in (alone, tokens))
+    return max(differences) / max(1e-30, *largest)
 
 
 def _scores(model: TrainableModel, config: GenerationConfig, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -28,7 +28,7 @@ class JointScores(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, others: Sequence[TrainableModel], mix: Mix, ids: Tensor, mask: Tensor) -> None:
         self._mix = mix
-        self._followers = [_Follower(other.loaded.module, ids, mask) for other in others]
+        self._followers = [Follower(other.loaded.module, ids, mask) for other in others]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return (b, v) scores; of tokens that are in the first model's table alone −∞."""
@@ -36,8 +36,14 @@ class JointScores(LogitsProcessor):  # type: ignore[misc]
         return functional.pad(mixed, (0, scores.shape[1] - mixed.shape[1]), value=-torch.inf)  # type: ignore[return-value]
 
 
-class _Follower:
-    """A model that reads the tokens which another one has generated: each of them once, where it keeps what it has read."""
+class Follower:
+    """A model that reads the tokens which another one has generated: each of them once, where it keeps what it has read.
+
+    Args:
+        module: The model of transformers.
+        ids: (b, l) prompts.
+        mask: (b, l) 0 where a prompt is padded.
+    """
 
     def __init__(self, module: Any, ids: Tensor, mask: Tensor) -> None:
         self._module = module
@@ -46,22 +52,25 @@ class _Follower:
         self._done = 0
         has_encoder = bool(getattr(module.config, "is_encoder_decoder", False))
         self._encoded = module.get_encoder()(input_ids=ids, attention_mask=mask) if has_encoder else None
-        self._takes_positions = "position_ids" in inspect.signature(module.forward).parameters
+        takes = inspect.signature(module.forward).parameters
+        self._tells_positions = "position_ids" in takes and not bool(mask.all())  # without padding a model knows its own
+        self._keeps_last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # not (b, l, v) scores of a prompt
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Return the scores of the token after all of `tokens`, (b, v)."""
-        found = self._module(**self._inputs(tokens), past_key_values=self._kept, use_cache=True)
+        """Return the scores of the token after all of `tokens`, (b, v); a decoder's begin with the start token of any model."""
+        found = self._module(**self._inputs(tokens), **self._keeps_last, past_key_values=self._kept, use_cache=True)
         self._kept = getattr(found, "past_key_values", None)
         self._done = 0 if self._kept is None else tokens.shape[1]
         last: Tensor = found.logits[:, -1].float()
         return last
 
     def _inputs(self, tokens: Tensor) -> dict[str, Any]:
-        new = tokens[:, self._done :]
         if self._encoded is not None:
+            own = torch.full_like(tokens[:, :1], int(self._module.config.decoder_start_token_id))
+            new = torch.cat([own, tokens[:, 1:]], dim=1)[:, self._done :]
             return {"encoder_outputs": self._encoded, "attention_mask": self._mask, "decoder_input_ids": new}
         mask = functional.pad(self._mask, (0, tokens.shape[1] - self._mask.shape[1]), value=1)
-        inputs = {"input_ids": new, "attention_mask": mask}
-        if self._takes_positions:
+        inputs = {"input_ids": tokens[:, self._done :], "attention_mask": mask}
+        if self._tells_positions:
             inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, self._done :]
         return inputs

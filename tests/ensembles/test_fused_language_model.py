@@ -23,7 +23,7 @@ from cotune.models.trainable import TrainableModel
 from tests.support.console import Cotune, _logging_as_it_was, cotune, folder
 from tests.support.failures import fails_with
 from tests.support.language_models import dialogs, language_model, write_dialogs, write_language_model
-from tests.support.loud_writers import OTHERS, PROMPTS, open_model, write_other
+from tests.support.loud_writers import FOLLOWERS, OTHERS, PROMPTS, open_model, write_other
 from tests.support.paired_models import paired_model
 
 __all__ = ["_logging_as_it_was", "cotune", "folder", "language_model", "paired_model"]  # fixtures
@@ -35,7 +35,7 @@ Make = Callable[[str], TrainableModel]
 @pytest.fixture
 def member(language_model: Callable[..., Path], tmp_path: Path) -> Make:
     """kind -> a model that writes."""
-    return lambda kind: open_model(write_other(tmp_path / kind, kind) if kind in OTHERS else language_model(kind))
+    return lambda kind: open_model(write_other(tmp_path / kind, kind) if kind in {**OTHERS, **FOLLOWERS} else language_model(kind))
 
 
 def mixed(scores: list[torch.Tensor]) -> torch.Tensor:
@@ -51,20 +51,23 @@ def written_by_hand(members: list[TrainableModel], prompt: Passage, most: int) -
     reader = members[0].loaded.reader
     has_encoder = members[0].module.config.is_encoder_decoder  # type: ignore[union-attr]
     [given] = [reader(prompt.prompt)["input_ids"]] if has_encoder else prompt_tokens(reader, [prompt.prompt], 16)
-    ids = [int(members[0].module.config.decoder_start_token_id)] if has_encoder else list(given)  # type: ignore[union-attr, arg-type]
-    begun = len(ids)
-    while len(ids) < begun + most:
-        now = torch.tensor([ids])
-        read = {"input_ids": torch.tensor([given]), "decoder_input_ids": now} if has_encoder else {"input_ids": now}
-        best = int(mixed([member.module(**read, use_cache=False).logits[0, -1] for member in members]).argmax())
+    new: list[int] = []
+    while len(new) < most:
+        said = []
+        for member in members:
+            start = getattr(member.module.config, "decoder_start_token_id", None)
+            paired = {"input_ids": torch.tensor([given]), "decoder_input_ids": torch.tensor([[start, *new]])} if has_encoder else {}
+            read = paired or {"input_ids": torch.tensor([[*given, *new]])}
+            said.append(member.module(**read, use_cache=False).logits[0, -1])
+        best = int(mixed(said).argmax())
         if best == reader.eos_token_id:
             break
-        ids = [*ids, best]
-    return str(reader.decode(ids[begun:], skip_special_tokens=True)).strip()
+        new.append(best)
+    return str(reader.decode(new, skip_special_tokens=True)).strip()
 
 
 @pytest.mark.parametrize(
-    "kinds", [("llama", "gpt2"), ("opt", "bloom"), ("mistral", "gemma"), ("phi", "mamba"), ("mamba", "gpt_neox")]
+    "kinds", [("llama", "gpt2"), ("opt", "bloom"), ("mistral", "gemma"), ("phi", "mamba"), ("mamba", "gpt_neox"), ("llama", "roberta")]
 )
 def test_it_writes_the_most_probable_tokens_of_all_members(member: Make, kinds: tuple[str, str]) -> None:
     """After prompts of unequal length."""
@@ -77,6 +80,16 @@ def test_it_writes_the_most_probable_tokens_of_all_members(member: Make, kinds: 
 
 def test_encoders_and_decoders_write_together(paired_model: Callable[[str], Path]) -> None:
     members = [open_model(paired_model(kind), task="seq2seq") for kind in ("t5", "bart")]
+    written = FusedLanguageModel(tuple(members), WEIGHTS, "seq2seq").write(PROMPTS, 6)
+    assert written == [written_by_hand(members, prompt, 6) for prompt in PROMPTS]
+
+
+def test_each_decoder_begins_as_in_its_training(paired_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """With a start token of its own, as it is judged."""
+    shutil.copytree(paired_model("t5"), tmp_path / "t5")
+    file = tmp_path / "t5" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoder_start_token_id": 7}))
+    members = [open_model(paired_model("bart"), task="seq2seq"), open_model(tmp_path / "t5", task="seq2seq")]
     written = FusedLanguageModel(tuple(members), WEIGHTS, "seq2seq").write(PROMPTS, 6)
     assert written == [written_by_hand(members, prompt, 6) for prompt in PROMPTS]
 

@@ -35,6 +35,7 @@ OTHERS: dict[
     "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
 }
+FOLLOWERS = {"roberta": {**WIDE, "is_decoder": True}}  # positions that begin behind the padding token's
 PROMPTS = [Passage(record["prompt"] + "\n", "") for record in dialogs(24)]
 
 
@@ -53,7 +54,7 @@ def write_other(folder: Path, kind: str) -> Path:
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(kind, vocab_size=len(reader), **special, **OTHERS[kind])
+        config = AutoConfig.for_model(kind, vocab_size=len(reader), **special, **{**OTHERS, **FOLLOWERS}[kind])
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     reader.save_pretrained(folder)
     return folder
