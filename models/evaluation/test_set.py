@@ -91,7 +91,7 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str, 
         test: The test set.
         precision: Of the encoder's arithmetic.
         rows: Held in memory at a time where the plan trains (`Plan.physical_rows`): hidden states that are kept are computed in
-            batches of that shape, once for both. Default: 32, or fewer where they do not fit.
+            batches of that shape, once for both. Default, and where that does not fit: 32, or fewer.
     """
     model.load(state)
     head = feature_head(model) if not any(name.startswith(model.prefix) for name in state) else None
@@ -105,7 +105,10 @@ def predict(model: TrainableModel, state: State, test: Dataset, precision: str, 
             physical = open_batch(model, "evaluation above kept states", ROWS_ABOVE, least=FEWEST_SLOTS)
 
             def score() -> list[Any]:
-                reader = StateReader(model, lower, max(FEWEST_SLOTS, rows or physical.rows), low)
+                held = rows or physical.rows
+                if physical.rows < ROWS_ABOVE:  # memory has run out here, be it by the plan's rows
+                    held = min(held, physical.rows)
+                reader = StateReader(model, lower, max(FEWEST_SLOTS, held), low)
                 return _predict_above(reader, test, judged.examples, state, physical.rows)
 
             return physical.fit(score)

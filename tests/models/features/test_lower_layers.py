@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cotune.client.training.stage_setup.from_records import build_setup
 from cotune.data.dataset import Dataset
 from cotune.data.record_reading import read_records
 from cotune.data.tasks.classes import IGNORED
+from cotune.models import physical_batch
 from cotune.models.evaluation.test_set import evaluate, predict
 from cotune.models.features import kept_states
 from cotune.models.features.kept_states import StateReader
@@ -240,6 +242,26 @@ def test_evaluation_begins_with_kept_states(
     whole = evaluate(model, state, held, "float32").as_dict()
     assert kept == pytest.approx(whole, rel=1e-6)
     assert [answer_of(each) for each in told] == [answer_of(each) for each in predict(model, state, held, "float32")]
+
+
+def test_where_the_rows_of_the_plan_do_not_fit_fewer_are_judged_at_a_time(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a server, which may have less memory than those who train."""
+    model, held = prepared(plan_of())
+    state = model.state(model.names("lora"))
+    expected = predict(model, state, held, "float32")
+    read = StateReader.read_batch
+
+    def read_few(self: StateReader, batch: Any) -> torch.Tensor:
+        if self.slots > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return read(self, batch)
+
+    monkeypatch.setattr(StateReader, "read_batch", read_few)
+    monkeypatch.setattr(physical_batch, "_found", WeakKeyDictionary())  # other tests have the same model
+    told = predict(model, state, held, "float32", 64)
+    assert [answer_of(each) for each in told] == [answer_of(each) for each in expected]
 
 
 @pytest.mark.parametrize("rows", [LocalTraining().physical_batch_size, 5, 1])
