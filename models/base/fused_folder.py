@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cotune.data.config import TASK_FACTS, TaskName
-from cotune.errors import ModelError
+from cotune.errors import ModelError, RunError
 from cotune.models.base.folder import FUSION_FILE, MEMBERS, META_MODEL, content_hash, is_fused, list_model_files, member_folder
 from cotune.models.config import Method, TextMethod
 from cotune.storage.config_table import format_validation_error
@@ -89,7 +89,18 @@ def write_fused_folder(folder: Path, members: Sequence[Path], fields: Mapping[st
 
     Raises:
         ModelError: A member is a fused model itself.
+        RunError: The folder cannot be written.
     """
+    try:
+        _write(folder, members, fields, meta_model)
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror}): check the permissions and the space of {folder.parent}",
+            code="run.not_writable",
+        ) from None
+
+
+def _write(folder: Path, members: Sequence[Path], fields: Mapping[str, object], meta_model: Arrays | None) -> None:
     for number, member in enumerate(members, 1):
         _copy(member, member_folder(folder, number))
     if meta_model is not None:

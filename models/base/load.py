@@ -256,6 +256,7 @@ def _configure(path: Path, labels: tuple[str, ...]) -> Any:
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
+    config.return_dict = True  # answers are read by name
     config.problem_type = None  # how another task's labels were read, such as regression
     for key in dropout_settings(config):
         setattr(config, key, 0.0)

@@ -35,7 +35,9 @@ Make = Callable[[str], TrainableModel]
 @pytest.fixture
 def member(language_model: Callable[..., Path], tmp_path: Path) -> Make:
     """kind -> a model that writes."""
-    return lambda kind: open_model(write_other(tmp_path / kind, kind) if kind in {**OTHERS, **FOLLOWERS} else language_model(kind))
+    return lambda kind: open_model(
+        write_other(tmp_path / kind, kind) if kind in {**OTHERS, **FOLLOWERS} else language_model(kind)
+    )
 
 
 def mixed(scores: list[torch.Tensor]) -> torch.Tensor:
@@ -56,7 +58,9 @@ def written_by_hand(members: list[TrainableModel], prompt: Passage, most: int) -
         said = []
         for member in members:
             start = getattr(member.module.config, "decoder_start_token_id", None)
-            paired = {"input_ids": torch.tensor([given]), "decoder_input_ids": torch.tensor([[start, *new]])} if has_encoder else {}
+            paired = (
+                {"input_ids": torch.tensor([given]), "decoder_input_ids": torch.tensor([[start, *new]])} if has_encoder else {}
+            )
             read = paired or {"input_ids": torch.tensor([[*given, *new]])}
             said.append(member.module(**read, use_cache=False).logits[0, -1])
         best = int(mixed(said).argmax())
@@ -67,7 +71,8 @@ def written_by_hand(members: list[TrainableModel], prompt: Passage, most: int) -
 
 
 @pytest.mark.parametrize(
-    "kinds", [("llama", "gpt2"), ("opt", "bloom"), ("mistral", "gemma"), ("phi", "mamba"), ("mamba", "gpt_neox"), ("llama", "roberta")]
+    "kinds",
+    [("llama", "gpt2"), ("opt", "bloom"), ("mistral", "gemma"), ("phi", "mamba"), ("mamba", "gpt_neox"), ("llama", "roberta")],
 )
 def test_it_writes_the_most_probable_tokens_of_all_members(member: Make, kinds: tuple[str, str]) -> None:
     """After prompts of unequal length."""
@@ -188,6 +193,13 @@ def test_a_document_that_says_anything_else_is_refused(cotune: Cotune, bundle: P
     assert "Traceback" not in shown.err
 
 
+def test_a_place_that_cannot_be_written_is_a_sentence(cotune: Cotune, language_model: Callable[..., Path], folder: Path) -> None:
+    (folder / "file").touch()
+    members = (language_model("llama"), language_model("gpt2"))
+    shown = cotune("fuse", *members, "--method", "average", "--out", "file/bundle")
+    assert (shown.code, "file/bundle cannot be written" in shown.err) == (1, True)
+
+
 def test_a_member_that_was_changed_is_refused(bundle: Path) -> None:
     (member_folder(bundle, 2) / "tokenizer_config.json").write_text("{}")
     with fails_with("model.member_changed"):
@@ -204,6 +216,16 @@ def test_a_model_inside_a_member_does_not_stand_in_for_it(bundle: Path, language
     file.write_text(json.dumps(document | {"members": [document["members"][0], content_hash(member)]}))
     with fails_with("model.member_changed"):
         open_fused_language_model("bundle", "cpu")
+
+
+def test_a_member_may_say_how_its_answers_are_packed(bundle: Path) -> None:
+    expected = open_fused_language_model("bundle", "cpu").write(PROMPTS, 3)
+    member = member_folder(bundle, 2)
+    file = member / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"return_dict": False}))
+    document = json.loads((bundle / FUSION_FILE).read_text())
+    (bundle / FUSION_FILE).write_text(json.dumps(document | {"members": [document["members"][0], content_hash(member)]}))
+    assert open_fused_language_model("bundle", "cpu").write(PROMPTS, 3) == expected
 
 
 def test_members_of_other_tokenizers_are_refused(cotune: Cotune, folder: Path) -> None:
