@@ -97,8 +97,9 @@ def limit_memory(device: torch.device, gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / whole), index)
 
 
-_SETTING_PREFIXES = ("ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "MKL_", "ONEDNN_", "OPENBLAS_")
-_SETTINGS = {"NVIDIA_TF32_OVERRIDE", "OMP_DYNAMIC", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
+_OF_TORCH = ("TORCH_ALLOW_TF32_", "TORCH_BLAS_", "TORCH_CUDNN_", "TORCH_LINALG_", "TORCH_LINEAR_", "TORCH_MKLDNN_")
+_SETTING_PREFIXES = ("ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "MKL_", "MKLDNN_", "ONEDNN_", "OPENBLAS_", *_OF_TORCH)
+_SETTINGS = {"DISABLE_ADDMM_CUDA_LT", "NVIDIA_TF32_OVERRIDE", "OMP_DYNAMIC"}
 _FULL = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "out of memory", "_ALLOC_FAILED")
 
 

@@ -145,7 +145,11 @@ def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     device._library_settings.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OMP_DYNAMIC", "NVIDIA_TF32_OVERRIDE"])
+LIBRARIES = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "OMP_DYNAMIC", "NVIDIA_TF32_OVERRIDE")
+OF_TORCH = ("TORCH_MKLDNN_MATMUL_MIN_DIM", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_LINEAR_FLATTEN_3D", "DISABLE_ADDMM_CUDA_LT")
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, *OF_TORCH, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"])
 def test_settings_of_libraries_decide_kernels(name: str, setting: Callable[[str], None]) -> None:
     before = kernel_key(torch.device("cpu"))
     setting(name)
