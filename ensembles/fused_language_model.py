@@ -17,6 +17,7 @@ from cotune.data.readers.sources import check_new
 from cotune.data.records import Records
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.types import Chat, Passage
+from cotune.ensembles.calibration import Floats, Numbers
 from cotune.ensembles.text_fusion import check_tokenizers
 from cotune.ensembles.token_distillation import mean_logs, read_states, score_parts
 from cotune.errors import DataError
@@ -101,9 +102,8 @@ class FusedLanguageModel:
         }
 
     @torch.no_grad()
-    def _ask(self, examples: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Of each target token of a batch: the row of its record, the logarithm of its probability, and whether it is the most
-        probable one."""
+    def _ask(self, examples: Sequence[Any]) -> tuple[Numbers, Floats, Numbers]:
+        """Of each target token: the row of its record, the logarithm of its probability, and 1 if it is the most probable one."""
         said = []
         for member in self.members:
             collate = member.loaded.task.collator(member.module, member.loaded.reader, member.device)
@@ -112,12 +112,13 @@ class FusedLanguageModel:
         there = batch["labels"] != IGNORED
         targets = batch["labels"][there]
         record = there.nonzero()[:, 0].cpu().numpy()
-        logs, hits = [], []
+        logs: list[Floats] = [np.empty(0)]
+        hits: list[Numbers] = [np.empty(0, dtype=np.int64)]
         for part in score_parts(said, len(targets)):
             mixed = mean_logs([each.scores(part) for each in said], self.size, self.weights)
             logs.append(mixed.gather(1, targets[part][:, None])[:, 0].double().cpu().numpy())
-            hits.append((mixed.argmax(dim=1) == targets[part]).cpu().numpy())
-        return record, np.concatenate([np.empty(0), *logs]), np.concatenate([np.empty(0, dtype=bool), *hits])
+            hits.append((mixed.argmax(dim=1) == targets[part]).long().cpu().numpy())
+        return record, np.concatenate(logs), np.concatenate(hits)
 
 
 def open_fused_language_model(
