@@ -18,9 +18,8 @@ from cotune.data.records import Records
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.types import Chat, Passage
 from cotune.ensembles.calibration import Floats, Numbers
-from cotune.ensembles.text_fusion import check_tokenizers
+from cotune.ensembles.text_fusion import check_tokenizers, no_targets_error, smallest_table
 from cotune.ensembles.token_distillation import mean_logs, read_states, score_parts
-from cotune.errors import DataError
 from cotune.models.base.folder import member_folder
 from cotune.models.base.fused_folder import read_fusion_document, write_fused_folder
 from cotune.models.config import TextMethod
@@ -55,7 +54,7 @@ class FusedLanguageModel:
     @property
     def size(self) -> int:
         """Tokens that are in the table of every member."""
-        return min(int(member.module.get_output_embeddings().weight.shape[0]) for member in self.members)  # type: ignore[operator]
+        return smallest_table(self.members)
 
     def write(self, prompts: Sequence[Passage | Chat], max_new_tokens: int) -> list[str | None]:
         """Return what is written after each prompt, the most probable token of all members together each time.
@@ -87,10 +86,7 @@ class FusedLanguageModel:
             np.add.at(tokens, place, 1)
             np.add.at(right, place, hits)
         if not tokens.any():
-            raise DataError(
-                "no record has a target within the length that the models read: raise --max-length, or shorten the prompts",
-                code="data.no_targets",
-            )
+            raise no_targets_error()
         return {
             "task": self.task,
             "labels": [],

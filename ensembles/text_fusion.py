@@ -102,11 +102,24 @@ def check_tokenizers(models: Sequence[TrainableModel], names: Sequence[str], *, 
         check_same_tokenizer(model.loaded, first, name, names[0], chats=chats)
 
 
+def smallest_table(models: Sequence[TrainableModel]) -> int:
+    """Return how many tokens are in the output layer of every model."""
+    return min(int(model.module.get_output_embeddings().weight.shape[0]) for model in models)  # type: ignore[operator]
+
+
+def no_targets_error() -> DataError:
+    """Return the error for records of which no target is read."""
+    return DataError(
+        "no record has a target within the length that the models read: raise --max-length, or shorten the prompts",
+        code="data.no_targets",
+    )
+
+
 @torch.no_grad()
 def _ask(models: Sequence[TrainableModel], examples: Sequence[Any]) -> tuple[Floats, Numbers]:
     """(models, n) logarithms of the probabilities of all target tokens, and the number of the record of each."""
     task = models[0].loaded.task
-    size = min(int(model.module.get_output_embeddings().weight.shape[0]) for model in models)  # type: ignore[operator]
+    size = smallest_table(models)
     collators = [task.collator(model.module, model.loaded.reader, model.device) for model in models]
     logs: list[Floats] = [np.empty((len(models), 0))]
     record: list[int] = []
@@ -124,10 +137,7 @@ def _ask(models: Sequence[TrainableModel], examples: Sequence[Any]) -> tuple[Flo
 def _folds(units: Numbers, seed: int) -> Numbers:
     """The fold of each record. Raises DataError for fewer units than folds."""
     if not len(units):
-        raise DataError(
-            "no record has a target within the length that the models read: raise --max-length, or shorten the prompts",
-            code="data.no_targets",
-        )
+        raise no_targets_error()
     distinct, place = np.unique(units, return_inverse=True)
     return assign_folds(np.zeros(len(distinct), dtype=np.int64), FOLDS, seed)[place]
 

@@ -8,7 +8,7 @@ same up to rounding, which decides between tokens that are equally probable, and
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,8 +30,9 @@ _TRIED_TOKENS = 3
 _BY_LONGEST = {"dynamic", "longrope"}  # rotary positions that follow from the longest row of a batch
 _ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # of scores, relative to the largest
 _FAILURES = (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError)
-_hiding: WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
-_following: WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]] = WeakKeyDictionary()
+Tried = WeakKeyDictionary[TrainableModel, dict[torch.dtype, bool]]
+_hiding: Tried = WeakKeyDictionary()
+_following: Tried = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -180,34 +181,41 @@ def _positions_depend_on_others(model: TrainableModel) -> bool:
 
 
 def _hides_padding(model: TrainableModel, config: GenerationConfig, low: bool) -> bool:
-    """Whether the model's scores after a prompt are the same with and without padding: tried once, on made-up tokens."""
-    dtype = torch.bfloat16 if low else torch.float32
-    known = _hiding.setdefault(model, {})
-    if dtype not in known:
-        rows = [example["input_ids"] for example in model.loaded.task.samples(model.loaded.reader)]
-        short = min(rows, key=len)
-        long = max(rows, key=len)
+    """Whether the model's scores after a prompt are the same with and without padding."""
+
+    def error(short: Sequence[int], long: Sequence[int]) -> float:
         alone = _scores(model, config, [short])
         beside = _scores(model, config, [short, long])
-        error = float((alone - beside).abs().max() / alone.abs().max().clamp(min=1e-30)) if alone.shape == beside.shape else 1.0
-        known[dtype] = len(short) < len(long) and error <= _ROUNDING[dtype]
-    return known[dtype]
+        return float((alone - beside).abs().max() / alone.abs().max().clamp(min=1e-30)) if alone.shape == beside.shape else 1.0
+
+    return _differs_by_rounding(_hiding, model, low, error)
 
 
 def _can_follow_padded(model: TrainableModel, low: bool) -> bool:
     """Whether what a model says of tokens that another one generates after a padded prompt is what it says of them alone."""
+
+    def error(short: Sequence[int], long: Sequence[int]) -> float:
+        try:
+            return _error_beside(model, short, long)
+        except _FAILURES:  # each architecture has its own way not to read padding
+            return 1.0
+
+    return not _positions_depend_on_others(model) and _differs_by_rounding(_following, model, low, error)
+
+
+def _differs_by_rounding(
+    tried: Tried, model: TrainableModel, low: bool, error: Callable[[Sequence[int], Sequence[int]], float]
+) -> bool:
+    """Whether a relative error of a short made-up row beside a long one is rounding: tried once for a model and an arithmetic."""
     dtype = torch.bfloat16 if low else torch.float32
-    known = _following.setdefault(model, {})
+    known = tried.setdefault(model, {})
     if dtype not in known:
         rows = [example["input_ids"] for example in model.loaded.task.samples(model.loaded.reader)]
         short = min(rows, key=len)
         long = max(rows, key=len)
-        try:
-            error = _error_beside(model, short, long)
-        except _FAILURES:  # each architecture has its own way not to read padding
-            error = 1.0
-        known[dtype] = len(short) < len(long) and error <= _ROUNDING[dtype]
-    return known[dtype] and not _positions_depend_on_others(model)
+        found = error(short, long)
+        known[dtype] = len(short) < len(long) and found <= _ROUNDING[dtype]
+    return known[dtype]
 
 
 def _error_beside(model: TrainableModel, row: Sequence[int], other: Sequence[int]) -> float:

@@ -41,7 +41,7 @@ def find_bound(files: str, expected: str) -> Quantization | None:
 
 
 def explain_quantization(quantization: Quantization) -> str:
-    """Return what is said of it behind a base model; "" without quantization.
+    """Return the quantization in words, to follow the name of a base model; "" without quantization.
 
     Args:
         quantization: As in the plan.
