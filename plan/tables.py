@@ -85,7 +85,9 @@ class SimulationConfig(ConfigTable):
         " the same run for each task by itself",
     )
     pooled: LocalTraining | None = Field(
-        None, description="keys that override [local] for models that are trained without privacy, for comparison"
+        None,
+        description="keys that override [local] for models that are trained without privacy, for comparison; absent, and only a"
+        " head is trained: pooled is a head that is fitted to the end",
     )
 
     @field_validator("epsilons")

@@ -158,7 +158,8 @@ SIMULATION = (
     File(
         "baselines/",
         "after the last round",
-        "The runs that the federated model is compared with, each a folder of its own.",
+        "The runs that the federated model is compared with, each a folder of its own."
+        " Heads that are fitted for comparison are not kept.",
     ),
 )
 REAL_RUN = (

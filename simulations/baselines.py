@@ -1,60 +1,45 @@
 """What the federated model is compared with: each organization alone, all data in one place, and the model adapted to each.
 
 A baseline is a run like any other, with one participant, through the same loop, client and ledger; it has a folder of its own
-inside the run's, and is continued like a run. Alone without privacy is one only where the encoder is trained: a head is fitted to
-the end instead (see `personalized`), as anyone who trains for itself would do.
+inside the run's, and is continued like a run. Without privacy, alone and pooled are one only where the encoder is trained: a head
+is fitted to the end instead (see `fitted_heads`), as anyone would do who need not add noise.
 
 Where organizations keep a part of their models to themselves: how good each of their models is, and each of them as a folder.
 
 A simulation can look into their sites. The own part is the newest that a site holds.
-
-What each organization reaches once it has adapted the federated model to itself, and what it reaches alone without any noise.
-
-Both are heads on features, fitted to the organization's own training records (see `client.personalization.adaptation`); both are
-judged once, on
-the common test set, of which its own held-out records are a part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import Literal
 
 from cotune.client.app import app as client_app
-from cotune.client.personalization.adaptation import Adaptation, adapt, build_own_records, get_unit_numbers
 from cotune.client.site import Site
 from cotune.client.training.personal.parameters import PERSONAL, UNNOISED
 from cotune.client.training.personal.prediction_model import export_own_model
-from cotune.data.config import has_classes
-from cotune.data.dataset import Dataset, DatasetManifest
+from cotune.data.dataset import DatasetManifest
 from cotune.data.metrics.metrics import Metrics
-from cotune.data.tasks.classes import classes_from_scores
 from cotune.data.tasks.task import Task, get_task
 from cotune.errors import CotuneError, RunError
 from cotune.flower.inprocess_grid import InProcessGrid
-from cotune.models.encoding import encoded_examples, encoded_features
 from cotune.models.evaluation.test_set import evaluate, measure, predict
 from cotune.models.export import export_model
-from cotune.models.features.cached import encode_batch
-from cotune.models.features.head import feature_head
-from cotune.models.features.head_fit import head_names, head_scores
 from cotune.models.trainable import State, TrainableModel
 from cotune.plan.local_training import Stage
 from cotune.plan.personal import PersonalConfig
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model, own_model_config
 from cotune.privacy.config import RecordPrivacy
-from cotune.reporting.documents.events import AdaptationFailed, BaselineFailed, BaselineFinished, BaselineStarted, ModelAdapted
+from cotune.reporting.documents.events import BaselineFailed, BaselineFinished, BaselineStarted
 from cotune.reporting.documents.rounds import MetricsEntry
 from cotune.reporting.model_card import CARD, model_card, promised
 from cotune.server.app import train
 from cotune.server.rounds.registered_evaluator import Evaluator
 from cotune.server.runs.run_folder import Participant, RunFile, RunFolder, manifest_file
 from cotune.server.runs.run_model import final_params
+from cotune.simulations.fitted_heads import Evaluated, fit_pooled, fits_alone, fits_pooled
 from cotune.simulations.prepare import Prepared, make_site, make_sites
 from cotune.simulations.single_tasks import SINGLE, evaluate_for, plan_for, shares_for
 from cotune.simulations.split import Share
@@ -65,19 +50,7 @@ from cotune.strategies.config import StrategyConfig
 ALONE = "alone"
 ALONE_WITHOUT_PRIVACY = "alone-without-privacy"
 PLAIN = "plain"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A model on the common test set.
-
-    Attributes:
-        metrics: Its quality.
-        predicted: Its predictions, such as class numbers, in the order of `Dataset.truth`.
-    """
-
-    metrics: Metrics
-    predicted: tuple[Any, ...]
+POOLED = "pooled"
 
 
 def run_baselines(folder: RunFolder, prepared: Prepared, pool: WorkerPool | None = None) -> dict[str, Evaluated]:
@@ -90,18 +63,41 @@ def run_baselines(folder: RunFolder, prepared: Prepared, pool: WorkerPool | None
         prepared: Its plan with the records of each organization.
         pool: Workers that train them beside each other; None: this process does, one after the other.
     """
-    results = {}
-    wanted = list(_wanted(prepared, get_plan_model(prepared.plan, folder.file.device)))
+    model = get_plan_model(prepared.plan, folder.file.device)
+    wanted = list(_wanted(prepared, model))
     names = [name for name, _, _ in wanted]
     if pool is not None:  # the longest first, so that workers end together
         wanted.sort(key=lambda each: -sum(len(share.rows) for share in each[2]))
     baselines = [_open(folder, *each) for each in wanted]
     trained = _train_in_turn(folder, baselines) if pool is None else train_beside(folder, baselines, pool)
-    for baseline in trained:
-        name = baseline.file.run
-        results[name] = _evaluate(folder, prepared, baseline)
-        folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**results[name].metrics.as_dict())))
-    return {name: results[name] for name in names if name in results}
+    results = {baseline.file.run: _tell(folder, baseline.file.run, _evaluate(folder, prepared, baseline)) for baseline in trained}
+    found = {name: results[name] for name in names if name in results}
+    if _fits_pooled(prepared, model) and (pooled := _fit_pooled(folder, prepared)) is not None:
+        found[POOLED] = pooled
+    return found
+
+
+def _tell(folder: RunFolder, name: str, judged: Evaluated) -> Evaluated:
+    folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**judged.metrics.as_dict())))
+    return judged
+
+
+def _fits_pooled(prepared: Prepared, model: TrainableModel) -> bool:
+    """Whether pooled is asked for, and is a head that is fitted to features instead of a run."""
+    records = sum(len(share.rows) for share in prepared.shares)
+    return POOLED in prepared.plan.simulation.baselines and fits_pooled(prepared.plan, model, records)
+
+
+def _fit_pooled(folder: RunFolder, prepared: Prepared) -> Evaluated | None:
+    """Fit and judge it; None where that cannot be done. It is not kept: fitting takes less than reading all records did."""
+    folder.events.write(BaselineStarted(baseline=POOLED))
+    test = DatasetManifest.read(manifest_file(folder.path, "test"), prepared.plan.labels)
+    try:
+        judged = fit_pooled(_without_privacy(_without_others(prepared.plan)), prepared, folder.file.device, test)
+    except CotuneError as error:
+        folder.events.write(BaselineFailed(baseline=POOLED, reason=str(error)))
+        return None
+    return _tell(folder, POOLED, judged)
 
 
 def _open(folder: RunFolder, name: str, plan: Plan, shares: tuple[Share, ...]) -> RunFolder:
@@ -125,11 +121,6 @@ def _train_in_turn(folder: RunFolder, baselines: Sequence[RunFolder]) -> Iterato
         yield baseline
 
 
-def fits_alone(plan: Plan, model: TrainableModel) -> bool:
-    """Whether alone without privacy is a head that is fitted to features, instead of a run."""
-    return has_classes(plan.task) and all(stage.mode == "head" for stage in plan.stages) and feature_head(model) is not None
-
-
 def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Plan, tuple[Share, ...]]]:
     plan = _without_others(prepared.plan)
     if "alone" in plan.simulation.baselines:
@@ -138,8 +129,8 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
         if plan.privacy != "none" and not fits_alone(plan, model):
             for share in prepared.shares:
                 yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _on_own_base(_without_privacy(plan), share), (share,)
-    if "pooled" in plan.simulation.baselines:
-        yield "pooled", _without_privacy(plan), prepared.shares
+    if POOLED in plan.simulation.baselines and not _fits_pooled(prepared, model):
+        yield POOLED, _without_privacy(plan), prepared.shares
     if SINGLE in plan.simulation.baselines and len(prepared.plan.tasks) > 1:
         for task in prepared.plan.tasks:
             if shares := shares_for(prepared, task.name):
@@ -274,73 +265,3 @@ def personal_states(folder: RunFolder, state: State) -> dict[str, State]:
         for who in folder.file.participants
     }
     return {name: {**state, **part} for name, part in own.items() if part}
-
-
-Predicted = tuple[int, ...]  # class numbers, in the order of the common test set
-
-
-@dataclass(frozen=True)
-class Personalized:
-    """By organization; empty where nothing was fitted.
-
-    Attributes:
-        adapted: How each has adapted the federated model.
-        predicted: Predictions of its adapted model.
-        alone: What its head without privacy and without the others tells.
-    """
-
-    adapted: dict[str, Adaptation] = field(default_factory=dict)
-    predicted: dict[str, Predicted] = field(default_factory=dict)
-    alone: dict[str, Predicted] = field(default_factory=dict)
-
-
-def personalize(folder: RunFolder, prepared: Prepared, served: State) -> Personalized:
-    """Adapt a finished run's model for every organization, as far as the plan asks for a comparison with training alone.
-
-    Nothing is fitted where there are no features to fit a head to, where every organization has a model of its own, or where
-    neither an adapted model nor a head alone is asked for.
-    """
-    plan = prepared.plan
-    model = get_plan_model(plan, folder.file.device)
-    fits = (
-        has_classes(plan.task) and feature_head(model) is not None and bool(plan.personalize.methods or fits_alone(plan, model))
-    )
-    if "alone" not in plan.simulation.baselines or plan.keeps_personal or not fits:
-        return Personalized()
-    found = Personalized()
-    test = _features(model, plan, served, DatasetManifest.read(manifest_file(folder.path, "test"), plan.labels))
-    model.load(served)
-    shared = model.state(head_names(model))
-    for share in prepared.shares:
-        try:
-            adapted = _adapt(model, prepared, share, served, shared)
-        except CotuneError as error:  # a comparison that cannot be made must not cost the run itself
-            folder.events.write(AdaptationFailed(organization=share.name, reason=str(error)))
-            continue
-        if plan.personalize.methods:
-            found.adapted[share.name] = adapted
-            found.predicted[share.name] = _predict_classes(model, adapted.head, test)
-        if fits_alone(plan, model):
-            found.alone[share.name] = _predict_classes(model, adapted.alone, test)
-        folder.events.write(ModelAdapted(organization=share.name, method=adapted.described))
-    return found
-
-
-def _adapt(model: TrainableModel, prepared: Prepared, share: Share, served: State, shared: State) -> Adaptation:
-    plan = prepared.plan
-    records = prepared.records[share.file]
-    held = Dataset(((records, share.rows),), plan.labels, plan.task)
-    own = build_own_records(_features(model, plan, served, held), held.targets, get_unit_numbers(held), len(plan.labels))
-    return adapt(model, own, shared, plan.personalize, plan.seed)
-
-
-def _features(model: TrainableModel, plan: Plan, served: State, held: Dataset) -> Tensor:
-    """Of an unchanged encoder they are kept on disk; of one that this run has trained they are computed."""
-    model.load(served)
-    if any(name.startswith(model.prefix) for name in served):
-        return encode_batch(model, encoded_examples(held, model), plan.model.precision)
-    return encoded_features(held, model, served, plan.model.precision)
-
-
-def _predict_classes(model: TrainableModel, head: State, features: Tensor) -> Predicted:
-    return tuple(classes_from_scores(head_scores(model, head, features)).tolist())

@@ -20,10 +20,10 @@ from cotune.server.runs.run_model import final_params
 from cotune.simulations.baselines import (
     export_each,
     export_own_models,
-    personalize,
     run_baselines,
 )
 from cotune.simulations.engines import check_engine, run_on
+from cotune.simulations.fitted_heads import personalize
 from cotune.simulations.garbage_collection import rare_garbage_collection
 from cotune.simulations.prepare import Prepared, make_run, prepare
 from cotune.simulations.summary import summarize

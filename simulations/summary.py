@@ -27,12 +27,12 @@ from cotune.simulations.baselines import (
     ALONE,
     ALONE_WITHOUT_PRIVACY,
     PLAIN,
-    Evaluated,
-    Personalized,
+    POOLED,
     mean_values,
     personal_metrics,
     personal_states,
 )
+from cotune.simulations.fitted_heads import Evaluated, Personalized
 from cotune.simulations.joint_privacy_loss import get_charged_steps
 from cotune.simulations.prepare import Prepared
 from cotune.simulations.single_tasks import SINGLE, describe_tasks
@@ -76,7 +76,7 @@ def summarize(
     plan = folder.plan
     progress = folder.load()
     alone = {name.removeprefix(f"{ALONE}/"): m.metrics for name, m in baselines.items() if name.startswith(f"{ALONE}/")}
-    pooled = baselines.get("pooled")
+    pooled = baselines.get(POOLED)
     plain = baselines.get(PLAIN)
     personal = personal_metrics(folder, final_params(plan, progress)) if plan.keeps_personal else {}
     test = TestSet(prepared)

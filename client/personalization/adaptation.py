@@ -13,7 +13,7 @@ overestimated here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,11 +156,8 @@ def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: Persona
     """
     _check_units(own)
     candidates = _candidates({SHARED, "alone", *config.methods}, has_layer=last_layer(model) is not None)
-    scores = {candidate: _Score() for candidate in candidates}
     start = load_base_head(model)
-    for train, judge in split_folds(own, config.folds, seed):
-        for candidate, head in _fitted(model, train, shared, start, candidates):
-            scores[candidate].add(head_scores(model, head, judge.features), judge.targets)
+    scores = _cross_validate(model, own, shared, start, candidates, config.folds, seed)
     allowed = [c for c in candidates if c.method in (SHARED, *config.methods)]
     best = max(allowed, key=lambda candidate: scores[candidate].rank)
     alone = max((c for c in candidates if c.method == "alone"), key=lambda candidate: scores[candidate].rank)
@@ -168,6 +165,36 @@ def adapt(model: TrainableModel, own: OwnRecords, shared: State, config: Persona
     methods = dict.fromkeys(candidate.method for candidate in allowed)
     tried = {method: max(scores[c].accuracy for c in allowed if c.method == method) for method in methods}
     return Adaptation(best.method, best.described, heads[best], heads[alone], tried)
+
+
+def fit_alone(model: TrainableModel, own: OwnRecords, folds: int, seed: int) -> State:
+    """Fit a head to the records without a shared one, with the penalty that cross-validation selects.
+
+    Args:
+        model: Of the plan.
+        own: The records, of one organization or of several.
+        folds: Number of folds.
+        seed: Of the folds.
+
+    Raises:
+        DataError: If all records belong to one unit.
+    """
+    _check_units(own)
+    start = load_base_head(model)
+    candidates = _candidates({"alone"}, has_layer=False)
+    scores = _cross_validate(model, own, start, start, candidates, folds, seed)
+    best = max(candidates, key=lambda candidate: scores[candidate].rank)
+    return dict(_fitted(model, own, start, start, [best]))[best]
+
+
+def _cross_validate(
+    model: TrainableModel, own: OwnRecords, shared: State, start: State, candidates: list[Candidate], folds: int, seed: int
+) -> dict[Candidate, _Score]:
+    scores = {candidate: _Score() for candidate in candidates}
+    for train, judge in split_folds(own, folds, seed):
+        for candidate, head in _fitted(model, train, shared, start, candidates):
+            scores[candidate].add(head_scores(model, head, judge.features), judge.targets)
+    return scores
 
 
 @dataclass
@@ -212,10 +239,11 @@ def _needed(*chosen: Candidate) -> list[Candidate]:
 
 
 def _fitted(
-    model: TrainableModel, own: OwnRecords, shared: State, start: State, candidates: Iterable[Candidate]
+    model: TrainableModel, own: OwnRecords, shared: State, start: State, candidates: Collection[Candidate]
 ) -> Iterator[tuple[Candidate, State]]:
     """Yield each candidate's head, fitted to the records; each penalty starts from the result of the next stronger one."""
-    here = shared if last_layer(model) is None else correct_head(model, shared, own.features, own.targets)
+    corrects = last_layer(model) is not None and {candidate.method for candidate in candidates} != {"alone"}
+    here = correct_head(model, shared, own.features, own.targets) if corrects else shared
     toward = {"head": here, "alone": start}
     last = dict(toward)
     alone = dict[float, State]()

@@ -26,12 +26,13 @@ from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
-from cotune.simulations.baselines import fits_alone
+from cotune.simulations.fitted_heads import fits_alone, fits_pooled
 from cotune.simulations.forecast.stopwatch import PATIENCE, Measure, Seconds, Stopwatch, by_length, measure
 from cotune.simulations.prepare import Prepared
 
 _SAMPLE = 1000  # records whose lengths are looked at, drawn by the plan's seed
-_FITS = 12  # heads that an organization fits to each part of its records, see `client.adaptation`
+_FITS = 12  # heads that an organization fits to each part of its records, half of them alone, see `client.adaptation`
+_FITTED = 4000  # records from which on the time of a fit grows as they do
 _EASIER = Seconds(0.4, 1.1)  # of a fit from scratch: those that begin where another has ended need fewer iterations
 _BESIDE = Seconds(0.04, 0.12)  # per organization and round: messages, ledger and outbox, which wait for the disk
 _TOO_MUCH = 1.3  # of the upper end: other processes, memory, warming
@@ -111,7 +112,8 @@ class _Work:
                 yield from self._freely
             yield from self._fits()
         if "pooled" in baselines:
-            yield from self._freely
+            records = sum(len(share.rows) for share in self.prepared.shares)
+            yield from [self._pooled_fit(records)] if fits_pooled(self.plan, self.model, records) else self._freely
         if "plain" in baselines and self.plan.keeps_personal:
             yield from run
         if "single" in baselines and len(self.plan.tasks) > 1:
@@ -185,11 +187,16 @@ class _Work:
             return
         held = [len(share.rows) for share in self.prepared.shares]
         one = self.stopwatch.fit(max(2, round(sum(held) / len(held))))
-        folds = [1 if n >= 2000 else self.plan.personalize.folds for n in held]
-        fits = sum(_FITS * each + 2 for each in folds)
-        yield Seconds(one.low * _EASIER.low * fits, one.high * _EASIER.high * fits)
+        yield _all_fits(one, sum(_FITS * self._folds(n) + 2 for n in held))
         if _trains_encoder(self.plan.stages):
             yield self._encode(sum(held))
+
+    def _pooled_fit(self, records: int) -> Seconds:
+        few = max(2, min(records, _FITTED))
+        return _all_fits(self.stopwatch.fit(few) * (records / few), _FITS / 2 * self._folds(records) + 1)
+
+    def _folds(self, records: int) -> int:
+        return 1 if records >= 2000 else self.plan.personalize.folds
 
     @property
     def _distinct(self) -> int:
@@ -220,6 +227,10 @@ class _Work:
         """Length -> how many batches `records` records are in, with the lengths of the sample."""
         lengths = self.stopwatch.lengths(buckets)
         return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
+
+
+def _all_fits(one: Seconds, times: float) -> Seconds:
+    return Seconds(one.low * _EASIER.low * times, one.high * _EASIER.high * times)
 
 
 def _trains_below_adapters(stage: Stage) -> bool:

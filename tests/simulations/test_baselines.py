@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 import torch
 
+from cotune.client.personalization.adaptation import adapt, build_own_records, get_unit_numbers, load_base_head
 from cotune.client.site import Site
 from cotune.client.training.round import train_round
 from cotune.data.dataset import DatasetManifest
 from cotune.data.metrics.metrics import Metrics
+from cotune.models.encoding import encoded_features
 from cotune.models.evaluation.test_set import evaluate
 from cotune.models.trainable import State, get_model
 from cotune.plan.plan import Plan
 from cotune.server.runs.events import observe_run
 from cotune.server.runs.run_folder import RunFolder
+from cotune.simulations import fitted_heads
 from cotune.simulations.baselines import run_baselines
 from cotune.simulations.prepare import Prepared, make_run, make_site, prepare
 from tests.support.simulations import COMPARED, NewPlan, same
@@ -37,7 +40,10 @@ def made(plan: Plan, path: Path) -> tuple[RunFolder, Prepared]:
 def test_only_what_the_plan_asks_for_is_trained(toy_plan: NewPlan, tmp_path: Path, wanted: list[str], names: list[str]) -> None:
     folder, prepared = made(toy_plan(rounds=1, simulation={"baselines": wanted}), tmp_path / "run")
     assert list(run_baselines(folder, prepared)) == names
-    assert (tmp_path / "run" / "baselines").exists() == bool(names)
+    runs = [
+        str(path.parent.relative_to(tmp_path / "run" / "baselines")) for path in (tmp_path / "run").rglob("baselines/**/run.json")
+    ]
+    assert sorted(runs) == [name for name in names if name != "pooled"]  # a head that is fitted needs no rounds
 
 
 def by_itself(plan: Plan, site: Site) -> tuple[State, Metrics]:
@@ -99,8 +105,53 @@ def test_pooled_baseline_trains_on_all_data_without_privacy(toy_plan: NewPlan, t
     assert {name: judged.metrics for name, judged in results.items()} == {"pooled": metrics}
 
 
+def test_pooled_head_is_what_one_organization_with_all_records_fits(toy_plan: NewPlan, tmp_path: Path) -> None:
+    """The oracle: a site that holds everybody's training records, and adapts a model that knows nothing."""
+    folder, prepared = made(toy_plan(simulation={"baselines": ["pooled"]}), tmp_path / "run")
+    plan = folder.plan
+    pooled = run_baselines(folder, prepared)["pooled"]
+    make_site(tmp_path / "all", "all", plan, prepared.shares, "cpu")
+    held = Site(tmp_path / "all").dataset(plan.labels)
+    test = DatasetManifest.read(folder.path / "test" / "data.json", plan.labels)
+    model = get_model(plan.model, plan.labels, None, plan.seed, "cpu", plan.task)
+    features = encoded_features(held, model, {}, plan.model.precision)
+    own = build_own_records(features, held.targets, get_unit_numbers(held), len(plan.labels))
+    head = adapt(model, own, load_base_head(model), plan.personalize, plan.seed).alone
+    assert evaluate(model, head, test, plan.model.precision) == pooled.metrics
+    assert sum(t == n for t, n in zip(test.truth, pooled.predicted, strict=True)) / len(test.truth) == pooled.metrics.accuracy
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"simulation": {"baselines": ["pooled"], "pooled": {"steps": 2}}}, 2**28),  # the plan says how
+        ({"simulation": {"baselines": ["pooled"]}, "train": "lora"}, 2**28),  # not only a head is trained
+        ({"simulation": {"baselines": ["pooled"]}}, 1000),  # memory would not hold the features
+    ],
+)
+def test_pooled_is_a_run_where_no_head_can_stand_for_it(
+    toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], most: int
+) -> None:
+    monkeypatch.setattr(fitted_heads, "_MOST_ENTRIES", most)
+    folder, prepared = made(toy_plan(rounds=1, **changes), tmp_path / "run")
+    assert list(run_baselines(folder, prepared)) == ["pooled"]
+    assert RunFolder(folder.path / "baselines" / "pooled").finished
+
+
+def test_a_pooled_head_that_cannot_be_fitted_is_told_and_costs_nothing_else(
+    toy_plan: NewPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prepared = made(toy_plan(rounds=1, simulation={"baselines": ["pooled"]}), tmp_path / "run")
+    encoded = fitted_heads.encoded_features
+    monkeypatch.setattr(fitted_heads, "encoded_features", lambda *given: torch.full_like(encoded(*given), torch.nan))
+    heard = list[str]()
+    with observe_run(lambda event, fields: heard.append(event)):
+        assert run_baselines(folder, prepared) == {}
+    assert heard == ["baseline_started", "baseline_failed"]
+
+
 def test_a_finished_baseline_is_not_trained_again(toy_plan: NewPlan, tmp_path: Path) -> None:
-    folder, prepared = made(toy_plan(simulation=COMPARED), tmp_path / "run")
+    folder, prepared = made(toy_plan(simulation={**COMPARED, "pooled": {"steps": 2}}), tmp_path / "run")
     first = run_baselines(folder, prepared)
     heard = list[str]()
     with observe_run(lambda event, fields: heard.append(event)):

@@ -53,6 +53,7 @@ NARROW = (  # before and after the change of a round is there, and the version t
     Moment("renamed", {"path": "*/received/state.safetensors"}, nth=3),
     Moment("renamed", {"path": "*/changes/round-00003.safetensors"}),
 )
+POOLED = {"baselines": ["pooled"], "pooled": {"steps": 2}}  # a run, as the plan says how it is trained
 MANY = (
     Moment("round_started", {"round": 1}),
     Moment("step", {"round": 1, "organization": "org-2"}, nth=2),
@@ -221,9 +222,7 @@ def stopped(toy_plan: NewPlan, tmp_path: Path) -> Path:
 
     source = write_csv(tmp_path / "mine.csv", sentences(240))
     base = shutil.copytree(toy_plan().model.base, tmp_path / "base")
-    plan = toy_plan(
-        data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation={"baselines": ["pooled"]}
-    )
+    plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation=POOLED)
     with fails_with("run.no_quorum", "2", "1", "2"), observe_run(breaks):
         simulate(plan, run, device="cpu")
     (site / "aside").rename(site / "data.json")
@@ -238,9 +237,7 @@ def test_a_failed_run_goes_on_after_its_last_finished_round(stopped: Path, tmp_p
     assert told(stopped, "run_started", resumed_after=1) == 1
     source = tmp_path / "mine.csv"
     base = tmp_path / "base"
-    plan = toy_plan(
-        data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation={"baselines": ["pooled"]}
-    )
+    plan = toy_plan(data={"source": str(source)}, model={"base": str(base)}, server={"quorum": 1.0}, simulation=POOLED)
     assert same(final_model(stopped), final_model(simulate(plan, tmp_path / "whole", device="cpu").folder))
 
 

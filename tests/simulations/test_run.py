@@ -27,7 +27,6 @@ from cotune.plan.load import load_plan, parse_plan
 from cotune.plan.plan import Plan
 from cotune.privacy.accounting.composition import Steps
 from cotune.privacy.accounting.display_rounding import round_to_two_digits
-from cotune.privacy.ledger.ledger import Ledger
 from cotune.server.runs.events import observe_run, read_events
 from cotune.server.runs.run_folder import pick_run_folder
 from cotune.simulations.prepare import RUN_LEDGER
@@ -351,7 +350,6 @@ def test_baselines_do_not_charge_the_organizations_ledgers(private: Done) -> Non
     for name in ("org-1", "org-2", "org-3"):
         own = ledger(private.folder / "baselines" / "alone" / name / "site")
         assert own == ledger(private.folder / "sites" / name)  # the same privacy, in a ledger of its own
-    assert Ledger(private.folder / "baselines" / "pooled" / "site" / "ledger.sqlite").charges() == []
 
 
 def test_the_statement_does_not_say_less_than_what_was_spent(private: Done) -> None:

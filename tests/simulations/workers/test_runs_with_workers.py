@@ -61,7 +61,7 @@ def check_equal(one: Run, other: Run) -> None:
 
 
 def test_workers_find_what_one_process_finds(toy_plan: NewPlan, tmp_path: Path, started_workers: list[ForkServerProcess]) -> None:
-    plan = of_three(toy_plan, simulation={"baselines": ["alone", "pooled"]})
+    plan = of_three(toy_plan, simulation={"baselines": ["alone", "pooled"], "pooled": {"steps": 2}})
     one = simulate(plan, tmp_path / "one", device="cpu")
     steps: list[dict[str, Any]] = []
     with observe_client(lambda event, fields: steps.append(fields)):
