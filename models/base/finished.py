@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from cotune.data.config import TaskName, has_labels
 from cotune.data.tasks.task import get_task
 from cotune.errors import ModelError, reason_of
+from cotune.models.base.declared_counts import check_declared_counts
 from cotune.models.base.folder import ENCODER, read_base_labels, read_settings
 from cotune.models.base.load import LoadedModel, load_layer_model, load_model
 from cotune.models.base.lookup import find_base
@@ -95,6 +96,7 @@ def _labels_of(path: Path) -> tuple[str, ...]:
 
 def _generic_labels(path: Path) -> tuple[str, ...]:
     """Those that a configuration has which names none, or LABEL_0, LABEL_1, …"""
+    check_declared_counts(read_settings(path))
     try:
         known = AutoConfig.from_pretrained(str(path), trust_remote_code=False).id2label
     except Exception as error:  # a configuration that is not as its architecture expects raises anything

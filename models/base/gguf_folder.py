@@ -85,11 +85,12 @@ def _make(file: Path, target: Path) -> None:
 def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from cotune.models.base.declared_counts import bounded_parts
     from cotune.models.base.silence import silence_transformers
 
     given: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        with silence_transformers():
+        with silence_transformers(), bounded_parts():
             read = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype="float32", **given)
             plain = AutoModelForCausalLM.from_config(_own_settings(read.config))  # saving the one that was read raises
             plain.load_state_dict(read.state_dict())

@@ -16,6 +16,7 @@ from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.errors import ModelError, reason_of
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
+from cotune.models.base.declared_counts import check_declared_counts
 from cotune.models.base.folder import (
     ENCODER,
     find_damage,
@@ -250,6 +251,7 @@ def _draw_head(module: PreTrainedModel) -> None:
 def _configure(path: Path, labels: tuple[str, ...]) -> Any:
     settings = read_settings(path)
     check_no_code_is_named(settings)
+    check_declared_counts(settings)
     check_files_are_wide(settings)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     check_padding_row(config)

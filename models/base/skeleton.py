@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from cotune.models.base.declared_counts import bounded_parts
 from cotune.models.base.lookup import BaseModelFolder
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
@@ -31,19 +32,23 @@ def read_weights(kind: Any, folder: BaseModelFolder, config: Any) -> tuple[Any, 
         kind: Its class, such as `AutoModel`.
         folder: Of the base model.
         config: Of the model.
+
+    Raises:
+        ModelError: If the configuration describes more than any model has.
     """
-    if not folder.has_weights:
-        return build_skeleton(kind, config), _COMPLETE
-    found: tuple[Any, Mapping[str, Sequence[Any]]] = kind.from_pretrained(
-        str(folder.path),
-        config=config,
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    return found
+    with bounded_parts():
+        if not folder.has_weights:
+            return build_skeleton(kind, config), _COMPLETE
+        found: tuple[Any, Mapping[str, Sequence[Any]]] = kind.from_pretrained(
+            str(folder.path),
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced by a new one
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        return found
 
 
 def build_skeleton(kind: Any, config: Any) -> PreTrainedModel:
