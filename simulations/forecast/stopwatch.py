@@ -42,6 +42,7 @@ _LENGTHS = 3  # of batches that are measured; those between them are interpolate
 _REPEATS = 3
 PATIENCE = 1.0  # seconds: a batch that takes longer is measured with a few rows
 _FEW_SLOTS = 4  # hundreds of tokens
+_MORE = 4  # times as many slots, as long as they take no longer than is patiently waited for
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,19 @@ class Stopwatch:
         return {length: self._scaled(slots, partial(time, length, there)) for length, there in self._chosen(buckets)}
 
     def _scaled(self, slots: int, time: Callable[[int], Seconds]) -> Seconds:
-        """What a batch of `slots` costs: in proportion to one of few slots, where all of them would take too long."""
+        """What a batch of `slots` costs: in proportion to one of fewer slots, where all of them would take too long.
+
+        More and more are tried, as what a batch costs whatever it holds is most of the cost of a few slots of a small model.
+        """
         few = min(slots, _FEW_SLOTS)
         found = time(few)
-        if few == slots:
-            return found
-        expected = found * (slots / few)
-        return time(slots) if expected.high <= self.patience else expected
+        while few < slots:
+            more = min(slots, _MORE * few)
+            if (found * (more / few)).high > self.patience:
+                return found * (slots / few)
+            few = more
+            found = time(few)
+        return found
 
     def _collate(self, batch: Sequence[Example], *shape: int) -> Batch:
         """shape: Length and slots, where a batch has fixed ones."""

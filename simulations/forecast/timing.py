@@ -14,6 +14,7 @@ from functools import cached_property, reduce
 
 import numpy as np
 import torch
+from scipy.stats import poisson
 
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
@@ -147,7 +148,7 @@ class _Work:
         expected = max(self._batch(stage.local, n) for n in self.sizes)
         costs = self.stopwatch.on_examples(stage, expected, private=private)
         self._read_states(costs.reader, stages[:number])
-        counts = [self._counted(LENGTHS, self._batch(stage.local, n), costs.rows) for n in self.sizes]
+        counts = [self._drawn(stage.local, n, costs.rows) for n in self.sizes]
         taken = [(_total(costs.batches, count) + costs.beside) * times for count, times in zip(counts, steps, strict=True)]
         return reduce(Seconds.__add__, taken) + beside
 
@@ -228,9 +229,23 @@ class _Work:
         lengths = self.stopwatch.lengths(buckets)
         return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
 
+    def _drawn(self, local: LocalTraining, examples: int, rows: int) -> dict[int, float]:
+        """Length -> how many batches of a step have it in the mean; of a few drawn records, many lengths have none."""
+        if local.sample_rate(examples) >= 1:
+            return dict(self._counted(LENGTHS, examples, rows))
+        lengths = self.stopwatch.lengths(LENGTHS)
+        expected = self._batch(local, examples) / len(lengths)
+        return {length: _expect_batches(expected * n, rows) for length, n in Counter(lengths).items()}
+
 
 def _all_fits(one: Seconds, times: float) -> Seconds:
     return Seconds(one.low * _EASIER.low * times, one.high * _EASIER.high * times)
+
+
+def _expect_batches(records: float, rows: int) -> float:
+    """The mean number of batches of `rows` that a Poisson number of records fills: Σ P(N > k · rows) over k = 0, 1, …"""
+    few = math.ceil(records / rows + 6 * math.sqrt(records) / rows) + 1
+    return float(poisson.sf(rows * np.arange(few), records).sum())
 
 
 def _trains_below_adapters(stage: Stage) -> bool:

@@ -22,7 +22,7 @@ from cotune.plan.load import parse_plan
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
 from cotune.simulations.forecast.stopwatch import Seconds, Stopwatch, by_length, measure
-from cotune.simulations.forecast.timing import draw_sample, estimate
+from cotune.simulations.forecast.timing import _expect_batches, draw_sample, estimate
 from cotune.simulations.prepare import Prepared, prepare
 from tests.support.language_models import language_model
 from tests.support.simulations import NewPlan
@@ -127,6 +127,32 @@ def test_measuring_leaves_the_model_as_it_came(toy_plan: NewPlan) -> None:
         assert 0 < found.low < found.high
         for name, parameter in model.parameters():
             assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(("records", "rows"), [(0.3, 32), (2.4, 4), (30.0, 8), (500.0, 64)])
+def test_batches_of_drawn_records_are_counted_as_they_are_drawn(records: float, rows: int) -> None:
+    drawn = np.random.default_rng(0).poisson(records, 200_000)
+    assert _expect_batches(records, rows) == pytest.approx(float(np.ceil(drawn / rows).mean()), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("each", "expected", "slots"),
+    [(0.001, 0.05 + 0.128, [4, 16, 64, 128]), (0.01, 2 * (0.05 + 0.64), [4, 16, 64]), (0.2, 32 * (0.05 + 0.8), [4])],
+)
+def test_what_a_batch_costs_whatever_it_holds_is_not_multiplied(
+    toy_plan: NewPlan, each: float, expected: float, slots: list[int]
+) -> None:
+    """As far as patience goes, larger batches are tried: of a small model four rows cost little more than none."""
+    prepared = prepare(toy_plan(), "cpu")
+    watch = Stopwatch(prepared.plan, get_plan_model(prepared.plan, "cpu"), draw_sample(prepared))
+    tried = list[int]()
+
+    def time(rows: int) -> Seconds:
+        tried.append(rows)
+        return Seconds(0.05 + each * rows, 0.05 + each * rows)
+
+    assert watch._scaled(128, time).low == pytest.approx(expected)
+    assert tried == slots
 
 
 def test_a_batch_of_a_length_between_costs_something_between() -> None:
