@@ -97,6 +97,28 @@ def add_mean_pooling(config: Any, module: nn.Module | None) -> tuple[str, ...]:
     return _distilbert(config, module)
 
 
+def apply_mean_layer(layer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return the first token's vector after the layer that `add_mean_pooling` has added, (b, d), without computing the layer.
+
+    Equal to it up to rounding: even attention is a mean, and what its other matrices multiply by is 0, 1 or s.
+
+    Args:
+        layer: The added one, for its two LayerNorms.
+        hidden: (b, t, d) what it reads.
+        mask: (b, t) 1 where a token counts.
+    """
+    shown = mask[:, :, None].to(hidden)
+    vectors = hidden[:, 0] + _SCALE * ((hidden * shown).sum(dim=1) / shown.sum(dim=1))
+    for norm in (part for part in layer.modules() if isinstance(part, nn.LayerNorm)):
+        vectors = functional.layer_norm(vectors, norm.normalized_shape, eps=norm.eps)
+    return vectors
+
+
+def apply_mean_pooler(vectors: Tensor) -> Tensor:
+    """Return what BERT's pooler makes of these vectors once `add_mean_pooling` has written its weights."""
+    return torch.tanh(_SQUASH * vectors)
+
+
 def _bert(config: Any, module: Any) -> tuple[str, ...]:
     if module is None:
         config.num_hidden_layers += 1

@@ -37,7 +37,7 @@ from cotune.models.config import TrainMode
 from cotune.models.device import bfloat16_is_fast, is_out_of_memory, kernel_key
 from cotune.models.features.head import encode_vectors, feature_head
 from cotune.models.features.lower_layers import STATES
-from cotune.models.features.precision import FEATURE_SLOTS, features_mix
+from cotune.models.features.precision import features_mix
 from cotune.models.features.stacked_members import StackedClassifier
 from cotune.models.synthetic_batches import (
     PerSlot,
@@ -52,6 +52,7 @@ from cotune.models.trainable import TrainableModel
 MAX_PADDING_ERROR = 1e-5  # relative; in float32, architectures that hide their padding are below 2e-6
 _MOST_IN_FLOAT64 = 2e9  # parameters: 16 GB
 _FEATURES_TRIED = 4
+_SLOTS_TRIED = 64  # where nobody says in which batches records train
 _WEIGHTS_TRIED = 4  # under one draw, two orders of adding up 33 to 96 products gave the same sum in up to 4 of 10 cases
 _FAILURES = (NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError, KeyError, IndexError)
 _padding: WeakKeyDictionary[TrainableModel, float | str] = WeakKeyDictionary()  # the error, or why it cannot be told
@@ -64,7 +65,7 @@ def check_independence(
     precision: str,
     per_slot: PerSlot | None = None,
     *,
-    slots: int = FEATURE_SLOTS,
+    slots: int = _SLOTS_TRIED,
     lengths: Sequence[int] | None = None,
     width: int | None = None,
     read_below: Callable[[Batch], Tensor] | None = None,

@@ -122,25 +122,29 @@ def feature_probes(
         yield {"features": vectors.to(device), "labels": labels.to(device)}, list(range(parity, slots, 2))
 
 
-def example_probes(model: TrainableModel, length: int, slots: int) -> Iterator[tuple[Batch, list[int]]]:
+def example_probes(
+    model: TrainableModel, length: int, slots: int, filled: int | None = None
+) -> Iterator[tuple[Batch, list[int]]]:
     """Yield two batches of the same shape with a probe record, in the even slots of one and the odd slots of the other.
 
-    The other slots contain long, short, extreme and blank records. The last slot is blank, as in `fixed_batches`.
+    The other slots contain long, short, extreme and blank records. The last slots are blank, as in `fixed_batches`.
 
     Args:
         model: For its reader and device.
         length: Of the rows, in tokens.
         slots: Rows per batch.
+        filled: How many of them may hold records; all but one, where not given. Where all may, no record fills its row.
 
     Yields:
         (batch, the slots of the probe).
     """
     loaded = model.loaded
     collate = loaded.task.collator(model.module, loaded.reader, model.device)
-    probe, *crowd = _examples(model, length)
+    filled = slots - 1 if filled is None else filled
+    probe, *crowd = _examples(model, length - (filled == slots))
     quiet = [loaded.task.blank(loaded.reader, length), crowd[1]]
     for parity, others in ((0, crowd), (1, quiet)):
-        slot = range(slots - 1)
+        slot = range(filled)
         rows = [probe if i % 2 == parity else others[i // 2 % len(others)] for i in slot]
         places = [i for i in slot if i % 2 == parity]
         if places:

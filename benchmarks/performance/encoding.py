@@ -1,9 +1,9 @@
 """How far is encoding a source from the best loop, and how much of the demo's rounds is training?
 
 Encoding: tweets through all-MiniLM-L6-v2, once each, as before the first round of `make demo`. The best loop that one would
-write sorts them by length, pads every batch of 64 to its longest text, and runs in inference mode; it is measured in float32
-and in bfloat16. cotune is measured with the arithmetic that `precision = "auto"` picks on this machine, and in float32. Its
-batches have fixed shapes, so that a record's feature depends on no other record.
+write sorts them by length, pads every batch of 64 to its longest text, and runs the encoder as it lies in its folder in inference
+mode; it is measured in float32 and in bfloat16. cotune is measured with the arithmetic that `precision = "auto"` picks on this
+machine, and in float32. Its batches have fixed shapes, so that a record's feature depends on no other record.
 
 Rounds: the preset `tweets` on a part of its records, with features that are cached (a warm start), round by round. Training is
 what is spent inside `DPSGD.run`, clocked from outside at every step; the other functions are found by running this
@@ -42,10 +42,9 @@ def bare(meter: Meter, folder: Path, smoke: bool, bfloat16: bool) -> None:
     from cotune import load_plan
     from cotune.plan.trained_parameters import get_plan_model
 
-    model = get_plan_model(load_plan(inputs.NARROW, ['labels=["0", "1", "2"]']), "cpu")  # for the same weights and tokenizer
+    model = get_plan_model(load_plan(inputs.NARROW, ['labels=["0", "1", "2"]']), "cpu")  # for the same folder and tokenizer
     tokenizer = model.loaded.reader
-    encoder: Any = model.module.base_model
-    encoder.eval()
+    encoder: Any = inputs.bare_encoder(model)
     texts = texts_of(smoke)
 
     @torch.inference_mode()

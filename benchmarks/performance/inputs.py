@@ -41,6 +41,13 @@ def write_encoder(folder: Path, width: int) -> Path:
     return folder
 
 
+def bare_encoder(model: Any) -> Any:
+    """Return the encoder of a model's folder as anybody loads it: without the layer by which cotune's models take the mean."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(model.loaded.folder.path, add_pooling_layer=False).eval()
+
+
 def write_records(file: Path, records: int, classes: int = 10, seed: int = 0) -> Path:
     """Write texts of eight words, two of which come from a tenth of the words that is more likely for their class."""
     rng = random.Random(seed)

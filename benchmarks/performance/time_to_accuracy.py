@@ -197,8 +197,7 @@ def _pass_cost(plan: Any, texts: list[str], size: int) -> float:
     from cotune.plan.trained_parameters import get_plan_model
 
     model = get_plan_model(plan.model_copy(update={"labels": ("0", "1", "2")}), "cpu")
-    encoder: Any = model.module.base_model
-    encoder.eval()
+    encoder: Any = inputs.bare_encoder(model)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:size]
     tokens = model.loaded.reader([texts[i] for i in order], truncation=True, max_length=plan.model.max_length)["input_ids"]
     batch = model.loaded.reader.pad({"input_ids": tokens}, return_tensors="pt")

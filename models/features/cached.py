@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cotune.data.inputs.batching import FINE_LENGTHS, fixed_batches
 from cotune.data.tasks.classes import IGNORED
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input, answer_count, content_bytes
 from cotune.errors import RunError
 from cotune.models.check_cache import cache_folder, is_own
+from cotune.models.features.feature_batches import feature_batches, feature_slots
 from cotune.models.features.head import encode_vectors, get_readout
-from cotune.models.features.precision import FEATURE_SLOTS, feature_dtype
+from cotune.models.features.precision import feature_dtype
 from cotune.models.trainable import State, TrainableModel
 from cotune.storage.files import atomic_write, exclusive_lock
 
@@ -154,7 +154,7 @@ def get_key(model: TrainableModel, inputs: Sequence[Input], state: State, readin
     digest = hashlib.sha256()
     loaded = model.loaded
     parts = (
-        "4",
+        "5",
         loaded.folder.content_hash,
         transformers.__version__,  # whose tokenizers and image processors decide what the encoder gets
         str(loaded.frozen),
@@ -214,14 +214,14 @@ def _write(file: Path, features: Tensor) -> None:
     atomic_write(file, save({"features": features}))
 
 
-def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str, slots: int = FEATURE_SLOTS) -> Tensor:
+def encode_batch(model: TrainableModel, examples: Sequence[Example], precision: str, slots: int | None = None) -> Tensor:
     """As `get_features`, of examples as the collator takes them. Computed, not looked up.
 
     Args:
         model: The model, whose encoder is used in its present state.
         examples: n encoded records.
         precision: As in the plan.
-        slots: Rows of a forward pass; with fewer than by default, numbers are equal but for rounding.
+        slots: Rows of a forward pass; with others than by default, numbers are equal but for rounding.
 
     Returns:
         Features (n, d) in float32 on the CPU.
@@ -234,7 +234,7 @@ def _encode(
     examples: Sequence[Example],
     dtype: torch.dtype,
     progress: Progress | None,
-    slots: int = FEATURE_SLOTS,
+    slots: int | None = None,
 ) -> Tensor:
     loaded = model.loaded
     if not examples:  # of no record there are none, as wide as others
@@ -244,11 +244,8 @@ def _encode(
     ends = np.cumsum(counts)
     features = torch.empty(0, 0)
     done = 0
-
-    def bucket(row: int) -> int:
-        return loaded.task.bucket(examples[row], loaded.max_length, FINE_LENGTHS)
-
-    for rows, length in fixed_batches(range(len(examples)), bucket, slots):
+    slots = slots or feature_slots(model.device)
+    for rows, length in feature_batches(model, examples, slots):
         chosen = [examples[i] for i in rows]
         batch = collate(chosen, length, slots)
         vectors = encode_vectors(model, batch, dtype)[: len(rows)]

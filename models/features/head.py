@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from cotune.data.tasks.classes import Batch, logits
-from cotune.models.architecture import AlignedRows, encoder_name, is_aligned
+from cotune.models.architecture import AlignedRows, apply_mean_layer, apply_mean_pooler, encoder_name, is_aligned
+from cotune.models.features.lower_layers import LowerLayers
 from cotune.models.trainable import TrainableModel
 
 _FAILURES = (AttributeError, TypeError, KeyError, RuntimeError, ValueError)
@@ -141,6 +142,8 @@ def encode_vectors(model: TrainableModel, batch: Batch, dtype: torch.dtype) -> T
 def _read_vectors(model: TrainableModel, batch: Batch, reading: str) -> Tensor:
     """The vector that `reading` names, in each row of a batch: (b, d); "each": of every token, (b, t, d)."""
     loaded = model.loaded
+    if loaded.frozen and reading in ("pooled", "first"):
+        return _read_mean(model, batch, reading)
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     output = getattr(model.module, encoder_name(loaded.module))(**inputs)
     if reading == "pooled":
@@ -153,6 +156,16 @@ def _read_vectors(model: TrainableModel, batch: Batch, reading: str) -> Tensor:
     shown = inputs["input_ids"] != loaded.reader.pad_token_id  # a text may spell it: the head reads the last that is another one
     positions = torch.arange(shown.shape[1], device=shown.device)
     return hidden[torch.arange(len(shown), device=shown.device), (shown * positions).argmax(dim=1)]
+
+
+def _read_mean(model: TrainableModel, batch: Batch, reading: str) -> Tensor:
+    """The same where the last layer is the one that stands for mean pooling: what it makes is known without computing it."""
+    name, _, last = model.loaded.frozen[0].rstrip(".").rpartition(".")
+    layers = cast(nn.ModuleList, model.loaded.module.get_submodule(name))
+    hidden = LowerLayers(model.module, name, layers, int(last), tuples=False).read(batch)
+    hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+    vectors = apply_mean_layer(layers[int(last)], hidden, batch["attention_mask"])
+    return apply_mean_pooler(vectors) if reading == "pooled" else vectors
 
 
 def get_readout(model: TrainableModel) -> str | None:

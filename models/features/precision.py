@@ -6,14 +6,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from cotune.data.inputs.batching import FINE_LENGTHS
 from cotune.models.check_cache import model_key, read_check, write_check
 from cotune.models.device import bfloat16_is_fast, kernel_key
+from cotune.models.features.feature_batches import feature_lengths, feature_rows, feature_slots
 from cotune.models.features.head import encode_vectors, get_readout
-from cotune.models.synthetic_batches import bucket_lengths, example_probes, mixes_records
+from cotune.models.synthetic_batches import example_probes, mixes_records
 from cotune.models.trainable import TrainableModel
 
-FEATURE_SLOTS = 64  # rows of every forward pass: a public constant
 _mixing: WeakKeyDictionary[TrainableModel, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
 
 
@@ -39,7 +38,7 @@ def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
     known = _mixing.setdefault(model, {})
     key = (dtype, *kernel_key(model.device))
     if key not in known:
-        decides = (*model_key(model), get_readout(model), dtype, bucket_lengths(model, FINE_LENGTHS), FEATURE_SLOTS)
+        decides = (*model_key(model), get_readout(model), dtype, feature_lengths(model), feature_slots(model.device))
         known[key] = read_check("features", decides) is None and _features_mix(model, dtype)
         if not known[key]:
             write_check("features", decides, 0.0)
@@ -47,8 +46,11 @@ def features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
 
 
 def _features_mix(model: TrainableModel, dtype: torch.dtype) -> bool:
+    slots = feature_slots(model.device)
+
+    def mixing(length: int) -> bool:
+        probes = example_probes(model, length, slots, feature_rows(model, length, slots))
+        return mixes_records(lambda batch: [encode_vectors(model, batch, dtype)], probes)
+
     with model.with_random_weights(model.adapter_names()):
-        return any(
-            mixes_records(lambda batch: [encode_vectors(model, batch, dtype)], example_probes(model, length, FEATURE_SLOTS))
-            for length in bucket_lengths(model, FINE_LENGTHS)
-        )
+        return any(map(mixing, feature_lengths(model)))

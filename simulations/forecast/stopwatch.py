@@ -18,16 +18,16 @@ from cotune.client.training.stage_setup.from_records import build_setup, synthet
 from cotune.client.training.stage_setup.optimizer import build_optimizer
 from cotune.client.training.stage_setup.training_setup import TrainingSetup
 from cotune.data.dataset import Dataset
-from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
+from cotune.data.inputs.batching import LENGTHS
 from cotune.data.tasks.classes import Batch
 from cotune.data.tasks.text import Example
 from cotune.models.encoding import encoded_examples
 from cotune.models.evaluation.evaluated_rows import EvaluatedRows
 from cotune.models.evaluation.test_set import ROWS_ABOVE, find_kept_layers
 from cotune.models.features.cached import encode_batch
+from cotune.models.features.feature_batches import feature_length, feature_slots
 from cotune.models.features.head_fit import fit_head, head_names
 from cotune.models.features.kept_states import StateReader, attach_states
-from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.physical_batch import FEWEST_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import Stage
@@ -134,8 +134,10 @@ class Stopwatch:
         self.timed = set[int]()
         self.examples: list[Example] = encoded_examples(sample, model)
 
-    def lengths(self, buckets: Sequence[int]) -> list[int]:
-        """How long each record of the sample is, of those that batches come in."""
+    def lengths(self, buckets: Sequence[int] | None) -> list[int]:
+        """How long each record's row is in batches of these lengths, for the records of the sample; None: of features."""
+        if buckets is None:
+            return [feature_length(self.model, example) for example in self.examples]
         task = self.model.loaded.task
         longest = self.model.loaded.max_length
         return [task.bucket(example, longest, buckets) for example in self.examples]
@@ -144,13 +146,13 @@ class Stopwatch:
         """Length -> what a batch of the encoder costs, forward alone."""
         precision = self.plan.model.precision
         self.model.load({})
-        return self._by_length(
-            FINE_LENGTHS, FEATURE_SLOTS, lambda batch, _, slots: partial(encode_batch, self.model, batch, precision, slots)
-        )
+        slots = feature_slots(self.model.device)
+        return self._by_length(None, slots, lambda batch, _, slots: partial(encode_batch, self.model, batch, precision, slots))
 
     def reading(self) -> dict[int, Seconds]:
         """The same for a model whose head reads more than one vector: the whole of it, forward."""
-        return self._by_length(FINE_LENGTHS, FEATURE_SLOTS, lambda *batch: partial(self._score, self._collate(*batch)))
+        slots = feature_slots(self.model.device)
+        return self._by_length(None, slots, lambda *batch: partial(self._score, self._collate(*batch)))
 
     def states(self, reader: StateReader) -> dict[int, Seconds]:
         """Length -> what a batch costs below the trained layers, forward alone."""
@@ -219,7 +221,7 @@ class Stopwatch:
         return self.measure(lambda: fit_head(self.model, noisy, targets, start=head, toward=head, pull=1.0 / records))
 
     def _by_length(
-        self, buckets: Sequence[int], slots: int, begin: Callable[[Sequence[Example], int, int], Callable[[], object]]
+        self, buckets: Sequence[int] | None, slots: int, begin: Callable[[Sequence[Example], int, int], Callable[[], object]]
     ) -> dict[int, Seconds]:
         """Measure forward passes. begin: (examples, their length, slots) -> what is measured; the last slot is blank."""
 
@@ -257,7 +259,7 @@ class Stopwatch:
         with reader.lower.skipped(batch) as rest:
             return self._score(rest)
 
-    def _chosen(self, buckets: Sequence[int]) -> list[tuple[int, list[int]]]:
+    def _chosen(self, buckets: Sequence[int] | None) -> list[tuple[int, list[int]]]:
         """Of the lengths that there are the shortest, the longest and one between, each with the records that have it."""
         lengths = self.lengths(buckets)
         there = sorted(set(lengths))

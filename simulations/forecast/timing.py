@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 
 import numpy as np
 import torch
 from scipy.stats import poisson
 
 from cotune.data.dataset import Dataset
-from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS
+from cotune.data.inputs.batching import LENGTHS
 from cotune.models.device import autocasts
 from cotune.models.evaluation.test_set import ROWS_ABOVE
 from cotune.models.features.cached import are_cached
+from cotune.models.features.feature_batches import feature_rows, feature_slots
 from cotune.models.features.head import feature_head
 from cotune.models.features.kept_states import StateReader, are_kept
-from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import TrainableModel
 from cotune.plan.local_training import LocalTraining, Stage
 from cotune.privacy.config import RecordPrivacy
@@ -214,20 +214,25 @@ class _Work:
         """Return the seconds for `records` records, sorted, forward alone."""
         if not self.encoding:  # tags: a head that reads every vector
             self.encoding = self.stopwatch.reading()
-        lengths = Counter(self.stopwatch.lengths(FINE_LENGTHS))
-        filled = max(1.0, records / FEATURE_SLOTS) / lengths.total()
+        lengths = Counter(self.stopwatch.lengths(None))
+        filled = max(1.0, records / feature_slots(self.model.device)) / lengths.total()
         return _total(self.encoding, {length: n * filled for length, n in lengths.items()})
 
     def _encode(self, records: int) -> Seconds:
         """Return the seconds for `records` records, forward alone, in batches that their lengths alone decide."""
         if not records:
             return Seconds()
-        return _total(self.encoding, self._counted(FINE_LENGTHS, records, FEATURE_SLOTS - 1))
+        rows = partial(feature_rows, self.model, slots=feature_slots(self.model.device))
+        return _total(self.encoding, _count_batches(self.stopwatch.lengths(None), records, rows))
 
     def _counted(self, buckets: Sequence[int], records: float, rows: int) -> dict[int, float]:
         """Length -> how many batches `records` records are in, with the lengths of the sample."""
-        lengths = self.stopwatch.lengths(buckets)
-        return {length: math.ceil(records * n / len(lengths) / rows) for length, n in Counter(lengths).items()}
+        return _count_batches(self.stopwatch.lengths(buckets), records, lambda _: rows)
+
+
+def _count_batches(lengths: Sequence[int], records: float, rows: Callable[[int], int]) -> dict[int, float]:
+    """lengths: Of a sample of the records. rows: Length -> how many records a batch takes."""
+    return {length: math.ceil(records * n / len(lengths) / rows(length)) for length, n in Counter(lengths).items()}
 
     def _drawn(self, local: LocalTraining, examples: int, rows: int) -> dict[int, float]:
         """Length -> how many batches of a step have it in the mean; of a few drawn records, many lengths have none."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from cotune.errors import ModelError
-from cotune.models.architecture import wants_mean_pooling
+from cotune.models.architecture import apply_mean_layer, apply_mean_pooler, wants_mean_pooling
 from cotune.models.base.load import LoadedModel, load_model
 from cotune.models.config import ModelConfig
 from tests.support.failures import fails_with
@@ -63,6 +63,22 @@ def test_distilbert_reads_the_mean(base_model: Callable[[str], Path], texts: tup
     got = encoded(loaded, batch).last_hidden_state[:, 0]
     torch.testing.assert_close(got, normalized_mean(base_model("distilbert"), batch), atol=2e-2, rtol=0)
     assert loaded.frozen == ("distilbert.transformer.layer.2.",)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_the_layer_need_not_be_computed(base_model: Callable[[str], Path], texts: tuple[str, ...], kind: str) -> None:
+    """Against the layer itself, on padded rows."""
+    loaded = load(base_model(kind), "mean")
+    batch = tokens(loaded, texts)
+    encoder: Any = getattr(loaded.module, loaded.module.base_model_prefix)
+    with torch.no_grad():
+        whole = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    layer = loaded.module.get_submodule(loaded.frozen[0].rstrip("."))
+    got = apply_mean_layer(layer, whole.hidden_states[-2], batch["attention_mask"])
+    torch.testing.assert_close(got, whole.last_hidden_state[:, 0], atol=2e-6, rtol=2e-6)
+    assert not torch.allclose(got, whole.hidden_states[-2][:, 0], atol=0.1)
+    if kind == "bert":
+        torch.testing.assert_close(apply_mean_pooler(got), whole.pooler_output, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])

@@ -19,8 +19,8 @@ from cotune.models.base.load import load_model
 from cotune.models.check_cache import cache_folder
 from cotune.models.config import LoraConfig, ModelConfig
 from cotune.models.features.cached import get_features
+from cotune.models.features.feature_batches import feature_slots
 from cotune.models.features.head import feature_head
-from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.models.trainable import State, TrainableModel
 from tests.support.tiny_models import counting
 
@@ -207,7 +207,8 @@ def test_progress_is_told(shared: Make) -> None:
     model = shared("bert")
     model.load({})
     get_features(model, [f"great table {i}" for i in range(150)], {}, "float32", lambda done, total: told.append((done, total)))
-    assert told == [(63, 150), (126, 150), (150, 150)]  # one slot of every batch is blank
+    slots = feature_slots(model.device)
+    assert told == [(min(150, done), 150) for done in range(slots, 150 + slots, slots)]  # the texts are of one length
 
 
 def test_equal_texts_have_equal_features_in_bfloat16(shared: Make) -> None:
@@ -226,7 +227,7 @@ def test_the_second_time_the_encoder_does_not_run(shared: Make, texts: tuple[str
     first = shared("bert")
     with counting(first) as calls:
         expected = features(first, texts)
-    assert FEATURE_SLOTS in calls
+    assert feature_slots(first.device) in calls
     assert len(list(cache.glob("*.safetensors"))) == 1
     again = shared("bert", seed=9)  # another process with another head
     assert feature_head(again) is not None  # finds out what the head reads, once
@@ -284,7 +285,7 @@ def test_a_damaged_file_is_computed_again(
     assert torch.equal(features(model, texts), expected)
     with counting(model) as calls:
         assert torch.equal(features_from_disk(model, texts), expected)
-    assert set(calls) == {FEATURE_SLOTS}
+    assert set(calls) == {feature_slots(model.device)}
     with counting(model) as calls:
         features_from_disk(model, texts)
     assert calls == []  # and corrected
@@ -300,7 +301,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     for _ in range(2):
         with counting(model) as calls:
             assert torch.equal(features_from_disk(model, texts), expected)
-        assert set(calls) == {FEATURE_SLOTS}
+        assert set(calls) == {feature_slots(model.device)}
 
 
 def test_another_encoder_state_gives_other_features(shared: Make, texts: tuple[str, ...]) -> None:

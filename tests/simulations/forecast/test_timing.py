@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from cotune.data.dataset import Dataset
-from cotune.data.inputs.batching import FINE_LENGTHS, LENGTHS, fixed_batches
+from cotune.data.inputs.batching import LENGTHS, fixed_batches
 from cotune.models.encoding import encoded_examples
+from cotune.models.features.feature_batches import feature_batches, feature_slots
 from cotune.models.features.kept_states import StateReader, get_states
 from cotune.models.features.lower_layers import find_lower_layers
-from cotune.models.features.precision import FEATURE_SLOTS
 from cotune.plan.load import parse_plan
 from cotune.plan.plan import Plan
 from cotune.plan.trained_parameters import get_plan_model
@@ -50,13 +50,16 @@ def counted(plan: Plan) -> float:
 
 
 def batches(prepared: Prepared, lengths: Any, slots: int) -> int:
-    """Of all records, as they are really made."""
+    """Of all records, as they are really made; lengths None: of features."""
     model = get_plan_model(prepared.plan, "cpu")
     total = 0
     for records in prepared.records.values():
         examples = encoded_examples(Dataset(((records, range(len(records))),), prepared.plan.labels), model)  # type: ignore[arg-type]
         task = model.loaded.task
         longest = model.loaded.max_length
+        if lengths is None:
+            total += len(list(feature_batches(model, examples, slots)))
+            continue
         total += len(list(fixed_batches(range(len(examples)), lambda i: task.bucket(examples[i], longest, lengths), slots)))  # noqa: B023
     return total
 
@@ -69,7 +72,7 @@ def test_steps_rounds_and_encoding_are_counted(toy_plan: NewPlan) -> None:
     one, three = (counted(toy_plan(rounds=rounds, local={"steps": 7}, simulation=simulation())) for rounds in (1, 3))
     assert three - one == pytest.approx(2 * 2 * 7, rel=0.02)  # two rounds more, of two organizations
     prepared = prepare(toy_plan(), "cpu")
-    encoded = batches(prepared, FINE_LENGTHS, FEATURE_SLOTS)
+    encoded = batches(prepared, None, feature_slots(torch.device("cpu")))
     assert one == pytest.approx(2 * 7 + encoded, abs=0.3)
 
 
@@ -196,7 +199,7 @@ def test_batches_that_are_measured_are_of_one_length_each(toy_plan: NewPlan) -> 
     ((file, records),) = prepared.records.items()
     sample = Dataset(((records, range(len(records))),), prepared.plan.labels)  # type: ignore[arg-type]
     watch = Stopwatch(prepared.plan, model, sample, a_second)
-    lengths = watch.lengths(FINE_LENGTHS)
+    lengths = watch.lengths(None)
     measured = set(watch.encoding())
     assert measured <= set(lengths)
     assert {min(lengths), max(lengths)} <= measured
