@@ -38,8 +38,8 @@ class ClippedSum:
         self._make_entries = partial(ExactSum, like, grid, clipping_mode)
         self._make_products = partial(_make_products, like, clip_norm, noise_multiplier, clipping_mode)
 
-    def add(self, gradients: Sequence[RowGradients] | OuterProducts) -> None:
-        """Add the contributions of k units. The gradients may be overwritten."""
+    def add(self, gradients: list[RowGradients] | OuterProducts) -> None:
+        """Add the contributions of k units. The gradients may be overwritten, and a list of them is emptied."""
         if not isinstance(gradients, OuterProducts):
             self._entries = self._entries or self._make_entries()
             self._entries.add(gradients)

@@ -162,7 +162,7 @@ class DPSGD:
             samples = setup.sampling_generator or private_generator()
             sampler = PoissonSampler(len(setup.units), config.sample_rate, config.steps, samples)
             for step, sample in enumerate(sampler, start=1):
-                totals, mean_loss = setup.fit(partial(sums.add_up, [setup.units[i] for i in sample]))
+                totals, mean_loss = setup.fit(partial(sums.add_up, list(map(setup.units.__getitem__, sample))))
                 self._set_gradients(sums.parameters, totals, noise)
                 setup.optimizer.step()
                 setup.optimizer.zero_grad()

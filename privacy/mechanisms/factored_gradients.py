@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,14 +37,44 @@ def has_fewer_factors(inputs: Tensor, above: Tensor) -> bool:
     return inputs.numel() + above.numel() < len(inputs) * inputs.shape[-1] * above.shape[-1]
 
 
-def multiply(inputs: Tensor, above: Tensor) -> Tensor:
+class Scratch:
+    """Memory for pieces, one after the other.
+
+    With memory of its own for each piece, what a step of all layers took grew to 2 GB: an aligned block does not fit into the gap
+    that one of its size has left, where something small was put behind it in the meantime.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def shaped(self, use: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a tensor that holds anything, and is overwritten by the next one for the same use.
+
+        Args:
+            use: A name; memory for one is not that for another.
+            shape: Of the tensor.
+            like: Has its device and, where none is given, its dtype.
+            dtype: Of the tensor.
+        """
+        key = (use, dtype or like.dtype)
+        count = math.prod(shape)
+        held = self._held.get(key)
+        if held is None or held.numel() < count or held.device != like.device:
+            held = self._held[key] = torch.empty(count, dtype=key[1], device=like.device)
+        return held[:count].view(*shape)
+
+
+def multiply(inputs: Tensor, above: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Return the gradients of n rows, (n, outputs, inputs): Σ_t above[n, t] ⊗ inputs[n, t].
 
     Args:
         inputs: (n, positions, inputs).
         above: (n, positions, outputs).
+        scratch: Where they are put; None: into memory of their own.
     """
-    products = fill_rows(above).transpose(1, 2) @ fill_rows(inputs)
+    left, right = fill_rows(above).transpose(1, 2), fill_rows(inputs)
+    shape = (len(left), left.shape[1], right.shape[2])
+    products = torch.bmm(left, right, out=scratch.shaped("products", shape, right)) if scratch else torch.bmm(left, right)
     return products[:, : above.shape[-1], : inputs.shape[-1]]
 
 
@@ -67,25 +97,29 @@ class FactoredGradients:
         """Those of the first rows alone."""
         return FactoredGradients(rows, self.dtype, self.factors)
 
-    def pieces(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the gradients of a few rows at a time: which ones, and (k, outputs, inputs). They may be overwritten.
+    def pieces(self, scratch: Scratch | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the gradients of a few rows at a time: which ones, and (k, outputs, inputs). The next overwrites them.
 
         All are cut from products of one shape, however many rows are blank: a row's gradient is a function of the row alone.
+
+        Args:
+            scratch: Where they are put one after the other.
 
         Raises:
             PrivacyError: Where a second call does not give the same bits as the first: norms would be those of other gradients.
         """
         size = self._piece_rows()
+        scratch = scratch or Scratch()
         found = []
         for start in range(0, self.rows, size):
-            piece = self._multiply(slice(start, start + size))
+            piece = self._multiply(slice(start, start + size), scratch)
             found.append(_checksum(piece))
             yield slice(start, min(start + size, self.rows)), piece[: self.rows - start]
         self._compare(found)
 
     def whole(self) -> Tensor:
         """Return all gradients, (n, outputs, inputs)."""
-        return torch.cat([piece for _, piece in self.pieces()])
+        return torch.cat([piece.clone() for _, piece in self.pieces()])
 
     def fingerprints(self) -> list[Tensor]:
         """Return what tells the gradients of two rows apart: their norms (n,) in float64, and hashes of their bits (n,).
@@ -107,12 +141,14 @@ class FactoredGradients:
         most = max(1, _PIECE_ENTRIES.get(inputs.device.type, _PIECE_ENTRIES["cpu"]) // entries)
         return math.gcd(len(inputs), 2 ** int(math.log2(most)))
 
-    def _multiply(self, rows: slice) -> Tensor:
-        products = [multiply(inputs[rows], above[rows]) for inputs, above in self.factors]
-        total = products[0]
-        for product in products[1:]:
-            total = total + product
-        return total.to(self.dtype)
+    def _multiply(self, rows: slice, scratch: Scratch) -> Tensor:
+        inputs, above = self.factors[0]
+        total = multiply(inputs[rows], above[rows], scratch)
+        for inputs, above in self.factors[1:]:
+            total += multiply(inputs[rows], above[rows])
+        if total.dtype == self.dtype:
+            return total
+        return scratch.shaped("widened", total.shape, total, self.dtype).copy_(total)
 
     def _compare(self, found: list[Tensor]) -> None:
         if not found:
@@ -151,10 +187,10 @@ RowGradients = Tensor | FactoredGradients
 """The gradients of n rows for one parameter: (n, *shape), or their factors."""
 
 
-def pieces_of(gradients: RowGradients) -> Iterator[tuple[slice, Tensor]]:
+def pieces_of(gradients: RowGradients, scratch: Scratch | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yield the gradients of a few rows at a time, as `FactoredGradients.pieces`; those of a tensor are views of it."""
     if isinstance(gradients, FactoredGradients):
-        yield from gradients.pieces()
+        yield from gradients.pieces(scratch)
         return
     entries = max(1, gradients[:1].numel())
     size = max(1, _PIECE_ENTRIES.get(gradients.device.type, _PIECE_ENTRIES["cpu"]) // entries)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -23,7 +24,15 @@ from opacus.grad_sample.layer_norm import compute_layer_norm_grad_sample
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, first_of, norms_of, pieces_of, whole_of
+from cotune.privacy.mechanisms.factored_gradients import (
+    FactoredGradients,
+    RowGradients,
+    Scratch,
+    first_of,
+    norms_of,
+    pieces_of,
+    whole_of,
+)
 from cotune.privacy.mechanisms.grid_noise import Grid
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts, add_grad_sample, recording
 
@@ -238,8 +247,10 @@ def unit_gradients(
         batches: Row numbers -> batches.
         max_held_entries: Decides k where units have several rows.
     """
-    yield from _single(of, [unit[0] for unit in units if len(unit) == 1], batches)
-    larger = [unit for unit in units if len(unit) != 1]
+    sizes = list(map(len, units))
+    larger = [] if sizes.count(1) == len(sizes) else [unit for unit, size in zip(units, sizes, strict=True) if size != 1]
+    single = units if not larger else [unit for unit, size in zip(units, sizes, strict=True) if size == 1]
+    yield from _single(of, list(chain.from_iterable(single)), batches)
     size = max(1, max_held_entries // sum(p.numel() for p in of.parameters))
     for start in range(0, len(larger), size):
         yield _summed(of, larger[start : start + size], batches)
@@ -250,6 +261,7 @@ def _single(of: PerExample, rows: Sequence[int], batches: Batches) -> Iterator[U
         count = len(positions)
         losses, found = of.factors(batch)
         contributions = found.first(count) if isinstance(found, OuterProducts) else [first_of(g, count) for g in found]
+        del found  # nothing is left of a gradient once it was added
         yield contributions, [(count, float(losses[:count].double().sum()))]
 
 
@@ -293,14 +305,18 @@ def _finite_rows(of: PerExample, rows: int, batch: Batch) -> tuple[list[Tensor],
 ClippingMode = Literal["flat", "per_layer"]  # one norm for the whole gradient | C/√L for each of the L parameter tensors
 
 
-def clip_factors(gradients: Sequence[RowGradients], clip_norm: float, clipping_mode: ClippingMode) -> list[Tensor]:
+def clip_factors(
+    gradients: Sequence[RowGradients], clip_norm: float, clipping_mode: ClippingMode, scratch: Scratch | None = None
+) -> list[Tensor]:
     """Return min(1, C/‖g_i‖) for each unit i, as (k,) in float64, once for each parameter tensor; 0 for one that is not finite.
 
     Args:
         gradients: Of k units, for each parameter. Norms are taken in float64, where no sum of squares of float32 overflows.
         clip_norm: C > 0.
+        scratch: Where pieces of gradients are put.
     """
-    norms = [torch.cat([norms_of(piece) for _, piece in pieces_of(g)]) for g in gradients]
+    scratch = scratch or Scratch()
+    norms = [torch.cat([norms_of(piece) for _, piece in pieces_of(g, scratch)]) for g in gradients]
     whole = torch.stack(norms).square_().sum(dim=0).sqrt_()
     if clipping_mode == "flat":
         return [_finite_shrinkage(whole, whole, clip_norm)] * len(gradients)
@@ -329,25 +345,65 @@ class ExactSum:
     def __init__(self, like: Sequence[Tensor], grid: Grid, clipping_mode: ClippingMode) -> None:
         self._grid = grid
         self._clipping_mode: ClippingMode = clipping_mode
-        self._steps = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in like]
+        self._like = list(like)
+        self._steps: list[Tensor | None] = [None] * len(self._like)
+        self._scratch = Scratch()
 
     @torch.no_grad()
-    def add(self, gradients: Sequence[RowGradients]) -> None:
-        """Add the contributions of k units, of which those count that are finite. The gradients may be overwritten."""
-        factors = clip_factors(gradients, self._grid.max_norm, self._clipping_mode)
-        for total, gradient, factor in zip(self._steps, gradients, factors, strict=True):
-            for rows, piece in pieces_of(gradient):
-                _add_rounded(total, piece, factor[rows], self._grid.step)
+    def add(self, gradients: list[RowGradients]) -> None:
+        """Add the contributions of k units, of which those count that are finite.
+
+        The list is emptied, and gradients are overwritten: what is added takes the place of what it was made of.
+        """
+        factors = clip_factors(gradients, self._grid.max_norm, self._clipping_mode, self._scratch)
+        for number, factor in zip(range(len(self._like)), factors, strict=True):
+            total = self._steps[number] = self._total(number)
+            _add_rounded(total, gradients.pop(0), factor, self._grid, self._scratch)
 
     def totals(self) -> list[Tensor]:
         """Return the sums in units of the gradient, float64: whole multiples of the grid's step."""
-        return [steps * self._grid.step for steps in self._steps]
+        return [self._total(number) * self._grid.step for number in range(len(self._like))]
+
+    def _total(self, number: int) -> Tensor:
+        """Steps of a parameter so far; of none before something is added: by then memory for gradients has been given back."""
+        found = self._steps[number]
+        like = self._like[number]
+        return torch.zeros(like.shape, dtype=torch.float64, device=like.device) if found is None else found
 
 
-def _add_rounded(total: Tensor, gradients: Tensor, factors: Tensor, step: float) -> None:
-    """Add round(f_i·g_i / step) to the total for each of k units."""
+def _add_rounded(total: Tensor, gradients: RowGradients, factors: Tensor, grid: Grid, scratch: Scratch) -> None:
+    """Add round(f_i·g_i / step) to the total for each of n units: whole numbers, of which float32 adds a few exactly, too."""
+    most = _rows_in_float32(grid)
+    held: Tensor | None = None  # the sum of `count` rows
+    count = 0
+    for rows, piece in pieces_of(gradients, scratch):
+        scaled = _round_clipped(piece, factors[rows], grid.step)
+        if scaled.dtype != torch.float32 or len(scaled) > most:
+            total += scaled[0] if len(scaled) == 1 else scaled.sum(dim=0, dtype=torch.float64)
+            continue
+        if held is not None and count + len(scaled) > most:
+            total += held
+            held = None
+        for row in scaled:
+            if held is None:
+                held = scratch.shaped("sum", row.shape, row).copy_(row)
+                count = 1
+            else:
+                held += row
+                count += 1
+    if held is not None:
+        total += held
+
+
+def _rows_in_float32(grid: Grid) -> int:
+    """How many contributions add up to at most 2²⁴ steps in any entry, whatever they are: C' each, and what rounding adds."""
+    return int(2**24 / (grid.max_norm * (1 + 2.0**-20) / grid.step + 1))
+
+
+def _round_clipped(gradients: Tensor, factors: Tensor, step: float) -> Tensor:
+    """Return round(f_i·g_i / step) for each of k units, in place."""
     scale = (factors / step).to(gradients.dtype).reshape(-1, *[1] * (gradients.dim() - 1))
     scaled = gradients.mul_(scale).round_()
     if not bool(factors.all()):
         scaled[factors == 0] = 0.0
-    total += scaled[0] if len(scaled) == 1 else scaled.sum(dim=0, dtype=torch.float64)
+    return scaled

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cotune.errors import PrivacyError
 from cotune.privacy.mechanisms import factored_gradients
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
-from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, has_fewer_factors, pieces_of
+from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, Scratch, has_fewer_factors, pieces_of
+from cotune.privacy.mechanisms.grid_noise import grid_step
 from cotune.privacy.mechanisms.per_example import Batch, ClippingMode, per_example
 
 ROWS, POSITIONS, INPUTS, OUTPUTS = 8, 3, 24, 20
@@ -82,6 +83,44 @@ def test_contributions_are_those_of_whole_gradients(clipping: ClippingMode) -> N
 
 
 @pytest.mark.usefixtures("piece_entries")
+@pytest.mark.parametrize("sigma", [0.0, 1 / 16, 0.3, 1.0, 30.0])
+@pytest.mark.parametrize("clip", [1.0, 1.9])
+def test_sums_are_exact_where_every_row_adds_all_it_can_to_one_entry(sigma: float, clip: float) -> None:
+    """More rows than float32 could add: against whole numbers of Python."""
+    rows, repeats = 64, 5
+    inputs = torch.zeros(rows, 1, INPUTS)
+    inputs[:, 0, 3] = 1.0
+    above = torch.zeros(rows, 1, OUTPUTS)
+    above[:, 0, 7] = 10.0
+    above[:, 0, 8] = torch.linspace(-1.0, 1.0, rows)
+    total = ClippedSum([torch.zeros(OUTPUTS, INPUTS)], clip, sigma, "flat")
+    alone = []
+    for row in range(rows):
+        one = ClippedSum([torch.zeros(OUTPUTS, INPUTS)], clip, sigma, "flat")
+        one.add([FactoredGradients(1, torch.float32, [(inputs[row : row + 1], above[row : row + 1])])])
+        alone.append(one.totals()[0])
+    for _ in range(repeats):
+        total.add([FactoredGradients(rows, torch.float32, [(inputs, above)])])
+    step = grid_step(clip, sigma)
+    [found] = total.totals()
+    for place in ((7, 3), (8, 3), (0, 0)):
+        expected = repeats * sum(int(each[place].item() / step) for each in alone)
+        assert int(found[place].item() / step) == expected
+    assert float(alone[0].norm()) > 0.98 * clip
+
+
+def test_pieces_share_their_memory_and_nothing_of_gradients_is_kept() -> None:
+    """A step of all layers had taken 2 GB for pieces of 2 MB."""
+    found = factored(inputs=400, outputs=400)
+    places = [piece.data_ptr() for _, piece in found.pieces()]
+    assert len(places) > 1
+    assert len(set(places)) == 1
+    given_: list[RowGradients] = [found, torch.randn(ROWS, OUTPUTS)]
+    ClippedSum([torch.zeros(400, 400), torch.zeros(OUTPUTS)], 1.0, 1.0, "flat").add(given_)
+    assert given_ == []
+
+
+@pytest.mark.usefixtures("piece_entries")
 def test_a_row_changes_the_sum_by_what_it_contributes() -> None:
     """To the bit, as the last of several and alone, and by no more than the clip norm."""
     found = factored()
@@ -139,8 +178,8 @@ def test_gradients_that_do_not_repeat_are_refused(monkeypatch: pytest.MonkeyPatc
     numbers = itertools.count()
     original = factored_gradients.multiply
 
-    def unsteady(inputs: Tensor, above: Tensor) -> Tensor:
-        found = original(inputs, above)
+    def unsteady(inputs: Tensor, above: Tensor, scratch: Scratch | None = None) -> Tensor:
+        found = original(inputs, above, scratch)
         found[0, 0, 0] += next(numbers) * 1e-6
         return found
 
