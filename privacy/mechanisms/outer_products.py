@@ -26,7 +26,7 @@ from cotune.privacy.mechanisms.per_example import ClippingMode, shrinkage
 
 _BITS = 16  # of a direction of length 1, and of a gradient of norm C: products are below 2³³
 _SHORTEST = 1e-150  # a vector below that has no direction
-_CHUNK = 2**17  # entries of directions that are handled at a time: they stay in the processor's cache, and their sums below 2⁵⁰
+_CHUNK = 2**18  # entries of directions that are handled at a time: they stay in the processor's cache, and their sums below 2⁵¹
 _MARGIN = 1 - 2.0**-30  # of float64 arithmetic on factors
 
 
