@@ -374,24 +374,23 @@ class ExactSum:
 def _add_rounded(total: Tensor, gradients: RowGradients, factors: Tensor, grid: Grid, scratch: Scratch) -> None:
     """Add round(f_i·g_i / step) to the total for each of n units: whole numbers, of which float32 adds a few exactly, too."""
     most = _rows_in_float32(grid)
-    held: Tensor | None = None  # the sum of `count` rows
+    held = scratch.shaped("sum", total.shape, total, torch.float32)  # the sum of `count` rows
     count = 0
     for rows, piece in pieces_of(gradients, scratch):
         scaled = _round_clipped(piece, factors[rows], grid.step)
         if scaled.dtype != torch.float32 or len(scaled) > most:
-            total += scaled[0] if len(scaled) == 1 else scaled.sum(dim=0, dtype=torch.float64)
+            total += scaled.sum(dim=0, dtype=torch.float64)
             continue
-        if held is not None and count + len(scaled) > most:
+        if count + len(scaled) > most:
             total += held
-            held = None
-        for row in scaled:
-            if held is None:
-                held = scratch.shaped("sum", row.shape, row).copy_(row)
-                count = 1
-            else:
-                held += row
-                count += 1
-    if held is not None:
+            count = 0
+        part = scaled[0] if len(scaled) == 1 else scaled.sum(dim=0)
+        if count:
+            held += part
+        else:
+            held.copy_(part)
+        count += len(scaled)
+    if count:
         total += held
 
 
