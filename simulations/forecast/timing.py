@@ -229,11 +229,6 @@ class _Work:
         """Length -> how many batches `records` records are in, with the lengths of the sample."""
         return _count_batches(self.stopwatch.lengths(buckets), records, lambda _: rows)
 
-
-def _count_batches(lengths: Sequence[int], records: float, rows: Callable[[int], int]) -> dict[int, float]:
-    """lengths: Of a sample of the records. rows: Length -> how many records a batch takes."""
-    return {length: math.ceil(records * n / len(lengths) / rows(length)) for length, n in Counter(lengths).items()}
-
     def _drawn(self, local: LocalTraining, examples: int, rows: int) -> dict[int, float]:
         """Length -> how many batches of a step have it in the mean; of a few drawn records, many lengths have none."""
         if local.sample_rate(examples) >= 1:
@@ -245,6 +240,11 @@ def _count_batches(lengths: Sequence[int], records: float, rows: Callable[[int],
 
 def _all_fits(one: Seconds, times: float) -> Seconds:
     return Seconds(one.low * _EASIER.low * times, one.high * _EASIER.high * times)
+
+
+def _count_batches(lengths: Sequence[int], records: float, rows: Callable[[int], int]) -> dict[int, float]:
+    """lengths: Of a sample of the records. rows: Length -> how many records a batch takes."""
+    return {length: math.ceil(records * n / len(lengths) / rows(length)) for length, n in Counter(lengths).items()}
 
 
 def _expect_batches(records: float, rows: int) -> float:
