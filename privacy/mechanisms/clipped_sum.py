@@ -7,11 +7,11 @@ from functools import partial
 
 from torch import Tensor
 
+from cotune.privacy.mechanisms.exact_sum import ClippingMode, ExactSum
 from cotune.privacy.mechanisms.factored_gradients import RowGradients
 from cotune.privacy.mechanisms.grid_noise import choose_grid, grid_step, quantized_clip_norm
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts
 from cotune.privacy.mechanisms.outer_products import OuterProductSum
-from cotune.privacy.mechanisms.per_example import ClippingMode, ExactSum
 
 
 class ClippedSum:

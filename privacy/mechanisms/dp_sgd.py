@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from cotune.errors import PrivacyError
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
+from cotune.privacy.mechanisms.exact_sum import ClippingMode
 from cotune.privacy.mechanisms.grid_noise import add_gaussian_noise
 from cotune.privacy.mechanisms.per_example import (
     MAX_HELD_ENTRIES,
     Batch,
     Batches,
-    ClippingMode,
     LossPerExample,
     PerExample,
     Unit,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cotune.errors import PrivacyError
+from cotune.privacy.mechanisms.exact_sum import ClippingMode, shrinkage
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts
-from cotune.privacy.mechanisms.per_example import ClippingMode, shrinkage
 
 _BITS = 16  # of a direction of length 1, and of a gradient of norm C: products are below 2³³
 _SHORTEST = 1e-150  # a vector below that has no direction

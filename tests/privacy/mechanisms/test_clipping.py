@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cotune.privacy.mechanisms.exact_sum import ClippingMode, ExactSum, clip_factors
 from cotune.privacy.mechanisms.grid_noise import choose_grid
-from cotune.privacy.mechanisms.per_example import ClippingMode, ExactSum, clip_factors
 
 SHAPES = ((7, 5), (5,), (1, 3))
 ENTRIES = 43

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cotune.errors import PrivacyError
 from cotune.privacy.mechanisms import factored_gradients
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
+from cotune.privacy.mechanisms.exact_sum import ClippingMode
 from cotune.privacy.mechanisms.factored_gradients import FactoredGradients, RowGradients, Scratch, has_fewer_factors, pieces_of
 from cotune.privacy.mechanisms.grid_noise import grid_step
-from cotune.privacy.mechanisms.per_example import Batch, ClippingMode, per_example
+from cotune.privacy.mechanisms.per_example import Batch, per_example
 
 ROWS, POSITIONS, INPUTS, OUTPUTS = 8, 3, 24, 20
 both = pytest.mark.parametrize("clipping", ["flat", "per_layer"])

@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from cotune.privacy.mechanisms.clipped_sum import ClippedSum
 from cotune.privacy.mechanisms.dp_sgd import check_clipping
+from cotune.privacy.mechanisms.exact_sum import ClippingMode
 from cotune.privacy.mechanisms.grid_noise import grid_step
 from cotune.privacy.mechanisms.linear_gradients import OuterProducts
 from cotune.privacy.mechanisms.outer_products import OuterProductSum
-from cotune.privacy.mechanisms.per_example import Batch, ClippingMode, PerExample, per_example, unit_gradients
+from cotune.privacy.mechanisms.per_example import Batch, PerExample, per_example, unit_gradients
 from tests.support.batches import in_batches
 
 OUTPUTS, INPUTS = 3, 5
