@@ -9,6 +9,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.fork_server import share_server
+from tests.support.forked_workers import interpreter
 
 # how long an example takes says something of the machine; `make test-faults` plays the property tests with "thorough"
 settings.register_profile("thorough", deadline=None)
@@ -45,6 +47,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the cache that all workers of the session shared."""
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["COTUNE_CACHE"], ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Fork the workers from the server, so that not each of them imports what tests import."""
+    for spec in specs:
+        spec.python = interpreter()
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -1,6 +1,7 @@
 """The server from which the tests' processes are forked: it has imported what they need, and runs nothing itself.
 
-One serves all workers of pytest-xdist. The process that hands tests out to them starts it, and imports none of that itself.
+One serves all workers of pytest-xdist, which come from it themselves. The process that hands tests out to them starts it, and imports
+none of that itself.
 """
 
 from __future__ import annotations
