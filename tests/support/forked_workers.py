@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from multiprocessing import process
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
@@ -44,4 +45,5 @@ def _become(program: str, environ: Mapping[str, str], *ends: Connection) -> None
         os.dup2(end.fileno(), number)
         end.close()
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # the server has none
+    process._parent_process = None  # type: ignore[attr-defined]  # nobody's child, as an interpreter of its own: tests look at this
     exec(program, {"__name__": "__main__"})
