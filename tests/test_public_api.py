@@ -91,6 +91,11 @@ def test_light_commands_do_not_load_pytorch(tmp_path: Path) -> None:
     assert "max_rounds = 7" in (site / "policy.toml").read_text()
 
 
+def test_ledger_of_which_nothing_was_spent_loads_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "site.json").write_text(SiteFile(organization="hospital-a").model_dump_json())
+    assert loaded_by(calling("client", "ledger", str(tmp_path))) == set()
+
+
 def test_server_status_loads_nothing_slow(tmp_path: Path, base_model: Callable[[str], Path]) -> None:
     """Also with a run and a checkpoint; flwr alone where a SuperLink listens, to ask it who is connected."""
     federation = founded(tmp_path / "fed", base_model("bert"), "hospital-a")

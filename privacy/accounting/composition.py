@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from cotune.errors import PrivacyError
 from cotune.privacy.accounting.noise_search import bracket_root, estimate_noise
 from cotune.privacy.mechanisms.geometric import geometric_epsilon, randomized_response
 
 if TYPE_CHECKING:
+    import numpy as np
     from dp_accounting import dp_event
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-Curve = np.ndarray[Any, np.dtype[np.float64]]
+    Curve = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_NOISE_MULTIPLIER = 1000.0  # σ above this drowns any signal: the budget counts as out of reach
 MIN_NOISE_MULTIPLIER = 0.3  # below this the PLD grid becomes huge and the guarantee meaningless
@@ -89,6 +88,8 @@ def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
     p = e^ε₁ / (1 + e^ε₁), where δ₂ is the curve of the run that followed: a bound for this run. Runs that other answers would
     have led to have the same ε at their δ; other points of their curves may differ by a few percent.
     """
+    import numpy as np  # late, as wherever an account is opened and nothing is composed
+
     pure, merged = _merge(spent)
     at = np.asarray(epsilons, dtype=np.float64)
     likelier = randomized_response(pure)
@@ -97,6 +98,8 @@ def deltas(spent: Iterable[Steps], epsilons: Sequence[float]) -> Curve:
 
 def _deltas(merged: tuple[Steps, ...], epsilons: Curve) -> Curve:
     """Return δ at each ε; for ε < 0 it is 1 - e^ε·(1 - δ(-ε)), by exchanging the two neighbors."""
+    import numpy as np
+
     from cotune.privacy.accounting.loss_distribution import find_deltas
 
     size = np.abs(epsilons)
@@ -180,6 +183,8 @@ def _merge(spent: Iterable[Steps]) -> tuple[float, tuple[Steps, ...]]:
 def _epsilon(merged: tuple[Steps, ...], delta: float, interval: float) -> float:
     if not merged:
         return 0.0
+    import numpy as np
+
     from cotune.privacy.accounting.loss_distribution import find_epsilon
 
     with np.errstate(over="ignore"):  # with next to no noise ε is infinite, and that is what comes out

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-
-import numpy as np
+from functools import cache
+from typing import TYPE_CHECKING
 
 from cotune.privacy.accounting.composition import Steps, deltas
 
-_EPSILONS = np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])  # where a trade-off curve is supported
+if TYPE_CHECKING:
+    from cotune.privacy.accounting.composition import Curve
+
 _SMALLEST_DELTA = 1e-10  # of the privacy curve: below, the accountant's truncation of the tails is no longer negligible
 
 
@@ -18,9 +20,12 @@ def trade_off(spent: Iterable[Steps]) -> Callable[[float], float]:
     Dong, Roth, Su, "Gaussian Differential Privacy", 2019, https://arxiv.org/abs/1905.02383, section 2.3: every (ε, δ) of the
     accountant is two lines below the curve.
     """
-    found = deltas(spent, _EPSILONS.tolist())
-    slopes = np.concatenate([-np.exp(_EPSILONS), -np.exp(-_EPSILONS)])
-    heights = np.concatenate([1 - found, np.exp(-_EPSILONS) * (1 - found)])
+    import numpy as np
+
+    epsilons = _supports()
+    found = deltas(spent, epsilons.tolist())
+    slopes = np.concatenate([-np.exp(epsilons), -np.exp(-epsilons)])
+    heights = np.concatenate([1 - found, np.exp(-epsilons) * (1 - found)])
     return lambda alpha: max(0.0, float(np.max(heights + slopes * alpha)))
 
 
@@ -48,9 +53,10 @@ def gaussian_mu(spent: Iterable[Steps]) -> float:
     "Gaussian Differential Privacy", 2019, corollary 2.13). So it is an upper bound on that range, and of a Gaussian mechanism
     without sampling it is √steps/σ. It says nothing about events rarer than 1e-10. 0 for no steps.
     """
-    found = deltas(spent, _EPSILONS.tolist())
+    epsilons = _supports().tolist()
+    found = deltas(spent, epsilons)
     mu = 0.0
-    for eps, delta in zip(_EPSILONS.tolist(), found.tolist(), strict=True):
+    for eps, delta in zip(epsilons, found.tolist(), strict=True):
         if delta >= _SMALLEST_DELTA and gaussian_delta(mu, eps) < delta:
             mu = _mu_through(eps, min(delta, 1 - 1e-15), mu)
     return mu
@@ -61,9 +67,18 @@ def gaussian_delta(mu: float, eps: float) -> float:
     8)."""
     if mu == 0:
         return 0.0
+    import numpy as np
     from scipy.special import log_ndtr
 
     return float(np.exp(log_ndtr(mu / 2 - eps / mu)) - np.exp(eps + log_ndtr(-mu / 2 - eps / mu)))
+
+
+@cache
+def _supports() -> Curve:
+    """Where a trade-off curve is supported."""
+    import numpy as np
+
+    return np.concatenate([np.zeros(1), np.geomspace(1e-3, 60.0, 300)])
 
 
 def _mu_through(eps: float, delta: float, low: float) -> float:

@@ -25,9 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from cotune.data.units import RECORD
 from cotune.errors import PrivacyError
@@ -45,6 +43,9 @@ from cotune.privacy.ledger.totals import ANSWER, Totals
 from cotune.storage.database_log import DatabaseLog
 from cotune.storage.log_entries import Entry, OpenLog
 from cotune.storage.shared_log import SharedLog, create_shared_database, open_shared_log
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CHARGES = """
 CREATE VIEW charges AS
@@ -216,6 +217,8 @@ class Ledger:
         For records of no collection ("") there are none: their charges count everywhere. Units are identified by themselves
         alone: by a text that many people write, one person in another collection would decide about many here.
         """
+        import numpy as np
+
         own = np.array(self._key.identities(identities), dtype=f"S{IDENTITY_BYTES}")
         found = np.zeros(len(own), dtype=bool)
         with self._chain.transaction() as log:
@@ -240,14 +243,13 @@ class Ledger:
 
     def _common(self, log: OpenLog, blob: bytes) -> Iterator[tuple[str, int]]:
         """Yield every data set with the number of its records that are in `blob`, holding one data set in memory at a time."""
-        own = _as_array(blob)
         for name in sorted(self._totals.data_sets):
-            yield name, len(np.intersect1d(own, _as_array(self._members(log, name))))
+            yield name, _count_common(blob, self._members(log, name))
 
     def _check_no_other_collection(self, log: OpenLog, data: str, collection: str) -> None:
         """Check that no record of the data set was charged in another collection since it was looked up."""
         for name in sorted(self._totals.find_charged_elsewhere(collection)) if data else ():
-            if len(np.intersect1d(_as_array(self._units(log, data)), _as_array(self._units(log, name)))):
+            if _count_common(self._units(log, data), self._units(log, name)):
                 raise PrivacyError(
                     f"data set {data[:12]} holds records of another collection than {collection}, which data set {name[:12]} is"
                     " in: expected them to be left out; nothing is charged",
@@ -450,9 +452,17 @@ def _digest(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
+def _count_common(blob: bytes, other: bytes) -> int:
+    import numpy as np
+
+    return len(np.intersect1d(_as_array(blob), _as_array(other)))
+
+
 def _as_array(blob: bytes) -> np.ndarray[Any, np.dtype[np.bytes_]]:
     """Return the identities of a blob as an array. NumPy drops trailing zero bytes, which keeps different identities
     different."""
+    import numpy as np  # late: a ledger is also opened to be looked at
+
     return np.frombuffer(blob, dtype=f"S{IDENTITY_BYTES}")
 
 

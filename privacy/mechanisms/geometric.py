@@ -14,8 +14,10 @@ privacy loss is ε₁ or -ε₁ and nothing else, like that of randomized respon
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def geometric_epsilon(noise_multiplier: float) -> float:
@@ -33,6 +35,8 @@ def randomized_response(epsilon: float) -> float:
 
 def geometric_renyi(epsilon: float, order: float) -> float:
     """Return the Rényi divergence at an order α > 1, in nats (Mironov, CSF 2017, https://arxiv.org/abs/1702.07476, table 1)."""
+    import numpy as np
+
     likelier = math.log(randomized_response(epsilon))
     rarer = likelier - epsilon
     return float(np.logaddexp(order * likelier + (1 - order) * rarer, order * rarer + (1 - order) * likelier)) / (order - 1)
