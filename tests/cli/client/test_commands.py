@@ -3,25 +3,38 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 
 from cotune.client.site import Site
+from cotune.plan.load import load_plan
 from cotune.privacy.accounting.display_rounding import round_up
 from cotune.privacy.claimed_guarantee import describe_attack
 from cotune.privacy.ledger.ledger import Ledger
 from cotune.privacy.policy import Policy, read_policy
-from tests.support.console import Cotune
+from cotune.simulations.run import simulate
+from tests.support.console import Cotune, write_folder
 
-PRIVATE = ("--set", "privacy.epsilon=4", "--set", "simulation.baselines=[]", "--set", "rounds=2")
+PRIVATE = ("privacy.epsilon=4", "simulation.baselines=[]", "rounds=2")
+
+
+@pytest.fixture(scope="module")
+def whole(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run and of what it began with."""
+    write_folder(folder := tmp_path_factory.mktemp("whole"), base_model("bert"))
+    plan = load_plan(folder / "toy.toml", PRIVATE)
+    with chdir(folder):
+        simulate(plan, folder / "run", device="cpu")
+    return folder
 
 
 @pytest.fixture
-def site(cotune: Cotune, folder: Path) -> Path:
+def site(whole: Path, folder: Path) -> Path:
     """The site of an organization that took part in a run."""
-    done = cotune("simulate", "toy.toml", *PRIVATE, "--out", "run")
-    assert done.code == 0, done.err
+    shutil.copytree(whole / "run", folder / "run")
     return folder / "run" / "sites" / "org-1"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -28,23 +29,40 @@ LABELS = ("bad", "good", "so")
 OTHER_ORDER = ("so", "bad", "good")
 
 
-@pytest.fixture
-def models(base_model: Callable[[str], Path], folder: Path) -> list[Path]:
-    """Two models of unlike architectures, whose heads have the classes in different orders."""
+@pytest.fixture(scope="module")
+def models(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models of unlike architectures, whose heads have the classes in different orders; tests only read them."""
+    folder = tmp_path_factory.mktemp("models")
     return [
         export_random(base_model("bert"), folder / "first", LABELS, seed=1),
         export_random(base_model("gpt2"), folder / "second", OTHER_ORDER, seed=2),
     ]
 
 
+@pytest.fixture(scope="module")
+def written() -> dict[Method, Path]:
+    """What the command has written for earlier tests."""
+    return {}
+
+
 @pytest.fixture
-def fused(cotune: Cotune, models: list[Path], folder: Path) -> Callable[[Method], Path]:
+def fused(
+    cotune: Cotune,
+    models: list[Path],
+    folder: Path,
+    written: dict[Method, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Method], Path]:
+    """A method -> a folder of models fused by it, which the test may change."""
     write_csv(folder / "held.csv", sentences(60, seed=3))
 
     def make(method: Method) -> Path:
-        shown = cotune("fuse", *models, "--data", "held.csv", "--method", method, "--out", f"fused-{method}")
-        assert (shown.code, shown.err) == (0, "")
-        return folder / f"fused-{method}"
+        if method not in written:
+            whole = tmp_path_factory.mktemp("fused") / method
+            shown = cotune("fuse", *models, "--data", "held.csv", "--method", method, "--out", whole)
+            assert (shown.code, shown.err) == (0, "")
+            written[method] = whole
+        return Path(shutil.copytree(written[method], folder / f"fused-{method}"))
 
     return make
 
