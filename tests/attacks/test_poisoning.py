@@ -151,36 +151,56 @@ def ended(new_run: NewRun, attack: str | None, *, guarded: bool) -> tuple[float,
     return accuracy, folder.load().state
 
 
+Unattacked = Callable[[bool], tuple[float, Any]]
+
+
+@pytest.fixture(scope="module")
+def ended_before() -> dict[bool, tuple[float, Any]]:
+    """What `unattacked` has played for earlier tests."""
+    return {}
+
+
+@pytest.fixture
+def unattacked(new_run: NewRun, ended_before: dict[bool, tuple[float, Any]]) -> Unattacked:
+    """Guarded or not -> accuracy and state after the last round of honest members."""
+
+    def play(guarded: bool) -> tuple[float, Any]:
+        if guarded not in ended_before:
+            ended_before[guarded] = ended(new_run, None, guarded=guarded)
+        return ended_before[guarded]
+
+    return play
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_the_default_of_a_federation_loses_next_to_nothing(new_run: NewRun, attack: str) -> None:
-    clean, _ = played(new_run, None, guarded=False)
-    robust, _ = played(new_run, None, guarded=True)
+def test_the_default_of_a_federation_loses_next_to_nothing(new_run: NewRun, unattacked: Unattacked, attack: str) -> None:
+    (clean, _), (robust, _) = (unattacked(guarded) for guarded in (False, True))
     attacked, _ = played(new_run, attack, guarded=True)
     assert robust > clean - 0.01
     assert attacked > clean - 0.02
 
 
 @pytest.mark.parametrize("attack", sorted(RUINOUS))
-def test_the_former_default_is_ruined(new_run: NewRun, attack: str) -> None:
+def test_the_former_default_is_ruined(new_run: NewRun, unattacked: Unattacked, attack: str) -> None:
     """What these attacks are worth: were they harmless, the test above would show nothing."""
-    clean, _ = played(new_run, None, guarded=False)
+    clean, _ = unattacked(False)
     attacked, _ = played(new_run, attack, guarded=False)
     assert attacked < clean - 0.2
 
 
 @pytest.mark.parametrize("attack", BACKDOORS)
-def test_no_backdoor_opens_by_default(new_run: NewRun, attack: str) -> None:
+def test_no_backdoor_opens_by_default(new_run: NewRun, unattacked: Unattacked, attack: str) -> None:
     """The accuracy shows nothing of it: how often the trigger works does."""
     world = World(1)
-    (clean, honest), (accuracy, attacked) = (ended(new_run, name, guarded=True) for name in (None, attack))
+    (clean, honest), (accuracy, attacked) = unattacked(True), ended(new_run, attack, guarded=True)
     assert world.works(attacked) < world.works(honest) + 0.15
     assert accuracy > clean - 0.02
 
 
 @pytest.mark.parametrize("attack", BACKDOORS)
-def test_the_former_default_lets_a_backdoor_in(new_run: NewRun, attack: str) -> None:
+def test_the_former_default_lets_a_backdoor_in(new_run: NewRun, unattacked: Unattacked, attack: str) -> None:
     world = World(1)
-    (_, honest), (_, attacked) = (ended(new_run, name, guarded=False) for name in (None, attack))
+    (_, honest), (_, attacked) = unattacked(False), ended(new_run, attack, guarded=False)
     assert world.works(attacked) > world.works(honest) + 0.3
 
 

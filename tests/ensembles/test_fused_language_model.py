@@ -139,13 +139,22 @@ def test_nothing_to_judge_by_is_a_sentence(language_model: Callable[..., Path]) 
 # --- as a folder
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs it keeps a bundle for the others."""
+    return tmp_path_factory.mktemp("whole") / "bundle"
+
+
 @pytest.fixture
-def bundle(cotune: Cotune, language_model: Callable[..., Path], folder: Path) -> Path:
+def bundle(cotune: Cotune, language_model: Callable[..., Path], folder: Path, whole: Path) -> Path:
+    """In the present folder, beside held.jsonl; the test may change it."""
     write_dialogs(folder / "held.jsonl", 30)
-    shown = cotune("fuse", language_model("llama"), language_model("gpt2"), *HELD, "--out", "bundle", "--json")
-    assert (shown.code, shown.err) == (0, "")
-    assert json.loads(shown.out)["out"] == "bundle"
-    return folder / "bundle"
+    if not whole.exists():
+        shown = cotune("fuse", language_model("llama"), language_model("gpt2"), *HELD, "--out", "bundle", "--json")
+        assert (shown.code, shown.err) == (0, "")
+        assert json.loads(shown.out)["out"] == "bundle"
+        (folder / "bundle").rename(whole)
+    return Path(shutil.copytree(whole, folder / "bundle"))
 
 
 def test_commands_judge_the_folder_and_write_with_it(cotune: Cotune, bundle: Path) -> None:

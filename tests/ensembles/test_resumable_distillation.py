@@ -63,13 +63,19 @@ def test_labels_alone_are_plain_cross_entropy() -> None:
     assert loss == pytest.approx(float(functional.cross_entropy(scores, truth)))
 
 
-@pytest.fixture
-def work(base_model: Callable[[str], Path], tmp_path: Path) -> Distillation:
-    """Two teachers of unlike architectures, with their classes in different orders, and a student of a third one."""
-    names = [
-        str(export_random(base_model("bert"), tmp_path / "first", LABELS, seed=1)),
-        str(export_random(base_model("gpt2"), tmp_path / "second", ("so", "bad", "good"), seed=2)),
+@pytest.fixture(scope="module")
+def names(base_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Folders of two teachers of unlike architectures, with their classes in different orders, which tests only read."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return [
+        str(export_random(base_model("bert"), folder / "first", LABELS, seed=1)),
+        str(export_random(base_model("gpt2"), folder / "second", ("so", "bad", "good"), seed=2)),
     ]
+
+
+@pytest.fixture
+def work(names: list[str], base_model: Callable[[str], Path], tmp_path: Path) -> Distillation:
+    """Two teachers, and a student of a third architecture."""
     inputs = [text for text, _ in sentences(80)]
     config = DistillationConfig(epochs=3, learning_rate=3e-3, batch_size=8)
     base = ModelConfig.model_validate({"base": str(base_model("distilbert")), "max_length": 16})
