@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import httpx
 from flwr.app import Message
@@ -28,10 +28,12 @@ from flwr.supercore.inflatable.inflatable_utils import push_objects
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.superlink.grid.http_grid import HttpGrid
 
 from cotune.flower.chunks import Pending, download, pull_reply
 from cotune.flower.nodes import RegisteredNode
+
+if TYPE_CHECKING:
+    from flwr.superlink.grid.http_grid import HttpGrid
 
 _IDLE_TIMEOUT = 200.0  # seconds for the rest of an answer; after 180 s the SuperLink gives up the node that sends it
 
@@ -82,6 +84,8 @@ class RuntimeClient(Protocol):
 
 def open_runtime_client(grid: Grid) -> RuntimeClient:
     """Return a client of the SuperLink to which the grid is connected; for any other grid, one that calls the grid."""
+    from flwr.superlink.grid.http_grid import HttpGrid  # late: it loads what a SuperLink keeps its database with
+
     return _SuperLinkClient(grid) if isinstance(grid, HttpGrid) else _GridClient(grid)
 
 
