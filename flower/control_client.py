@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import httpx
 from cryptography.x509 import load_pem_x509_certificates
 from flwr.app import UserConfig
-from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -125,6 +124,8 @@ class ControlClient:
 
     def start(self, run: Path) -> int:
         """Submit the folder of a run to the executor, and return the run's id. Members can read what is sent here."""
+        from flwr.cli.build import build_fab_from_files  # late: it loads FastAPI, and most who know a run's folder start none
+
         content, _ = build_fab_from_files({"pyproject.toml": APP})
         bundle = Fab(hashlib.sha256(content).hexdigest(), content, {})
         config = user_config_to_proto(UserConfig({"run": get_run_name(run)}))
