@@ -13,13 +13,16 @@ from collections.abc import Mapping
 from multiprocessing import process
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 from tests.support.fork_server import preloaded
 
 
 def interpreter() -> str:
     """The command that stands in for an interpreter; what follows it is how pytest-xdist calls one: `-u -c PROGRAM`."""
-    return shlex.join([sys.executable, "-c", "from tests.support.forked_workers import stand_in; stand_in()"])
+    root = str(Path(__file__).parents[2])
+    program = f"import sys; sys.path.insert(0, {root!r}); from tests.support.forked_workers import stand_in; stand_in()"
+    return shlex.join([sys.executable, "-c", program])
 
 
 def stand_in() -> None:
