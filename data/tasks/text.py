@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cotune.data.class_names import class_name
 from cotune.data.inputs.batching import LENGTHS, bucket_of_length
+from cotune.data.inputs.declared_counts import check_tokenizer_counts
 from cotune.data.inputs.token_limits import check_tokens, find_max_length
 from cotune.data.readers.data_file import DataFile, format_value, is_unicode
 from cotune.data.tasks.classes import IGNORED, Batch, ClassTargets
@@ -66,8 +67,9 @@ class SequenceClassification(ClassTargets):
         """Return the tokenizer.
 
         Raises:
-            ModelError: If it knows no word, as one that transformers makes where its files are missing.
+            ModelError: If it knows no word, as one that transformers makes where its files are missing, or says absurd numbers.
         """
+        check_tokenizer_counts(folder)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             raise ModelError(

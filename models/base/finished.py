@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from cotune.data.config import TaskName, has_labels
+from cotune.data.inputs.declared_counts import check_declared_counts
 from cotune.data.tasks.task import get_task
 from cotune.errors import ModelError, reason_of
-from cotune.models.base.declared_counts import check_declared_counts
 from cotune.models.base.folder import ENCODER, read_base_labels, read_settings
 from cotune.models.base.load import LoadedModel, load_layer_model, load_model
 from cotune.models.base.lookup import find_base

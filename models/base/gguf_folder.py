@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cotune.data.inputs.declared_counts import check_declared_counts
 from cotune.errors import ModelError, RunError, reason_of
 from cotune.storage.files import exclusive_lock
 
@@ -85,12 +86,13 @@ def _make(file: Path, target: Path) -> None:
 def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cotune.models.base.declared_counts import bounded_parts
+    from cotune.models.base.bounded_parts import bounded_parts, count_entries
     from cotune.models.base.silence import silence_transformers
 
+    _check_counts(file)
     given: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        with silence_transformers(), bounded_parts():
+        with silence_transformers(), bounded_parts(count_entries(file.parent)):
             read = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype="float32", **given)
             plain = AutoModelForCausalLM.from_config(_own_settings(read.config))  # saving the one that was read raises
             plain.load_state_dict(read.state_dict())
@@ -106,6 +108,18 @@ def _convert(file: Path, folder: Path) -> None:
         ) from None
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         _drop(folder / name, _SAID_BY_LIBRARIES)
+
+
+def _check_counts(file: Path) -> None:
+    """Check the numbers of layers and the like that a file says. One that cannot be read is left to transformers."""
+    from gguf import GGUFReader, GGUFValueType
+
+    try:
+        fields = GGUFReader(file).fields.values()
+    except Exception:  # whatever a damaged file makes it raise
+        return
+    whole = [field for field in fields if len(field.types) == 1 and field.types[0] is not GGUFValueType.STRING]
+    check_declared_counts({field.name: field.parts[-1].tolist()[0] for field in whole})
 
 
 def _own_settings(config: Any) -> Any:

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from cotune.data.config import TaskName
+from cotune.data.inputs.declared_counts import check_declared_counts
 from cotune.data.tasks.task import Task, get_task
 from cotune.data.tasks.text import Example
 from cotune.data.types import Input
 from cotune.errors import ModelError, reason_of
 from cotune.models.architecture import add_mean_pooling, can_pool_mean, encoder_name, encoder_prefixes, wants_mean_pooling
-from cotune.models.base.declared_counts import check_declared_counts
 from cotune.models.base.folder import (
     ENCODER,
     find_damage,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cotune.models.base.declared_counts import bounded_parts
+from cotune.models.base.bounded_parts import bounded_parts, count_entries
 from cotune.models.base.lookup import BaseModelFolder
 
 if TYPE_CHECKING:  # takes seconds to import, which commands that load no model need not wait for
@@ -36,7 +36,7 @@ def read_weights(kind: Any, folder: BaseModelFolder, config: Any) -> tuple[Any, 
     Raises:
         ModelError: If the configuration describes more than any model has.
     """
-    with bounded_parts():
+    with bounded_parts(count_entries(folder.path) if folder.has_weights else None):
         if not folder.has_weights:
             return build_skeleton(kind, config), _COMPLETE
         found: tuple[Any, Mapping[str, Sequence[Any]]] = kind.from_pretrained(

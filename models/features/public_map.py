@@ -34,7 +34,7 @@ from transformers import AutoModel
 from cotune.data.inputs.token_limits import find_max_length
 from cotune.data.tasks.task import get_task
 from cotune.errors import ModelError, reason_of
-from cotune.models.base.declared_counts import bounded_parts
+from cotune.models.base.bounded_parts import bounded_parts, count_entries
 from cotune.models.base.lookup import BaseModelFolder
 from cotune.models.check_cache import cache_folder, is_own
 from cotune.models.config import FeatureConfig, ModelConfig
@@ -188,7 +188,7 @@ def _get_fitted(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> 
 def _features(folder: BaseModelFolder, layers: tuple[int, ...], cls: bool) -> Iterator[Tensor]:
     """What the encoder's layers say of texts of random tokens, in float64; rows of one length at a time, without padding."""
     reader = get_task("sequence-classification").reader(folder.path)
-    with bounded_parts():
+    with bounded_parts(count_entries(folder.path)):
         base: Any = AutoModel.from_pretrained(
             str(folder.path), use_safetensors=True, trust_remote_code=False, dtype=torch.float64
         )

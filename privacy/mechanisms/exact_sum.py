@@ -116,7 +116,10 @@ def _rows_in_float32(grid: Grid) -> int:
 
 
 def _round_clipped(gradients: Tensor, factors: Tensor, step: float) -> Tensor:
-    """Return round(f_i·g_i / step) for each of k units, in place."""
+    """Return round(f_i·g_i / step) for each of k units, in place unless they are narrower than float32, for whose rounding the
+    clip norm is lowered."""
+    if gradients.element_size() < 4:
+        gradients = gradients.float()
     scale = (factors / step).to(gradients.dtype).reshape(-1, *[1] * (gradients.dim() - 1))
     scaled = gradients.mul_(scale).round_()
     if not bool(factors.all()):

@@ -61,7 +61,7 @@ class Scratch:
         held = self._held.get(key)
         if held is None or held.numel() < count or held.device != like.device:
             held = self._held[key] = torch.empty(count, dtype=key[1], device=like.device)
-        return held[:count].view(*shape)
+        return held[:count].view(tuple(shape))
 
 
 def multiply(inputs: Tensor, above: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -164,7 +164,7 @@ class FactoredGradients:
 
 def norms_of(piece: Tensor) -> Tensor:
     """Return the norm of each of k gradients, (k,) in float64; not a finite number where an entry is none."""
-    found: Tensor = torch.linalg.vector_norm(piece.flatten(1), dim=1, dtype=torch.float64)
+    found: Tensor = torch.linalg.vector_norm(piece.reshape(len(piece), -1), dim=1, dtype=torch.float64)
     return found
 
 

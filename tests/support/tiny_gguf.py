@@ -11,11 +11,12 @@ _WIDTH = 32  # one block of quantized weights
 _TOKENS = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
 
 
-def write_gguf(file: Path, seed: int = 0) -> Path:
+def write_gguf(file: Path, seed: int = 0, said_layers: int = 1) -> Path:
+    """Of one layer, whatever it says."""
     import gguf
 
     writer = gguf.GGUFWriter(file, "llama")
-    _write_settings(writer)
+    _write_settings(writer, said_layers)
     random = np.random.default_rng(seed)
     for name, shape in _shapes().items():
         values = random.normal(0, 0.1, shape).astype(np.float32)
@@ -28,11 +29,11 @@ def write_gguf(file: Path, seed: int = 0) -> Path:
     return file
 
 
-def _write_settings(writer: object) -> None:
+def _write_settings(writer: object, layers: int) -> None:
     from gguf import GGUFWriter, TokenType
 
     assert isinstance(writer, GGUFWriter)
-    writer.add_block_count(1)
+    writer.add_block_count(layers)
     writer.add_context_length(64)
     writer.add_embedding_length(_WIDTH)
     writer.add_feed_forward_length(_WIDTH)
