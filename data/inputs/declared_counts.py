@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import ModelError
+from cotune.printable import printable
 
 _PARTS = re.compile(r"(layers?|blocks?|block_count|depths?|groups|group_num|stages|networks|functions)$")
 _MOST_PARTS = 10_000  # more than any model of transformers has of anything that is built of layers
@@ -75,7 +76,7 @@ def _find_limit(key: str, is_in_list: bool) -> int | None:
 
 def _too_many(file: str, key: str, number: float, most: int) -> ModelError:
     return ModelError(
-        f"the base model's {file} says {key[:60]} = {str(number)[:40]}: expected at most {most:,}; download the folder again, or"
-        " use another base model",
+        f"the base model's {file} says {printable(key)[:60]} = {str(number)[:40]}: expected at most {most:,}; download the folder"
+        " again, or use another base model",
         code="model.damaged_config",
     )
