@@ -13,7 +13,7 @@ ROOT = Path(cotune.__file__).parent
 ROOMS = sorted(file.parent for file in ROOT.glob("*/__init__.py") if (ROOT / ".typing" / "cotune" / file.parent.name).exists())
 HEAVY = {  # packages that take tenths of a second to import, or are not always installed
     *("torch", "transformers", "peft", "numpy", "scipy", "sklearn", "datasets", "pyarrow", "safetensors", "huggingface_hub"),
-    *("PIL", "bitsandbytes", "dp_accounting", "flwr", "jax_privacy", "onnx", "rouge_score", "sacrebleu"),
+    *("PIL", "bitsandbytes", "dp_accounting", "flwr", "gguf", "jax_privacy", "onnx", "rouge_score", "sacrebleu"),
 }
 LOADED_LATE = {  # cotune's own modules: who imports them late, and why
     "client/node/worker.py": "the process that trains loads PyTorch, and the node that starts it does not",
