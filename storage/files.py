@@ -9,7 +9,7 @@ import itertools
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
@@ -49,7 +49,8 @@ def atomic_write(path: Path, content: bytes, *, durable: bool = True) -> None:
                 os.fsync(stream.fileno())
         os.replace(part, path)
     except BaseException:
-        os.unlink(part)
+        with suppress(FileNotFoundError):  # it has its name already: then nothing may take the place of an interruption
+            os.unlink(part)
         raise
     if durable:
         sync(path.parent)

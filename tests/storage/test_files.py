@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -109,6 +110,23 @@ def test_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
         atomic_write(file, "text")  # type: ignore[arg-type]
     assert file.read_bytes() == b"former"
     assert [each.name for each in tmp_path.iterdir()] == ["document"]
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_an_interruption_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool) -> None:
+    """Ctrl-C just after the renaming had become the failure to remove what was renamed: a simulation took it for that of an
+    organization, and went on."""
+    replace = os.replace
+
+    def interrupted(old: str, new: Path) -> None:
+        if renamed:
+            replace(old, new)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == (["file"] if renamed else [])
 
 
 def test_parts_of_killed_writers_are_removed(tmp_path: Path) -> None:
