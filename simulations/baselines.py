@@ -72,7 +72,8 @@ def run_baselines(folder: RunFolder, prepared: Prepared, pool: WorkerPool | None
     trained = _train_in_turn(folder, baselines) if pool is None else train_beside(folder, baselines, pool)
     results = {baseline.file.run: _tell(folder, baseline.file.run, _evaluate(folder, prepared, baseline)) for baseline in trained}
     found = {name: results[name] for name in names if name in results}
-    if _fits_pooled(prepared, model) and (pooled := _fit_pooled(folder, prepared)) is not None:
+    fitted = POOLED in prepared.plan.simulation.baselines and POOLED not in names
+    if fitted and (pooled := _fit_pooled(folder, prepared)) is not None:
         found[POOLED] = pooled
     return found
 
@@ -80,12 +81,6 @@ def run_baselines(folder: RunFolder, prepared: Prepared, pool: WorkerPool | None
 def _tell(folder: RunFolder, name: str, judged: Evaluated) -> Evaluated:
     folder.events.write(BaselineFinished(baseline=name, metrics=MetricsEntry(**judged.metrics.as_dict())))
     return judged
-
-
-def _fits_pooled(prepared: Prepared, model: TrainableModel) -> bool:
-    """Whether pooled is asked for, and is a head that is fitted to features instead of a run."""
-    records = sum(len(share.rows) for share in prepared.shares)
-    return POOLED in prepared.plan.simulation.baselines and fits_pooled(prepared.plan, model, records)
 
 
 def _fit_pooled(folder: RunFolder, prepared: Prepared) -> Evaluated | None:
@@ -129,7 +124,8 @@ def _wanted(prepared: Prepared, model: TrainableModel) -> Iterator[tuple[str, Pl
         if plan.privacy != "none" and not fits_alone(plan, model):
             for share in prepared.shares:
                 yield f"{ALONE_WITHOUT_PRIVACY}/{share.name}", _on_own_base(_without_privacy(plan), share), (share,)
-    if POOLED in plan.simulation.baselines and not _fits_pooled(prepared, model):
+    records = sum(len(share.rows) for share in prepared.shares)
+    if POOLED in plan.simulation.baselines and not fits_pooled(prepared.plan, model, records):
         yield POOLED, _without_privacy(plan), prepared.shares
     if SINGLE in plan.simulation.baselines and len(prepared.plan.tasks) > 1:
         for task in prepared.plan.tasks:

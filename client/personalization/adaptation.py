@@ -32,7 +32,7 @@ from cotune.privacy.mechanisms.random_generators import seeded_generator
 
 _PULLS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1)  # strengths of the penalty, divided by the number of records
 _PARTS = (0.25, 0.5, 0.75)  # weights of the head that was fitted alone, in a mix
-_MANY_RECORDS = 2000  # records, from which on one fold validates instead of each in turn
+MANY_RECORDS = 2000  # records, from which on one fold validates instead of each in turn
 SHARED = "federated"  # the model as received
 
 
@@ -284,7 +284,7 @@ def split_folds(own: OwnRecords, folds: int, seed: int) -> Iterator[tuple[OwnRec
         groups = rng.permutation(np.flatnonzero(strata == stratum))
         fold[groups] = (dealt + np.arange(len(groups))) % folds
         dealt += len(groups)
-    for number in range(1 if len(own.targets) >= _MANY_RECORDS else folds):
+    for number in range(1 if len(own.targets) >= MANY_RECORDS else folds):
         judging = (fold == number)[unit]
         if judging.any() and not judging.all():
             yield own.at(~judging), own.at(judging)

@@ -36,9 +36,10 @@ def read_weights(kind: Any, folder: BaseModelFolder, config: Any) -> tuple[Any, 
     Raises:
         ModelError: If the configuration describes more than any model has.
     """
-    with bounded_parts(count_entries(folder.path) if folder.has_weights else None):
-        if not folder.has_weights:
+    if not folder.has_weights:
+        with bounded_parts(None):
             return build_skeleton(kind, config), _COMPLETE
+    with bounded_parts(count_entries(folder.path)):
         found: tuple[Any, Mapping[str, Sequence[Any]]] = kind.from_pretrained(
             str(folder.path),
             config=config,
@@ -48,7 +49,7 @@ def read_weights(kind: Any, folder: BaseModelFolder, config: Any) -> tuple[Any, 
             dtype=torch.float32,
             output_loading_info=True,
         )
-        return found
+    return found
 
 
 def build_skeleton(kind: Any, config: Any) -> PreTrainedModel:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.stats import poisson
 
+from cotune.client.personalization.adaptation import MANY_RECORDS
 from cotune.data.dataset import Dataset
 from cotune.data.inputs.batching import LENGTHS
 from cotune.models.device import autocasts
@@ -197,7 +198,7 @@ class _Work:
         return _all_fits(self.stopwatch.fit(few) * (records / few), _FITS / 2 * self._folds(records) + 1)
 
     def _folds(self, records: int) -> int:
-        return 1 if records >= 2000 else self.plan.personalize.folds
+        return 1 if records >= MANY_RECORDS else self.plan.personalize.folds
 
     @property
     def _distinct(self) -> int:
